@@ -1,0 +1,1 @@
+"""The embedded Nexum server, its client and its worker runtime."""
