@@ -1,0 +1,36 @@
+"""The engine's one clock: a port, so that a test moves time instead of sleeping through it."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Tells the time in milliseconds since 1970, UTC."""
+
+    def now_ms(self) -> int: ...
+
+
+class SystemClock:
+    """Wall time at the start, carried on by the monotonic clock, so that a corrected wall clock expires no lease."""
+
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def now_ms(self) -> int:
+        return (self._offset_ns + time.monotonic_ns()) // 1_000_000
+
+
+class ManualClock:
+    """A clock that stands still until `advance` is called."""
+
+    def __init__(self, now_ms: int = 1_700_000_000_000) -> None:
+        self._now_ms = now_ms
+
+    def now_ms(self) -> int:
+        return self._now_ms
+
+    def advance(self, seconds: float) -> None:
+        """Move the time forward."""
+        self._now_ms += round(seconds * 1000)

@@ -1,0 +1,52 @@
+"""JSON from outside: strict (no NaN, no unbounded depth or integers), with limits that are said in the error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic_core import from_json
+
+from nexum_engine.errors import InvalidRequest, TooLarge
+
+MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+"""The largest input or output."""
+
+
+def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
+    """Parse `text`, which `what` names in errors.
+
+    Raises InvalidRequest if it isn't JSON (RFC 8259: NaN and Infinity aren't) or nests deeper than about 200 levels,
+    TooLarge above `max_bytes` of UTF-8.
+    """
+    check_size(text, what, max_bytes=max_bytes)
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}") from error
+
+
+def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
+    """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
+    # A character takes at most four bytes, so most texts need no encoding to be measured.
+    if len(text) * 4 > max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_bytes:
+        raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
+
+
+def dump(value: object, what: str) -> str:
+    """The compact JSON text of `value`. Raises InvalidRequest if it has none (NaN, a cycle, an unknown type)."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode("utf-8")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
+    return text
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts that were checked by `parse` hold the same value. 1, 1.0 and true are three values."""
+    return one == other or _canonical(one) == _canonical(other)
+
+
+def _canonical(text: str) -> str:
+    return json.dumps(from_json(text), sort_keys=True, separators=(",", ":"))

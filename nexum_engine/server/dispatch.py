@@ -1,0 +1,203 @@
+"""Who waits for what, in this process: workers for tasks, callers for the end of an execution.
+
+All of it is memory: after a restart the waiting calls come again, and the store knows the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+
+from nexum_engine.clock import Clock
+from nexum_engine.model import Execution, Task
+from nexum_engine.store import Store
+from nexum_engine.store.transitions import Claim, ReadyTask
+
+POLL_COUNTS_FOR_MS = 2000
+"""How long after a poll its worker still counts as polling."""
+
+
+class _WaitingPoll:
+    """A worker's slot. Either idle, or it has a claim under way whose outcome its own coroutine awaits."""
+
+    def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
+        self.worker_id = worker_id
+        self.version_hashes = version_hashes
+        self.max_bytes = max_bytes
+        self.claim: asyncio.Future[Claim] | None = None
+        self.idle: asyncio.Future[None] | None = None
+        self.missed = False
+        """A task became due while a claim was under way that may not have seen it."""
+        self.leaving = False
+
+    def wake(self) -> None:
+        if self.idle is not None and not self.idle.done():
+            self.idle.set_result(None)
+
+
+class Dispatch:
+    """Hands due tasks to waiting polls, and ended executions to waiting callers."""
+
+    def __init__(self, store: Store, clock: Clock, lease_ms: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._lease_ms = lease_ms
+        self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
+        self._last_poll_ms: dict[str, int] = {}
+        self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
+        self._releases: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self.streamed_workers: set[str] = set()
+        """The workers that keep a WorkerStream; the others get a longer lease."""
+
+    # ---- Tasks -------------------------------------------------------------------------------------------------------
+
+    async def next_task(
+        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
+    ) -> Task | None:
+        """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops."""
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        deadline = self._clock.now_ms() + wait_ms
+        for version_hash in version_hashes:
+            self._polls[version_hash].append(poll)
+            self._last_poll_ms[version_hash] = self._clock.now_ms()
+        try:
+            self._submit_claim(poll)
+            while True:
+                if poll.claim is not None:
+                    claim = await asyncio.shield(poll.claim)
+                    poll.claim = None
+                    if claim.task is not None:
+                        return claim.task
+                    if claim.oversized is not None:
+                        self.task_ready(claim.oversized)
+                    if poll.missed:
+                        self._submit_claim(poll)
+                        continue
+                left_ms = deadline - self._clock.now_ms()
+                if left_ms <= 0 or self._stopping or poll.leaving:
+                    return None
+                await self._idle(poll, left_ms)
+        finally:
+            for version_hash in version_hashes:
+                self._polls[version_hash].remove(poll)
+                self._last_poll_ms[version_hash] = self._clock.now_ms()
+            if poll.claim is not None:
+                # The call was given up while its claim was under way: nobody is there to take the task.
+                self._release(poll.claim)
+
+    async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
+        loop = asyncio.get_running_loop()
+        poll.idle = loop.create_future()
+        timer = loop.call_later(left_ms / 1000, poll.wake)
+        try:
+            await poll.idle
+        finally:
+            timer.cancel()
+            poll.idle = None
+
+    def _submit_claim(self, poll: _WaitingPoll) -> None:
+        poll.missed = False
+        streamed = poll.worker_id in self.streamed_workers
+        lease_ms = self._lease_ms if streamed else 2 * self._lease_ms
+        poll.claim = asyncio.ensure_future(
+            self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
+        )
+
+    def task_ready(self, task: ReadyTask) -> None:
+        """A task became due, or will have when what was submitted before this call is stored.
+
+        The claim is submitted here and now, behind the transition that makes the task, so that both share a
+        transaction and the worker has the task as soon as its maker has the acknowledgement.
+        """
+        for poll in self._polls.get(task.version_hash, ()):
+            if poll.max_bytes < task.task_bytes or poll.leaving:
+                continue
+            if poll.idle is not None and not poll.idle.done():
+                self._submit_claim(poll)
+                poll.wake()
+                return
+            poll.missed = True
+
+    def has_poller(self, version_hash: str) -> bool:
+        """Whether a worker polls for the version, or did within the last two seconds."""
+        last = self._last_poll_ms.get(version_hash)
+        return bool(self._polls.get(version_hash)) or (
+            last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
+        )
+
+    def drain(self, worker_id: str) -> None:
+        """The worker takes no more tasks: answer the polls that it has waiting."""
+        for polls in self._polls.values():
+            for poll in polls:
+                if poll.worker_id == worker_id:
+                    poll.leaving = True
+                    poll.wake()
+
+    def give_back(self, task: Task) -> None:
+        """The call that took the task is gone before its answer was sent."""
+        done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        done.set_result(Claim(task))
+        self._release(done)
+
+    def _release(self, claim: Awaitable[Claim]) -> None:
+        async def release() -> None:
+            task = (await claim).task
+            if task is not None:
+                changed = await self._store.release(task.task_id, "the worker was gone before the task reached it")
+                for ready in changed.ready:
+                    self.task_ready(ready)
+
+        running = asyncio.ensure_future(release())
+        self._releases.add(running)
+        running.add_done_callback(self._releases.discard)
+
+    # ---- Executions --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
+        """A future that resolves with the execution when it ends, or with None when it is time to look again."""
+        future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
+        self._callers[execution_id].add(future)
+        try:
+            yield future
+        finally:
+            callers = self._callers[execution_id]
+            callers.discard(future)
+            if not callers:
+                del self._callers[execution_id]
+
+    def execution_ended(self, execution: Execution) -> None:
+        """Tell who waits for it."""
+        for future in self._callers.get(execution.execution_id, ()):
+            if not future.done():
+                future.set_result(execution)
+
+    # ---- All of them -------------------------------------------------------------------------------------------------
+
+    def look_again(self) -> None:
+        """Nobody knows what was stored: every waiter asks the store again."""
+        for callers in self._callers.values():
+            for future in callers:
+                if not future.done():
+                    future.set_result(None)
+        for polls in self._polls.values():
+            for poll in polls:
+                if poll.claim is None:
+                    self._submit_claim(poll)
+                poll.wake()
+
+    async def stop(self) -> None:
+        """Answer everything that waits."""
+        self._stopping = True
+        for callers in self._callers.values():
+            for future in callers:
+                if not future.done():
+                    future.set_result(None)
+        for polls in self._polls.values():
+            for poll in polls:
+                poll.wake()
+        while self._releases:
+            await asyncio.gather(*self._releases, return_exceptions=True)

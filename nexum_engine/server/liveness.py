@@ -1,0 +1,150 @@
+"""Which workers are alive, and what becomes of the tasks of those that aren't."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine
+from typing import Any
+
+from nexum_engine.clock import Clock
+from nexum_engine.errors import StoreUnavailable
+from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.store import Store
+from nexum_engine.store.transitions import Changed
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.workflow import check_id
+
+RECONNECT_GRACE_MS = 1000
+"""How long a worker whose stream broke has to come back before its tasks are handed out again."""
+RESTART_GRACE_MS = 5000
+"""The same, after the server itself was started."""
+
+logger = logging.getLogger(__name__)
+
+
+class Liveness:
+    """Keeps the leases of connected workers, and sweeps up those that ran out."""
+
+    def __init__(self, store: Store, dispatch: Dispatch, clock: Clock, lease_ms: int) -> None:
+        self._store = store
+        self._dispatch = dispatch
+        self._clock = clock
+        self._lease_ms = lease_ms
+        self._streams: dict[str, object] = {}
+        self._due_ms: int | None = None
+        self._due_changed = asyncio.Event()
+        self._swept_until_ms = clock.now_ms()
+        self._background: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """Give the workers of before a restart time to come back, and begin to sweep."""
+        await self._store.restart(RESTART_GRACE_MS, 2 * self._lease_ms)
+        self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
+
+    async def stop(self) -> None:
+        """End the streams (their workers keep their tasks) and stop sweeping."""
+        self._stopping.set()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, *self._background, return_exceptions=True)
+
+    async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncIterator[pb.WorkerBeatAck]:
+        """One worker's stream, until it breaks or the server stops."""
+        worker_id = ""
+        token = object()
+        incoming = aiter(requests)
+        try:
+            while True:
+                beat = await self._next_beat(incoming)
+                if beat is None:
+                    return
+                if not worker_id:
+                    worker_id = check_id(beat.worker_id, "worker_id")
+                    self._streams[worker_id] = token
+                    self._dispatch.streamed_workers.add(worker_id)
+                if beat.draining:
+                    self._dispatch.drain(worker_id)
+                await self._store.renew(worker_id, tuple(beat.task_ids), self._lease_ms)
+                yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
+        finally:
+            # A worker that came back on a new stream keeps what it has.
+            if worker_id and self._streams.get(worker_id) is token:
+                del self._streams[worker_id]
+                self._dispatch.streamed_workers.discard(worker_id)
+                if not self._stopping.is_set():
+                    self._in_background(self._disconnected(worker_id))
+
+    async def _next_beat(self, incoming: AsyncIterator[pb.WorkerBeat]) -> pb.WorkerBeat | None:
+        """The next beat; None when the stream is over or the server stops."""
+
+        async def read() -> pb.WorkerBeat | None:
+            return await anext(incoming, None)
+
+        reading = asyncio.ensure_future(read())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return reading.result() if reading.done() else None
+        finally:
+            reading.cancel()
+            stopping.cancel()
+
+    async def _disconnected(self, worker_id: str) -> None:
+        await self._store.disconnect(worker_id, RECONNECT_GRACE_MS)
+        self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # ---- Sweeping ----------------------------------------------------------------------------------------------------
+
+    def apply(self, changed: Changed) -> None:
+        """Act on what a stored transition changed."""
+        for ready in changed.ready:
+            self._dispatch.task_ready(ready)
+        for execution in changed.ended:
+            self._dispatch.execution_ended(execution)
+        if changed.retry_ms is not None:
+            self.due_at(changed.retry_ms)
+
+    def due_at(self, due_ms: int) -> None:
+        """A lease or a retry is due then."""
+        if self._due_ms is None or due_ms < self._due_ms:
+            self._due_ms = due_ms
+            self._due_changed.set()
+
+    def task_handed_out(self) -> None:
+        """A lease began."""
+        self.due_at(self._clock.now_ms() + self._lease_ms)
+
+    async def _sweep(self) -> None:
+        while True:
+            self._due_changed.clear()
+            self._due_ms = None
+            now_ms = self._clock.now_ms()
+            try:
+                swept = await self._store.sweep(self._swept_until_ms)
+            except StoreUnavailable:
+                logger.warning("could not sweep the leases; trying again in 1 s")
+                self.due_at(self._clock.now_ms() + 1000)
+            else:
+                self._swept_until_ms = now_ms
+                self.apply(swept.changed)
+                if swept.next_ms is not None:
+                    self.due_at(swept.next_ms)
+            self._due_changed.clear()
+            await self._until_due()
+
+    async def _until_due(self) -> None:
+        while self._due_ms is None or self._due_ms > self._clock.now_ms():
+            timeout = None if self._due_ms is None else (self._due_ms - self._clock.now_ms()) / 1000
+            try:
+                await asyncio.wait_for(self._due_changed.wait(), timeout)
+                self._due_changed.clear()
+            except (asyncio.TimeoutError, TimeoutError):
+                continue

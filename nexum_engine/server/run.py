@@ -1,0 +1,109 @@
+"""The server's life: open the store, bind, serve, stop with a grace period."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Callable
+
+import grpc
+
+from nexum_engine.clock import SystemClock
+from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
+from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.store import open_store
+from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+STOP_GRACE = 3.0  # seconds for calls that are under way
+_BIND_RETRY = 0.1  # seconds
+
+_OPTIONS = (
+    # Without this a second server binds the same port silently and gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Above the engine's own limit, so that what is a little too large gets the engine's clear error.
+    ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+def loopback_address(listen: str) -> str:
+    """`listen` as HOST:PORT of this machine alone. Raises InvalidRequest for any other address, or none."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+        raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
+    # One socket: grpc would be content if only one of localhost's two addresses were free.
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise InvalidRequest(
+            f"refusing to listen on {listen}: without TLS and a token, which this version does not have, anyone who "
+            "reaches the port could run and read everything; use 127.0.0.1 and, for other machines, an SSH tunnel"
+        )
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def run_server(
+    listen: str,
+    database_url: str,
+    *,
+    lease: float,
+    stop: asyncio.Event,
+    patience: float = 0.0,
+    on_ready: Callable[[str, str], None],
+) -> None:
+    """Serve until `stop` is set. `on_ready(address, database)` is called when calls are accepted.
+
+    `lease` is how long, in seconds, a silent worker keeps its tasks; `patience` how long to wait for a dying server to
+    let go of the port and the file. Raises InvalidRequest for an address, StoreError for a database, ServerError for a
+    port that can't be used, StoreUnavailable when the database fails while serving.
+    """
+    address = loopback_address(listen)
+    clock = SystemClock()
+    store = await open_store(database_url, clock, lock_timeout=patience)
+    try:
+        lease_ms = round(lease * 1000)
+        dispatch = Dispatch(store, clock, lease_ms)
+        liveness = Liveness(store, dispatch, clock, lease_ms)
+        store.on_unknown = dispatch.look_again
+        server, port = await _bind(NexumServicer(store, dispatch, liveness), address, patience)
+        await liveness.start()
+        await server.start()
+        try:
+            on_ready(f"{address.rpartition(':')[0]}:{port}", store.opened_as)
+            stopping = asyncio.ensure_future(stop.wait())
+            await asyncio.wait({stopping, store.failed}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+        finally:
+            # grpc waits for calls under way, so those that only wait are answered first.
+            await dispatch.stop()
+            await liveness.stop()
+            await server.stop(STOP_GRACE)
+        if store.failed.done():
+            raise StoreUnavailable(store.failed.result())
+    finally:
+        await store.close()
+
+
+async def _bind(servicer: NexumServicer, address: str, patience: float) -> tuple[grpc.aio.Server, int]:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience
+    while True:
+        server = grpc.aio.server(options=_OPTIONS)
+        add_NexumServiceServicer_to_server(servicer, server)
+        try:
+            return server, server.add_insecure_port(address)
+        except RuntimeError as error:
+            await server.stop(None)
+            if loop.time() >= deadline:
+                raise ServerError(
+                    f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "
+                    "give another with --listen"
+                ) from error
+            await asyncio.sleep(_BIND_RETRY)

@@ -1,0 +1,276 @@
+"""The RPCs: each decodes, makes one call, encodes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime, timezone
+from functools import wraps
+from typing import Any, NoReturn, TypeVar, cast
+
+import grpc
+
+from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
+from nexum_engine.model import Compatibility, Execution
+from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.server.liveness import Liveness
+from nexum_engine.store import Store
+from nexum_engine.store.transitions import ReadyTask
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
+from nexum_engine.wire.status import status_of
+from nexum_engine.workflow import check_id
+
+MAX_WAIT_MS = 30_000
+"""The longest that GetExecution or PollTask holds a call."""
+DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
+"""What a gRPC client with default settings can receive, less the message's own frame."""
+DEFAULT_LIST_LIMIT = 20
+MAX_LIST_LIMIT = 1000
+
+logger = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+
+async def _abort(context: Context, error: Exception) -> NoReturn:
+    status = status_of(error) if isinstance(error, NexumError) else None
+    if status is not None:
+        await context.abort(status, str(error))
+    fault = uuid.uuid4().hex[:8]
+    logger.error("fault %s", fault, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"the server had a fault; its log has it under {fault}")
+
+
+def _rpc(handler: Handler) -> Handler:
+    """Answer with the status of the error that the handler raises; its internals stay in the log."""
+
+    @wraps(handler)
+    async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
+        try:
+            return await handler(self, request, context)
+        except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
+            await _abort(context, error)
+
+    return cast(Handler, answer)
+
+
+def _time(ms: int) -> str:
+    """As the published server writes it."""
+    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+class NexumServicer(NexumServiceServicer):
+    """proto/nexum.proto, on a store."""
+
+    def __init__(self, store: Store, dispatch: Dispatch, liveness: Liveness) -> None:
+        self._store = store
+        self._dispatch = dispatch
+        self._liveness = liveness
+
+    @_rpc
+    async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
+        result = await self._store.register_workflow(request.workflow_id, request.version_hash, request.ir_json)
+        message = {
+            Compatibility.NEW: "the workflow's first version",
+            Compatibility.IDENTICAL: "nothing changed",
+            Compatibility.SAFE: "nodes were added; running executions stay with their version",
+            Compatibility.BREAKING: "nodes changed; running executions wait for workers of their own version",
+        }[result]
+        return pb.AckResponse(ok=True, compatibility=result.value, message=message)
+
+    @_rpc
+    async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
+        starting = asyncio.ensure_future(
+            self._store.start_execution(
+                request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
+            )
+        )
+        # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
+        self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+        started = await starting
+        return pb.StartResponse(
+            execution_id=started.execution_id, existing=started.existing, status=started.status.value
+        )
+
+    @_rpc
+    async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
+        check_id(request.worker_id, "worker_id")
+        versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
+        for version_hash in versions:
+            check_id(version_hash, "version_hash")
+        if request.wait_ms < 0 or request.max_task_bytes < 0:
+            raise InvalidRequest("wait_ms and max_task_bytes can't be negative")
+        task = await self._dispatch.next_task(
+            request.worker_id,
+            versions,
+            request.max_task_bytes or DEFAULT_CLIENT_BYTES,
+            min(request.wait_ms, MAX_WAIT_MS),
+        )
+        if task is None:
+            return pb.PollResponse(has_task=False)
+        self._liveness.task_handed_out()
+        if context.cancelled():
+            self._dispatch.give_back(task)
+        return pb.PollResponse(
+            has_task=True,
+            task_id=task.task_id,
+            execution_id=task.execution_id,
+            node_id=task.node_id,
+            input_json=task.input_json,
+            idempotency_key=task.idempotency_key,
+            node_type=task.node_type,
+            attempt=task.attempt,
+            version_hash=task.version_hash,
+        )
+
+    @_rpc
+    async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
+        self._liveness.apply(await self._store.complete_task(request.task_id, request.output_json))
+        return pb.AckResponse(ok=True)
+
+    @_rpc
+    async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
+        self._liveness.apply(await self._store.fail_task(request.task_id, request.error_message, request.final))
+        return pb.AckResponse(ok=True)
+
+    @_rpc
+    async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
+        check_id(request.execution_id, "execution_id")
+        size = await self._store.output_bytes(request.execution_id)
+        if size > DEFAULT_CLIENT_BYTES:
+            raise TooLarge(
+                f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can carry to "
+                f"a default client ({DEFAULT_CLIENT_BYTES:,}): ask with GetExecution"
+            )
+        execution = await self._store.get_execution(request.execution_id)
+        outputs = ",".join(f"{json.dumps(node)}:{output}" for node, output in execution.outputs().items())
+        return pb.StatusResponse(status=execution.status.value, completed_nodes_json=f"{{{outputs}}}")
+
+    @_rpc
+    async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
+        check_id(request.execution_id, "execution_id")
+        if request.wait_ms < 0:
+            raise InvalidRequest("wait_ms can't be negative")
+        wait = min(request.wait_ms, MAX_WAIT_MS) / 1000
+        with self._dispatch.watch(request.execution_id) as ended:
+            execution = await self._store.get_execution(request.execution_id, request.with_attempts)
+            if wait and not execution.status.ended:
+                await asyncio.wait({ended}, timeout=wait)
+                final = ended.result() if ended.done() else None
+                if final is None or request.with_attempts:
+                    execution = await self._store.get_execution(request.execution_id, request.with_attempts)
+                else:
+                    execution = final
+        return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
+
+    @_rpc
+    async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
+        limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
+        executions = await self._store.list_executions(request.workflow_id, request.status, limit)
+        return pb.ListResponse(
+            executions=[
+                pb.ExecutionSummary(
+                    execution_id=execution.execution_id,
+                    workflow_id=execution.workflow_id,
+                    version_hash=execution.version_hash,
+                    status=execution.status.value,
+                    created_at=_time(execution.created_ms),
+                    created_ms=execution.created_ms,
+                    ended_ms=execution.ended_ms or 0,
+                    idempotency_key=execution.idempotency_key,
+                    error=execution.error,
+                )
+                for execution in executions
+            ]
+        )
+
+    @_rpc
+    async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
+        check_id(request.execution_id, "execution_id")
+        self._liveness.apply(await self._store.cancel_execution(request.execution_id))
+        return pb.AckResponse(ok=True, message="Execution cancelled")
+
+    @_rpc
+    async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        versions = await self._store.workflow_versions(request.workflow_id)
+        return pb.ListVersionsResponse(
+            versions=[
+                pb.VersionInfo(
+                    workflow_id=version.workflow_id,
+                    version_hash=version.version_hash,
+                    compatibility=version.compatibility.value,
+                    registered_at=_time(version.registered_ms),
+                    active_executions=version.active_executions,
+                )
+                for version in versions
+            ]
+        )
+
+    # This server registers no HUMAN_APPROVAL nodes, so there is never anything to approve.
+
+    @_rpc
+    async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
+        raise await self._nothing_to_decide(request.execution_id, request.node_id)
+
+    @_rpc
+    async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
+        raise await self._nothing_to_decide(request.execution_id, request.node_id)
+
+    @_rpc
+    async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
+        return pb.PendingApprovalsResponse()
+
+    async def _nothing_to_decide(self, execution_id: str, node_id: str) -> NotFound:
+        check_id(execution_id, "execution_id")
+        check_id(node_id, "node_id")
+        await self._store.get_execution(execution_id)
+        return NotFound(f"node {node_id!r} of execution {execution_id} waits for no approval")
+
+    async def WorkerStream(
+        self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
+    ) -> AsyncIterator[pb.WorkerBeatAck]:
+        try:
+            async for ack in self._liveness.beats(request_iterator):
+                yield ack
+        except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
+            await _abort(context, error)
+
+
+def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:
+    return pb.GetExecutionResponse(
+        execution_id=execution.execution_id,
+        workflow_id=execution.workflow_id,
+        version_hash=execution.version_hash,
+        status=execution.status.value,
+        input_json=execution.input_json,
+        idempotency_key=execution.idempotency_key,
+        created_ms=execution.created_ms,
+        ended_ms=execution.ended_ms or 0,
+        error=execution.error,
+        has_poller=has_poller,
+        nodes=[
+            pb.NodeRecord(
+                node_id=node.node_id,
+                node_type=node.node_type,
+                status=node.status.value,
+                output_json=node.output_json or "",
+                error=node.error,
+                attempts=[
+                    pb.AttemptRecord(
+                        attempt=attempt.attempt,
+                        worker_id=attempt.worker_id,
+                        started_ms=attempt.started_ms,
+                        ended_ms=attempt.ended_ms or 0,
+                        outcome=attempt.outcome.value,
+                        error=attempt.error,
+                    )
+                    for attempt in node.attempts
+                ],
+            )
+            for node in execution.nodes
+        ],
+    )

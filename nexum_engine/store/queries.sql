@@ -1,0 +1,197 @@
+-- Every query of the store, by name. Both dialects read this file; what differs stands in the dialect.
+
+-- name: latest_version
+-- The version of a workflow that was registered last.
+SELECT version_hash, ir_json FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT 1;
+
+-- name: version
+-- One version's definition.
+SELECT ir_json FROM workflow_versions WHERE workflow_id = :workflow_id AND version_hash = :version_hash;
+
+-- name: add_version
+-- Register a version.
+INSERT INTO workflow_versions (workflow_id, version_hash, ir_json, compatibility, registered_ms)
+VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
+
+-- name: versions
+-- A workflow's versions, the latest first, each with its running executions.
+SELECT workflow_id, version_hash, compatibility, registered_ms,
+       (SELECT count(*) FROM executions
+        WHERE executions.workflow_id = workflow_versions.workflow_id
+          AND executions.version_hash = workflow_versions.version_hash AND status = 'RUNNING') AS active_executions
+FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC;
+
+-- name: execution_of_key
+-- The latest execution of an idempotency key.
+SELECT execution_id, status, input_json FROM executions
+WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
+
+-- name: add_execution
+-- Start an execution.
+INSERT INTO executions (execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms)
+VALUES (:execution_id, :workflow_id, :version_hash, 'RUNNING', :input_json, :idempotency_key, :now);
+
+-- name: add_node
+-- Add a node to a new execution.
+INSERT INTO nodes (execution_id, node_id, position, node_type, version_hash, status, ready_ms, task_bytes)
+VALUES (:execution_id, :node_id, :position, :node_type, :version_hash, :status, :ready_ms, :task_bytes);
+
+-- name: execution
+-- One execution.
+SELECT execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms, error
+FROM executions WHERE execution_id = :execution_id;
+
+-- name: executions
+-- The latest executions, newest first; an empty filter matches all.
+SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
+FROM executions
+WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
+ORDER BY sequence DESC LIMIT :limit;
+
+-- name: nodes
+-- An execution's nodes with their outputs.
+SELECT node_id, node_type, status, output_json, error FROM nodes
+WHERE execution_id = :execution_id ORDER BY position;
+
+-- name: node_states
+-- An execution's nodes without their outputs.
+SELECT node_id, status FROM nodes WHERE execution_id = :execution_id;
+
+-- name: attempts
+-- Every attempt of an execution.
+SELECT node_id, attempt, worker_id, started_ms, ended_ms, outcome, error FROM attempts
+WHERE execution_id = :execution_id ORDER BY attempt;
+
+-- name: output_bytes
+-- How large an execution's recorded outputs are.
+SELECT coalesce(sum(octet_length(output_json)), 0) AS bytes FROM nodes WHERE execution_id = :execution_id;
+
+-- name: input_sizes
+-- What the size of an execution's tasks is made of: its input under an empty name, and each recorded output.
+SELECT '' AS node_id, octet_length(input_json) AS bytes FROM executions WHERE execution_id = :execution_id
+UNION ALL
+SELECT node_id, octet_length(output_json) FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
+
+-- name: oldest_task
+-- The task of a version that has been due the longest and is small enough for the worker.
+SELECT execution_id, node_id, node_type, attempts, ready_ms FROM nodes
+WHERE version_hash = :version_hash AND status = 'READY' AND ready_ms <= :now AND task_bytes <= :max_bytes
+ORDER BY ready_ms, rowid LIMIT 1;
+
+-- name: oversized_task
+-- A due task of a version that is too large for the worker.
+SELECT execution_id, node_id, task_bytes FROM nodes
+WHERE version_hash = :version_hash AND status = 'READY' AND ready_ms <= :now AND task_bytes > :max_bytes
+ORDER BY ready_ms, rowid LIMIT 1;
+
+-- name: say_why_waiting
+-- Note on a READY node what it waits for.
+UPDATE nodes SET error = :error
+WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'READY' AND error <> :error;
+
+-- name: take_task
+-- Hand a READY node out.
+UPDATE nodes SET status = 'RUNNING', attempts = attempts + 1, error = ''
+WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'READY';
+
+-- name: add_attempt
+-- Record the hand-out, under a task id of its own.
+INSERT INTO attempts (task_id, execution_id, node_id, attempt, worker_id, streamed, started_ms, outcome,
+                      lease_expires_ms, lease_loss)
+VALUES (:task_id, :execution_id, :node_id, :attempt, :worker_id, :streamed, :now, 'RUNNING',
+        :lease_expires_ms, 'EXPIRED');
+
+-- name: dependency_outputs
+-- The recorded outputs of an execution.
+SELECT node_id, output_json FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
+
+-- name: attempt
+-- An attempt with its node and execution, and whether it is the node's newest.
+SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.outcome, attempts.error,
+       attempts.worker_id, nodes.status AS node_status, nodes.attempts AS newest_attempt, nodes.failed_attempts,
+       executions.status AS execution_status, executions.workflow_id, executions.version_hash
+FROM attempts
+JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
+JOIN executions ON executions.execution_id = attempts.execution_id
+WHERE attempts.task_id = :task_id;
+
+-- name: node_output
+-- A node's recorded output.
+SELECT output_json FROM nodes WHERE execution_id = :execution_id AND node_id = :node_id;
+
+-- name: record_output
+-- Record a node's result, once.
+UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = ''
+WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNING', 'READY')
+  AND attempts = :attempt;
+
+-- name: end_attempt
+-- Record how an attempt ended.
+UPDATE attempts SET outcome = :outcome, error = :error, ended_ms = :now WHERE task_id = :task_id;
+
+-- name: make_ready
+-- Turn a node whose dependencies are recorded into a task.
+UPDATE nodes SET status = 'READY', ready_ms = :now, task_bytes = :task_bytes
+WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'PENDING';
+
+-- name: retry_node
+-- Make a node a task again after an attempt that failed or was lost.
+UPDATE nodes SET status = 'READY', ready_ms = :ready_ms, failed_attempts = failed_attempts + :failed,
+                 lost_attempts = lost_attempts + :lost
+WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNING', 'READY')
+  AND attempts = :attempt;
+
+-- name: fail_node
+-- End a node without a result.
+UPDATE nodes SET status = 'FAILED', error = :error, failed_attempts = failed_attempts + :failed,
+                 lost_attempts = lost_attempts + :lost
+WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNING', 'READY');
+
+-- name: cancel_nodes
+-- End what an execution has left.
+UPDATE nodes SET status = 'CANCELLED'
+WHERE execution_id = :execution_id AND status IN ('PENDING', 'READY', 'RUNNING');
+
+-- name: cancel_attempts
+-- End the attempts that were under way.
+UPDATE attempts SET outcome = 'CANCELLED', ended_ms = :now
+WHERE execution_id = :execution_id AND outcome = 'RUNNING';
+
+-- name: end_execution
+-- End a running execution.
+UPDATE executions SET status = :status, error = :error, ended_ms = :now
+WHERE execution_id = :execution_id AND status = 'RUNNING';
+
+-- name: renew_lease
+-- A worker holds the task still.
+UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
+WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
+
+-- name: shorten_leases
+-- A worker's connection broke: what it holds is lost unless it comes back in time.
+UPDATE attempts SET lease_expires_ms = min(lease_expires_ms, :lease_expires_ms), lease_loss = 'LOST'
+WHERE worker_id = :worker_id AND streamed = 1 AND outcome = 'RUNNING';
+
+-- name: restart_leases
+-- The server was restarted: what was handed out is interrupted unless its worker comes back in time.
+UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'INTERRUPTED'
+WHERE streamed = :streamed AND outcome = 'RUNNING';
+
+-- name: expired_attempts
+-- Attempts whose lease has run out.
+SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
+       attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes
+FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
+WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now;
+
+-- name: next_lease
+-- When the next lease runs out.
+SELECT min(lease_expires_ms) AS due FROM attempts WHERE outcome = 'RUNNING';
+
+-- name: due_tasks
+-- How many tasks of each version are due by now and were not due before.
+SELECT version_hash, task_bytes FROM nodes WHERE status = 'READY' AND ready_ms > :since AND ready_ms <= :now;
+
+-- name: next_retry
+-- When the next task that is not due yet will be.
+SELECT min(ready_ms) AS due FROM nodes WHERE status = 'READY' AND ready_ms > :now;

@@ -1,0 +1,349 @@
+"""The SQLite dialect: one process, one connection, one writer that commits what is waiting in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote
+
+from filelock import FileLock, Timeout
+
+from nexum_engine.clock import Clock
+from nexum_engine.errors import NexumError, StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.store.base import Store
+from nexum_engine.store.db import Db, Row, load_queries
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+APPLICATION_ID = 0x4E58554D
+"""In the file's header (SQLite's application_id): this is a Nexum database."""
+MINIMUM_SQLITE = (3, 37, 0)  # STRICT tables
+MAX_BATCH = 256  # transitions in one transaction
+_HEADER = b"SQLite format 3\x00"
+
+
+@dataclass
+class _Submission:
+    transition: Callable[[Db], Any]
+    future: asyncio.Future[Any]
+
+
+class SqliteStore(Store):
+    """A Nexum database in one SQLite file.
+
+    Group commit: transitions that are submitted while a transaction is being written, or in the same turn of the event
+    loop, share the next one, each in a savepoint of its own, so that one's failure is one caller's. SQLite's bug of
+    several writing connections (WAL reset, before 3.51.3) can't arise: there is one connection.
+    """
+
+    def __init__(self, path: Path, clock: Clock, lock: FileLock, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._clock = clock
+        self._lock = lock
+        self._connection = connection
+        self._queries = load_queries()
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[str] = self._loop.create_future()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
+        self._waiting: list[_Submission] = []
+        self._pump: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @classmethod
+    async def open(cls, database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> SqliteStore:
+        """Open or create the file. Raises StoreRefused or StoreLocked; a file that isn't ours is not touched."""
+        if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
+            raise StoreRefused(
+                f"this Python has SQLite {sqlite3.sqlite_version}; Nexum needs "
+                f"{'.'.join(map(str, MINIMUM_SQLITE))} or newer: use a newer Python"
+            )
+        path = database_path(database_url)
+        return await asyncio.to_thread(cls._open, path, clock, lock_timeout, asyncio.get_running_loop())
+
+    @classmethod
+    def _open(cls, path: Path, clock: Clock, lock_timeout: float, loop: asyncio.AbstractEventLoop) -> SqliteStore:
+        _check_file(path)
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock", mode=0o600, thread_local=False)
+            lock.acquire(timeout=lock_timeout)
+        except Timeout as error:
+            raise StoreLocked(
+                f"database {path} is in use by another Nexum server: stop that one, or give this one a database of "
+                "its own with --database-url sqlite:///path"
+            ) from error
+        except OSError as error:
+            raise StoreRefused(f"database {path} can't be opened: {error.strerror or error}") from error
+        try:
+            _check_file(path)
+            connection = _connect(path)
+        except BaseException:
+            lock.release()
+            raise
+
+        async def build() -> SqliteStore:
+            return cls(path, clock, lock, connection)
+
+        return asyncio.run_coroutine_threadsafe(build(), loop).result()
+
+    @property
+    def opened_as(self) -> str:
+        return str(self._path)
+
+    @property
+    def failed(self) -> asyncio.Future[str]:
+        return self._failed
+
+    def submit(self, transition: Callable[[Db], T]) -> Awaitable[T]:
+        future: asyncio.Future[T] = self._loop.create_future()
+        if self._closed or self._failed.done():
+            future.set_exception(StoreUnavailable("the server is stopping: ask again when it is back"))
+            return future
+        self._waiting.append(_Submission(transition, future))
+        if self._pump is None:
+            self._pump = self._loop.create_task(self._write_waiting())
+        return future
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._pump is not None:
+            await self._pump
+        await self._loop.run_in_executor(self._writer, self._connection.close)
+        self._writer.shutdown()
+        self._lock.release()
+
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                transitions = [submission.transition for submission in batch]
+                try:
+                    outcomes = await self._loop.run_in_executor(self._writer, self._run_batch, transitions)
+                except _CommitFailed as error:
+                    outcomes = [error.for_caller()] * len(batch)
+                    await self._recover(error)
+                for submission, outcome in zip(batch, outcomes, strict=True):
+                    if submission.future.cancelled():
+                        continue
+                    if isinstance(outcome, BaseException):
+                        submission.future.set_exception(outcome)
+                    else:
+                        submission.future.set_result(outcome)
+        finally:
+            self._pump = None
+
+    def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
+        """Runs in the writer thread. One outcome for each transition: its result, or the exception it raised."""
+        connection = self._connection
+        db = _SqliteDb(connection, self._queries, self._clock.now_ms())
+        outcomes: list[Any] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for transition in transitions:
+                connection.execute("SAVEPOINT transition")
+                try:
+                    outcomes.append(transition(db))
+                except sqlite3.Error as error:
+                    if not isinstance(error, sqlite3.IntegrityError):
+                        raise
+                    # A broken constraint is a bug of ours, and of this transition alone.
+                    outcomes.append(error)
+                    connection.execute("ROLLBACK TO transition")
+                except Exception as error:  # noqa: BLE001 - the caller's future carries it
+                    outcomes.append(error)
+                    connection.execute("ROLLBACK TO transition")
+                connection.execute("RELEASE transition")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise _CommitFailed(error) from error
+        return outcomes
+
+    async def _recover(self, error: _CommitFailed) -> None:
+        """After a failed transaction: forget the connection and read the file again, or give up."""
+        logger.error("database %s: %s", self._path, error)
+        try:
+            if not error.is_full:
+                # What a failed fsync left in the page cache may never reach the disk, so a re-read proves nothing.
+                raise error.cause
+            self._connection = await self._loop.run_in_executor(self._writer, self._reopen)
+        except (sqlite3.Error, NexumError) as reason:
+            if not self._failed.done():
+                self._failed.set_result(f"database {self._path} can't be trusted any more: {reason}")
+            for submission in self._waiting:
+                if not submission.future.done():
+                    submission.future.set_exception(error.for_caller())
+            self._waiting = []
+        if self.on_unknown is not None:
+            self.on_unknown()
+
+    def _reopen(self) -> sqlite3.Connection:
+        with contextlib.suppress(sqlite3.Error):  # the connection is given up; its error is known already
+            self._connection.close()
+        return _connect(self._path)
+
+
+class _CommitFailed(Exception):
+    """The transaction failed as a whole."""
+
+    def __init__(self, cause: sqlite3.Error) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+    @property
+    def is_full(self) -> bool:
+        # sqlite3.Error.sqlite_errorcode is there from Python 3.11 on only.
+        return "full" in str(self.cause)
+
+    def for_caller(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            "the database could not confirm the transaction, so whether it is stored is unknown: ask again"
+        )
+
+
+class _SqliteDb:
+    def __init__(self, connection: sqlite3.Connection, queries: Mapping[str, str], now_ms: int) -> None:
+        self._connection = connection
+        self._queries = queries
+        self.now_ms = now_ms
+
+    def all(self, query: str, **parameters: object) -> list[Row]:
+        return self._connection.execute(self._queries[query], parameters).fetchall()
+
+    def one(self, query: str, **parameters: object) -> Row | None:
+        row: Row | None = self._connection.execute(self._queries[query], parameters).fetchone()
+        return row
+
+    def run(self, query: str, **parameters: object) -> int:
+        return self._connection.execute(self._queries[query], parameters).rowcount
+
+
+def database_path(database_url: str) -> Path:
+    """The absolute path that a sqlite URL names: `sqlite:///relative`, `sqlite:////absolute`, `sqlite:///C:/path`, and
+    the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for anything else."""
+    rest, _, query = database_url.removeprefix("sqlite:").partition("?")
+    unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
+    name = unquote(rest.removeprefix("//"))
+    # The third slash separates an (empty) host from the path.
+    name = name[1:] if name.startswith("/") else name
+    if not rest.startswith("//") or unknown or not name or ":memory:" in name:
+        raise StoreRefused(
+            f"database URL {database_url!r} is not understood: use sqlite:///path, a file on this machine"
+        )
+    return Path(name).absolute()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what isn't a Nexum database, from its first 100 bytes alone, so that it stays as it is."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreRefused(f"database {path} can't be read: {error.strerror or error}") from error
+    if len(header) < 100 or not header.startswith(_HEADER):
+        raise StoreRefused(f"{path} is not a database: it was left untouched; name another file with --database-url")
+    # https://www.sqlite.org/fileformat.html#the_database_header
+    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise StoreRefused(
+            f"{path} is another program's database: it was left untouched; name another file with --database-url"
+        )
+    version = int.from_bytes(header[60:64], "big")
+    if version > len(_migrations()):
+        raise StoreRefused(
+            f"{path} has schema version {version}, made by a newer Nexum; this one knows {len(_migrations())}: "
+            "use the newer one"
+        )
+
+
+def _migrations() -> list[str]:
+    """The schema's steps, the first makes version 1."""
+    folder = files("nexum_engine.store") / "sqlite_migrations"
+    return [
+        entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".sql")
+    ]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        unclean = _was_unclean(path)
+        if not path.exists():
+            _create(path)
+        connection = _open_connection(path)
+        _migrate(connection)
+        connection.execute("PRAGMA journal_mode = WAL")
+        check = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if unclean else "ok"
+    except (sqlite3.Error, OSError) as error:
+        raise StoreRefused(f"database {path} can't be opened: {error}") from error
+    if check != "ok":
+        connection.close()
+        raise StoreRefused(f"database {path} is damaged: {check}")
+    return connection
+
+
+def _was_unclean(path: Path) -> bool:
+    """Whether the last server did not close the file: its write-ahead log is still there."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _create(path: Path) -> None:
+    """Make the database beside its place and move it there whole, so that a kill leaves no half of one."""
+    new = path.with_name(f"{path.name}.new-{uuid.uuid4().hex[:8]}")
+    try:
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        connection = _open_connection(new)
+        try:
+            _migrate(connection)
+        finally:
+            connection.close()
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    if sys.platform != "win32":  # Windows can't open a folder, and doesn't need it for the rename to last
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _open_connection(path: Path) -> sqlite3.Connection:
+    # autocommit: transactions are begun and ended by name; the writer thread is another one than the opener's.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=128)
+    connection.row_factory = sqlite3.Row
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    if sqlite3.sqlite_version_info < (3, 43, 0):
+        connection.create_function("octet_length", 1, _octet_length, deterministic=True)
+    return connection
+
+
+def _octet_length(text: str | None) -> int | None:
+    return None if text is None else len(text.encode("utf-8"))
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring the schema up to date, each step in a transaction with its version number."""
+    done = connection.execute("PRAGMA user_version").fetchone()[0]
+    for version, script in enumerate(_migrations()[done:], start=done + 1):
+        connection.executescript(
+            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};\n"
+            "COMMIT;"
+        )

@@ -1,0 +1,1 @@
+"""Generated gRPC code for proto/nexum.proto; `generate.py` makes it."""

@@ -1,0 +1,47 @@
+"""One table between the engine's errors and gRPC's status codes, read in both directions."""
+
+from __future__ import annotations
+
+import grpc
+
+from nexum_engine import errors
+
+STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
+    # The first class that fits counts, so a subclass stands above its base.
+    errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.IdempotencyConflict: grpc.StatusCode.ALREADY_EXISTS,
+    errors.Conflict: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+}
+
+_ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.TooLarge,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: errors.IdempotencyConflict,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.Conflict,
+    grpc.StatusCode.UNAVAILABLE: errors.ServerUnavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.ServerUnavailable,
+    grpc.StatusCode.CANCELLED: errors.ServerUnavailable,
+    grpc.StatusCode.UNIMPLEMENTED: errors.NotANexumServer,
+    grpc.StatusCode.UNKNOWN: errors.NotANexumServer,
+}
+
+
+def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
+    """The status that a server answers with; None for an error that is the server's own fault."""
+    return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), None)
+
+
+def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
+    """The error that a client raises for a failed call to `address`."""
+    code: grpc.StatusCode = rpc_error.code()
+    details = rpc_error.details() or code.name
+    kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
+    if kind is errors.ServerUnavailable:
+        return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")
+    if kind is errors.NotANexumServer:
+        return errors.NotANexumServer(f"what answers on {address} is not a Nexum server of this contract ({details})")
+    return kind(details)

@@ -1,0 +1,173 @@
+"""Workflows as data: the builder, the IR that goes over the wire, and the version hash.
+
+    PIPELINE = (
+        workflow("research-pipeline")
+        .effect("research", Claims)
+        .effect("report", Report)
+        .build()
+    )
+
+The IR is the published one: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...]}}}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nexum_engine import jsontext
+from nexum_engine.errors import InvalidRequest
+from nexum_engine.model import Compatibility, NodeType
+
+MAX_IR_BYTES = 1024 * 1024
+MAX_NODES = 1000
+MAX_ID_LENGTH = 200  # characters
+
+
+@dataclass(frozen=True)
+class NodeDefinition:
+    """A node before it runs. `output` checks what the worker's handler returns; the server never sees it."""
+
+    node_id: str
+    node_type: NodeType
+    dependencies: tuple[str, ...]
+    output: type[BaseModel] | None = None
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A built workflow, ready to be registered. `input` checks what an execution is started with."""
+
+    workflow_id: str
+    version_hash: str
+    ir_json: str
+    nodes: tuple[NodeDefinition, ...]
+    input: type[BaseModel] | None = None
+
+
+class WorkflowBuilder:
+    """Collects nodes; `build` checks them and computes the version."""
+
+    def __init__(self, workflow_id: str, input: type[BaseModel] | None = None) -> None:
+        self._workflow_id = workflow_id
+        self._input = input
+        self._nodes: list[NodeDefinition] = []
+
+    def effect(
+        self, node_id: str, output: type[BaseModel] | None = None, *, depends_on: Sequence[str] | None = None
+    ) -> WorkflowBuilder:
+        """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it."""
+        return self._add(node_id, NodeType.EFFECT, output, depends_on)
+
+    def compute(
+        self, node_id: str, output: type[BaseModel] | None = None, *, depends_on: Sequence[str] | None = None
+    ) -> WorkflowBuilder:
+        """Add a node that only computes. Without `depends_on` it depends on every node added before it."""
+        return self._add(node_id, NodeType.COMPUTE, output, depends_on)
+
+    def _add(
+        self, node_id: str, node_type: NodeType, output: type[BaseModel] | None, depends_on: Sequence[str] | None
+    ) -> WorkflowBuilder:
+        dependencies = tuple(node.node_id for node in self._nodes) if depends_on is None else tuple(depends_on)
+        self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output))
+        return self
+
+    def build(self) -> Workflow:
+        """The finished workflow. Raises InvalidRequest for no nodes, a name used twice, an unknown dependency, a cycle."""
+        names = [node.node_id for node in self._nodes]
+        if len(set(names)) != len(names):
+            raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes of one name: {names}")
+        ir = {
+            "nodes": {
+                node.node_id: {"type": node.node_type.value, "dependencies": list(node.dependencies)}
+                for node in self._nodes
+            }
+        }
+        ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        parse_ir(ir_json)
+        # The id is part of the hash: tasks are polled by hash alone, and two workflows of one shape must not share them.
+        digest = hashlib.sha256(f"{self._workflow_id}\n{ir_json}".encode()).hexdigest()
+        return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
+
+
+def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> WorkflowBuilder:
+    """Start a workflow definition."""
+    check_id(workflow_id, "workflow_id")
+    return WorkflowBuilder(workflow_id, input)
+
+
+def check_id(value: str, what: str) -> str:
+    """Raise InvalidRequest unless `value` can name something: not empty, not huge, printable."""
+    if not value:
+        raise InvalidRequest(f"{what} is empty")
+    if len(value) > MAX_ID_LENGTH:
+        raise InvalidRequest(f"{what} has {len(value):,} characters; the limit is {MAX_ID_LENGTH}")
+    if not value.isprintable():
+        raise InvalidRequest(f"{what} {value!r} has unprintable characters")
+    return value
+
+
+class _NodeIr(BaseModel):
+    # Published builders may add fields of their own for node types that this server doesn't run.
+    model_config = ConfigDict(extra="ignore")
+
+    type: str
+    dependencies: list[str] = []
+
+
+class _WorkflowIr(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    nodes: dict[str, _NodeIr]
+
+
+def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
+    """The nodes of an IR, dependencies first. Raises InvalidRequest, naming the node, for whatever can't run."""
+    document = jsontext.parse(ir_json, "ir_json", max_bytes=MAX_IR_BYTES)
+    try:
+        ir = _WorkflowIr.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise InvalidRequest(f"ir_json does not describe a workflow: {place}: {first['msg']}") from error
+    if not ir.nodes:
+        raise InvalidRequest("ir_json has no nodes: a workflow needs at least one")
+    if len(ir.nodes) > MAX_NODES:
+        raise InvalidRequest(f"ir_json has {len(ir.nodes):,} nodes; the limit is {MAX_NODES:,}")
+    known_types = {node_type.value for node_type in NodeType}
+    for node_id, node in ir.nodes.items():
+        check_id(node_id, "a node's name")
+        if node.type not in known_types:
+            raise InvalidRequest(
+                f"node {node_id!r} is of type {node.type!r}, which this server does not run; it runs "
+                f"{' and '.join(sorted(known_types, reverse=True))}"
+            )
+        for dependency in node.dependencies:
+            if dependency not in ir.nodes:
+                raise InvalidRequest(f"node {node_id!r} depends on {dependency!r}, which is not a node of the workflow")
+    try:
+        order = TopologicalSorter({node_id: node.dependencies for node_id, node in ir.nodes.items()}).static_order()
+        return {
+            node_id: NodeDefinition(
+                node_id,
+                NodeType(ir.nodes[node_id].type),
+                tuple(dict.fromkeys(ir.nodes[node_id].dependencies)),
+            )
+            for node_id in order
+        }
+    except CycleError as error:
+        raise InvalidRequest(f"ir_json has a cycle: {' -> '.join(error.args[1])}") from error
+
+
+def compatibility(old: Mapping[str, NodeDefinition], new: Mapping[str, NodeDefinition]) -> Compatibility:
+    """How `new` relates to the version registered before it."""
+    for node_id, before in old.items():
+        after = new.get(node_id)
+        if after is None or after.node_type != before.node_type or after.dependencies != before.dependencies:
+            return Compatibility.BREAKING
+    return Compatibility.SAFE if len(new) > len(old) else Compatibility.IDENTICAL
