@@ -1,0 +1,84 @@
+"""Run one function within a time limit, so that whatever it does stays its own failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+
+class StillRunning(Exception):
+    """The time is up and the function has not returned."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: object = None
+    error: BaseException | None = None
+
+
+async def run_contained(function: Callable[[], object], name: str, time_limit: float) -> object:
+    """Call it, in a thread of its own unless it is async, and return its result or raise its error.
+
+    Past the limit it raises StillRunning and leaves the function behind. A BaseException from inside becomes a
+    RuntimeError: a tool's CancelledError or SystemExit must not cancel or end the worker that awaits it.
+    """
+    running: asyncio.Future[_Outcome]
+    if inspect.iscoroutinefunction(_innermost(function)):
+        running = asyncio.ensure_future(_awaited(function))
+    else:
+        running = _in_thread(function, name)
+    try:
+        # Not wait_for: it would wait for the function to agree to its cancellation.
+        done, _ = await asyncio.wait({running}, timeout=time_limit)
+    finally:
+        running.cancel()
+    if not done:
+        raise StillRunning
+    outcome = running.result()
+    match outcome.error:
+        case None:
+            return outcome.value
+        case Exception() as error:
+            raise error
+        case error:
+            raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
+
+
+async def _awaited(function: Callable[[], object]) -> _Outcome:
+    try:
+        result = function()
+        assert isinstance(result, Awaitable)
+        return _Outcome(value=await result)
+    except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
+        return _Outcome(error=error)
+
+
+def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Outcome]:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Outcome] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def deliver(outcome: _Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def body() -> None:
+        try:
+            outcome = _Outcome(value=context.run(function))
+        except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
+            outcome = _Outcome(error=error)
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    # A daemon thread of its own, not a pool's: a hung call must not keep the process alive, nor others from starting.
+    threading.Thread(target=body, name=f"tool {name}", daemon=True).start()
+    return future
+
+
+def _innermost(function: Callable[[], object]) -> Callable[..., object]:
+    return getattr(function, "func", function)

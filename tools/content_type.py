@@ -1,0 +1,95 @@
+"""What a response claims to be, and its bytes as text."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from enum import Enum
+from typing import Literal
+
+_DEFAULT = "utf-8"
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_DECLARED_WITHIN = 4096  # bytes
+_META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w.:-]{1,40})", re.IGNORECASE)
+_XML = re.compile(rb"^\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
+# Python's codecs hold more than charsets (punycode, unicode_escape, zip ...); a page may only name these.
+_CHARSET = re.compile(
+    r"utf-(8|16|32)(-[bl]e)?|iso8859-\d+|cp\d+|koi8-\w|euc_\w+|gb\w+|big5\w*|shift_j\w+|mac-\w+|tis-620"
+)
+# As browsers do: what calls itself these is nearly always Windows' superset.
+_SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "tis-620": "cp874"}
+
+
+class Kind(Enum):
+    """How a body is read."""
+
+    HTML = "html"
+    JSON = "json"
+    TEXT = "text"  # XML too: its tags are its content
+
+
+def media_type(content_type: str) -> str:
+    """`Text/HTML; charset=x` is text/html."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def kind_of(content_type: str) -> Kind | None:
+    """None: can't be read as text. A response that doesn't say is taken for HTML, which holds plain text as well."""
+    match media_type(content_type):
+        case "" | "text/html" | "application/xhtml+xml":
+            return Kind.HTML
+        case "application/json" | "text/json":
+            return Kind.JSON
+        case "application/xml" | "application/x-ndjson" | "application/yaml" | "application/javascript":
+            return Kind.TEXT
+        case media if media.startswith("text/"):
+            return Kind.TEXT
+        case media if media.startswith("application/") and media.endswith("+json"):
+            return Kind.JSON
+        case media if media.startswith("application/") and media.endswith("+xml"):
+            return Kind.TEXT
+        case _:
+            return None
+
+
+def is_readable(content_type: str) -> bool:
+    """Whether it is worth reading the body."""
+    return kind_of(content_type) is not None
+
+
+def decoded(body: bytes, content_type: str) -> str | Literal[False]:
+    """The body's text, by its byte order mark, its header, its own declaration or as UTF-8. False: it is no text."""
+    encoding = _encoding(body, content_type)
+    if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in body[:_DECLARED_WITHIN]:
+        return False
+    return body.decode(encoding, "replace")
+
+
+def _encoding(body: bytes, content_type: str) -> str:
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if body.startswith(mark):
+            return encoding
+    header = re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", content_type, re.IGNORECASE)
+    if header and (charset := _charset(header[1])):
+        return charset
+    head = body[:_DECLARED_WITHIN]
+    declared = _XML.search(head) or (_META.search(head) if kind_of(content_type) is Kind.HTML else None)
+    if declared and (charset := _charset(declared[1].decode("ascii", "replace"))):
+        # It could be read as bytes, so it is not UTF-16, whatever it says.
+        return _DEFAULT if charset.startswith(("utf-16", "utf-32")) else charset
+    return _DEFAULT
+
+
+def _charset(label: str) -> str | None:
+    try:
+        name = codecs.lookup(label).name
+    except LookupError:
+        return None
+    name = _SUPERSETS.get(name, name)
+    return name if _CHARSET.fullmatch(name) else None
