@@ -78,7 +78,7 @@ class WorkflowBuilder:
         return self
 
     def build(self) -> Workflow:
-        """The finished workflow. Raises InvalidRequest for no nodes, a name used twice, an unknown dependency, a cycle."""
+        """The finished workflow. Raises InvalidRequest for no nodes, one name twice, an unknown dependency, a cycle."""
         names = [node.node_id for node in self._nodes]
         if len(set(names)) != len(names):
             raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes of one name: {names}")
@@ -90,7 +90,7 @@ class WorkflowBuilder:
         }
         ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         parse_ir(ir_json)
-        # The id is part of the hash: tasks are polled by hash alone, and two workflows of one shape must not share them.
+        # With the id: tasks are polled by hash alone, and two workflows of one shape must not share them.
         digest = hashlib.sha256(f"{self._workflow_id}\n{ir_json}".encode()).hexdigest()
         return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
 

@@ -17,6 +17,7 @@ from nexum_engine.store.transitions import Claim, ReadyTask
 
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""
+MAX_REMEMBERED_VERSIONS = 1000
 
 
 class _WaitingPoll:
@@ -49,8 +50,8 @@ class Dispatch:
         self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self.streamed_workers: set[str] = set()
-        """The workers that keep a WorkerStream; the others get a longer lease."""
+        self._streamed_workers: set[str] = set()
+        self._draining_workers: set[str] = set()
 
     # ---- Tasks -------------------------------------------------------------------------------------------------------
 
@@ -58,6 +59,8 @@ class Dispatch:
         self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
     ) -> Task | None:
         """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops."""
+        if worker_id in self._draining_workers:
+            return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
         deadline = self._clock.now_ms() + wait_ms
         for version_hash in version_hashes:
@@ -82,11 +85,21 @@ class Dispatch:
                 await self._idle(poll, left_ms)
         finally:
             for version_hash in version_hashes:
-                self._polls[version_hash].remove(poll)
-                self._last_poll_ms[version_hash] = self._clock.now_ms()
+                self._forget(poll, version_hash)
             if poll.claim is not None:
                 # The call was given up while its claim was under way: nobody is there to take the task.
                 self._release(poll.claim)
+
+    def _forget(self, poll: _WaitingPoll, version_hash: str) -> None:
+        polls = self._polls[version_hash]
+        polls.remove(poll)
+        if not polls:
+            del self._polls[version_hash]
+        now_ms = self._clock.now_ms()
+        self._last_poll_ms[version_hash] = now_ms
+        if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
+            recent = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
+            self._last_poll_ms = recent
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
         loop = asyncio.get_running_loop()
@@ -100,7 +113,7 @@ class Dispatch:
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.missed = False
-        streamed = poll.worker_id in self.streamed_workers
+        streamed = poll.worker_id in self._streamed_workers
         lease_ms = self._lease_ms if streamed else 2 * self._lease_ms
         poll.claim = asyncio.ensure_future(
             self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
@@ -128,8 +141,18 @@ class Dispatch:
             last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
         )
 
+    def worker_connected(self, worker_id: str) -> None:
+        """The worker keeps a WorkerStream: what it takes has the shorter lease, which its beats renew."""
+        self._streamed_workers.add(worker_id)
+
+    def worker_disconnected(self, worker_id: str) -> None:
+        """Its stream ended."""
+        self._streamed_workers.discard(worker_id)
+        self._draining_workers.discard(worker_id)
+
     def drain(self, worker_id: str) -> None:
-        """The worker takes no more tasks: answer the polls that it has waiting."""
+        """The worker takes no more tasks until its stream ends: answer the polls that it has waiting."""
+        self._draining_workers.add(worker_id)
         for polls in self._polls.values():
             for poll in polls:
                 if poll.worker_id == worker_id:

@@ -64,7 +64,7 @@ class Liveness:
                 if not worker_id:
                     worker_id = check_id(beat.worker_id, "worker_id")
                     self._streams[worker_id] = token
-                    self._dispatch.streamed_workers.add(worker_id)
+                    self._dispatch.worker_connected(worker_id)
                 if beat.draining:
                     self._dispatch.drain(worker_id)
                 await self._store.renew(worker_id, tuple(beat.task_ids), self._lease_ms)
@@ -73,7 +73,7 @@ class Liveness:
             # A worker that came back on a new stream keeps what it has.
             if worker_id and self._streams.get(worker_id) is token:
                 del self._streams[worker_id]
-                self._dispatch.streamed_workers.discard(worker_id)
+                self._dispatch.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
                     self._in_background(self._disconnected(worker_id))
 

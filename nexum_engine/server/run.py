@@ -77,9 +77,8 @@ async def run_server(
         await server.start()
         try:
             on_ready(f"{address.rpartition(':')[0]}:{port}", store.opened_as)
-            stopping = asyncio.ensure_future(stop.wait())
-            await asyncio.wait({stopping, store.failed}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
+            store.failed.add_done_callback(lambda _: stop.set())
+            await stop.wait()
         finally:
             # grpc waits for calls under way, so those that only wait are answered first.
             await dispatch.stop()

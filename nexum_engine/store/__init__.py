@@ -11,7 +11,7 @@ from nexum_engine.store.base import Store
 
 DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
 
-__all__ = ["DEFAULT_DATABASE_URL", "Store", "open_store"]
+__all__ = ["DEFAULT_DATABASE_URL", "Store", "database_exists", "open_store"]
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
@@ -30,3 +30,12 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
             "PostgreSQL is not supported yet: use sqlite:///path, and one server for all workers on all machines"
         )
     raise StoreRefused(f"database URL {database_url!r} is not understood: use sqlite:///path")
+
+
+def database_exists(database_url: str) -> bool:
+    """Whether there is something to open: looking at records should not create a database."""
+    if not database_url.startswith("sqlite:"):
+        return True
+    from nexum_engine.store.sqlite import database_path
+
+    return database_path(database_url).exists()

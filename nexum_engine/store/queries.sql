@@ -163,8 +163,8 @@ UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE execution_id = :execution_id AND status = 'RUNNING';
 
 -- name: renew_lease
--- A worker holds the task still.
-UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
+-- A worker says on its stream that it holds the task still.
+UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
 
 -- name: shorten_leases

@@ -1,0 +1,195 @@
+"""The embedded Nexum server, and a look at what it has recorded.
+
+    python -m nexum_engine                        start the server
+    python -m nexum_engine ps                     list executions
+    python -m nexum_engine show EXECUTION         one execution: nodes, attempts, workers, times, errors
+    python -m nexum_engine cancel EXECUTION       cancel one
+
+ps, show and cancel ask the running server; where none answers they open the database themselves, so they work after a
+demo has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nexum_engine import VERSION, report
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.clock import SystemClock
+from nexum_engine.errors import NexumError, ServerUnavailable, StoreRefused
+from nexum_engine.model import Execution
+from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_LEASE = 30.0  # seconds
+LOOK_PATIENCE = 3.0  # seconds for a server that is just ending
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nexum_engine",
+        description="The embedded Nexum server. Without a command it starts and serves until Ctrl+C.",
+    )
+    parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
+    parser.add_argument(
+        "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="a loopback address (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lease",
+        type=_positive,
+        default=DEFAULT_LEASE,
+        metavar="SECONDS",
+        help="how long a silent worker keeps its tasks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_not_negative,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait for another server to let go of the port and the database (default: not at all)",
+    )
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
+    )
+    _add_database(parser, os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL)
+    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
+    ps = commands.add_parser("ps", help="list executions, newest first")
+    ps.add_argument("--workflow", default="", help="only this workflow's")
+    ps.add_argument("--status", default="", type=str.upper, help="only those RUNNING, COMPLETED, FAILED or CANCELLED")
+    ps.add_argument("--limit", type=_count, default=20, help="how many (default: %(default)s, at most 1000)")
+    show = commands.add_parser("show", help="one execution with its nodes and attempts")
+    cancel = commands.add_parser("cancel", help="cancel an execution")
+    for command in (show, cancel):
+        command.add_argument("execution", metavar="EXECUTION", help="its id, as ps prints it")
+    for command in (ps, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    for command in (ps, show, cancel):
+        command.add_argument(
+            "--nexum",
+            default=os.environ.get("NEXUM_ADDRESS") or None,
+            metavar="HOST:PORT",
+            help=f"the server to ask (default: {DEFAULT_ADDRESS}, else the database)",
+        )
+        _add_database(command, argparse.SUPPRESS)
+    return parser
+
+
+def _add_database(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--database-url",
+        default=default,
+        metavar="URL",
+        help=f"sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
+    )
+
+
+def _positive(text: str) -> float:
+    value = _not_negative(text)
+    if value < 0.1:
+        raise argparse.ArgumentTypeError(f"{text} is too short: give 0.1 or more seconds")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000")
+    return value
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Start the server and serve until told to stop."""
+    from nexum_engine.server import run_server
+    from nexum_engine.shutdown import stop_event
+
+    def on_ready(address: str, database: str) -> None:
+        print(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)", flush=True)
+
+    await run_server(
+        args.listen,
+        args.database_url,
+        lease=args.lease,
+        patience=args.patience,
+        stop=stop_event(until_stdin_closes=args.until_stdin_closes),
+        on_ready=on_ready,
+    )
+
+
+async def look(args: argparse.Namespace) -> str:
+    """Run ps, show or cancel; what to print."""
+    try:
+        async with NexumClient(args.nexum or DEFAULT_ADDRESS) as client:
+
+            async def get(execution_id: str) -> Execution:
+                return (await client.get_execution(execution_id, with_attempts=True)).execution
+
+            async def list_(workflow_id: str, status: str, limit: int) -> list[Execution]:
+                return await client.list_executions(workflow_id=workflow_id, status=status, limit=limit)
+
+            return await _answer(args, list_, get, client.cancel_execution)
+    except ServerUnavailable:
+        if args.nexum:
+            raise
+    if not database_exists(args.database_url):
+        raise StoreRefused(f"no server on {DEFAULT_ADDRESS}, and no database at {args.database_url}: nothing recorded")
+    store = await open_store(args.database_url, SystemClock(), lock_timeout=LOOK_PATIENCE)
+    try:
+        return await _answer(
+            args, store.list_executions, lambda one: store.get_execution(one, True), store.cancel_execution
+        )
+    finally:
+        await store.close()
+
+
+async def _answer(
+    args: argparse.Namespace,
+    list_executions: Callable[[str, str, int], Awaitable[list[Execution]]],
+    get_execution: Callable[[str], Awaitable[Execution]],
+    cancel_execution: Callable[[str], Awaitable[Any]],
+) -> str:
+    if args.command == "ps":
+        executions = await list_executions(args.workflow, args.status, args.limit)
+        return report.as_json(executions) if args.json else report.table(executions, SystemClock().now_ms())
+    if args.command == "show":
+        execution = await get_execution(args.execution)
+        return report.as_json(execution) if args.json else report.details(execution)
+    await cancel_execution(args.execution)
+    return f"{args.execution} is CANCELLED"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command is None:
+            asyncio.run(serve(args))
+        else:
+            print(asyncio.run(look(args)))
+    except NexumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ServerUnavailable) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        # A console that can't show a character shows a question mark instead of a traceback.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Executions for a person (80 columns) and for a program (JSON)."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+
+from nexum_engine.model import Attempt, Execution
+
+WIDTH = 80
+_EXCERPT_LINES = 4
+
+
+def as_json(executions: Sequence[Execution] | Execution) -> str:
+    """The records as they are, indented."""
+    value = asdict(executions) if isinstance(executions, Execution) else [asdict(one) for one in executions]
+    return json.dumps(value, indent=2, ensure_ascii=True)
+
+
+def table(executions: Sequence[Execution], now_ms: int) -> str:
+    """One line an execution, newest first."""
+    if not executions:
+        return "no executions"
+    lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<9} WORKFLOW"]
+    lines += [
+        f"{one.execution_id:<41} {one.status.value:<9} {age(now_ms - one.created_ms):<9} {_cut(one.workflow_id, 18)}"
+        for one in executions
+    ]
+    return "\n".join(lines)
+
+
+def details(execution: Execution) -> str:
+    """One execution with its nodes and attempts."""
+    took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
+    lines = [
+        f"execution  {execution.execution_id}",
+        f"workflow   {execution.workflow_id}",
+        f"version    {execution.version_hash}",
+        f"status     {execution.status.value}",
+        f"started    {_moment(execution.created_ms)}{took}",
+    ]
+    if execution.idempotency_key:
+        lines += _field("key", execution.idempotency_key)
+    lines += _field("input", execution.input_json)
+    if execution.error:
+        lines += _field("error", execution.error)
+    for node in execution.nodes:
+        lines += ["", f"node {node.node_id} ({node.node_type}) {node.status.value}"]
+        for attempt in node.attempts:
+            lines += _attempt(attempt)
+        if node.error and (not node.attempts or node.attempts[-1].error != node.error):
+            lines += _field("  note", node.error)
+        if node.output_json is not None:
+            lines += _field("  output", node.output_json)
+    return "\n".join(lines)
+
+
+def _attempt(attempt: Attempt) -> list[str]:
+    took = seconds(attempt.started_ms, attempt.ended_ms) if attempt.ended_ms else "still running"
+    lines = [
+        f"  attempt {attempt.attempt:<2} {attempt.outcome.value:<11} {_moment(attempt.started_ms)}  {took}",
+        f"             worker {_cut(attempt.worker_id, WIDTH - 20)}",
+    ]
+    if attempt.error:
+        lines += _wrapped(attempt.error, " " * 13)
+    return lines
+
+
+def _field(name: str, value: str) -> list[str]:
+    lines = _wrapped(value, " " * 11)
+    return [f"{name:<10} {lines[0].lstrip()}", *lines[1:]] if lines else []
+
+
+def _wrapped(value: str, indent: str) -> list[str]:
+    # Long words are broken: JSON has few spaces, and a terminal would break them anywhere.
+    lines = textwrap.wrap(
+        _printable(value[: WIDTH * (_EXCERPT_LINES + 1)]), WIDTH - 1, initial_indent=indent, subsequent_indent=indent
+    )
+    if len(lines) > _EXCERPT_LINES or len(value) > WIDTH * (_EXCERPT_LINES + 1):
+        lines = [*lines[:_EXCERPT_LINES], f"{indent}... ({len(value):,} characters; --json has them all)"]
+    return lines
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _moment(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
+
+
+def seconds(start_ms: int, end_ms: int | None) -> str:
+    """A duration."""
+    return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
+
+
+def age(ms: int) -> str:
+    """How long ago, in its largest unit."""
+    amount, unit = ms / 1000, "s"
+    for size, larger in ((60, "min"), (60, "h"), (24, "d")):
+        if amount < size:
+            break
+        amount, unit = amount / size, larger
+    return f"{int(amount)} {unit} ago"

@@ -1,0 +1,308 @@
+"""The worker runtime: takes tasks, runs handlers, reports, and shows the server that it is alive.
+
+async def greet(task: TaskContext) -> Greeting: ...
+
+worker = Worker(client, [Binding(GREETING, {"greet": greet})], concurrency=4)
+await worker.run(stop)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from pydantic import BaseModel, ValidationError
+
+from nexum_engine import jsontext
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import (
+    FinalError,
+    InvalidRequest,
+    NexumError,
+    ServerUnavailable,
+    StaleTask,
+    TaskNotFound,
+)
+from nexum_engine.model import Task
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.workflow import NodeDefinition, Workflow
+
+POLL_WAIT = 20.0  # seconds that one poll may wait for a task
+REPORT_PATIENCE = 300.0  # seconds to try to report a result while no server answers
+FIRST_BEAT_INTERVAL = 10.0  # seconds, until the server names its lease
+SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server that doesn't hold them
+RECONNECT_DELAY = 0.1  # seconds
+SAY_WAITING_EVERY = 10.0  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a handler gets."""
+
+    input: Any
+    """The execution's input."""
+    deps: Mapping[str, Any]
+    """The recorded output of each node that this one depends on directly."""
+    execution_id: str
+    node_id: str
+    attempt: int
+    """From 1."""
+    idempotency_key: str
+    """The same at every attempt: pass it to a target that honours it, and it sees the effect once."""
+
+
+Handler = Callable[[TaskContext], Awaitable[Any]]
+"""Returns a pydantic model or a JSON value. An exception fails the attempt, which is then retried; FinalError isn't."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A workflow and the handler of each of its nodes."""
+
+    workflow: Workflow
+    handlers: Mapping[str, Handler]
+
+
+class Worker:
+    """Runs tasks of some workflows until it is told to stop, then finishes what it holds.
+
+    `describe` names a task in the log; `after_report` is called when a report was acknowledged and before the slot
+    polls again. `worker_id` defaults to one that names host and process.
+    """
+
+    def __init__(
+        self,
+        client: NexumClient,
+        bindings: Sequence[Binding],
+        *,
+        concurrency: int = 4,
+        worker_id: str | None = None,
+        describe: Callable[[TaskContext], str] | None = None,
+        after_report: Callable[[Task], None] | None = None,
+    ) -> None:
+        if concurrency < 1:
+            raise InvalidRequest(f"concurrency is {concurrency}; a worker needs at least 1 slot")
+        for binding in bindings:
+            names = {node.node_id for node in binding.workflow.nodes}
+            if names != set(binding.handlers):
+                raise InvalidRequest(
+                    f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, "
+                    f"its handlers are for {sorted(binding.handlers)}"
+                )
+        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._client = client
+        self._bindings = {binding.workflow.version_hash: binding for binding in bindings}
+        self._concurrency = concurrency
+        self._describe = describe or (lambda task: task.node_id)
+        self._after_report = after_report
+        self._held: set[str] = set()
+        self._connected = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        self._beat_interval = FIRST_BEAT_INTERVAL
+        self._streams = True
+        self._draining = False
+        self._closing = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set and what was taken is reported. Raises what a broken server or contract raises."""
+        stream = asyncio.create_task(self._stay_connected(), name="worker stream")
+        slots = [asyncio.create_task(self._slot(), name=f"slot {n + 1}") for n in range(self._concurrency)]
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            watched: set[asyncio.Future[Any]] = {stream, stopping, *slots}
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            for running in (stream, *slots):
+                if running.done():
+                    running.result()
+            await self._drain(slots)
+        finally:
+            self._closing = True
+            self._beat_now.set()
+            for task in (stream, stopping, *slots):
+                task.cancel()
+            await asyncio.gather(stream, stopping, *slots, return_exceptions=True)
+
+    async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
+        self._draining = True
+        if self._held:
+            logger.info("stopping: finishing %d task(s) first (Ctrl+C again to leave them)", len(self._held))
+        self._beat_now.set()
+        # A slot that waits for the server has nothing to finish.
+        self._connected.set()
+        await asyncio.gather(*slots, return_exceptions=True)
+
+    # ---- The connection ----------------------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        """Register, open the stream, keep it, and begin again when it breaks."""
+        was_connected = False
+        said_at: float | None = None
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                for binding in self._bindings.values():
+                    await self._client.register_workflow(binding.workflow)
+                if not self._streams:
+                    self._connected.set()
+                    await asyncio.Event().wait()
+                async for ack in self._client.worker_stream(self._beats()):
+                    if not self._connected.is_set():
+                        logger.info(
+                            "%s %s as worker %s",
+                            "connected again to" if was_connected else "connected to",
+                            self._client.address,
+                            self.worker_id,
+                        )
+                    self._beat_interval = ack.lease_ms / 3000
+                    was_connected, said_at = True, None
+                    self._connected.set()
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    logger.warning(
+                        "the server on %s has no WorkerStream: it counts a silent worker as lost after its own limit",
+                        self._client.address,
+                    )
+                    self._streams = False
+                    continue
+            except ServerUnavailable:
+                pass  # said below, and tried again
+            self._connected.clear()
+            if said_at is None or loop.time() - said_at >= SAY_WAITING_EVERY:
+                said_at = loop.time()
+                logger.warning(
+                    "%s on %s: waiting for one (start it with: python -m nexum_engine)",
+                    "the Nexum server is gone" if was_connected else "no Nexum server",
+                    self._client.address,
+                )
+            await asyncio.sleep(RECONNECT_DELAY)
+
+    async def _beats(self) -> AsyncIterator[pb.WorkerBeat]:
+        while not self._closing:
+            self._beat_now.clear()
+            yield pb.WorkerBeat(worker_id=self.worker_id, task_ids=sorted(self._held), draining=self._draining)
+            try:
+                await asyncio.wait_for(self._beat_now.wait(), self._beat_interval)
+            except (asyncio.TimeoutError, TimeoutError):
+                continue
+
+    # ---- One slot ----------------------------------------------------------------------------------------------------
+
+    async def _slot(self) -> None:
+        versions = list(self._bindings)
+        turn = 0
+        while True:
+            await self._connected.wait()
+            if self._draining:
+                return
+            # A server without streams has never heard of several versions in one poll, either.
+            asked = versions if self._streams else [versions[turn % len(versions)]]
+            turn += 1
+            try:
+                task = await self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT)
+            except ServerUnavailable:
+                await asyncio.sleep(RECONNECT_DELAY)
+                continue
+            if task is not None:
+                self._held.add(task.task_id)
+                try:
+                    await self._run_task(task)
+                finally:
+                    self._held.discard(task.task_id)
+            elif not self._streams:
+                await asyncio.sleep(SHORT_POLL_INTERVAL)
+
+    async def _run_task(self, task: Task) -> None:
+        binding = self._bindings[task.version_hash]
+        node = next(node for node in binding.workflow.nodes if node.node_id == task.node_id)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        context = _context(task)
+        name = self._describe(context)
+        what = f"{name}, execution {task.execution_id}, attempt {task.attempt}"
+        logger.info("started  %s", what)
+        try:
+            output = await self._output(binding.handlers[task.node_id], context, node)
+        except (FinalError, InvalidRequest) as error:
+            await self._report(what, start, self._failure(task, str(error), final=True), f"failed for good: {error}")
+        except NexumError as error:
+            await self._report(what, start, self._failure(task, str(error), final=False), f"failed: {error}")
+        except Exception as error:  # noqa: BLE001 - reported to the server
+            reason = f"{type(error).__name__}: {error}"
+            await self._report(what, start, self._failure(task, reason, final=False), f"failed: {reason}")
+        else:
+            await self._report(what, start, self._success(task, output), "finished")
+        if self._after_report is not None:
+            self._after_report(task)
+
+    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
+        """The handler's result as JSON text, checked against the node's output model."""
+
+        async def contained() -> Any:
+            try:
+                return await handler(context)
+            except (Exception, asyncio.CancelledError):
+                raise
+            except BaseException as error:
+                # SystemExit and its like would end the event loop, and every other task with it.
+                raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
+
+        try:
+            result = await asyncio.ensure_future(contained())
+        except asyncio.CancelledError as error:
+            if self._closing:
+                raise
+            raise RuntimeError("the handler cancelled itself") from error
+        if node.output is not None and not isinstance(result, node.output):
+            try:
+                result = node.output.model_validate(result)
+            except ValidationError as error:
+                raise FinalError(f"node {node.node_id!r} returned no {node.output.__name__}: {error}") from error
+        text = result.model_dump_json() if isinstance(result, BaseModel) else jsontext.dump(result, "the result")
+        jsontext.check_size(text, "the result")
+        return text
+
+    async def _success(self, task: Task, output: str) -> None:
+        try:
+            await self._client.complete_task(task.task_id, output, patience=REPORT_PATIENCE)
+        except InvalidRequest as error:
+            await self._failure(task, f"the server refused the result: {error}", final=True)
+            raise
+
+    async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
+        await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
+
+    async def _report(self, what: str, start: float, report: Awaitable[None], outcome: str) -> None:
+        try:
+            # A report that was begun is finished, also when the worker is cancelled meanwhile.
+            await asyncio.shield(asyncio.ensure_future(report))
+        except (StaleTask, TaskNotFound, InvalidRequest) as error:
+            outcome = f"refused by the server: {error}"
+        except ServerUnavailable as error:
+            outcome = f"not reported, it will run again: {error}"
+        seconds = asyncio.get_running_loop().time() - start
+        logger.log(
+            logging.INFO if outcome == "finished" else logging.WARNING, "%s %s, %.2f s", f"{outcome:<8}", what, seconds
+        )
+
+
+def _context(task: Task) -> TaskContext:
+    # A task's text is several payloads together, each of which was checked when it was stored.
+    document = jsontext.parse(task.input_json or "null", "the task's input_json", max_bytes=2**40)
+    parts = document if isinstance(document, dict) else {}
+    return TaskContext(
+        input=parts.get("input"),
+        deps=parts.get("deps") or {},
+        execution_id=task.execution_id,
+        node_id=task.node_id,
+        attempt=task.attempt,
+        idempotency_key=task.idempotency_key,
+    )
