@@ -17,8 +17,9 @@ from model_choice import ANTHROPIC, GEMINI, OPENAI
 # drops the signature (microsoft/autogen#7136). Google documents this value for calls that carry none.
 UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
 
-HEADERS_SENT = frozenset(
-    "host accept accept-encoding connection user-agent authorization content-type content-length".split()
+HEADERS_SENT = (
+    *("host", "accept", "accept-encoding", "connection", "user-agent"),
+    *("authorization", "content-type", "content-length"),
 )
 
 FAMILIES: Mapping[str, str] = {

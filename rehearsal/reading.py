@@ -1,0 +1,223 @@
+"""How the rehearsal reads: words, sentences, what a question asks for. Pure functions; nothing here knows a model."""
+
+import re
+from collections.abc import Sequence
+
+MAX_SEARCHES = 3
+SHORTEST_QUOTE = 5  # words; below that a sentence says too little on its own
+
+STOPWORDS = frozenset(
+    """
+    a about an and any are as at be been but by can could did do does for from had has have how i if in into is it its
+    many may me might more most much my no not of on or our please s should so some t tell than that the their them
+    then there these they this to us use used using was we were what when where which who whom whose why will with
+    work works would you your explain describe give find show compare compared comparison difference differences
+    between versus vs both mean means answer briefly question
+    """.split()  # noqa: SIM905  (a hundred quoted words would be harder to read)
+)
+
+# The longest first; each with what takes its place, so that forms of one word end alike.
+_ENDINGS = (
+    ("ability", "abl"),
+    ("ibility", "ibl"),
+    ("ations", "at"),
+    ("ation", "at"),
+    ("encies", "ent"),
+    ("ency", "ent"),
+    ("ings", ""),
+    ("ing", ""),
+    ("ions", ""),
+    ("ion", ""),
+    ("ies", ""),
+    ("ied", ""),
+    ("ers", "er"),
+    ("ed", ""),
+    ("es", ""),
+    ("ly", ""),
+    ("s", ""),
+    ("e", ""),
+    ("y", ""),
+)
+_OPENING = re.compile(
+    r"^(?:(?:please|and|so|but)\s+|tell me\s+|explain\s+|describe\s+|show me\s+|find\s+|compare\s+|comparing\s+)*"
+    r"(?:(?:what|which|who|how|why|when|where)(?:'s|\s+(?:is|are|was|were|does|do|did|can|should|much|many))*\s+"
+    r"|(?:is|are|was|were|does|do|did|can|should)\s+(?:i|we|you|one)\s+(?:use|choose|prefer|pick)?\s*)?"
+    r"(?:(?:a |the )?(?:comparison|differences?)\s+(?:of|between|in)\s+)?(?:the\s+|a\s+|an\s+|both\s+)?",
+    re.IGNORECASE,
+)
+_COMPARES = re.compile(r"\b(?:vs|versus|compare[ds]?|comparing|comparison|differences?|or)\b", re.IGNORECASE)
+_BETWEEN_SUBJECTS = re.compile(
+    r"\s*,\s*(?:and|or)\s+|\s*,\s*|\s+(?:and|or|vs\.?|versus|compared (?:to|with))\s+", re.IGNORECASE
+)
+_ATTRIBUTE = re.compile(r"^(.+\s(?:of|in|for|between)\s+(?:the\s+)?)(\S.*)$", re.IGNORECASE)
+_QUALIFIER = re.compile(r"^(\S.*?)(\s+(?:in|for|on|at|during)\s+.+)$")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(]*[A-Z0-9À-ÞА-Я])")
+_ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Dr|Mr|Mrs|Ms|Prof|St|No|approx|ca)|\b[A-Z](?:\.[A-Z])*)\.$")
+_LARGE_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d (?:million|billion)")
+_LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")  # on the sentence before
+_QUOTED = re.compile(r'"([^"]+)"\s+\[\d+\]')
+
+
+def words(text: str) -> list[str]:
+    """The content words of a text, lower-case and without their endings, in order."""
+    found = re.findall(r"\w+", text.lower().replace("'s", ""))
+    return [stem(word) for word in found if word not in STOPWORDS]
+
+
+def stem(word: str) -> str:
+    """A word without its ending, so that thread, threads and threading are one. Crude, and the same everywhere."""
+    for ending, replacement in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) + len(replacement) >= 3:
+            word = word[: len(word) - len(ending)] + replacement
+            if ending in ("ing", "ings", "ed") and len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":
+                word = word[:-1]  # running, run
+            return word
+    return word
+
+
+def plan_searches(question: str) -> list[str]:
+    """One to three searches. A comparison becomes one for each subject, each with what is asked about it.
+
+    "What is the population of Tokyo vs New York?" asks for "population of Tokyo" and "population of New York".
+    """
+    asked = [part.strip() for part in re.split(r"(?<=[?])\s+", question.strip()) if "?" in part] or [question.strip()]
+    planned: list[str] = []
+    for part in asked:
+        for query in _subjects(" ".join(part.split()).strip(" ?!.\"'")):
+            if query not in planned and words(query):
+                planned.append(query)
+    return planned[:MAX_SEARCHES]
+
+
+def _subjects(question: str) -> list[str]:
+    core = _OPENING.sub("", question, count=1).strip()
+    if not words(core):
+        core = question
+    parts = [part.strip() for part in _BETWEEN_SUBJECTS.split(core) if part.strip()]
+    if len(parts) < 2:
+        return [core]
+    attribute = _ATTRIBUTE.match(parts[0])
+    # "A and B" may be one subject. It is two where the question compares, or asks one thing of several names.
+    names = all(re.match(r"(?:of |in |for )?(?:the )?[A-Z0-9]", part) for part in parts[1:])
+    if not (_COMPARES.search(question) or (names and (attribute or parts[0][:1].isupper()))):
+        return [core]
+    return _complete(parts, attribute)
+
+
+def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
+    """Give every part what only one of them says: "Tokyo, New York population" both ask for the population."""
+    first, *others = parts
+    if attribute and len(words(attribute[1])) > 0:
+        prefix, first = attribute[1], attribute[2]
+        others = [re.sub(r"^(?:of|in|for)\s+(?:the\s+)?", "", other) for other in others]
+    else:
+        prefix = ""
+    last = others[-1]
+    qualifier = _QUALIFIER.match(last)
+    trailing = re.match(r"^((?:[A-Z0-9]\S*\s+)*[A-Z0-9]\S*)((?:\s+[a-z]\S*)+)$", last)
+    suffix = ""
+    if qualifier and not _QUALIFIER.match(first):
+        others[-1], suffix = qualifier[1], qualifier[2]
+    elif trailing and first[:1].isupper() and " " not in prefix:
+        others[-1], suffix = trailing[1], trailing[2]
+    asks_itself = [bool(prefix) and bool(_ATTRIBUTE.match(other)) for other in others]
+    completed = [prefix + first + suffix]
+    for other, alone in zip(others, asks_itself, strict=True):
+        completed.append(other + suffix if alone else prefix + other + suffix)
+    return [query for query in completed if words(query)]
+
+
+def sentences(text: str) -> list[str]:
+    """Whole sentences of prose in a Markdown text, each exactly as it stands there.
+
+    Headings, tables and code are left out, and so is a sentence with a double quote in it, which could not be quoted.
+    """
+    found: list[str] = []
+    for block in _prose_blocks(text):
+        start = 0
+        ends = [match.start() for match in _SENTENCE_END.finditer(block)] + [len(block)]
+        for end in ends:
+            sentence = block[start:end].strip()
+            if end < len(block) and _ABBREVIATION.search(sentence):
+                continue
+            start = end
+            if sentence.endswith((".", "!", "?")) and '"' not in sentence and len(sentence.split()) >= SHORTEST_QUOTE:
+                found.append(sentence)
+    return found
+
+
+def _prose_blocks(text: str) -> list[str]:
+    blocks: list[str] = []
+    in_code = False
+    current: list[str] = []
+    for line in [*text.split("\n"), ""]:
+        bare = line.strip()
+        if bare.startswith(("```", "~~~")):
+            in_code = not in_code
+            bare = ""
+        marker = re.match(r"(?:[-*+]|\d+[.)])\s+", bare)
+        if in_code or not bare or marker or bare.startswith(("#", "|", ">", "[cut:")):
+            if current:
+                blocks.append("\n".join(current))
+            current = []
+            if marker and not in_code:
+                current = [bare[marker.end() :]]
+        else:
+            current.append(line)
+    return blocks
+
+
+def coverage(query: str, text: str) -> float:
+    """The share of the query's content words that the text holds."""
+    asked = set(words(query))
+    return len(asked & set(words(text))) / len(asked) if asked else 0.0
+
+
+def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> list[str]:
+    """Up to `limit` sentences of the text that say most about the query, in the order in which they stand.
+
+    A word that the title says counts half: every sentence of the page is about it.
+    """
+    asked = set(words(query))
+    named = set(words(title))
+    counts_people = re.search(r"\b(?:populations?|people|inhabitants|many)\b", query.lower())
+    scored: list[tuple[float, int, str]] = []
+    for position, sentence in enumerate(sentences(text)):
+        said = set(words(sentence))
+        score = sum(0.5 if word in named else 1.0 for word in asked & said)
+        if not score:
+            continue
+        if counts_people and _LARGE_NUMBER.search(sentence):
+            score += 1.0
+        if asked & set(words(" ".join(sentence.split()[:3]))):
+            score += 0.5  # it is about the subject, not only in passing
+        if sentence.startswith(_LEANING):
+            score -= 0.5
+        score += 1.0 / (position + 1)  # pages open with what matters most
+        scored.append((score, position, sentence))
+    best = sorted(scored, key=lambda entry: (-entry[0], entry[1]))[:limit]
+    return [sentence for _, _, sentence in sorted(best, key=lambda entry: entry[1])]
+
+
+def quoted(text: str) -> list[str]:
+    """The sentences that an answer of this model quotes, each followed there by its source's number."""
+    return _QUOTED.findall(text)
+
+
+def best_passage(query: str, text: str, limit: int) -> str:
+    """The part of a text that says most about the query: one or more whole sentences, up to `limit` characters."""
+    everything = sentences(text)
+    chosen = choose_sentences(query, text, 1) or everything[:1]
+    if not chosen:
+        return text.strip()[:limit]
+    start = everything.index(chosen[0])
+    return _joined(everything[start:], limit)
+
+
+def _joined(parts: Sequence[str], limit: int) -> str:
+    passage = parts[0]
+    for part in parts[1:]:
+        if len(passage) + 1 + len(part) > limit:
+            break
+        passage = f"{passage} {part}"
+    return passage
