@@ -167,7 +167,8 @@ class RehearsalModel(ChatCompletionClient):
                         sources.setdefault(hit.href, hit.title)
                         quotes.append(f'"{sentence}" [{list(sources).index(hit.href) + 1}]')
             if quotes:
-                paragraphs.append(f"On {query}: {' '.join(quotes)}")
+                subject = f"On {query}: " if len(turn.hits) > 1 else ""
+                paragraphs.append(subject + " ".join(quotes))
             elif hits:
                 paragraphs.append(f"On {query}: I found no sentence to quote in the pages that I could read.")
             else:

@@ -191,7 +191,7 @@ def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> l
             score += 1.0
         if asked & set(words(" ".join(sentence.split()[:3]))):
             score += 0.5  # it is about the subject, not only in passing
-        if sentence.startswith(_LEANING):
+        if sentence.startswith(_LEANING) or "therefore" in sentence.split()[:4]:
             score -= 0.5
         score += 1.0 / (position + 1)  # pages open with what matters most
         scored.append((score, position, sentence))
