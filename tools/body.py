@@ -51,8 +51,9 @@ def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tupl
             except zlib.error as error:
                 raise WebError(f"the page's compressed data is broken ({error})") from error
             if len(body) > max_bytes:
-                if len(body) > BOMB_RATIO * received:
-                    raise FinalError(f"the page is a compression bomb: {received:,} bytes hold more than {max_bytes:,}")
+                used = received - len(inflater.unconsumed_tail)
+                if len(body) > BOMB_RATIO * used:
+                    raise FinalError(f"the page is a compression bomb: {used:,} bytes hold more than {max_bytes:,}")
                 return bytes(body[:max_bytes]), True
             data = inflater.unconsumed_tail
             if inflater.eof:

@@ -101,7 +101,7 @@ class Tool:
             if not isinstance(arguments, Mapping):
                 raise TypeError("the arguments must be a JSON object")
             # By way of JSON, so that strictness is JSON's own: a list may fill a tuple, a text never an int.
-            text = json.dumps(dict(arguments), allow_nan=False)
+            text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
             checked = self.arguments.model_validate_json(text)
         except ValidationError as invalid:
             causes = "; ".join(_cause(error) for error in invalid.errors(include_url=False))

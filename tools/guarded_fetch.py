@@ -93,7 +93,10 @@ class GuardedFetcher:
 
 
 def _redirected(current: str, location: bytes) -> str:
-    target = location.decode("utf-8", "replace")
+    try:
+        target = location.decode()
+    except UnicodeDecodeError:
+        target = location.decode("latin-1")  # HTTP's own charset, before everybody used UTF-8
     try:
         return parse_url(urljoin(current, target.strip()))
     except ValueError as error:
@@ -113,9 +116,6 @@ def _errors_in_words(url: str, deadline: Deadline) -> Iterator[None]:
     except httpcore2.TimeoutException as error:
         raise WebError(f"{name} could not be read: it took longer than {deadline.seconds:g} s") from error
     except httpcore2.ConnectError as error:
-        if isinstance(error.__cause__, ssl.SSLCertVerificationError):
-            reason = error.__cause__.verify_message
-            raise FinalError(f"{name} was not read: its certificate is not valid ({reason})") from error
         raise WebError(f"{name} could not be read: connecting failed ({error})") from error
     except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
         raise WebError(f"{name} could not be read: {error or type(error).__name__}") from error

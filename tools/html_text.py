@@ -22,7 +22,7 @@ _NOT_CONTENT = (
     *("nav", "aside", "footer", "button", "select", "textarea", "head"),
 )
 _HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-_SPACE = re.compile("[ \\t\\r\\n\\f\u00a0\u2007\u202f]+")
+_SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
 _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 
@@ -145,6 +145,7 @@ def _absolute(base_url: str, href: str) -> str | None:
 
 def _join_lines(content: Tag) -> None:
     """A line break in the source is a space on the page; without this, sentences would be broken across lines."""
+    content.smooth()  # what was dropped has left neighbours, each with its own spaces
     for text in content.find_all(string=True):
         if text.find_parent(["pre", "listing", "xmp"]) is None:
             text.replace_with(_SPACE.sub(" ", text))

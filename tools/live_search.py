@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ddgs import DDGS
 from ddgs.base import BaseSearchEngine
+
+# Not ddgs.DDGS: that is a stand-in, and what is derived from it comes out as the plain client.
+from ddgs.ddgs import DDGS
 from ddgs.exceptions import DDGSException
 from pydantic import ValidationError
 
