@@ -74,6 +74,12 @@ class ModelChoice(BaseModel):
     description: str
 
     @property
+    def streams(self) -> bool:
+        """Whether replies are taken piece by piece. Not Gemini's: AutoGen 0.7.5 tells parallel calls in a stream apart
+        by their index alone, which that endpoint has been seen to leave out."""
+        return self.vendor != GEMINI.name
+
+    @property
     def slug(self) -> str:
         """Letters, digits and dashes that tell one choice from another; part of a derived session's name."""
         if self.offline:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
 from pydantic import BaseModel
@@ -35,9 +35,13 @@ from nexum_engine.model import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub, NexumServiceStub
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
+
+if TYPE_CHECKING:
+    # Only the type stubs tell the two kinds of channel apart.
+    from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
 
 DEFAULT_ADDRESS = "localhost:50051"
 CALL_DEADLINE = 10.0  # seconds, beside what a call is asked to wait
@@ -66,6 +70,7 @@ class Started:
     execution_id: str
     existing: bool
     """The idempotency key had this execution already."""
+    status: ExecutionStatus
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class NexumClient:
             raise InvalidRequest(f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}")
         self.address = address
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._stub = cast(NexumServiceAsyncStub, NexumServiceStub(self._channel))
+        self._stub = cast("NexumServiceAsyncStub", NexumServiceStub(self._channel))
         self._has_get_execution = True
 
     async def __aenter__(self) -> NexumClient:
@@ -157,7 +162,7 @@ class NexumClient:
             )
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
-        return Started(answer.execution_id, answer.existing)
+        return Started(answer.execution_id, answer.existing, ExecutionStatus(answer.status or "RUNNING"))
 
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0

@@ -24,9 +24,9 @@ def table(executions: Sequence[Execution], now_ms: int) -> str:
     """One line an execution, newest first."""
     if not executions:
         return "no executions"
-    lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<9} WORKFLOW"]
+    lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<10} WORKFLOW"]
     lines += [
-        f"{one.execution_id:<41} {one.status.value:<9} {age(now_ms - one.created_ms):<9} {_cut(one.workflow_id, 18)}"
+        f"{one.execution_id:<41} {one.status.value:<9} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}"
         for one in executions
     ]
     return "\n".join(lines)

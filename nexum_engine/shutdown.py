@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -39,8 +40,9 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
 
 def _watch_stdin(stop_soon: Callable[[], None]) -> None:
     # The descriptor itself: a thread that waits inside sys.stdin would hold its lock when the interpreter ends.
-    while os.read(0, 4096):
-        pass
+    with contextlib.suppress(OSError):  # a connection that is reset is closed, too
+        while os.read(0, 4096):
+            pass
     deadline = threading.Timer(ORPHAN_GRACE, os._exit, args=(0,))
     deadline.daemon = True
     deadline.start()

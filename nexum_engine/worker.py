@@ -232,7 +232,7 @@ class Worker:
         try:
             output = await self._output(binding.handlers[task.node_id], context, node)
         except (FinalError, InvalidRequest) as error:
-            await self._report(what, start, self._failure(task, str(error), final=True), f"failed for good: {error}")
+            await self._report(what, start, self._failure(task, str(error), final=True), f"failed, for good: {error}")
         except NexumError as error:
             await self._report(what, start, self._failure(task, str(error), final=False), f"failed: {error}")
         except Exception as error:  # noqa: BLE001 - reported to the server
@@ -289,9 +289,9 @@ class Worker:
         except ServerUnavailable as error:
             outcome = f"not reported, it will run again: {error}"
         seconds = asyncio.get_running_loop().time() - start
-        logger.log(
-            logging.INFO if outcome == "finished" else logging.WARNING, "%s %s, %.2f s", f"{outcome:<8}", what, seconds
-        )
+        level = logging.INFO if outcome == "finished" else logging.WARNING
+        verb, _, reason = outcome.partition(", " if "for good" in outcome else ": ")
+        logger.log(level, "%-8s %s, %.2f s%s", verb, what, seconds, f": {reason}" if reason else "")
 
 
 def _context(task: Task) -> TaskContext:

@@ -1,0 +1,25 @@
+"""What the scripts print, on any console: a character that it can't show becomes a question mark, never a traceback."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def say(text: str) -> None:
+    """Print one line at once, whatever encoding standard output has."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def complain(text: str) -> None:
+    """Print one line to standard error, in the same way."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def accept_any_character() -> None:
+    """For scripts whose libraries print by themselves: make both standard streams replace what they can't encode."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

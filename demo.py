@@ -1,0 +1,201 @@
+"""An AutoGen agent whose tool calls survive a crash: each one is recorded by Nexum before the agent sees its result.
+
+Needs nothing else running: without a Nexum server on localhost:50051 it starts one, with a worker, for the run. Without
+a model key it rehearses offline.
+
+    python demo.py "What is the population of Tokyo vs New York?"
+    python demo.py --crash-after-step 1 "What is the population of Tokyo vs New York?"
+    python demo.py "What is the population of Tokyo vs New York?"      # goes on from the recorded result
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import os
+import secrets
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from console import accept_any_character, complain, say
+from launcher import NexumForRun, kill_this_process
+from model_choice import ModelChoice, ModelChoiceError, choose_model
+from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.report import age
+from session_file import SessionFile, check_session_id
+from submit_task import Origin, Session, ToolResult
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
+
+if TYPE_CHECKING:
+    from autogen_agentchat.agents import AssistantAgent
+
+QUESTION = "What is the population of Tokyo vs New York?"
+OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
+MAX_TOOL_ROUNDS = 12
+SYSTEM_MESSAGE = (
+    "You are a careful research assistant. Search with web_search, read the promising pages with visit_webpage, and "
+    "only then answer, in prose, from what you read. End with a list of your sources, each with its URL."
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY picks the vendor, NEXUM_MODEL the model; "
+        "OPENAI_BASE_URL with NEXUM_MODEL is any OpenAI-compatible server. Without a key the demo rehearses offline.",
+    )
+    parser.add_argument("question", nargs="?", help=f"default: {QUESTION}")
+    session = parser.add_mutually_exclusive_group()
+    session.add_argument(
+        "--session-id", metavar="ID", help="continue or begin this session (default: from the question)"
+    )
+    session.add_argument("--new-session", action="store_true", help="begin afresh, with a session id of its own")
+    parser.add_argument(
+        "--crash-after-step", type=int, metavar="N", help="kill this process once N tool calls that it started are done"
+    )
+    parser.add_argument("--offline", action="store_true", help="rehearse without a model key and without the web")
+    parser.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        default=os.environ.get("NEXUM_ADDRESS") or None,
+        help="a server that has to be running (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+    )
+    return parser
+
+
+class Steps:
+    """Counts results by where they came from, and crashes the process at the N-th that it executed itself."""
+
+    def __init__(self, crash_after: int | None) -> None:
+        self.crash_after = crash_after
+        self.count: Counter[Origin] = Counter()
+
+    def __call__(self, result: ToolResult) -> None:
+        self.count[result.origin] += 1
+        if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
+            say(f"[demo] step {self.crash_after} is recorded; crashing now, as asked (run again to continue)")
+            kill_this_process()
+
+
+def session_id_for(question: str, model: ModelChoice, args: argparse.Namespace) -> str:
+    """The session of this run: the given one, a new one, or the one that question, mode and model always have."""
+    if args.session_id is not None:
+        return check_session_id(args.session_id)
+    if args.new_session:
+        return secrets.token_hex(6)
+    return hashlib.sha256(f"{question}\n{model.slug}".encode()).hexdigest()[:12]
+
+
+def announce_session(session_id: str) -> None:
+    """Say whether the session is new or goes on."""
+    record = SessionFile(session_id).load()
+    if record is None:
+        say(f"[demo] Session: {session_id} (new; continue it with --session-id {session_id})")
+    else:
+        begun = age(round((time.time() - record.created_at) * 1000))
+        say(
+            f"[demo] Session: {session_id}, begun {begun}, {record.calls} call(s) on record: continuing it "
+            "(--new-session starts afresh)"
+        )
+
+
+def build_agent(model: ModelChoice, session: Session, steps: Steps) -> AssistantAgent:
+    """The agent: an ordinary AssistantAgent, only its tools are durable."""
+    from autogen_agentchat.agents import AssistantAgent
+
+    from durable_autogen import DurableTool
+    from tools import TOOLS
+
+    return AssistantAgent(
+        name="research_assistant",
+        model_client=model.client(),
+        tools=[DurableTool(tool, session, on_result=steps) for tool in TOOLS.values()],
+        system_message=SYSTEM_MESSAGE,
+        # The default of one round would end in raw tool output instead of an answer.
+        max_tool_iterations=MAX_TOOL_ROUNDS,
+        model_client_stream=model.streams,
+    )
+
+
+async def show(agent: AssistantAgent, question: str) -> bool:
+    """Run the agent and print what it does as it does it; whether it ended in an answer."""
+    from autogen_agentchat.messages import (
+        ModelClientStreamingChunkEvent,
+        TextMessage,
+        ToolCallExecutionEvent,
+        ToolCallRequestEvent,
+    )
+
+    streaming = answered = False
+    async for event in agent.run_stream(task=question):
+        if isinstance(event, ModelClientStreamingChunkEvent):
+            print(event.content if streaming else f"\n{event.content}", end="", flush=True)
+            streaming = True
+            continue
+        if streaming:
+            print(flush=True)
+        if isinstance(event, ToolCallRequestEvent):
+            for call in event.content:
+                say(f"[agent] calls {call.name} {call.arguments}")
+        elif isinstance(event, ToolCallExecutionEvent):
+            for result in event.content:
+                what = f"an error: {result.content}" if result.is_error else f"{len(result.content):,} characters"
+                say(f"[agent] has from {result.name} {what}")
+        elif isinstance(event, TextMessage) and event.source == agent.name:
+            answered = bool(event.content.strip())
+            if not streaming:
+                say(f"\n{event.content}")
+        streaming = False
+    return answered
+
+
+async def run(question: str, model: ModelChoice, session_id: str, args: argparse.Namespace) -> int:
+    """Ask the question in the session; the exit code."""
+    announce_session(session_id)
+    steps = Steps(args.crash_after_step)
+    async with NexumForRun(args.nexum) as nexum:
+        session = Session(session_id, nexum=nexum.address, workflow=OFFLINE_TOOL_CALL if model.offline else TOOL_CALL)
+        agent = build_agent(model, session, steps)
+        try:
+            answered = await show(agent, question)
+        finally:
+            await session.close()
+    executed, cached, attached = (steps.count[origin] for origin in (Origin.EXECUTED, Origin.CACHED, Origin.ATTACHED))
+    say(f"\n[demo] Tool calls: {executed} executed, {cached} cached, {attached} attached (python -m nexum_engine ps)")
+    if args.crash_after_step is not None:
+        say(f"[demo] No crash: the run executed {executed} call(s) of its own, not {args.crash_after_step}")
+    if not answered:
+        complain(f"error: the agent gave no answer within {MAX_TOOL_ROUNDS} rounds of tools")
+    return 0 if answered else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code: 0 answered, 1 failed, 2 can't run as asked, 130 interrupted."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.crash_after_step is not None and args.crash_after_step < 1:
+        parser.error(f"--crash-after-step is {args.crash_after_step}: give 1 or more")
+    question = (args.question or QUESTION).strip()
+    if not question:
+        parser.error("the question is empty")
+    try:
+        model = choose_model(os.environ, offline=args.offline)
+        say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
+        if args.question is None:
+            say(f"[demo] No question given; asking the README's: {question}")
+        return asyncio.run(run(question, model, session_id_for(question, model, args), args))
+    except (ModelChoiceError, InvalidRequest, NexumError) as error:
+        complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("\ninterrupted; the same command continues from what is recorded")
+        return 130
+
+
+if __name__ == "__main__":
+    accept_any_character()
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""A declared tool as AutoGen sees it: a call goes to Nexum, a worker runs it, the recorded result comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autogen_core import CancellationToken
+from autogen_core.tools import BaseTool
+from pydantic import BaseModel
+
+from submit_task import Session, ToolResult
+from tools import Tool
+
+
+class DurableTool(BaseTool[BaseModel, BaseModel]):
+    """One tool of one session. `on_result` is called when a result is recorded and before AutoGen gets it."""
+
+    def __init__(
+        self,
+        declared: Tool,
+        session: Session,
+        *,
+        timeout: float = 300,
+        on_result: Callable[[ToolResult], None] | None = None,
+    ) -> None:
+        # AutoGen's annotations say BaseModel, its FunctionTool passes plain types, and so do we.
+        text: type[Any] = str
+        super().__init__(declared.arguments, text, declared.name, declared.description)
+        self._session = session
+        self._timeout = timeout
+        self._on_result = on_result
+
+    async def run_json(
+        self, args: Mapping[str, Any], cancellation_token: CancellationToken, call_id: str | None = None
+    ) -> str:
+        """Submit the arguments as the model gave them: the worker checks them, and they are the call's identity."""
+        try:
+            result = await self._session.call(self.name, args, timeout=self._timeout)
+        except asyncio.CancelledError as error:
+            # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
+            raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error
+        if self._on_result is not None:
+            self._on_result(result)
+        return result.text
+
+    async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:
+        """For callers that validate first."""
+        return await self.run_json(args.model_dump(exclude_unset=True), cancellation_token)

@@ -1,0 +1,196 @@
+"""Server and worker for one run: the ones that answer already, or children that can't outlive this process.
+
+A child ends when the pipe to its standard input closes, which every system does however its parent dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from console import say
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import NexumError, ServerError, ServerUnavailable
+
+ROOT = Path(__file__).resolve().parent
+WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
+PATIENCE = 10.0  # seconds that a new server waits for a dying one's port and database
+START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
+END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
+
+
+def kill_this_process() -> NoReturn:
+    """A crash, as real as it gets: no clean-up, no exception, nothing runs after it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Windows has no SIGKILL; there os.kill is TerminateProcess for every other signal.
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    raise SystemError("unreachable: this process was killed")
+
+
+async def start_child(command: list[str], *, env: Mapping[str, str] | None = None, quiet: bool = True) -> Child:
+    """Start `python COMMAND` as a child that ends with us. Its standard output is ours to read, or dropped if quiet."""
+    python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        "--until-stdin-closes",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL if quiet else asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
+        # Ctrl+C is for us: we end the children ourselves.
+        start_new_session=sys.platform != "win32",
+        creationflags=flags,
+    )
+    return Child(process)
+
+
+class Child:
+    """A running child process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    @property
+    def ended(self) -> bool:
+        return self.process.returncode is not None
+
+    async def end(self) -> None:
+        """Close its pipe and wait for its end; kill it if that takes too long."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), END_TIMEOUT)
+        except (asyncio.TimeoutError, TimeoutError):
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+
+
+class NexumForRun:
+    """A Nexum server that answers for the length of an `async with`.
+
+    With `address` given, that one has to answer. Without it the default address is used, and if nothing answers there,
+    an embedded server and the given worker scripts are started, and started again should they vanish.
+    Raises ServerUnavailable, NotANexumServer, ServerError.
+    """
+
+    def __init__(self, address: str | None, *, workers: tuple[str, ...] = ("worker.py",)) -> None:
+        self.address = address or DEFAULT_ADDRESS
+        self.embedded = False
+        self._may_start = address is None
+        self._worker_scripts = workers
+        self._server: Child | None = None
+        self._workers: dict[str, Child] = {}
+        self._client = NexumClient(self.address)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> NexumForRun:
+        try:
+            try:
+                await self._client.ping()
+            except ServerUnavailable:
+                if not self._may_start:
+                    raise
+                await self._start("no server")
+            if self._may_start:
+                self._watching = asyncio.create_task(self._watch(), name="watch server and workers")
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        children = [*self._workers.values(), *([self._server] if self._server else [])]
+        await asyncio.gather(*(child.end() for child in children))
+        await self._client.close()
+
+    async def _start(self, why: str) -> None:
+        host, _, port = self.address.rpartition(":")
+        listen = f"{'127.0.0.1' if host == 'localhost' else host}:{port}"
+        command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
+        server = await start_child(command, quiet=False)
+        self._server = server
+        line = await self._first_line(server)
+        if line is None:
+            say(f"[Nexum] {why} on {self.address}; another one has just been started there: using that one")
+            self._server = None
+            await server.end()
+            return
+        self.embedded = True
+        database = line.partition("database ")[2].removesuffix(" (Ctrl+C to stop)")
+        say(f"[Nexum] {why} on {self.address}: started one for this run (database {database})")
+        for script in self._worker_scripts:
+            if script not in self._workers:
+                await self._start_worker(script)
+
+    async def _start_worker(self, script: str) -> None:
+        self._workers[script] = await start_child([str(ROOT / script), "--nexum", self.address])
+
+    async def _first_line(self, server: Child) -> str | None:
+        """The server's line when it is ready; None if another server answers in its place."""
+        assert server.process.stdout is not None
+        reading = asyncio.ensure_future(server.process.stdout.readline())
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
+        try:
+            while not reading.done():
+                await asyncio.wait({reading}, timeout=WATCH_INTERVAL)
+                if reading.done():
+                    break
+                if asyncio.get_running_loop().time() > deadline:
+                    raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
+                with contextlib.suppress(ServerUnavailable):
+                    await self._client.ping()
+                    # It may be our own, a moment before its line.
+                    await asyncio.wait({reading}, timeout=1.0)
+                    if not reading.done():
+                        return None
+            line = reading.result().decode("utf-8", "replace").strip()
+        finally:
+            reading.cancel()
+        if not line:
+            raise ServerError("the embedded server did not start; its reason stands above")
+        return line
+
+    async def _watch(self) -> None:
+        """Replace what vanishes."""
+        silent = 0
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            if self._server is not None and self._server.ended:
+                code = self._server.process.returncode
+                self._server = None
+                await self._restart(f"the server is gone (exit {code})")
+                continue
+            if self._server is None:
+                try:
+                    await self._client.ping()
+                    silent = 0
+                except ServerUnavailable:
+                    silent += 1
+                    if silent >= 2:
+                        silent = 0
+                        await self._restart("the server is gone")
+                    continue
+            for script, child in list(self._workers.items()):
+                if child.ended:
+                    say(f"[Nexum] {script} is gone (exit {child.process.returncode}): started another")
+                    await self._start_worker(script)
+
+    async def _restart(self, why: str) -> None:
+        try:
+            await self._start(why)
+        except NexumError as error:
+            say(f"[Nexum] {error}; trying again")

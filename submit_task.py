@@ -1,0 +1,247 @@
+"""One durable tool call: key, session file, StartExecution, GetExecution, result.
+
+    from submit_task import submit_tool_call
+    text = submit_tool_call("web_search", {"query": "Tokyo"}, session_id="demo1")
+
+Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). Asked again in the same session, also
+after a crash of any process, the same call is answered with the recorded result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from console import say
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError, WaitTimeout, WorkflowNotFound
+from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.workflow import Workflow
+from session_file import SessionFile
+from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
+
+FIRST_NOTICE = 1.0  # seconds until a wait is explained
+NOTICE_EVERY = 5.0  # seconds
+
+
+class Origin(Enum):
+    """Where a result came from."""
+
+    EXECUTED = "executed"
+    """This call started the execution."""
+    ATTACHED = "attached"
+    """It was running already."""
+    CACHED = "cached"
+    """It was recorded already."""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """A tool's result."""
+
+    text: str
+    origin: Origin
+    execution_id: str
+
+
+class ToolCallFailed(NexumError, RuntimeError):
+    """The tool failed for good, or its execution was cancelled. The message has the tool's own reason."""
+
+
+def call_key(tool_name: str, tool_args: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, over the tool's name and its canonical arguments. Raises InvalidRequest for what isn't JSON."""
+    try:
+        canonical = json.dumps(tool_args, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256((tool_name + canonical).encode()).hexdigest()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the arguments of {tool_name} can't be written as JSON: {error}") from error
+
+
+class Session:
+    """The durable calls of one session on one server. `nexum` defaults to NEXUM_ADDRESS, then localhost:50051."""
+
+    def __init__(
+        self, session_id: str = "default", *, nexum: str | None = None, workflow: Workflow = TOOL_CALL
+    ) -> None:
+        self.session_id = session_id
+        self.file = SessionFile(session_id)
+        self._client = NexumClient(nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS)
+        self._workflow = workflow
+
+    async def close(self) -> None:
+        """Close the connection to the server."""
+        await self._client.close()
+
+    async def call(
+        self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
+    ) -> ToolResult:
+        """Run the tool, or find its result. `scope` tells two equal calls apart that are meant to run twice.
+
+        Raises ToolCallFailed, WaitTimeout after `timeout` seconds (the execution goes on, and the next call attaches to
+        it), ServerUnavailable, InvalidRequest.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
+        execution_id = await self.file.find(self._workflow.workflow_id, key)
+        if execution_id is not None:
+            observed = await self._recorded(execution_id, tool_name, timeout)
+            if observed is not None and observed.execution.status is ExecutionStatus.COMPLETED:
+                say(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
+                return ToolResult(_result(tool_name, observed.execution), Origin.CACHED, execution_id)
+            if observed is not None and observed.execution.status is ExecutionStatus.RUNNING:
+                say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
+                return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline, timeout)
+        execution_id, origin = await self._start(key, tool_name, tool_args, timeout)
+        _, result = await asyncio.gather(
+            self.file.record(self._workflow.workflow_id, key, execution_id),
+            self._result_of(execution_id, tool_name, origin, deadline, timeout),
+        )
+        return result
+
+    async def _recorded(self, execution_id: str, tool_name: str, timeout: float) -> Observed | None:
+        try:
+            observed = await self._client.get_execution(execution_id, patience=timeout)
+        except ExecutionNotFound:
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) is unknown to this server: asking by the call's key")
+            return None
+        status = observed.execution.status
+        if status in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
+        return observed
+
+    async def _start(
+        self, key: str, tool_name: str, tool_args: Mapping[str, Any], timeout: float
+    ) -> tuple[str, Origin]:
+        task = ToolCallInput(tool_name=tool_name, tool_args=dict(tool_args))
+        server_key = f"{self.session_id}:{key}"
+
+        async def start() -> tuple[str, Origin]:
+            started = await self._client.start_execution(
+                self._workflow, task, idempotency_key=server_key, patience=timeout
+            )
+            if not started.existing:
+                return started.execution_id, Origin.EXECUTED
+            done = started.status is ExecutionStatus.COMPLETED
+            return started.execution_id, Origin.CACHED if done else Origin.ATTACHED
+
+        try:
+            execution_id, origin = await start()
+        except WorkflowNotFound:
+            await self._client.register_workflow(self._workflow, patience=timeout)
+            execution_id, origin = await start()
+        if origin is Origin.EXECUTED:
+            say(f"[Nexum] Submitted {_short(execution_id)} ({tool_name})")
+        elif origin is Origin.ATTACHED:
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
+        return execution_id, origin
+
+    async def _result_of(
+        self, execution_id: str, tool_name: str, origin: Origin, deadline: float, timeout: float
+    ) -> ToolResult:
+        loop = asyncio.get_running_loop()
+        waited = False
+        while True:
+            left = max(0.0, deadline - loop.time())
+            notice = NOTICE_EVERY if waited else FIRST_NOTICE
+            observed = await self._client.get_execution(execution_id, wait=min(left, notice), patience=left)
+            execution = observed.execution
+            if execution.status is ExecutionStatus.COMPLETED:
+                done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
+                say(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
+                return ToolResult(_result(tool_name, execution), origin, execution_id)
+            if execution.status.ended:
+                reason = _reason(execution)
+                say(f"[Nexum] {_short(execution_id)} ({tool_name}) {execution.status.value}: {reason}")
+                raise ToolCallFailed(f"{tool_name} failed: {reason}")
+            if loop.time() >= deadline:
+                raise WaitTimeout(
+                    f"{tool_name} has no result after {timeout:g} s (execution {execution_id}): it goes on, and the "
+                    "same call attaches to it"
+                )
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {self._what_for(observed)}")
+            waited = True
+
+    def _what_for(self, observed: Observed) -> str:
+        nodes = observed.execution.nodes
+        notes = [node.error for node in nodes if node.status is NodeStatus.READY and node.error]
+        if notes:
+            return notes[0]
+        if observed.has_poller is False and not any(node.status is NodeStatus.RUNNING for node in nodes):
+            version = observed.execution.version_hash
+            return (
+                f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
+                "start one with: python worker.py"
+            )
+        if any(node.status is NodeStatus.RUNNING for node in nodes):
+            return "a worker runs it"
+        return "it is queued, or its next attempt is not due yet"
+
+
+def _short(execution_id: str) -> str:
+    return f"{execution_id[:16]}..."
+
+
+def _result(tool_name: str, execution: Execution) -> str:
+    output = execution.outputs().get("tool_call")
+    if output is None:
+        raise ToolCallFailed(f"{tool_name} has no output in execution {execution.execution_id}")
+    return ToolCallOutput.model_validate_json(output).result
+
+
+def _reason(execution: Execution) -> str:
+    if execution.status is ExecutionStatus.CANCELLED:
+        return "the execution was cancelled"
+    failed = [node.error for node in execution.nodes if node.status is NodeStatus.FAILED]
+    return failed[0] if failed else execution.error
+
+
+# ---- For programs ----------------------------------------------------------------------------------------------------
+
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str | None, str], Session]] = (
+    WeakKeyDictionary()
+)
+
+
+async def submit_tool_call_async(
+    tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
+) -> str:
+    """`Session.call` in the session of this id; only the text. Connections are kept for the event loop's life."""
+    sessions = _sessions.setdefault(asyncio.get_running_loop(), {})
+    place = (session_id, os.environ.get("NEXUM_ADDRESS"), os.getcwd())
+    if place not in sessions:
+        sessions[place] = Session(session_id)
+    return (await sessions[place].call(tool_name, tool_args, timeout=timeout, scope=scope)).text
+
+
+def submit_tool_call(
+    tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
+) -> str:
+    """The same from a program without an event loop. Blocks, so call `submit_tool_call_async` inside one."""
+    call = submit_tool_call_async(tool_name, tool_args, session_id, timeout, scope)
+    future = asyncio.run_coroutine_threadsafe(call, _background_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+_background: asyncio.AbstractEventLoop | None = None
+_background_lock = threading.Lock()
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    global _background
+    with _background_lock:
+        if _background is None:
+            _background = asyncio.new_event_loop()
+            threading.Thread(target=_background.run_forever, name="submit_task", daemon=True).start()
+        return _background

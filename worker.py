@@ -1,0 +1,91 @@
+"""The Nexum worker: runs `tool_call` nodes with the tools that `tools/` declares.
+
+Needs a Nexum server (`python -m nexum_engine`), and waits for one. Start as many workers as you like.
+
+    python worker.py
+    python worker.py --concurrency 8 --nexum localhost:50051
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+
+from console import accept_any_character, complain
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import NexumError
+from nexum_engine.shutdown import stop_event
+from nexum_engine.worker import Binding, Handler, TaskContext, Worker
+from tools import ToolContext, Web, find_tool
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
+
+
+def tool_call_handler(web: Web) -> Handler:
+    """The work of a `tool_call` node, with this web for the tools that ask for one."""
+
+    async def tool_call(task: TaskContext) -> ToolCallOutput:
+        call = ToolCallInput.model_validate(task.input)
+        context = ToolContext(idempotency_key=task.idempotency_key, attempt=task.attempt, web=web)
+        return ToolCallOutput(result=await find_tool(call.tool_name).run(call.tool_args, context))
+
+    return tool_call
+
+
+def describe(task: TaskContext) -> str:
+    """Names a task in the log."""
+    return str(task.input.get("tool_name")) if isinstance(task.input, dict) else task.node_id
+
+
+async def main(argv: list[str] | None = None) -> int:
+    """Work until told to stop; the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--nexum",
+        default=os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help="the server (default: $NEXUM_ADDRESS, else %(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=4, metavar="N", help="tasks at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
+    )
+    args = parser.parse_args(argv)
+    if not 1 <= args.concurrency <= 1000:
+        parser.error(f"--concurrency is {args.concurrency}: give 1 to 1000")
+
+    from rehearsal.web import RehearsalWeb
+    from tools.live_web import LiveWeb
+
+    stop = stop_event(until_stdin_closes=args.until_stdin_closes)
+    try:
+        async with NexumClient(args.nexum) as client:
+            worker = Worker(
+                client,
+                [
+                    Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())}),
+                    Binding(OFFLINE_TOOL_CALL, {"tool_call": tool_call_handler(RehearsalWeb())}),
+                ],
+                concurrency=args.concurrency,
+                describe=describe,
+            )
+            await worker.run(stop)
+    except NexumError as error:
+        complain(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    accept_any_character()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stdout, format="%(asctime)s [worker] %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        sys.exit(asyncio.run(main()))
+    except KeyboardInterrupt:
+        sys.exit(130)
