@@ -181,7 +181,7 @@ class Session:
                 "start one with: python worker.py"
             )
         if any(node.status is NodeStatus.RUNNING for node in nodes):
-            return "a worker runs it"
+            return "it was handed to a worker"
         return "it is queued, or its next attempt is not due yet"
 
 

@@ -141,6 +141,7 @@ def test_the_trap_is_reached_where_the_policy_allows_it(trap: LoopbackServer) ->
         ("http://169.254.169.254", "169.254.169.254 is not a public address"),
         ("http://localhost", "its host is this computer"),
         ("http://user:password@public.test/", "user name or password"),
+        ("http://public.test:0/", "its port is 0"),
     ],
 )
 def test_a_refusal_names_the_address_and_the_cause(url: str, words: str) -> None:
