@@ -6,29 +6,38 @@ It is an index, not the record: results are on the server, and if the file is lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import time
 from pathlib import Path
 
-from filelock import FileLock
-from pydantic import BaseModel, Field, ValidationError
+from filelock import BaseFileLock, FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from console import say
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import InvalidRequest, NexumError
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _LOCK_TIMEOUT = 30.0  # seconds
 
 
-class SessionRecord(BaseModel):
-    """The file's contents."""
+class SessionFileError(NexumError, OSError):
+    """The file is there and can't be read."""
 
-    created_at: float = Field(default_factory=time.time)
+
+class SessionRecord(BaseModel):
+    """The file's contents, all of them: anything else was not written by us."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    created_at: float
     """Seconds since 1970, UTC."""
-    executions: dict[str, dict[str, str]] = Field(default_factory=dict)
+    executions: dict[str, dict[str, str]]
     """Execution ids by workflow and call key."""
+
+    @classmethod
+    def new(cls) -> SessionRecord:
+        return cls(created_at=time.time(), executions={})
 
     @property
     def calls(self) -> int:
@@ -51,38 +60,42 @@ class SessionFile:
     def __init__(self, session_id: str, folder: Path | None = None) -> None:
         folder = folder or Path.cwd()
         self.path = folder / f".session-{check_session_id(session_id)}.json"
-        self._file_lock_path = f"{self.path}.lock"
-        self._known = SessionRecord()
+        self._known = SessionRecord.new()
         self._seen: tuple[int, int, int] | None = None
         self._waiting: dict[tuple[str, str], str] = {}
         self._writing = asyncio.Lock()
 
     def load(self) -> SessionRecord | None:
-        """The contents; None if there is no file. A corrupt file is set aside, and said."""
+        """The contents; None if there is no file. A corrupt file is set aside, and said. Raises SessionFileError."""
+        if not self.path.exists():
+            return None
         try:
-            text = self.path.read_text(encoding="utf-8")
+            with self._lock():
+                return self._read()
+        except OSError as error:
+            raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
+
+    def _lock(self) -> BaseFileLock:
+        # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
+        return FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
+
+    def _read(self) -> SessionRecord | None:
+        try:
+            return SessionRecord.model_validate_json(self.path.read_bytes())
         except FileNotFoundError:
             return None
-        except UnicodeDecodeError as error:
-            self._set_aside(str(error))
-            return None
-        try:
-            return SessionRecord.model_validate_json(text)
         except ValidationError as error:
-            self._set_aside(error.errors()[0]["msg"])
-            return None
-
-    def _set_aside(self, why: str) -> None:
+            why = error.errors()[0]["msg"]
         aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
-        # Another process may have found it first; then it is aside already.
-        with contextlib.suppress(FileNotFoundError):
-            self.path.replace(aside)
+        self.path.replace(aside)
         say(f"[Nexum] {self.path.name} is corrupt ({why}); kept as {aside.name}, the server still has its results")
+        return None
 
     async def find(self, workflow_id: str, key: str) -> str | None:
         """The execution that was started for this call."""
         known = self._known.executions.get(workflow_id, {}).get(key)
-        if known is None and await asyncio.to_thread(self._refresh):
+        if known is None and self._signature() != self._seen:
+            await asyncio.to_thread(self._refresh)
             known = self._known.executions.get(workflow_id, {}).get(key)
         return known
 
@@ -98,14 +111,10 @@ class SessionFile:
             except OSError as error:
                 say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
-    def _refresh(self) -> bool:
-        """Read the file again if it changed; whether it did."""
+    def _refresh(self) -> None:
         signature = self._signature()
-        if signature is None or signature == self._seen:
-            return False
-        self._known = self.load() or SessionRecord()
+        self._known = self.load() or SessionRecord.new()
         self._seen = signature
-        return True
 
     def _signature(self) -> tuple[int, int, int] | None:
         try:
@@ -115,18 +124,18 @@ class SessionFile:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _merge(self, batch: dict[tuple[str, str], str]) -> None:
-        with FileLock(self._file_lock_path, timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False):
+        with self._lock():
             # Unless another process wrote since, what is in memory is what is in the file.
             if self._signature() != self._seen or self._seen is None:
-                self._known = self.load() or SessionRecord()
+                self._known = self._read() or SessionRecord.new()
             for (workflow_id, key), execution_id in batch.items():
                 self._known.executions.setdefault(workflow_id, {})[key] = execution_id
             self._write(self._known.model_dump_json(indent=1))
             self._seen = self._signature()
 
     def _write(self, text: str) -> None:
-        """Replace the file as a whole, so that no reader and no crash sees a part of it."""
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        """Replace the file as a whole, so that no reader and no crash sees a part of it. The lock is held."""
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

@@ -28,6 +28,7 @@ from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_LEASE = 30.0  # seconds
+SWITCH_INTERVAL = 0.0002  # seconds
 LOOK_PATIENCE = 3.0  # seconds for a server that is just ending
 
 
@@ -113,6 +114,8 @@ def _count(text: str) -> int:
 
 async def serve(args: argparse.Namespace) -> None:
     """Start the server and serve until told to stop."""
+    # The event loop and the store's thread take turns several times a call, and a turn lasts 5 ms by default.
+    sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import run_server
     from nexum_engine.shutdown import stop_event
 

@@ -6,9 +6,10 @@ All of it is memory: after a restart the waiting calls come again, and the store
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from nexum_engine.clock import Clock
 from nexum_engine.model import Execution, Task
@@ -29,8 +30,8 @@ class _WaitingPoll:
         self.max_bytes = max_bytes
         self.claim: asyncio.Future[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
-        self.missed = False
-        """A task became due while a claim was under way that may not have seen it."""
+        self.arrivals: tuple[int, ...] = ()
+        """How many tasks had become due when the claim was submitted: it may not have seen later ones."""
         self.leaving = False
 
     def wake(self) -> None:
@@ -47,7 +48,11 @@ class Dispatch:
         self._lease_ms = lease_ms
         self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
         self._last_poll_ms: dict[str, int] = {}
+        self._arrivals: Counter[str] = Counter()
+        self._due: dict[str, int] = {}
+        """At most so many tasks of a version are due; a version that isn't here has to be looked up."""
         self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
+        self._running: set[str] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._streamed_workers: set[str] = set()
@@ -67,7 +72,8 @@ class Dispatch:
             self._polls[version_hash].append(poll)
             self._last_poll_ms[version_hash] = self._clock.now_ms()
         try:
-            self._submit_claim(poll)
+            if any(self._due.get(version_hash) != 0 for version_hash in version_hashes):
+                self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
                     claim = await asyncio.shield(poll.claim)
@@ -76,7 +82,7 @@ class Dispatch:
                         return claim.task
                     if claim.oversized is not None:
                         self.task_ready(claim.oversized)
-                    if poll.missed:
+                    if poll.arrivals != self._arrived(poll):
                         self._submit_claim(poll)
                         continue
                 left_ms = deadline - self._clock.now_ms()
@@ -112,12 +118,27 @@ class Dispatch:
             poll.idle = None
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
-        poll.missed = False
+        poll.arrivals = self._arrived(poll)
         streamed = poll.worker_id in self._streamed_workers
         lease_ms = self._lease_ms if streamed else 2 * self._lease_ms
         poll.claim = asyncio.ensure_future(
             self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
         )
+        poll.claim.add_done_callback(partial(self._count_due, poll, poll.arrivals))
+
+    def _arrived(self, poll: _WaitingPoll) -> tuple[int, ...]:
+        return tuple(self._arrivals[version_hash] for version_hash in poll.version_hashes)
+
+    def _count_due(self, poll: _WaitingPoll, arrivals: tuple[int, ...], done: asyncio.Future[Claim]) -> None:
+        """Learn from a claim. Callbacks run in the order of the claims' transactions, so the count is never too low."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        claim = done.result()
+        if claim.task is not None:
+            if claim.task.version_hash in self._due:
+                self._due[claim.task.version_hash] -= 1
+        elif claim.oversized is None and arrivals == self._arrived(poll):
+            self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
     def task_ready(self, task: ReadyTask) -> None:
         """A task became due, or will have when what was submitted before this call is stored.
@@ -125,6 +146,9 @@ class Dispatch:
         The claim is submitted here and now, behind the transition that makes the task, so that both share a
         transaction and the worker has the task as soon as its maker has the acknowledgement.
         """
+        self._arrivals[task.version_hash] += 1
+        if task.version_hash in self._due:
+            self._due[task.version_hash] += 1
         for poll in self._polls.get(task.version_hash, ()):
             if poll.max_bytes < task.task_bytes or poll.leaving:
                 continue
@@ -132,7 +156,6 @@ class Dispatch:
                 self._submit_claim(poll)
                 poll.wake()
                 return
-            poll.missed = True
 
     def has_poller(self, version_hash: str) -> bool:
         """Whether a worker polls for the version, or did within the last two seconds."""
@@ -179,6 +202,14 @@ class Dispatch:
 
     # ---- Executions --------------------------------------------------------------------------------------------------
 
+    def execution_started(self, execution_id: str) -> None:
+        """It was started here: until its end is told, nobody needs to look it up to know that it runs."""
+        self._running.add(execution_id)
+
+    def is_running(self, execution_id: str) -> bool:
+        """Whether it is known to run. False says nothing."""
+        return execution_id in self._running
+
     @contextmanager
     def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
         """A future that resolves with the execution when it ends, or with None when it is time to look again."""
@@ -194,6 +225,7 @@ class Dispatch:
 
     def execution_ended(self, execution: Execution) -> None:
         """Tell who waits for it."""
+        self._running.discard(execution.execution_id)
         for future in self._callers.get(execution.execution_id, ()):
             if not future.done():
                 future.set_result(execution)
@@ -202,6 +234,8 @@ class Dispatch:
 
     def look_again(self) -> None:
         """Nobody knows what was stored: every waiter asks the store again."""
+        self._due.clear()
+        self._running.clear()
         for callers in self._callers.values():
             for future in callers:
                 if not future.done():

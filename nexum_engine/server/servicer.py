@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
-from nexum_engine.model import Compatibility, Execution
+from nexum_engine.model import Compatibility, Execution, ExecutionStatus
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
@@ -92,6 +92,8 @@ class NexumServicer(NexumServiceServicer):
         # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
         self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         started = await starting
+        if started.status is ExecutionStatus.RUNNING and not started.existing:
+            self._dispatch.execution_started(started.execution_id)
         return pb.StartResponse(
             execution_id=started.execution_id, existing=started.existing, status=started.status.value
         )
@@ -157,14 +159,14 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("wait_ms can't be negative")
         wait = min(request.wait_ms, MAX_WAIT_MS) / 1000
         with self._dispatch.watch(request.execution_id) as ended:
-            execution = await self._store.get_execution(request.execution_id, request.with_attempts)
-            if wait and not execution.status.ended:
+            execution: Execution | None = None
+            if not wait or not self._dispatch.is_running(request.execution_id):
+                execution = await self._store.get_execution(request.execution_id, request.with_attempts)
+            if execution is None or (wait and not execution.status.ended):
                 await asyncio.wait({ended}, timeout=wait)
-                final = ended.result() if ended.done() else None
-                if final is None or request.with_attempts:
-                    execution = await self._store.get_execution(request.execution_id, request.with_attempts)
-                else:
-                    execution = final
+                execution = ended.result() if ended.done() and not request.with_attempts else None
+        if execution is None:
+            execution = await self._store.get_execution(request.execution_id, request.with_attempts)
         return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
 
     @_rpc
