@@ -1,11 +1,10 @@
-"""The rules of an execution, without a database: what is ready, when it is done, when a retry is due."""
+"""The rules of an execution, without a database: what is ready, when a retry is due."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nexum_engine.model import NodeStatus
-from nexum_engine.workflow import NodeDefinition
 
 MAX_FAILED_ATTEMPTS = 4
 """Reported failures after which a node is FAILED."""
@@ -14,19 +13,14 @@ MAX_LOST_ATTEMPTS = 10
 FIRST_RETRY_DELAY_MS = 1000
 
 
-def ready_nodes(definition: Mapping[str, NodeDefinition], status: Mapping[str, NodeStatus]) -> list[str]:
-    """The PENDING nodes whose dependencies are all recorded, in the definition's order."""
+def ready_nodes(dependencies: Mapping[str, Collection[str]], status: Mapping[str, NodeStatus]) -> list[str]:
+    """The PENDING nodes whose dependencies are all recorded, in the order of `dependencies`."""
     return [
         node_id
-        for node_id, node in definition.items()
+        for node_id, needed in dependencies.items()
         if status[node_id] is NodeStatus.PENDING
-        and all(status[dependency] is NodeStatus.COMPLETED for dependency in node.dependencies)
+        and all(status[dependency] is NodeStatus.COMPLETED for dependency in needed)
     ]
-
-
-def is_complete(status: Mapping[str, NodeStatus]) -> bool:
-    """Whether every node is recorded."""
-    return all(state is NodeStatus.COMPLETED for state in status.values())
 
 
 def retry_delay_ms(failed_attempts: int) -> int | None:

@@ -33,8 +33,8 @@ VALUES (:execution_id, :workflow_id, :version_hash, 'RUNNING', :input_json, :ide
 
 -- name: add_node
 -- Add a node to a new execution.
-INSERT INTO nodes (execution_id, node_id, position, node_type, version_hash, status, ready_ms, task_bytes)
-VALUES (:execution_id, :node_id, :position, :node_type, :version_hash, :status, :ready_ms, :task_bytes);
+INSERT INTO nodes (execution_id, node_id, position, node_type, dependencies, version_hash, status, ready_ms, task_bytes)
+VALUES (:execution_id, :node_id, :position, :node_type, :dependencies, :version_hash, :status, :ready_ms, :task_bytes);
 
 -- name: execution
 -- One execution.
@@ -55,7 +55,7 @@ WHERE execution_id = :execution_id ORDER BY position;
 
 -- name: node_states
 -- An execution's nodes without their outputs.
-SELECT node_id, status FROM nodes WHERE execution_id = :execution_id;
+SELECT node_id, status, dependencies FROM nodes WHERE execution_id = :execution_id ORDER BY position;
 
 -- name: attempts
 -- Every attempt of an execution.
@@ -74,9 +74,11 @@ SELECT node_id, octet_length(output_json) FROM nodes WHERE execution_id = :execu
 
 -- name: oldest_task
 -- The task of a version that has been due the longest and is small enough for the worker.
-SELECT execution_id, node_id, node_type, attempts, ready_ms FROM nodes
-WHERE version_hash = :version_hash AND status = 'READY' AND ready_ms <= :now AND task_bytes <= :max_bytes
-ORDER BY ready_ms, rowid LIMIT 1;
+SELECT nodes.execution_id, node_id, node_type, dependencies, attempts, ready_ms, nodes.version_hash,
+       workflow_id, idempotency_key, input_json
+FROM nodes JOIN executions ON executions.execution_id = nodes.execution_id
+WHERE nodes.version_hash = :version_hash AND nodes.status = 'READY' AND ready_ms <= :now AND task_bytes <= :max_bytes
+ORDER BY ready_ms, nodes.rowid LIMIT 1;
 
 -- name: oversized_task
 -- A due task of a version that is too large for the worker.
@@ -106,10 +108,12 @@ VALUES (:task_id, :execution_id, :node_id, :attempt, :worker_id, :streamed, :now
 SELECT node_id, output_json FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
 
 -- name: attempt
--- An attempt with its node and execution, and whether it is the node's newest.
+-- An attempt with its node and execution, whether it is the node's newest, and how many nodes are not recorded yet.
 SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.outcome, attempts.error,
        attempts.worker_id, nodes.status AS node_status, nodes.attempts AS newest_attempt, nodes.failed_attempts,
-       executions.status AS execution_status, executions.workflow_id, executions.version_hash
+       executions.status AS execution_status, executions.version_hash,
+       (SELECT count(*) FROM nodes AS others
+        WHERE others.execution_id = attempts.execution_id AND others.status <> 'COMPLETED') AS unrecorded
 FROM attempts
 JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
 JOIN executions ON executions.execution_id = attempts.execution_id

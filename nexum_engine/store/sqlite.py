@@ -146,29 +146,48 @@ class SqliteStore(Store):
 
     def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
         """Runs in the writer thread. One outcome for each transition: its result, or the exception it raised."""
-        connection = self._connection
-        db = _SqliteDb(connection, self._queries, self._clock.now_ms())
-        outcomes: list[Any] = []
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            for transition in transitions:
-                connection.execute("SAVEPOINT transition")
-                try:
-                    outcomes.append(transition(db))
-                except sqlite3.Error as error:
-                    if not isinstance(error, sqlite3.IntegrityError):
-                        raise
-                    # A broken constraint is a bug of ours, and of this transition alone.
-                    outcomes.append(error)
-                    connection.execute("ROLLBACK TO transition")
-                except Exception as error:  # noqa: BLE001 - the caller's future carries it
-                    outcomes.append(error)
-                    connection.execute("ROLLBACK TO transition")
-                connection.execute("RELEASE transition")
-            connection.execute("COMMIT")
+            try:
+                return self._transaction(transitions, savepoints=False)
+            except sqlite3.IntegrityError:
+                pass
+            except sqlite3.Error:
+                raise
+            except Exception:  # noqa: BLE001, S110 - raised again below, where it belongs
+                pass
+            # Most batches have no failure in them, so only the others pay for savepoints.
+            self._connection.execute("ROLLBACK")
+            return self._transaction(transitions, savepoints=True)
         except sqlite3.Error as error:
             raise _CommitFailed(error) from error
+
+    def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
+        """One transaction. With savepoints a failed transition is undone alone and its exception is its outcome."""
+        connection = self._connection
+        db = _SqliteDb(connection, self._queries, self._clock.now_ms())
+        connection.execute("BEGIN IMMEDIATE")
+        if savepoints:
+            outcomes = [self._in_savepoint(transition, db) for transition in transitions]
+        else:
+            outcomes = [transition(db) for transition in transitions]
+        connection.execute("COMMIT")
         return outcomes
+
+    def _in_savepoint(self, transition: Callable[[Db], Any], db: _SqliteDb) -> Any:
+        self._connection.execute("SAVEPOINT transition")
+        try:
+            outcome = transition(db)
+        except sqlite3.IntegrityError as error:
+            # A broken constraint is a bug of ours, and of this transition alone.
+            outcome = error
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 - the caller's future carries it
+            outcome = error
+        if isinstance(outcome, Exception):
+            self._connection.execute("ROLLBACK TO transition")
+        self._connection.execute("RELEASE transition")
+        return outcome
 
     async def _recover(self, error: _CommitFailed) -> None:
         """After a failed transaction: forget the connection and read the file again, or give up."""

@@ -34,7 +34,7 @@ from nexum_engine.model import (
     WorkflowVersion,
 )
 from nexum_engine.store.db import Db, Row
-from nexum_engine.workflow import NodeDefinition, check_id, compatibility, parse_ir
+from nexum_engine.workflow import check_id, compatibility, parse_ir
 
 MAX_ERROR_CHARACTERS = 4000
 _TASK_FRAME_BYTES = 64
@@ -98,9 +98,7 @@ class _Changes:
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
-def _definition(ir_json: str) -> dict[str, NodeDefinition]:
-    return parse_ir(ir_json)
+_definition = lru_cache(maxsize=256)(parse_ir)
 
 
 def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
@@ -193,6 +191,7 @@ def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str
             node_id=node.node_id,
             position=position,
             node_type=node.node_type.value,
+            dependencies=json.dumps(node.dependencies),
             version_hash=version_hash,
             status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
             ready_ms=db.now_ms if ready else None,
@@ -293,9 +292,6 @@ def claim(
         return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
     node = min(candidates, key=lambda row: int(row["ready_ms"]))
     execution_id, node_id, attempt = node["execution_id"], node["node_id"], node["attempts"] + 1
-    execution = db.one("execution", execution_id=execution_id)
-    if execution is None:
-        raise ExecutionNotFound(execution_id)
     task_id = f"task-{uuid.uuid4()}"
     db.run("take_task", execution_id=execution_id, node_id=node_id)
     db.run(
@@ -309,20 +305,20 @@ def claim(
         now=db.now_ms,
         lease_expires_ms=db.now_ms + lease_ms,
     )
-    key = execution["idempotency_key"]
+    key = node["idempotency_key"]
     return Claim(
         Task(
             task_id=task_id,
             execution_id=execution_id,
             node_id=node_id,
             node_type=node["node_type"],
-            version_hash=execution["version_hash"],
+            version_hash=node["version_hash"],
             attempt=attempt,
             # Without a key of the caller's: the published server's format.
-            idempotency_key=f"{execution['workflow_id']}:{key}:{node_id}"
+            idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
             if key
-            else f"{execution_id}:{node_id}:{execution['version_hash']}",
-            input_json=_task_input(db, execution, node_id),
+            else f"{execution_id}:{node_id}:{node['version_hash']}",
+            input_json=_task_input(db, node),
         )
     )
 
@@ -342,20 +338,17 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
     return None
 
 
-def _task_input(db: Db, execution: Row, node_id: str) -> str:
+def _task_input(db: Db, node: Row) -> str:
     """`{"input": …, "deps": {…}}`, put together from texts that were checked when they were stored."""
-    version = db.one("version", workflow_id=execution["workflow_id"], version_hash=execution["version_hash"])
-    if version is None:
-        raise WorkflowNotFound(execution["workflow_id"], execution["version_hash"])
-    dependencies = _definition(version["ir_json"])[node_id].dependencies
+    dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
         outputs = {
             row["node_id"]: row["output_json"]
-            for row in db.all("dependency_outputs", execution_id=execution["execution_id"])
+            for row in db.all("dependency_outputs", execution_id=node["execution_id"])
         }
         deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies)
-    return f'{{"input":{execution["input_json"]},"deps":{{{deps}}}}}'
+    return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
 def _reported_attempt(db: Db, task_id: str) -> Row:
@@ -404,20 +397,18 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
 def _advance(db: Db, row: Row, changes: _Changes) -> None:
     """Schedule the nodes that became ready, or end the execution."""
     execution_id = row["execution_id"]
-    status = {node["node_id"]: NodeStatus(node["status"]) for node in db.all("node_states", execution_id=execution_id)}
-    if scheduling.is_complete(status):
+    if row["unrecorded"] == 1:  # counted before this result was recorded
         changes.ended.append(_end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
         return
-    version = db.one("version", workflow_id=row["workflow_id"], version_hash=row["version_hash"])
-    if version is None:
-        raise WorkflowNotFound(row["workflow_id"], row["version_hash"])
-    definition = _definition(version["ir_json"])
-    ready = scheduling.ready_nodes(definition, status)
+    nodes = db.all("node_states", execution_id=execution_id)
+    dependencies: dict[str, list[str]] = {node["node_id"]: json.loads(node["dependencies"]) for node in nodes}
+    status = {node["node_id"]: NodeStatus(node["status"]) for node in nodes}
+    ready = scheduling.ready_nodes(dependencies, status)
     if not ready:
         return
     sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution_id=execution_id)}
     for node_id in ready:
-        parts = ("", *definition[node_id].dependencies)
+        parts = ("", *dependencies[node_id])
         task_bytes = _TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
         db.run("make_ready", execution_id=execution_id, node_id=node_id, task_bytes=task_bytes, now=db.now_ms)
         changes.ready.append(ReadyTask(row["version_hash"], task_bytes))

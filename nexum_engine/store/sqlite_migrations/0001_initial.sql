@@ -35,6 +35,7 @@ CREATE TABLE nodes (
     node_id TEXT NOT NULL,
     position INTEGER NOT NULL,          -- dependencies first
     node_type TEXT NOT NULL,
+    dependencies TEXT NOT NULL,         -- a JSON array of node ids
     version_hash TEXT NOT NULL,         -- the execution's, here for the index below
     status TEXT NOT NULL
         CHECK (status IN ('PENDING', 'READY', 'RUNNING', 'COMPLETED', 'FAILED', 'CANCELLED')),
