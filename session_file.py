@@ -11,7 +11,7 @@ import re
 import time
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from console import say
@@ -64,20 +64,18 @@ class SessionFile:
         self._seen: tuple[int, int, int] | None = None
         self._waiting: dict[tuple[str, str], str] = {}
         self._writing = asyncio.Lock()
+        # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
+        self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
     def load(self) -> SessionRecord | None:
         """The contents; None if there is no file. A corrupt file is set aside, and said. Raises SessionFileError."""
         if not self.path.exists():
             return None
         try:
-            with self._lock():
+            with self._lock:
                 return self._read()
         except OSError as error:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
-
-    def _lock(self) -> BaseFileLock:
-        # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
-        return FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
     def _read(self) -> SessionRecord | None:
         try:
@@ -94,8 +92,10 @@ class SessionFile:
     async def find(self, workflow_id: str, key: str) -> str | None:
         """The execution that was started for this call."""
         known = self._known.executions.get(workflow_id, {}).get(key)
-        if known is None and self._signature() != self._seen:
-            await asyncio.to_thread(self._refresh)
+        # While this process writes, what another one wrote is found by its key on the server.
+        if known is None and not self._writing.locked() and self._signature() != self._seen:
+            async with self._writing:
+                await asyncio.to_thread(self._refresh)
             known = self._known.executions.get(workflow_id, {}).get(key)
         return known
 
@@ -124,7 +124,7 @@ class SessionFile:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _merge(self, batch: dict[tuple[str, str], str]) -> None:
-        with self._lock():
+        with self._lock:
             # Unless another process wrote since, what is in memory is what is in the file.
             if self._signature() != self._seen or self._seen is None:
                 self._known = self._read() or SessionRecord.new()
