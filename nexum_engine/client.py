@@ -149,7 +149,7 @@ class NexumClient:
         """
         if workflow.input is not None and not isinstance(input, workflow.input):
             input = workflow.input.model_validate(input)
-        input_json = input.model_dump_json() if isinstance(input, BaseModel) else jsontext.dump(input, "input")
+        input_json = jsontext.dump(input.model_dump(mode="json") if isinstance(input, BaseModel) else input, "input")
         request = pb.StartRequest(
             workflow_id=workflow.workflow_id,
             version_hash=workflow.version_hash,
@@ -170,23 +170,26 @@ class NexumClient:
         """The execution as it is, or as soon as it ended within `wait` seconds. Raises ExecutionNotFound."""
         wait = min(wait, MAX_SERVER_WAIT)
         try:
-            if not self._has_get_execution:
-                return await self._get_status(execution_id, wait=wait, patience=patience)
-            request = pb.GetExecutionRequest(
-                execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
-            )
-            answer = await self._call(
-                lambda t: self._stub.GetExecution(request, timeout=t), wait=wait, patience=patience
-            )
-            return Observed(_execution(answer), answer.has_poller)
+            if self._has_get_execution:
+                request = pb.GetExecutionRequest(
+                    execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
+                )
+                try:
+                    answer = await self._call(
+                        lambda t: self._stub.GetExecution(request, timeout=t), wait=wait, patience=patience
+                    )
+                    return Observed(_execution(answer), answer.has_poller)
+                except NotANexumServer:
+                    self._fall_back()
+            return await self._get_status(execution_id, wait=wait, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
-        except NotANexumServer:
-            if not self._has_get_execution:
-                raise
-            self._has_get_execution = False
-        logger.warning("the server on %s has no GetExecution: asking with GetStatus, again and again", self.address)
-        return await self.get_execution(execution_id, wait=wait, patience=patience)
+
+    def _fall_back(self) -> None:
+        # Calls in flight find out together, and one line is enough.
+        if self._has_get_execution:
+            logger.warning("the server on %s has no GetExecution: asking with GetStatus, again and again", self.address)
+        self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
         """The published way: GetStatus, often at first and then less so."""
@@ -307,7 +310,7 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
 
 
 def _execution_of_status(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    outputs: dict[str, Any] = jsontext.parse(answer.completed_nodes_json or "{}", "completed_nodes_json")
+    outputs: dict[str, Any] = json.loads(answer.completed_nodes_json or "{}")
     return Execution(
         execution_id=execution_id,
         workflow_id="",

@@ -37,8 +37,8 @@ def details(execution: Execution) -> str:
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
         f"execution  {execution.execution_id}",
-        f"workflow   {execution.workflow_id}",
-        f"version    {execution.version_hash}",
+        *_field("workflow", execution.workflow_id),
+        *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
         f"started    {_moment(execution.created_ms)}{took}",
     ]
@@ -48,7 +48,7 @@ def details(execution: Execution) -> str:
     if execution.error:
         lines += _field("error", execution.error)
     for node in execution.nodes:
-        lines += ["", f"node {node.node_id} ({node.node_type}) {node.status.value}"]
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({node.node_type}) {node.status.value}"]
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):

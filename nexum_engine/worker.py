@@ -9,6 +9,7 @@ await worker.run(stop)
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
@@ -200,7 +201,8 @@ class Worker:
         versions = list(self._bindings)
         turn = 0
         while True:
-            await self._connected.wait()
+            if not self._draining:  # then it has nothing to wait for, and the server may never come back
+                await self._connected.wait()
             if self._draining:
                 return
             # A server without streams has never heard of several versions in one poll, either.
@@ -266,7 +268,7 @@ class Worker:
                 result = node.output.model_validate(result)
             except ValidationError as error:
                 raise FinalError(f"node {node.node_id!r} returned no {node.output.__name__}: {error}") from error
-        text = result.model_dump_json() if isinstance(result, BaseModel) else jsontext.dump(result, "the result")
+        text = jsontext.dump(result.model_dump(mode="json") if isinstance(result, BaseModel) else result, "the result")
         jsontext.check_size(text, "the result")
         return text
 
@@ -286,7 +288,7 @@ class Worker:
             await asyncio.shield(asyncio.ensure_future(report))
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
             outcome = f"refused by the server: {error}"
-        except ServerUnavailable as error:
+        except NexumError as error:
             outcome = f"not reported, it will run again: {error}"
         seconds = asyncio.get_running_loop().time() - start
         level = logging.INFO if outcome == "finished" else logging.WARNING
@@ -295,8 +297,8 @@ class Worker:
 
 
 def _context(task: Task) -> TaskContext:
-    # A task's text is several payloads together, each of which was checked when it was stored.
-    document = jsontext.parse(task.input_json or "null", "the task's input_json", max_bytes=2**40)
+    # Several payloads in a frame, each of which was checked when it was stored; the frame nests deeper than they may.
+    document = json.loads(task.input_json or "null")
     parts = document if isinstance(document, dict) else {}
     return TaskContext(
         input=parts.get("input"),

@@ -156,7 +156,7 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
             node_id: NodeDefinition(
                 node_id,
                 NodeType(ir.nodes[node_id].type),
-                tuple(dict.fromkeys(ir.nodes[node_id].dependencies)),
+                tuple(sorted(set(ir.nodes[node_id].dependencies))),  # their order means nothing
             )
             for node_id in order
         }

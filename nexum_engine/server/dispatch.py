@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from nexum_engine.clock import Clock
+from nexum_engine.errors import NexumError
 from nexum_engine.model import Execution, Task
 from nexum_engine.store import Store
 from nexum_engine.store.transitions import Claim, ReadyTask
@@ -81,7 +82,7 @@ class Dispatch:
                     if claim.task is not None:
                         return claim.task
                     if claim.oversized is not None:
-                        self.task_ready(claim.oversized)
+                        self._offer(claim.oversized)
                     if poll.arrivals != self._arrived(poll):
                         self._submit_claim(poll)
                         continue
@@ -106,6 +107,8 @@ class Dispatch:
         if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
             recent = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
             self._last_poll_ms = recent
+            # A version that isn't here is looked up, so forgetting costs one claim.
+            self._due = {v: due for v, due in self._due.items() if v in recent}
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
         loop = asyncio.get_running_loop()
@@ -149,6 +152,9 @@ class Dispatch:
         self._arrivals[task.version_hash] += 1
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
+        self._offer(task)
+
+    def _offer(self, task: ReadyTask) -> None:
         for poll in self._polls.get(task.version_hash, ()):
             if poll.max_bytes < task.task_bytes or poll.leaving:
                 continue
@@ -190,11 +196,15 @@ class Dispatch:
 
     def _release(self, claim: Awaitable[Claim]) -> None:
         async def release() -> None:
-            task = (await claim).task
-            if task is not None:
+            try:
+                task = (await claim).task
+                if task is None:
+                    return
                 changed = await self._store.release(task.task_id, "the worker was gone before the task reached it")
-                for ready in changed.ready:
-                    self.task_ready(ready)
+            except NexumError:
+                return  # if it was handed out all the same, its lease runs out
+            for ready in changed.ready:
+                self.task_ready(ready)
 
         running = asyncio.ensure_future(release())
         self._releases.add(running)
@@ -214,6 +224,8 @@ class Dispatch:
     def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
         """A future that resolves with the execution when it ends, or with None when it is time to look again."""
         future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
+        if self._stopping:
+            future.set_result(None)
         self._callers[execution_id].add(future)
         try:
             yield future

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
@@ -35,7 +34,6 @@ class Liveness:
         self._due_ms: int | None = None
         self._due_changed = asyncio.Event()
         self._swept_until_ms = clock.now_ms()
-        self._background: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
@@ -49,7 +47,7 @@ class Liveness:
         self._stopping.set()
         if self._sweeper is not None:
             self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, *self._background, return_exceptions=True)
+            await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncIterator[pb.WorkerBeatAck]:
         """One worker's stream, until it breaks or the server stops."""
@@ -75,7 +73,7 @@ class Liveness:
                 del self._streams[worker_id]
                 self._dispatch.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
-                    self._in_background(self._disconnected(worker_id))
+                    self._disconnected(worker_id)
 
     async def _next_beat(self, incoming: AsyncIterator[pb.WorkerBeat]) -> pb.WorkerBeat | None:
         """The next beat; None when the stream is over or the server stops."""
@@ -92,19 +90,29 @@ class Liveness:
             reading.cancel()
             stopping.cancel()
 
-    async def _disconnected(self, worker_id: str) -> None:
-        await self._store.disconnect(worker_id, RECONNECT_GRACE_MS)
-        self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
+    def _disconnected(self, worker_id: str) -> None:
+        # Submitted here and now: behind a beat of the worker's next stream it would take the lease from a live worker.
+        stored = asyncio.ensure_future(self._store.disconnect(worker_id, RECONNECT_GRACE_MS))
+        stored.add_done_callback(self._count_grace)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+    def _count_grace(self, stored: asyncio.Future[None]) -> None:
+        # If it could not be stored, the worker's leases are as they were and run out later.
+        if not stored.cancelled() and stored.exception() is None:
+            self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
 
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
-    def apply(self, changed: Changed) -> None:
-        """Act on what a stored transition changed."""
+    async def carry_out(self, submitted: Awaitable[Changed]) -> None:
+        """Wait for a transition and act on it, which happens also if the caller is gone before it is stored."""
+        stored = asyncio.ensure_future(submitted)
+        stored.add_done_callback(self._apply_stored)
+        await asyncio.shield(stored)
+
+    def _apply_stored(self, stored: asyncio.Future[Changed]) -> None:
+        if not stored.cancelled() and stored.exception() is None:
+            self._apply(stored.result())
+
+    def _apply(self, changed: Changed) -> None:
         for ready in changed.ready:
             self._dispatch.task_ready(ready)
         for execution in changed.ended:
@@ -134,7 +142,7 @@ class Liveness:
                 self.due_at(self._clock.now_ms() + 1000)
             else:
                 self._swept_until_ms = now_ms
-                self.apply(swept.changed)
+                self._apply(swept.changed)
                 if swept.next_ms is not None:
                     self.due_at(swept.next_ms)
             self._due_changed.clear()

@@ -8,17 +8,17 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime, timezone
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
-from nexum_engine.model import Compatibility, Execution, ExecutionStatus
+from nexum_engine.model import Compatibility, Execution
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
-from nexum_engine.store.transitions import ReadyTask
+from nexum_engine.store.transitions import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import status_of
@@ -30,6 +30,7 @@ DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
 """What a gRPC client with default settings can receive, less the message's own frame."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
+MAX_MESSAGE_CHARACTERS = 600  # of an error; each may take nine bytes of an 8 KB header
 
 logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -39,10 +40,15 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 async def _abort(context: Context, error: Exception) -> NoReturn:
     status = status_of(error) if isinstance(error, NexumError) else None
     if status is not None:
-        await context.abort(status, str(error))
+        await context.abort(status, _cut(str(error)))
     fault = uuid.uuid4().hex[:8]
     logger.error("fault %s", fault, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"the server had a fault; its log has it under {fault}")
+
+
+def _cut(message: str) -> str:
+    # It travels in a header, and those are bounded.
+    return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
 
 
 def _rpc(handler: Handler) -> Handler:
@@ -91,12 +97,19 @@ class NexumServicer(NexumServiceServicer):
         )
         # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
         self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
-        started = await starting
-        if started.status is ExecutionStatus.RUNNING and not started.existing:
-            self._dispatch.execution_started(started.execution_id)
+        starting.add_done_callback(partial(self._started, request))
+        started = await asyncio.shield(starting)
         return pb.StartResponse(
             execution_id=started.execution_id, existing=started.existing, status=started.status.value
         )
+
+    def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
+        if done.cancelled() or done.exception() is not None or done.result().existing:
+            return
+        self._dispatch.execution_started(done.result().execution_id)
+        # One was announced when it was submitted.
+        for _ in range(done.result().ready - 1):
+            self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
@@ -131,12 +144,12 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
-        self._liveness.apply(await self._store.complete_task(request.task_id, request.output_json))
+        await self._liveness.carry_out(self._store.complete_task(request.task_id, request.output_json))
         return pb.AckResponse(ok=True)
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        self._liveness.apply(await self._store.fail_task(request.task_id, request.error_message, request.final))
+        await self._liveness.carry_out(self._store.fail_task(request.task_id, request.error_message, request.final))
         return pb.AckResponse(ok=True)
 
     @_rpc
@@ -193,7 +206,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        self._liveness.apply(await self._store.cancel_execution(request.execution_id))
+        await self._liveness.carry_out(self._store.cancel_execution(request.execution_id))
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     @_rpc

@@ -191,12 +191,12 @@ class SqliteStore(Store):
 
     async def _recover(self, error: _CommitFailed) -> None:
         """After a failed transaction: forget the connection and read the file again, or give up."""
-        logger.error("database %s: %s", self._path, error)
         try:
-            if not error.is_full:
+            if not error.is_passing:
                 # What a failed fsync left in the page cache may never reach the disk, so a re-read proves nothing.
                 raise error.cause
             self._connection = await self._loop.run_in_executor(self._writer, self._reopen)
+            logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
         except (sqlite3.Error, NexumError) as reason:
             if not self._failed.done():
                 self._failed.set_result(f"database {self._path} can't be trusted any more: {reason}")
@@ -221,9 +221,10 @@ class _CommitFailed(Exception):
         self.cause = cause
 
     @property
-    def is_full(self) -> bool:
+    def is_passing(self) -> bool:
+        """Whether the disk is full or another program holds the file: the file itself is sound."""
         # sqlite3.Error.sqlite_errorcode is there from Python 3.11 on only.
-        return "full" in str(self.cause)
+        return "full" in str(self.cause) or "locked" in str(self.cause)
 
     def for_caller(self) -> StoreUnavailable:
         return StoreUnavailable(
@@ -279,7 +280,10 @@ def _check_file(path: Path) -> None:
         raise StoreRefused(
             f"{path} is another program's database: it was left untouched; name another file with --database-url"
         )
-    version = int.from_bytes(header[60:64], "big")
+    _check_version(path, int.from_bytes(header[60:64], "big"))
+
+
+def _check_version(path: Path, version: int) -> None:
     if version > len(_migrations()):
         raise StoreRefused(
             f"{path} has schema version {version}, made by a newer Nexum; this one knows {len(_migrations())}: "
@@ -303,6 +307,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         if not path.exists():
             _create(path)
         connection = _open_connection(path)
+        # The header on disk may be older than what the write-ahead log has.
+        _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
         _migrate(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         check = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if unclean else "ok"

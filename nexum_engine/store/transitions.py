@@ -56,6 +56,8 @@ class Started:
     execution_id: str
     status: ExecutionStatus
     existing: bool
+    ready: int = 0
+    """How many tasks it began with."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str
         now=db.now_ms,
     )
     task_bytes = len(input_json.encode("utf-8")) + _TASK_FRAME_BYTES
-    for position, node in enumerate(_definition(version["ir_json"]).values()):
+    definition = _definition(version["ir_json"])
+    for position, node in enumerate(definition.values()):
         ready = not node.dependencies
         db.run(
             "add_node",
@@ -197,7 +200,8 @@ def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str
             ready_ms=db.now_ms if ready else None,
             task_bytes=task_bytes if ready else None,
         )
-    return Started(execution_id, ExecutionStatus.RUNNING, existing=False)
+    roots = sum(not node.dependencies for node in definition.values())
+    return Started(execution_id, ExecutionStatus.RUNNING, existing=False, ready=roots)
 
 
 def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
