@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from console import accept_any_character, complain, say
+from console import abandon_output, accept_any_character, complain, say
 from launcher import NexumForRun, kill_this_process
-from model_choice import ModelChoice, ModelChoiceError, choose_model
+from model_choice import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.report import age
 from session_file import SessionFile, check_session_id
@@ -79,6 +79,11 @@ class Steps:
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
             say(f"[demo] step {self.crash_after} is recorded; crashing now, as asked (run again to continue)")
             kill_this_process()
+
+
+def readable(question: str) -> str:
+    """The question as text: where the locale isn't UTF-8, the command line comes with undecoded bytes in it."""
+    return question.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
 def session_id_for(question: str, model: ModelChoice, args: argparse.Namespace) -> str:
@@ -169,7 +174,9 @@ async def run(question: str, model: ModelChoice, session_id: str, args: argparse
     if args.crash_after_step is not None:
         say(f"[demo] No crash: the run executed {executed} call(s) of its own, not {args.crash_after_step}")
     if not answered:
-        complain(f"error: the agent gave no answer within {MAX_TOOL_ROUNDS} rounds of tools")
+        complain(
+            f"error: no answer: the model's last reply was empty, or it asked for {MAX_TOOL_ROUNDS} rounds of tools"
+        )
     return 0 if answered else 1
 
 
@@ -179,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.crash_after_step is not None and args.crash_after_step < 1:
         parser.error(f"--crash-after-step is {args.crash_after_step}: give 1 or more")
-    question = (args.question or QUESTION).strip()
+    question = readable(QUESTION if args.question is None else args.question)
     if not question:
         parser.error("the question is empty")
     try:
@@ -191,6 +198,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ModelChoiceError, InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
+    except ModelFailed as error:
+        complain(f"error: {error}; the same command continues from what is recorded")
+        return 1
+    except BrokenPipeError:
+        # Who reads our output has seen enough (`| head`).
+        abandon_output()
+        return 1
     except KeyboardInterrupt:
         complain("\ninterrupted; the same command continues from what is recorded")
         return 130

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from console import say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
@@ -24,6 +24,8 @@ WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
 PATIENCE = 10.0  # seconds that a new server waits for a dying one's port and database
 START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
 END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
+SLOW_START = 3.0  # seconds after which a start is explained
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # so many within so many seconds: whatever kills the children won't stop
 
 
 def kill_this_process() -> NoReturn:
@@ -79,8 +81,8 @@ class NexumForRun:
     """A Nexum server that answers for the length of an `async with`.
 
     With `address` given, that one has to answer. Without it the default address is used, and if nothing answers there,
-    an embedded server and the given worker scripts are started, and started again should they vanish.
-    Raises ServerUnavailable, NotANexumServer, ServerError.
+    an embedded server and the given worker scripts are started, and started again should they vanish. If that doesn't
+    help, the body is cancelled. Raises ServerUnavailable, NotANexumServer, ServerError.
     """
 
     def __init__(self, address: str | None, *, workers: tuple[str, ...] = ("worker.py",)) -> None:
@@ -92,6 +94,8 @@ class NexumForRun:
         self._workers: dict[str, Child] = {}
         self._client = NexumClient(self.address)
         self._watching: asyncio.Task[None] | None = None
+        self._restarts: list[float] = []
+        self._given_up: NexumError | None = None
 
     async def __aenter__(self) -> NexumForRun:
         try:
@@ -102,13 +106,20 @@ class NexumForRun:
                     raise
                 await self._start("no server")
             if self._may_start:
-                self._watching = asyncio.create_task(self._watch(), name="watch server and workers")
+                body = asyncio.current_task()
+                assert body is not None
+                self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
         except BaseException:
-            await self.__aexit__()
+            await self._end()
             raise
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self._end()
+        if self._given_up is not None and kind is asyncio.CancelledError:
+            raise self._given_up
+
+    async def _end(self) -> None:
         if self._watching is not None:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -143,14 +154,19 @@ class NexumForRun:
         """The server's line when it is ready; None if another server answers in its place."""
         assert server.process.stdout is not None
         reading = asyncio.ensure_future(server.process.stdout.readline())
-        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        explained = False
         try:
             while not reading.done():
                 await asyncio.wait({reading}, timeout=WATCH_INTERVAL)
                 if reading.done():
                     break
-                if asyncio.get_running_loop().time() > deadline:
+                if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
+                if loop.time() - begun > SLOW_START and not explained:
+                    say(f"[Nexum] the embedded server still waits for {self.address} or its database to be free")
+                    explained = True
                 with contextlib.suppress(ServerUnavailable):
                     await self._client.ping()
                     # It may be our own, a moment before its line.
@@ -164,8 +180,14 @@ class NexumForRun:
             raise ServerError("the embedded server did not start; its reason stands above")
         return line
 
-    async def _watch(self) -> None:
-        """Replace what vanishes."""
+    async def _watch(self, body: asyncio.Task[Any]) -> None:
+        try:
+            await self._replace_what_vanishes()
+        except NexumError as error:
+            self._given_up = error
+            body.cancel()
+
+    async def _replace_what_vanishes(self) -> None:
         silent = 0
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
@@ -186,11 +208,19 @@ class NexumForRun:
                     continue
             for script, child in list(self._workers.items()):
                 if child.ended:
-                    say(f"[Nexum] {script} is gone (exit {child.process.returncode}): started another")
+                    self._count_restart(script)
                     await self._start_worker(script)
+                    say(f"[Nexum] {script} is gone (exit {child.process.returncode}): started another")
 
     async def _restart(self, why: str) -> None:
+        self._count_restart("the server")
         try:
             await self._start(why)
         except NexumError as error:
             say(f"[Nexum] {error}; trying again")
+
+    def _count_restart(self, what: str) -> None:
+        now = asyncio.get_running_loop().time()
+        self._restarts = [*(at for at in self._restarts if now - at < RESTART_WINDOW), now]
+        if len(self._restarts) > MAX_RESTARTS:
+            raise ServerError(f"{what} is gone, again: giving up after {MAX_RESTARTS} restarts within a minute")

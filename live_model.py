@@ -8,14 +8,17 @@ from autogen_core import CancellationToken
 from autogen_core.models import CreateResult, LLMMessage, ModelFamily, ModelInfo
 from autogen_core.tools import Tool, ToolSchema
 from autogen_ext.models.openai import OpenAIChatCompletionClient
-from openai import DefaultAsyncHttpxClient
+from openai import APIConnectionError, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
-from model_choice import ANTHROPIC, GEMINI, OPENAI
+from model_choice import ANTHROPIC, GEMINI, OPENAI, ModelFailed
+from tools.words import one_line
 
 # Gemini 3 and later answer 400 to a tool call that comes back without its "thought signature", and AutoGen 0.7.5
 # drops the signature (microsoft/autogen#7136). Google documents this value for calls that carry none.
 UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
+
+ERROR_LENGTH = 400  # characters of what a vendor says
 
 HEADERS_SENT = (
     *("host", "accept", "accept-encoding", "connection", "user-agent"),
@@ -33,6 +36,7 @@ class LiveModel(OpenAIChatCompletionClient):
     """One model at one address with one key; nothing else is taken from the environment."""
 
     def __init__(self, *, vendor: str, model: str, base_url: str, api_key: str) -> None:
+        self._who = f"{vendor}, {model}"
         self._unsigned_calls = vendor == GEMINI.name
         arguments: dict[str, Any] = {
             "model": model,
@@ -54,7 +58,14 @@ class LiveModel(OpenAIChatCompletionClient):
         super().__init__(**cast(Any, arguments))
         self._resolved_model = None  # AutoGen would warn at every call that an alias was answered by a real name
 
-    def create_stream(
+    async def create(self, *args: Any, **kwargs: Any) -> CreateResult:
+        """As AutoGen's, but what goes wrong is a ModelFailed."""
+        try:
+            return await super().create(*args, **kwargs)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    async def create_stream(
         self,
         messages: Sequence[LLMMessage],
         *,
@@ -66,17 +77,27 @@ class LiveModel(OpenAIChatCompletionClient):
         max_consecutive_empty_chunk_tolerance: int = 0,
         include_usage: bool | None = True,
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """As AutoGen's, but counts tokens: without `include_usage` a stream reports none."""
-        return super().create_stream(
-            messages,
-            tools=tools,
-            tool_choice=tool_choice,
-            json_output=json_output,
-            extra_create_args=extra_create_args or {},
-            cancellation_token=cancellation_token,
-            max_consecutive_empty_chunk_tolerance=max_consecutive_empty_chunk_tolerance,
-            include_usage=include_usage,
-        )
+        """The same, and it counts tokens: without `include_usage` a stream reports none."""
+        try:
+            async for piece in super().create_stream(
+                messages,
+                tools=tools,
+                tool_choice=tool_choice,
+                json_output=json_output,
+                extra_create_args=extra_create_args or {},
+                cancellation_token=cancellation_token,
+                max_consecutive_empty_chunk_tolerance=max_consecutive_empty_chunk_tolerance,
+                include_usage=include_usage,
+            ):
+                yield piece
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ModelFailed:
+        # A server that isn't one of this kind fails deep inside AutoGen, with any exception.
+        cause = f" ({error.__cause__})" if isinstance(error, APIConnectionError) and error.__cause__ else ""
+        why = one_line(f"{type(error).__name__}: {error}{cause}", ERROR_LENGTH)
+        return ModelFailed(f"the model gave no usable answer ({self._who}): {why}")
 
     def _process_create_args(self, *args: Any, **kwargs: Any) -> Any:
         params = super()._process_create_args(*args, **kwargs)

@@ -25,6 +25,10 @@ class ModelChoiceError(ValueError):
     """The environment names no usable model; the message is one line and says what to set."""
 
 
+class ModelFailed(RuntimeError):
+    """The model gave no usable answer; the message is one line and says why."""
+
+
 @dataclass(frozen=True)
 class Vendor:
     """One vendor: where its OpenAI-compatible endpoint is, which key it takes, which names are its own."""

@@ -14,15 +14,24 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from console import say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError, WaitTimeout, WorkflowNotFound
+from nexum_engine.errors import (
+    ExecutionNotFound,
+    InvalidRequest,
+    NexumError,
+    ServerUnavailable,
+    WaitTimeout,
+    WorkflowNotFound,
+)
 from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
 from nexum_engine.workflow import Workflow
 from session_file import SessionFile
@@ -30,6 +39,8 @@ from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 
 FIRST_NOTICE = 1.0  # seconds until a wait is explained
 NOTICE_EVERY = 5.0  # seconds
+
+T = TypeVar("T")
 
 
 class Origin(Enum):
@@ -65,6 +76,18 @@ def call_key(tool_name: str, tool_args: Mapping[str, Any]) -> str:
         raise InvalidRequest(f"the arguments of {tool_name} can't be written as JSON: {error}") from error
 
 
+class _Deadline:
+    """Until when a caller waits."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._at = time.monotonic() + timeout
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self._at - time.monotonic())
+
+
 class Session:
     """The durable calls of one session on one server. `nexum` defaults to NEXUM_ADDRESS, then localhost:50051."""
 
@@ -88,70 +111,77 @@ class Session:
         Raises ToolCallFailed, WaitTimeout after `timeout` seconds (the execution goes on, and the next call attaches to
         it), ServerUnavailable, InvalidRequest.
         """
-        deadline = asyncio.get_running_loop().time() + timeout
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
+        deadline = _Deadline(timeout)
         execution_id = await self.file.find(self._workflow.workflow_id, key)
-        if execution_id is not None:
-            observed = await self._recorded(execution_id, tool_name, timeout)
-            if observed is not None and observed.execution.status is ExecutionStatus.COMPLETED:
-                say(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
-                return ToolResult(_result(tool_name, observed.execution), Origin.CACHED, execution_id)
-            if observed is not None and observed.execution.status is ExecutionStatus.RUNNING:
-                say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
-                return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline, timeout)
-        execution_id, origin = await self._start(key, tool_name, tool_args, timeout)
-        _, result = await asyncio.gather(
-            self.file.record(self._workflow.workflow_id, key, execution_id),
-            self._result_of(execution_id, tool_name, origin, deadline, timeout),
-        )
-        return result
+        while True:
+            try:
+                if execution_id is not None:
+                    recorded = await self._recorded(execution_id, tool_name, deadline)
+                    if recorded is not None:
+                        return recorded
+                execution_id, origin = await self._start(key, tool_name, tool_args, deadline)
+                _, result = await asyncio.gather(
+                    self.file.record(self._workflow.workflow_id, key, execution_id),
+                    self._result_of(execution_id, tool_name, origin, deadline),
+                )
+                return result
+            except ExecutionNotFound as gone:
+                # Its database was replaced, or another server took its place, perhaps while we waited.
+                if not deadline.left:
+                    raise
+                say(f"[Nexum] {_short(gone.execution_id)} ({tool_name}) is unknown to this server: asking by its key")
+                execution_id = None
 
-    async def _recorded(self, execution_id: str, tool_name: str, timeout: float) -> Observed | None:
-        try:
-            observed = await self._client.get_execution(execution_id, patience=timeout)
-        except ExecutionNotFound:
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) is unknown to this server: asking by the call's key")
-            return None
+    async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
+        """The server's answer. While no server answers, until the deadline, that is said."""
+        patience = FIRST_NOTICE
+        while True:
+            try:
+                return await ask(patience=min(deadline.left, patience))
+            except ServerUnavailable:
+                if not deadline.left:
+                    raise
+            say(f"[Nexum] no Nexum server answers on {self._client.address}: trying for {deadline.left:.0f} s more")
+            patience = NOTICE_EVERY
+
+    async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
+        """The result of the execution in the session file; None if it ended without one."""
+        observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
-        if status in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
-        return observed
+        if status is ExecutionStatus.COMPLETED:
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
+            return ToolResult(_result(tool_name, observed.execution), Origin.CACHED, execution_id)
+        if status is ExecutionStatus.RUNNING:
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
+            return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline)
+        say(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
+        return None
 
     async def _start(
-        self, key: str, tool_name: str, tool_args: Mapping[str, Any], timeout: float
+        self, key: str, tool_name: str, tool_args: Mapping[str, Any], deadline: _Deadline
     ) -> tuple[str, Origin]:
         task = ToolCallInput(tool_name=tool_name, tool_args=dict(tool_args))
-        server_key = f"{self.session_id}:{key}"
-
-        async def start() -> tuple[str, Origin]:
-            started = await self._client.start_execution(
-                self._workflow, task, idempotency_key=server_key, patience=timeout
-            )
-            if not started.existing:
-                return started.execution_id, Origin.EXECUTED
-            done = started.status is ExecutionStatus.COMPLETED
-            return started.execution_id, Origin.CACHED if done else Origin.ATTACHED
-
+        start = partial(self._client.start_execution, self._workflow, task, idempotency_key=f"{self.session_id}:{key}")
         try:
-            execution_id, origin = await start()
+            started = await self._ask(deadline, start)
         except WorkflowNotFound:
-            await self._client.register_workflow(self._workflow, patience=timeout)
-            execution_id, origin = await start()
-        if origin is Origin.EXECUTED:
-            say(f"[Nexum] Submitted {_short(execution_id)} ({tool_name})")
-        elif origin is Origin.ATTACHED:
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
-        return execution_id, origin
+            await self._ask(deadline, partial(self._client.register_workflow, self._workflow))
+            started = await self._ask(deadline, start)
+        if not started.existing:
+            say(f"[Nexum] Submitted {_short(started.execution_id)} ({tool_name})")
+            return started.execution_id, Origin.EXECUTED
+        if started.status is ExecutionStatus.COMPLETED:
+            return started.execution_id, Origin.CACHED
+        say(f"[Nexum] {_short(started.execution_id)} ({tool_name}) already RUNNING, attached")
+        return started.execution_id, Origin.ATTACHED
 
-    async def _result_of(
-        self, execution_id: str, tool_name: str, origin: Origin, deadline: float, timeout: float
-    ) -> ToolResult:
-        loop = asyncio.get_running_loop()
-        waited = False
+    async def _result_of(self, execution_id: str, tool_name: str, origin: Origin, deadline: _Deadline) -> ToolResult:
+        notice = FIRST_NOTICE
         while True:
-            left = max(0.0, deadline - loop.time())
-            notice = NOTICE_EVERY if waited else FIRST_NOTICE
-            observed = await self._client.get_execution(execution_id, wait=min(left, notice), patience=left)
+            observed = await self._ask(
+                deadline, partial(self._client.get_execution, execution_id, wait=min(deadline.left, notice))
+            )
             execution = observed.execution
             if execution.status is ExecutionStatus.COMPLETED:
                 done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
@@ -161,13 +191,13 @@ class Session:
                 reason = _reason(execution)
                 say(f"[Nexum] {_short(execution_id)} ({tool_name}) {execution.status.value}: {reason}")
                 raise ToolCallFailed(f"{tool_name} failed: {reason}")
-            if loop.time() >= deadline:
+            if not deadline.left:
                 raise WaitTimeout(
-                    f"{tool_name} has no result after {timeout:g} s (execution {execution_id}): it goes on, and the "
-                    "same call attaches to it"
+                    f"{tool_name} has no result after {deadline.timeout:g} s (execution {execution_id}): it goes on, "
+                    "and the same call attaches to it"
                 )
             say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {self._what_for(observed)}")
-            waited = True
+            notice = NOTICE_EVERY
 
     def _what_for(self, observed: Observed) -> str:
         nodes = observed.execution.nodes
