@@ -13,9 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
+
+# grpc's own log says in its words what our errors say in ours. It reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -99,17 +104,17 @@ def _positive(text: str) -> float:
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 <= value < 1e6:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000")
-    return value
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 1 and 1000")
+    return int(text)
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -181,10 +186,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             asyncio.run(serve(args))
         else:
-            print(asyncio.run(look(args)))
+            print(asyncio.run(look(args)), flush=True)
     except NexumError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ServerUnavailable) else 1
+    except BrokenPipeError:
+        # Who reads our output has seen enough (`| head`): what is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
