@@ -497,12 +497,11 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
 
 def sweep(db: Db, since_ms: int) -> Swept:
     """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
-    changes = _Changes()
+    # Before the expired ones, which become due at this very moment and announce themselves.
+    retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
+    changes = _Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_attempts", now=db.now_ms):
         _expire(db, row, changes)
-    changes.ready += [
-        ReadyTask(row["version_hash"], row["task_bytes"]) for row in db.all("due_tasks", since=since_ms, now=db.now_ms)
-    ]
     due = [
         row["due"]
         for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms))
