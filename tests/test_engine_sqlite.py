@@ -1,0 +1,484 @@
+"""SQLite: what may be opened, one server per file, transactions that are shared, and a disk that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import ROOT, environment, free_port, nexum_server, running
+
+from nexum_engine.client import NexumClient
+from nexum_engine.clock import ManualClock
+from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.store import database_exists, open_store
+from nexum_engine.store.db import Db
+from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore, database_path
+from nexum_engine.workflow import workflow
+
+NOOP = workflow("noop").effect("a").build()
+ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
+MIGRATIONS = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))
+
+
+async def opened(path: Path) -> SqliteStore:
+    store = await open_store(f"sqlite:///{path}", ManualClock())
+    assert isinstance(store, SqliteStore)
+    return store
+
+
+def serve(path: Path, *arguments: str, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """A server that is expected to refuse."""
+    command = ["-m", "nexum_engine", "--listen", f"127.0.0.1:{free_port()}", "--database-url", f"sqlite:///{path}"]
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=path.parent if path.parent.is_dir() else ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=preexec,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file() and not one.name.endswith(".lock")}
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def foreign(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+        connection.execute("INSERT INTO theirs VALUES (42)")
+    connection.close()
+
+
+def empty_database(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+def newer(path: Path) -> None:
+    foreign(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b""), "is not a database"),
+        (lambda path: path.write_bytes(b"SQLite format 3\x00"), "is not a database"),
+        (lambda path: path.write_bytes(os.urandom(8192)), "is not a database"),
+        (lambda path: path.write_text("my only copy of my thesis"), "is not a database"),
+        (foreign, "is another program's database"),
+        (empty_database, "is another program's database"),
+        (newer, "schema version 99, made by a newer Nexum"),
+    ],
+    ids=["empty", "a header only", "garbage", "text", "foreign", "foreign and empty", "newer"],
+)
+async def test_a_file_that_is_not_ours_is_refused_and_stays_as_it_is(
+    tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    path = tmp_path / "some.db"
+    make(path)
+    before = contents(tmp_path)
+    with pytest.raises(StoreRefused, match=reason):
+        await opened(path)
+    assert contents(tmp_path) == before
+
+
+def test_the_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "some.db"
+    foreign(path)
+    before = contents(tmp_path)
+    run = serve(path)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith(f"error: {path} is another program's database: it was left untouched")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("", "can't be read"), ("file.txt/nexum.db", "can't be read"), ("x" * 300, "name too long")],
+    ids=["a folder", "below a file", "a name too long"],
+)
+def test_a_path_that_can_not_be_a_file_is_refused_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    run = serve(tmp_path / name)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert reason in run.stderr.replace("File name", "name")
+
+
+CAP_DAC_OVERRIDE = 1
+PR_CAPBSET_DROP = 24
+
+
+def _as_one_whom_permissions_bind() -> None:
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) != 0:
+        raise OSError("root could not give up its right to write everywhere")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
+def test_a_folder_that_can_not_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o500)
+    run = serve(folder / "nexum.db", preexec=_as_one_whom_permissions_bind)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
+    assert list(folder.iterdir()) == []
+
+
+async def test_a_newer_schema_that_only_the_write_ahead_log_knows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "nexum.db"
+    await (await opened(path)).close()
+    # A newer server that was killed before its log reached the file: its header still says version 1.
+    program = (
+        "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
+        "c.execute('PRAGMA user_version = 99'); c.commit(); os._exit(9)"
+    )
+    with running(["-c", program], cwd=tmp_path) as newer_server:
+        assert newer_server.wait() == 9
+    assert int.from_bytes(path.read_bytes()[60:64], "big") == len(MIGRATIONS)
+    with pytest.raises(StoreRefused, match="schema version 99"):
+        await opened(path)
+
+
+async def test_a_database_that_was_damaged_while_its_server_was_killed_is_refused(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    # The files of a running server are what a kill leaves.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for name in ("nexum.db", "nexum.db-wal"):
+        shutil.copy(tmp_path / name, killed)
+    await store.close()
+    assert (killed / "nexum.db-wal").stat().st_size > 0
+    file = bytearray((killed / "nexum.db").read_bytes())
+    for page in range(4096, len(file), 4096):
+        file[page] = 0xFF  # no kind of page that there is
+    (killed / "nexum.db").write_bytes(file)
+    with pytest.raises(StoreRefused, match=r"damaged|can't be opened"):
+        await opened(killed / "nexum.db")
+
+
+async def test_the_file_and_its_companions_are_for_their_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "nexum.db"
+    before = os.umask(0)
+    try:
+        store = await opened(path)
+        await store.register_workflow("w", "v1", ONE_NODE)
+    finally:
+        os.umask(before)
+    modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in path.parent.iterdir()}
+    await store.close()
+    assert {"nexum.db", "nexum.db-wal", "nexum.db.lock"} <= set(modes)
+    assert set(modes.values()) == {0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///a/b.db", Path("a/b.db").absolute()),
+        ("sqlite:////a/b.db", Path("/a/b.db")),
+        ("sqlite://nexum.db?mode=rwc", Path("nexum.db").absolute()),
+        ("sqlite:///a%20b.db", Path("a b.db").absolute()),
+    ],
+)
+def test_a_url_names_a_path(url: str, path: Path) -> None:
+    assert database_path(url) == path
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite:", "sqlite://", "sqlite:///", "sqlite::memory:", "sqlite:///:memory:", "sqlite:///x?mode=ro", "sqlite:x"],
+)
+def test_a_url_that_names_no_file_is_refused(url: str) -> None:
+    with pytest.raises(StoreRefused, match="use sqlite:///path"):
+        database_path(url)
+
+
+@pytest.mark.parametrize("url", ["postgresql://localhost/x", "postgres://x", "mysql://x", "nexum.db", ""])
+async def test_a_database_that_is_not_there_yet_is_refused_with_the_alternative(url: str) -> None:
+    with pytest.raises(StoreRefused, match="use sqlite:///path"):
+        await open_store(url, ManualClock())
+
+
+def test_looking_creates_no_database(tmp_path: Path) -> None:
+    assert not database_exists(f"sqlite:///{tmp_path / 'nexum.db'}")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Schema ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_schema_is_what_the_migrations_make(tmp_path: Path) -> None:
+    path = tmp_path / "nexum.db"
+    await (await opened(path)).close()
+    connection = sqlite3.connect(path)
+    made = connection.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name").fetchall()
+    versions = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "application_id")]
+    connection.close()
+    by_hand = sqlite3.connect(":memory:")
+    for migration in MIGRATIONS:
+        by_hand.executescript(migration.read_text(encoding="utf-8"))
+    assert made == by_hand.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name").fetchall()
+    assert versions == [len(MIGRATIONS), APPLICATION_ID]
+    assert [migration.name[:5] for migration in MIGRATIONS] == [f"{n:04}_" for n in range(1, len(MIGRATIONS) + 1)]
+
+
+async def test_every_table_is_strict_and_every_reference_is_checked(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    connection = store._connection
+    tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
+    assert {row["name"] for row in tables if row["strict"]} == {"workflow_versions", "executions", "nodes", "attempts"}
+    assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+    assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    await store.close()
+
+
+# ---- One server ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_server_on_one_file_ends_with_a_clear_error(tmp_path: Path) -> None:
+    with nexum_server(tmp_path):
+        run = serve(tmp_path / "nexum.db")
+        with pytest.raises(StoreLocked):
+            await opened(tmp_path / "nexum.db")
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert f"database {tmp_path / 'nexum.db'} is in use by another Nexum server" in run.stderr
+
+
+def test_a_second_server_on_one_port_ends_with_a_clear_error(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with nexum_server(tmp_path) as server:
+        run = serve(other / "nexum.db", "--listen", server.address)
+    assert run.returncode == 1
+    assert run.stderr.strip().split("\n")[-1].startswith(f"error: can't listen on {server.address}: the port is in use")
+    assert "Traceback" not in run.stderr
+
+
+def test_a_patient_server_takes_over_when_the_first_is_killed(tmp_path: Path) -> None:
+    with nexum_server(tmp_path) as first:
+        command = ["-m", "nexum_engine", "--listen", first.address, "--patience", "20"]
+        with running([*command, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"], cwd=tmp_path) as second:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.popen.wait(0.5)
+            first.process.kill()
+            second.wait_for(f"on {first.address}")
+
+
+# ---- Group commit ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def commits(store: SqliteStore) -> Iterator[list[str]]:
+    """The statements that end a transaction, as SQLite runs them."""
+    seen: list[str] = []
+    store._connection.set_trace_callback(lambda sql: seen.append(sql) if sql in ("COMMIT", "ROLLBACK") else None)
+    try:
+        yield seen
+    finally:
+        store._connection.set_trace_callback(None)
+
+
+async def test_what_is_submitted_together_shares_a_transaction(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    with commits(store) as seen:
+        await asyncio.gather(*(store.start_execution("w", "v1", str(n)) for n in range(100)))
+    assert seen == ["COMMIT"]
+    assert len(await store.list_executions("", "", 1000)) == 100
+    await store.close()
+
+
+async def test_a_failing_transition_undoes_itself_alone(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+
+    def half_done(db: Db) -> None:
+        db.run("add_version", workflow_id="half", version_hash="v", ir_json="", compatibility="NEW", now=0)
+        raise RuntimeError("a fault after the first statement")
+
+    def breaks_a_constraint(db: Db) -> None:
+        db.run("add_version", workflow_id="half", version_hash="v", ir_json="", compatibility="NEW", now=0)
+        db.run("add_version", workflow_id="half", version_hash="v", ir_json="", compatibility="NEW", now=0)
+
+    with commits(store) as seen:
+        outcomes = await asyncio.gather(
+            store.start_execution("w", "v1", "1"),
+            store.submit(half_done),
+            store.submit(breaks_a_constraint),
+            store.start_execution("w", "v1", "2"),
+            return_exceptions=True,
+        )
+    assert seen.count("COMMIT") == 1
+    assert [isinstance(one, Exception) for one in outcomes] == [False, True, True, False]
+    assert await store.workflow_versions("half") == []
+    assert len(await store.list_executions("w", "", 20)) == 2
+    assert not store.failed.done()
+    await store.close()
+
+
+async def test_what_was_submitted_before_the_end_is_stored_and_what_comes_after_is_told_to_ask_again(
+    tmp_path: Path,
+) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    started = asyncio.gather(*(store.start_execution("w", "v1", str(n)) for n in range(600)))
+    closing = asyncio.ensure_future(store.close())
+    assert len({one.execution_id for one in await started}) == 600
+    await closing
+    with pytest.raises(StoreUnavailable, match="ask again"):
+        await store.start_execution("w", "v1", "1")
+
+
+async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    gone = asyncio.ensure_future(store.start_execution("w", "v1", "1"))
+    kept = asyncio.ensure_future(store.start_execution("w", "v1", "2"))
+    gone.cancel()
+    await kept
+    assert len(await store.list_executions("", "", 20)) == 2
+    await store.close()
+
+
+# ---- A disk that fails (G7) ------------------------------------------------------------------------------------------
+
+
+async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_is_room(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    told: list[None] = []
+    store.on_unknown = lambda: told.append(None)
+    await store.register_workflow("w", "v1", ONE_NODE)
+    kept = (await store.start_execution("w", "v1", '"kept"')).execution_id
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    large = json.dumps("x" * 1_000_000)
+    outcomes = await asyncio.gather(
+        store.start_execution("w", "v1", "1"),
+        store.start_execution("w", "v1", large),
+        store.get_execution(kept),
+        return_exceptions=True,
+    )
+    # SQLite undoes the whole transaction, so it is every caller's.
+    assert [type(one) for one in outcomes] == [StoreUnavailable] * 3
+    assert told == [None]
+    assert not store.failed.done()
+    # The limit was the connection's: the store has a new one.
+    assert [one.execution_id for one in await store.list_executions("", "", 20)] == [kept]
+    assert (await store.start_execution("w", "v1", large)).execution_id
+    await store.close()
+
+
+async def test_a_database_that_another_program_holds_is_waited_for_and_then_used(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    store._connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(tmp_path / "nexum.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable):
+        await store.start_execution("w", "v1", "1")
+    other.execute("ROLLBACK")
+    other.close()
+    assert not store.failed.done()
+    assert (await store.start_execution("w", "v1", "1")).execution_id
+    await store.close()
+
+
+async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in_the_database(tmp_path: Path) -> None:
+    """A COMMIT that fails after all the rest went well: nobody may be told yes, nobody no."""
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    kept = (await store.start_execution("w", "v1", '"kept"')).execution_id
+    ran: list[str] = []
+
+    def broken(db: Db) -> None:
+        # A deferred reference is checked at COMMIT and nowhere before.
+        store._connection.execute("PRAGMA defer_foreign_keys = ON")
+        db.run("add_attempt", **ORPHAN)
+        ran.append("to its end")
+
+    outcomes = await asyncio.gather(store.submit(broken), store.start_execution("w", "v1", "1"), return_exceptions=True)
+    assert "to its end" in ran
+    assert [type(one) for one in outcomes] == [StoreUnavailable] * 2
+    assert "can't be trusted any more: FOREIGN KEY constraint failed" in await store.failed
+    with pytest.raises(StoreUnavailable):
+        await store.get_execution(kept)
+    await store.close()
+    again = await opened(tmp_path / "nexum.db")
+    assert [one.execution_id for one in await again.list_executions("", "", 20)] == [kept]
+    await again.close()
+
+
+# Everything of an attempt, but for its node.
+ORPHAN: dict[str, object] = {
+    "task_id": "t",
+    "execution_id": "nowhere",
+    "node_id": "a",
+    "attempt": 1,
+    "worker_id": "w",
+    "streamed": 1,
+    "now": 0,
+    "lease_expires_ms": 0,
+}
+
+LIMITED = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+async def test_a_server_whose_disk_fails_loses_nothing_that_it_acknowledged_and_ends_with_one_line(
+    tmp_path: Path,
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    url = f"sqlite:///{tmp_path / 'nexum.db'}"
+    acknowledged: list[str] = []
+    with running(["-c", LIMITED, "--listen", address, "--database-url", url], cwd=tmp_path) as server:
+        server.wait_for("Nexum engine")
+        async with NexumClient(address) as client:
+            await client.register_workflow(NOOP)
+
+            async def fill(worker: int) -> None:
+                for n in range(100):
+                    value = {"padding": "x" * 20_000}
+                    started = await client.start_execution(NOOP, value, idempotency_key=f"{worker}-{n}")
+                    acknowledged.append(started.execution_id)
+
+            outcomes = await asyncio.gather(*(fill(worker) for worker in range(4)), return_exceptions=True)
+        # The fault fired: nobody got to the end of its hundred.
+        assert [type(one) for one in outcomes] == [ServerUnavailable] * 4
+        assert len(acknowledged) > 10
+        assert server.wait(timeout=20) == 1
+        said = server.lines[1:]
+    assert said == [f"error: database {tmp_path / 'nexum.db'} can't be trusted any more: disk I/O error"]
+    again = await open_store(url, ManualClock())
+    stored = {one.execution_id for one in await again.list_executions("", "", 1000)}
+    assert set(acknowledged) <= stored
+    await again.close()
