@@ -1,0 +1,187 @@
+"""The embedded server and worker: none outlives its demo, and a demo outlives them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Process
+from processes import (
+    QUESTION,
+    answer,
+    attempts,
+    children,
+    demo,
+    is_alive,
+    recorded,
+    require_free_default_port,
+    run_demo,
+    send,
+    wait_until,
+)
+
+GONE_WITHIN = 2.0  # seconds after the demo's end
+OTHER_QUESTION = "What is the difference between asyncio and threading in Python?"
+
+
+@pytest.fixture(autouse=True)
+def _default_port() -> None:
+    require_free_default_port()
+
+
+def started(process: Process) -> dict[str, int]:
+    """The children of a demo that has just said that it started them."""
+    process.wait_for("started one for this run")
+    wait_until(lambda: set(children(process.popen.pid)) == {"server", "worker"}, "server and worker are started")
+    return children(process.popen.pid)
+
+
+def assert_gone(pids: dict[str, int], since: float) -> None:
+    with contextlib.suppress(AssertionError):
+        left = max(0.0, GONE_WITHIN - (time.monotonic() - since))
+        wait_until(lambda: not any(map(is_alive, pids.values())), "gone", timeout=left)
+    assert {name for name, pid in pids.items() if is_alive(pid)} == set()
+
+
+def freeze_worker(process: Process) -> dict[str, int]:
+    """Stop the worker before it takes anything, so that every call waits until it is sent SIGCONT."""
+    pids = started(process)
+    os.kill(pids["worker"], signal.SIGSTOP)
+    return pids
+
+
+# ---- No child outlives its demo --------------------------------------------------------------------------------------
+
+
+def test_no_child_is_left_after_a_normal_end(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        pids = started(process)
+        assert process.wait() == 0
+        assert_gone(pids, time.monotonic())
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(Process.kill, -signal.SIGKILL), (Process.terminate, -signal.SIGTERM), (Process.interrupt, 130)],
+    ids=["SIGKILL", "SIGTERM", "Ctrl+C"],
+)
+@pytest.mark.parametrize("moment", ["started one for this run", "Submitted"])
+def test_no_child_is_left_two_seconds_after_the_demo_was_ended(
+    tmp_path: Path, end: Callable[[Process], None], code: int, moment: str
+) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        pids = started(process)
+        if moment == "Submitted":
+            process.wait_for(moment)
+        end(process)
+        since = time.monotonic()
+        assert process.wait() == code
+        assert_gone(pids, since)
+        assert "Traceback" not in process.output
+
+
+def test_ctrl_c_in_the_middle_of_a_call_ends_with_a_word_and_the_next_run_attaches(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        pids = freeze_worker(process)
+        process.wait_for("waiting: no worker polls for tool-call-offline")
+        process.interrupt()
+        send(pids["worker"], signal.SIGCONT)
+        since = time.monotonic()
+        assert process.wait() == 130
+        assert_gone(pids, since)
+        assert process.lines[-1] == "interrupted; the same command continues from what is recorded"
+        assert "Traceback" not in process.output
+    code, output = run_demo(tmp_path, QUESTION)
+    assert code == 0
+    assert len(recorded(tmp_path)) == 4
+    assert re.search(r"Tool calls: 2 executed, \d cached, \d attached", output)
+
+
+# ---- A demo outlives its children ------------------------------------------------------------------------------------
+
+
+def test_a_demo_whose_server_is_killed_starts_another_and_finishes(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        pids = freeze_worker(process)
+        process.wait_for("Submitted")
+        process.wait_for("Submitted")
+        os.kill(pids["server"], signal.SIGKILL)
+        process.wait_for("the server is gone (exit -9)")
+        os.kill(pids["worker"], signal.SIGCONT)
+        assert process.wait() == 0
+    assert "Tokyo" in answer(process.output)
+    assert [len(attempts(one)) for one in recorded(tmp_path)] == [1, 1, 1, 1]
+
+
+def test_a_demo_whose_worker_is_killed_starts_another_and_finishes(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        pids = freeze_worker(process)
+        process.wait_for("waiting:")
+        os.kill(pids["worker"], signal.SIGKILL)
+        process.wait_for("[Nexum] worker.py is gone (exit -9): started another")
+        assert process.wait() == 0
+    assert "Tokyo" in answer(process.output)
+    assert len(recorded(tmp_path)) == 4
+
+
+def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as process:
+        worker = freeze_worker(process)["worker"]
+        process.wait_for("waiting:")
+        for _ in range(5):
+            os.kill(worker, signal.SIGKILL)
+            process.wait_for("worker.py is gone (exit -9): started another")
+            worker = children(process.popen.pid)["worker"]
+            os.kill(worker, signal.SIGSTOP)
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait() == 2
+    assert process.lines[-1] == "error: worker.py is gone, again: giving up after 5 restarts within a minute"
+    assert "Traceback" not in process.output
+
+
+# ---- Two demos -------------------------------------------------------------------------------------------------------
+
+
+def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -> None:
+    with demo(tmp_path, QUESTION) as one, demo(tmp_path, QUESTION) as other:
+        assert one.wait() == 0
+        assert other.wait() == 0
+    assert answer(one.output) == answer(other.output) != ""
+    assert [len(attempts(execution)) for execution in recorded(tmp_path)] == [1, 1, 1, 1]
+
+
+def test_two_demos_at_once_in_two_folders_both_finish(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    with demo(folders[0], QUESTION) as one, demo(folders[1], OTHER_QUESTION) as other:
+        assert one.wait() == 0
+        assert other.wait() == 0
+    assert "Tokyo" in answer(one.output)
+    assert "asyncio" in answer(other.output)
+
+
+@pytest.mark.parametrize("folder", ["same folder", "another folder"])
+def test_a_second_demo_uses_the_first_ones_server_and_goes_on_when_that_is_killed(tmp_path: Path, folder: str) -> None:
+    second_folder = tmp_path if folder == "same folder" else tmp_path / "second"
+    second_folder.mkdir(exist_ok=True)
+    with demo(tmp_path, QUESTION) as first:
+        pids = freeze_worker(first)
+        first.wait_for("waiting:")
+        with demo(second_folder, OTHER_QUESTION) as second:
+            second.wait_for("Submitted")
+            assert "started one for this run" not in second.output
+            first.kill()
+            os.kill(pids["worker"], signal.SIGCONT)
+            second.wait_for("the server is gone on localhost:50051: started one for this run")
+            assert second.wait() == 0
+        assert first.wait() == -signal.SIGKILL
+    assert "asyncio" in answer(second.output)
+    assert "an error" not in second.output
+    assert ("is unknown to this server: asking by its key" in second.output) == (folder == "another folder")
