@@ -1,0 +1,189 @@
+"""demo.py with a live model: a local OpenAI-compatible server, and a real worker on the rehearsal's pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Server, free_port
+from openai_server import OpenAIServer, Reply
+from processes import QUESTION, answer, attempts, call_of, counting_worker, recorded, run_demo
+
+TOKYO = "https://rehearsal.example/tokyo-population"
+NEW_YORK = "https://rehearsal.example/new-york-population"
+
+
+@pytest.fixture
+def address(server: Server, tmp_path: Path) -> Iterator[str]:
+    """A server with a worker."""
+    with counting_worker(tmp_path, server.address):
+        yield server.address
+
+
+def ask(folder: Path, model: OpenAIServer, address: str, *arguments: str, **env: str) -> tuple[int, str]:
+    return run_demo(
+        folder,
+        *(QUESTION, "--nexum", address, *arguments),
+        env={"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "test-model", **env},
+    )
+
+
+def tool_messages(body: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in body["messages"] if message["role"] == "tool"]
+
+
+def test_parallel_tool_calls_of_a_streaming_model_run_in_the_worker_and_reach_the_model(
+    tmp_path: Path, address: str
+) -> None:
+    replies = [
+        Reply(calls=[("web_search", {"query": "Tokyo"}), ("web_search", {"query": "New York", "max_results": 3})]),
+        Reply(calls=[("visit_webpage", {"url": TOKYO}), ("visit_webpage", {"url": NEW_YORK})]),
+        Reply("Tokyo has more people than New York, says a page ✓"),
+    ]
+    with OpenAIServer(replies) as model:
+        code, output = ask(tmp_path, model, address)
+        assert code == 0
+        assert output.startswith("[demo] Model: OpenAI-compatible server at 127.0.0.1:")
+        assert answer(output).strip() == "Tokyo has more people than New York, says a page ✓"
+        assert "Tool calls: 4 executed, 0 cached" in output
+        assert [request.body["stream"] for request in model.requests] == [True, True, True]
+        hits = [[hit["href"] for hit in json.loads(text)] for text in tool_messages(model.requests[1].body)]
+        assert TOKYO in hits[0]
+        assert NEW_YORK in hits[1]
+        pages = tool_messages(model.requests[2].body)[2:]
+        assert "14,047,594" in pages[0]
+        assert "8,804,190" in pages[1]
+    assert [len(attempts(one)) for one in recorded(tmp_path, address)] == [1, 1, 1, 1]
+
+    # The same model again: every call is answered from the record.
+    with OpenAIServer(replies) as model:
+        code, output = ask(tmp_path, model, address, "--session-id", session_of(output))
+        assert code == 0
+        assert "Tool calls: 0 executed, 4 cached" in output
+        assert len(model.requests) == 3
+
+
+def session_of(output: str) -> str:
+    return output.partition("Session: ")[2].partition(" ")[0]
+
+
+def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address: str) -> None:
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("web_search", {"query": 5}),
+        ("web_search", {"query": "x", "max_results": "many"}),
+        ("web_search", {}),
+        ("visit_webpage", {"url": "file:///etc/hostname"}),
+        ("look_up", {"word": "x"}),
+    ]
+    with OpenAIServer([Reply(calls=wrong), Reply("Sorry about that.")]) as model:
+        code, output = ask(tmp_path, model, address)
+        assert code == 0
+        assert answer(output).strip() == "Sorry about that."
+        seen = tool_messages(model.requests[1].body)
+    assert "query: Input should be a valid string (given: 5). Call it as web_search(query: str" in seen[0]
+    assert "max_results" in seen[1]
+    assert "query is missing" in seen[2]
+    assert "file:///etc/hostname" in seen[3]
+    assert "look_up" in seen[4]
+    # What repeating can't mend was not repeated, and a tool that nobody declared was not submitted.
+    records = recorded(tmp_path, address)
+    assert sorted(call_of(one)[0] for one in records) == ["visit_webpage", "web_search", "web_search", "web_search"]
+    assert {one["status"] for one in records} == {"FAILED"}
+    assert [len(attempts(one)) for one in records] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (500, "InternalServerError: Error code: 500 - scripted failure"),
+        (401, "AuthenticationError: Error code: 401 - scripted failure"),
+        (429, "RateLimitError: Error code: 429 - scripted failure"),
+        (404, "NotFoundError: Error code: 404 - scripted failure"),
+    ],
+)
+def test_a_model_that_answers_with_an_error_is_one_line_and_exit_code_1(
+    tmp_path: Path, server: Server, status: int, said: str
+) -> None:
+    with OpenAIServer([Reply(status=status)]) as model:
+        code, output = ask(tmp_path, model, server.address)
+        assert model.requests
+    assert code == 1
+    assert output.splitlines()[-1].startswith(
+        "error: the model gave no usable answer (OpenAI-compatible server, test-m"
+    )
+    assert said in output.splitlines()[-1]
+
+
+def test_a_model_that_fails_midway_leaves_its_calls_on_record(tmp_path: Path, address: str) -> None:
+    calls = Reply(calls=[("web_search", {"query": "Tokyo"})])
+    with OpenAIServer([calls, Reply(status=401)]) as model:
+        code, output = ask(tmp_path, model, address, "--session-id", "s")
+    assert code == 1
+    assert "the same command continues" in output.splitlines()[-1]
+    with OpenAIServer([calls, Reply("Done.")]) as model:
+        code, output = ask(tmp_path, model, address, "--session-id", "s")
+    assert code == 0
+    assert "Tool calls: 0 executed, 1 cached" in output
+
+
+def test_a_model_server_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path, server: Server) -> None:
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    env = {"OPENAI_BASE_URL": url, "NEXUM_MODEL": "test-model"}
+    code, output = run_demo(tmp_path, "--nexum", server.address, env=env)
+    assert code == 1
+    assert "APIConnectionError" in output.splitlines()[-1]
+
+
+def test_an_empty_answer_is_an_error(tmp_path: Path, server: Server) -> None:
+    with OpenAIServer([Reply("")]) as model:
+        code, output = ask(tmp_path, model, server.address)
+    assert code == 1
+    assert output.splitlines()[-1].startswith("error: no answer: the model's last reply was empty")
+
+
+def test_a_model_that_never_answers_is_stopped_after_its_rounds(tmp_path: Path, address: str) -> None:
+    with OpenAIServer([Reply(calls=[("web_search", {"query": "Tokyo"})])]) as model:
+        code, output = ask(tmp_path, model, address)
+        assert len(model.requests) == 12
+    assert code == 1
+    assert "Tool calls: 1 executed, 11 cached" in output
+    assert "12 rounds of tools" in output.splitlines()[-1]
+
+
+def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, server: Server) -> None:
+    keys = {name: f"{name}-secret" for name in ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")}
+    with OpenAIServer([Reply("Hello.")]) as model:
+        code, output = ask(tmp_path, model, server.address, **keys)
+        assert code == 0
+        assert model.keys == {"Bearer OPENAI_API_KEY-secret"}
+        sent = json.dumps([[request.headers, request.body] for request in model.requests])
+    assert "GEMINI_API_KEY-secret" not in sent
+    assert "ANTHROPIC_API_KEY-secret" not in sent
+    assert "secret" not in output
+
+
+def test_a_compatible_server_needs_no_key(tmp_path: Path, server: Server) -> None:
+    with OpenAIServer([Reply("Hello.")]) as model:
+        code, _ = ask(tmp_path, model, server.address)
+        assert code == 0
+        assert model.keys == {"Bearer no-key-needed"}
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"NEXUM_MODEL": "gpt-4o"}, "NEXUM_MODEL=gpt-4o needs OPENAI_API_KEY, which is not set"),
+        ({"NEXUM_MODEL": "claude-opus", "OPENAI_API_KEY": "k"}, "NEXUM_MODEL=claude-opus needs ANTHROPIC_API_KEY"),
+        ({"NEXUM_MODEL": "llama3"}, "NEXUM_MODEL=llama3 needs OPENAI_BASE_URL"),
+        ({"OPENAI_BASE_URL": "http://localhost:1/v1"}, "OPENAI_BASE_URL needs NEXUM_MODEL"),
+    ],
+)
+def test_a_model_that_can_not_be_reached_with_what_is_set_is_one_line(
+    tmp_path: Path, env: dict[str, str], said: str
+) -> None:
+    code, output = run_demo(tmp_path, env=env)
+    assert code == 2
+    assert output.splitlines() == [line for line in output.splitlines() if line.startswith(f"error: {said}")]
