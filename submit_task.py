@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from console import say
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
     InvalidRequest,
@@ -37,6 +37,7 @@ from nexum_engine.workflow import Workflow
 from session_file import SessionFile
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 
+BRIEFLY = 0.05  # seconds that starting a call may wait for its end
 FIRST_NOTICE = 1.0  # seconds until a wait is explained
 NOTICE_EVERY = 5.0  # seconds
 
@@ -120,10 +121,11 @@ class Session:
                     recorded = await self._recorded(execution_id, tool_name, deadline)
                     if recorded is not None:
                         return recorded
-                execution_id, origin = await self._start(key, tool_name, tool_args, deadline)
+                started, origin = await self._start(key, tool_name, tool_args, deadline)
+                execution_id = started.execution_id
                 _, result = await asyncio.gather(
                     self.file.record(self._workflow.workflow_id, key, execution_id),
-                    self._result_of(execution_id, tool_name, origin, deadline),
+                    self._result_of(execution_id, tool_name, origin, deadline, started.ended),
                 )
                 return result
             except ExecutionNotFound as gone:
@@ -160,9 +162,16 @@ class Session:
 
     async def _start(
         self, key: str, tool_name: str, tool_args: Mapping[str, Any], deadline: _Deadline
-    ) -> tuple[str, Origin]:
+    ) -> tuple[Started, Origin]:
         task = ToolCallInput(tool_name=tool_name, tool_args=dict(tool_args))
-        start = partial(self._client.start_execution, self._workflow, task, idempotency_key=f"{self.session_id}:{key}")
+        start = partial(
+            self._client.start_execution,
+            self._workflow,
+            task,
+            idempotency_key=f"{self.session_id}:{key}",
+            # What is done that soon, or was done before, needs no second question.
+            wait=min(deadline.left, BRIEFLY),
+        )
         try:
             started = await self._ask(deadline, start)
         except WorkflowNotFound:
@@ -170,27 +179,29 @@ class Session:
             started = await self._ask(deadline, start)
         if not started.existing:
             say(f"[Nexum] Submitted {_short(started.execution_id)} ({tool_name})")
-            return started.execution_id, Origin.EXECUTED
+            return started, Origin.EXECUTED
         if started.status is ExecutionStatus.COMPLETED:
-            return started.execution_id, Origin.CACHED
+            return started, Origin.CACHED
         say(f"[Nexum] {_short(started.execution_id)} ({tool_name}) already RUNNING, attached")
-        return started.execution_id, Origin.ATTACHED
+        return started, Origin.ATTACHED
 
-    async def _result_of(self, execution_id: str, tool_name: str, origin: Origin, deadline: _Deadline) -> ToolResult:
+    async def _result_of(
+        self,
+        execution_id: str,
+        tool_name: str,
+        origin: Origin,
+        deadline: _Deadline,
+        ended: Execution | None = None,
+    ) -> ToolResult:
+        """Wait for the end, unless it is known already."""
         notice = FIRST_NOTICE
-        while True:
+        while ended is None:
             observed = await self._ask(
                 deadline, partial(self._client.get_execution, execution_id, wait=min(deadline.left, notice))
             )
-            execution = observed.execution
-            if execution.status is ExecutionStatus.COMPLETED:
-                done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
-                say(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
-                return ToolResult(_result(tool_name, execution), origin, execution_id)
-            if execution.status.ended:
-                reason = _reason(execution)
-                say(f"[Nexum] {_short(execution_id)} ({tool_name}) {execution.status.value}: {reason}")
-                raise ToolCallFailed(f"{tool_name} failed: {reason}")
+            if observed.execution.status.ended:
+                ended = observed.execution
+                break
             if not deadline.left:
                 raise WaitTimeout(
                     f"{tool_name} has no result after {deadline.timeout:g} s (execution {execution_id}): it goes on, "
@@ -198,6 +209,13 @@ class Session:
                 )
             say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {self._what_for(observed)}")
             notice = NOTICE_EVERY
+        if ended.status is ExecutionStatus.COMPLETED:
+            done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
+            return ToolResult(_result(tool_name, ended), origin, execution_id)
+        reason = _reason(ended)
+        say(f"[Nexum] {_short(execution_id)} ({tool_name}) {ended.status.value}: {reason}")
+        raise ToolCallFailed(f"{tool_name} failed: {reason}")
 
     def _what_for(self, observed: Observed) -> str:
         nodes = observed.execution.nodes

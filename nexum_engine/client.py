@@ -71,6 +71,8 @@ class Started:
     existing: bool
     """The idempotency key had this execution already."""
     status: ExecutionStatus
+    ended: Execution | None
+    """The execution, if it ended within the wait."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,10 @@ class NexumClient:
         input: BaseModel | Mapping[str, Any],
         *,
         idempotency_key: str = "",
+        wait: float = 0.0,
         patience: float = 0.0,
     ) -> Started:
-        """Start an execution, or find the one that the key has.
+        """Start an execution, or find the one that the key has; with `wait`, answer when it ends, or after so long.
 
         Without a key the call is not repeated, whatever the patience: a lost answer would start it twice.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest.
@@ -155,14 +158,18 @@ class NexumClient:
             version_hash=workflow.version_hash,
             input_json=input_json,
             idempotency_key=idempotency_key,
+            wait_ms=round(wait * 1000),
         )
         try:
             answer = await self._call(
-                lambda t: self._stub.StartExecution(request, timeout=t), patience=patience if idempotency_key else 0.0
+                lambda t: self._stub.StartExecution(request, timeout=t),
+                wait=wait,
+                patience=patience if idempotency_key else 0.0,
             )
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
-        return Started(answer.execution_id, answer.existing, ExecutionStatus(answer.status or "RUNNING"))
+        ended = _execution(answer.ended) if answer.HasField("ended") else None
+        return Started(answer.execution_id, answer.existing, ExecutionStatus(answer.status or "RUNNING"), ended)
 
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
@@ -235,42 +242,41 @@ class NexumClient:
 
     async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
         """Take a task of one of the versions, waiting for one up to `wait` seconds."""
-        request = pb.PollRequest(
-            worker_id=worker_id,
-            version_hash=version_hashes[0],
-            more_version_hashes=version_hashes[1:],
-            wait_ms=round(wait * 1000),
-            max_task_bytes=2**40,
-        )
+        request = _poll_request(worker_id, version_hashes, wait)
         answer = await self._call(lambda t: self._stub.PollTask(request, timeout=t), wait=wait)
-        if not answer.has_task:
-            return None
-        return Task(
-            task_id=answer.task_id,
-            execution_id=answer.execution_id,
-            node_id=answer.node_id,
-            node_type=answer.node_type,
-            # A published server says neither; it was asked for one version.
-            version_hash=answer.version_hash or version_hashes[0],
-            attempt=answer.attempt or 1,
-            idempotency_key=answer.idempotency_key,
-            input_json=answer.input_json,
-        )
+        return _task(answer, version_hashes)
 
-    async def complete_task(self, task_id: str, output_json: str, *, patience: float = 0.0) -> None:
-        """Report a result. Raises StaleTask, TooLarge, InvalidRequest."""
+    async def complete_task(
+        self,
+        task_id: str,
+        output_json: str,
+        *,
+        then_take: tuple[str, Sequence[str]] | None = None,
+        patience: float = 0.0,
+    ) -> Task | None:
+        """Report a result. With `then_take`, a worker id and versions, also take a task of these if one is due.
+
+        Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
+        """
         jsontext.check_size(output_json, "the result")
-        request = pb.CompleteRequest(task_id=task_id, output_json=output_json)
-        await self._report(task_id, lambda t: self._stub.CompleteTask(request, timeout=t), patience)
+        request = pb.CompleteRequest(
+            task_id=task_id,
+            output_json=output_json,
+            next=None if then_take is None else _poll_request(*then_take, wait=0.0),
+        )
+        answer = await self._report(task_id, lambda t: self._stub.CompleteTask(request, timeout=t), patience)
+        return None if then_take is None else _task(answer.next, then_take[1])
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
         """Report a failure; a `final` one is not retried. Raises StaleTask."""
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
         await self._report(task_id, lambda t: self._stub.FailTask(request, timeout=t), patience)
 
-    async def _report(self, task_id: str, send: Callable[[float], Awaitable[pb.AckResponse]], patience: float) -> None:
+    async def _report(
+        self, task_id: str, send: Callable[[float], Awaitable[pb.AckResponse]], patience: float
+    ) -> pb.AckResponse:
         try:
-            await self._call(send, patience=patience)
+            return await self._call(send, patience=patience)
         except NotFound as error:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
@@ -279,6 +285,32 @@ class NexumClient:
     def worker_stream(self, beats: AsyncIterator[pb.WorkerBeat]) -> AsyncIterable[pb.WorkerBeatAck]:
         """The worker's sign of life. Iterating raises grpc.RpcError when it breaks."""
         return self._stub.WorkerStream(beats)
+
+
+def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:
+    return pb.PollRequest(
+        worker_id=worker_id,
+        version_hash=version_hashes[0],
+        more_version_hashes=version_hashes[1:],
+        wait_ms=round(wait * 1000),
+        max_task_bytes=2**40,
+    )
+
+
+def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None:
+    if not answer.has_task:
+        return None
+    return Task(
+        task_id=answer.task_id,
+        execution_id=answer.execution_id,
+        node_id=answer.node_id,
+        node_type=answer.node_type,
+        # A published server says neither; it was asked for one version.
+        version_hash=answer.version_hash or version_hashes[0],
+        attempt=answer.attempt or 1,
+        idempotency_key=answer.idempotency_key,
+        input_json=answer.input_json,
+    )
 
 
 def _execution(answer: pb.GetExecutionResponse) -> Execution:

@@ -213,16 +213,20 @@ class Worker:
             except ServerUnavailable:
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
-            if task is not None:
-                self._held.add(task.task_id)
-                try:
-                    await self._run_task(task)
-                finally:
-                    self._held.discard(task.task_id)
-            elif not self._streams:
+            if task is None and not self._streams:
                 await asyncio.sleep(SHORT_POLL_INTERVAL)
+            while task is not None:
+                task = await self._hold(task)
 
-    async def _run_task(self, task: Task) -> None:
+    async def _hold(self, task: Task) -> Task | None:
+        """Run a task; the next one, if the report brought one back."""
+        self._held.add(task.task_id)
+        try:
+            return await self._run_task(task)
+        finally:
+            self._held.discard(task.task_id)
+
+    async def _run_task(self, task: Task) -> Task | None:
         binding = self._bindings[task.version_hash]
         node = next(node for node in binding.workflow.nodes if node.node_id == task.node_id)
         loop = asyncio.get_running_loop()
@@ -241,9 +245,11 @@ class Worker:
             reason = f"{type(error).__name__}: {error}"
             await self._report(what, start, self._failure(task, reason, final=False), f"failed: {reason}")
         else:
-            await self._report(what, start, self._success(task, output), "finished")
-        if self._after_report is not None:
-            self._after_report(task)
+            return await self._report(what, start, self._success(task, output), "finished")
+        finally:
+            if self._after_report is not None and not self._closing:
+                self._after_report(task)
+        return None
 
     async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
         """The handler's result as JSON text, checked against the node's output model."""
@@ -272,9 +278,12 @@ class Worker:
         jsontext.check_size(text, "the result")
         return text
 
-    async def _success(self, task: Task, output: str) -> None:
+    async def _success(self, task: Task, output: str) -> Task | None:
+        # Who wants to act between a report and the next task gets the chance.
+        more = not self._draining and self._after_report is None
+        then_take = (self.worker_id, list(self._bindings)) if more else None
         try:
-            await self._client.complete_task(task.task_id, output, patience=REPORT_PATIENCE)
+            return await self._client.complete_task(task.task_id, output, then_take=then_take, patience=REPORT_PATIENCE)
         except InvalidRequest as error:
             await self._failure(task, f"the server refused the result: {error}", final=True)
             raise
@@ -282,10 +291,11 @@ class Worker:
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
 
-    async def _report(self, what: str, start: float, report: Awaitable[None], outcome: str) -> None:
+    async def _report(self, what: str, start: float, report: Awaitable[Task | None], outcome: str) -> Task | None:
+        following = None
         try:
             # A report that was begun is finished, also when the worker is cancelled meanwhile.
-            await asyncio.shield(asyncio.ensure_future(report))
+            following = await asyncio.shield(asyncio.ensure_future(report))
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
             outcome = f"refused by the server: {error}"
         except NexumError as error:
@@ -294,6 +304,7 @@ class Worker:
         level = logging.INFO if outcome == "finished" else logging.WARNING
         verb, _, reason = outcome.partition(", " if "for good" in outcome else ": ")
         logger.log(level, "%-8s %s, %.2f s%s", verb, what, seconds, f": {reason}" if reason else "")
+        return following
 
 
 def _context(task: Task) -> TaskContext:

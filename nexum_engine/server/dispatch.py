@@ -73,7 +73,7 @@ class Dispatch:
             self._polls[version_hash].append(poll)
             self._last_poll_ms[version_hash] = self._clock.now_ms()
         try:
-            if any(self._due.get(version_hash) != 0 for version_hash in version_hashes):
+            if self._may_be_due(version_hashes):
                 self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
@@ -95,7 +95,20 @@ class Dispatch:
                 self._forget(poll, version_hash)
             if poll.claim is not None:
                 # The call was given up while its claim was under way: nobody is there to take the task.
-                self._release(poll.claim)
+                self.release(poll.claim)
+
+    def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
+        """Submit a claim here and now, behind what was submitted before; None if nothing can be due."""
+        if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
+            return None
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        for version_hash in version_hashes:
+            self._last_poll_ms[version_hash] = self._clock.now_ms()
+        self._submit_claim(poll)
+        return poll.claim
+
+    def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
+        return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
 
     def _forget(self, poll: _WaitingPoll, version_hash: str) -> None:
         polls = self._polls[version_hash]
@@ -192,9 +205,11 @@ class Dispatch:
         """The call that took the task is gone before its answer was sent."""
         done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         done.set_result(Claim(task))
-        self._release(done)
+        self.release(done)
 
-    def _release(self, claim: Awaitable[Claim]) -> None:
+    def release(self, claim: Awaitable[Claim]) -> None:
+        """Nobody is there any more to take the task of a claim."""
+
         async def release() -> None:
             try:
                 task = (await claim).task

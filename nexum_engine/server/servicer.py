@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
-from nexum_engine.model import Compatibility, Execution
+from nexum_engine.model import Compatibility, Execution, Task
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
@@ -99,8 +99,12 @@ class NexumServicer(NexumServiceServicer):
         self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
+        ended = await self._end_of(started.execution_id, _wait_seconds(request.wait_ms))
         return pb.StartResponse(
-            execution_id=started.execution_id, existing=started.existing, status=started.status.value
+            execution_id=started.execution_id,
+            existing=started.existing,
+            status=started.status.value,
+            ended=None if ended is None else _execution_message(ended, has_poller=True),
         )
 
     def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
@@ -113,18 +117,13 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
-        check_id(request.worker_id, "worker_id")
-        versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
-        for version_hash in versions:
-            check_id(version_hash, "version_hash")
-        if request.wait_ms < 0 or request.max_task_bytes < 0:
-            raise InvalidRequest("wait_ms and max_task_bytes can't be negative")
+        worker_id, versions, max_bytes = _asked(request)
         task = await self._dispatch.next_task(
-            request.worker_id,
-            versions,
-            request.max_task_bytes or DEFAULT_CLIENT_BYTES,
-            min(request.wait_ms, MAX_WAIT_MS),
+            worker_id, versions, max_bytes, round(_wait_seconds(request.wait_ms) * 1000)
         )
+        return self._hand_out(task, context)
+
+    def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
         if task is None:
             return pb.PollResponse(has_task=False)
         self._liveness.task_handed_out()
@@ -144,8 +143,19 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(self._store.complete_task(request.task_id, request.output_json))
-        return pb.AckResponse(ok=True)
+        completed = self._store.complete_task(request.task_id, request.output_json)
+        # Submitted behind the report, so that both are in one transaction.
+        claim = self._dispatch.take_due(*_asked(request.next)) if request.HasField("next") else None
+        try:
+            await self._liveness.carry_out(completed)
+            if claim is None:
+                return pb.AckResponse(ok=True)
+            task = (await asyncio.shield(claim)).task
+            claim = None
+        finally:
+            if claim is not None:
+                self._dispatch.release(claim)
+        return pb.AckResponse(ok=True, next=self._hand_out(task, context))
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
@@ -168,19 +178,22 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
         check_id(request.execution_id, "execution_id")
-        if request.wait_ms < 0:
-            raise InvalidRequest("wait_ms can't be negative")
-        wait = min(request.wait_ms, MAX_WAIT_MS) / 1000
-        with self._dispatch.watch(request.execution_id) as ended:
-            execution: Execution | None = None
-            if not wait or not self._dispatch.is_running(request.execution_id):
-                execution = await self._store.get_execution(request.execution_id, request.with_attempts)
-            if execution is None or (wait and not execution.status.ended):
-                await asyncio.wait({ended}, timeout=wait)
-                execution = ended.result() if ended.done() and not request.with_attempts else None
-        if execution is None:
+        execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
+        if execution is None or request.with_attempts:
             execution = await self._store.get_execution(request.execution_id, request.with_attempts)
         return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
+
+    async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
+        """The execution, if it ends within `wait` seconds."""
+        if not wait:
+            return None
+        with self._dispatch.watch(execution_id) as ended:
+            if not self._dispatch.is_running(execution_id):
+                execution = await self._store.get_execution(execution_id)
+                if execution.status.ended:
+                    return execution
+            await asyncio.wait({ended}, timeout=wait)
+            return ended.result() if ended.done() else None
 
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
@@ -253,6 +266,23 @@ class NexumServicer(NexumServiceServicer):
                 yield ack
         except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
             await _abort(context, error)
+
+
+def _wait_seconds(wait_ms: int) -> float:
+    if wait_ms < 0:
+        raise InvalidRequest("wait_ms can't be negative")
+    return min(wait_ms, MAX_WAIT_MS) / 1000
+
+
+def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
+    """Who polls, for which versions, and how large a task may be."""
+    check_id(request.worker_id, "worker_id")
+    versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
+    for version_hash in versions:
+        check_id(version_hash, "version_hash")
+    if request.max_task_bytes < 0:
+        raise InvalidRequest("max_task_bytes can't be negative")
+    return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES
 
 
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:

@@ -48,17 +48,24 @@ class AckResponse(google.protobuf.message.Message):
     OK_FIELD_NUMBER: builtins.int
     COMPATIBILITY_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
+    NEXT_FIELD_NUMBER: builtins.int
     ok: builtins.bool
     compatibility: builtins.str
     message: builtins.str
+    @property
+    def next(self) -> global___PollResponse:
+        """Addition: the answer to CompleteRequest.next."""
+
     def __init__(
         self,
         *,
         ok: builtins.bool = ...,
         compatibility: builtins.str = ...,
         message: builtins.str = ...,
+        next: global___PollResponse | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["compatibility", b"compatibility", "message", b"message", "ok", b"ok"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["next", b"next"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["compatibility", b"compatibility", "message", b"message", "next", b"next", "ok", b"ok"]) -> None: ...
 
 global___AckResponse = AckResponse
 
@@ -70,6 +77,7 @@ class StartRequest(google.protobuf.message.Message):
     VERSION_HASH_FIELD_NUMBER: builtins.int
     INPUT_JSON_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     version_hash: builtins.str
     input_json: builtins.str
@@ -77,6 +85,8 @@ class StartRequest(google.protobuf.message.Message):
     """Addition: a key has at most one RUNNING or COMPLETED execution in its workflow; starting it again answers with
     that one.
     """
+    wait_ms: builtins.int
+    """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest."""
     def __init__(
         self,
         *,
@@ -84,8 +94,9 @@ class StartRequest(google.protobuf.message.Message):
         version_hash: builtins.str = ...,
         input_json: builtins.str = ...,
         idempotency_key: builtins.str = ...,
+        wait_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["idempotency_key", b"idempotency_key", "input_json", b"input_json", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["idempotency_key", b"idempotency_key", "input_json", b"input_json", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___StartRequest = StartRequest
 
@@ -96,19 +107,26 @@ class StartResponse(google.protobuf.message.Message):
     EXECUTION_ID_FIELD_NUMBER: builtins.int
     EXISTING_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
     """Addition: true if the execution was there already."""
     status: builtins.str
-    """Addition: the execution's status as of this answer."""
+    """Addition: the execution's status when it was started or found."""
+    @property
+    def ended(self) -> global___GetExecutionResponse:
+        """Addition: the execution, if it ended within wait_ms."""
+
     def __init__(
         self,
         *,
         execution_id: builtins.str = ...,
         existing: builtins.bool = ...,
         status: builtins.str = ...,
+        ended: global___GetExecutionResponse | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id", "existing", b"existing", "status", b"status"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["ended", b"ended"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status"]) -> None: ...
 
 global___StartResponse = StartResponse
 
@@ -212,15 +230,22 @@ class CompleteRequest(google.protobuf.message.Message):
 
     TASK_ID_FIELD_NUMBER: builtins.int
     OUTPUT_JSON_FIELD_NUMBER: builtins.int
+    NEXT_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     output_json: builtins.str
+    @property
+    def next(self) -> global___PollRequest:
+        """Addition: take the next task in the same round trip, if one is due. wait_ms is not looked at."""
+
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         output_json: builtins.str = ...,
+        next: global___PollRequest | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["output_json", b"output_json", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["next", b"next"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["next", b"next", "output_json", b"output_json", "task_id", b"task_id"]) -> None: ...
 
 global___CompleteRequest = CompleteRequest
 
