@@ -1,6 +1,6 @@
 """worker.py with tools for tests: they write down each effect, wait at a gate, hang or fail on demand.
 
-An effect is one line of a file: time in ms, idempotency key, attempt, process. A gate is a file: open once it exists.
+An effect is one line of a file: time in ms, attempt, process, idempotency key. A gate is a file: open once it exists.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workflow import TOOL_CALL
 
 
 def write_down(log: str, call: ToolContext) -> None:
-    line = f"{time.time_ns() // 1_000_000} {call.idempotency_key} {call.attempt} {os.getpid()}\n"
+    line = f"{time.time_ns() // 1_000_000} {call.attempt} {os.getpid()} {call.idempotency_key}\n"
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(descriptor, line.encode())
     os.close(descriptor)

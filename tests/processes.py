@@ -174,13 +174,13 @@ class Effect:
     """One line of a tool's log."""
 
     at_ms: int
-    key: str
     attempt: int
     pid: int
+    key: str
 
 
 def effects(log: Path) -> list[Effect]:
     if not log.exists():
         return []
-    parts = [line.split() for line in log.read_text().splitlines()]
-    return [Effect(int(at), key, int(attempt), int(pid)) for at, key, attempt, pid in parts]
+    parts = [line.split(" ", 3) for line in log.read_text().splitlines()]
+    return [Effect(int(at), int(attempt), int(pid), key) for at, attempt, pid, key in parts]
