@@ -73,7 +73,7 @@ def main() -> int:
     run([python, "-m", "pytest", "-q"])
     if args.every_python:
         for version in OTHER_PYTHONS:
-            if version != "%d.%d" % sys.version_info[:2]:
+            if version != f"{sys.version_info[0]}.{sys.version_info[1]}":
                 test_on(version)
     return 0
 
