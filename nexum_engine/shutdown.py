@@ -14,7 +14,7 @@ ORPHAN_GRACE = 1.5  # seconds that a process whose parent is gone has to end in 
 
 
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
-    """An event that is set by Ctrl+C or SIGTERM; a second Ctrl+C interrupts. Call it in the main thread's event loop.
+    """An event that is set by Ctrl+C or SIGTERM; a second one ends the process at once. Call it in the main thread.
 
     With `until_stdin_closes` the process belongs to the one that holds the other end of its standard input: it ends
     when that end closes, however its owner died, and leaves Ctrl+C to its owner.
@@ -26,7 +26,8 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
         loop.call_soon_threadsafe(stop.set)
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        # Not KeyboardInterrupt: it would cancel what is under way, and that would be reported as a failure.
+        signal.signal(number, signal.SIG_DFL)
         stop_soon()
 
     signal.signal(signal.SIGTERM, on_signal)
