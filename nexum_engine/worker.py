@@ -41,6 +41,8 @@ FIRST_BEAT_INTERVAL = 10.0  # seconds, until the server names its lease
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server that doesn't hold them
 RECONNECT_DELAY = 0.1  # seconds
 SAY_WAITING_EVERY = 10.0  # seconds
+MAX_REASON_CHARACTERS = 100_000  # of a failure, as it is sent; the server keeps fewer and says so
+MAX_LOGGED_CHARACTERS = 500
 
 logger = logging.getLogger(__name__)
 
@@ -237,19 +239,12 @@ class Worker:
         logger.info("started  %s", what)
         try:
             output = await self._output(binding.handlers[task.node_id], context, node)
-        except (FinalError, InvalidRequest) as error:
-            await self._report(what, start, self._failure(task, str(error), final=True), f"failed, for good: {error}")
-        except NexumError as error:
-            await self._report(what, start, self._failure(task, str(error), final=False), f"failed: {error}")
         except Exception as error:  # noqa: BLE001 - reported to the server
-            reason = f"{type(error).__name__}: {error}"
-            await self._report(what, start, self._failure(task, reason, final=False), f"failed: {reason}")
-        else:
-            return await self._report(what, start, self._success(task, output), "finished")
-        finally:
-            if self._after_report is not None and not self._closing:
-                self._after_report(task)
-        return None
+            final = isinstance(error, (FinalError, InvalidRequest))
+            reason = _reason(error)
+            outcome = f"failed, for good: {reason}" if final else f"failed: {reason}"
+            return await self._report(task, what, start, self._failure(task, reason, final=final), outcome)
+        return await self._report(task, what, start, self._success(task, output), "finished")
 
     async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
         """The handler's result as JSON text, checked against the node's output model."""
@@ -291,11 +286,14 @@ class Worker:
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
 
-    async def _report(self, what: str, start: float, report: Awaitable[Task | None], outcome: str) -> Task | None:
-        following = None
+    async def _report(
+        self, task: Task, what: str, start: float, report: Awaitable[Task | None], outcome: str
+    ) -> Task | None:
+        following, acknowledged = None, False
         try:
             # A report that was begun is finished, also when the worker is cancelled meanwhile.
             following = await asyncio.shield(asyncio.ensure_future(report))
+            acknowledged = True
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
             outcome = f"refused by the server: {error}"
         except NexumError as error:
@@ -303,8 +301,20 @@ class Worker:
         seconds = asyncio.get_running_loop().time() - start
         level = logging.INFO if outcome == "finished" else logging.WARNING
         verb, _, reason = outcome.partition(", " if "for good" in outcome else ": ")
-        logger.log(level, "%-8s %s, %.2f s%s", verb, what, seconds, f": {reason}" if reason else "")
+        in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
+        logger.log(level, "%-8s %s, %.2f s%s", verb, what, seconds, f": {in_one_line}" if in_one_line else "")
+        if acknowledged and self._after_report is not None:
+            self._after_report(task)
         return following
+
+
+def _reason(error: Exception) -> str:
+    """What an attempt failed with, as text that can be sent whatever the exception is like."""
+    try:
+        text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
+        text = f"{type(error).__name__} (its message can't be shown)"
+    return text[:MAX_REASON_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
 def _context(task: Task) -> TaskContext:

@@ -23,7 +23,7 @@ from nexum_engine.errors import (
 from nexum_engine.model import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, open_store
-from nexum_engine.store.transitions import Started
+from nexum_engine.store.outcomes import Started
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000

@@ -15,7 +15,7 @@ from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
 from nexum_engine.model import Execution, Task
 from nexum_engine.store import Store
-from nexum_engine.store.transitions import Claim, ReadyTask
+from nexum_engine.store.outcomes import Claim, ReadyTask
 
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""

@@ -18,7 +18,7 @@ from nexum_engine.model import Compatibility, Execution, Task
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
-from nexum_engine.store.transitions import ReadyTask, Started
+from nexum_engine.store.outcomes import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import status_of
@@ -90,6 +90,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
+        wait = _wait_seconds(request.wait_ms)
         starting = asyncio.ensure_future(
             self._store.start_execution(
                 request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
@@ -99,7 +100,7 @@ class NexumServicer(NexumServiceServicer):
         self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
-        ended = await self._end_of(started.execution_id, _wait_seconds(request.wait_ms))
+        ended = await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -143,9 +144,10 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
+        asked = _asked(request.next) if request.HasField("next") else None
         completed = self._store.complete_task(request.task_id, request.output_json)
         # Submitted behind the report, so that both are in one transaction.
-        claim = self._dispatch.take_due(*_asked(request.next)) if request.HasField("next") else None
+        claim = None if asked is None else self._dispatch.take_due(*asked)
         try:
             await self._liveness.carry_out(completed)
             if claim is None:

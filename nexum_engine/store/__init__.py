@@ -1,6 +1,7 @@
 """Where executions are recorded. `open_store` picks the dialect from the database URL.
 
-`transitions.py` has every change of state, `queries.sql` every query, a dialect file what differs for its database.
+Every change of state is a function in `executions.py`, `tasks.py` or `leases.py`, every query is in `queries.sql`; a
+dialect file has what differs for its database.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from nexum_engine.model import Compatibility, Execution, WorkflowVersion
-from nexum_engine.store import transitions
+from nexum_engine.store import executions, leases, tasks
 from nexum_engine.store.db import Db
-from nexum_engine.store.transitions import Changed, Claim, Started, Swept
+from nexum_engine.store.outcomes import Changed, Claim, Started, Swept
 
 T = TypeVar("T")
 
 
 class Store(ABC):
-    """Transitions of `nexum_engine.store.transitions`, bound to a database.
+    """The transitions of `executions`, `tasks` and `leases`, bound to a database.
 
     Calling a method submits the transition; transitions run in the order of submission. Awaiting what it returns waits
     until it is durable. It raises the transition's own error, or StoreUnavailable when the outcome is unknown.
@@ -45,52 +45,52 @@ class Store(ABC):
         """Finish what was submitted and release the database."""
 
     def register_workflow(self, workflow_id: str, version_hash: str, ir_json: str) -> Awaitable[Compatibility]:
-        return self.submit(lambda db: transitions.register_workflow(db, workflow_id, version_hash, ir_json))
+        return self.submit(lambda db: executions.register_workflow(db, workflow_id, version_hash, ir_json))
 
     def workflow_versions(self, workflow_id: str) -> Awaitable[list[WorkflowVersion]]:
-        return self.submit(lambda db: transitions.workflow_versions(db, workflow_id))
+        return self.submit(lambda db: executions.workflow_versions(db, workflow_id))
 
     def start_execution(
         self, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str = ""
     ) -> Awaitable[Started]:
         return self.submit(
-            lambda db: transitions.start_execution(db, workflow_id, version_hash, input_json, idempotency_key)
+            lambda db: executions.start_execution(db, workflow_id, version_hash, input_json, idempotency_key)
         )
 
     def get_execution(self, execution_id: str, with_attempts: bool = False) -> Awaitable[Execution]:
-        return self.submit(lambda db: transitions.get_execution(db, execution_id, with_attempts))
+        return self.submit(lambda db: executions.get_execution(db, execution_id, with_attempts))
 
     def list_executions(self, workflow_id: str, status: str, limit: int) -> Awaitable[list[Execution]]:
-        return self.submit(lambda db: transitions.list_executions(db, workflow_id, status, limit))
+        return self.submit(lambda db: executions.list_executions(db, workflow_id, status, limit))
 
     def output_bytes(self, execution_id: str) -> Awaitable[int]:
-        return self.submit(lambda db: transitions.output_bytes(db, execution_id))
+        return self.submit(lambda db: executions.output_bytes(db, execution_id))
 
     def cancel_execution(self, execution_id: str) -> Awaitable[Changed]:
-        return self.submit(lambda db: transitions.cancel_execution(db, execution_id))
+        return self.submit(lambda db: executions.cancel_execution(db, execution_id))
 
     def claim(
         self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, lease_ms: int, streamed: bool
     ) -> Awaitable[Claim]:
-        return self.submit(lambda db: transitions.claim(db, worker_id, version_hashes, max_bytes, lease_ms, streamed))
+        return self.submit(lambda db: tasks.claim(db, worker_id, version_hashes, max_bytes, lease_ms, streamed))
 
     def complete_task(self, task_id: str, output_json: str) -> Awaitable[Changed]:
-        return self.submit(lambda db: transitions.complete_task(db, task_id, output_json))
+        return self.submit(lambda db: tasks.complete_task(db, task_id, output_json))
 
     def fail_task(self, task_id: str, error: str, final: bool) -> Awaitable[Changed]:
-        return self.submit(lambda db: transitions.fail_task(db, task_id, error, final))
+        return self.submit(lambda db: tasks.fail_task(db, task_id, error, final))
 
     def release(self, task_id: str, reason: str) -> Awaitable[Changed]:
-        return self.submit(lambda db: transitions.release(db, task_id, reason))
+        return self.submit(lambda db: tasks.release(db, task_id, reason))
 
     def renew(self, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> Awaitable[None]:
-        return self.submit(lambda db: transitions.renew(db, worker_id, task_ids, lease_ms))
+        return self.submit(lambda db: leases.renew(db, worker_id, task_ids, lease_ms))
 
     def disconnect(self, worker_id: str, grace_ms: int) -> Awaitable[None]:
-        return self.submit(lambda db: transitions.disconnect(db, worker_id, grace_ms))
+        return self.submit(lambda db: leases.disconnect(db, worker_id, grace_ms))
 
     def restart(self, grace_ms: int, unstreamed_ms: int) -> Awaitable[None]:
-        return self.submit(lambda db: transitions.restart(db, grace_ms, unstreamed_ms))
+        return self.submit(lambda db: leases.restart(db, grace_ms, unstreamed_ms))
 
     def sweep(self, since_ms: int) -> Awaitable[Swept]:
-        return self.submit(lambda db: transitions.sweep(db, since_ms))
+        return self.submit(lambda db: leases.sweep(db, since_ms))

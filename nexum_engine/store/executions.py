@@ -1,0 +1,220 @@
+"""Transitions of workflows and executions: registered, started, read, cancelled, ended.
+
+A function is one change of state inside one transaction, the same for every database. It checks the state that it
+expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from functools import lru_cache
+
+from nexum_engine import jsontext
+from nexum_engine.errors import (
+    Conflict,
+    ExecutionNotFound,
+    IdempotencyConflict,
+    InvalidRequest,
+    VersionConflict,
+    WorkflowNotFound,
+)
+from nexum_engine.model import (
+    Attempt,
+    Compatibility,
+    Execution,
+    ExecutionStatus,
+    Node,
+    NodeStatus,
+    Outcome,
+    WorkflowVersion,
+)
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.outcomes import Changed, Started
+from nexum_engine.workflow import check_id, compatibility, parse_ir
+
+TASK_FRAME_BYTES = 64
+"""What a task's input_json has beside the payloads; an upper bound."""
+
+# ---- Workflows -------------------------------------------------------------------------------------------------------
+
+
+_definition = lru_cache(maxsize=256)(parse_ir)
+
+
+def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
+    """Store a version, unless it is there.
+
+    Raises InvalidRequest for an IR that can't run, VersionConflict if the hash has another definition.
+    """
+    check_id(workflow_id, "workflow_id")
+    check_id(version_hash, "version_hash")
+    definition = _definition(ir_json)
+    latest = db.one("latest_version", workflow_id=workflow_id)
+    known = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
+    if known is not None and _definition(known["ir_json"]) != definition:
+        raise VersionConflict(
+            f"version {version_hash!r} of workflow {workflow_id!r} is registered with another definition: "
+            "a changed workflow needs a new version_hash"
+        )
+    result = Compatibility.NEW if latest is None else compatibility(_definition(latest["ir_json"]), definition)
+    if known is None:
+        db.run(
+            "add_version",
+            workflow_id=workflow_id,
+            version_hash=version_hash,
+            ir_json=ir_json,
+            compatibility=result.value,
+            now=db.now_ms,
+        )
+    return result
+
+
+def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
+    """The versions of a workflow, the latest first; none for an unknown one."""
+    check_id(workflow_id, "workflow_id")
+    return [
+        WorkflowVersion(
+            row["workflow_id"],
+            row["version_hash"],
+            Compatibility(row["compatibility"]),
+            row["registered_ms"],
+            row["active_executions"],
+        )
+        for row in db.all("versions", workflow_id=workflow_id)
+    ]
+
+
+# ---- Executions ------------------------------------------------------------------------------------------------------
+
+
+def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str) -> Started:
+    """Store an execution and its first tasks, or find the key's RUNNING or COMPLETED one.
+
+    Raises WorkflowNotFound, InvalidRequest for an input that isn't JSON, IdempotencyConflict for a key with another
+    input.
+    """
+    check_id(workflow_id, "workflow_id")
+    check_id(version_hash, "version_hash")
+    input_json = input_json or "null"
+    jsontext.parse(input_json, "input_json")
+    if idempotency_key:
+        check_id(idempotency_key, "idempotency_key")
+        latest = db.one("execution_of_key", workflow_id=workflow_id, idempotency_key=idempotency_key)
+        if latest is not None:
+            if not jsontext.same(latest["input_json"], input_json):
+                raise IdempotencyConflict(
+                    f"idempotency key {idempotency_key!r} belongs to execution {latest['execution_id']}, which has "
+                    "another input: use another key for another input"
+                )
+            status = ExecutionStatus(latest["status"])
+            if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
+                return Started(latest["execution_id"], status, existing=True)
+    version = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
+    if version is None:
+        raise WorkflowNotFound(workflow_id, version_hash)
+    execution_id = f"exec-{uuid.uuid4()}"
+    db.run(
+        "add_execution",
+        execution_id=execution_id,
+        workflow_id=workflow_id,
+        version_hash=version_hash,
+        input_json=input_json,
+        idempotency_key=idempotency_key or None,
+        now=db.now_ms,
+    )
+    task_bytes = len(input_json.encode("utf-8")) + TASK_FRAME_BYTES
+    definition = _definition(version["ir_json"])
+    for position, node in enumerate(definition.values()):
+        ready = not node.dependencies
+        db.run(
+            "add_node",
+            execution_id=execution_id,
+            node_id=node.node_id,
+            position=position,
+            node_type=node.node_type.value,
+            dependencies=json.dumps(node.dependencies),
+            version_hash=version_hash,
+            status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
+            ready_ms=db.now_ms if ready else None,
+            task_bytes=task_bytes if ready else None,
+        )
+    roots = sum(not node.dependencies for node in definition.values())
+    return Started(execution_id, ExecutionStatus.RUNNING, existing=False, ready=roots)
+
+
+def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
+    return Execution(
+        row["execution_id"],
+        row["workflow_id"],
+        row["version_hash"],
+        ExecutionStatus(row["status"]),
+        row["input_json"],
+        row["idempotency_key"] or "",
+        row["created_ms"],
+        row["ended_ms"],
+        row["error"],
+        nodes,
+    )
+
+
+def get_execution(db: Db, execution_id: str, with_attempts: bool = False) -> Execution:
+    """One execution with its nodes. Raises ExecutionNotFound."""
+    row = db.one("execution", execution_id=execution_id)
+    if row is None:
+        raise ExecutionNotFound(execution_id)
+    attempts: dict[str, list[Attempt]] = {}
+    if with_attempts:
+        for a in db.all("attempts", execution_id=execution_id):
+            attempts.setdefault(a["node_id"], []).append(
+                Attempt(a["attempt"], a["worker_id"], a["started_ms"], a["ended_ms"], Outcome(a["outcome"]), a["error"])
+            )
+    nodes = tuple(
+        Node(
+            node["node_id"],
+            node["node_type"],
+            NodeStatus(node["status"]),
+            node["output_json"],
+            node["error"],
+            tuple(attempts.get(node["node_id"], ())),
+        )
+        for node in db.all("nodes", execution_id=execution_id)
+    )
+    return _execution(row, nodes)
+
+
+def list_executions(db: Db, workflow_id: str, status: str, limit: int) -> list[Execution]:
+    """The newest executions, without inputs and nodes. Raises InvalidRequest for a status that there isn't."""
+    if status and status not in ExecutionStatus.__members__:
+        raise InvalidRequest(f"status {status!r} is none of {', '.join(ExecutionStatus.__members__)}")
+    return [_execution(row) for row in db.all("executions", workflow_id=workflow_id, status=status, limit=limit)]
+
+
+def output_bytes(db: Db, execution_id: str) -> int:
+    """How large the recorded outputs of an execution are."""
+    row = db.one("output_bytes", execution_id=execution_id)
+    return int(row["bytes"]) if row is not None else 0
+
+
+def cancel_execution(db: Db, execution_id: str) -> Changed:
+    """End a running execution; cancelling it again changes nothing.
+
+    Raises ExecutionNotFound, Conflict if it ended otherwise.
+    """
+    row = db.one("execution", execution_id=execution_id)
+    if row is None:
+        raise ExecutionNotFound(execution_id)
+    if row["status"] == ExecutionStatus.CANCELLED:
+        return Changed()
+    if row["status"] != ExecutionStatus.RUNNING:
+        raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
+    return Changed(ended=(end_execution(db, execution_id, ExecutionStatus.CANCELLED, ""),))
+
+
+def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
+    """End a running execution and what it has left; the execution as it is then."""
+    db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
+    if status is not ExecutionStatus.COMPLETED:
+        db.run("cancel_nodes", execution_id=execution_id)
+        db.run("cancel_attempts", execution_id=execution_id, now=db.now_ms)
+    return get_execution(db, execution_id)

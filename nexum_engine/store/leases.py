@@ -1,0 +1,65 @@
+"""Transitions of leases: renewed, shortened, run out.
+
+A function is one change of state inside one transaction, the same for every database. It checks the state that it
+expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+"""
+
+from __future__ import annotations
+
+from nexum_engine import scheduling
+from nexum_engine.model import Outcome
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.outcomes import Changes, ReadyTask, Swept
+from nexum_engine.store.tasks import fail_node
+
+
+def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> None:
+    """Extend the leases of what a worker says that it holds."""
+    for task_id in task_ids:
+        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=db.now_ms + lease_ms)
+
+
+def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
+    """A worker's stream broke: what it holds is lost unless it comes back within the grace."""
+    db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
+
+
+def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
+    """The server starts: workers get time to come back to what they hold."""
+    db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
+    db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
+
+
+def sweep(db: Db, since_ms: int) -> Swept:
+    """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
+    # Before the expired ones, which become due at this very moment and announce themselves.
+    retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
+    changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
+    for row in db.all("expired_attempts", now=db.now_ms):
+        _expire(db, row, changes)
+    due = [
+        row["due"]
+        for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms))
+        if row is not None and row["due"] is not None
+    ]
+    return Swept(changes.freeze(), min(due, default=None))
+
+
+def _expire(db: Db, row: Row, changes: Changes) -> None:
+    outcome = Outcome(row["lease_loss"])
+    worker_id = row["worker_id"]
+    reason = {
+        Outcome.LOST: f"worker {worker_id} disconnected and did not come back",
+        Outcome.EXPIRED: f"worker {worker_id} gave no sign of life for longer than its lease",
+        Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not come back",
+    }[outcome]
+    db.run("end_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms)
+    lost = 0 if outcome is Outcome.INTERRUPTED else 1
+    counts = {"failed": 0, "lost": lost}
+    if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:
+        last = f"{row['lost_attempts'] + lost} attempts were lost, the last because {reason}"
+        fail_node(db, row, f"{last}; the task may be what kills its workers", counts, changes)
+        return
+    node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
+    db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], **counts)
+    changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))

@@ -1,0 +1,213 @@
+"""Transitions of tasks: handed out, reported, taken back.
+
+A function is one change of state inside one transaction, the same for every database. It checks the state that it
+expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+from nexum_engine import jsontext, scheduling
+from nexum_engine.errors import StaleTask, TaskNotFound
+from nexum_engine.model import ExecutionStatus, NodeStatus, Outcome, Task
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.executions import TASK_FRAME_BYTES, end_execution
+from nexum_engine.store.outcomes import Changed, Changes, Claim, ReadyTask
+from nexum_engine.workflow import check_id
+
+MAX_ERROR_CHARACTERS = 4000
+
+
+def claim(
+    db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, lease_ms: int, streamed: bool
+) -> Claim:
+    """Hand the task that has been due the longest to a worker, as a new attempt with a lease."""
+    candidates = [
+        row
+        for version_hash in version_hashes
+        if (row := db.one("oldest_task", version_hash=version_hash, now=db.now_ms, max_bytes=max_bytes)) is not None
+    ]
+    if not candidates:
+        return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
+    node = min(candidates, key=lambda row: int(row["ready_ms"]))
+    execution_id, node_id, attempt = node["execution_id"], node["node_id"], node["attempts"] + 1
+    task_id = f"task-{uuid.uuid4()}"
+    db.run("take_task", execution_id=execution_id, node_id=node_id)
+    db.run(
+        "add_attempt",
+        task_id=task_id,
+        execution_id=execution_id,
+        node_id=node_id,
+        attempt=attempt,
+        worker_id=worker_id,
+        streamed=int(streamed),
+        now=db.now_ms,
+        lease_expires_ms=db.now_ms + lease_ms,
+    )
+    key = node["idempotency_key"]
+    return Claim(
+        Task(
+            task_id=task_id,
+            execution_id=execution_id,
+            node_id=node_id,
+            node_type=node["node_type"],
+            version_hash=node["version_hash"],
+            attempt=attempt,
+            # Without a key of the caller's: the published server's format.
+            idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
+            if key
+            else f"{execution_id}:{node_id}:{node['version_hash']}",
+            input_json=_task_input(db, node),
+        )
+    )
+
+
+def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> ReadyTask | None:
+    for version_hash in version_hashes:
+        row = db.one("oversized_task", version_hash=version_hash, now=db.now_ms, max_bytes=max_bytes)
+        if row is not None:
+            db.run(
+                "say_why_waiting",
+                execution_id=row["execution_id"],
+                node_id=row["node_id"],
+                error=f"the task is {row['task_bytes']:,} bytes, more than worker {worker_id} can receive "
+                f"({max_bytes:,}): it waits for a worker that takes more",
+            )
+            return ReadyTask(version_hash, row["task_bytes"])
+    return None
+
+
+def _task_input(db: Db, node: Row) -> str:
+    """`{"input": …, "deps": {…}}`, put together from texts that were checked when they were stored."""
+    dependencies: list[str] = json.loads(node["dependencies"])
+    deps = ""
+    if dependencies:
+        outputs = {
+            row["node_id"]: row["output_json"]
+            for row in db.all("dependency_outputs", execution_id=node["execution_id"])
+        }
+        deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies)
+    return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
+
+
+def _reported_attempt(db: Db, task_id: str) -> Row:
+    check_id(task_id, "task_id")
+    row = db.one("attempt", task_id=task_id)
+    if row is None:
+        raise TaskNotFound(task_id)
+    return row
+
+
+def _check_may_report(row: Row, task_id: str) -> None:
+    """Fencing: only the newest attempt at an unfinished node may report, and only once."""
+    what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
+    if row["execution_status"] != ExecutionStatus.RUNNING:
+        raise StaleTask(f"{what}: the execution is {row['execution_status']}, the report comes too late")
+    if row["outcome"] in (Outcome.COMPLETED, Outcome.FAILED):
+        raise StaleTask(f"{what} was already reported as {row['outcome']}, with other contents")
+    if row["attempt"] != row["newest_attempt"]:
+        raise StaleTask(
+            f"{what} is over ({row['outcome']}): attempt {row['newest_attempt']} was handed out since, "
+            f"and only that one may report"
+        )
+
+
+def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
+    """Record a node's result, schedule what follows from it, and end the execution if that was all.
+
+    The same report sent again changes nothing. Raises TaskNotFound, InvalidRequest for an output that isn't JSON,
+    StaleTask if the attempt may not report this.
+    """
+    jsontext.parse(output_json, "output_json")
+    row = _reported_attempt(db, task_id)
+    execution_id, node_id = row["execution_id"], row["node_id"]
+    if row["outcome"] == Outcome.COMPLETED:
+        recorded = db.one("node_output", execution_id=execution_id, node_id=node_id)
+        if recorded is not None and jsontext.same(recorded["output_json"], output_json):
+            return Changed()
+    _check_may_report(row, task_id)
+    db.run("record_output", execution_id=execution_id, node_id=node_id, output_json=output_json, attempt=row["attempt"])
+    db.run("end_attempt", task_id=task_id, outcome=Outcome.COMPLETED.value, error="", now=db.now_ms)
+    changes = Changes()
+    _advance(db, row, changes)
+    return changes.freeze()
+
+
+def _advance(db: Db, row: Row, changes: Changes) -> None:
+    """Schedule the nodes that became ready, or end the execution."""
+    execution_id = row["execution_id"]
+    if row["unrecorded"] == 1:  # counted before this result was recorded
+        changes.ended.append(end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
+        return
+    nodes = db.all("node_states", execution_id=execution_id)
+    dependencies: dict[str, list[str]] = {node["node_id"]: json.loads(node["dependencies"]) for node in nodes}
+    status = {node["node_id"]: NodeStatus(node["status"]) for node in nodes}
+    ready = scheduling.ready_nodes(dependencies, status)
+    if not ready:
+        return
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution_id=execution_id)}
+    for node_id in ready:
+        parts = ("", *dependencies[node_id])
+        task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
+        db.run("make_ready", execution_id=execution_id, node_id=node_id, task_bytes=task_bytes, now=db.now_ms)
+        changes.ready.append(ReadyTask(row["version_hash"], task_bytes))
+
+
+def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
+    """Record a failed attempt; the node is tried again later, or fails for good with its execution.
+
+    The same report sent again changes nothing. Raises TaskNotFound, StaleTask if the attempt may not report this.
+    """
+    row = _reported_attempt(db, task_id)
+    error = _shortened(error) or "the worker gave no reason"
+    if row["outcome"] == Outcome.FAILED and row["error"] == error:
+        return Changed()
+    _check_may_report(row, task_id)
+    db.run("end_attempt", task_id=task_id, outcome=Outcome.FAILED.value, error=error, now=db.now_ms)
+    # A lost attempt that reports after all is a failed one, not both.
+    lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
+    counts = {"failed": 1, "lost": lost}
+    failed_attempts = row["failed_attempts"] + 1
+    delay_ms = None if final else scheduling.retry_delay_ms(failed_attempts)
+    changes = Changes()
+    if delay_ms is None:
+        reason = error if final else f"{error} (attempt {failed_attempts} of {scheduling.MAX_FAILED_ATTEMPTS})"
+        fail_node(db, row, reason, counts, changes)
+    else:
+        changes.retry_ms = db.now_ms + delay_ms
+        db.run(
+            "retry_node",
+            execution_id=row["execution_id"],
+            node_id=row["node_id"],
+            ready_ms=changes.retry_ms,
+            attempt=row["attempt"],
+            **counts,
+        )
+    return changes.freeze()
+
+
+def fail_node(db: Db, row: Row, reason: str, counts: dict[str, int], changes: Changes) -> None:
+    """End a node for good, and its execution with it."""
+    execution_id, node_id = row["execution_id"], row["node_id"]
+    db.run("fail_node", execution_id=execution_id, node_id=node_id, error=reason, **counts)
+    changes.ended.append(end_execution(db, execution_id, ExecutionStatus.FAILED, f"{node_id}: {reason}"))
+
+
+def _shortened(error: str) -> str:
+    if len(error) <= MAX_ERROR_CHARACTERS:
+        return error
+    return f"{error[:MAX_ERROR_CHARACTERS]} [cut: {MAX_ERROR_CHARACTERS:,} of {len(error):,} characters]"
+
+
+def release(db: Db, task_id: str, reason: str) -> Changed:
+    """Take back a task that never reached its worker; this counts for nothing."""
+    row = db.one("attempt", task_id=task_id)
+    if row is None or row["outcome"] != Outcome.RUNNING:
+        return Changed()
+    db.run("end_attempt", task_id=task_id, outcome=Outcome.INTERRUPTED.value, error=reason, now=db.now_ms)
+    node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
+    db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], failed=0, lost=0)
+    # Its size was checked when it was handed out; whoever is woken is offered it by size again.
+    return Changed(ready=(ReadyTask(row["version_hash"], 0),))
