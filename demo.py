@@ -97,15 +97,14 @@ def session_id_for(question: str, model: ModelChoice, args: argparse.Namespace) 
 
 def announce_session(session_id: str) -> None:
     """Say whether the session is new or goes on."""
-    record = SessionFile(session_id).load()
+    file = SessionFile(session_id)
+    record = file.load()
     if record is None:
+        file.create()
         say(f"[demo] Session: {session_id} (new; continue it with --session-id {session_id})")
     else:
         begun = age(round((time.time() - record.created_at) * 1000))
-        say(
-            f"[demo] Session: {session_id}, begun {begun}, {record.calls} call(s) on record: continuing it "
-            "(--new-session starts afresh)"
-        )
+        say(f"[demo] Session: {session_id}, begun {begun}: continuing it (--new-session starts afresh)")
 
 
 def build_agent(model: ModelChoice, session: Session, steps: Steps) -> AssistantAgent:

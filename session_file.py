@@ -9,9 +9,10 @@ import asyncio
 import os
 import re
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from console import say
@@ -63,7 +64,9 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: tuple[int, int, int] | None = None
         self._waiting: dict[tuple[str, str], str] = {}
-        self._writing = asyncio.Lock()
+        # One thread, so that reads and writes of this process take turns; Python finishes its work before it exits.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="session file")
+        self._last_write: Future[None] | None = None
         # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
@@ -91,25 +94,44 @@ class SessionFile:
 
     async def find(self, workflow_id: str, key: str) -> str | None:
         """The execution that was started for this call."""
-        known = self._known.executions.get(workflow_id, {}).get(key)
         # While this process writes, what another one wrote is found by its key on the server.
-        if known is None and not self._writing.locked() and self._signature() != self._seen:
-            async with self._writing:
-                await asyncio.to_thread(self._refresh)
-            known = self._known.executions.get(workflow_id, {}).get(key)
-        return known
+        writing = self._last_write is not None and not self._last_write.done()
+        if not writing and self._known_id(workflow_id, key) is None and self._signature() != self._seen:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._refresh)
+        return self._known_id(workflow_id, key)
 
-    async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
-        """Write down an execution. Calls at the same time share one write."""
+    def _known_id(self, workflow_id: str, key: str) -> str | None:
+        return self._waiting.get((workflow_id, key)) or self._known.executions.get(workflow_id, {}).get(key)
+
+    def record(self, workflow_id: str, key: str, execution_id: str) -> Future[None]:
+        """Write down an execution soon; the future is done when it is. What waits at the same time shares a write.
+
+        Nobody needs to wait: until it is written, and if it never is, the key finds the execution on the server.
+        """
         self._waiting[workflow_id, key] = execution_id
-        async with self._writing:
-            if (workflow_id, key) not in self._waiting:
-                return  # the writer before took it along
-            batch, self._waiting = self._waiting, {}
-            try:
-                await asyncio.to_thread(self._merge, batch)
-            except OSError as error:
-                say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
+        self._last_write = self._thread.submit(self._write_waiting)
+        return self._last_write
+
+    async def written(self) -> None:
+        """Wait until everything that was recorded is in the file."""
+        if self._last_write is not None:
+            await asyncio.wrap_future(self._last_write)
+
+    def _write_waiting(self) -> None:
+        batch = dict(self._waiting)
+        if not batch:
+            return  # the write before took it along
+        try:
+            self._merge(batch)
+        except (OSError, Timeout) as error:
+            say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
+        for entry, execution_id in batch.items():
+            if self._waiting.get(entry) == execution_id:
+                del self._waiting[entry]
+
+    def create(self) -> None:
+        """Begin the session: write the file with no calls in it."""
+        self._thread.submit(self._merge, {}).result()
 
     def _refresh(self) -> None:
         signature = self._signature()

@@ -101,7 +101,8 @@ class Session:
         self._workflow = workflow
 
     async def close(self) -> None:
-        """Close the connection to the server."""
+        """Finish the session file and close the connection to the server."""
+        await self.file.written()
         await self._client.close()
 
     async def call(
@@ -123,11 +124,8 @@ class Session:
                         return recorded
                 started, origin = await self._start(key, tool_name, tool_args, deadline)
                 execution_id = started.execution_id
-                _, result = await asyncio.gather(
-                    self.file.record(self._workflow.workflow_id, key, execution_id),
-                    self._result_of(execution_id, tool_name, origin, deadline, started.ended),
-                )
-                return result
+                self.file.record(self._workflow.workflow_id, key, execution_id)
+                return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
             except ExecutionNotFound as gone:
                 # Its database was replaced, or another server took its place, perhaps while we waited.
                 if not deadline.left:
