@@ -10,13 +10,14 @@ import sys
 def say(text: str) -> None:
     """Print one line at once, whatever encoding standard output has."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    # In one piece, so that lines of several threads don't mix.
+    print(text.encode(encoding, "replace").decode(encoding) + "\n", end="", flush=True)
 
 
 def complain(text: str) -> None:
     """Print one line to standard error, in the same way."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+    print(text.encode(encoding, "replace").decode(encoding) + "\n", end="", file=sys.stderr, flush=True)
 
 
 def accept_any_character() -> None:

@@ -45,6 +45,16 @@ def count_effect(log: str, number: int, *, call: ToolContext) -> str:
 
 
 @tool()
+def count_behind_gate(log: str, gate: str, number: int, *, call: ToolContext) -> str:
+    """The same, once the gate is open."""
+    wait_at(gate)
+    time.sleep(0.02)
+    write_down(log, call)
+    time.sleep(0.02)
+    return f"{number} {uuid.uuid4()}"
+
+
+@tool()
 def gate_then_effect(arrivals: str, gate: str, log: str, *, call: ToolContext) -> str:
     """Write the arrival down, wait, then write the effect down."""
     write_down(arrivals, call)
