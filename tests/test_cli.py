@@ -1,0 +1,268 @@
+"""python -m nexum_engine: the server's life, and ps, show and cancel with it and without it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import Process, Server, environment, free_port, nexum_server, running
+from processes import counting_worker, effects, recorded, run_script, submitter, wait_until
+
+WIDTH = 80
+
+
+def nexum(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
+    return run_script(["-m", "nexum_engine", *arguments], folder, env)
+
+
+def database(folder: Path) -> tuple[str, str]:
+    """The argument that names the test server's database."""
+    return "--database-url", f"sqlite:///{folder / 'nexum.db'}"
+
+
+def run_one_call(folder: Path, server: Server) -> str:
+    """A completed execution with a long result and characters that no terminal should get."""
+    arguments = {"url": "https://rehearsal.example/tokyo-population", "\u001b[31m": "x" * 3000}
+    with counting_worker(folder, server.address):
+        with submitter(folder, server.address, "visit_webpage", {"url": arguments["url"]}) as process:
+            assert process.wait() == 0
+        with submitter(folder, server.address, "visit_webpage", arguments) as process:
+            assert process.wait() == 1
+    completed: str = recorded(folder, server.address)[0]["execution_id"]
+    return completed
+
+
+# ---- The server ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
+def test_the_server_says_in_one_line_what_it_is_and_ends_in_good_order(tmp_path: Path, end: object) -> None:
+    assert callable(end)
+    port = free_port()
+    with running(["-m", "nexum_engine", "--listen", f"127.0.0.1:{port}"], cwd=tmp_path) as server:
+        line = server.wait_for("Nexum engine")
+        where = re.escape(str(tmp_path / ".nexum" / "local.db"))
+        assert re.fullmatch(
+            rf"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:{port}, database {where} \(Ctrl\+C to stop\)", line
+        )
+        end(server)
+        assert server.wait(10) == 0
+        assert server.lines == [line]
+    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == ["local.db", "local.db.lock"]
+    assert (tmp_path / ".nexum" / "local.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_server_ends_with_a_worker_and_a_caller_connected(tmp_path: Path) -> None:
+    arguments = {"log": str(tmp_path / "log"), "gate": str(tmp_path / "gate")}
+    with (
+        nexum_server(tmp_path) as server,
+        counting_worker(tmp_path, server.address) as worker,
+        submitter(tmp_path, server.address, "effect_then_gate", arguments),
+    ):
+        wait_until(lambda: bool(effects(tmp_path / "log")), "the tool runs")
+        server.process.interrupt()
+        assert server.process.wait(10) == 0
+        worker.wait_for("the Nexum server is gone")
+        assert "Traceback" not in server.process.output + worker.output
+
+
+def test_a_second_server_on_the_port_is_refused_in_one_line(tmp_path: Path, server: Server) -> None:
+    code, output = nexum(tmp_path, "--listen", server.address, "--database-url", f"sqlite:///{tmp_path / 'other.db'}")
+    assert code == 1
+    assert output == (
+        f"error: can't listen on {server.address}: the port is in use (by another Nexum server?) or not allowed; "
+        "give another with --listen"
+    )
+
+
+@pytest.mark.usefixtures("server")
+def test_a_second_server_on_the_database_is_refused_in_one_line(tmp_path: Path) -> None:
+    code, output = nexum(tmp_path, "--listen", f"127.0.0.1:{free_port()}", *database(tmp_path))
+    assert code == 1
+    assert output.startswith(f"error: database {tmp_path / 'nexum.db'} is in use by another Nexum server")
+    assert len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--listen", "0.0.0.0:5000"], 1, "refusing to listen on 0.0.0.0:5000: without TLS and a token"),
+        (["--listen", "[::]:5000"], 1, "refusing to listen on [::]:5000"),
+        (["--listen", "example.com:5000"], 1, "refusing to listen on example.com:5000"),
+        (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),
+        (["--listen", "localhost:99999"], 1, "is not an address"),
+        (["--database-url", "postgresql://localhost/x"], 1, "PostgreSQL is not supported yet: use sqlite:///path"),
+        (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not understood"),
+        (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
+        (["--lease", "soon"], 2, "argument --lease: soon is not a number of seconds"),
+        (["--lease", "0"], 2, "argument --lease: 0 is too short"),
+        (["--patience", "nan"], 2, "argument --patience: nan is not a number of seconds"),
+        (["frob"], 2, "invalid choice: 'frob'"),
+        (["ps", "--limit", "0"], 2, "argument --limit: 0 is not a number between 1 and 1000"),
+        (["ps", "--limit", "many"], 2, "argument --limit: many is not a number between 1 and 1000"),
+        (["show"], 2, "the following arguments are required: EXECUTION"),
+        (["ps", "--nexum", "nonsense"], 1, "'nonsense' is not the address of a server"),
+    ],
+)
+def test_what_can_not_work_is_refused_in_one_line(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    got, output = nexum(tmp_path, *arguments)
+    assert got == code
+    assert "error: " in output.splitlines()[-1]
+    assert said in output.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "nexum.db"
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE diary (entry TEXT)")
+    connection.close()
+    before = foreign.read_bytes()
+    code, output = nexum(tmp_path, *database(tmp_path), "--listen", f"127.0.0.1:{free_port()}")
+    assert code == 1
+    assert output.startswith("error: ")
+    assert "left untouched" in output
+    assert foreign.read_bytes() == before
+    code, output = nexum(tmp_path, "ps", *database(tmp_path))
+    assert code == 1
+    assert foreign.read_bytes() == before
+
+
+# ---- ps and show -----------------------------------------------------------------------------------------------------
+
+
+def test_ps_and_show_say_the_same_with_the_server_and_without_it_in_80_columns(tmp_path: Path) -> None:
+    with nexum_server(tmp_path) as server:
+        execution_id = run_one_call(tmp_path, server)
+        online = [nexum(tmp_path, *command, "--nexum", server.address) for command in commands(execution_id)]
+    offline = [nexum(tmp_path, *command, *database(tmp_path)) for command in commands(execution_id)]
+    without_age = re.compile(r"\d+ (s|min) ago")
+    assert [code for code, _ in online] == [0] * 5
+    for (_, with_server), (_, without) in zip(online, offline, strict=True):
+        assert without_age.sub("", with_server) == without_age.sub("", without)
+    listed, one_status, listed_json, shown, shown_json = (output for _, output in online)
+
+    assert listed.splitlines()[0].split() == ["EXECUTION", "STATUS", "STARTED", "WORKFLOW"]
+    assert [line.split()[1] for line in listed.splitlines()[1:]] == ["FAILED", "COMPLETED"]
+    assert len(one_status.splitlines()) == 2
+    assert [one["status"] for one in json.loads(listed_json)] == ["FAILED", "COMPLETED"]
+    for part in (f"execution  {execution_id}", "workflow   tool-call", "status     COMPLETED", "attempt 1", "worker "):
+        assert part in shown
+    record = json.loads(shown_json)
+    assert "14,047,594" in record["nodes"][0]["output_json"]
+    assert "characters; --json has them all)" in shown
+    for line in (listed + "\n" + shown).splitlines():
+        assert len(line) <= WIDTH
+        assert line.isprintable()
+
+
+def commands(execution_id: str) -> list[list[str]]:
+    ps, show = ["ps"], ["show", execution_id]
+    return [ps, [*ps, "--status", "completed"], [*ps, "--json"], show, [*show, "--json"]]
+
+
+def test_what_a_caller_sent_can_not_control_the_terminal(tmp_path: Path, server: Server) -> None:
+    run_one_call(tmp_path, server)
+    failed = recorded(tmp_path, server.address)[1]
+    code, output = nexum(tmp_path, "show", failed["execution_id"], "--nexum", server.address)
+    assert code == 0
+    assert "was called with wrong arguments" in output
+    assert "\x1b" not in output
+    assert max(map(len, output.splitlines())) <= WIDTH
+
+
+def test_nothing_recorded_is_said(tmp_path: Path, server: Server) -> None:
+    assert nexum(tmp_path, "ps", "--nexum", server.address) == (0, "no executions")
+    assert nexum(tmp_path, "ps", "--json", "--nexum", server.address) == (0, "[]")
+
+
+@pytest.mark.parametrize("command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"]], ids=lambda one: one[0])
+def test_without_server_and_database_it_says_so_and_makes_none(tmp_path: Path, command: list[str]) -> None:
+    code, output = nexum(tmp_path, *command, *database(tmp_path))
+    assert code == 1
+    assert output == (
+        f"error: no server on localhost:50051, and no database at sqlite:///{tmp_path / 'nexum.db'}: nothing recorded"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["show", "cancel"])
+def test_an_unknown_execution_is_an_error_that_names_it(tmp_path: Path, server: Server, command: str) -> None:
+    for name in ("exec-nope", "x" * 200, "'; DROP TABLE executions; --"):
+        code, output = nexum(tmp_path, command, name, "--nexum", server.address)
+        assert code == 1
+        assert output.startswith("error: ")
+        assert len(output.splitlines()) == 1
+        assert name[:60] in output
+
+
+def test_a_server_that_was_named_has_to_answer(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    code, output = nexum(tmp_path, "ps", NEXUM_ADDRESS=address)
+    assert code == 2
+    assert output.startswith(f"error: no Nexum server answers on {address}")
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path: Path, server: Server) -> None:
+    run_one_call(tmp_path, server)
+    (execution_id, *_) = [one["execution_id"] for one in recorded(tmp_path, server.address)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nexum_engine", "show", execution_id, "--json", "--nexum", server.address],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == 1
+
+
+# ---- cancel ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_running_execution_can_be_cancelled_and_an_ended_one_can_not(tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    arguments = {"log": str(log), "gate": str(gate)}
+    with nexum_server(tmp_path) as server, counting_worker(tmp_path, server.address) as worker:
+        with submitter(tmp_path, server.address, "effect_then_gate", arguments) as process:
+            wait_until(lambda: bool(effects(log)), "the tool runs")
+            (execution,) = recorded(tmp_path, server.address)
+            cancel = ["cancel", execution["execution_id"], "--nexum", server.address]
+            assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")
+            assert process.wait() == 1
+            assert process.lines[-1] == "ERROR ToolCallFailed effect_then_gate failed: the execution was cancelled"
+        # What the worker reports afterwards changes nothing.
+        gate.touch()
+        worker.wait_for("refused")
+        assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")
+        (execution,) = recorded(tmp_path, server.address)
+        assert execution["status"] == "CANCELLED"
+        assert execution["nodes"][0]["output_json"] is None
+
+        with submitter(tmp_path, server.address, "effect_then_gate", arguments) as process:
+            assert process.wait() == 0
+        _, done = recorded(tmp_path, server.address)
+        code, output = nexum(tmp_path, "cancel", done["execution_id"], "--nexum", server.address)
+        assert code == 1
+        assert output == f"error: execution {done['execution_id']} is COMPLETED and can't be cancelled any more"
+
+
+def test_an_execution_can_be_cancelled_after_the_server_has_ended(tmp_path: Path) -> None:
+    with nexum_server(tmp_path) as server:
+        with submitter(tmp_path, server.address, "web_search", {"query": "x"}) as process:
+            process.wait_for("Submitted")
+        (execution,) = recorded(tmp_path, server.address)
+        assert execution["status"] == "RUNNING"
+    code, _ = nexum(tmp_path, "cancel", execution["execution_id"], *database(tmp_path))
+    assert code == 0
+    code, output = nexum(tmp_path, "ps", *database(tmp_path))
+    assert code == 0
+    assert "CANCELLED" in output
