@@ -37,7 +37,7 @@ _HITS = TypeAdapter(list[SearchHit])
 
 
 @dataclass
-class _Turn:
+class Turn:
     """What has happened since the user last spoke."""
 
     question: str
@@ -150,7 +150,7 @@ class RehearsalModel(ChatCompletionClient):
                 return _calls_of(earlier + 1, "visit_webpage", [{"url": url} for url in best])
         return self._answer(turn)
 
-    def _answer(self, turn: _Turn) -> str:
+    def _answer(self, turn: Turn) -> str:
         sources: dict[str, str] = {}  # title by URL, in the order of citing
         paragraphs: list[str] = []
         quotes_each = QUOTES_ALONE if len(turn.hits) == 1 else QUOTES_EACH
@@ -179,7 +179,7 @@ class RehearsalModel(ChatCompletionClient):
         listed = "\n".join(f"[{number}] {title} - {url}" for number, (url, title) in enumerate(sources.items(), 1))
         return "\n\n".join([*paragraphs, f"Sources:\n{listed}"])
 
-    def _not_covered(self, turn: _Turn) -> str:
+    def _not_covered(self, turn: Turn) -> str:
         if turn.problems:
             return "\n\n".join(["I have no answer, because the tools failed.", *turn.problems])
         if any(turn.hits.values()):
@@ -192,9 +192,9 @@ class RehearsalModel(ChatCompletionClient):
         )
 
 
-def _read(messages: Sequence[LLMMessage]) -> _Turn:
+def _read(messages: Sequence[LLMMessage]) -> Turn:
     last = max((at for at, message in enumerate(messages) if isinstance(message, UserMessage)), default=-1)
-    turn = _Turn(question=_text(messages[last]) if last >= 0 else "")
+    turn = Turn(question=_text(messages[last]) if last >= 0 else "")
     asked: dict[str, dict[str, Any]] = {}
     for message in messages[last + 1 :]:
         if isinstance(message, AssistantMessage):
@@ -205,7 +205,7 @@ def _read(messages: Sequence[LLMMessage]) -> _Turn:
     return turn
 
 
-def _take(turn: _Turn, arguments: Mapping[str, Any], result: FunctionExecutionResult) -> None:
+def _take(turn: Turn, arguments: Mapping[str, Any], result: FunctionExecutionResult) -> None:
     if result.name == "web_search":
         turn.searched = True
         query = str(arguments.get("query", turn.question))
@@ -227,7 +227,7 @@ def _take(turn: _Turn, arguments: Mapping[str, Any], result: FunctionExecutionRe
             turn.pages[url] = result.content
 
 
-def _pages_to_visit(turn: _Turn) -> list[str]:
+def _pages_to_visit(turn: Turn) -> list[str]:
     """The best hit of each search; for a single search the two best. The same page is visited once."""
     each = 2 if len(turn.hits) == 1 else 1
     return list(dict.fromkeys(hit.href for hits in turn.hits.values() for hit in hits[:each]))

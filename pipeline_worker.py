@@ -1,0 +1,167 @@
+"""The pipeline's worker: runs research, validate, summarize and report with AutoGen agents, one step at a time.
+
+Needs a Nexum server (`python -m nexum_engine`), and waits for one. With a model key it serves live pipelines as well as
+offline ones; without, offline ones alone.
+
+    python pipeline_worker.py
+    python pipeline_worker.py --query "Impact of Rust on systems programming"          # start one, then work
+    CRASH_AFTER=validate python pipeline_worker.py      # is killed as soon as the server has recorded `validate`
+    CRASH_DURING=summarize python pipeline_worker.py    # is killed after the step's effect, before its record
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from console import accept_any_character, complain, say
+from launcher import kill_this_process
+from model_choice import ModelChoice, ModelChoiceError, choose_model
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import NexumError
+from nexum_engine.model import Task
+from nexum_engine.shutdown import stop_event
+from nexum_engine.worker import Binding, Handler, TaskContext, Worker
+from pipeline.effects import EffectLog
+from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput
+
+if TYPE_CHECKING:
+    from autogen_core.models import ChatCompletionClient
+
+SERVER_PATIENCE = 30.0  # seconds that --query waits for a server
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"CRASH_AFTER=STEP kills the worker once STEP is recorded, CRASH_DURING=STEP between its effect and its "
+        f"record. The steps are {', '.join(STEPS)}.",
+    )
+    parser.add_argument(
+        "--nexum",
+        default=os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help="the server (default: $NEXUM_ADDRESS, else %(default)s)",
+    )
+    parser.add_argument("--offline", action="store_true", help="serve offline pipelines alone, whatever keys are set")
+    parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query first")
+    parser.add_argument("--name", default=socket.gethostname(), help="how its id begins in the records")
+    parser.add_argument("--effects", type=Path, metavar="FILE", help="append a line for each step's effect")
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
+    )
+    return parser
+
+
+def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
+    """The step that a variable names. Raises ValueError for one that doesn't exist."""
+    step = env.get(variable, "").strip()
+    if step and step not in STEPS:
+        raise ValueError(f"{variable}={step} names no step; the steps are {', '.join(STEPS)}")
+    return step or None
+
+
+def acting(handler: Handler, effects: EffectLog | None, crash_during: str | None) -> Handler:
+    """The handler, with its effect written to the log and the crash between that and the report."""
+
+    async def run(task: TaskContext) -> object:
+        output = await handler(task)
+        if effects is not None:
+            effects.append(task)
+        if task.node_id == crash_during:
+            say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as asked")
+            kill_this_process()
+        return output
+
+    return run
+
+
+def bindings(model: ModelChoice, effects: EffectLog | None, crash_during: str | None) -> list[Binding]:
+    """The workflows that this worker can serve with this model."""
+    # Here, so that a wrong command line is told at once: they import AutoGen.
+    from pipeline.steps import PipelineSteps
+    from rehearsal.pipeline import pipeline_model
+    from rehearsal.web import RehearsalWeb
+    from tools.live_web import LiveWeb
+
+    pages = RehearsalWeb()
+
+    def rehearsing(step: str) -> ChatCompletionClient:
+        return pipeline_model(step, pages.topics())
+
+    served = [(OFFLINE_PIPELINE, PipelineSteps(pages, rehearsing))]
+    if not model.offline:
+        served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
+    return [
+        Binding(
+            workflow, {step: acting(handler, effects, crash_during) for step, handler in steps.handlers().items()}
+        )
+        for workflow, steps in served
+    ]
+
+
+async def start_pipeline(client: NexumClient, query: str, model: ModelChoice) -> None:
+    """Start an execution, live if there is a model for it."""
+    workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
+    await client.register_workflow(workflow, patience=SERVER_PATIENCE)
+    started = await client.start_execution(workflow, PipelineInput(query=query))
+    say(f"[pipeline] started {started.execution_id} (python -m nexum_engine show {started.execution_id})")
+
+
+async def main(argv: list[str] | None = None) -> int:
+    """Work until told to stop; the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        crash_after, crash_during = (crash_point(name, os.environ) for name in ("CRASH_AFTER", "CRASH_DURING"))
+        model = choose_model(os.environ, offline=args.offline)
+    except (ModelChoiceError, ValueError) as error:
+        parser.error(str(error))
+    if args.query is not None and not args.query.strip():
+        parser.error("the query is empty")
+
+    def after_result(task: Task) -> None:
+        if task.node_id == crash_after:
+            say(f"[pipeline] {crash_after} is recorded; crashing now, as asked")
+            kill_this_process()
+
+    stop = stop_event(until_stdin_closes=args.until_stdin_closes)
+    effects = EffectLog(args.effects) if args.effects else None
+    say(f"[pipeline] Model: {model.description}")
+    try:
+        async with NexumClient(args.nexum) as client:
+            worker = Worker(
+                client,
+                bindings(model, effects, crash_during),
+                concurrency=1,
+                worker_id=f"{args.name}-pid{os.getpid()}-{uuid.uuid4().hex[:6]}",
+                after_result=after_result,
+            )
+            if args.query is not None:
+                await start_pipeline(client, args.query.strip(), model)
+            await worker.run(stop)
+    except NexumError as error:
+        complain(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    accept_any_character()
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stdout, format="%(asctime)s [pipeline] %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("nexum_engine").setLevel(logging.INFO)
+    try:
+        sys.exit(asyncio.run(main()))
+    except KeyboardInterrupt:
+        sys.exit(130)
