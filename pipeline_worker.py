@@ -102,9 +102,7 @@ def bindings(model: ModelChoice, effects: EffectLog | None, crash_during: str | 
     if not model.offline:
         served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
     return [
-        Binding(
-            workflow, {step: acting(handler, effects, crash_during) for step, handler in steps.handlers().items()}
-        )
+        Binding(workflow, {step: acting(handler, effects, crash_during) for step, handler in steps.handlers().items()})
         for workflow, steps in served
     ]
 

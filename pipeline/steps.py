@@ -29,8 +29,8 @@ from pipeline_workflow import (
     Research,
     Source,
     Summary,
-    ValidClaim,
     Validation,
+    ValidClaim,
 )
 from tools import TOOLS, ToolContext, Web
 from tools.words import one_line

@@ -1,0 +1,168 @@
+"""A four-step agent pipeline whose worker is killed, and a fresh worker that goes on exactly where the record ends.
+
+    research -> validate -> [worker 1 is killed] -> summarize -> report
+                                                    ^ worker 2 resumes here
+
+Needs nothing else running: without a Nexum server on localhost:50051 it starts one for the run, and the workers are its
+own in any case. Without a model key it rehearses offline.
+
+    python crash_demo.py                                # killed after validate
+    python crash_demo.py --crash-after research
+    python crash_demo.py --query "Impact of Rust on systems programming" --html timeline.html
+    python crash_demo.py --all                          # every crash point, also within a step
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from console import abandon_output, accept_any_character, complain, say
+from launcher import NexumForRun
+from model_choice import ModelChoice, ModelChoiceError, choose_model
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import NexumError
+from pipeline.disturbances import clear_leftovers
+from pipeline.drill import Drill, DrillFailed
+from pipeline.effects import EffectLog
+from pipeline.evidence import CrashPoint, PipelineRun, problems, remarks
+from pipeline.page import page
+from pipeline.timeline import timeline
+from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
+
+QUERY = "Impact of Rust on systems programming"
+OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
+CRASH_AFTER = STEPS[:-1]  # after the last step nothing is left to resume
+EVERY_POINT = (*(CrashPoint(step) for step in CRASH_AFTER), CrashPoint("summarize", within=True))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if the run shows what it "
+        "is meant to show, 1 if not, 2 if it can't run as asked.",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--crash-after", choices=CRASH_AFTER, help="kill worker 1 once this step is recorded (default: validate)"
+    )
+    where.add_argument(
+        "--crash-during", choices=STEPS, help="kill worker 1 within this step, after its effect and before its record"
+    )
+    where.add_argument("--all", action="store_true", help="every crash point, one after the other")
+    parser.add_argument("--query", default=QUERY, metavar="TEXT", help="what to find out about (default: %(default)s)")
+    parser.add_argument("--offline", action="store_true", help="rehearse without a model key and without the web")
+    parser.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        default=os.environ.get("NEXUM_ADDRESS") or None,
+        help="a server that has to be running (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the timeline as a page for a browser, too")
+    return parser
+
+
+async def run(
+    points: Sequence[CrashPoint], query: str, model: ModelChoice, nexum_address: str | None
+) -> list[PipelineRun]:
+    """One drill for each crash point."""
+    workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
+    runs: list[PipelineRun] = []
+    with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
+        async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
+            await clear_leftovers(client, workflow, server_is_new=nexum.embedded)
+            for point in points:
+                if len(points) > 1:
+                    say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")
+                drill = Drill(
+                    client,
+                    workflow,
+                    query,
+                    point,
+                    EffectLog(Path(folder) / "effects.jsonl"),
+                    worker_options=["--offline"] if model.offline else [],
+                )
+                runs.append(await drill.run())
+    return runs
+
+
+def show(run: PipelineRun) -> None:
+    """The timeline, what it says, and the report."""
+    say(f"\n{timeline(run)}\n")
+    for remark in remarks(run):
+        say(remark)
+    if run.report:
+        say(f"\n{run.report}")
+
+
+def verdict(run: PipelineRun) -> str:
+    """One line for one crash point."""
+    shares = "; ".join(f"{worker.name} ran {', '.join(run.steps_of(worker)) or 'nothing'}" for worker in run.workers)
+    repeated = ", ".join(f"{node.node_id} took {len(node.attempts)} attempts" for node in run.repeated)
+    wrong = problems(run)
+    result = f"FAILED: {'; '.join(wrong)}" if wrong else "ok"
+    return f"{run.point!s:<17} {result}: {shares}{f'; {repeated}' if repeated else ''}"
+
+
+def finish(runs: Sequence[PipelineRun], html: Path | None) -> int:
+    """Print what the runs came to; the exit code."""
+    if len(runs) == 1:
+        show(runs[0])
+    else:
+        say(f"\n[demo] {len(runs)} crash points, from the server's records:")
+        for one in runs:
+            say(verdict(one))
+    if html is not None:
+        html.write_text(page(runs), encoding="utf-8")
+        say(f"[demo] Timeline as a page: {html.resolve()}")
+    wrong = [f"crash {one.point}: {problem}" for one in runs for problem in problems(one)]
+    for problem in wrong:
+        complain(f"error: {problem}")
+    return 1 if wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code: 0 shown, 1 it doesn't hold, 2 can't run as asked, 130 interrupted."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    # Where the locale isn't UTF-8, the command line comes with undecoded bytes in it.
+    query = args.query.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+    if not query:
+        parser.error("the query is empty")
+    if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):
+        parser.error(f"--html {args.html}: give a file in a folder that exists")
+    if args.crash_during:
+        points: Sequence[CrashPoint] = [CrashPoint(args.crash_during, within=True)]
+    else:
+        points = EVERY_POINT if args.all else [CrashPoint(args.crash_after or "validate")]
+    try:
+        model = choose_model(os.environ, offline=args.offline)
+        say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
+        return finish(asyncio.run(run(points, query, model, args.nexum)), args.html)
+    except DrillFailed as error:
+        complain(f"error: {error}")
+        return 1
+    except (ModelChoiceError, NexumError) as error:
+        complain(f"error: {error}")
+        return 2
+    except BrokenPipeError:
+        # Who reads our output has seen enough (`| head`).
+        abandon_output()
+        return 1
+    except OSError as error:
+        complain(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        complain("\ninterrupted")
+        return 130
+
+
+if __name__ == "__main__":
+    accept_any_character()
+    sys.exit(main())
