@@ -28,7 +28,7 @@ from model_choice import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from pipeline.disturbances import clear_leftovers
-from pipeline.drill import Drill, DrillFailed
+from pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
 from pipeline.effects import EffectLog
 from pipeline.evidence import CrashPoint, PipelineRun, problems, remarks
 from pipeline.page import page
@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if the run shows what it "
-        "is meant to show, 1 if not, 2 if it can't run as asked.",
+        epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if the run shows what "
+        "it is meant to show, 1 if not, 2 if it can't run as asked.",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -76,6 +76,7 @@ async def run(
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
+            await client.register_workflow(workflow, patience=SERVER_PATIENCE)
             await clear_leftovers(client, workflow, server_is_new=nexum.embedded)
             for point in points:
                 if len(points) > 1:

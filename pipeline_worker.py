@@ -19,6 +19,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,22 +71,38 @@ def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
     return step or None
 
 
-def acting(handler: Handler, effects: EffectLog | None, crash_during: str | None) -> Handler:
-    """The handler, with its effect written to the log and the crash between that and the report."""
+@dataclass(frozen=True)
+class Acting:
+    """What happens around a step's work: its effect is written to the log, and the worker dies where it was told to."""
 
-    async def run(task: TaskContext) -> object:
-        output = await handler(task)
-        if effects is not None:
-            effects.append(task)
-        if task.node_id == crash_during:
-            say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as asked")
+    effects: EffectLog | None
+    crash_after: str | None
+    crash_during: str | None
+    _done: set[tuple[str, str, int]] = field(default_factory=set)
+
+    def around(self, handler: Handler) -> Handler:
+        """The handler, with what happens between its work and its report."""
+
+        async def run(task: TaskContext) -> object:
+            output = await handler(task)
+            if self.effects is not None:
+                self.effects.append(task)
+            if task.node_id == self.crash_during:
+                say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as asked")
+                kill_this_process()
+            self._done.add((task.execution_id, task.node_id, task.attempt))
+            return output
+
+        return run
+
+    def after_report(self, task: Task) -> None:
+        """A report was acknowledged; only a result is a record, a failure isn't."""
+        if task.node_id == self.crash_after and (task.execution_id, task.node_id, task.attempt) in self._done:
+            say(f"[pipeline] {task.node_id} is recorded; crashing now, as asked")
             kill_this_process()
-        return output
-
-    return run
 
 
-def bindings(model: ModelChoice, effects: EffectLog | None, crash_during: str | None) -> list[Binding]:
+def bindings(model: ModelChoice, acting: Acting) -> list[Binding]:
     """The workflows that this worker can serve with this model."""
     # Here, so that a wrong command line is told at once: they import AutoGen.
     from pipeline.steps import PipelineSteps
@@ -102,7 +119,7 @@ def bindings(model: ModelChoice, effects: EffectLog | None, crash_during: str | 
     if not model.offline:
         served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
     return [
-        Binding(workflow, {step: acting(handler, effects, crash_during) for step, handler in steps.handlers().items()})
+        Binding(workflow, {step: acting.around(handler) for step, handler in steps.handlers().items()})
         for workflow, steps in served
     ]
 
@@ -127,22 +144,17 @@ async def main(argv: list[str] | None = None) -> int:
     if args.query is not None and not args.query.strip():
         parser.error("the query is empty")
 
-    def after_result(task: Task) -> None:
-        if task.node_id == crash_after:
-            say(f"[pipeline] {crash_after} is recorded; crashing now, as asked")
-            kill_this_process()
-
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
-    effects = EffectLog(args.effects) if args.effects else None
+    acting = Acting(EffectLog(args.effects) if args.effects else None, crash_after, crash_during)
     say(f"[pipeline] Model: {model.description}")
     try:
         async with NexumClient(args.nexum) as client:
             worker = Worker(
                 client,
-                bindings(model, effects, crash_during),
+                bindings(model, acting),
                 concurrency=1,
                 worker_id=f"{args.name}-pid{os.getpid()}-{uuid.uuid4().hex[:6]}",
-                after_result=after_result,
+                after_report=acting.after_report,
             )
             if args.query is not None:
                 await start_pipeline(client, args.query.strip(), model)

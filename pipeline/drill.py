@@ -59,8 +59,10 @@ class Drill:
         self._execution_id = ""
 
     async def run(self) -> PipelineRun:
-        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING."""
-        await self._client.register_workflow(self._workflow, patience=SERVER_PATIENCE)
+        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING.
+
+        The workflow has to be registered.
+        """
         started = await self._client.start_execution(
             self._workflow, PipelineInput(query=self._query), idempotency_key=new_key(), patience=SERVER_PATIENCE
         )

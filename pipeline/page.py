@@ -46,7 +46,8 @@ p { margin: .25rem 0; } .soft { color: var(--soft); } .mono, pre, td { font-vari
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.number, th.number { text-align: right; }
 pre { white-space: pre-wrap; background: var(--lane); padding: 1rem; border-radius: .4rem; }
-@media (max-width: 40rem) { body { padding: .75rem; } .lane, .axis { flex-direction: column; } .axis .who { display: none; }
+@media (max-width: 40rem) { body { padding: .75rem; } .lane, .axis { flex-direction: column; }
+  .axis .who { display: none; }
   .who { flex-basis: auto; padding-bottom: 0; } .track { margin: .25rem .75rem .5rem; } }
 """
 

@@ -50,8 +50,8 @@ When you have read enough, reply with JSON alone:
 {{"claims": [{{"statement": "...", "url": "https://...", "quote": "..."}}], "note": ""}}
 If you found nothing, reply with no claims and say why in note."""
 
-VALIDATOR = """You check evidence. The user sends JSON with numbered claims, each with a statement and a quote. Judge for
-each whether the quote alone says what the statement says. Reply with JSON alone, with every number once:
+VALIDATOR = """You check evidence. The user sends JSON with numbered claims, each with a statement and a quote. Judge
+for each whether the quote alone says what the statement says. Reply with JSON alone, with every number once:
 {"verdicts": [{"number": 1, "supported": true, "reason": ""}]}
 Where supported is false, give the reason in a few words."""
 
@@ -59,9 +59,9 @@ SUMMARIZER = """You summarize evidence. The user sends JSON with a query and cla
 the number of its source. Answer the query in one to three paragraphs of prose from these claims alone, and cite the
 source of each sentence by its number in square brackets, as in [1]. Reply with the prose alone."""
 
-REPORTER = """You write reports in Markdown. The user sends JSON with a query, a summary with citations like [1], and the
-numbered sources. Reply with the report alone: a first line "# " with a title, then the summary's content, in sections if
-it is long. Keep the citations, add no facts, and write no list of sources: it is added to your text."""
+REPORTER = """You write reports in Markdown. The user sends JSON with a query, a summary with citations like [1], and
+the numbered sources. Reply with the report alone: a first line "# " with a title, then the summary's content, in
+sections if it is long. Keep the citations, add no facts, and write no list of sources: it is added to your text."""
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
