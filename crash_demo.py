@@ -30,7 +30,7 @@ from nexum_engine.errors import NexumError
 from pipeline.disturbances import clear_leftovers
 from pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
 from pipeline.effects import EffectLog
-from pipeline.evidence import CrashPoint, PipelineRun, problems, remarks
+from pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from pipeline.page import page
 from pipeline.timeline import timeline
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
@@ -105,7 +105,10 @@ def show(run: PipelineRun) -> None:
 def verdict(run: PipelineRun) -> str:
     """One line for one crash point."""
     shares = "; ".join(f"{worker.name} ran {', '.join(run.steps_of(worker)) or 'nothing'}" for worker in run.workers)
-    repeated = ", ".join(f"{node.node_id} took {len(node.attempts)} attempts" for node in run.repeated)
+    repeated = ", ".join(
+        f"{node.node_id} took {len(node.attempts)} attempts, its effect happened {effect_times(run, node)}"
+        for node in run.repeated
+    )
     wrong = problems(run)
     result = f"FAILED: {'; '.join(wrong)}" if wrong else "ok"
     return f"{run.point!s:<17} {result}: {shares}{f'; {repeated}' if repeated else ''}"

@@ -99,6 +99,12 @@ class PipelineRun:
         ]
         return sorted(rows, key=lambda row: (row.attempt.started_ms, STEPS.index(row.node.node_id)))
 
+    @property
+    def begun_ms(self) -> int:
+        """When the first attempt started: what a timeline counts from."""
+        rows = self.rows
+        return rows[0].attempt.started_ms if rows else self.execution.created_ms
+
     def worker_of(self, attempt: Attempt) -> SeenWorker | None:
         """Who had the attempt; None for a worker that the demo didn't start."""
         return next((worker for worker in self.workers if worker.owns(attempt.worker_id)), None)
@@ -200,11 +206,8 @@ def remarks(run: PipelineRun) -> list[str]:
         said.append(f"{run.workers[0].name} was to die {run.point}, but something else ended it before that.")
     for node in run.repeated:
         said.append(_repetition(run, node))
-    once = [node.node_id for node in run.execution.nodes if node not in run.repeated and node.attempts]
-    if not run.repeated:
-        said.append("No step ran again.")
-    elif once:
-        said.append(f"Ran once: {', '.join(once)}.")
+    if not _recorded_steps_run_again(run):
+        said.append("No recorded step ran again." if run.repeated else "No step ran again.")
     return said
 
 
@@ -212,11 +215,15 @@ def _repetition(run: PipelineRun, node: Node) -> str:
     """Which attempts a step took and what became of each."""
     rows = [row for row in run.rows if row.node is node]
     tried = ", ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in rows)
-    effects = sum(row.had_effect for row in rows)
-    times = {0: "never", 1: "once", 2: "twice"}.get(effects, f"{effects} times")
     reasons = {row.attempt.error for row in rows if row.attempt.outcome is Outcome.FAILED and row.attempt.error}
     why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
-    return f"Ran again: {node.node_id} ({tried}){why}. Its effect happened {times}, its result is recorded once."
+    return f"Ran again: {node.node_id} ({tried}){why}. Its effect happened {effect_times(run, node)}."
+
+
+def effect_times(run: PipelineRun, node: Node) -> str:
+    """How often a step's effect happened, in words."""
+    number = sum(effect.step == node.node_id for effect in run.effects)
+    return {0: "never", 1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 def _died_as_asked(run: PipelineRun) -> bool:

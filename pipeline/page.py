@@ -96,7 +96,7 @@ class _Scale:
 
     def __init__(self, run: PipelineRun) -> None:
         ends = [row.attempt.ended_ms or row.attempt.started_ms for row in run.rows]
-        self.from_ms = run.execution.created_ms
+        self.from_ms = run.begun_ms
         self.to_ms = max([run.execution.ended_ms or 0, self.from_ms + 1, *ends])
 
     def percent(self, at_ms: int) -> float:
@@ -166,10 +166,11 @@ def _bar(row: Row, scale: _Scale) -> str:
 
 
 def _table(run: PipelineRun) -> str:
+    begun_ms = run.begun_ms
     rows = "\n".join(
         f"<tr><td>{escape(row.node.node_id)}</td><td>{row.attempt.attempt}</td>"
         f"<td>{escape(row.attempt.worker_id)}</td>"
-        f'<td class="number">{(row.attempt.started_ms - run.execution.created_ms) / 1000:.3f} s</td>'
+        f'<td class="number">{(row.attempt.started_ms - begun_ms) / 1000:.3f} s</td>'
         f'<td class="number">{_took(row)}</td><td>{escape(row.outcome)}</td></tr>'
         for row in run.rows
     )

@@ -8,7 +8,7 @@ WIDTH = 80
 
 
 def timeline(run: PipelineRun) -> str:
-    """The table. Starts are counted from the start of the execution."""
+    """The table. Starts are counted from the first one."""
     lines = [
         f"Timeline of {run.execution.execution_id} (from the server's records)",
         "",
@@ -25,7 +25,7 @@ def timeline(run: PipelineRun) -> str:
 
 def _line(run: PipelineRun, row: Row) -> str:
     attempt = row.attempt
-    start = f"+{(attempt.started_ms - run.execution.created_ms) / 1000:.2f} s"
+    start = f"+{(attempt.started_ms - run.begun_ms) / 1000:.2f} s"
     took = f"{(attempt.ended_ms - attempt.started_ms) / 1000:.2f} s" if attempt.ended_ms else "-"
     return (
         f"{row.node.node_id:<10} {attempt.attempt:<7} {attempt.worker_id[:24]:<24} {start:>9} {took:>8}  {row.outcome}"
