@@ -97,10 +97,8 @@ def session_id_for(question: str, model: ModelChoice, args: argparse.Namespace) 
 
 def announce_session(session_id: str) -> None:
     """Say whether the session is new or goes on."""
-    file = SessionFile(session_id)
-    record = file.load()
+    record = SessionFile(session_id).load()
     if record is None:
-        file.create()
         say(f"[demo] Session: {session_id} (new; continue it with --session-id {session_id})")
     else:
         begun = age(round((time.time() - record.created_at) * 1000))
@@ -163,6 +161,7 @@ async def run(question: str, model: ModelChoice, session_id: str, args: argparse
     steps = Steps(args.crash_after_step)
     async with NexumForRun(args.nexum) as nexum:
         session = Session(session_id, nexum=nexum.address, workflow=OFFLINE_TOOL_CALL if model.offline else TOOL_CALL)
+        session.file.create()
         agent = build_agent(model, session, steps)
         try:
             answered = await show(agent, question)

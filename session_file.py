@@ -9,10 +9,11 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from console import say
@@ -117,21 +118,24 @@ class SessionFile:
         if self._last_write is not None:
             await asyncio.wrap_future(self._last_write)
 
+    def create(self) -> None:
+        """Begin the session, unless it has begun: write the file, with no calls in it yet."""
+        self._last_write = self._thread.submit(self._write_down, {})
+
     def _write_waiting(self) -> None:
         batch = dict(self._waiting)
         if not batch:
             return  # the write before took it along
-        try:
-            self._merge(batch)
-        except (OSError, Timeout) as error:
-            say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
+        self._write_down(batch)
         for entry, execution_id in batch.items():
             if self._waiting.get(entry) == execution_id:
                 del self._waiting[entry]
 
-    def create(self) -> None:
-        """Begin the session: write the file with no calls in it."""
-        self._thread.submit(self._merge, {}).result()
+    def _write_down(self, batch: Mapping[tuple[str, str], str]) -> None:
+        try:
+            self._merge(batch)
+        except OSError as error:
+            say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
     def _refresh(self) -> None:
         signature = self._signature()
@@ -145,7 +149,7 @@ class SessionFile:
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
-    def _merge(self, batch: dict[tuple[str, str], str]) -> None:
+    def _merge(self, batch: Mapping[tuple[str, str], str]) -> None:
         with self._lock:
             # Unless another process wrote since, what is in memory is what is in the file.
             if self._signature() != self._seen or self._seen is None:

@@ -314,3 +314,14 @@ def test_a_foreign_file_in_the_place_of_the_session_is_kept(tmp_path: Path) -> N
         assert process.wait() == 0
     (aside,) = tmp_path.glob(".session-s.json.corrupt-*")
     assert aside.read_text() == '{"mine": "not yours"}'
+
+
+def test_a_session_file_that_can_not_be_written_costs_the_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".session-s.json.tmp").mkdir()
+    code, output = run_demo(tmp_path, "--session-id", "s")
+    assert code == 0
+    assert ".session-s.json can't be written" in output
+    assert "Tool calls: 4 executed" in output
+    code, output = run_demo(tmp_path, "--session-id", "s")
+    assert code == 0
+    assert "Tool calls: 0 executed, 4 cached" in output
