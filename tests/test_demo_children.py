@@ -67,11 +67,16 @@ def test_no_child_is_left_after_a_normal_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "code"),
-    [(Process.kill, -signal.SIGKILL), (Process.terminate, -signal.SIGTERM), (Process.interrupt, 130)],
-    ids=["SIGKILL", "SIGTERM", "Ctrl+C"],
+    ("end", "code", "moment"),
+    [
+        (Process.kill, -signal.SIGKILL, "started one for this run"),
+        (Process.kill, -signal.SIGKILL, "Submitted"),
+        (Process.terminate, -signal.SIGTERM, "Submitted"),
+        (Process.interrupt, 130, "started one for this run"),
+        (Process.interrupt, 130, "Submitted"),
+    ],
+    ids=["SIGKILL early", "SIGKILL", "SIGTERM", "Ctrl+C early", "Ctrl+C"],
 )
-@pytest.mark.parametrize("moment", ["started one for this run", "Submitted"])
 def test_no_child_is_left_two_seconds_after_the_demo_was_ended(
     tmp_path: Path, end: Callable[[Process], None], code: int, moment: str
 ) -> None:

@@ -101,7 +101,6 @@ def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address
         (500, "InternalServerError: Error code: 500 - scripted failure"),
         (401, "AuthenticationError: Error code: 401 - scripted failure"),
         (429, "RateLimitError: Error code: 429 - scripted failure"),
-        (404, "NotFoundError: Error code: 404 - scripted failure"),
     ],
 )
 def test_a_model_that_answers_with_an_error_is_one_line_and_exit_code_1(
