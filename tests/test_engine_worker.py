@@ -331,9 +331,9 @@ async def test_a_result_that_was_made_while_the_server_was_away_is_recorded_when
             async with NexumClient(address) as client:
                 await client.register_workflow(ONE, patience=SOON)
                 execution = await ended(client, execution_id)
+            await until(lambda: "connected again to" in caplog.text)
     assert execution.outputs() == {"a": '"made in between"'}
     assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.COMPLETED]
-        await until(lambda: "connected again to" in caplog.text)
 
 
 async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_worker(

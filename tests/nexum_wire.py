@@ -1,0 +1,70 @@
+"""The wire as any gRPC client sees it: a plain stub with default options, and words for what a test does with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+
+DEADLINE = 20.0  # seconds
+UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+@contextmanager
+def connected(address: str, options: Sequence[tuple[str, Any]] = ()) -> Iterator[NexumServiceStub]:
+    """A stub; without `options` one that receives up to 4 MB, as published clients do."""
+    # A connection of its own, so that closing it is what the server sees.
+    with grpc.insecure_channel(address, options=[*options, ("grpc.use_local_subchannel_pool", 1)]) as channel:
+        grpc.channel_ready_future(channel).result(timeout=DEADLINE)
+        yield NexumServiceStub(channel)
+
+
+def ir(nodes: Mapping[str, Sequence[str]]) -> str:
+    return json.dumps({"nodes": {name: {"type": "EFFECT", "dependencies": list(d)} for name, d in nodes.items()}})
+
+
+def register(
+    stub: NexumServiceStub, nodes: Mapping[str, Sequence[str]], workflow_id: str = "w", version: str = "v1"
+) -> str:
+    request = pb.WorkflowIR(workflow_id=workflow_id, version_hash=version, ir_json=ir(nodes))
+    return str(stub.RegisterWorkflow(request, timeout=DEADLINE).compatibility)
+
+
+def start(
+    stub: NexumServiceStub, input_json: str = "{}", workflow_id: str = "w", version: str = "v1", **more: Any
+) -> str:
+    request = pb.StartRequest(workflow_id=workflow_id, version_hash=version, input_json=input_json, **more)
+    return str(stub.StartExecution(request, timeout=DEADLINE).execution_id)
+
+
+def poll(stub: NexumServiceStub, worker_id: str = "worker", version: str = "v1", **more: Any) -> pb.PollResponse:
+    return stub.PollTask(pb.PollRequest(worker_id=worker_id, version_hash=version, **more), timeout=DEADLINE + 30)
+
+
+def complete(stub: NexumServiceStub, task: pb.PollResponse, output_json: str = "1") -> None:
+    stub.CompleteTask(pb.CompleteRequest(task_id=task.task_id, output_json=output_json), timeout=DEADLINE)
+
+
+def status(stub: NexumServiceStub, execution_id: str) -> tuple[str, dict[str, Any]]:
+    answer = stub.GetStatus(pb.StatusRequest(execution_id=execution_id), timeout=DEADLINE)
+    return answer.status, json.loads(answer.completed_nodes_json)
+
+
+def record(stub: NexumServiceStub, execution_id: str, **more: Any) -> pb.GetExecutionResponse:
+    request = pb.GetExecutionRequest(execution_id=execution_id, with_attempts=True, **more)
+    return stub.GetExecution(request, timeout=DEADLINE + 30)
+
+
+def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    """The status and the words of a call that has to be refused."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    code: grpc.StatusCode = caught.value.code()
+    return code, str(caught.value.details())
