@@ -1,0 +1,448 @@
+"""What this project adds to the wire: long polls, waiting for an end, two calls in one, and signs of life."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from harness import ROOT, Server, environment, free_port, nexum_server
+from nexum_wire import DEADLINE, complete, connected, poll, record, refused, register, start
+
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+
+LONG_MS = 25_000
+AT_ONCE = 2.0  # seconds; much less than LONG_MS
+
+
+@pytest.fixture
+def stub(server: Server) -> Iterator[NexumServiceStub]:
+    with connected(server.address) as connection:
+        yield connection
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
+
+
+def until_polled(stub: NexumServiceStub, execution_id: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not record(stub, execution_id).has_poller:
+        assert time.monotonic() < deadline, "nobody polls"
+        time.sleep(0.01)
+
+
+class Stream:
+    """A worker's stream on a connection of its own, which can break like a killed process's."""
+
+    def __init__(self, address: str, worker_id: str) -> None:
+        self._worker_id = worker_id
+        self._beats: queue.Queue[pb.WorkerBeat | None] = queue.Queue()
+        self._connection = connected(address)
+        self.stub = self._connection.__enter__()
+        self._call = self.stub.WorkerStream(iter(self._beats.get, None))
+
+    def beat(self, *task_ids: str, draining: bool = False) -> int:
+        """Beat, and wait until the server has acted on it; the lease that it grants."""
+        self._beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=task_ids, draining=draining))
+        return int(next(iter(self._call)).lease_ms)
+
+    def dies(self) -> None:
+        self._call.cancel()
+        self._beats.put(None)
+        self._connection.__exit__(None, None, None)
+
+
+# ---- Long polls ------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_poll_gets_a_task_at_once(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
+    register(stub, {"a": []})
+    probe = start(stub)
+    assert not record(stub, probe).has_poller
+    stub.CancelExecution(pb.CancelRequest(execution_id=probe), timeout=DEADLINE)
+    waiting = pool.submit(poll, stub, wait_ms=LONG_MS)
+    until_polled(stub, probe)
+    began = time.monotonic()
+    execution_id = start(stub)
+    assert waiting.result(DEADLINE).execution_id == execution_id
+    assert time.monotonic() - began < AT_ONCE
+
+
+def test_a_long_poll_ends_without_a_task_when_its_time_is_up(stub: NexumServiceStub) -> None:
+    began = time.monotonic()
+    assert not poll(stub, wait_ms=300).has_task
+    assert 0.25 < time.monotonic() - began < AT_ONCE
+
+
+def test_one_poll_asks_for_several_versions(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    register(stub, {"a": []}, version="v2")
+    start(stub, version="v2")
+    task = poll(stub, version="v1", more_version_hashes=["v2", "v2", "v1"])
+    assert task.version_hash == "v2"
+    assert not poll(stub, version="v1", more_version_hashes=["v2"]).has_task
+
+
+def test_a_poll_that_is_given_up_leaves_its_place(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
+    register(stub, {"a": []})
+    probe = start(stub)
+    complete(stub, poll(stub))
+    for n in range(10):
+        call = stub.PollTask.future(pb.PollRequest(worker_id=f"gone{n}", version_hash="v1", wait_ms=LONG_MS))
+        until_polled(stub, probe)
+        call.cancel()
+    execution_id = start(stub)
+    task = poll(stub, wait_ms=LONG_MS)
+    assert task.execution_id == execution_id
+
+
+def test_has_poller_says_so_until_two_seconds_after_the_last_poll(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub)
+    assert not record(stub, execution_id).has_poller
+    complete(stub, poll(stub))
+    assert record(stub, execution_id).has_poller
+    began = time.monotonic()
+    while record(stub, execution_id).has_poller:
+        time.sleep(0.05)
+    assert 1.5 < time.monotonic() - began < 4
+
+
+# ---- Waiting for an end ----------------------------------------------------------------------------------------------
+
+
+def test_get_execution_waits_for_the_end(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub, idempotency_key="key")
+    waiting = [pool.submit(record, stub, execution_id, wait_ms=LONG_MS) for _ in range(3)]
+    task = poll(stub, "w1")
+    began = time.monotonic()
+    complete(stub, task, '"out"')
+    for one in waiting:
+        answer = one.result(DEADLINE)
+        assert (answer.status, answer.nodes[0].output_json, answer.idempotency_key) == ("COMPLETED", '"out"', "key")
+        assert [(a.attempt, a.worker_id, a.outcome) for a in answer.nodes[0].attempts] == [(1, "w1", "COMPLETED")]
+    assert time.monotonic() - began < AT_ONCE
+
+
+def test_a_wait_that_is_up_answers_with_the_present_state_and_no_error(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub)
+    began = time.monotonic()
+    assert record(stub, execution_id, wait_ms=200).status == "RUNNING"
+    assert 0.15 < time.monotonic() - began < AT_ONCE
+
+
+def test_the_server_holds_no_call_for_longer_than_its_cap() -> None:
+    from nexum_engine.client import CALL_DEADLINE, MAX_SERVER_WAIT
+    from nexum_engine.server.servicer import MAX_WAIT_MS, _wait_seconds
+
+    assert _wait_seconds(2**31 - 1) == MAX_WAIT_MS / 1000 == 30
+    assert MAX_SERVER_WAIT < MAX_WAIT_MS / 1000 < MAX_SERVER_WAIT + CALL_DEADLINE
+
+
+@pytest.mark.parametrize("end", ["COMPLETED", "FAILED", "CANCELLED"])
+def test_a_start_that_waits_answers_with_the_end(stub: NexumServiceStub, pool: ThreadPoolExecutor, end: str) -> None:
+    register(stub, {"a": []})
+    request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", wait_ms=LONG_MS)
+    starting = pool.submit(stub.StartExecution, request, timeout=DEADLINE + 30)
+    task = poll(stub, wait_ms=LONG_MS)
+    if end == "COMPLETED":
+        complete(stub, task)
+    elif end == "FAILED":
+        stub.FailTask(pb.FailRequest(task_id=task.task_id, error_message="no", final=True), timeout=DEADLINE)
+    else:
+        stub.CancelExecution(pb.CancelRequest(execution_id=task.execution_id), timeout=DEADLINE)
+    answer = starting.result(DEADLINE)
+    assert (answer.execution_id, answer.ended.status) == (task.execution_id, end)
+    assert answer.ended.error == ("a: no" if end == "FAILED" else "")
+
+
+def test_a_start_whose_wait_is_up_answers_with_the_id(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", wait_ms=100)
+    answer = stub.StartExecution(request, timeout=DEADLINE)
+    assert (answer.execution_id != "", answer.status, answer.HasField("ended")) == (True, "RUNNING", False)
+
+
+# ---- A report that takes the next task -------------------------------------------------------------------------------
+
+
+def test_a_report_brings_back_the_next_task(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    ids = [start(stub) for _ in range(3)]
+    task, order = poll(stub), []
+    while task.has_task:
+        order.append(task.execution_id)
+        request = pb.CompleteRequest(
+            task_id=task.task_id, output_json="1", next=pb.PollRequest(worker_id="w", version_hash="v1")
+        )
+        task = stub.CompleteTask(request, timeout=DEADLINE).next
+    assert order == ids
+
+
+def test_a_report_with_a_bad_question_is_refused_whole(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub)
+    task = poll(stub)
+    request = pb.CompleteRequest(task_id=task.task_id, output_json="1", next=pb.PollRequest(version_hash="v1"))
+    code, words = refused(lambda: stub.CompleteTask(request, timeout=DEADLINE))
+    assert (code, words) == (grpc.StatusCode.INVALID_ARGUMENT, "worker_id is empty")
+    assert record(stub, execution_id).status == "RUNNING"
+
+
+def test_a_report_that_is_refused_takes_no_task_with_it(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    for _ in range(2):
+        start(stub)
+    task = poll(stub)
+    complete(stub, task, "1")
+    request = pb.CompleteRequest(
+        task_id=task.task_id, output_json="2", next=pb.PollRequest(worker_id="w", version_hash="v1")
+    )
+    assert refused(lambda: stub.CompleteTask(request, timeout=DEADLINE))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert poll(stub, wait_ms=LONG_MS).has_task
+
+
+# ---- Signs of life ---------------------------------------------------------------------------------------------------
+
+
+def outcomes(stub: NexumServiceStub, execution_id: str) -> list[str]:
+    return [one.outcome for one in record(stub, execution_id).nodes[0].attempts]
+
+
+def test_a_dead_workers_task_is_handed_to_a_waiting_one(
+    server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
+) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub)
+    dying = Stream(server.address, "dying")
+    assert dying.beat() == 30_000
+    first = poll(dying.stub, "dying")
+    waiting = pool.submit(poll, stub, "other", wait_ms=LONG_MS)
+    began = time.monotonic()
+    dying.dies()
+    second = waiting.result(DEADLINE)
+    assert time.monotonic() - began < 2
+    assert (second.execution_id, second.attempt) == (execution_id, 2)
+    assert second.idempotency_key == first.idempotency_key
+    assert outcomes(stub, execution_id) == ["LOST", "RUNNING"]
+    assert refused(lambda: complete(stub, first))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    complete(stub, second)
+
+
+def test_a_worker_that_comes_back_in_time_keeps_its_task(server: Server, stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+    execution_id = start(stub)
+    first = Stream(server.address, "w1")
+    first.beat()
+    task = poll(first.stub, "w1")
+    first.dies()
+    again = Stream(server.address, "w1")
+    again.beat(task.task_id)
+    assert not poll(stub, "other", wait_ms=2500).has_task  # past the grace
+    complete(stub, task)
+    assert outcomes(stub, execution_id) == ["COMPLETED"]
+    again.dies()
+
+
+def test_a_worker_that_is_connected_and_silent_loses_its_task_after_its_lease(tmp_path: Path) -> None:
+    with nexum_server(tmp_path, lease=1.0) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        silent = Stream(server.address, "silent")
+        assert silent.beat() == 1000
+        poll(silent.stub, "silent")
+        began = time.monotonic()
+        assert poll(stub, "other", wait_ms=LONG_MS).attempt == 2
+        assert 0.8 < time.monotonic() - began < 3
+        assert outcomes(stub, execution_id) == ["EXPIRED", "RUNNING"]
+        silent.dies()
+
+
+def test_a_worker_that_beats_keeps_its_task_for_longer_than_its_lease(tmp_path: Path) -> None:
+    with nexum_server(tmp_path, lease=0.5) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        alive = Stream(server.address, "alive")
+        alive.beat()
+        task = poll(alive.stub, "alive")
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            alive.beat(task.task_id)
+            assert not poll(stub, "other", wait_ms=100).has_task
+        complete(stub, task)
+        assert outcomes(stub, execution_id) == ["COMPLETED"]
+        alive.dies()
+
+
+def test_a_worker_without_a_stream_has_twice_the_lease(tmp_path: Path) -> None:
+    with nexum_server(tmp_path, lease=0.7) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        start(stub)
+        poll(stub, "published")
+        began = time.monotonic()
+        assert poll(stub, "other", wait_ms=LONG_MS).attempt == 2
+        assert 1.3 < time.monotonic() - began < 4
+
+
+def test_a_draining_worker_gets_its_polls_answered_and_no_more_tasks(
+    server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
+) -> None:
+    register(stub, {"a": []})
+    held = start(stub)
+    leaving = Stream(server.address, "leaving")
+    leaving.beat()
+    task = poll(leaving.stub, "leaving")
+    waiting = [pool.submit(poll, leaving.stub, "leaving", wait_ms=LONG_MS) for _ in range(3)]
+    until_polled(stub, held)
+    began = time.monotonic()
+    leaving.beat(task.task_id, draining=True)
+    assert not any(one.result(DEADLINE).has_task for one in waiting)
+    assert time.monotonic() - began < AT_ONCE
+    start(stub)
+    assert not poll(leaving.stub, "leaving", wait_ms=LONG_MS).has_task
+    complete(leaving.stub, task)
+    leaving.dies()
+    assert outcomes(stub, held) == ["COMPLETED"]
+
+
+def test_a_stream_without_a_name_is_refused(server: Server) -> None:
+    nameless = Stream(server.address, "")
+    code, words = refused(nameless.beat)
+    assert (code, words) == (grpc.StatusCode.INVALID_ARGUMENT, "worker_id is empty")
+    nameless.dies()
+
+
+def test_workers_keep_their_tasks_across_a_server_that_is_killed(tmp_path: Path) -> None:
+    port = free_port()
+    with nexum_server(tmp_path, port=port) as first, connected(first.address) as stub:
+        register(stub, {"a": []})
+        kept, lost = start(stub), start(stub)
+        streams = [Stream(first.address, name) for name in ("back", "gone")]
+        for stream in streams:
+            stream.beat()
+        task = poll(stub, "back")
+        poll(stub, "gone")
+        first.process.kill()
+    with nexum_server(tmp_path, port=port) as second, connected(second.address) as stub:
+        back = Stream(second.address, "back")
+        back.beat(task.task_id)
+        began = time.monotonic()
+        again = poll(stub, "other", wait_ms=LONG_MS)
+        assert 3 < time.monotonic() - began < 9  # the grace after a restart
+        assert again.execution_id == lost
+        assert outcomes(stub, lost) == ["INTERRUPTED", "RUNNING"]
+        complete(stub, task)
+        assert outcomes(stub, kept) == ["COMPLETED"]
+        for stream in (back, *streams):
+            stream.dies()
+
+
+# ---- The process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0:0", "[::]:0", "192.168.1.1:0", "example.com:0", "nonsense", "127.0.0.1:x", ":50051"]
+)
+def test_an_address_beyond_this_machine_is_refused(tmp_path: Path, listen: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "nexum_engine",
+        "--listen",
+        listen,
+        "--database-url",
+        f"sqlite:///{tmp_path / 'n.db'}",
+    ]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["interrupt", "terminate"])
+def test_a_server_with_waiting_calls_stops_at_once_and_in_silence(
+    tmp_path: Path, pool: ThreadPoolExecutor, end: str
+) -> None:
+    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        complete(stub, poll(stub))
+        polling = pool.submit(poll, stub, wait_ms=LONG_MS)
+        stream = Stream(server.address, "w1")
+        stream.beat()
+        until_polled(stub, execution_id)
+        began = time.monotonic()
+        getattr(server.process, end)()
+        assert server.process.wait(DEADLINE) == 0
+        assert time.monotonic() - began < AT_ONCE
+        assert not polling.result(DEADLINE).has_task
+        assert len(server.process.output.splitlines()) == 1
+        stream.dies()
+
+
+def test_the_first_line_names_address_database_and_version(server: Server) -> None:
+    (line,) = server.process.lines
+    assert re.fullmatch(
+        r"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:\d+, database /\S+/nexum\.db \(Ctrl\+C to stop\)", line
+    )
+
+
+def test_the_records_are_shown_while_the_server_runs_and_after_it_ended(tmp_path: Path) -> None:
+    def look(*arguments: str) -> subprocess.CompletedProcess[str]:
+        url = f"sqlite:///{tmp_path / 'nexum.db'}"
+        command = [sys.executable, "-m", "nexum_engine", *arguments, "--database-url", url]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30)
+
+    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        done, running = start(stub, '{"q": 1}'), start(stub)
+        complete(stub, poll(stub), '"out"')
+        there = ["--nexum", server.address]
+        listed, shown = look("ps", *there), look("show", done, *there)
+        assert look("show", "exec-x", *there).returncode == 1
+        server.process.terminate()
+        server.process.wait()
+    assert [line.split()[:2] for line in listed.stdout.splitlines()[1:]] == [[running, "RUNNING"], [done, "COMPLETED"]]
+    assert shown.stdout == look("show", done).stdout
+    assert "attempt 1  COMPLETED" in shown.stdout
+    assert look("cancel", running).stdout == f"{running} is CANCELLED\n"
+    after = json.loads(look("ps", "--json").stdout)
+    assert [(one["execution_id"], one["status"]) for one in after] == [(running, "CANCELLED"), (done, "COMPLETED")]
+    unknown = look("show", "exec-x")
+    assert (unknown.returncode, unknown.stderr) == (1, "error: no execution 'exec-x' in this server's database\n")
+
+
+def test_threads_of_starters_with_one_key_get_one_execution(server: Server) -> None:
+    ready = threading.Barrier(16)
+
+    def race(_: int) -> tuple[str, bool]:
+        with connected(server.address) as stub:
+            ready.wait(DEADLINE)
+            request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", idempotency_key="key")
+            answer = stub.StartExecution(request, timeout=DEADLINE)
+            return answer.execution_id, answer.existing
+
+    with connected(server.address) as stub, ThreadPoolExecutor(16) as pool:
+        register(stub, {"a": []})
+        answers = list(pool.map(race, range(16)))
+        assert len({execution_id for execution_id, _ in answers}) == 1
+        assert [existing for _, existing in answers].count(False) == 1
+        other = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="1", idempotency_key="key")
+        code, words = refused(lambda: stub.StartExecution(other, timeout=DEADLINE))
+        assert (code, answers[0][0] in words) == (grpc.StatusCode.ALREADY_EXISTS, True)
