@@ -8,7 +8,9 @@ type stubs, mypy-protobuf (both are in tests/requirements.txt).
 
 from __future__ import annotations
 
+import shutil
 import sys
+import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +30,8 @@ def generate(target: Path) -> None:
             f"-I{files('grpc_tools') / '_proto'}",
             f"--python_out={target}",
             f"--grpc_python_out={target}",
+            *_plugin("protoc-gen-mypy"),
+            *_plugin("protoc-gen-mypy_grpc"),
             f"--mypy_out=quiet:{target}",
             f"--mypy_grpc_out=quiet:{target}",
             "nexum.proto",
@@ -42,8 +46,16 @@ def generate(target: Path) -> None:
     for name in GENERATED:
         path = target / name
         if name.endswith("_grpc.pyi"):
-            stubs = path.read_text(encoding="utf-8").replace("import nexum_pb2", "from nexum_engine.wire import nexum_pb2")
+            stubs = path.read_text(encoding="utf-8").replace(
+                "import nexum_pb2", "from nexum_engine.wire import nexum_pb2"
+            )
             path.write_text(stubs, encoding="utf-8")
+
+
+def _plugin(name: str) -> list[str]:
+    # Beside this Python: its folder need not be on PATH.
+    found = shutil.which(name, path=sysconfig.get_path("scripts"))
+    return [f"--plugin={name}={found}"] if found else []
 
 
 if __name__ == "__main__":
