@@ -1,0 +1,137 @@
+"""The published SDK, nexum-py 0.2.0, in an environment of its own: its client and worker run on this server.
+
+It can't live beside AutoGen (it needs protobuf 6), so the tests build it a venv, once, in pytest's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from harness import Server, environment
+from nexum_wire import connected, record
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="nexum-py 0.2.0 needs Python 3.11")
+
+SDK = "nexum-py==0.2.0"
+
+PROGRAM = '''
+"""As its own documentation has it: a workflow, a client, and a worker that runs until the execution is complete."""
+import asyncio, json, sys
+from pydantic import BaseModel
+from nexum.builder import workflow
+from nexum.client import NexumClient
+from nexum.worker import Worker
+
+class Text(BaseModel):
+    text: str
+
+async def first(ctx):
+    return Text(text=f"about {ctx.input['topic']}")
+
+def then(name, *before):
+    async def step(ctx):
+        return Text(text=f"{name}({', '.join(ctx.get(one).text for one in before)})")
+    return step
+
+ONE = workflow("sdk-one").effect("research", Text, first).build()
+FOUR = (
+    workflow("sdk-four")
+    .effect("research", Text, first)
+    .compute("validate", Text, then("validate", "research"))
+    .effect("summarize", Text, then("summarize", "validate"))
+    .effect("report", Text, then("report", "research", "summarize"))
+    .build()
+)
+host, port = sys.argv[1].split(":")
+client = NexumClient(host=host, port=int(port))
+said = {}
+for built in (ONE, FOUR):
+    compatibility = [client.register_workflow(built) for _ in range(2)]
+    execution_id = client.start_execution(built.workflow_id, {"topic": "Tokyo"}, built.version_hash)
+    outputs = asyncio.run(Worker([built], host=host, port=int(port)).run_until_complete(execution_id, timeout=30))
+    said[built.workflow_id] = [execution_id, compatibility, outputs, client.get_status(execution_id)["status"]]
+print(json.dumps(said))
+'''
+
+REFUSED = """
+import json, sys
+import grpc
+from nexum.client import NexumClient
+host, port = sys.argv[1].split(":")
+client = NexumClient(host=host, port=int(port))
+said = []
+for call in (lambda: client.start_execution("nowhere", {}, "v"), lambda: client.get_status("exec-x"),
+             lambda: client.complete_task("task-x", {})):
+    try:
+        call()
+    except grpc.RpcError as error:
+        said.append([error.code().name, error.details()])
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="session")
+def sdk_python(pytestconfig: pytest.Config) -> Path:
+    """The interpreter of a venv with the published SDK. It needs the package index once, and fails without."""
+    cache = pytestconfig.cache
+    assert cache is not None
+    folder = cache.mkdir(f"nexum-sdk-{sys.version_info.major}.{sys.version_info.minor}")
+    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    with FileLock(folder / "lock"):
+        if not (folder / "complete").exists():
+            for command in (
+                [sys.executable, "-m", "venv", "--clear", str(folder / "venv")],
+                [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", SDK],
+            ):
+                made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                assert made.returncode == 0, f"{' '.join(command)} failed:\n{made.stdout}{made.stderr}"
+            (folder / "complete").touch()
+    return python
+
+
+def run(python: Path, program: str, server: Server, folder: Path) -> object:
+    """What the program prints, as JSON."""
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    command = [str(python), "-c", program, server.address]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.timeout(700)
+def test_the_published_client_and_worker_run_a_one_node_and_a_four_node_workflow(
+    sdk_python: Path, server: Server, tmp_path: Path
+) -> None:
+    said = run(sdk_python, PROGRAM, server, tmp_path)
+    assert isinstance(said, dict)
+    one_id, one_compatibility, one_outputs, one_status = said["sdk-one"]
+    four_id, four_compatibility, four_outputs, four_status = said["sdk-four"]
+    assert [one_compatibility, four_compatibility] == [["NEW", "IDENTICAL"]] * 2
+    assert [one_status, four_status] == ["COMPLETED", "COMPLETED"]
+    assert one_outputs == {"research": {"text": "about Tokyo"}}
+    assert four_outputs == {
+        "research": {"text": "about Tokyo"},
+        "validate": {"text": "validate(about Tokyo)"},
+        "summarize": {"text": "summarize(validate(about Tokyo))"},
+        "report": {"text": "report(about Tokyo, summarize(validate(about Tokyo)))"},
+    }
+    with connected(server.address) as stub:
+        for execution_id in (one_id, four_id):
+            for node in record(stub, execution_id).nodes:
+                assert [(a.attempt, a.outcome) for a in node.attempts] == [(1, "COMPLETED")]
+                assert node.attempts[0].worker_id.startswith("py-worker-")
+
+
+@pytest.mark.timeout(700)
+def test_the_published_client_is_told_what_it_did_wrong(sdk_python: Path, server: Server, tmp_path: Path) -> None:
+    assert run(sdk_python, REFUSED, server, tmp_path) == [
+        ["NOT_FOUND", "workflow 'nowhere' is not registered in version 'v': call RegisterWorkflow first"],
+        ["NOT_FOUND", "no execution 'exec-x' in this server's database"],
+        ["NOT_FOUND", "no task 'task-x' was handed out by this server"],
+    ]
