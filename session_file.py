@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from console import say
 from nexum_engine.errors import InvalidRequest, NexumError
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+WRITE_DELAY = 0.02  # seconds in which calls that follow one another share a write
 _LOCK_TIMEOUT = 30.0  # seconds
 
 
@@ -68,6 +70,8 @@ class SessionFile:
         # One thread, so that reads and writes of this process take turns; Python finishes its work before it exits.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="session file")
         self._last_write: Future[None] | None = None
+        self._write_queued = False
+        self._write_now = threading.Event()
         # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
@@ -110,22 +114,26 @@ class SessionFile:
         Nobody needs to wait: until it is written, and if it never is, the key finds the execution on the server.
         """
         self._waiting[workflow_id, key] = execution_id
-        self._last_write = self._thread.submit(self._write_waiting)
+        if self._last_write is None or not self._write_queued:
+            self._write_queued = True
+            self._last_write = self._thread.submit(self._write_waiting)
         return self._last_write
 
     async def written(self) -> None:
         """Wait until everything that was recorded is in the file."""
+        self._write_now.set()
         if self._last_write is not None:
             await asyncio.wrap_future(self._last_write)
+        self._write_now.clear()
 
     def create(self) -> None:
         """Begin the session, unless it has begun: write the file, with no calls in it yet."""
         self._last_write = self._thread.submit(self._write_down, {})
 
     def _write_waiting(self) -> None:
+        self._write_now.wait(WRITE_DELAY)
+        self._write_queued = False  # first, so that what comes from now on queues a write of its own
         batch = dict(self._waiting)
-        if not batch:
-            return  # the write before took it along
         self._write_down(batch)
         for entry, execution_id in batch.items():
             if self._waiting.get(entry) == execution_id:
