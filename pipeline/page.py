@@ -14,7 +14,7 @@ from nexum_engine.model import Outcome
 from pipeline.evidence import PipelineRun, Row, SeenWorker, problems, remarks
 
 MAX_TICKS = 8
-LABEL_FLIPS_AT = 55.0  # percent: from there on a bar's label stands on its left
+LABEL_ROOM = 45.0  # percent of a track that a label may need
 TICK_STEPS = (1, 2, 5)  # times a power of ten, in milliseconds
 
 _STYLE = """
@@ -38,6 +38,7 @@ p { margin: .25rem 0; } .soft { color: var(--soft); } .mono, pre, td { font-vari
 .bar.lost { background: repeating-linear-gradient(135deg, var(--lost) 0 5px, transparent 5px 9px);
   border: 1px solid var(--lost); }
 .label { position: absolute; top: .2rem; white-space: nowrap; font-size: .9rem; padding: 0 .5rem; }
+.inside { top: .3rem; margin-left: .5rem; line-height: 1.3rem; background: var(--lane); border-radius: 3px; }
 .crash { position: absolute; top: -.5rem; bottom: -.5rem; border-left: 2px dashed var(--crash); }
 .fate { color: var(--crash); font-size: .9rem; font-weight: 400; }
 .axis .track { height: 1.5rem; min-height: 0; margin-top: 0; border-top: 1px solid var(--line); font-size: .8rem; }
@@ -67,7 +68,8 @@ def page(runs: Sequence[PipelineRun]) -> str:
 <body>
 <h1>A pipeline that crashes and resumes</h1>
 <p class="soft">Each lane is a worker process, each bar an attempt at a step, where and as long as the Nexum server
-recorded it. A dashed line is a worker's death.</p>
+recorded it. A dashed line is a worker's death as the server knows it: at its last report, or where a step that it held
+was given up.</p>
 {sections}
 </body>
 </html>
@@ -153,15 +155,19 @@ def _bar(row: Row, scale: _Scale) -> str:
     left, right = scale.percent(attempt.started_ms), scale.percent(end_ms)
     step = escape(row.node.node_id)
     shown = [f"<b>{step}</b> {(end_ms - attempt.started_ms) / 1000:.2f} s"]
-    if attempt.outcome is not Outcome.COMPLETED or attempt.attempt > 1:
-        shown.append(f"attempt {attempt.attempt} {escape(row.outcome)}")
-    side = f"right:{100 - left:.3f}%" if left > LABEL_FLIPS_AT else f"left:{right}%"
+    if attempt.attempt > 1:
+        shown.append(f"attempt {attempt.attempt}")
+    if attempt.outcome is not Outcome.COMPLETED:
+        shown.append(attempt.outcome.value.lower())
+    where, side = "label", f"left:{right}%"
+    if right > 100 - LABEL_ROOM:
+        where, side = ("label", f"right:{100 - left:.3f}%") if left > LABEL_ROOM else ("label inside", f"left:{left}%")
     return (
         f'<div class="row"><div class="bar{"" if attempt.outcome is Outcome.COMPLETED else " lost"}" '
         f'data-step="{step}" data-attempt="{attempt.attempt}" data-outcome="{attempt.outcome.value}" '
         f'data-start-ms="{attempt.started_ms}" data-end-ms="{end_ms}" '
         f'style="left:{left}%;width:{right - left:.3f}%"></div>'
-        f'<span class="label" style="{side}">{", ".join(shown)}</span></div>'
+        f'<span class="{where}" style="{side}">{", ".join(shown)}</span></div>'
     )
 
 
