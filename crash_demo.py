@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        complain("\ninterrupted")
+        complain("\ninterrupted; nothing of it is left running")
         return 130
 
 

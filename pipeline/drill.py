@@ -96,6 +96,9 @@ class Drill:
             fate = f"to be killed {self._point.in_words}" if number == 1 else "in its place"
             say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
             execution = await self._follow(child)
+        except BaseException:
+            await self._cancel()  # before the worker ends, so that it takes no further step
+            raise
         finally:
             await child.end()
         if execution.status.ended:
@@ -154,6 +157,7 @@ class Drill:
 
     async def _cancel(self) -> None:
         try:
+            # It may have been cancelled already, where the worker was followed.
             if not (await self._client.get_execution(self._execution_id)).execution.status.ended:
                 await self._client.cancel_execution(self._execution_id)
                 say(f"[demo] Cancelled {self._execution_id}")
