@@ -15,7 +15,8 @@ from nexum_engine.model import Execution, NodeStatus
 from nexum_engine.workflow import Workflow
 
 _KEY_PREFIX = "crash-demo:"
-_ABANDONED_WITHIN = 7.0  # seconds after which a dead worker's task is free, also after a restart of the server
+_ABANDONED_AFTER = 3.0  # seconds in a row without a worker: another demo's next one may be on its way
+_ABANDONED_WITHIN = 10.0  # seconds; a dead worker's task is free by then, also after a restart of the server
 _POLL_COUNTS_FOR = 3.0  # seconds that the server remembers the poll of a worker that is gone, and one more
 _LOOK_INTERVAL = 0.1  # seconds
 _ALL = 1000  # as many as the server lists
@@ -56,17 +57,24 @@ async def clear_leftovers(client: NexumClient, workflow: Workflow, *, server_is_
 async def _wait_until_abandoned(client: NexumClient, execution: Execution) -> None:
     loop = asyncio.get_running_loop()
     give_up = loop.time() + _ABANDONED_WITHIN
+    seen_at_work = loop.time()
+    say(f"[demo] {execution.execution_id} is RUNNING, from another crash_demo: looking whether anybody works on it")
     while True:
         observed = await client.get_execution(execution.execution_id, with_attempts=True)
         held = [node for node in observed.execution.nodes if node.status is NodeStatus.RUNNING]
-        if observed.execution.status.ended or not (held or observed.has_poller):
+        if observed.execution.status.ended:
             return
-        if loop.time() > give_up:
-            at_work = f"{held[0].attempts[-1].worker_id} is at work on it" if held else "a worker waits for its steps"
-            raise Disturbed(
-                f"{execution.execution_id} belongs to another crash_demo, and {at_work}: let that one finish first, or "
-                f"end it and {_command(client, 'cancel', execution.execution_id)}"
-            )
+        if not held and not observed.has_poller:
+            if loop.time() - seen_at_work > _ABANDONED_AFTER:
+                return
+        else:
+            seen_at_work = loop.time()
+            if seen_at_work > give_up:
+                at_work = f"{held[0].attempts[-1].worker_id} works on it" if held else "a worker waits for its steps"
+                raise Disturbed(
+                    f"{execution.execution_id} belongs to another crash_demo, and {at_work}: let that one finish, or "
+                    f"end it and {_command(client, 'cancel', execution.execution_id)}"
+                )
         await asyncio.sleep(_LOOK_INTERVAL)
 
 

@@ -181,7 +181,7 @@ def _state(node: Node) -> str:
         case NodeStatus.COMPLETED:
             return "recorded"
         case NodeStatus.RUNNING:
-            return "handed out, without a result"
+            return "handed out but not recorded"
         case NodeStatus.READY:
             return "queued"
         case _:

@@ -70,6 +70,8 @@ class Row:
         if self.attempt.outcome is Outcome.COMPLETED:
             return "recorded"
         word = self.attempt.outcome.value.lower()
+        if not self.is_lost:
+            return word
         return f"{word}, effect done" if self.had_effect else f"{word}, no effect"
 
     @property
@@ -206,24 +208,21 @@ def remarks(run: PipelineRun) -> list[str]:
         said.append(f"{run.workers[0].name} was to die {run.point}, but something else ended it before that.")
     for node in run.repeated:
         said.append(_repetition(run, node))
-    if not _recorded_steps_run_again(run):
+    if dead and not _recorded_steps_run_again(run):
         said.append("No recorded step ran again." if run.repeated else "No step ran again.")
     return said
 
 
 def _repetition(run: PipelineRun, node: Node) -> str:
     """Which attempts a step took and what became of each."""
-    rows = [row for row in run.rows if row.node is node]
-    tried = ", ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in rows)
-    reasons = {row.attempt.error for row in rows if row.attempt.outcome is Outcome.FAILED and row.attempt.error}
-    why = f" ({'; '.join(sorted(reasons))})" if reasons else ""
-    return f"Ran again: {node.node_id} ({tried}){why}. Its effect happened {effect_times(run, node)}."
+    tried = "; ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in run.rows if row.node is node)
+    return f"Ran again: {node.node_id} ({tried}). Its effect happened {effect_times(run, node)}."
 
 
 def effect_times(run: PipelineRun, node: Node) -> str:
     """How often a step's effect happened, in words."""
     number = sum(effect.step == node.node_id for effect in run.effects)
-    return {0: "never", 1: "once", 2: "twice"}.get(number, f"{number} times")
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
 def _died_as_asked(run: PipelineRun) -> bool:
