@@ -69,7 +69,7 @@ class Row:
         """In words: what became of the attempt."""
         if self.attempt.outcome is Outcome.COMPLETED:
             return "recorded"
-        word = self.attempt.outcome.value.lower()
+        word: str = self.attempt.outcome.value.lower()
         if not self.is_lost:
             return word
         return f"{word}, effect done" if self.had_effect else f"{word}, no effect"
