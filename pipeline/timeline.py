@@ -12,7 +12,7 @@ def timeline(run: PipelineRun) -> str:
     lines = [
         f"Timeline of {run.execution.execution_id} (from the server's records)",
         "",
-        f"{'STEP':<10} {'ATTEMPT':<7} {'WORKER':<24} {'START':>9} {'TOOK':>8}  OUTCOME",
+        f"{'STEP':<9} {'ATTEMPT':<7} {'WORKER':<26} {'START s':>7} {'TOOK s':>7}  OUTCOME",
     ]
     begun: list[SeenWorker] = []
     for row in run.rows:
@@ -25,10 +25,10 @@ def timeline(run: PipelineRun) -> str:
 
 def _line(run: PipelineRun, row: Row) -> str:
     attempt = row.attempt
-    start = f"+{(attempt.started_ms - run.begun_ms) / 1000:.2f} s"
-    took = f"{(attempt.ended_ms - attempt.started_ms) / 1000:.2f} s" if attempt.ended_ms else "-"
+    start = f"+{(attempt.started_ms - run.begun_ms) / 1000:.2f}"
+    took = f"{(attempt.ended_ms - attempt.started_ms) / 1000:.2f}" if attempt.ended_ms else "-"
     return (
-        f"{row.node.node_id:<10} {attempt.attempt:<7} {attempt.worker_id[:24]:<24} {start:>9} {took:>8}  {row.outcome}"
+        f"{row.node.node_id:<9} {attempt.attempt:<7} {attempt.worker_id[:26]:<26} {start:>7} {took:>7}  {row.outcome}"
     )
 
 

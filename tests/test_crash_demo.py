@@ -31,7 +31,7 @@ from pipeline_workflow import STEPS
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 ROW = re.compile(
-    r"^(research|validate|summarize|report) +(\d+) +(\S+) +\+(\d+\.\d\d) s +(\d+\.\d\d) s  (\S.*)$", re.MULTILINE
+    r"^(research|validate|summarize|report) +(\d+) +(\S+) +\+(\d+\.\d\d) +(\d+\.\d\d)  (\S.*)$", re.MULTILINE
 )
 
 
@@ -87,7 +87,7 @@ def test_worker_2_runs_exactly_the_remaining_steps_and_every_step_is_recorded_on
     assert_no_worker_is_left(output)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ["research", "report"])
 def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: Path, step: str) -> None:
     code, output = run_crash_demo(tmp_path, "--crash-during", step, "--nexum", server.address)
     assert code == 0, output
@@ -229,10 +229,12 @@ def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Ser
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
         demo.wait_for(f"worker-{1 + seed % 2} started")
         time.sleep(moment)
+        wait_until(lambda: bool(children(demo.popen.pid)) or demo.popen.poll() is not None, "there is a worker")
         victims = list(children(demo.popen.pid).values())
         for pid in victims:
             os.kill(pid, 9)
         assert demo.wait() == 0, f"seed {seed}, {moment:.2f} s: {demo.output}"
+    assert all(re.search(rf"(worker-\d+) started \(pid {pid}\)", demo.output) for pid in victims)
     assert_true_account(demo.output, pipelines(tmp_path, server.address)[0])
     assert_no_worker_is_left(demo.output)
 
