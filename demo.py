@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from console import abandon_output, accept_any_character, complain, say
+from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
 from launcher import NexumForRun, kill_this_process
 from model_choice import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -157,6 +157,7 @@ async def show(agent: AssistantAgent, question: str) -> bool:
 
 async def run(question: str, model: ModelChoice, session_id: str, args: argparse.Namespace) -> int:
     """Ask the question in the session; the exit code."""
+    let_ctrl_c_cancel()
     announce_session(session_id)
     steps = Steps(args.crash_after_step)
     async with NexumForRun(args.nexum) as nexum:
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         # Who reads our output has seen enough (`| head`).
         abandon_output()
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         complain("\ninterrupted; the same command continues from what is recorded")
         return 130
 
