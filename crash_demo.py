@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import abandon_output, accept_any_character, complain, say
+from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
 from launcher import NexumForRun
 from model_choice import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
@@ -72,6 +72,7 @@ async def run(
     points: Sequence[CrashPoint], query: str, model: ModelChoice, nexum_address: str | None
 ) -> list[PipelineRun]:
     """One drill for each crash point."""
+    let_ctrl_c_cancel()
     workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         complain(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         complain("\ninterrupted; nothing of it is left running")
         return 130
 

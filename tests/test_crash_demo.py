@@ -104,6 +104,7 @@ def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path:
     assert_no_worker_is_left(output)
 
 
+@pytest.mark.slow
 def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
     assert code == 0, output
@@ -197,6 +198,7 @@ def test_a_worker_that_has_just_gone_is_no_reason_to_refuse(server: Server, tmp_
     assert code == 0, output
 
 
+@pytest.mark.slow
 def test_a_second_demo_leaves_the_first_ones_pipeline_alone(server: Server, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as first:
         first.wait_for("worker-1 started")
@@ -222,6 +224,7 @@ def assert_true_account(output: str, execution: dict[str, Any]) -> None:
         assert (f"Ran again: {node['node_id']} (" in output) == (len(outcomes) > 1)
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
 def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
@@ -239,6 +242,7 @@ def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Ser
     assert_no_worker_is_left(demo.output)
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("seed", range(2))
 def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, seed: int) -> None:
@@ -252,6 +256,7 @@ def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_p
     assert_true_account(demo.output, pipelines(tmp_path)[0])
 
 
+@pytest.mark.slow
 @on_linux
 def test_workers_that_are_killed_again_and_again_are_given_up(server: Server, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
