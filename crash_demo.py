@@ -100,7 +100,7 @@ def show(run: PipelineRun) -> None:
     for remark in remarks(run):
         say(remark)
     if run.report:
-        say(f"\n{run.report}")
+        say(f"\n{run.report.rstrip()}")
 
 
 def verdict(run: PipelineRun) -> str:
@@ -115,10 +115,12 @@ def verdict(run: PipelineRun) -> str:
     return f"{run.point!s:<17} {result}: {shares}{f'; {repeated}' if repeated else ''}"
 
 
-def finish(runs: Sequence[PipelineRun], html: Path | None) -> int:
+def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | None) -> int:
     """Print what the runs came to; the exit code."""
     if len(runs) == 1:
         show(runs[0])
+        where = f" --nexum {nexum_address}" if nexum_address else ""
+        say(f"\n[demo] The whole record: python -m nexum_engine show {runs[0].execution.execution_id}{where}")
     else:
         say(f"\n[demo] {len(runs)} crash points, from the server's records:")
         for one in runs:
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = choose_model(os.environ, offline=args.offline)
         say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
-        return finish(asyncio.run(run(points, query, model, args.nexum)), args.html)
+        return finish(asyncio.run(run(points, query, model, args.nexum)), args.html, args.nexum)
     except DrillFailed as error:
         complain(f"error: {error}")
         return 1
