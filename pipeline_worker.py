@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--offline", action="store_true", help="serve offline pipelines alone, whatever keys are set")
     parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query first")
-    parser.add_argument("--name", default=socket.gethostname(), help="how its id begins in the records")
+    parser.add_argument(
+        "--name",
+        default=f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}",
+        help="its id in the records is NAME-pid<process id>; no two workers may share one (default: this host's "
+        "name and a random ending)",
+    )
     parser.add_argument("--effects", type=Path, metavar="FILE", help="append a line for each step's effect")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
@@ -153,7 +158,7 @@ async def main(argv: list[str] | None = None) -> int:
                 client,
                 bindings(model, acting),
                 concurrency=1,
-                worker_id=f"{args.name}-pid{os.getpid()}-{uuid.uuid4().hex[:6]}",
+                worker_id=f"{args.name}-pid{os.getpid()}",
                 after_report=acting.after_report,
             )
             if args.query is not None:

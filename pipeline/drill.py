@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -83,16 +84,16 @@ class Drill:
     async def _one_worker(self) -> bool:
         """Start a worker and follow it; True when the execution has ended, False when the worker has."""
         number = len(self._workers) + 1
-        name = f"worker-{number}"
+        name, tag = f"worker-{number}", uuid.uuid4().hex[:6]
         child = await start_child(
             [
-                *(str(ROOT / WORKER), "--nexum", self._client.address, "--name", name),
+                *(str(ROOT / WORKER), "--nexum", self._client.address, "--name", f"{name}-{tag}"),
                 *("--effects", str(self._effects.path), *self._worker_options),
             ],
             env=self._point.environment if number == 1 else NO_CRASH,
         )
         try:
-            self._workers.append(SeenWorker(name, child.process.pid))
+            self._workers.append(SeenWorker(name, tag, child.process.pid))
             fate = f"to be killed {self._point.in_words}" if number == 1 else "in its place"
             say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
             execution = await self._follow(child)

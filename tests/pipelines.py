@@ -53,7 +53,7 @@ def attempts(execution: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
         for attempt in node["attempts"]
     ]
     return [
-        (step, attempt["attempt"], attempt["worker_id"].partition("-pid")[0], attempt["outcome"])
+        (step, attempt["attempt"], re.sub(r"(-[0-9a-f]{6})?-pid\d+$", "", attempt["worker_id"]), attempt["outcome"])
         for _, _, step, attempt in sorted(rows, key=lambda row: row[:2])
     ]
 
@@ -145,7 +145,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "report": {"markdown": "# It is so\n"},
 }
 BEGUN_MS = 1_700_000_000_000
-ONE, TWO = SeenWorker("worker-1", 11), SeenWorker("worker-2", 22)
+ONE, TWO = SeenWorker("worker-1", "aaaaaa", 11), SeenWorker("worker-2", "bbbbbb", 22)
 
 
 def recorded_outputs(*steps: str) -> dict[str, str]:
@@ -168,7 +168,7 @@ def made_run(
         for one in (each for each in tries if each.step == step):
             number = len(made) + 1
             worker = next((each for each in workers if each.name == one.worker), None)
-            worker_id = f"{one.worker}-pid{worker.pid if worker else 99}-abcdef"
+            worker_id = f"{one.worker}-{worker.tag}-pid{worker.pid}" if worker else f"{one.worker}-pid99"
             made.append(Attempt(number, worker_id, BEGUN_MS + one.start, BEGUN_MS + one.end, one.outcome, ""))
             if one.effect:
                 effects.append(

@@ -116,7 +116,7 @@ def test_a_recorded_output_that_changed_is_told() -> None:
 
 def test_a_foreign_worker_is_told() -> None:
     run = made_run([*PLANNED[:3], replace(PLANNED[3], worker="stranger")], [DEAD, TWO], AFTER_VALIDATE)
-    assert problems(run) == ["report was taken by stranger-pid99-abcdef, which this demo did not start"]
+    assert problems(run) == ["report was taken by stranger-pid99, which this demo did not start"]
 
 
 def test_a_record_without_its_effect_and_two_effects_in_one_attempt_are_told() -> None:
@@ -156,13 +156,13 @@ def test_the_timeline_has_a_row_for_each_attempt_and_the_death_between_them() ->
         "Timeline of exec-1 (from the server's records)",
         "",
         "STEP      ATTEMPT WORKER                     START s  TOOK s  OUTCOME",
-        "research  1       worker-1-pid11-abcdef        +0.00    0.50  recorded",
-        "validate  1       worker-1-pid11-abcdef        +0.51    0.09  recorded",
-        "summarize 1       worker-1-pid11-abcdef        +0.61    1.09  lost, effect done",
+        "research  1       worker-1-aaaaaa-pid11        +0.00    0.50  recorded",
+        "validate  1       worker-1-aaaaaa-pid11        +0.51    0.09  recorded",
+        "summarize 1       worker-1-aaaaaa-pid11        +0.61    1.09  lost, effect done",
         "--- worker-1 died: killed by SIGKILL ------------------------------------------",
         "--- worker-2 resumes at summarize ---------------------------------------------",
-        "summarize 2       worker-2-pid22-abcdef        +2.00    0.10  recorded",
-        "report    1       worker-2-pid22-abcdef        +2.11    0.09  recorded",
+        "summarize 2       worker-2-bbbbbb-pid22        +2.00    0.10  recorded",
+        "report    1       worker-2-bbbbbb-pid22        +2.11    0.09  recorded",
     ]
     assert all(len(line) <= WIDTH for line in timeline(within_summarize()).splitlines())
 
@@ -171,7 +171,7 @@ def test_workers_that_died_without_a_step_are_told_where_the_next_one_begins() -
     one, two, three = (
         replace(ONE, death="exit 15", recorded={}),
         replace(TWO, death=KILLED, recorded={}),
-        replace(ONE, name="worker-3", pid=33),
+        replace(ONE, name="worker-3"),
     )
     run = made_run([replace(each, worker="worker-3") for each in PLANNED], [one, two, three], AFTER_VALIDATE)
     assert timeline(run).splitlines()[3:6] == [
