@@ -86,7 +86,7 @@ def submitter(
 
 
 def children(pid: int) -> dict[str, int]:
-    """The processes that the process started, `server` and `worker`."""
+    """The processes that the process started and that run by now, `server` and `worker`."""
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -95,8 +95,10 @@ def children(pid: int) -> dict[str, int]:
                 command = (folder / "cmdline").read_bytes()
             except (OSError, IndexError):
                 continue
-            if parent == pid:
-                found["server" if b"nexum_engine" in command else "worker"] = int(folder.name)
+            # Between its fork and its exec a child has its parent's command line: not yet.
+            for name, part in (("server", b"nexum_engine"), ("worker", b"worker.py")):
+                if parent == pid and part in command:
+                    found[name] = int(folder.name)
     return found
 
 

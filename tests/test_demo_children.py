@@ -142,6 +142,7 @@ def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
         for _ in range(5):
             os.kill(worker, signal.SIGKILL)
             process.wait_for("worker.py is gone (exit -9): started another")
+            wait_until(lambda: "worker" in children(process.popen.pid), "another worker is started")
             worker = children(process.popen.pid)["worker"]
             os.kill(worker, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
