@@ -31,7 +31,8 @@ from typing import Any
 
 import grpc
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(Path(__file__).resolve())
+ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nexum_engine.client import NexumClient  # noqa: E402 - the project is a folder of scripts, not a package
@@ -71,7 +72,7 @@ class _Echo(grpc.GenericRpcHandler):
         async def echo(request: bytes, _context: object) -> bytes:
             return request
 
-        return grpc.unary_unary_rpc_method_handler(echo)  # type: ignore[arg-type]  # the stubs know sync handlers only
+        return grpc.unary_unary_rpc_method_handler(echo)
 
 
 async def serve_echo() -> None:
@@ -181,17 +182,16 @@ class Calls:
 
 async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
     """Run all of it; the figures."""
-    script = str(Path(__file__).resolve())
     url = f"sqlite:///{folder / 'nexum.db'}"
     server = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     os.chdir(folder)
-    async with process(server, cwd=folder) as line, process([script, "--serve-echo"], cwd=folder) as echo_line:
+    async with process(server, cwd=folder) as line, process([SCRIPT, "--serve-echo"], cwd=folder) as echo_line:
         address = line.split(" on ")[1].split(",")[0]
         async with (
-            process([script, "--work", address], cwd=folder),
+            process([SCRIPT, "--work", address], cwd=folder),
             grpc.aio.insecure_channel(echo_line.split()[1]) as channel,
         ):
-            echo_call = channel.unary_unary(ECHO)
+            echo_call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(ECHO)
             session = Session("benchmark", nexum=address)
             durable = Calls(session)
             plain = Plain(folder)
@@ -258,7 +258,8 @@ def table(found: dict[str, Any]) -> str:
         f"a call costs {found['call_in_floors']:.2f} floors, a replay {found['replay_in_floors']:.2f}",
         f"{IN_FLIGHT} in flight: {found['calls_per_second']:,} calls/s, {found['echoes_per_second']:,} echoes/s "
         f"({found['throughput_of_echo']:.1%})",
-        f"{found['calls']:,} calls, Python {found['python']}, SQLite {found['sqlite']}, {found['processors']} processors",
+        f"{found['calls']:,} calls; Python {found['python']}, SQLite {found['sqlite']}, "
+        f"{found['processors']} processors",
     ]
     return "\n".join(lines)
 
