@@ -24,7 +24,7 @@ from pathlib import Path
 
 from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
 from launcher import NexumForRun
-from model_choice import ModelChoice, ModelChoiceError, choose_model
+from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from pipeline.disturbances import clear_leftovers

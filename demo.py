@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
 from launcher import NexumForRun, kill_this_process
-from model_choice import ModelChoice, ModelChoiceError, ModelFailed, choose_model
+from models import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.report import age
 from session_file import SessionFile, check_session_id

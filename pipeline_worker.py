@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from console import accept_any_character, complain, say
 from launcher import kill_this_process
-from model_choice import ModelChoice, ModelChoiceError, choose_model
+from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.model import Task

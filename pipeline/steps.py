@@ -17,7 +17,7 @@ from autogen_core.models import ChatCompletionClient
 from autogen_core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from model_choice import ModelFailed
+from models import ModelFailed
 from nexum_engine.errors import FinalError, NexumError
 from nexum_engine.worker import Handler, TaskContext
 from pipeline.step_tool import StepTool

@@ -127,7 +127,7 @@ def test_client_and_server_know_nothing_of_each_other() -> None:
         ("ddgs", {"tools.live_search"}),
         ("markdownify", {"tools.html_text"}),
         ("bs4", {"tools.html_text"}),
-        ("openai", {"live_model"}),
+        ("openai", {"models.live"}),
     ],
 )
 def test_a_package_is_imported_in_its_own_place_and_nowhere_else(package: str, homes: set[str]) -> None:
@@ -153,7 +153,7 @@ def test_what_the_scripts_share_knows_nothing_of_the_scripts() -> None:
     # The rehearsal stands in for the web, so it uses the tools' own path; the tools know no rehearsal.
     assert {name for name in importers("rehearsal") if within(name, "tools")} == set()
     # Choosing a model loads none: what makes one is imported when it is made.
-    assert imported(MODULES["model_choice"], at_import_time=True) & {*MODULES} == set()
+    assert imported(MODULES["models.choice"], at_import_time=True) & {*MODULES} == {"models.vendors"}
 
 
 def test_there_is_no_circle_of_imports() -> None:

@@ -14,8 +14,9 @@ from autogen_core import FunctionCall
 from autogen_core.models import CreateResult, UserMessage
 from openai_server import OpenAIServer, Reply
 
-from live_model import refuses_tools_while_reasoning
-from model_choice import KEYLESS, OPENAI, VENDORS, ModelChoice, ModelChoiceError, Vendor, choose_model
+from models import KEYLESS, VENDORS, ModelChoice, ModelChoiceError, Vendor, choose_model
+from models.live import refuses_tools_while_reasoning
+from models.vendors import OPENAI
 from rehearsal.model import RehearsalModel
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +223,7 @@ def test_only_chat_models_from_5_4_on_are_told_not_to_reason() -> None:
     assert [name for name in told + not_told if refuses_tools_while_reasoning(name)] == told
 
 
-@pytest.mark.parametrize("module", ["model_choice", "rehearsal.web", "rehearsal.reading"])
+@pytest.mark.parametrize("module", ["models", "rehearsal.web", "rehearsal.reading"])
 def test_importing_does_not_import_autogen(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name.startswith(('autogen', 'openai')) for name in sys.modules))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

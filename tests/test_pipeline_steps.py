@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pipelines import QUERY, RUST_PAGE, RUST_QUOTE, ScriptedModel, always, task
 
-from model_choice import ModelFailed
+from models import ModelFailed
 from nexum_engine.errors import FinalError
 from pipeline.steps import PipelineSteps, StepFailed, citations, quote_is_missing
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, Claim, Research, Validation

@@ -10,59 +10,16 @@ A key is only ever sent to its own vendor: address and key are always passed tog
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+
+from models.vendors import GEMINI, OPENAI, VENDORS, ModelChoiceError, Vendor
 
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
 KEYLESS = "no-key-needed"  # servers without authentication still get a header; the client insists on one
-
-
-class ModelChoiceError(ValueError):
-    """The environment names no usable model; the message is one line and says what to set."""
-
-
-class ModelFailed(RuntimeError):
-    """The model gave no usable answer; the message is one line and says why."""
-
-
-@dataclass(frozen=True)
-class Vendor:
-    """One vendor: where its OpenAI-compatible endpoint is, which key it takes, which names are its own."""
-
-    name: str
-    key_variable: str
-    base_url: str
-    default_model: str
-    prefixes: tuple[str, ...]
-
-
-GEMINI = Vendor(
-    name="Google Gemini",
-    key_variable="GEMINI_API_KEY",
-    base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
-    # Google's own alias for its newest Flash model: numbered ones are shut down within about a year.
-    default_model="gemini-flash-latest",
-    prefixes=("gemini-",),
-)
-OPENAI = Vendor(
-    name="OpenAI",
-    key_variable="OPENAI_API_KEY",
-    base_url="https://api.openai.com/v1/",
-    default_model="gpt-5.4-mini",
-    prefixes=("gpt-", "chatgpt-", "o1", "o3", "o4"),
-)
-ANTHROPIC = Vendor(
-    name="Anthropic Claude",
-    key_variable="ANTHROPIC_API_KEY",
-    base_url="https://api.anthropic.com/v1/",
-    default_model="claude-sonnet-5",
-    prefixes=("claude-",),
-)
-VENDORS = (GEMINI, OPENAI, ANTHROPIC)
 
 
 class ModelChoice(BaseModel):
@@ -100,7 +57,7 @@ class ModelChoice(BaseModel):
             from rehearsal.web import RehearsalWeb
 
             return RehearsalModel(RehearsalWeb().topics() if topics is None else topics)
-        from live_model import LiveModel
+        from models.live import LiveModel
 
         if self.base_url is None or self.api_key is None:
             raise ModelChoiceError(f"{self.vendor} has no address or key; make a choice with choose_model()")

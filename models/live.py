@@ -11,7 +11,7 @@ from autogen_ext.models.openai import OpenAIChatCompletionClient
 from openai import APIConnectionError, DefaultAsyncHttpxClient
 from pydantic import BaseModel
 
-from model_choice import ANTHROPIC, GEMINI, OPENAI, ModelFailed
+from models.vendors import ANTHROPIC, GEMINI, OPENAI, ModelFailed
 from tools.words import one_line
 
 # Gemini 3 and later answer 400 to a tool call that comes back without its "thought signature", and AutoGen 0.7.5
