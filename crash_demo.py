@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     # Where the locale isn't UTF-8, the command line comes with undecoded bytes in it.
-    query = args.query.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+    query = " ".join(args.query.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
     if not query:
         parser.error("the query is empty")
     if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):
