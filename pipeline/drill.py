@@ -7,7 +7,6 @@ sees them end.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import uuid
 from collections.abc import Sequence
@@ -101,7 +100,7 @@ class Drill:
             await self._cancel()  # before the worker ends, so that it takes no further step
             raise
         finally:
-            await child.end()
+            await _end(child)
         if execution.status.ended:
             return True
         self._bury(name, child, execution)
@@ -111,6 +110,7 @@ class Drill:
         """Tell what is recorded as it is recorded, until the execution or the worker ends."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
+        ending = asyncio.ensure_future(child.process.wait())
         while True:
             child_ended = child.ended  # before the look, so that the look is the last word on what it left
             execution = await self._look()
@@ -121,8 +121,8 @@ class Drill:
             if loop.time() - said_at > SAY_WAITING_EVERY:
                 said_at = loop.time()
                 say(f"  {_what_is_awaited(execution)}")
-            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                await asyncio.wait_for(asyncio.shield(child.process.wait()), LOOK_INTERVAL)
+            # Not wait_for: before Python 3.12 it forgets a Ctrl+C that comes in the moment in which the worker ends.
+            await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
         """The record as it is. Raises Disturbed if a foreign worker is in it."""
@@ -166,6 +166,15 @@ class Drill:
             say(f"[demo] Could not cancel {self._execution_id}: {error}; the next run does")
         except BrokenPipeError:
             return  # it is cancelled, and nobody reads that
+
+
+async def _end(child: Child) -> None:
+    """End it, also when interrupted meanwhile, and don't forget that it was."""
+    ending = asyncio.ensure_future(child.end())
+    try:
+        await asyncio.wait({ending})
+    finally:
+        await ending
 
 
 def _death(code: int | None) -> str:
