@@ -69,12 +69,13 @@ class Child:
         """Close its pipe and wait for its end; kill it if that takes too long."""
         if self.process.stdin is not None:
             self.process.stdin.close()
-        try:
-            await asyncio.wait_for(self.process.wait(), END_TIMEOUT)
-        except (asyncio.TimeoutError, TimeoutError):
+        ending = asyncio.ensure_future(self.process.wait())
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the child ends.
+        await asyncio.wait({ending}, timeout=END_TIMEOUT)
+        if not ending.done():
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
-            await self.process.wait()
+        await ending
 
 
 class NexumForRun:
@@ -134,7 +135,15 @@ class NexumForRun:
         command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
         server = await start_child(command, quiet=False)
         self._server = server
-        line = await self._first_line(server)
+        try:
+            line = await self._first_line(server)
+        except ServerError:
+            if await server.process.wait() >= 0:
+                raise
+            self._count_restart("the embedded server")
+            say("[Nexum] the embedded server was killed while it started: starting another")
+            await self._start(why)
+            return
         if line is None:
             say(f"[Nexum] {why} on {self.address}; another one has just been started there: using that one")
             self._server = None

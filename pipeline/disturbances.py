@@ -58,13 +58,17 @@ async def _wait_until_abandoned(client: NexumClient, execution: Execution) -> No
     loop = asyncio.get_running_loop()
     give_up = loop.time() + _ABANDONED_WITHIN
     seen_at_work = loop.time()
+    ended_at: float | None = None
     say(f"[demo] {execution.execution_id} is RUNNING, from another crash_demo: looking whether anybody works on it")
     while True:
         observed = await client.get_execution(execution.execution_id, with_attempts=True)
         held = [node for node in observed.execution.nodes if node.status is NodeStatus.RUNNING]
         if observed.execution.status.ended:
-            return
-        if not held and not observed.has_poller:
+            # Its worker may still be there, and would take the next pipeline's first step.
+            ended_at = ended_at or loop.time()
+            if not observed.has_poller or loop.time() - ended_at > _POLL_COUNTS_FOR:
+                return
+        elif not held and not observed.has_poller:
             if loop.time() - seen_at_work > _ABANDONED_AFTER:
                 return
         else:

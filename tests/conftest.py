@@ -8,6 +8,15 @@ from pathlib import Path
 import pytest
 from harness import Server, nexum_server
 
+USES_DEFAULT_PORT = {"test_cli", "test_crash_demo", "test_demo", "test_demo_children"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of an embedded server share one port, so with several processes (pytest -n) one of them runs them all."""
+    for item in items:
+        if item.path.stem in USES_DEFAULT_PORT:
+            item.add_marker(pytest.mark.xdist_group("default port"))
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:

@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: compile, ruff, strict types, the tests.
 
     python tests/run.py                    on this Python
-    python tests/run.py --every-python     also the quicker tests on Python 3.10 and 3.13, where the machine has them
+    python tests/run.py --every-python     also some of the tests on Python 3.10 and 3.13, where the machine has them
 
 Ends at the first step that fails, with its exit code.
 """
@@ -18,7 +18,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup")
 OTHER_PYTHONS = ("3.10", "3.13")
+OTHER_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
+        *("submit_task", "worker", "demo_models", "tools_declare", "tools_run", "tools_page_text"),
+        *("model_choice", "rehearsal", "pipeline_steps"),
+    )
+)
+"""What may differ between Pythons; the rest runs on one."""
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -48,7 +58,7 @@ def find_python(version: str) -> str | None:
 
 
 def test_on(version: str) -> None:
-    """Run the quicker tests in a new environment of another Python."""
+    """Run some of the tests in a new environment of another Python."""
     python = find_python(version)
     if python is None:
         print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
@@ -57,7 +67,7 @@ def test_on(version: str) -> None:
         run([python, "-m", "venv", folder])
         own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
         run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
-        run([own, "-m", "pytest", "-q", "-m", "not slow"])
+        run([own, *PYTEST, *OTHER_TESTS])
 
 
 def main() -> int:
@@ -70,7 +80,7 @@ def main() -> int:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy", "."])
-    run([python, "-m", "pytest", "-q"])
+    run([python, *PYTEST])
     if args.every_python:
         for version in OTHER_PYTHONS:
             if version != f"{sys.version_info[0]}.{sys.version_info[1]}":
