@@ -78,6 +78,10 @@ class Child:
         await ending
 
 
+class _KilledAtStart(ServerError):
+    """Not a fault of the server's own: another one may start."""
+
+
 class NexumForRun:
     """A Nexum server that answers for the length of an `async with`.
 
@@ -137,9 +141,7 @@ class NexumForRun:
         self._server = server
         try:
             line = await self._first_line(server)
-        except ServerError:
-            if await server.process.wait() >= 0:
-                raise
+        except _KilledAtStart:
             self._count_restart("the embedded server")
             say("[Nexum] the embedded server was killed while it started: starting another")
             await self._start(why)
@@ -186,6 +188,8 @@ class NexumForRun:
         finally:
             reading.cancel()
         if not line:
+            if await server.process.wait() < 0:
+                raise _KilledAtStart("the embedded server was killed while it started")
             raise ServerError("the embedded server did not start; its reason stands above")
         return line
 
