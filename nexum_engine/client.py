@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -73,6 +73,8 @@ class Started:
     status: ExecutionStatus
     ended: Execution | None
     """The execution, if it ended within the wait."""
+    task: Task | None = None
+    """The caller's own task, if it asked to be the owner and the execution has not ended."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,14 @@ class NexumClient:
         idempotency_key: str = "",
         wait: float = 0.0,
         patience: float = 0.0,
+        owner: str = "",
     ) -> Started:
         """Start an execution, or find the one that the key has; with `wait`, answer when it ends, or after so long.
 
+        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll.
+
         Without a key the call is not repeated, whatever the patience: a lost answer would start it twice.
-        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest.
+        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner has it.
         """
         if workflow.input is not None and not isinstance(input, workflow.input):
             input = workflow.input.model_validate(input)
@@ -159,6 +164,7 @@ class NexumClient:
             input_json=input_json,
             idempotency_key=idempotency_key,
             wait_ms=round(wait * 1000),
+            owner=owner,
         )
         try:
             answer = await self._call(
@@ -169,7 +175,9 @@ class NexumClient:
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
         ended = _execution(answer.ended) if answer.HasField("ended") else None
-        return Started(answer.execution_id, answer.existing, ExecutionStatus(answer.status or "RUNNING"), ended)
+        status = ExecutionStatus(answer.status or "RUNNING")
+        task = _task(answer.task, [workflow.version_hash])
+        return Started(answer.execution_id, answer.existing, status, ended, task)
 
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
@@ -210,21 +218,43 @@ class NexumClient:
                 return Observed(_execution_of_status(execution_id, answer), None)
             await asyncio.sleep(_FAST_POLL if waited < _FAST_FOR else _SLOW_POLL)
 
-    async def list_executions(self, *, workflow_id: str = "", status: str = "", limit: int = 0) -> list[Execution]:
-        """The newest executions, without inputs and nodes; 20 of them unless `limit` says otherwise."""
-        request = pb.ListRequest(workflow_id=workflow_id, status=status, limit=limit)
-        answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t))
+    async def list_executions(
+        self,
+        *,
+        workflow_id: str = "",
+        status: str = "",
+        limit: int = 0,
+        key_prefix: str = "",
+        before: str = "",
+        with_nodes: bool = False,
+        patience: float = 0.0,
+    ) -> list[Execution]:
+        """The newest executions, without inputs and nodes unless asked; 20 of them unless `limit` says otherwise.
+
+        `key_prefix` is what their idempotency keys begin with (it needs `workflow_id`), `before` the execution that
+        they are older than.
+        """
+        request = pb.ListRequest(
+            workflow_id=workflow_id,
+            status=status,
+            limit=limit,
+            idempotency_key_prefix=key_prefix,
+            before_execution_id=before,
+            with_nodes=with_nodes,
+        )
+        answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t), patience=patience)
         return [
             Execution(
                 execution_id=summary.execution_id,
                 workflow_id=summary.workflow_id,
                 version_hash=summary.version_hash,
                 status=ExecutionStatus(summary.status),
-                input_json="",
+                input_json=summary.input_json,
                 idempotency_key=summary.idempotency_key,
                 created_ms=summary.created_ms,
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
+                nodes=_nodes(summary.nodes),
             )
             for summary in answer.executions
         ]
@@ -324,20 +354,24 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         created_ms=answer.created_ms,
         ended_ms=answer.ended_ms or None,
         error=answer.error,
-        nodes=tuple(
-            Node(
-                node.node_id,
-                node.node_type,
-                NodeStatus(node.status),
-                node.output_json or None,
-                node.error,
-                tuple(
-                    Attempt(a.attempt, a.worker_id, a.started_ms, a.ended_ms or None, Outcome(a.outcome), a.error)
-                    for a in node.attempts
-                ),
-            )
-            for node in answer.nodes
-        ),
+        nodes=_nodes(answer.nodes),
+    )
+
+
+def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
+    return tuple(
+        Node(
+            node.node_id,
+            node.node_type,
+            NodeStatus(node.status),
+            node.output_json or None,
+            node.error,
+            tuple(
+                Attempt(a.attempt, a.worker_id, a.started_ms, a.ended_ms or None, Outcome(a.outcome), a.error)
+                for a in node.attempts
+            ),
+        )
+        for node in records
     )
 
 

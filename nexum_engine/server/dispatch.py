@@ -135,12 +135,16 @@ class Dispatch:
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.arrivals = self._arrived(poll)
-        streamed = poll.worker_id in self._streamed_workers
-        lease_ms = self._lease_ms if streamed else 2 * self._lease_ms
+        lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = asyncio.ensure_future(
             self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
         )
         poll.claim.add_done_callback(partial(self._count_due, poll, poll.arrivals))
+
+    def lease_of(self, worker_id: str) -> tuple[int, bool]:
+        """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
+        streamed = worker_id in self._streamed_workers
+        return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
     def _arrived(self, poll: _WaitingPoll) -> tuple[int, ...]:
         return tuple(self._arrivals[version_hash] for version_hash in poll.version_hashes)

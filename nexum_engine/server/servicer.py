@@ -91,6 +91,8 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
         wait = _wait_seconds(request.wait_ms)
+        if request.owner:
+            return await self._start_owned(request)
         starting = asyncio.ensure_future(
             self._store.start_execution(
                 request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
@@ -106,6 +108,29 @@ class NexumServicer(NexumServiceServicer):
             existing=started.existing,
             status=started.status.value,
             ended=None if ended is None else _execution_message(ended, has_poller=True),
+        )
+
+    async def _start_owned(self, request: pb.StartRequest) -> pb.StartResponse:
+        starting = asyncio.ensure_future(
+            self._store.start_owned(
+                request.workflow_id,
+                request.version_hash,
+                request.input_json,
+                request.idempotency_key,
+                request.owner,
+                *self._dispatch.lease_of(request.owner),
+            )
+        )
+        # Its lease has to be watched also if the caller is gone before the answer.
+        starting.add_done_callback(lambda _: self._liveness.task_handed_out())
+        started = await asyncio.shield(starting)
+        ended = await self._store.get_execution(started.execution_id) if started.status.ended else None
+        return pb.StartResponse(
+            execution_id=started.execution_id,
+            existing=started.existing,
+            status=started.status.value,
+            ended=None if ended is None else _execution_message(ended, has_poller=False),
+            task=None if started.task is None else _task_message(started.task),
         )
 
     def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
@@ -130,17 +155,7 @@ class NexumServicer(NexumServiceServicer):
         self._liveness.task_handed_out()
         if context.cancelled():
             self._dispatch.give_back(task)
-        return pb.PollResponse(
-            has_task=True,
-            task_id=task.task_id,
-            execution_id=task.execution_id,
-            node_id=task.node_id,
-            input_json=task.input_json,
-            idempotency_key=task.idempotency_key,
-            node_type=task.node_type,
-            attempt=task.attempt,
-            version_hash=task.version_hash,
-        )
+        return _task_message(task)
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
@@ -200,7 +215,14 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        executions = await self._store.list_executions(request.workflow_id, request.status, limit)
+        executions = await self._store.list_executions(
+            request.workflow_id,
+            request.status,
+            limit,
+            key_prefix=request.idempotency_key_prefix,
+            before=request.before_execution_id,
+            with_nodes=request.with_nodes,
+        )
         return pb.ListResponse(
             executions=[
                 pb.ExecutionSummary(
@@ -213,6 +235,8 @@ class NexumServicer(NexumServiceServicer):
                     ended_ms=execution.ended_ms or 0,
                     idempotency_key=execution.idempotency_key,
                     error=execution.error,
+                    input_json=execution.input_json,
+                    nodes=_node_messages(execution),
                 )
                 for execution in executions
             ]
@@ -287,6 +311,20 @@ def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
     return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES
 
 
+def _task_message(task: Task) -> pb.PollResponse:
+    return pb.PollResponse(
+        has_task=True,
+        task_id=task.task_id,
+        execution_id=task.execution_id,
+        node_id=task.node_id,
+        input_json=task.input_json,
+        idempotency_key=task.idempotency_key,
+        node_type=task.node_type,
+        attempt=task.attempt,
+        version_hash=task.version_hash,
+    )
+
+
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:
     return pb.GetExecutionResponse(
         execution_id=execution.execution_id,
@@ -299,25 +337,29 @@ def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutio
         ended_ms=execution.ended_ms or 0,
         error=execution.error,
         has_poller=has_poller,
-        nodes=[
-            pb.NodeRecord(
-                node_id=node.node_id,
-                node_type=node.node_type,
-                status=node.status.value,
-                output_json=node.output_json or "",
-                error=node.error,
-                attempts=[
-                    pb.AttemptRecord(
-                        attempt=attempt.attempt,
-                        worker_id=attempt.worker_id,
-                        started_ms=attempt.started_ms,
-                        ended_ms=attempt.ended_ms or 0,
-                        outcome=attempt.outcome.value,
-                        error=attempt.error,
-                    )
-                    for attempt in node.attempts
-                ],
-            )
-            for node in execution.nodes
-        ],
+        nodes=_node_messages(execution),
     )
+
+
+def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
+    return [
+        pb.NodeRecord(
+            node_id=node.node_id,
+            node_type=node.node_type,
+            status=node.status.value,
+            output_json=node.output_json or "",
+            error=node.error,
+            attempts=[
+                pb.AttemptRecord(
+                    attempt=attempt.attempt,
+                    worker_id=attempt.worker_id,
+                    started_ms=attempt.started_ms,
+                    ended_ms=attempt.ended_ms or 0,
+                    outcome=attempt.outcome.value,
+                    error=attempt.error,
+                )
+                for attempt in node.attempts
+            ],
+        )
+        for node in execution.nodes
+    ]

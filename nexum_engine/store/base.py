@@ -60,8 +60,37 @@ class Store(ABC):
     def get_execution(self, execution_id: str, with_attempts: bool = False) -> Awaitable[Execution]:
         return self.submit(lambda db: executions.get_execution(db, execution_id, with_attempts))
 
-    def list_executions(self, workflow_id: str, status: str, limit: int) -> Awaitable[list[Execution]]:
-        return self.submit(lambda db: executions.list_executions(db, workflow_id, status, limit))
+    def start_owned(
+        self,
+        workflow_id: str,
+        version_hash: str,
+        input_json: str,
+        idempotency_key: str,
+        owner: str,
+        lease_ms: int,
+        streamed: bool,
+    ) -> Awaitable[Started]:
+        return self.submit(
+            lambda db: tasks.start_owned(
+                db, workflow_id, version_hash, input_json, idempotency_key, owner, lease_ms, streamed
+            )
+        )
+
+    def list_executions(
+        self,
+        workflow_id: str,
+        status: str,
+        limit: int,
+        *,
+        key_prefix: str = "",
+        before: str = "",
+        with_nodes: bool = False,
+    ) -> Awaitable[list[Execution]]:
+        return self.submit(
+            lambda db: executions.list_executions(
+                db, workflow_id, status, limit, key_prefix=key_prefix, before=before, with_nodes=with_nodes
+            )
+        )
 
     def output_bytes(self, execution_id: str) -> Awaitable[int]:
         return self.submit(lambda db: executions.output_bytes(db, execution_id))

@@ -7,6 +7,7 @@ expects and raises an error of `nexum_engine.errors` where it finds another; the
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from functools import lru_cache
 
@@ -88,11 +89,13 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 # ---- Executions ------------------------------------------------------------------------------------------------------
 
 
-def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str) -> Started:
+def start_execution(
+    db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str, *, owned: bool = False
+) -> Started:
     """Store an execution and its first tasks, or find the key's RUNNING or COMPLETED one.
 
-    Raises WorkflowNotFound, InvalidRequest for an input that isn't JSON, IdempotencyConflict for a key with another
-    input.
+    An `owned` one has one node, which no poll takes. Raises WorkflowNotFound, InvalidRequest for an input that isn't
+    JSON, IdempotencyConflict for a key with another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -125,6 +128,8 @@ def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str
     )
     task_bytes = len(input_json.encode("utf-8")) + TASK_FRAME_BYTES
     definition = _definition(version["ir_json"])
+    if owned and len(definition) != 1:
+        raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: only a single one can be owned")
     for position, node in enumerate(definition.values()):
         ready = not node.dependencies
         db.run(
@@ -136,8 +141,9 @@ def start_execution(db: Db, workflow_id: str, version_hash: str, input_json: str
             dependencies=json.dumps(node.dependencies),
             version_hash=version_hash,
             status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
-            ready_ms=db.now_ms if ready else None,
+            ready_ms=db.now_ms if ready and not owned else None,
             task_bytes=task_bytes if ready else None,
+            owned=int(owned),
         )
     roots = sum(not node.dependencies for node in definition.values())
     return Started(execution_id, ExecutionStatus.RUNNING, existing=False, ready=roots)
@@ -183,11 +189,31 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False) -> Exe
     return _execution(row, nodes)
 
 
-def list_executions(db: Db, workflow_id: str, status: str, limit: int) -> list[Execution]:
-    """The newest executions, without inputs and nodes. Raises InvalidRequest for a status that there isn't."""
+def list_executions(
+    db: Db,
+    workflow_id: str,
+    status: str,
+    limit: int,
+    *,
+    key_prefix: str = "",
+    before: str = "",
+    with_nodes: bool = False,
+) -> list[Execution]:
+    """The newest executions (older than `before`, with keys that begin with the prefix), without inputs and nodes.
+
+    Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow.
+    """
     if status and status not in ExecutionStatus.__members__:
         raise InvalidRequest(f"status {status!r} is none of {', '.join(ExecutionStatus.__members__)}")
-    return [_execution(row) for row in db.all("executions", workflow_id=workflow_id, status=status, limit=limit)]
+    if key_prefix and not workflow_id:
+        raise InvalidRequest("keys belong to a workflow: give workflow_id beside idempotency_key_prefix")
+    filters = {"workflow_id": workflow_id, "status": status, "before": before, "limit": limit}
+    if key_prefix:
+        end = key_prefix + chr(sys.maxunicode)
+        rows = db.all("executions_of_prefix", **filters, first=key_prefix, end=end)
+    else:
+        rows = db.all("executions", **filters)
+    return [get_execution(db, row["execution_id"]) if with_nodes else _execution(row) for row in rows]
 
 
 def output_bytes(db: Db, execution_id: str) -> int:

@@ -12,6 +12,10 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.outcomes import Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
+OWNER_RESTART_GRACE_MS = 1000
+"""After a restart, how long an owner has to come back before another one may take its place. A late one loses nothing
+unless another one came."""
+
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> None:
     """Extend the leases of what a worker says that it holds."""
@@ -28,6 +32,7 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     """The server starts: workers get time to come back to what they hold."""
     db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
+    db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
 
 
 def sweep(db: Db, since_ms: int) -> Swept:
@@ -54,7 +59,8 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
         Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not come back",
     }[outcome]
     db.run("end_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms)
-    lost = 0 if outcome is Outcome.INTERRUPTED else 1
+    # Nobody takes an owned node over unless a person starts it again, so it can't kill one worker after the other.
+    lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
     counts = {"failed": 0, "lost": lost}
     if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:
         last = f"{row['lost_attempts'] + lost} attempts were lost, the last because {reason}"
@@ -62,4 +68,5 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
         return
     node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
     db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], **counts)
-    changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+    if not row["owned"]:
+        changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))

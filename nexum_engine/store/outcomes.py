@@ -24,6 +24,8 @@ class Started:
     existing: bool
     ready: int = 0
     """How many tasks it began with."""
+    task: Task | None = None
+    """The task of the owner that started it."""
 
 
 @dataclass(frozen=True)

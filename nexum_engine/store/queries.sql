@@ -33,8 +33,10 @@ VALUES (:execution_id, :workflow_id, :version_hash, 'RUNNING', :input_json, :ide
 
 -- name: add_node
 -- Add a node to a new execution.
-INSERT INTO nodes (execution_id, node_id, position, node_type, dependencies, version_hash, status, ready_ms, task_bytes)
-VALUES (:execution_id, :node_id, :position, :node_type, :dependencies, :version_hash, :status, :ready_ms, :task_bytes);
+INSERT INTO nodes (execution_id, node_id, position, node_type, dependencies, version_hash, status, ready_ms, task_bytes,
+                   owned)
+VALUES (:execution_id, :node_id, :position, :node_type, :dependencies, :version_hash, :status, :ready_ms, :task_bytes,
+        :owned);
 
 -- name: execution
 -- One execution.
@@ -46,6 +48,16 @@ FROM executions WHERE execution_id = :execution_id;
 SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
 FROM executions
 WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
+  AND (:before = '' OR sequence < (SELECT sequence FROM executions WHERE execution_id = :before))
+ORDER BY sequence DESC LIMIT :limit;
+
+-- name: executions_of_prefix
+-- The same for a workflow's idempotency keys from one text up to, and without, another.
+SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
+FROM executions
+WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
+  AND (:status = '' OR status = :status)
+  AND (:before = '' OR sequence < (SELECT sequence FROM executions WHERE execution_id = :before))
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: nodes
@@ -85,6 +97,16 @@ ORDER BY ready_ms, nodes.rowid LIMIT 1;
 SELECT execution_id, node_id, task_bytes FROM nodes
 WHERE version_hash = :version_hash AND status = 'READY' AND ready_ms <= :now AND task_bytes > :max_bytes
 ORDER BY ready_ms, rowid LIMIT 1;
+
+-- name: owned_node
+-- The node of an owned execution, with its newest attempt.
+SELECT nodes.execution_id, nodes.node_id, node_type, dependencies, attempts, ready_ms, nodes.version_hash,
+       nodes.status, owned, workflow_id, idempotency_key, input_json, task_id, worker_id
+FROM nodes
+JOIN executions ON executions.execution_id = nodes.execution_id
+LEFT JOIN attempts ON attempts.execution_id = nodes.execution_id AND attempts.node_id = nodes.node_id
+                  AND attempts.attempt = nodes.attempts
+WHERE nodes.execution_id = :execution_id;
 
 -- name: say_why_waiting
 -- Note on a READY node what it waits for.
@@ -139,8 +161,9 @@ UPDATE nodes SET status = 'READY', ready_ms = :now, task_bytes = :task_bytes
 WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'PENDING';
 
 -- name: retry_node
--- Make a node a task again after an attempt that failed or was lost.
-UPDATE nodes SET status = 'READY', ready_ms = :ready_ms, failed_attempts = failed_attempts + :failed,
+-- Make a node a task again after an attempt that failed or was lost; an owned one waits for an owner, not for a poll.
+UPDATE nodes SET status = 'READY', ready_ms = CASE WHEN owned THEN NULL ELSE :ready_ms END,
+                 failed_attempts = failed_attempts + :failed,
                  lost_attempts = lost_attempts + :lost
 WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNING', 'READY')
   AND attempts = :attempt;
@@ -181,10 +204,17 @@ WHERE worker_id = :worker_id AND streamed = 1 AND outcome = 'RUNNING';
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'INTERRUPTED'
 WHERE streamed = :streamed AND outcome = 'RUNNING';
 
+-- name: restart_owned_leases
+-- The same for what owners hold: nobody but another owner is waiting for it.
+UPDATE attempts SET lease_expires_ms = :lease_expires_ms
+WHERE streamed = 1 AND outcome = 'RUNNING'
+  AND EXISTS (SELECT 1 FROM nodes WHERE nodes.execution_id = attempts.execution_id
+              AND nodes.node_id = attempts.node_id AND owned);
+
 -- name: expired_attempts
 -- Attempts whose lease has run out.
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
-       attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes
+       attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
 FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
 WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now;
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 
 from nexum_engine import jsontext, scheduling
-from nexum_engine.errors import StaleTask, TaskNotFound
+from nexum_engine.errors import Conflict, StaleTask, TaskNotFound
 from nexum_engine.model import ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.executions import TASK_FRAME_BYTES, end_execution
-from nexum_engine.store.outcomes import Changed, Changes, Claim, ReadyTask
+from nexum_engine.store.executions import TASK_FRAME_BYTES, end_execution, start_execution
+from nexum_engine.store.outcomes import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000
@@ -31,7 +32,42 @@ def claim(
     ]
     if not candidates:
         return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
-    node = min(candidates, key=lambda row: int(row["ready_ms"]))
+    return Claim(_hand_out(db, min(candidates, key=lambda row: int(row["ready_ms"])), worker_id, lease_ms, streamed))
+
+
+def start_owned(
+    db: Db,
+    workflow_id: str,
+    version_hash: str,
+    input_json: str,
+    idempotency_key: str,
+    owner: str,
+    lease_ms: int,
+    streamed: bool,
+) -> Started:
+    """Start an execution, or find the key's, and hand its only node to the owner as an attempt. No poll ever gets it.
+
+    What a dead owner left is taken over. Raises what `start_execution` raises, InvalidRequest for more than one node,
+    Conflict (naming it) while another owner lives, or if the execution is one for workers.
+    """
+    check_id(owner, "owner")
+    started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
+    if started.status.ended:
+        return started
+    node = db.one("owned_node", execution_id=started.execution_id)
+    if node is None or not node["owned"]:
+        raise Conflict(f"execution {started.execution_id} was started for workers: nobody can own it")
+    if node["status"] == NodeStatus.READY:
+        return replace(started, task=_hand_out(db, node, owner, lease_ms, streamed))
+    if node["worker_id"] != owner:
+        raise Conflict(
+            f"{workflow_id} {idempotency_key!r} belongs to {node['worker_id']}, which is at work on it "
+            f"(execution {started.execution_id}): wait for its end, or end it"
+        )
+    return replace(started, task=_task(db, node, node["task_id"], node["attempts"]))
+
+
+def _hand_out(db: Db, node: Row, worker_id: str, lease_ms: int, streamed: bool) -> Task:
     execution_id, node_id, attempt = node["execution_id"], node["node_id"], node["attempts"] + 1
     task_id = f"task-{uuid.uuid4()}"
     db.run("take_task", execution_id=execution_id, node_id=node_id)
@@ -46,21 +82,24 @@ def claim(
         now=db.now_ms,
         lease_expires_ms=db.now_ms + lease_ms,
     )
+    return _task(db, node, task_id, attempt)
+
+
+def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
     key = node["idempotency_key"]
-    return Claim(
-        Task(
-            task_id=task_id,
-            execution_id=execution_id,
-            node_id=node_id,
-            node_type=node["node_type"],
-            version_hash=node["version_hash"],
-            attempt=attempt,
-            # Without a key of the caller's: the published server's format.
-            idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
-            if key
-            else f"{execution_id}:{node_id}:{node['version_hash']}",
-            input_json=_task_input(db, node),
-        )
+    execution_id, node_id = node["execution_id"], node["node_id"]
+    return Task(
+        task_id=task_id,
+        execution_id=execution_id,
+        node_id=node_id,
+        node_type=node["node_type"],
+        version_hash=node["version_hash"],
+        attempt=attempt,
+        # Without a key of the caller's: the published server's format.
+        idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
+        if key
+        else f"{execution_id}:{node_id}:{node['version_hash']}",
+        input_json=_task_input(db, node),
     )
 
 

@@ -78,6 +78,7 @@ class StartRequest(google.protobuf.message.Message):
     INPUT_JSON_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
+    OWNER_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     version_hash: builtins.str
     input_json: builtins.str
@@ -87,6 +88,11 @@ class StartRequest(google.protobuf.message.Message):
     """
     wait_ms: builtins.int
     """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest."""
+    owner: builtins.str
+    """Addition: the id of a worker that does the work itself: the execution's node, which has to be its only one, is
+    handed to the caller here and never to a poll. As long as that worker lives, another owner is refused; after its
+    death the next one to start the key takes the node over.
+    """
     def __init__(
         self,
         *,
@@ -95,8 +101,9 @@ class StartRequest(google.protobuf.message.Message):
         input_json: builtins.str = ...,
         idempotency_key: builtins.str = ...,
         wait_ms: builtins.int = ...,
+        owner: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["idempotency_key", b"idempotency_key", "input_json", b"input_json", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["idempotency_key", b"idempotency_key", "input_json", b"input_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___StartRequest = StartRequest
 
@@ -108,6 +115,7 @@ class StartResponse(google.protobuf.message.Message):
     EXISTING_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
     """Addition: true if the execution was there already."""
@@ -117,6 +125,10 @@ class StartResponse(google.protobuf.message.Message):
     def ended(self) -> global___GetExecutionResponse:
         """Addition: the execution, if it ended within wait_ms."""
 
+    @property
+    def task(self) -> global___PollResponse:
+        """Addition: the owner's task, unless the execution has ended."""
+
     def __init__(
         self,
         *,
@@ -124,9 +136,10 @@ class StartResponse(google.protobuf.message.Message):
         existing: builtins.bool = ...,
         status: builtins.str = ...,
         ended: global___GetExecutionResponse | None = ...,
+        task: global___PollResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ended", b"ended"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["ended", b"ended", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status", "task", b"task"]) -> None: ...
 
 global___StartResponse = StartResponse
 
@@ -311,17 +324,29 @@ class ListRequest(google.protobuf.message.Message):
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_KEY_PREFIX_FIELD_NUMBER: builtins.int
+    BEFORE_EXECUTION_ID_FIELD_NUMBER: builtins.int
+    WITH_NODES_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     status: builtins.str
     limit: builtins.int
+    idempotency_key_prefix: builtins.str
+    """Addition: only executions whose idempotency key begins with this; needs workflow_id."""
+    before_execution_id: builtins.str
+    """Addition: only executions older than this one, to go on where the last answer ended."""
+    with_nodes: builtins.bool
+    """Addition: also inputs and nodes with their outputs."""
     def __init__(
         self,
         *,
         workflow_id: builtins.str = ...,
         status: builtins.str = ...,
         limit: builtins.int = ...,
+        idempotency_key_prefix: builtins.str = ...,
+        before_execution_id: builtins.str = ...,
+        with_nodes: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["limit", b"limit", "status", b"status", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before_execution_id", b"before_execution_id", "idempotency_key_prefix", b"idempotency_key_prefix", "limit", b"limit", "status", b"status", "with_nodes", b"with_nodes", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___ListRequest = ListRequest
 
@@ -338,6 +363,8 @@ class ExecutionSummary(google.protobuf.message.Message):
     ENDED_MS_FIELD_NUMBER: builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    INPUT_JSON_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     workflow_id: builtins.str
     version_hash: builtins.str
@@ -348,6 +375,10 @@ class ExecutionSummary(google.protobuf.message.Message):
     ended_ms: builtins.int
     idempotency_key: builtins.str
     error: builtins.str
+    input_json: builtins.str
+    """Additions, if they were asked for."""
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
     def __init__(
         self,
         *,
@@ -360,8 +391,10 @@ class ExecutionSummary(google.protobuf.message.Message):
         ended_ms: builtins.int = ...,
         idempotency_key: builtins.str = ...,
         error: builtins.str = ...,
+        input_json: builtins.str = ...,
+        nodes: collections.abc.Iterable[global___NodeRecord] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___ExecutionSummary = ExecutionSummary
 
