@@ -1,11 +1,28 @@
-"""AutoGen on durable execution: what an agent calls is recorded before the agent sees it.
+"""AutoGen on durable execution: what an agent or a team asks for is recorded before it sees the answer.
 
-    from durable_autogen import DurableTool
-    agent = AssistantAgent(..., tools=[DurableTool(tool, session) for tool in TOOLS.values()])
+A program that was killed goes on as the same run: recorded replies, tool results and inputs are replayed, nothing that
+is recorded is paid for or executed again. Of an AutoGen program two lines change; a Nexum server has to be running
+(`python -m nexum_engine`):
+
+    from durable_autogen import run_durable
+    result = await run_durable(build_team, task="...", session_id="s1")      # instead of build_team().run(task="...")
+
+`run_durable_stream` is `run_stream` in the same way. A tool that should run in a worker, and outlive this
+process there, is one line: `tools=[DurableTool(tool, session)]`; every other tool runs in this process, and its result is recorded.
 
 This package knows AutoGen and `submit_task`; the engine knows neither.
 """
 
+from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.team import run_durable, run_durable_stream
 from durable_autogen.tools import DurableTool
 
-__all__ = ["DurableTool"]
+__all__ = [
+    "DriftError",
+    "DurableTool",
+    "NotDurable",
+    "RunCancelled",
+    "SessionBusy",
+    "run_durable",
+    "run_durable_stream",
+]

@@ -10,6 +10,7 @@ from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
+from durable_autogen.workbench import call_scope
 from submit_task import Session, ToolResult
 from tools import Tool
 
@@ -37,7 +38,7 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
     ) -> str:
         """Submit the arguments as the model gave them: the worker checks them, and they are the call's identity."""
         try:
-            result = await self._session.call(self.name, args, timeout=self._timeout)
+            result = await self._session.call(self.name, args, timeout=self._timeout, scope=call_scope.get())
         except asyncio.CancelledError as error:
             # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
             raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error

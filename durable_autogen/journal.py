@@ -1,0 +1,295 @@
+"""A session's record on a Nexum server, and the right to write it.
+
+Each event (a model's reply, a tool's result, a person's input) is an execution of one node that the recording process
+owns, under a key that names session, agent and position. A run of the session is one, too: who owns it may record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from console import say
+from durable_autogen.errors import SessionBusy
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import Conflict, NexumError
+from nexum_engine.model import Execution, ExecutionStatus, Task
+from nexum_engine.owner import Owner
+from nexum_engine.workflow import MAX_ID_LENGTH, workflow
+
+TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
+PAGE = 100  # events in one answer
+LOOK_AGAIN = 0.1  # seconds
+
+
+class Kind(str, Enum):
+    """What an event is."""
+
+    BEGIN = "begin"
+    """The session's question and team."""
+    REPLY = "reply"
+    """A model's."""
+    TOOL = "tool"
+    """A tool's result, or its failure."""
+    INPUT = "input"
+    """A person's."""
+    BRANCH = "branch"
+    """From here on, another program than the recorded one."""
+    MESSAGE = "message"
+    """A user message that was added to a fork."""
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether an agent asks for it; the others are the session's own."""
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT)
+
+
+class RunInput(BaseModel):
+    """One run of a session."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    run: int
+
+
+class RunSummary(BaseModel):
+    """What a run did."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stop_reason: str = ""
+    live: dict[str, int]
+    replayed: dict[str, int]
+
+
+class EventInput(BaseModel):
+    """Which event of a session this is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    epoch: int
+    agent: str
+    position: str
+    kind: Kind
+
+
+class Event(BaseModel):
+    """An event as it is recorded."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seq: int
+    """The session's order: events reach the agents in it, in this run and in every later one."""
+    epoch: int
+    """How often the session went on with a changed program."""
+    kind: Kind
+    agent: str
+    position: str
+    content: Any
+    request: dict[str, Any] = {}
+    accepted: bool = False
+    """Copied into a fork: it counts whatever it is asked with."""
+
+    @property
+    def address(self) -> str:
+        return f"{self.agent}/{self.position}"
+
+    def __str__(self) -> str:
+        return name_of(self.kind, self.agent, self.position)
+
+
+AGENT_RUN = workflow("agent-run", input=RunInput).effect("run", RunSummary).build()
+AGENT_EVENT = workflow("agent-event", input=EventInput).effect("event", Event).build()
+
+
+def name_of(kind: Kind, agent: str, position: str) -> str:
+    """An event for a person: `reply 2 of writer`."""
+    return f"{position.replace('/', ' ')} of {agent}" if kind.is_asked_for else kind.value
+
+
+async def read_events(client: NexumClient, session: str) -> tuple[list[Event], list[EventInput]]:
+    """What a session has recorded, in order, and what it had begun."""
+    recorded: list[Event] = []
+    begun: list[EventInput] = []
+    before = ""
+    while True:
+        page = await client.list_executions(
+            workflow_id=AGENT_EVENT.workflow_id,
+            key_prefix=f"{session}/",
+            before=before,
+            limit=PAGE,
+            with_nodes=True,
+            patience=TAKE_OVER_PATIENCE,
+        )
+        for execution in page:
+            if execution.status is ExecutionStatus.COMPLETED:
+                recorded.append(Event.model_validate_json(execution.outputs()["event"]))
+            elif execution.status is ExecutionStatus.RUNNING:
+                begun.append(EventInput.model_validate_json(execution.input_json))
+        if len(page) < PAGE:
+            return effective(recorded), begun
+        before = page[-1].execution_id
+
+
+def effective(recorded: Sequence[Event]) -> list[Event]:
+    """The events that count: a branch leaves behind what came after the place where it began."""
+    in_order = sorted(recorded, key=lambda event: (event.epoch, event.seq))
+    kept: list[Event] = []
+    for event in in_order:
+        if event.kind is Kind.BRANCH:
+            kept = [earlier for earlier in kept if earlier.seq <= event.content["after"]]
+        kept.append(event)
+    return kept
+
+
+class Journal:
+    """One session, owned by this process for the length of an `async with`. Raises SessionBusy."""
+
+    def __init__(self, client: NexumClient, session: str) -> None:
+        self.session = session
+        self.events: list[Event] = []
+        self.epoch = 0
+        self._client = client
+        self._owner = Owner(client)
+        self._run: Task | None = None
+        self._next_seq = 1
+        self._begun: dict[str, tuple[EventInput, Task]] = {}
+
+    async def __aenter__(self) -> Journal:
+        await self._owner.__aenter__()
+        try:
+            self._run = await self._take_session()
+            self.events, begun = await read_events(self._client, self.session)
+            for input in begun:
+                # Taken over at once, so that a process that only hung can't record any of them later.
+                started = await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input))
+                if started.task is not None:
+                    self._begun[self._key(input)] = input, started.task
+            self.epoch = max((event.epoch for event in self.events), default=0)
+            self._next_seq = max((event.seq for event in self.events), default=0) + 1
+        except BaseException:
+            await self._owner.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if self._run is not None:
+                reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
+                await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
+        except NexumError as ending:
+            say(f"[Nexum] the end of this run of session {self.session} could not be recorded: {ending}")
+        finally:
+            await self._owner.__aexit__()
+
+    async def _take_session(self) -> Task:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + TAKE_OVER_PATIENCE
+        said = False
+        while True:
+            latest = await self._client.list_executions(
+                workflow_id=AGENT_RUN.workflow_id,
+                key_prefix=f"{self.session}/",
+                limit=1,
+                patience=TAKE_OVER_PATIENCE,
+            )
+            try:
+                input = RunInput(session=self.session, run=_run_number(latest))
+                started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
+            except Conflict as conflict:
+                if loop.time() >= give_up:
+                    raise SessionBusy(f"session {self.session} is being run: {conflict}") from conflict
+                if not said:
+                    say(f"[Nexum] session {self.session} has an owner; waiting {TAKE_OVER_PATIENCE:g} s for its end")
+                    said = True
+            else:
+                if started.task is not None:
+                    if started.task.attempt > 1:
+                        say(f"[Nexum] session {self.session}: its last run died; this one takes it over")
+                    return started.task
+            await asyncio.sleep(LOOK_AGAIN)
+
+    def _key(self, input: EventInput) -> str:
+        key = f"{self.session}/{input.epoch}/{input.agent}/{input.position}"
+        if len(key) <= MAX_ID_LENGTH and key.isprintable():
+            return key
+        return f"{self.session}/{input.epoch}/{hashlib.sha256(key.encode()).hexdigest()}"
+
+    async def begin(self, kind: Kind, agent: str, position: str) -> Task:
+        """Say that an event is under way."""
+        input = EventInput(session=self.session, epoch=self.epoch, agent=agent, position=position, kind=kind)
+        key = self._key(input)
+        if key in self._begun:
+            return self._begun.pop(key)[1]
+        started = await self._owner.start(AGENT_EVENT, input, idempotency_key=key)
+        if started.task is None:
+            raise SessionBusy(
+                f"another process has just recorded {name_of(kind, agent, position)} in session {self.session}: "
+                "run it again when that one has ended"
+            )
+        return started.task
+
+    async def record(
+        self,
+        task: Task,
+        kind: Kind,
+        agent: str,
+        position: str,
+        content: Any,
+        request: Mapping[str, Any],
+        *,
+        accepted: bool = False,
+    ) -> Event:
+        """Record an event that was begun, as the session's next one."""
+        event = Event(
+            seq=self._next_seq,
+            epoch=self.epoch,
+            kind=kind,
+            agent=agent,
+            position=position,
+            content=content,
+            request=dict(request),
+            accepted=accepted,
+        )
+        self._next_seq += 1
+        await self._owner.complete(task, event)
+        self.events.append(event)
+        return event
+
+    async def add(
+        self, kind: Kind, agent: str, position: str, content: Any, request: Mapping[str, Any], *, accepted: bool = False
+    ) -> Event:
+        """Begin and record at once."""
+        task = await self.begin(kind, agent, position)
+        return await self.record(task, kind, agent, position, content, request, accepted=accepted)
+
+    async def give_up(self, task: Task, reason: str) -> None:
+        """An event that was begun has no result."""
+        await self._owner.fail(task, reason)
+
+    async def branch(self, after: int, why: str) -> None:
+        """Go on with another program: what is recorded after the event of this number counts no more."""
+        self.epoch += 1
+        await self.add(Kind.BRANCH, "", f"branch/{self.epoch}", {"after": after, "why": why}, {})
+
+    async def end(self, summary: RunSummary) -> None:
+        """The run is over, and whole."""
+        for _, task in self._begun.values():
+            await self._owner.fail(task, "the run that asked for it died, and a later one did not ask again")
+        if self._run is not None:
+            await self._owner.complete(self._run, summary)
+            self._run = None
+
+
+def _run_number(latest: Sequence[Execution]) -> int:
+    if not latest:
+        return 1
+    number = int(latest[0].idempotency_key.rpartition("/")[2])
+    return number if latest[0].status is ExecutionStatus.RUNNING else number + 1

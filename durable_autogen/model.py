@@ -1,0 +1,227 @@
+"""A model client whose replies are recorded before the agent sees them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from autogen_core import CancellationToken, FunctionCall
+from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage, UserMessage
+from autogen_core.tools import Tool, ToolSchema
+from pydantic import BaseModel
+
+from console import say
+from durable_autogen.journal import Kind
+from durable_autogen.recorder import Outcome, Recorder
+from durable_autogen.request import describe_model_call
+
+ToolChoice = Tool | Literal["auto", "required", "none"]
+
+
+class Replies:
+    """How far one agent is: its replies are counted, and its tool calls belong to the last one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.replayed = False
+        """Whether the last reply came from the record."""
+        self._calls: dict[int, FunctionCall] = {}
+        self._total_calls = 0
+
+    def seen(self, result: CreateResult, *, replayed: bool) -> None:
+        """The agent gets this reply now."""
+        calls = [] if isinstance(result.content, str) else result.content
+        self._calls = dict(enumerate(calls, 1))
+        self._total_calls = len(calls)
+        self.replayed = replayed
+
+    def number_of_call(self, call_id: str | None, name: str) -> int:
+        """Which call of the last reply a tool is run for, from 1: the one of this id, else the next of this name."""
+        same_name = [number for number, call in self._calls.items() if call.name == name]
+        same_id = [number for number in same_name if self._calls[number].id == call_id]
+        for number in (*same_id, *same_name):
+            del self._calls[number]
+            return number
+        # No reply asked for it, as in an agent of one's own that runs a tool by itself.
+        self._total_calls += 1
+        return self._total_calls
+
+
+class DurableModelClient(ChatCompletionClient):
+    """Wraps any client for one agent of one run."""
+
+    component_type = "model"
+    component_config_schema = BaseModel
+
+    def __init__(
+        self, inner: ChatCompletionClient, recorder: Recorder, agent: str, replies: Replies | None = None
+    ) -> None:
+        self.inner = inner
+        self._recorder = recorder
+        self._agent = agent
+        self._replies = replies or Replies()
+        self._replayed_usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
+        self._message_at: int | None = None
+
+    async def create(
+        self,
+        messages: Sequence[LLMMessage],
+        *,
+        tools: Sequence[Tool | ToolSchema] = (),
+        tool_choice: ToolChoice = "auto",
+        json_output: bool | type[BaseModel] | None = None,
+        extra_create_args: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+    ) -> CreateResult:
+        """The recorded reply, or the model's, recorded."""
+        messages, position = self._next(messages)
+
+        async def perform() -> CreateResult:
+            return await self.inner.create(
+                messages,
+                tools=tools,
+                tool_choice=tool_choice,
+                json_output=json_output,
+                extra_create_args=extra_create_args or {},
+                cancellation_token=cancellation_token,
+            )
+
+        request = describe_model_call(
+            self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
+        )
+        return self._seen(await self._event(position, request, perform))
+
+    async def create_stream(
+        self,
+        messages: Sequence[LLMMessage],
+        *,
+        tools: Sequence[Tool | ToolSchema] = (),
+        tool_choice: ToolChoice = "auto",
+        json_output: bool | type[BaseModel] | None = None,
+        extra_create_args: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+    ) -> AsyncGenerator[str | CreateResult, None]:
+        """Pieces as they come, the last one when the reply is recorded; a recorded reply in one piece."""
+        messages, position = self._next(messages)
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        last: list[str] = []
+
+        async def perform() -> CreateResult:
+            result: CreateResult | None = None
+            async for piece in self.inner.create_stream(
+                messages,
+                tools=tools,
+                tool_choice=tool_choice,
+                json_output=json_output,
+                extra_create_args=extra_create_args or {},
+                cancellation_token=cancellation_token,
+            ):
+                if isinstance(piece, CreateResult):
+                    result = piece
+                    continue
+                if last:
+                    pieces.put_nowait(last.pop())
+                last.append(piece)
+            if result is None:
+                raise RuntimeError("the model's stream ended without a result")
+            return result
+
+        request = describe_model_call(
+            self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
+        )
+        event = asyncio.ensure_future(self._event(position, request, perform))
+        event.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            outcome = await event
+        finally:
+            event.cancel()
+        result = self._seen(outcome)
+        if not outcome.replayed:
+            for piece in last:
+                yield piece
+        elif isinstance(result.content, str) and result.content:
+            yield result.content
+        yield result
+
+    def _next(self, messages: Sequence[LLMMessage]) -> tuple[Sequence[LLMMessage], str]:
+        self._replies.count += 1
+        position = f"reply/{self._replies.count}"
+        return self._with_message(messages, position), position
+
+    def _with_message(self, messages: Sequence[LLMMessage], position: str) -> Sequence[LLMMessage]:
+        """With a fork's new message, at the place where this agent first met it."""
+        message = self._recorder.message
+        if message is None:
+            return messages
+        if self._message_at is None:
+            if self._recorder.is_before_message(f"{self._agent}/{position}"):
+                return messages
+            self._message_at = len(messages)
+        at = min(self._message_at, len(messages))
+        self._recorder.message_delivered = True
+        return [*messages[:at], UserMessage(content=message.content["text"], source="user"), *messages[at:]]
+
+    async def _event(
+        self, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[CreateResult]]
+    ) -> Outcome:
+        async def content() -> dict[str, Any]:
+            return (await perform()).model_dump(mode="json")
+
+        return await self._recorder.event(Kind.REPLY, self._agent, position, request, content)
+
+    def _seen(self, outcome: Outcome) -> CreateResult:
+        result = CreateResult.model_validate({**outcome.content, "cached": outcome.replayed})
+        self._replies.seen(result, replayed=outcome.replayed)
+        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
+        counts = self._recorder.replayed if outcome.replayed else self._recorder.live
+        counts.update({"model calls": 1, "tokens": tokens})
+        if outcome.replayed:
+            self._replayed_usage = _sum(self._replayed_usage, result.usage)
+            say(f"[Nexum] reply {self._replies.count} of {self._agent}: replayed from the record ✓")
+        return result
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+    def actual_usage(self) -> RequestUsage:
+        """What this run paid for."""
+        return self.inner.actual_usage()
+
+    def total_usage(self) -> RequestUsage:
+        """The same with what was replayed."""
+        return _sum(self.inner.total_usage(), self._replayed_usage)
+
+    def count_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
+        return self.inner.count_tokens(messages, tools=tools)
+
+    def remaining_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
+        return self.inner.remaining_tokens(messages, tools=tools)
+
+    @property
+    def capabilities(self) -> Any:
+        """The deprecated name of `model_info`."""
+        return self.inner.model_info
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return self.inner.model_info
+
+
+def _sum(one: RequestUsage, other: RequestUsage) -> RequestUsage:
+    return RequestUsage(
+        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
+        completion_tokens=one.completion_tokens + other.completion_tokens,
+    )
+
+
+def _options(
+    tool_choice: ToolChoice, json_output: bool | type[BaseModel] | None, extra: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "tool_choice": None if tool_choice == "auto" else tool_choice,
+        "json_output": json_output,
+        "extra_create_args": dict(extra or {}),
+    }

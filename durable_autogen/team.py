@@ -1,0 +1,324 @@
+"""A whole team, or one agent, run so that it can be continued: `run_durable`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+from autogen_agentchat.agents import UserProxyAgent
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
+from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
+from autogen_core import CancellationToken
+from autogen_core.code_executor import CodeExecutor
+from autogen_core.models import ChatCompletionClient
+from autogen_core.tools import StaticWorkbench, Workbench
+
+from console import say
+from durable_autogen.errors import NotDurable, RunCancelled
+from durable_autogen.journal import Journal, Kind
+from durable_autogen.model import DurableModelClient, Replies
+from durable_autogen.quiet import watched_threads
+from durable_autogen.recorder import OnDrift, Recorder
+from durable_autogen.request import differences, hashed
+from durable_autogen.workbench import DurableWorkbench
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import InvalidRequest, ServerUnavailable
+from session_file import check_session_id
+
+END_PATIENCE = 5.0  # seconds that a stopped team gets to end
+REPLAYED = "nexum"
+"""The key in a message's metadata whose value is "replayed" if the message came from the record."""
+
+Runnable = ChatAgent | Team
+Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
+Item = BaseAgentEvent | BaseChatMessage | TaskResult
+
+
+async def run_durable(
+    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
+    *,
+    task: Task = None,
+    session_id: str,
+    nexum: str | None = None,
+    on_drift: OnDrift = "stop",
+    cancellation_token: CancellationToken | None = None,
+) -> TaskResult:
+    """Run the team, or go on with the session's run; its result.
+
+    `team` is a function that builds the team or agent, or one that has never run. What the session has recorded is
+    replayed, the rest runs live and is recorded. The question can be left out where the session has one. `nexum`
+    defaults to NEXUM_ADDRESS, then localhost:50051.
+
+    Raises DriftError, SessionBusy, NotDurable, RunCancelled, ServerUnavailable, and what the team's run raises.
+    """
+    result: TaskResult | None = None
+    async for item in run_durable_stream(
+        team,
+        task=task,
+        session_id=session_id,
+        nexum=nexum,
+        on_drift=on_drift,
+        cancellation_token=cancellation_token,
+    ):
+        if isinstance(item, TaskResult):
+            result = item
+    assert result is not None
+    return result
+
+
+async def run_durable_stream(
+    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
+    *,
+    task: Task = None,
+    session_id: str,
+    nexum: str | None = None,
+    on_drift: OnDrift = "stop",
+    cancellation_token: CancellationToken | None = None,
+) -> AsyncGenerator[Item, None]:
+    """The same as a stream of messages with the result at its end, as AutoGen's `run_stream`."""
+    address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(NexumClient(address))
+        try:
+            await client.ping()
+        except ServerUnavailable as error:
+            raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
+        journal = await stack.enter_async_context(Journal(client, check_session_id(session_id)))
+        stack.enter_context(watched_threads())
+        built = team if isinstance(team, (ChatAgent, Team)) else team()
+        runnable = await built if inspect.isawaitable(built) else built
+        recorder = Recorder(journal, on_drift=on_drift)
+        stack.push_async_callback(recorder.close)
+        parts = _Parts(recorder)
+        stack.callback(parts.restore)
+        parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
+        task = await _begin(recorder, runnable, task)
+        run = _Run(recorder, parts, runnable, cancellation_token)
+        async for message in run.messages(task):
+            yield message
+        result = run.result
+        if recorder.message is not None and not recorder.message_delivered:
+            # The fork's new message came after the whole recorded run: it is the next thing the user says.
+            async for message in run.messages(recorder.message.content["text"]):
+                yield message
+            result = TaskResult(messages=[*result.messages, *run.result.messages], stop_reason=run.result.stop_reason)
+        for event in recorder.remaining()[:1]:
+            await recorder.drift(event, f"the run ended before anybody asked for {event}")
+        await journal.end(recorder.summary(result.stop_reason or ""))
+        say(
+            f"[Nexum] session {session_id}: {_counts(recorder.live)} live, {_counts(recorder.replayed)} replayed "
+            "from the record"
+        )
+        yield result
+
+
+async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
+    """Compare question and team with the session's, or record them; the question to ask."""
+    journal = recorder.journal
+    begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
+    if begun is None:
+        if task is None:
+            raise InvalidRequest(f"session {journal.session} is new: give it a task")
+        await journal.add(
+            Kind.BEGIN, "", f"begin/{journal.epoch}", {"task": _texts(task)}, _description(runnable, task)
+        )
+        return task
+    if begun.accepted or task is None:
+        recorded: list[str] = begun.content["task"]
+        return "\n".join(recorded)
+    differing = differences(begun.request, _description(runnable, task))
+    if differing:
+        await recorder.drift(begun, f"the session's beginning is another one: {'; '.join(differing)}")
+        await journal.add(
+            Kind.BEGIN, "", f"begin/{journal.epoch}", {"task": _texts(task)}, _description(runnable, task)
+        )
+    return task
+
+
+def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
+    members = getattr(runnable, "_participants", None) or [runnable]
+    team = f"{type(runnable).__name__}: {', '.join(member.name for member in members)}"
+    return hashed({"task": _texts(task), "team": team})
+
+
+def _texts(task: Task) -> list[str]:
+    if task is None:
+        return []
+    if isinstance(task, str):
+        return [task]
+    return [message.to_text() for message in ([task] if isinstance(task, BaseChatMessage) else task)]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return (
+        f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
+        f"{counts.get('tool calls', 0)} tool call(s)"
+        + (f", {counts['inputs']} input(s)" if counts.get("inputs") else "")
+    )
+
+
+class _Run:
+    """One run of the team in a task of its own, so that a failure or a cancellation is not held up by AutoGen."""
+
+    def __init__(
+        self, recorder: Recorder, parts: _Parts, runnable: Runnable, cancellation_token: CancellationToken | None
+    ) -> None:
+        self.result = TaskResult(messages=[])
+        self._recorder = recorder
+        self._parts = parts
+        self._runnable = runnable
+        if cancellation_token is not None:
+            loop = asyncio.get_running_loop()
+            # Not handed to the team: AutoGen would wait for ever for a tool call that it cancels.
+
+            def cancelled() -> None:
+                loop.call_soon_threadsafe(self._cancelled)
+
+            cancellation_token.add_callback(cancelled)
+
+    def _cancelled(self) -> None:
+        self._recorder.stop(
+            RunCancelled(f"the run of session {self._recorder.journal.session} was cancelled; what is recorded stays")
+        )
+
+    async def messages(self, task: Task) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage, None]:
+        """What the team says, as it says it."""
+        queue: asyncio.Queue[Item | None] = asyncio.Queue()
+        running = asyncio.create_task(self._feed(task, queue), name="durable team")
+        running.add_done_callback(lambda _: queue.put_nowait(None))
+        failed = self._recorder.failed
+        try:
+            while True:
+                getting = asyncio.ensure_future(queue.get())
+                try:
+                    watched: set[asyncio.Future[Any]] = {getting, failed}
+                    await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                    if failed.done():
+                        raise failed.result()
+                    item = await getting
+                finally:
+                    getting.cancel()
+                if item is None:
+                    break
+                if isinstance(item, TaskResult):
+                    self.result = item
+                else:
+                    yield item
+            await running
+            if failed.done():
+                raise failed.result()
+        finally:
+            if not running.done():
+                self._cancelled()
+                await asyncio.wait({running}, timeout=END_PATIENCE)
+                running.cancel()
+            if running.done() and not running.cancelled():
+                running.exception()  # looked at; what counts is raised already
+
+    async def _feed(self, task: Task, queue: asyncio.Queue[Item | None]) -> None:
+        async for item in self._runnable.run_stream(task=task):
+            if not isinstance(item, TaskResult) and self._parts.was_replayed(item.source):
+                item.metadata.setdefault(REPLAYED, "replayed")
+            queue.put_nowait(item)
+
+
+class _Parts:
+    """Everything in a team that acts on the world, replaced by its durable twin for one run."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._replies: dict[str, Replies] = {}
+        self._before: list[tuple[object, str, object]] = []
+        self._seen: set[int] = set()
+
+    def was_replayed(self, source: str) -> bool:
+        """Whether the last reply of the agent of this name came from the record."""
+        return source in self._replies and self._replies[source].replayed
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for owner, attribute, value in reversed(self._before):
+            setattr(owner, attribute, value)
+
+    def make_durable(self, part: object, name: str) -> None:
+        """Replace what the part and its own parts call by themselves. Raises NotDurable."""
+        if id(part) in self._seen:
+            return
+        self._seen.add(id(part))
+        if isinstance(part, UserProxyAgent):
+            self._replace(part, "_is_async", True)
+            self._replace(part, "input_func", _recorded_input(part.input_func, self._recorder, name))
+        for attribute, value in list(vars(part).items()):
+            if isinstance(value, ChatCompletionClient):
+                label = name if attribute == "_model_client" else f"{name}.{attribute.strip('_')}"
+                label = label if isinstance(part, ChatAgent) else f"{label or type(part).__name__} (team)"
+                inner = value.inner if isinstance(value, DurableModelClient) else value
+                client = DurableModelClient(inner, self._recorder, label, self._replies_of(label))
+                self._replace(part, attribute, client)
+            elif isinstance(value, CodeExecutor):
+                raise NotDurable(
+                    f"{name} runs code with {type(value).__name__}, whose effects can't be recorded here: give the "
+                    "agent a tool that runs the code"
+                )
+            elif isinstance(value, (ChatAgent, Team)):
+                self.make_durable(value, _inside(name, value.name))
+            elif isinstance(value, (list, tuple)):
+                self._replace_members(part, attribute, value, name)
+            elif isinstance(value, Workbench):
+                self._replace(part, attribute, self._workbench(value, name))
+
+    def _replace_members(self, part: object, attribute: str, members: Sequence[object], name: str) -> None:
+        if members and all(isinstance(member, Workbench) for member in members):
+            self._replace(part, attribute, [self._workbench(cast(Workbench, member), name) for member in members])
+        for member in members:
+            if isinstance(member, (ChatAgent, Team)):
+                self.make_durable(member, _inside(name, member.name))
+
+    def _workbench(self, workbench: Workbench, name: str) -> DurableWorkbench:
+        inner = workbench.inner if isinstance(workbench, DurableWorkbench) else workbench
+        if isinstance(inner, StaticWorkbench):
+            for tool in inner._tools:
+                runner = getattr(tool, "_task_runner", None)
+                if isinstance(runner, (ChatAgent, Team)):
+                    self.make_durable(runner, _inside(name, runner.name))
+        return DurableWorkbench(inner, self._recorder, name, self._replies_of(name))
+
+    def _replies_of(self, name: str) -> Replies:
+        return self._replies.setdefault(name, Replies())
+
+    def _replace(self, part: object, attribute: str, value: object) -> None:
+        self._before.append((part, attribute, getattr(part, attribute)))
+        setattr(part, attribute, value)
+
+
+def _inside(outer: str, name: str) -> str:
+    return f"{outer}/{name}" if outer else name
+
+
+def _recorded_input(
+    ask: Callable[..., Any], recorder: Recorder, name: str
+) -> Callable[[str, CancellationToken | None], Awaitable[str]]:
+    """A person's input, recorded like a reply."""
+    count = 0
+
+    async def recorded(prompt: str, cancellation_token: CancellationToken | None) -> str:
+        nonlocal count
+        count += 1
+
+        async def perform() -> str:
+            if inspect.iscoroutinefunction(ask):
+                return str(await ask(prompt, cancellation_token))
+            return str(await asyncio.get_running_loop().run_in_executor(None, ask, prompt))
+
+        outcome = await recorder.event(Kind.INPUT, name, f"input/{count}", hashed({"prompt": prompt}), perform)
+        counts = recorder.replayed if outcome.replayed else recorder.live
+        counts["inputs"] += 1
+        if outcome.replayed:
+            say(f"[Nexum] input {count} of {name}: replayed from the record ✓")
+        return str(outcome.content)
+
+    return recorded

@@ -1,0 +1,141 @@
+"""Any workbench, made durable for one agent: a tool's result is recorded, and so is its failure."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import AsyncGenerator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from autogen_agentchat.tools import AgentTool, TeamTool
+from autogen_core import CancellationToken
+from autogen_core.tools import (
+    BaseTool,
+    StaticStreamWorkbench,
+    StaticWorkbench,
+    TextResultContent,
+    ToolResult,
+    ToolSchema,
+    Workbench,
+)
+
+from durable_autogen.journal import Kind
+from durable_autogen.model import Replies
+from durable_autogen.recorder import Recorder
+from durable_autogen.request import describe_arguments
+
+call_scope: ContextVar[str] = ContextVar("call_scope", default="")
+"""The recorded call that a tool runs for: it tells two equal calls apart that are meant to run twice."""
+
+
+class DurableWorkbench(StaticStreamWorkbench):
+    """Wraps any workbench for one agent of one run.
+
+    It is a StaticStreamWorkbench because AutoGen takes a stream from no other class, and an agent that is used as a
+    tool streams what it says. Such a tool isn't recorded as one: what its agent does is.
+    """
+
+    def __init__(self, inner: Workbench, recorder: Recorder, agent: str, replies: Replies) -> None:
+        super().__init__([])
+        self.inner = inner
+        self._recorder = recorder
+        self._agent = agent
+        self._replies = replies
+        self._agents_as_tools: set[str] = set()
+        self._contained = inner
+        if isinstance(inner, StaticWorkbench):
+            tools = inner._tools
+            self._agents_as_tools = {tool.name for tool in tools if isinstance(tool, (AgentTool, TeamTool))}
+            kind = StaticStreamWorkbench if isinstance(inner, StaticStreamWorkbench) else StaticWorkbench
+            self._contained = kind([_contained(tool) for tool in tools], inner._tool_overrides)
+
+    async def list_tools(self) -> list[ToolSchema]:
+        return await self.inner.list_tools()
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+        call_id: str | None = None,
+    ) -> ToolResult:
+        """The recorded result, or the tool's, recorded. It never raises: AutoGen would wait for ever."""
+        position = f"reply/{self._replies.count}/tool/{self._replies.number_of_call(call_id, name)}"
+        scope = f"{self._recorder.journal.epoch or ''}{self._agent}/{position}"
+
+        async def perform() -> dict[str, Any]:
+            call_scope.set(scope)
+            try:
+                result = await self._contained.call_tool(name, arguments, cancellation_token, call_id)
+            except Exception as error:  # noqa: BLE001 - the tool's failure is its result
+                result = _failure(name, error)
+            return result.model_dump(mode="json")
+
+        try:
+            outcome = await self._recorder.event(
+                Kind.TOOL, self._agent, position, describe_arguments(name, arguments or {}), perform
+            )
+        except Exception as error:  # noqa: BLE001 - the run fails by `Recorder.failed`
+            return _failure(name, error)
+        counts = self._recorder.replayed if outcome.replayed else self._recorder.live
+        counts["tool calls"] += 1
+        return ToolResult.model_validate(outcome.content)
+
+    async def call_tool_stream(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+        call_id: str | None = None,
+    ) -> AsyncGenerator[Any | ToolResult, None]:
+        if name in self._agents_as_tools and isinstance(self._contained, StaticStreamWorkbench):
+            self._replies.number_of_call(call_id, name)
+            async for event in self._contained.call_tool_stream(name, arguments, cancellation_token, call_id):
+                yield event
+            return
+        yield await self.call_tool(name, arguments, cancellation_token, call_id)
+
+    async def start(self) -> None:
+        await self.inner.start()
+
+    async def stop(self) -> None:
+        await self.inner.stop()
+
+    async def reset(self) -> None:
+        await self.inner.reset()
+
+    async def save_state(self) -> Mapping[str, Any]:
+        return await self.inner.save_state()
+
+    async def load_state(self, state: Mapping[str, Any]) -> None:
+        await self.inner.load_state(state)
+
+
+def _failure(name: str, error: BaseException) -> ToolResult:
+    return ToolResult(name=name, result=[TextResultContent(content=str(error) or type(error).__name__)], is_error=True)
+
+
+def _contained(tool: BaseTool[Any, Any]) -> BaseTool[Any, Any]:
+    """The same tool; whatever it raises, it is an ordinary error. The workbench gives each tool a task of its own, out
+    of which SystemExit would end the event loop."""
+    twin = copy.copy(tool)
+
+    async def run_json(args: Mapping[str, Any], token: CancellationToken, call_id: str | None = None) -> Any:
+        try:
+            return await tool.run_json(args, token, call_id=call_id)
+        except Exception:
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and _is_being_cancelled(task):
+                raise
+            raise RuntimeError(f"{tool.name} ended with {type(error).__name__}: {error}") from error
+
+    object.__setattr__(twin, "run_json", run_json)
+    return twin
+
+
+def _is_being_cancelled(task: asyncio.Task[Any]) -> bool:
+    # From Python 3.11 on it can be told; before, a cancelled tool's own error stands in for the cancellation.
+    return bool(getattr(task, "cancelling", lambda: 0)())

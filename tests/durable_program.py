@@ -1,0 +1,183 @@
+"""A program with a durable agent or team: `durable_program.py SHAPE SESSION MODEL_URL LOG [--on-drift ...]`.
+
+Its tools write each effect down in LOG. It prints the final transcript as one line of JSON behind `TRANSCRIPT `.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
+from autogen_agentchat.conditions import MaxMessageTermination, TextMentionTermination
+from autogen_agentchat.messages import BaseChatMessage
+from autogen_agentchat.teams import (
+    DiGraphBuilder,
+    GraphFlow,
+    MagenticOneGroupChat,
+    RoundRobinGroupChat,
+    SelectorGroupChat,
+    Swarm,
+)
+
+from durable_autogen import run_durable_stream
+from live_model import LiveModel
+from nexum_engine.errors import NexumError
+
+TASK = "Find it out."
+
+
+class Program:
+    """The teams. Every agent has a model client of its own on the same server, and a tool of its own name."""
+
+    def __init__(self, model_url: str, log: str, *, system: str, stream: bool, model: str) -> None:
+        self.model_url, self.log, self.system, self.stream, self.model = model_url, log, system, stream, model
+
+    def client(self, model: str = "") -> LiveModel:
+        return LiveModel(
+            vendor="OpenAI-compatible server", model=model or self.model, base_url=self.model_url, api_key="k"
+        )
+
+    def tool(self, name: str) -> Callable[[str], str]:
+        log = self.log
+
+        def note(text: str) -> str:
+            """Write the text down."""
+            time.sleep(random.random() * 0.02)
+            descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            os.write(descriptor, f"{name} {text}\n".encode())
+            os.close(descriptor)
+            if "fail" in text:
+                raise ValueError(f"no: {random.random()}")
+            return f"{name} noted {text} {random.random()}"
+
+        return note
+
+    def agent(self, name: str, *, tools: bool = True, **more: Any) -> AssistantAgent:
+        return AssistantAgent(
+            name,
+            self.client(f"{self.model}-{name}"),
+            description=f"{name}, a member",
+            tools=[self.tool(name)] if tools else None,
+            system_message=f"{self.system} You are {name}.",
+            max_tool_iterations=6,
+            model_client_stream=self.stream,
+            **more,
+        )
+
+    def build(self, shape: str) -> ChatAgent | Team:
+        built: ChatAgent | Team = getattr(self, shape)()
+        return built
+
+    def single(self) -> ChatAgent:
+        return self.agent("alone")
+
+    def round_robin(self) -> Team:
+        return RoundRobinGroupChat([self.agent("a"), self.agent("b")], termination_condition=MaxMessageTermination(5))
+
+    def selector(self) -> Team:
+        return SelectorGroupChat(
+            [self.agent("a"), self.agent("b"), self.agent("c")],
+            model_client=self.client(f"{self.model}-selector"),
+            termination_condition=MaxMessageTermination(5),
+        )
+
+    def swarm(self) -> Team:
+        agents: list[ChatAgent] = [self.agent("a", handoffs=["b"]), self.agent("b", handoffs=["a"])]
+        return Swarm(agents, termination_condition=MaxMessageTermination(6))
+
+    def sequential(self) -> Team:
+        agents = [self.agent(name) for name in "abcd"]
+        builder = DiGraphBuilder()
+        for agent in agents:
+            builder.add_node(agent)
+        for one, other in zip(agents, agents[1:], strict=False):
+            builder.add_edge(one, other)
+        return GraphFlow(list(agents), builder.build())
+
+    def fan_out(self) -> Team:
+        a, b, c, e, d = (self.agent(name) for name in "abced")
+        builder = DiGraphBuilder()
+        for agent in (a, b, c, e, d):
+            builder.add_node(agent)
+        for middle in (b, c, e):
+            builder.add_edge(a, middle).add_edge(middle, d)
+        return GraphFlow([a, b, c, e, d], builder.build())
+
+    def cyclic(self) -> Team:
+        a, b, c = (self.agent(name) for name in "abc")
+        builder = DiGraphBuilder()
+        builder.add_node(a).add_node(b).add_node(c)
+        builder.add_edge(a, b)
+        builder.add_edge(b, a, condition=lambda message: "DONE" not in message.to_model_text())
+        builder.add_edge(b, c, condition=lambda message: "DONE" in message.to_model_text())
+        builder.set_entry_point(a)
+        return GraphFlow([a, b, c], builder.build(), termination_condition=MaxMessageTermination(30))
+
+    def magentic(self) -> Team:
+        return MagenticOneGroupChat([self.agent("a"), self.agent("b")], model_client=self.client(), max_turns=4)
+
+    def person(self) -> Team:
+        def ask(prompt: str) -> str:
+            with open(self.log, "a", encoding="utf-8") as log:
+                log.write("person asked\n")
+            return f"I say {random.random()}"
+
+        return RoundRobinGroupChat(
+            [self.agent("a"), UserProxyAgent("person", input_func=ask)],
+            termination_condition=TextMentionTermination("NEVER") | MaxMessageTermination(5),
+        )
+
+
+def transcript(result: TaskResult) -> list[dict[str, Any]]:
+    """What two runs have in common: everything but ids and times."""
+    lines = []
+    for message in result.messages:
+        dumped = message.model_dump(
+            mode="json", exclude={"id", "created_at", "metadata", "full_message_id", "request_id"}
+        )
+        dumped.pop("inner_messages", None)
+        lines.append(dumped)
+    return lines
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shape")
+    parser.add_argument("session")
+    parser.add_argument("model_url")
+    parser.add_argument("log")
+    parser.add_argument("--task", default=TASK)
+    parser.add_argument("--system", default="Be brief.")
+    parser.add_argument("--model", default="m")
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--on-drift", default="stop")
+    args = parser.parse_args()
+    program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
+    try:
+        async for item in run_durable_stream(
+            lambda: program.build(args.shape), task=args.task, session_id=args.session, on_drift=args.on_drift
+        ):
+            if isinstance(item, TaskResult):
+                print("TRANSCRIPT " + json.dumps(transcript(item)), flush=True)
+            elif isinstance(item, BaseChatMessage):
+                print(f"MESSAGE {item.source} {item.metadata.get('nexum', 'live')}", flush=True)
+    except NexumError as error:
+        print(f"ERROR {type(error).__name__} {error}", flush=True)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.ERROR)
+    logging.getLogger("autogen_core").setLevel(logging.CRITICAL)
+    sys.exit(asyncio.run(main()))
