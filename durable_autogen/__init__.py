@@ -8,7 +8,8 @@ is recorded is paid for or executed again. Of an AutoGen program two lines chang
     result = await run_durable(build_team, task="...", session_id="s1")      # instead of build_team().run(task="...")
 
 `run_durable_stream` is `run_stream` in the same way. A tool that should run in a worker, and outlive this
-process there, is one line: `tools=[DurableTool(tool, session)]`; every other tool runs in this process, and its result is recorded.
+process there, is one line: `tools=[DurableTool(tool, session)]`; every other tool runs in this process, and
+its result is recorded.
 
 This package knows AutoGen and `submit_task`; the engine knows neither.
 """

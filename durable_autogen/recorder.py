@@ -1,4 +1,4 @@
-"""What a durable run asks for and gets: first the recorded events in their order, then live ones, recorded as they come.
+"""What a durable run asks for and gets: the recorded events in their order, then live ones, recorded as they come.
 
 Every event passes one turnstile. It lets one through, waits until the event loop has come to rest, and lets the next
 one through: in the live run in the order of recording, in a replay in the same. So parallel branches of a team meet

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -100,7 +101,7 @@ class Program:
         builder = DiGraphBuilder()
         for agent in agents:
             builder.add_node(agent)
-        for one, other in zip(agents, agents[1:], strict=False):
+        for one, other in itertools.pairwise(agents):
             builder.add_edge(one, other)
         return GraphFlow(list(agents), builder.build())
 
@@ -150,7 +151,8 @@ def transcript(result: TaskResult) -> list[dict[str, Any]]:
     return lines
 
 
-async def main() -> int:
+async def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("shape")
     parser.add_argument("session")
@@ -161,7 +163,7 @@ async def main() -> int:
     parser.add_argument("--model", default="m")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--on-drift", default="stop")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
     try:
         async for item in run_durable_stream(
@@ -177,7 +179,39 @@ async def main() -> int:
     return 0
 
 
+def run_forked(argv: list[str], folder: str, output: str) -> int:
+    """Run in a process of its own that has everything imported already; its id. POSIX only."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    random.seed()
+    code = 70
+    try:
+        code = asyncio.run(main(argv))
+    except BaseException as error:  # noqa: BLE001 - the last thing that this process says
+        print(f"ERROR {type(error).__name__} {error}", flush=True)
+    os._exit(code)
+
+
+def serve() -> None:
+    """Fork a program for each line of JSON on standard input, and print its process id."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = run_forked(order["argv"], order["folder"], order["output"])
+        print(f"PID {pid}", flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(f"END {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
     logging.getLogger("autogen_core").setLevel(logging.CRITICAL)
-    sys.exit(asyncio.run(main()))
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        sys.exit(asyncio.run(main()))

@@ -7,6 +7,7 @@ with OpenAIServer([Reply(calls=[("web_search", {"query": "x"})]), Reply("done")]
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -83,6 +84,10 @@ class _Handler(BaseHTTPRequestHandler):
     server_state: OpenAIServer
 
     def do_POST(self) -> None:
+        with suppress(ConnectionError):  # the client was killed
+            self._answer()
+
+    def _answer(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length", "0")))
         headers = {name.lower(): value for name, value in self.headers.items()}
         body: dict[str, Any] = json.loads(raw)

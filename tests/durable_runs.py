@@ -1,0 +1,297 @@
+"""Durable runs in processes of their own, killed at random, and what has to hold after them.
+
+python tests/durable_runs.py --long            100 runs of each shape
+python tests/durable_runs.py --runs 5 fan_out
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, environment, nexum_server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen.journal import Event, Kind, read_events
+from nexum_engine.client import NexumClient
+
+SHAPES = ("single", "round_robin", "selector", "swarm", "sequential", "cyclic", "fan_out", "person", "magentic")
+PARALLEL = {"fan_out": 3}  # agents at work at the same time; one everywhere else
+MAX_KILLS = 4
+MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
+FIRST_KILL, LATER_KILL = (0.05, 0.9), (0.9, 2.3)  # seconds after a start; a later run waits 1 s for its dead owner
+
+
+class RandomModel:
+    """Answers every request with words of its own, and remembers what it answered to what."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str, str]] = []
+        """Model, request and reply, in the order in which the replies left."""
+        self._lock = threading.Lock()
+
+    def __call__(self, body: dict[str, Any]) -> Reply:
+        time.sleep(random.uniform(0.01, 0.08))
+        reply = self._reply(body)
+        with self._lock:
+            answer = json.dumps(
+                [reply.text, [arguments["text"] for _, arguments in reply.calls if "text" in arguments]]
+            )
+            self.said.append((body["model"], json.dumps(body, sort_keys=True), answer))
+        return reply
+
+    def _reply(self, body: dict[str, Any]) -> Reply:
+        model, words = body["model"], f"{body['model']} {random.random()}"
+        offered = [tool["function"]["name"] for tool in body.get("tools", [])]
+        if model.endswith("selector"):
+            return Reply(random.choice("abc"))
+        if "is_request_satisfied" in body["messages"][-1]["content"]:
+            return Reply(_ledger(words))
+        handoffs = [name for name in offered if name.startswith("transfer_to_")]
+        if handoffs and random.random() < 0.5:
+            return Reply(calls=[(handoffs[0], {})])
+        used = sum(message["role"] == "tool" for message in body["messages"])
+        if "note" in offered and used < 4 and random.random() < 0.6:
+            text = f"fail {words}" if random.random() < 0.2 else words
+            if random.random() < 0.2:
+                return Reply(calls=[("note", {"text": text}), ("note", {"text": text})])  # the same twice, on purpose
+            return Reply(calls=[("note", {"text": f"{text} {n}"}) for n in range(random.choice((1, 1, 2)))])
+        return Reply(words + (" DONE" if random.random() < 0.5 else ""))
+
+
+def _ledger(words: str) -> str:
+    said = {"reason": words, "answer": False}
+    return json.dumps(
+        {
+            "is_request_satisfied": said,
+            "is_in_loop": said,
+            "is_progress_being_made": {"reason": words, "answer": True},
+            "next_speaker": {"reason": words, "answer": random.choice("ab")},
+            "instruction_or_question": {"reason": words, "answer": words},
+        }
+    )
+
+
+class Programs:
+    """Starts durable programs; forked from one process that has AutoGen imported, so that a start takes no seconds."""
+
+    def __init__(self, env: Mapping[str, str], folder: Path) -> None:
+        self._folder = folder
+        self._serving = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "durable_program.py"), "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=folder,
+            env=environment(env),
+            text=True,
+        )
+
+    def run(self, argv: Sequence[str], *, kill_after: float | None = None) -> tuple[int, str]:
+        """Exit code (negative for a signal) and output."""
+        output = self._folder / f"output-{time.monotonic_ns()}"
+        order = {"argv": list(argv), "folder": str(self._folder), "output": str(output)}
+        assert self._serving.stdin is not None
+        assert self._serving.stdout is not None
+        self._serving.stdin.write(json.dumps(order) + "\n")
+        self._serving.stdin.flush()
+        pid = int(self._line().removeprefix("PID "))
+        killer = None
+        if kill_after is not None:
+            killer = threading.Timer(kill_after, _kill, (pid,))
+            killer.start()
+        code = int(self._line().removeprefix("END "))
+        if killer is not None:
+            killer.cancel()
+            killer.join()
+        return code, output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+
+    def _line(self) -> str:
+        assert self._serving.stdout is not None
+        line = self._serving.stdout.readline().strip()
+        assert line, "the process that starts programs has ended"
+        return line
+
+    def end(self) -> None:
+        assert self._serving.stdin is not None
+        self._serving.stdin.close()
+        self._serving.wait(30)
+
+
+def _kill(pid: int) -> None:
+    # Until the serving process has said that it ended, the id is this program's.
+    os.kill(pid, signal.SIGKILL)
+
+
+@dataclass
+class Bench:
+    """A Nexum server, a model server and a folder."""
+
+    address: str
+    model_url: str
+    model: RandomModel
+    programs: Programs
+    folder: Path
+
+
+@contextmanager
+def bench(folder: Path) -> Iterator[Bench]:
+    """All of it for the length of a `with`."""
+    model = RandomModel()
+    with nexum_server(folder) as server, OpenAIServer(model) as http:
+        programs = Programs({"NEXUM_ADDRESS": server.address}, folder)
+        try:
+            yield Bench(server.address, http.base_url, model, programs, folder)
+        finally:
+            programs.end()
+
+
+@dataclass
+class Verdict:
+    """What one session went through."""
+
+    kills: int = 0
+    calls_repeated: int = 0
+    effects_repeated: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str) -> Verdict:
+    """Run a session, kill it up to `kills` times, run it to its end and once more; what does not hold."""
+    verdict = Verdict()
+    log = bench.folder / f"{session}.log"
+    argv = [shape, session, bench.model_url, str(log), *options]
+    bench.model.said.clear()
+    output = ""
+    for number in range(kills + 1):
+        window = FIRST_KILL if number == 0 else LATER_KILL
+        code, output = bench.programs.run(argv, kill_after=random.uniform(*window) if number < kills else None)
+        if code == 0:
+            break
+        if code != -signal.SIGKILL:
+            verdict.problems.append(f"exit {code}: {output}")
+            return verdict
+        verdict.kills += 1
+    said = list(bench.model.said)
+    noted = log.read_text().splitlines() if log.exists() else []
+    code, again = bench.programs.run(argv)
+    events = asyncio.run(_events(bench.address, session))
+    parallel = PARALLEL.get(shape, 1)
+    check = verdict.problems.append
+    if code != 0 or _transcript(again) != _transcript(output):
+        check(f"a finished session is not the same when it is run again: {again}")
+    if len(bench.model.said) != len(said) or (log.read_text().splitlines() if log.exists() else []) != noted:
+        check("a finished session was run live again")
+    verdict.calls_repeated = _check_calls(said, events, verdict.kills * parallel, check)
+    verdict.effects_repeated = _check_effects(
+        noted, events, verdict.kills * parallel * MAX_CALLS_AT_ONCE, _transcript(output), check
+    )
+    return verdict
+
+
+async def _events(address: str, session: str) -> list[Event]:
+    async with NexumClient(address) as client:
+        events, begun = await read_events(client, session)
+    assert not begun
+    return events
+
+
+def _transcript(output: str) -> str:
+    return next((line for line in output.splitlines() if line.startswith("TRANSCRIPT ")), f"none: {output}")
+
+
+def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], allowed: int, check: Any) -> int:
+    """Each recorded reply left the server once, in order; what is not recorded was in flight, and asked again alike."""
+    recorded: dict[str, list[str]] = defaultdict(list)
+    for event in events:
+        if event.kind is Kind.REPLY:
+            content = event.content["content"]
+            calls = [] if isinstance(content, str) else [json.loads(call["arguments"]) for call in content]
+            text = content.strip() if isinstance(content, str) else ""
+            answer = json.dumps([text, [call["text"] for call in calls if "text" in call]])
+            recorded[event.request["model"]].append(answer)
+    repeated = 0
+    for model in {model for model, _, _ in said} | set(recorded):
+        left = list(recorded[model])
+        unrecorded: list[str] = []
+        for _, request, answer in (one for one in said if one[0] == model):
+            if left and answer == left[0]:
+                if unrecorded and set(unrecorded) != {request}:
+                    check(f"{model}: a call that was in flight was asked again with another prompt")
+                unrecorded = []
+                left.pop(0)
+            else:
+                unrecorded.append(request)
+                repeated += 1
+        if left:
+            check(f"{model}: recorded replies that the server never sent, or not in this order: {left}")
+        if unrecorded:
+            check(f"{model}: the server's last replies are not recorded: {unrecorded}")
+    if repeated > allowed:
+        check(f"{repeated} calls were made twice, {allowed} could be in flight")
+    return repeated
+
+
+def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, transcript: str, check: Any) -> int:
+    """Each recorded tool call was executed once, or again if it was in flight; nothing else was."""
+    asked: Counter[str] = Counter()
+    for event in events:
+        if event.kind is Kind.TOOL:
+            asked[f"{event.agent.partition('/')[0]} {event.request['arguments']['text']}"] += 1
+        elif event.kind is Kind.INPUT:
+            asked["person asked"] += 1
+    done = Counter(noted)
+    for effect in asked:
+        if done[effect] < asked[effect]:
+            check(f"recorded and never executed: {effect}")
+    repeated = sum((done - asked).values())
+    unknown = [effect for effect in done if effect not in asked]
+    if unknown:
+        check(f"executed and not recorded: {unknown}")
+    if repeated > allowed:
+        check(f"{repeated} effects were repeated, {allowed} could be in flight")
+    for effect in asked:
+        if effect != "person asked" and json.dumps(effect.partition(" ")[2])[1:-1] not in transcript:
+            check(f"not in the transcript: {effect}")
+    return repeated
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--long", action="store_true", help="100 runs of each shape")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    failed = 0
+    with tempfile.TemporaryDirectory() as name, bench(Path(name)) as found:
+        for shape in args.shapes:
+            begun, totals = time.monotonic(), Counter[str]()
+            for number in range(100 if args.long else args.runs):
+                options = ["--stream"] if number % 3 == 2 else []
+                session = f"{shape.replace('_', '-')}-{number}"
+                verdict = run_killed(found, shape, session, random.randint(1, MAX_KILLS), *options)
+                totals.update(runs=1, kills=verdict.kills, failed=bool(verdict.problems))
+                totals.update(calls_repeated=verdict.calls_repeated, effects_repeated=verdict.effects_repeated)
+                for problem in verdict.problems:
+                    print(f"{session}: {problem}", flush=True)
+            failed += totals["failed"]
+            print(f"{shape}: {dict(totals)} in {time.monotonic() - begun:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
