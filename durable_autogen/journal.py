@@ -7,6 +7,7 @@ owns, under a key that names session, agent and position. A run of the session i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -17,9 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from console import say
 from durable_autogen.errors import SessionBusy
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, NexumError
+from nexum_engine.errors import Conflict, NexumError, StaleTask
 from nexum_engine.model import Execution, ExecutionStatus, Task
-from nexum_engine.owner import Owner
+from nexum_engine.owner import PATIENCE, Owner
 from nexum_engine.workflow import MAX_ID_LENGTH, workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
@@ -160,7 +161,8 @@ class Journal:
         self._owner = Owner(client)
         self._run: Task | None = None
         self._next_seq = 1
-        self._begun: dict[str, tuple[EventInput, Task]] = {}
+        self._inherited: dict[str, Task] = {}
+        self._open: dict[str, Task] = {}
 
     async def __aenter__(self) -> Journal:
         await self._owner.__aenter__()
@@ -171,7 +173,7 @@ class Journal:
                 # Taken over at once, so that a process that only hung can't record any of them later.
                 started = await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input))
                 if started.task is not None:
-                    self._begun[self._key(input)] = input, started.task
+                    self._inherited[self._key(input)] = self._open[started.task.task_id] = started.task
             self.epoch = max((event.epoch for event in self.events), default=0)
             self._next_seq = max((event.seq for event in self.events), default=0) + 1
         except BaseException:
@@ -181,6 +183,7 @@ class Journal:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
+            await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
@@ -226,14 +229,15 @@ class Journal:
         """Say that an event is under way."""
         input = EventInput(session=self.session, epoch=self.epoch, agent=agent, position=position, kind=kind)
         key = self._key(input)
-        if key in self._begun:
-            return self._begun.pop(key)[1]
+        if key in self._inherited:
+            return self._inherited.pop(key)
         started = await self._owner.start(AGENT_EVENT, input, idempotency_key=key)
         if started.task is None:
             raise SessionBusy(
                 f"another process has just recorded {name_of(kind, agent, position)} in session {self.session}: "
                 "run it again when that one has ended"
             )
+        self._open[started.task.task_id] = started.task
         return started.task
 
     async def record(
@@ -260,6 +264,7 @@ class Journal:
         )
         self._next_seq += 1
         await self._owner.complete(task, event)
+        self._open.pop(task.task_id, None)
         self.events.append(event)
         return event
 
@@ -272,6 +277,7 @@ class Journal:
 
     async def give_up(self, task: Task, reason: str) -> None:
         """An event that was begun has no result."""
+        self._open.pop(task.task_id, None)
         await self._owner.fail(task, reason)
 
     async def branch(self, after: int, why: str) -> None:
@@ -281,11 +287,16 @@ class Journal:
 
     async def end(self, summary: RunSummary) -> None:
         """The run is over, and whole."""
-        for _, task in self._begun.values():
-            await self._owner.fail(task, "the run that asked for it died, and a later one did not ask again")
+        await self._close_open("the run that asked for it died, and a later one did not ask again", PATIENCE)
         if self._run is not None:
             await self._owner.complete(self._run, summary)
             self._run = None
+
+    async def _close_open(self, reason: str, patience: float) -> None:
+        for task in list(self._open.values()):
+            with contextlib.suppress(StaleTask):  # its record was on the way, and has arrived
+                await self._owner.fail(task, reason, patience=patience)
+            del self._open[task.task_id]
 
 
 def _run_number(latest: Sequence[Execution]) -> int:

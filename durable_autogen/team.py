@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, cast
 
 from autogen_agentchat.agents import UserProxyAgent
@@ -93,6 +94,7 @@ async def run_durable_stream(
         runnable = await built if inspect.isawaitable(built) else built
         recorder = Recorder(journal, on_drift=on_drift)
         stack.push_async_callback(recorder.close)
+        stack.enter_context(_no_more_errors_once_stopped(recorder))
         parts = _Parts(recorder)
         stack.callback(parts.restore)
         parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
@@ -114,6 +116,21 @@ async def run_durable_stream(
             "from the record"
         )
         yield result
+
+
+@contextmanager
+def _no_more_errors_once_stopped(recorder: Recorder) -> Iterator[None]:
+    """AutoGen logs a traceback for every agent that ends with the run; the run's own error says it all."""
+    log = logging.getLogger("autogen_core")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not recorder.failed.done()
+
+    log.addFilter(wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(wanted)
 
 
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:

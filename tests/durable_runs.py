@@ -59,7 +59,7 @@ class RandomModel:
         model, words = body["model"], f"{body['model']} {random.random()}"
         offered = [tool["function"]["name"] for tool in body.get("tools", [])]
         if model.endswith("selector"):
-            return Reply(random.choice("abc"))
+            return Reply(f"{random.choice('abc')} {random.random()}")
         if "is_request_satisfied" in body["messages"][-1]["content"]:
             return Reply(_ledger(words))
         handoffs = [name for name in offered if name.startswith("transfer_to_")]

@@ -1,0 +1,33 @@
+"""Durable runs of every shape of team, killed with SIGKILL at random moments until they finish."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from durable_runs import MAX_KILLS, SHAPES, Bench, bench, run_killed
+
+RUNS = 3
+
+
+@pytest.fixture(scope="module")
+def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with bench(Path(tmp_path_factory.mktemp("durable"))) as found:
+        yield found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_killed_run_goes_on_as_the_same_run(killing: Bench, shape: str) -> None:
+    kills = 0
+    for number in range(RUNS):
+        options = ["--stream"] if number == 2 else []
+        session = f"{shape.replace('_', '-')}-{number}"
+        verdict = run_killed(killing, shape, session, random.randint(2, MAX_KILLS), *options)
+        assert not verdict.problems
+        kills += verdict.kills
+    assert kills, "no run was hit: none of them shows anything"
