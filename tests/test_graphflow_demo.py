@@ -1,0 +1,78 @@
+"""graphflow_demo.py on the installed AutoGen, and on a copy of it whose GraphFlow saves what it needs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import autogen_agentchat
+import pytest
+from harness import ROOT, Server
+from processes import run_script
+
+DEMO = str(ROOT / "graphflow_demo.py")
+REPAIRS = (
+    ('"ready": list(self._ready),', '"ready": [*self._active_speakers, *self._ready], "groups": self._groups(),'),
+    (
+        'self._ready = deque(state["ready"])',
+        'self._ready = deque(state["ready"])\n'
+        '        self._triggered_activation_groups = {n: set(g) for n, g in state["groups"].items()}',
+    ),
+    (
+        "    async def load_state(self,",
+        "    def _groups(self) -> Dict[str, List[str]]:\n"
+        "        return {n: list(g) for n, g in self._triggered_activation_groups.items()}\n\n"
+        "    async def load_state(self,",
+    ),
+)
+
+
+@pytest.fixture
+def mended(tmp_path: Path) -> Path:
+    """A folder with a mended copy of AutoGen, to be put first on the path."""
+    folder = tmp_path / "mended"
+    package = Path(autogen_agentchat.__file__).parent
+    shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "autogen_agentchat/teams/_group_chat/_graph/_digraph_group_chat.py"
+    text = file.read_text(encoding="utf-8")
+    for found, repair in REPAIRS:
+        assert text.count(found) == 1, f"AutoGen has changed: {found}"
+        text = text.replace(found, repair)
+    file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def show(server: Server, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+    code, output = run_script([DEMO, "--offline", "--nexum", server.address, *arguments], folder, env)
+    assert code == 0, output
+    return output
+
+
+def test_an_interrupted_graph_is_shown_not_to_resume_and_the_durable_run_to_finish(
+    server: Server, tmp_path: Path
+) -> None:
+    output = show(server, tmp_path)
+    assert "no agent called its model; ended by itself" in output
+    assert "it did not resume: analyst, editor, publisher never had a say" in output
+    assert "model calls by researcher, analyst; killed" in output
+    assert "recorded by then: reply 1 of researcher\n" in output
+    assert "model calls by analyst, editor, publisher; ended by itself" in output
+    assert "1 recorded call(s) were replayed, none was repeated; 3 were made live" in output
+
+
+def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_finish(
+    server: Server, tmp_path: Path
+) -> None:
+    output = show(server, tmp_path, "--cyclic")
+    assert "model calls by planner, author, reviewer; ended by itself" in output
+    assert "AutoGen answers: 'Digraph execution is complete'" in output
+    assert "it did not resume: publisher never had a say" in output
+    assert "3 recorded call(s) were replayed, none was repeated; 5 were made live" in output
+
+
+@pytest.mark.parametrize("kind", [[], ["--cyclic"]])
+def test_a_mended_autogen_is_shown_to_resume(server: Server, tmp_path: Path, mended: Path, kind: list[str]) -> None:
+    output = show(server, tmp_path, *kind, env={"PYTHONPATH": f"{ROOT}:{mended}"})
+    assert "[plain] it resumed: after loading," in output
+    assert "did not resume" not in output
+    assert "none was repeated" in output
