@@ -15,6 +15,7 @@ This package knows AutoGen and `submit_task`; the engine knows neither.
 """
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.sessions import SessionInfo, fork_session, list_sessions, question_of
 from durable_autogen.team import run_durable, run_durable_stream
 from durable_autogen.tools import DurableTool
 
@@ -24,6 +25,10 @@ __all__ = [
     "NotDurable",
     "RunCancelled",
     "SessionBusy",
+    "SessionInfo",
+    "fork_session",
+    "list_sessions",
+    "question_of",
     "run_durable",
     "run_durable_stream",
 ]

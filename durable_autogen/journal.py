@@ -292,6 +292,12 @@ class Journal:
             await self._owner.complete(self._run, summary)
             self._run = None
 
+    async def release(self) -> None:
+        """Leave the session without having run it."""
+        if self._run is not None:
+            await self._owner.fail(self._run, "it was not run")
+            self._run = None
+
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
             with contextlib.suppress(StaleTask):  # its record was on the way, and has arrived

@@ -62,7 +62,7 @@ class DurableModelClient(ChatCompletionClient):
         self._agent = agent
         self._replies = replies or Replies()
         self._replayed_usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
-        self._message_at: int | None = None
+        self._added_at: dict[int, int] = {}
 
     async def create(
         self,
@@ -149,20 +149,22 @@ class DurableModelClient(ChatCompletionClient):
     def _next(self, messages: Sequence[LLMMessage]) -> tuple[Sequence[LLMMessage], str]:
         self._replies.count += 1
         position = f"reply/{self._replies.count}"
-        return self._with_message(messages, position), position
+        return self._with_added(messages, position), position
 
-    def _with_message(self, messages: Sequence[LLMMessage], position: str) -> Sequence[LLMMessage]:
-        """With a fork's new message, at the place where this agent first met it."""
-        message = self._recorder.message
-        if message is None:
-            return messages
-        if self._message_at is None:
-            if self._recorder.is_before_message(f"{self._agent}/{position}"):
-                return messages
-            self._message_at = len(messages)
-        at = min(self._message_at, len(messages))
-        self._recorder.message_delivered = True
-        return [*messages[:at], UserMessage(content=message.content["text"], source="user"), *messages[at:]]
+    def _with_added(self, messages: Sequence[LLMMessage], position: str) -> Sequence[LLMMessage]:
+        """With the messages that forks have added, each where this agent first met it."""
+        for added in self._recorder.messages:
+            if added.seq in self._added_at or self._recorder.comes_before(f"{self._agent}/{position}", added):
+                continue
+            if added.seq not in self._recorder.as_task:
+                self._added_at[added.seq] = len(messages)
+                self._recorder.delivered.add(added.seq)
+        whole = list(messages)
+        for added in reversed(self._recorder.messages):
+            if added.seq in self._added_at:
+                at = min(self._added_at[added.seq], len(messages))
+                whole.insert(at, UserMessage(content=added.content["text"], source="user"))
+        return whole
 
     async def _event(
         self, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[CreateResult]]

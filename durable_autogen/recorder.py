@@ -45,12 +45,17 @@ class Recorder:
         self.journal = journal
         self.on_drift = on_drift
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self.call_error: Exception | None = None
+        """What the last failed model call or input raised, as AutoGen passes only its text on."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
-        self.message = next((e for e in reversed(journal.events) if e.kind is Kind.MESSAGE), None)
-        """The user message that a fork adds."""
-        self.message_delivered = False
-        self._before_message = {e.address for e in journal.events if self.message and e.seq < self.message.seq}
+        self.messages = [event for event in journal.events if event.kind is Kind.MESSAGE]
+        """User messages that forks have added."""
+        self.delivered: set[int] = set()
+        """The numbers of those that an agent has seen."""
+        self.as_task: set[int] = set()
+        """The numbers of those that were a task of their own, because the run before them had ended."""
+        self._seq_of = {event.address: event.seq for event in journal.events}
         self._ahead = deque(event for event in journal.events if event.kind.is_asked_for)
         self._addresses = {event.address for event in self._ahead}
         self._asked: dict[str, _Asked] = {}
@@ -82,9 +87,9 @@ class Recorder:
         """Whether the event is still ahead in the record."""
         return address in self._addresses
 
-    def is_before_message(self, address: str) -> bool:
-        """Whether the event is of the part that a fork has copied."""
-        return address in self._before_message
+    def comes_before(self, address: str, message: Event) -> bool:
+        """Whether the event belongs to what was recorded before the message was added."""
+        return self._seq_of.get(address, message.seq) < message.seq
 
     def remaining(self) -> list[Event]:
         """What is recorded and was not asked for yet."""
@@ -142,6 +147,8 @@ class Recorder:
             try:
                 content = await self._perform(perform, name_of(kind, agent, position))
             except Exception as error:
+                if kind is not Kind.TOOL:
+                    self.call_error = error
                 if not self.failed.done():
                     await self.journal.give_up(task, f"{type(error).__name__}: {error}")
                 raise

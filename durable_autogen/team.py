@@ -30,6 +30,7 @@ from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from session_file import check_session_id
 
+FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
 END_PATIENCE = 5.0  # seconds that a stopped team gets to end
 REPLAYED = "nexum"
 """The key in a message's metadata whose value is "replayed" if the message came from the record."""
@@ -85,7 +86,7 @@ async def run_durable_stream(
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(NexumClient(address))
         try:
-            await client.ping()
+            await client.ping(patience=FIRST_PATIENCE)
         except ServerUnavailable as error:
             raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
         journal = await stack.enter_async_context(Journal(client, check_session_id(session_id)))
@@ -103,9 +104,12 @@ async def run_durable_stream(
         async for message in run.messages(task):
             yield message
         result = run.result
-        if recorder.message is not None and not recorder.message_delivered:
-            # The fork's new message came after the whole recorded run: it is the next thing the user says.
-            async for message in run.messages(recorder.message.content["text"]):
+        for added in recorder.messages:
+            if added.seq in recorder.delivered:
+                continue
+            # It was added after the end of the run: it is the next thing that the user says.
+            recorder.as_task.add(added.seq)
+            async for message in run.messages(added.content["text"]):
                 yield message
             result = TaskResult(messages=[*result.messages, *run.result.messages], stop_reason=run.result.stop_reason)
         for event in recorder.remaining()[:1]:
@@ -225,9 +229,14 @@ class _Run:
                     self.result = item
                 else:
                     yield item
-            await running
             if failed.done():
                 raise failed.result()
+            try:
+                await running
+            except RuntimeError as error:
+                if self._recorder.call_error is not None and error is not self._recorder.call_error:
+                    raise self._recorder.call_error from error
+                raise
         finally:
             if not running.done():
                 self._cancelled()

@@ -10,8 +10,9 @@ from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
-from durable_autogen.workbench import call_scope
-from submit_task import Session, ToolResult
+from console import say
+from durable_autogen.workbench import call_notes, call_scope
+from submit_task import Origin, Session, ToolResult
 from tools import Tool
 
 
@@ -42,9 +43,19 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
         except asyncio.CancelledError as error:
             # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
             raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error
+        notes = call_notes.get()
+        if notes is not None:
+            notes["execution_id"] = result.execution_id
         if self._on_result is not None:
             self._on_result(result)
         return result.text
+
+    def replayed(self, text: str, notes: Mapping[str, str]) -> None:
+        """A durable run has this result on record."""
+        execution_id = notes.get("execution_id", "")
+        say(f"[Nexum] {execution_id[:16]}... ({self.name}) already COMPLETED (cached) ✓")
+        if self._on_result is not None:
+            self._on_result(ToolResult(text, Origin.CACHED, execution_id))
 
     async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:
         """For callers that validate first."""

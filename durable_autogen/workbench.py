@@ -6,7 +6,7 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
@@ -20,13 +20,28 @@ from autogen_core.tools import (
     Workbench,
 )
 
+from console import say
 from durable_autogen.journal import Kind
 from durable_autogen.model import Replies
 from durable_autogen.recorder import Recorder
 from durable_autogen.request import describe_arguments
 
+
+@runtime_checkable
+class HearsOfReplays(Protocol):
+    """A tool that wants to know when a result of its own is replayed."""
+
+    def replayed(self, text: str, notes: Mapping[str, str]) -> None:
+        """It was, with the notes that the call had left."""
+        ...
+
+
 call_scope: ContextVar[str] = ContextVar("call_scope", default="")
 """The recorded call that a tool runs for: it tells two equal calls apart that are meant to run twice."""
+
+
+call_notes: ContextVar[dict[str, str] | None] = ContextVar("call_notes", default=None)
+"""Where a tool may leave what should stand beside its result on record."""
 
 
 class DurableWorkbench(StaticStreamWorkbench):
@@ -66,11 +81,13 @@ class DurableWorkbench(StaticStreamWorkbench):
 
         async def perform() -> dict[str, Any]:
             call_scope.set(scope)
+            notes: dict[str, str] = {}
+            call_notes.set(notes)
             try:
                 result = await self._contained.call_tool(name, arguments, cancellation_token, call_id)
             except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
-            return result.model_dump(mode="json")
+            return {**result.model_dump(mode="json"), "notes": notes}
 
         try:
             outcome = await self._recorder.event(
@@ -80,7 +97,18 @@ class DurableWorkbench(StaticStreamWorkbench):
             return _failure(name, error)
         counts = self._recorder.replayed if outcome.replayed else self._recorder.live
         counts["tool calls"] += 1
-        return ToolResult.model_validate(outcome.content)
+        result = ToolResult.model_validate(outcome.content)
+        if outcome.replayed:
+            self._tell_replayed(name, result, outcome.content.get("notes") or {})
+        return result
+
+    def _tell_replayed(self, name: str, result: ToolResult, notes: Mapping[str, str]) -> None:
+        tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
+        for tool in tools:
+            if tool.name == name and notes and isinstance(tool, HearsOfReplays):
+                tool.replayed(result.to_text(), notes)
+                return
+        say(f"[Nexum] {name} for {self._agent}: replayed from the record ✓")
 
     async def call_tool_stream(
         self,

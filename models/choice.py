@@ -50,13 +50,14 @@ class ModelChoice(BaseModel):
             parts.append(self.base_url or "")
         return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
-    def client(self, topics: Sequence[str] | None = None) -> "ChatCompletionClient":
-        """An AutoGen model client. `topics` is what the rehearsal says it knows; by default, its own pages."""
+    def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
+        """An AutoGen model client. `topics` is what the rehearsal says it knows, by default its own pages; `share` is
+        which part of a question's searches it takes: (1, 2) is the first of two."""
         if self.offline:
             from rehearsal.model import RehearsalModel
             from rehearsal.web import RehearsalWeb
 
-            return RehearsalModel(RehearsalWeb().topics() if topics is None else topics)
+            return RehearsalModel(RehearsalWeb().topics() if topics is None else topics, share)
         from models.live import LiveModel
 
         if self.base_url is None or self.api_key is None:

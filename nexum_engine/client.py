@@ -126,9 +126,9 @@ class NexumClient:
 
     # ---- Workflows and executions ------------------------------------------------------------------------------------
 
-    async def ping(self) -> None:
+    async def ping(self, *, patience: float = 0.0) -> None:
         """Return if a Nexum server answers."""
-        await self._call(lambda t: self._stub.ListExecutions(pb.ListRequest(limit=1), timeout=t))
+        await self._call(lambda t: self._stub.ListExecutions(pb.ListRequest(limit=1), timeout=t), patience=patience)
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
         """Make the workflow's version known to the server. Raises VersionConflict's kin for a changed definition."""

@@ -49,13 +49,17 @@ class Turn:
 
 
 class RehearsalModel(ChatCompletionClient):
-    """`topics` are the titles it lists when no page covers a question."""
+    """`topics` are the titles it lists when no page covers a question.
+
+    `share` is which part it takes of the searches that a question needs: (1, 2) is the first of two.
+    """
 
     component_type = "model"
     component_config_schema = BaseModel
 
-    def __init__(self, topics: Sequence[str] = ()) -> None:
+    def __init__(self, topics: Sequence[str] = (), share: tuple[int, int] = (1, 1)) -> None:
         self._topics = list(topics)
+        self._share = share
         self._last = RequestUsage(prompt_tokens=0, completion_tokens=0)
         self._total = RequestUsage(prompt_tokens=0, completion_tokens=0)
 
@@ -140,7 +144,7 @@ class RehearsalModel(ChatCompletionClient):
         turn = _read(messages)
         if not turn.searched and "web_search" not in offered:
             return _from_conversation(messages)
-        queries = plan_searches(turn.question)
+        queries = self._share_of(plan_searches(turn.question))
         earlier = sum(1 for message in messages if isinstance(message, AssistantMessage) and _calls(message))
         if not turn.searched and queries:
             return _calls_of(earlier + 1, "web_search", [{"query": query} for query in queries])
@@ -149,6 +153,10 @@ class RehearsalModel(ChatCompletionClient):
             if best:
                 return _calls_of(earlier + 1, "visit_webpage", [{"url": url} for url in best])
         return self._answer(turn)
+
+    def _share_of(self, queries: Sequence[str]) -> Sequence[str]:
+        number, of = self._share
+        return queries[number - 1 :: of] or queries
 
     def _answer(self, turn: Turn) -> str:
         sources: dict[str, str] = {}  # title by URL, in the order of citing

@@ -61,7 +61,7 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 def answer(output: str) -> str:
     """What the demo's agent said in the end."""
-    return output.partition("\n\n")[2].partition("\n\n[demo] Tool calls:")[0]
+    return output.partition("\n\n")[2].partition("\n[Nexum] session ")[0]
 
 
 @contextmanager
@@ -148,10 +148,11 @@ def command_line(*arguments: str) -> argparse.Namespace:
 
 
 def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Every execution with its nodes and attempts, oldest first, from the server or else from the demo's database."""
+    """Every tool call's execution with its nodes and attempts, oldest first, from the server or else from the demo's
+    database. What a durable run records of itself is left out."""
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
-    ids = [one["execution_id"] for one in reversed(listed)]
+    ids = [one["execution_id"] for one in reversed(listed) if not one["workflow_id"].startswith("agent-")]
     return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
 
 
