@@ -269,9 +269,8 @@ async def own_question(session_id: str, nexum: str) -> str:
 
     async with NexumClient(nexum) as client:
         recorded = await question_of(client, session_id)
-    say(
-        f"[demo] No question given; asking {'the README' if recorded is None else 'the session'}'s: {recorded or QUESTION}"
-    )
+    whose = "the README's" if recorded is None else "the session's own"
+    say(f"[demo] No question given; asking {whose}: {recorded or QUESTION}")
     return recorded or QUESTION
 
 
@@ -318,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
             return asyncio.run(show_sessions(args.nexum))
         model = choose_model(os.environ, offline=args.offline)
         say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
-        said = question
+        said: str | None = question
         if args.question is None and args.session_id is None:
             say(f"[demo] No question given; asking the README's: {question}")
         elif args.question is None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from console import say
 from durable_autogen.errors import SessionBusy
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, NexumError, StaleTask
+from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
 from nexum_engine.model import Execution, ExecutionStatus, Task
 from nexum_engine.owner import PATIENCE, Owner
 from nexum_engine.workflow import MAX_ID_LENGTH, workflow
@@ -263,10 +263,41 @@ class Journal:
             accepted=accepted,
         )
         self._next_seq += 1
-        await self._owner.complete(task, event)
+        while True:
+            try:
+                await self._move_if_replaced()
+                if task.task_id not in self._open:  # begun on a server that was replaced
+                    task = await self.begin(kind, agent, position)
+                await self._owner.complete(task, event)
+                break
+            except TaskNotFound:
+                continue  # replaced a moment ago
         self._open.pop(task.task_id, None)
         self.events.append(event)
         return event
+
+    async def _move_if_replaced(self) -> None:
+        """If the server's database was replaced, or another server has taken its place, record all of it there."""
+        if self._run is None:
+            return
+        try:
+            await self._client.get_execution(self._run.execution_id, patience=PATIENCE)
+            return
+        except ExecutionNotFound:
+            say(f"[Nexum] session {self.session} is unknown to this server: recording {len(self.events)} event(s) anew")
+        self._open.clear()
+        self._inherited.clear()
+        self._run = await self._take_session()
+        there, _ = await read_events(self._client, self.session)
+        if there:
+            raise SessionBusy(f"the server that took the place of the last one has another session {self.session}")
+        for event in self.events:
+            input = EventInput(
+                session=self.session, epoch=event.epoch, agent=event.agent, position=event.position, kind=event.kind
+            )
+            started = await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input))
+            if started.task is not None:
+                await self._owner.complete(started.task, event)
 
     async def add(
         self, kind: Kind, agent: str, position: str, content: Any, request: Mapping[str, Any], *, accepted: bool = False
@@ -277,8 +308,9 @@ class Journal:
 
     async def give_up(self, task: Task, reason: str) -> None:
         """An event that was begun has no result."""
-        self._open.pop(task.task_id, None)
-        await self._owner.fail(task, reason)
+        if self._open.pop(task.task_id, None) is not None:
+            with contextlib.suppress(TaskNotFound):  # its server is another one now
+                await self._owner.fail(task, reason)
 
     async def branch(self, after: int, why: str) -> None:
         """Go on with another program: what is recorded after the event of this number counts no more."""
@@ -287,6 +319,7 @@ class Journal:
 
     async def end(self, summary: RunSummary) -> None:
         """The run is over, and whole."""
+        await self._move_if_replaced()
         await self._close_open("the run that asked for it died, and a later one did not ask again", PATIENCE)
         if self._run is not None:
             await self._owner.complete(self._run, summary)
@@ -300,7 +333,8 @@ class Journal:
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            with contextlib.suppress(StaleTask):  # its record was on the way, and has arrived
+            # Its record was on the way and has arrived, or its server is another one now.
+            with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]
 
