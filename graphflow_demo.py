@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from console import accept_any_character, complain, say
 from launcher import NexumForRun, kill_this_process, start_child
-from model_choice import ModelChoice, ModelChoiceError, choose_model
+from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 

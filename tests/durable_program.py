@@ -31,7 +31,7 @@ from autogen_agentchat.teams import (
 )
 
 from durable_autogen import run_durable_stream
-from live_model import LiveModel
+from models.live import LiveModel
 from nexum_engine.errors import NexumError
 
 TASK = "Find it out."

@@ -31,7 +31,7 @@ from durable_autogen import (
     run_durable,
     run_durable_stream,
 )
-from live_model import LiveModel
+from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from submit_task import Session

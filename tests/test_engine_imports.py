@@ -86,6 +86,7 @@ ENGINE = {
     "server": ("store", "wire", "workflow", "jsontext", "model", "errors", "clock"),
     "client": ("wire", "workflow", "jsontext", "model", "errors"),
     "worker": ("client", "wire", "workflow", "jsontext", "model", "errors"),
+    "owner": ("client", "wire", "workflow", "jsontext", "model", "errors"),
 }
 
 
@@ -167,7 +168,7 @@ def test_there_is_no_circle_of_imports() -> None:
         raise AssertionError(" -> ".join(error.args[1])) from None
 
 
-@pytest.mark.parametrize("script", ["demo.py", "worker.py", "crash_demo.py", "pipeline_worker.py"])
+@pytest.mark.parametrize("script", ["demo.py", "worker.py", "crash_demo.py", "graphflow_demo.py", "pipeline_worker.py"])
 def test_help_comes_without_autogen_ddgs_and_openai(script: str) -> None:
     program = (
         "import runpy, sys\n"
