@@ -1,0 +1,24 @@
+"""An MCP server with one tool that writes its effects down: `mcp_server.py LOG`."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from pathlib import Path
+
+from mcp.server.fastmcp import FastMCP
+
+
+def note(text: str) -> str:
+    """Write the text down."""
+    with Path(sys.argv[1]).open("a", encoding="utf-8") as log:
+        log.write(f"{text}\n")
+    if text == "bad":
+        raise ValueError(f"refused {uuid.uuid4()}")
+    return f"noted {text} {uuid.uuid4()}"
+
+
+if __name__ == "__main__":
+    server = FastMCP("tests")
+    server.add_tool(note)
+    server.run()
