@@ -21,7 +21,7 @@ from durable_autogen.request import differences
 from nexum_engine.errors import NexumError
 
 OnDrift = Literal["stop", "continue"]
-DRIFT_PATIENCE = 5.0  # seconds that a recorded event may be waited for while the run asks for others
+DRIFT_PATIENCE = 10.0  # seconds that a recorded event may be waited for while the run asks for others
 
 
 @dataclass(frozen=True)

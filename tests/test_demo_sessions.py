@@ -1,0 +1,155 @@
+"""demo.py's sessions: recorded runs that go on, a team, a list, forks, and programs that ask for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Server, tool_worker
+from openai_server import OpenAIServer, Reply
+from processes import QUESTION, answer, recorded, run_demo
+
+RUST = "What does Rust change in systems programming?"
+
+
+@pytest.fixture
+def address(server: Server, tmp_path: Path) -> Iterator[str]:
+    """A server with a worker."""
+    with tool_worker(tmp_path, server.address):
+        yield server.address
+
+
+def ask(folder: Path, address: str, *arguments: str) -> tuple[int, str]:
+    return run_demo(folder, "--offline", "--nexum", address, *arguments)
+
+
+def summary(output: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith("[Nexum] session ") and "live" in line)
+
+
+def test_a_team_of_two_researchers_and_a_writer_goes_on_after_a_crash(tmp_path: Path, address: str) -> None:
+    code, _ = ask(tmp_path, address, "--team", "--crash-after-step", "3", QUESTION)
+    assert code not in (0, 1, 2)
+    code, output = ask(tmp_path, address, "--team", QUESTION)
+    assert code == 0
+    assert "its last run died; this one takes it over" in output
+    assert "reply 1 of first_researcher: replayed from the record ✓" in output
+    assert "Tokyo" in answer(output)
+    assert "New York" in answer(output)
+    assert len(recorded(tmp_path, address)) == 4
+    code, again = ask(tmp_path, address, "--team", QUESTION)
+    assert code == 0
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 7 model call(s)" in summary(again)
+    assert [line for line in again.splitlines() if line.startswith("From the conversation")] == [
+        line for line in output.splitlines() if line.startswith("From the conversation")
+    ]
+
+
+def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:
+    _, single = ask(tmp_path, address, QUESTION)
+    _, team = ask(tmp_path, address, "--team", QUESTION)
+    assert "(new;" in single
+    assert "(new;" in team
+
+
+def test_sessions_are_listed_with_question_model_status_calls_and_age(tmp_path: Path, address: str) -> None:
+    code, output = ask(tmp_path, address, "--sessions")
+    assert (code, output) == (0, "[demo] no session is on record here")
+    ask(tmp_path, address, "--session-id", "whole", QUESTION)
+    ask(tmp_path, address, "--session-id", "crashed", "--crash-after-step", "1", RUST)
+    code, output = ask(tmp_path, address, "--sessions")
+    assert code == 0
+    lines = output.splitlines()
+    assert len(lines) == 6
+    assert lines[0].split()[0] == "crashed"
+    assert lines[0].split()[1] in ("interrupted", "running")  # a killed owner counts as alive for a second
+    assert lines[1].strip() == RUST
+    assert lines[3].startswith("whole                  finished     3 model call(s), 4 tool call(s), begun ")
+    assert lines[4:] == [f"    {QUESTION}", "    RehearsalModel"]
+
+
+def test_a_session_goes_on_with_its_own_question(tmp_path: Path, address: str) -> None:
+    ask(tmp_path, address, "--session-id", "s", RUST)
+    code, output = ask(tmp_path, address, "--session-id", "s")
+    assert code == 0
+    assert f"[demo] No question given; asking the session's own: {RUST}" in output
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live" in summary(output)
+
+
+def test_another_question_in_a_session_is_told_and_goes_live_only_when_asked_to(tmp_path: Path, address: str) -> None:
+    ask(tmp_path, address, "--session-id", "s", QUESTION)
+    before = len(recorded(tmp_path, address))
+    code, output = ask(tmp_path, address, "--session-id", "s", RUST)
+    assert code == 2
+    last = output.splitlines()[-1]
+    assert last.startswith("error: session s has recorded another run.")
+    assert QUESTION in last
+    assert RUST in last
+    assert "--on-drift continue" in last
+    assert len(recorded(tmp_path, address)) == before
+    code, output = ask(tmp_path, address, "--session-id", "s", "--on-drift", "continue", RUST)
+    assert code == 0
+    assert "goes on live from here; 7 recorded event(s) are left behind" in output
+    assert "Rust" in answer(output)
+    code, output = ask(tmp_path, address, "--session-id", "s", RUST)
+    assert code == 0
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live" in summary(output)
+
+
+def test_a_fork_goes_on_from_the_first_events_with_a_message_and_another_model(tmp_path: Path, address: str) -> None:
+    ask(tmp_path, address, "--session-id", "s", QUESTION)
+    seen: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        seen.append(body)
+        return Reply("In French: bonjour.")
+
+    with OpenAIServer(reply) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "other"}
+        for _ in range(2):
+            code, output = run_demo(
+                tmp_path, "--nexum", address, "--fork", "s@3", "--session-id", "t", "In French, please", env=env
+            )
+            assert code == 0, output
+            assert "reply 1 of research_assistant: replayed" in output
+            assert answer(output).strip() == "In French: bonjour."
+    (body,) = seen
+    assert body["model"] == "other"
+    said = [(message["role"], message["content"]) for message in body["messages"] if message["role"] == "user"]
+    assert said == [("user", QUESTION), ("user", "In French, please")]
+    assert body["messages"][-1]["content"] == "In French, please"
+    _, listed = ask(tmp_path, address, "--sessions")
+    assert f"    {QUESTION} / In French, please" in listed.splitlines()
+
+
+def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: str) -> None:
+    ask(tmp_path, address, "--session-id", "s", QUESTION)
+    code, output = ask(tmp_path, address, "--fork", "s@7", "--session-id", "t", RUST)
+    assert code == 0
+    assert "3 model call(s)" in summary(output)
+    assert "Rust" in output.rpartition("\n\n")[0]
+    code, again = ask(tmp_path, address, "--session-id", "t")
+    assert code == 0
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 6 model call(s)" in summary(again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fork", "s@1"], "--fork takes SESSION@N, and the new session's name in --session-id"),
+        (["--fork", "s", "--session-id", "t"], "--fork takes SESSION@N"),
+        (["--fork", "s@8", "--session-id", "t"], "session 's' has 7 recorded event(s): give 0 to 7, not 8"),
+        (["--fork", "none@1", "--session-id", "t"], "session 'none' has nothing on record here"),
+        (["--fork", "s@1", "--session-id", "s2"], "session s2 has something else on record than s"),
+    ],
+)
+def test_a_fork_that_can_not_be_is_one_line_and_exit_code_2(
+    tmp_path: Path, address: str, arguments: list[str], said: str
+) -> None:
+    ask(tmp_path, address, "--session-id", "s", QUESTION)
+    ask(tmp_path, address, "--session-id", "s2", RUST)
+    code, output = ask(tmp_path, address, *arguments)
+    assert code == 2
+    assert said in output.splitlines()[-1]
