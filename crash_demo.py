@@ -10,6 +10,8 @@ own in any case. Without a model key it rehearses offline.
     python crash_demo.py --crash-after research
     python crash_demo.py --query "Impact of Rust on systems programming" --html timeline.html
     python crash_demo.py --all                          # every crash point, also within a step
+    python crash_demo.py --graphflow                    # what AutoGen alone does instead, and a durable run of the same
+    python crash_demo.py --cyclic
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
+from graphflow_demo import compare
 from launcher import NexumForRun
 from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
@@ -56,6 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--crash-during", choices=STEPS, help="kill worker 1 within this step, after its effect and before its record"
     )
     where.add_argument("--all", action="store_true", help="every crash point, one after the other")
+    where.add_argument(
+        "--graphflow", action="store_true", help="instead: an interrupted AutoGen GraphFlow, without and with a record"
+    )
+    where.add_argument("--cyclic", action="store_true", help="the same for a GraphFlow with a loop")
     parser.add_argument("--query", default=QUERY, metavar="TEXT", help="what to find out about (default: %(default)s)")
     parser.add_argument("--offline", action="store_true", help="rehearse without a model key and without the web")
     parser.add_argument(
@@ -151,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = choose_model(os.environ, offline=args.offline)
         say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
+        if args.graphflow or args.cyclic:
+            return asyncio.run(compare(cyclic=args.cyclic, model=model, nexum=args.nexum))
         return finish(asyncio.run(run(points, query, model, args.nexum)), args.html, args.nexum)
     except DrillFailed as error:
         complain(f"error: {error}")

@@ -2,7 +2,7 @@
 
 The same four agents are interrupted at the same place twice: first as AutoGen has it, with save_state and load_state,
 then as a durable run that is killed and run again. What is printed is what happened, on the AutoGen that is installed.
-`crash_demo.py --graphflow` and `--cyclic` call `show`. Needs nothing else running.
+`crash_demo.py --graphflow` and `--cyclic` call `compare`. Needs nothing else running.
 
     python graphflow_demo.py              # a graph in a row, interrupted while an agent works
     python graphflow_demo.py --cyclic     # a loop, stopped between two rounds
@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console import accept_any_character, complain, say
+from console import accept_any_character, complain, let_ctrl_c_cancel, say
 from launcher import NexumForRun, kill_this_process, start_child
 from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
@@ -323,11 +323,11 @@ class Stage:
         return Part(child.process.pid, code, found, asked)
 
 
-async def show(*, cyclic: bool, offline: bool, nexum: str | None, env: Mapping[str, str] = os.environ) -> int:
+async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
     """Both halves; the exit code is 0 if the durable one holds what it promises."""
-    model = choose_model(env, offline=offline)
+    let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
-    say(f"[demo] AutoGen {version('autogen-agentchat')}, model: {model.description}")
+    say(f"[demo] AutoGen {version('autogen-agentchat')} as it is installed")
     say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
@@ -467,12 +467,14 @@ def main(argv: list[str] | None = None) -> int:
             end_with_parent()
             asyncio.run(run_part(args))
             return 0
-        return asyncio.run(show(cyclic=args.cyclic, offline=args.offline, nexum=args.nexum))
+        model = choose_model(os.environ, offline=args.offline)
+        say(f"[demo] Model: {model.description}")
+        return asyncio.run(compare(cyclic=args.cyclic, model=model, nexum=args.nexum))
     except (ModelChoiceError, NexumError) as error:
         complain(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        complain("\ninterrupted")
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        complain("\ninterrupted; nothing of it is left running")
         return 130
 
 

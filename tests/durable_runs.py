@@ -64,7 +64,7 @@ class RandomModel:
             return Reply(_ledger(words))
         handoffs = [name for name in offered if name.startswith("transfer_to_")]
         if handoffs and random.random() < 0.5:
-            return Reply(calls=[(handoffs[0], {})])
+            return Reply(calls=[("note", {"text": words}), (handoffs[0], {})])
         used = sum(message["role"] == "tool" for message in body["messages"])
         if "note" in offered and used < 4 and random.random() < 0.6:
             text = f"fail {words}" if random.random() < 0.2 else words

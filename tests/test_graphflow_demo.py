@@ -1,7 +1,8 @@
-"""graphflow_demo.py on the installed AutoGen, and on a copy of it whose GraphFlow saves what it needs."""
+"""crash_demo.py --graphflow and --cyclic on the installed AutoGen, and on a copy of it that is mended."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from harness import ROOT, Server
 from processes import run_script
 
-DEMO = str(ROOT / "graphflow_demo.py")
+DEMO = str(ROOT / "crash_demo.py")
 REPAIRS = (
     ('"ready": list(self._ready),', '"ready": [*self._active_speakers, *self._ready], "groups": self._groups(),'),
     (
@@ -51,7 +52,7 @@ def show(server: Server, folder: Path, *arguments: str, env: dict[str, str] | No
 def test_an_interrupted_graph_is_shown_not_to_resume_and_the_durable_run_to_finish(
     server: Server, tmp_path: Path
 ) -> None:
-    output = show(server, tmp_path)
+    output = show(server, tmp_path, "--graphflow")
     assert "no agent called its model; ended by itself" in output
     assert "it did not resume: analyst, editor, publisher never had a say" in output
     assert "model calls by researcher, analyst; killed" in output
@@ -70,9 +71,9 @@ def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_fi
     assert "3 recorded call(s) were replayed, none was repeated; 5 were made live" in output
 
 
-@pytest.mark.parametrize("kind", [[], ["--cyclic"]])
-def test_a_mended_autogen_is_shown_to_resume(server: Server, tmp_path: Path, mended: Path, kind: list[str]) -> None:
-    output = show(server, tmp_path, *kind, env={"PYTHONPATH": f"{ROOT}:{mended}"})
+@pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
+def test_a_mended_autogen_is_shown_to_resume(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
+    output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{mended}"})
     assert "[plain] it resumed: after loading," in output
     assert "did not resume" not in output
     assert "none was repeated" in output
