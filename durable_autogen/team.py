@@ -8,24 +8,19 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
-from autogen_agentchat.agents import UserProxyAgent
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
 from autogen_core import CancellationToken
-from autogen_core.code_executor import CodeExecutor
-from autogen_core.models import ChatCompletionClient
-from autogen_core.tools import StaticWorkbench, Workbench
 
 from console import say
-from durable_autogen.errors import NotDurable, RunCancelled
+from durable_autogen.errors import RunCancelled
 from durable_autogen.journal import Journal, Kind
-from durable_autogen.model import DurableModelClient, Replies
+from durable_autogen.parts import Parts
 from durable_autogen.quiet import watched_threads
 from durable_autogen.recorder import OnDrift, Recorder
 from durable_autogen.request import differences, hashed
-from durable_autogen.workbench import DurableWorkbench
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from session_file import check_session_id
@@ -96,7 +91,7 @@ async def run_durable_stream(
         recorder = Recorder(journal, on_drift=on_drift)
         stack.push_async_callback(recorder.close)
         stack.enter_context(_no_more_errors_once_stopped(recorder))
-        parts = _Parts(recorder)
+        parts = Parts(recorder)
         stack.callback(parts.restore)
         parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
         task = await _begin(recorder, runnable, task)
@@ -148,10 +143,13 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
             Kind.BEGIN, "", f"begin/{journal.epoch}", {"task": _texts(task)}, _description(runnable, task)
         )
         return task
-    if begun.accepted or task is None:
-        recorded: list[str] = begun.content["task"]
+    recorded: list[str] = begun.content["task"]
+    if task is None:
         return "\n".join(recorded)
-    differing = differences(begun.request, _description(runnable, task))
+    if begun.accepted:  # in a fork, the team may be another one
+        differing = differences(hashed({"task": recorded}), hashed({"task": _texts(task)}))
+    else:
+        differing = differences(begun.request, _description(runnable, task))
     if differing:
         await recorder.drift(begun, f"the session's beginning is another one: {'; '.join(differing)}")
         await journal.add(
@@ -186,7 +184,7 @@ class _Run:
     """One run of the team in a task of its own, so that a failure or a cancellation is not held up by AutoGen."""
 
     def __init__(
-        self, recorder: Recorder, parts: _Parts, runnable: Runnable, cancellation_token: CancellationToken | None
+        self, recorder: Recorder, parts: Parts, runnable: Runnable, cancellation_token: CancellationToken | None
     ) -> None:
         self.result = TaskResult(messages=[])
         self._recorder = recorder
@@ -234,8 +232,9 @@ class _Run:
             try:
                 await running
             except RuntimeError as error:
-                if self._recorder.call_error is not None and error is not self._recorder.call_error:
-                    raise self._recorder.call_error from error
+                cause = self._recorder.call_error
+                if cause is not None and error is not cause and str(cause) in str(error):
+                    raise cause from error
                 raise
         finally:
             if not running.done():
@@ -250,101 +249,3 @@ class _Run:
             if not isinstance(item, TaskResult) and self._parts.was_replayed(item.source):
                 item.metadata.setdefault(REPLAYED, "replayed")
             queue.put_nowait(item)
-
-
-class _Parts:
-    """Everything in a team that acts on the world, replaced by its durable twin for one run."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._replies: dict[str, Replies] = {}
-        self._before: list[tuple[object, str, object]] = []
-        self._seen: set[int] = set()
-
-    def was_replayed(self, source: str) -> bool:
-        """Whether the last reply of the agent of this name came from the record."""
-        return source in self._replies and self._replies[source].replayed
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for owner, attribute, value in reversed(self._before):
-            setattr(owner, attribute, value)
-
-    def make_durable(self, part: object, name: str) -> None:
-        """Replace what the part and its own parts call by themselves. Raises NotDurable."""
-        if id(part) in self._seen:
-            return
-        self._seen.add(id(part))
-        if isinstance(part, UserProxyAgent):
-            self._replace(part, "_is_async", True)
-            self._replace(part, "input_func", _recorded_input(part.input_func, self._recorder, name))
-        for attribute, value in list(vars(part).items()):
-            if isinstance(value, ChatCompletionClient):
-                label = name if attribute == "_model_client" else f"{name}.{attribute.strip('_')}"
-                label = label if isinstance(part, ChatAgent) else f"{label or type(part).__name__} (team)"
-                inner = value.inner if isinstance(value, DurableModelClient) else value
-                client = DurableModelClient(inner, self._recorder, label, self._replies_of(label))
-                self._replace(part, attribute, client)
-            elif isinstance(value, CodeExecutor):
-                raise NotDurable(
-                    f"{name} runs code with {type(value).__name__}, whose effects can't be recorded here: give the "
-                    "agent a tool that runs the code"
-                )
-            elif isinstance(value, (ChatAgent, Team)):
-                self.make_durable(value, _inside(name, value.name))
-            elif isinstance(value, (list, tuple)):
-                self._replace_members(part, attribute, value, name)
-            elif isinstance(value, Workbench):
-                self._replace(part, attribute, self._workbench(value, name))
-
-    def _replace_members(self, part: object, attribute: str, members: Sequence[object], name: str) -> None:
-        if members and all(isinstance(member, Workbench) for member in members):
-            self._replace(part, attribute, [self._workbench(cast(Workbench, member), name) for member in members])
-        for member in members:
-            if isinstance(member, (ChatAgent, Team)):
-                self.make_durable(member, _inside(name, member.name))
-
-    def _workbench(self, workbench: Workbench, name: str) -> DurableWorkbench:
-        inner = workbench.inner if isinstance(workbench, DurableWorkbench) else workbench
-        if isinstance(inner, StaticWorkbench):
-            for tool in inner._tools:
-                runner = getattr(tool, "_task_runner", None)
-                if isinstance(runner, (ChatAgent, Team)):
-                    self.make_durable(runner, _inside(name, runner.name))
-        return DurableWorkbench(inner, self._recorder, name, self._replies_of(name))
-
-    def _replies_of(self, name: str) -> Replies:
-        return self._replies.setdefault(name, Replies())
-
-    def _replace(self, part: object, attribute: str, value: object) -> None:
-        self._before.append((part, attribute, getattr(part, attribute)))
-        setattr(part, attribute, value)
-
-
-def _inside(outer: str, name: str) -> str:
-    return f"{outer}/{name}" if outer else name
-
-
-def _recorded_input(
-    ask: Callable[..., Any], recorder: Recorder, name: str
-) -> Callable[[str, CancellationToken | None], Awaitable[str]]:
-    """A person's input, recorded like a reply."""
-    count = 0
-
-    async def recorded(prompt: str, cancellation_token: CancellationToken | None) -> str:
-        nonlocal count
-        count += 1
-
-        async def perform() -> str:
-            if inspect.iscoroutinefunction(ask):
-                return str(await ask(prompt, cancellation_token))
-            return str(await asyncio.get_running_loop().run_in_executor(None, ask, prompt))
-
-        outcome = await recorder.event(Kind.INPUT, name, f"input/{count}", hashed({"prompt": prompt}), perform)
-        counts = recorder.replayed if outcome.replayed else recorder.live
-        counts["inputs"] += 1
-        if outcome.replayed:
-            say(f"[Nexum] input {count} of {name}: replayed from the record ✓")
-        return str(outcome.content)
-
-    return recorded

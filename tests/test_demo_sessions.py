@@ -130,6 +130,9 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
     assert code == 0
     assert "3 model call(s)" in summary(output)
     assert "Rust" in output.rpartition("\n\n")[0]
+    code, other = ask(tmp_path, address, "--session-id", "t", RUST)
+    assert code == 2
+    assert f"the question was '{QUESTION}', now it is '{RUST}'" in other
     code, again = ask(tmp_path, address, "--session-id", "t")
     assert code == 0
     assert "0 model call(s) (0 tokens), 0 tool call(s) live, 6 model call(s)" in summary(again)

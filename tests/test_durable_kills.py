@@ -20,6 +20,7 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_killed_run_goes_on_as_the_same_run(killing: Bench, shape: str) -> None:

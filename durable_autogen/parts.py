@@ -1,0 +1,121 @@
+"""The parts of a team that act on the world, and their durable twins."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, cast
+
+from autogen_agentchat.agents import UserProxyAgent
+from autogen_agentchat.base import ChatAgent, Team
+from autogen_core import CancellationToken
+from autogen_core.code_executor import CodeExecutor
+from autogen_core.models import ChatCompletionClient
+from autogen_core.tools import StaticWorkbench, Workbench
+
+from console import say
+from durable_autogen.errors import NotDurable
+from durable_autogen.journal import Kind
+from durable_autogen.model import DurableModelClient, Replies
+from durable_autogen.recorder import Recorder
+from durable_autogen.request import hashed
+from durable_autogen.workbench import DurableWorkbench
+
+
+class Parts:
+    """Everything in a team that acts on the world, replaced by its durable twin for one run."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._replies: dict[str, Replies] = {}
+        self._before: list[tuple[object, str, object]] = []
+        self._seen: set[int] = set()
+
+    def was_replayed(self, source: str) -> bool:
+        """Whether the last reply of the agent of this name came from the record."""
+        return source in self._replies and self._replies[source].replayed
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for owner, attribute, value in reversed(self._before):
+            setattr(owner, attribute, value)
+
+    def make_durable(self, part: object, name: str) -> None:
+        """Replace what the part and its own parts call by themselves. Raises NotDurable."""
+        if id(part) in self._seen:
+            return
+        self._seen.add(id(part))
+        if isinstance(part, UserProxyAgent):
+            self._replace(part, "_is_async", True)
+            self._replace(part, "input_func", _recorded_input(part.input_func, self._recorder, name))
+        for attribute, value in list(vars(part).items()):
+            if isinstance(value, ChatCompletionClient):
+                label = name if attribute == "_model_client" else f"{name}.{attribute.strip('_')}"
+                label = label if isinstance(part, ChatAgent) else f"{label or type(part).__name__} (team)"
+                inner = value.inner if isinstance(value, DurableModelClient) else value
+                client = DurableModelClient(inner, self._recorder, label, self._replies_of(label))
+                self._replace(part, attribute, client)
+            elif isinstance(value, CodeExecutor):
+                raise NotDurable(
+                    f"{name} runs code with {type(value).__name__}, whose effects can't be recorded here: give the "
+                    "agent a tool that runs the code"
+                )
+            elif isinstance(value, (ChatAgent, Team)):
+                self.make_durable(value, _inside(name, value.name))
+            elif isinstance(value, (list, tuple)):
+                self._replace_members(part, attribute, value, name)
+            elif isinstance(value, Workbench):
+                self._replace(part, attribute, self._workbench(value, name))
+
+    def _replace_members(self, part: object, attribute: str, members: Sequence[object], name: str) -> None:
+        if members and all(isinstance(member, Workbench) for member in members):
+            self._replace(part, attribute, [self._workbench(cast(Workbench, member), name) for member in members])
+        for member in members:
+            if isinstance(member, (ChatAgent, Team)):
+                self.make_durable(member, _inside(name, member.name))
+
+    def _workbench(self, workbench: Workbench, name: str) -> DurableWorkbench:
+        inner = workbench.inner if isinstance(workbench, DurableWorkbench) else workbench
+        if isinstance(inner, StaticWorkbench):
+            for tool in inner._tools:
+                runner = getattr(tool, "_task_runner", None)
+                if isinstance(runner, (ChatAgent, Team)):
+                    self.make_durable(runner, _inside(name, runner.name))
+        return DurableWorkbench(inner, self._recorder, name, self._replies_of(name))
+
+    def _replies_of(self, name: str) -> Replies:
+        return self._replies.setdefault(name, Replies())
+
+    def _replace(self, part: object, attribute: str, value: object) -> None:
+        self._before.append((part, attribute, getattr(part, attribute)))
+        setattr(part, attribute, value)
+
+
+def _inside(outer: str, name: str) -> str:
+    return f"{outer}/{name}" if outer else name
+
+
+def _recorded_input(
+    ask: Callable[..., Any], recorder: Recorder, name: str
+) -> Callable[[str, CancellationToken | None], Awaitable[str]]:
+    """A person's input, recorded like a reply."""
+    count = 0
+
+    async def recorded(prompt: str, cancellation_token: CancellationToken | None) -> str:
+        nonlocal count
+        count += 1
+
+        async def perform() -> str:
+            if inspect.iscoroutinefunction(ask):
+                return str(await ask(prompt, cancellation_token))
+            return str(await asyncio.get_running_loop().run_in_executor(None, ask, prompt))
+
+        outcome = await recorder.event(Kind.INPUT, name, f"input/{count}", hashed({"prompt": prompt}), perform)
+        counts = recorder.replayed if outcome.replayed else recorder.live
+        counts["inputs"] += 1
+        if outcome.replayed:
+            say(f"[Nexum] input {count} of {name}: replayed from the record ✓")
+        return str(outcome.content)
+
+    return recorded
