@@ -47,6 +47,8 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.call_error: Exception | None = None
         """What the last failed model call or input raised, as AutoGen passes only its text on."""
+        self.told = False
+        """Whether the counts below were said."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self.messages = [event for event in journal.events if event.kind is Kind.MESSAGE]

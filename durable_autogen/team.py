@@ -95,6 +95,7 @@ async def run_durable_stream(
         stack.callback(parts.restore)
         parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
         task = await _begin(recorder, runnable, task)
+        stack.callback(_tell_counts, recorder)
         run = _Run(recorder, parts, runnable, cancellation_token)
         async for message in run.messages(task):
             yield message
@@ -110,10 +111,7 @@ async def run_durable_stream(
         for event in recorder.remaining()[:1]:
             await recorder.drift(event, f"the run ended before anybody asked for {event}")
         await journal.end(recorder.summary(result.stop_reason or ""))
-        say(
-            f"[Nexum] session {session_id}: {_counts(recorder.live)} live, {_counts(recorder.replayed)} replayed "
-            "from the record"
-        )
+        _tell_counts(recorder)
         yield result
 
 
@@ -170,6 +168,16 @@ def _texts(task: Task) -> list[str]:
     if isinstance(task, str):
         return [task]
     return [message.to_text() for message in ([task] if isinstance(task, BaseChatMessage) else task)]
+
+
+def _tell_counts(recorder: Recorder) -> None:
+    """At the end of a run, however it ends; once."""
+    if not recorder.told:
+        recorder.told = True
+        say(
+            f"[Nexum] session {recorder.journal.session}: {_counts(recorder.live)} live, "
+            f"{_counts(recorder.replayed)} replayed from the record"
+        )
 
 
 def _counts(counts: Mapping[str, int]) -> str:

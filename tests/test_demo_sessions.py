@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, tool_worker
+from harness import Server, running, tool_worker
 from openai_server import OpenAIServer, Reply
-from processes import QUESTION, answer, recorded, run_demo
+from processes import DEMO, QUESTION, answer, recorded, run_demo
 
 RUST = "What does Rust change in systems programming?"
 
@@ -45,6 +46,21 @@ def test_a_team_of_two_researchers_and_a_writer_goes_on_after_a_crash(tmp_path: 
     assert [line for line in again.splitlines() if line.startswith("From the conversation")] == [
         line for line in output.splitlines() if line.startswith("From the conversation")
     ]
+
+
+def test_ctrl_c_ends_a_team_at_once_and_it_goes_on_later(tmp_path: Path, server: Server) -> None:
+    with running([DEMO, "--offline", "--nexum", server.address, "--team", QUESTION], cwd=tmp_path) as process:
+        process.wait_for("Submitted")  # no worker is there: it would wait for ever
+        begun = time.monotonic()
+        process.interrupt()
+        assert process.wait() == 130
+        assert time.monotonic() - begun < 4
+        assert process.lines[-1] == "interrupted; the same command continues from what is recorded"
+        assert "Traceback" not in process.output
+    with tool_worker(tmp_path, server.address):
+        code, output = ask(tmp_path, server.address, "--team", QUESTION)
+    assert code == 0
+    assert "reply 1 of first_researcher: replayed" in output
 
 
 def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:
