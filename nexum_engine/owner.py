@@ -29,6 +29,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
+FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream that says nothing is opened again
 RECONNECT_DELAY = 0.1  # seconds
 FIRST_BEAT_INTERVAL = 10.0  # seconds, until the server names its lease
 PATIENCE = 300.0  # seconds to try while no server answers
@@ -112,16 +113,33 @@ class Owner:
 
     async def _stay_connected(self) -> None:
         while True:
+            answered = asyncio.Event()
+            beating = asyncio.create_task(self._beat(answered), name="owner beats")
+            first = asyncio.ensure_future(answered.wait())
             try:
-                async for ack in self._client.worker_stream(self._beats()):
-                    self._beat_interval = ack.lease_ms / 3000
-                    self._connected.set()
+                await asyncio.wait({beating, first}, timeout=FIRST_ACK_TIMEOUT, return_when="FIRST_COMPLETED")
+                if answered.is_set():
+                    await asyncio.wait({beating})
+                if beating.done():
+                    beating.result()
+                else:
+                    logger.warning("the server did not answer the owner's first beat: connecting again")
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                     raise ServerError(
                         f"the server on {self._client.address} knows no owned executions: use this project's own server"
                     ) from error
+            finally:
+                first.cancel()
+                beating.cancel()
+                await asyncio.gather(beating, return_exceptions=True)
             await asyncio.sleep(RECONNECT_DELAY)
+
+    async def _beat(self, answered: asyncio.Event) -> None:
+        async for ack in self._client.worker_stream(self._beats()):
+            self._beat_interval = ack.lease_ms / 3000
+            self._connected.set()
+            answered.set()
 
     async def _beats(self) -> AsyncIterator[pb.WorkerBeat]:
         while not self._closing:
