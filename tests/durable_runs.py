@@ -34,7 +34,7 @@ SHAPES = ("single", "round_robin", "selector", "swarm", "sequential", "cyclic", 
 PARALLEL = {"fan_out": 3}  # agents at work at the same time; one everywhere else
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-FIRST_KILL, LATER_KILL = (0.05, 0.9), (0.9, 2.3)  # seconds after a start; a later run waits 1 s for its dead owner
+FIRST_KILL, LATER_KILL = (0.05, 0.7), (0.9, 2.3)  # seconds after a start; a later run waits 1 s for its dead owner
 
 
 class RandomModel:
