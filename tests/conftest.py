@@ -11,6 +11,7 @@ from harness import Server, nexum_server
 USES_DEFAULT_PORT = {"test_cli", "test_crash_demo", "test_demo", "test_demo_children"}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of this name, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of an embedded server share one port, so with several processes (pytest -n) one of them runs them all."""
     for item in items:
