@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from harness import Server, nexum_server
 
-USES_DEFAULT_PORT = {"test_cli", "test_crash_demo", "test_demo", "test_demo_children"}
 
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of this name, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of an embedded server share one port, so with several processes (pytest -n) one of them runs them all."""
-    for item in items:
-        if item.path.stem in USES_DEFAULT_PORT:
-            item.add_marker(pytest.mark.xdist_group("default port"))
+@pytest.fixture
+def default_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The port of embedded servers, for one test at a time, also when several processes run tests (pytest -n)."""
+    shared = tmp_path_factory.getbasetemp().parent
+    with FileLock(shared / "default-port.lock"):
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup")
+PYTEST = ("-m", "pytest", "-q", "-n", "2")
 OTHER_PYTHONS = ("3.10", "3.13")
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
