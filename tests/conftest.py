@@ -6,16 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from harness import Server, nexum_server
-
-
-@pytest.fixture
-def default_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The port of embedded servers, for one test at a time, also when several processes run tests (pytest -n)."""
-    shared = tmp_path_factory.getbasetemp().parent
-    with FileLock(shared / "default-port.lock"):
-        yield
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ("-m", "pytest", "-q", "-n", "2")
+DEFAULT_PORT_TESTS = tuple(f"tests/test_{name}.py" for name in ("cli", "crash_demo", "demo", "demo_children"))
+"""They start embedded servers, which share one port: one after the other, beside all the rest."""
 OTHER_PYTHONS = ("3.10", "3.13")
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
@@ -39,6 +41,26 @@ def run(command: Sequence[str | Path]) -> None:
         sys.exit(code)
 
 
+def run_together(*commands: Sequence[str | Path]) -> None:
+    """Run steps at the same time, as most of their time is waiting; print what each said when all have ended."""
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
+        children = [
+            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            for command, file in zip(commands, said, strict=True)
+        ]
+        try:
+            codes = [child.wait() for child in children]
+        finally:
+            for child in children:
+                child.kill()
+        for command, file in zip(commands, said, strict=True):
+            file.seek(0)
+            print(f"\n$ {' '.join(map(str, command))}\n{file.read().decode('utf-8', 'replace')}", flush=True)
+    if any(codes):
+        sys.exit(max(codes))
+
+
 def candidates(version: str) -> Iterator[str]:
     """Where a Python of this version may be: on the path, or among pyenv's."""
     if (found := shutil.which(f"python{version}")) is not None:
@@ -57,17 +79,28 @@ def find_python(version: str) -> str | None:
     return None
 
 
-def test_on(version: str) -> None:
-    """Run some of the tests in a new environment of another Python."""
-    python = find_python(version)
-    if python is None:
-        print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        run([python, "-m", "venv", folder])
-        own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-        run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
-        run([own, *PYTEST, *OTHER_TESTS])
+def environment_of(python: str, folder: str) -> Path:
+    """The interpreter of a new environment with what the tests need."""
+    run([python, "-m", "venv", folder])
+    own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
+    return own
+
+
+def test_on_others() -> None:
+    """Run some of the tests on the other Pythons that the machine has."""
+    with ExitStack() as stack:
+        commands: list[list[str | Path]] = []
+        for version in OTHER_PYTHONS:
+            python = find_python(version)
+            if python is None:
+                print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
+            elif version != f"{sys.version_info[0]}.{sys.version_info[1]}":
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                # A cache of its own: they run at the same time.
+                cache = ["-o", f"cache_dir={folder}/cache"]
+                commands.append([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
+        run_together(*commands)
 
 
 def main() -> int:
@@ -80,11 +113,13 @@ def main() -> int:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy", "."])
-    run([python, *PYTEST])
+    pytest = [python, "-m", "pytest", "-q"]
+    run_together(
+        [*pytest, "-o", "cache_dir=.pytest_cache/default_port", *DEFAULT_PORT_TESTS],
+        [*pytest, *(f"--ignore={path}" for path in DEFAULT_PORT_TESTS)],
+    )
     if args.every_python:
-        for version in OTHER_PYTHONS:
-            if version != f"{sys.version_info[0]}.{sys.version_info[1]}":
-                test_on(version)
+        test_on_others()
     return 0
 
 

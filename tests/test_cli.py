@@ -13,8 +13,6 @@ import pytest
 from harness import Process, Server, environment, free_port, nexum_server, running
 from processes import counting_worker, effects, recorded, run_script, submitter, wait_until
 
-pytestmark = pytest.mark.usefixtures("default_port")
-
 WIDTH = 80
 
 

@@ -29,8 +29,6 @@ from processes import children, is_alive, require_free_default_port, run_script,
 
 from pipeline_workflow import STEPS
 
-pytestmark = pytest.mark.usefixtures("default_port")
-
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 ROW = re.compile(
     r"^(research|validate|summarize|report) +(\d+) +(\S+) +\+(\d+\.\d\d) +(\d+\.\d\d)  (\S.*)$", re.MULTILINE

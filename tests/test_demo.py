@@ -29,8 +29,6 @@ from processes import (
     run_script,
 )
 
-pytestmark = pytest.mark.usefixtures("default_port")
-
 
 @pytest.fixture(autouse=True)
 def _default_port() -> None:

@@ -26,8 +26,6 @@ from processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.usefixtures("default_port")
-
 GONE_WITHIN = 2.0  # seconds after the demo's end
 OTHER_QUESTION = "What is the difference between asyncio and threading in Python?"
 
