@@ -244,12 +244,11 @@ def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Ser
 
 @pytest.mark.slow
 @on_linux
-@pytest.mark.parametrize("seed", range(2))
-def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
+def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, moment: str) -> None:
     require_free_default_port()
     with running([CRASH_DEMO], cwd=tmp_path) as demo:
-        demo.wait_for("worker-1 started")
-        time.sleep(random.Random(seed).uniform(0.3, 1.5))
+        demo.wait_for(moment)
         os.kill(children(demo.popen.pid)["server"], 9)
         assert demo.wait() == 0, demo.output
     assert "the server is gone (exit -9)" in demo.output
