@@ -19,8 +19,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_PORT_TESTS = tuple(f"tests/test_{name}.py" for name in ("cli", "crash_demo", "demo", "demo_children"))
-"""They start embedded servers, which share one port: one after the other, beside all the rest."""
+FIRST_HALF = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        # They start embedded servers, which share one port: one after the other.
+        *("cli", "crash_demo", "demo", "demo_children"),
+        # As long as the rest takes.
+        *("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow_demo"),
+    )
+)
 OTHER_PYTHONS = ("3.10", "3.13")
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
@@ -115,8 +122,8 @@ def main() -> int:
     run([python, "-m", "mypy", "."])
     pytest = [python, "-m", "pytest", "-q"]
     run_together(
-        [*pytest, "-o", "cache_dir=.pytest_cache/default_port", *DEFAULT_PORT_TESTS],
-        [*pytest, *(f"--ignore={path}" for path in DEFAULT_PORT_TESTS)],
+        [*pytest, "-o", "cache_dir=.pytest_cache/first_half", *FIRST_HALF],
+        [*pytest, *(f"--ignore={path}" for path in FIRST_HALF)],
     )
     if args.every_python:
         test_on_others()
