@@ -11,16 +11,20 @@ is recorded is paid for or executed again. Of an AutoGen program two lines chang
 process there, is one line: `tools=[DurableTool(tool, session)]`; every other tool runs in this process, and
 its result is recorded.
 
+A program that runs its agents itself opens a `DurableSession`, and takes model clients and workbenches from it.
+
 This package knows AutoGen and `submit_task`; the engine knows neither.
 """
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
-from durable_autogen.sessions import SessionInfo, fork_session, list_sessions, question_of
+from durable_autogen.history import SessionInfo, fork_session, list_sessions, question_of
+from durable_autogen.session import DurableSession
 from durable_autogen.team import run_durable, run_durable_stream
 from durable_autogen.tools import DurableTool
 
 __all__ = [
     "DriftError",
+    "DurableSession",
     "DurableTool",
     "NotDurable",
     "RunCancelled",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -97,6 +98,8 @@ class Event(BaseModel):
     request: dict[str, Any] = {}
     accepted: bool = False
     """Copied into a fork: it counts whatever it is asked with."""
+    recorded_ms: int = 0
+    """When, in milliseconds since 1970 by the recording process's clock."""
 
     @property
     def address(self) -> str:
@@ -261,6 +264,7 @@ class Journal:
             content=content,
             request=dict(request),
             accepted=accepted,
+            recorded_ms=round(time.time() * 1000),
         )
         self._next_seq += 1
         while True:

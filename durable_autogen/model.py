@@ -54,13 +54,11 @@ class DurableModelClient(ChatCompletionClient):
     component_type = "model"
     component_config_schema = BaseModel
 
-    def __init__(
-        self, inner: ChatCompletionClient, recorder: Recorder, agent: str, replies: Replies | None = None
-    ) -> None:
+    def __init__(self, inner: ChatCompletionClient, recorder: Recorder, agent: str, replies: Replies) -> None:
         self.inner = inner
         self._recorder = recorder
         self._agent = agent
-        self._replies = replies or Replies()
+        self._replies = replies
         self._replayed_usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
         self._added_at: dict[int, int] = {}
 
@@ -139,11 +137,11 @@ class DurableModelClient(ChatCompletionClient):
         finally:
             event.cancel()
         result = self._seen(outcome)
-        if not outcome.replayed:
-            for piece in last:
-                yield piece
-        elif isinstance(result.content, str) and result.content:
-            yield result.content
+        if outcome.replayed:
+            # The same messages are announced by a piece as in the live run: a tool call's text is its thought.
+            last = [result.content if isinstance(result.content, str) else result.thought or ""]
+        for piece in filter(None, last):
+            yield piece
         yield result
 
     def _next(self, messages: Sequence[LLMMessage]) -> tuple[Sequence[LLMMessage], str]:

@@ -53,9 +53,7 @@ class Parts:
             if isinstance(value, ChatCompletionClient):
                 label = name if attribute == "_model_client" else f"{name}.{attribute.strip('_')}"
                 label = label if isinstance(part, ChatAgent) else f"{label or type(part).__name__} (team)"
-                inner = value.inner if isinstance(value, DurableModelClient) else value
-                client = DurableModelClient(inner, self._recorder, label, self._replies_of(label))
-                self._replace(part, attribute, client)
+                self._replace(part, attribute, self.model_client(value, label))
             elif isinstance(value, CodeExecutor):
                 raise NotDurable(
                     f"{name} runs code with {type(value).__name__}, whose effects can't be recorded here: give the "
@@ -66,16 +64,22 @@ class Parts:
             elif isinstance(value, (list, tuple)):
                 self._replace_members(part, attribute, value, name)
             elif isinstance(value, Workbench):
-                self._replace(part, attribute, self._workbench(value, name))
+                self._replace(part, attribute, self.workbench(value, name))
 
     def _replace_members(self, part: object, attribute: str, members: Sequence[object], name: str) -> None:
         if members and all(isinstance(member, Workbench) for member in members):
-            self._replace(part, attribute, [self._workbench(cast(Workbench, member), name) for member in members])
+            self._replace(part, attribute, [self.workbench(cast(Workbench, member), name) for member in members])
         for member in members:
             if isinstance(member, (ChatAgent, Team)):
                 self.make_durable(member, _inside(name, member.name))
 
-    def _workbench(self, workbench: Workbench, name: str) -> DurableWorkbench:
+    def model_client(self, client: ChatCompletionClient, name: str) -> DurableModelClient:
+        """The client's durable twin for the agent of this name."""
+        inner = client.inner if isinstance(client, DurableModelClient) else client
+        return DurableModelClient(inner, self._recorder, name, self._replies_of(name))
+
+    def workbench(self, workbench: Workbench, name: str) -> DurableWorkbench:
+        """The workbench's durable twin for the agent of this name."""
         inner = workbench.inner if isinstance(workbench, DurableWorkbench) else workbench
         if isinstance(inner, StaticWorkbench):
             for tool in inner._tools:

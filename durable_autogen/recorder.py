@@ -47,8 +47,10 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.call_error: Exception | None = None
         """What the last failed model call or input raised, as AutoGen passes only its text on."""
-        self.told = False
-        """Whether the counts below were said."""
+        self.last_recorded_ms = 0
+        """When the last event that an agent has got was recorded, in milliseconds since 1970."""
+        self.epoch = 0
+        """That event's: how often the session had gone on with a changed program."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self.messages = [event for event in journal.events if event.kind is Kind.MESSAGE]
@@ -96,6 +98,10 @@ class Recorder:
     def remaining(self) -> list[Event]:
         """What is recorded and was not asked for yet."""
         return list(self._ahead)
+
+    def passed(self, event: Event) -> None:
+        """The session has come as far as this event."""
+        self.last_recorded_ms, self.epoch = event.recorded_ms, event.epoch
 
     def summary(self, stop_reason: str) -> RunSummary:
         return RunSummary(stop_reason=stop_reason, live=dict(self.live), replayed=dict(self.replayed))
@@ -157,8 +163,9 @@ class Recorder:
             async with self._turnstile:
                 if self.failed.done():
                     raise self.failed.result()
-                await self.journal.record(task, kind, agent, position, content, request)
+                event = await self.journal.record(task, kind, agent, position, content, request)
                 await rest()
+                self.passed(event)
                 if not let_through.done():
                     let_through.set_result(content)
                 await rest()
@@ -219,6 +226,7 @@ class Recorder:
                     continue
                 self._ahead.popleft()
                 self._addresses.discard(event.address)
+                self.passed(event)
                 asked.let_through.set_result(event)
             await rest()
             self._all_replayed.set()
@@ -258,6 +266,7 @@ class Recorder:
         say(f"[Nexum] {what}")
         say(f"[Nexum] session {session} goes on live from here; {len(self._ahead)} recorded event(s) are left behind")
         await self.journal.branch(event.seq - 1, what)
+        self.epoch = self.journal.epoch
         self._ahead.clear()
         self._addresses.clear()
         self._changed.set()

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
-import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
-from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage
+from autogen_agentchat.messages import BaseChatMessage
 from autogen_core import CancellationToken
 
-from console import say
 from durable_autogen.errors import RunCancelled
-from durable_autogen.journal import Journal, Kind
-from durable_autogen.parts import Parts
-from durable_autogen.quiet import watched_threads
+from durable_autogen.journal import Kind
 from durable_autogen.recorder import OnDrift, Recorder
 from durable_autogen.request import differences, hashed
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
-from nexum_engine.errors import InvalidRequest, ServerUnavailable
-from session_file import check_session_id
+from durable_autogen.session import DurableSession
+from durable_autogen.transcript import Message, Transcript, marked
+from nexum_engine.errors import InvalidRequest
 
-FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
 END_PATIENCE = 5.0  # seconds that a stopped team gets to end
-REPLAYED = "nexum"
-"""The key in a message's metadata whose value is "replayed" if the message came from the record."""
 
 Runnable = ChatAgent | Team
 Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
-Item = BaseAgentEvent | BaseChatMessage | TaskResult
+Item = Message | TaskResult
 
 
 async def run_durable(
@@ -77,26 +68,13 @@ async def run_durable_stream(
     cancellation_token: CancellationToken | None = None,
 ) -> AsyncGenerator[Item, None]:
     """The same as a stream of messages with the result at its end, as AutoGen's `run_stream`."""
-    address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
-    async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(NexumClient(address))
-        try:
-            await client.ping(patience=FIRST_PATIENCE)
-        except ServerUnavailable as error:
-            raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
-        journal = await stack.enter_async_context(Journal(client, check_session_id(session_id)))
-        stack.enter_context(watched_threads())
+    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift)
+    async with session:
+        recorder = session.recorder
         built = team if isinstance(team, (ChatAgent, Team)) else team()
-        runnable = await built if inspect.isawaitable(built) else built
-        recorder = Recorder(journal, on_drift=on_drift)
-        stack.push_async_callback(recorder.close)
-        stack.enter_context(_no_more_errors_once_stopped(recorder))
-        parts = Parts(recorder)
-        stack.callback(parts.restore)
-        parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
+        runnable = session.durable(await built if inspect.isawaitable(built) else built)
         task = await _begin(recorder, runnable, task)
-        stack.callback(_tell_counts, recorder)
-        run = _Run(recorder, parts, runnable, cancellation_token)
+        run = _Run(session, runnable, cancellation_token)
         async for message in run.messages(task):
             yield message
         result = run.result
@@ -108,26 +86,8 @@ async def run_durable_stream(
             async for message in run.messages(added.content["text"]):
                 yield message
             result = TaskResult(messages=[*result.messages, *run.result.messages], stop_reason=run.result.stop_reason)
-        for event in recorder.remaining()[:1]:
-            await recorder.drift(event, f"the run ended before anybody asked for {event}")
-        await journal.end(recorder.summary(result.stop_reason or ""))
-        _tell_counts(recorder)
-        yield result
-
-
-@contextmanager
-def _no_more_errors_once_stopped(recorder: Recorder) -> Iterator[None]:
-    """AutoGen logs a traceback for every agent that ends with the run; the run's own error says it all."""
-    log = logging.getLogger("autogen_core")
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not recorder.failed.done()
-
-    log.addFilter(wanted)
-    try:
-        yield
-    finally:
-        log.removeFilter(wanted)
+        session.stop_reason = result.stop_reason or ""
+    yield result
 
 
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
@@ -137,10 +97,9 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     if begun is None:
         if task is None:
             raise InvalidRequest(f"session {journal.session} is new: give it a task")
-        await journal.add(
-            Kind.BEGIN, "", f"begin/{journal.epoch}", {"task": _texts(task)}, _description(runnable, task)
-        )
+        await _record_beginning(recorder, runnable, task)
         return task
+    recorder.passed(begun)
     recorded: list[str] = begun.content["task"]
     if task is None:
         return "\n".join(recorded)
@@ -150,10 +109,14 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
         differing = differences(begun.request, _description(runnable, task))
     if differing:
         await recorder.drift(begun, f"the session's beginning is another one: {'; '.join(differing)}")
-        await journal.add(
-            Kind.BEGIN, "", f"begin/{journal.epoch}", {"task": _texts(task)}, _description(runnable, task)
-        )
+        await _record_beginning(recorder, runnable, task)
     return task
+
+
+async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
+    journal = recorder.journal
+    content = {"task": _texts(task)}
+    recorder.passed(await journal.add(Kind.BEGIN, "", f"begin/{journal.epoch}", content, _description(runnable, task)))
 
 
 def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
@@ -163,41 +126,29 @@ def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
 
 
 def _texts(task: Task) -> list[str]:
-    if task is None:
-        return []
     if isinstance(task, str):
         return [task]
-    return [message.to_text() for message in ([task] if isinstance(task, BaseChatMessage) else task)]
+    return [message.to_text() for message in _messages(task)]
 
 
-def _tell_counts(recorder: Recorder) -> None:
-    """At the end of a run, however it ends; once."""
-    if not recorder.told:
-        recorder.told = True
-        say(
-            f"[Nexum] session {recorder.journal.session}: {_counts(recorder.live)} live, "
-            f"{_counts(recorder.replayed)} replayed from the record"
-        )
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return (
-        f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
-        f"{counts.get('tool calls', 0)} tool call(s)"
-        + (f", {counts['inputs']} input(s)" if counts.get("inputs") else "")
-    )
+def _messages(task: Task) -> list[BaseChatMessage]:
+    """The messages that the caller has made."""
+    if task is None or isinstance(task, str):
+        return []
+    return [task] if isinstance(task, BaseChatMessage) else list(task)
 
 
 class _Run:
     """One run of the team in a task of its own, so that a failure or a cancellation is not held up by AutoGen."""
 
     def __init__(
-        self, recorder: Recorder, parts: Parts, runnable: Runnable, cancellation_token: CancellationToken | None
+        self, session: DurableSession, runnable: Runnable, cancellation_token: CancellationToken | None
     ) -> None:
         self.result = TaskResult(messages=[])
-        self._recorder = recorder
-        self._parts = parts
+        self._recorder = session.recorder
+        self._parts = session.parts
         self._runnable = runnable
+        self._transcript = Transcript(session.recorder)
         if cancellation_token is not None:
             loop = asyncio.get_running_loop()
             # Not handed to the team: AutoGen would wait for ever for a tool call that it cancels.
@@ -212,9 +163,9 @@ class _Run:
             RunCancelled(f"the run of session {self._recorder.journal.session} was cancelled; what is recorded stays")
         )
 
-    async def messages(self, task: Task) -> AsyncGenerator[BaseAgentEvent | BaseChatMessage, None]:
+    async def messages(self, task: Task) -> AsyncGenerator[Message, None]:
         """What the team says, as it says it."""
-        queue: asyncio.Queue[Item | None] = asyncio.Queue()
+        queue: asyncio.Queue[Message | None] = asyncio.Queue()
         running = asyncio.create_task(self._feed(task, queue), name="durable team")
         running.add_done_callback(lambda _: queue.put_nowait(None))
         failed = self._recorder.failed
@@ -231,10 +182,7 @@ class _Run:
                     getting.cancel()
                 if item is None:
                     break
-                if isinstance(item, TaskResult):
-                    self.result = item
-                else:
-                    yield item
+                yield item
             if failed.done():
                 raise failed.result()
             try:
@@ -252,8 +200,11 @@ class _Run:
             if running.done() and not running.cancelled():
                 running.exception()  # looked at; what counts is raised already
 
-    async def _feed(self, task: Task, queue: asyncio.Queue[Item | None]) -> None:
+    async def _feed(self, task: Task, queue: asyncio.Queue[Message | None]) -> None:
+        given = _messages(task)
         async for item in self._runnable.run_stream(task=task):
-            if not isinstance(item, TaskResult) and self._parts.was_replayed(item.source):
-                item.metadata.setdefault(REPLAYED, "replayed")
-            queue.put_nowait(item)
+            if isinstance(item, TaskResult):
+                self.result = self._transcript.result(item)
+                continue
+            message = self._transcript.settled(item, given=given)
+            queue.put_nowait(marked(message) if self._parts.was_replayed(item.source) else message)

@@ -30,7 +30,7 @@ from autogen_agentchat.teams import (
     Swarm,
 )
 
-from durable_autogen import run_durable_stream
+from durable_autogen import DurableSession, run_durable_stream
 from models.live import LiveModel
 from nexum_engine.errors import NexumError
 
@@ -124,6 +124,22 @@ class Program:
         builder.set_entry_point(a)
         return GraphFlow([a, b, c], builder.build(), termination_condition=MaxMessageTermination(30))
 
+    async def own(self, session: DurableSession, task: str) -> list[str]:
+        """No team: agents that this program runs itself, one of them with a client and a workbench of the session."""
+        a = AssistantAgent(
+            "a",
+            session.model_client(self.client(f"{self.model}-a"), agent="a"),
+            workbench=session.workbench([self.tool("a")], agent="a"),
+            max_tool_iterations=6,
+            model_client_stream=self.stream,
+        )
+        b = session.durable(self.agent("b"))
+        said = [task]
+        for agent in (a, b, a, b):
+            result = await agent.run(task=said[-1])
+            said += [message.to_text() for message in result.messages[1:]]
+        return said
+
     def magentic(self) -> Team:
         return MagenticOneGroupChat([self.agent("a"), self.agent("b")], model_client=self.client(), max_turns=4)
 
@@ -140,15 +156,8 @@ class Program:
 
 
 def transcript(result: TaskResult) -> list[dict[str, Any]]:
-    """What two runs have in common: everything but ids and times."""
-    lines = []
-    for message in result.messages:
-        dumped = message.model_dump(
-            mode="json", exclude={"id", "created_at", "metadata", "full_message_id", "request_id"}
-        )
-        dumped.pop("inner_messages", None)
-        lines.append(dumped)
-    return lines
+    """What two runs have in common: everything but a request's id, which pairs an input with who waits for it."""
+    return [message.model_dump(mode="json", exclude={"request_id"}) for message in result.messages]
 
 
 async def main(argv: list[str] | None = None) -> int:
@@ -166,6 +175,11 @@ async def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
     try:
+        if args.shape == "own":
+            async with DurableSession(args.session, on_drift=args.on_drift) as session:
+                said = await program.own(session, args.task)
+            print("TRANSCRIPT " + json.dumps(said), flush=True)
+            return 0
         async for item in run_durable_stream(
             lambda: program.build(args.shape), task=args.task, session_id=args.session, on_drift=args.on_drift
         ):

@@ -30,7 +30,18 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen.journal import Event, Kind, read_events
 from nexum_engine.client import NexumClient
 
-SHAPES = ("single", "round_robin", "selector", "swarm", "sequential", "cyclic", "fan_out", "person", "magentic")
+SHAPES = (
+    "single",
+    "own",
+    "round_robin",
+    "selector",
+    "swarm",
+    "sequential",
+    "cyclic",
+    "fan_out",
+    "person",
+    "magentic",
+)
 PARALLEL = {"fan_out": 3}  # agents at work at the same time; one everywhere else
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply

@@ -1,4 +1,4 @@
-"""Sessions from outside: what there is, and a new one from the first events of another."""
+"""Sessions from outside: what there is on record, and a new one from the first events of another."""
 
 from __future__ import annotations
 

@@ -1,0 +1,196 @@
+"""`DurableSession`: a program that runs its agents itself; and what messages are called in every replay."""
+
+from __future__ import annotations
+
+import random
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChunkEvent, TextMessage, ThoughtEvent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core.models import CreateResult, UserMessage
+from autogen_core.tools import FunctionTool
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
+from models.live import LiveModel
+from nexum_engine.errors import InvalidRequest
+
+
+def answer(text: str) -> Reply:
+    return Reply(f"{text} {random.random()}")
+
+
+def client(model: OpenAIServer) -> LiveModel:
+    return LiveModel(vendor="OpenAI-compatible server", model="m", base_url=model.base_url, api_key="k")
+
+
+def said(text: str) -> list[UserMessage]:
+    return [UserMessage(content=text, source="user")]
+
+
+async def test_a_model_client_by_itself_is_durable(server: Server) -> None:
+    async def program() -> list[str]:
+        async with DurableSession("s", nexum=server.address) as session:
+            durable = session.model_client(client(model), agent="me")
+            replies = [await durable.create(said(question)) for question in ("one", "two")]
+            return [str(reply.content) for reply in replies]
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await program()
+        assert first[0] != first[1]
+        assert await program() == first
+        assert len(model.requests) == 2
+
+
+async def test_a_streamed_reply_is_recorded_before_its_last_piece(server: Server) -> None:
+    async def program(*, leave: bool) -> str:
+        async with DurableSession("s", nexum=server.address) as session:
+            durable = session.model_client(client(model), agent="me")
+            pieces = [piece async for piece in durable.create_stream(said("one"))]
+            assert isinstance(pieces[-1], CreateResult)
+            assert "".join(str(piece) for piece in pieces[:-1]) == pieces[-1].content
+            if leave:
+                raise LookupError("the program ends here")
+            return str(pieces[-1].content)
+
+    with OpenAIServer(lambda _: answer("one two three")) as model:
+        with pytest.raises(LookupError):
+            await program(leave=True)
+        assert await program(leave=False) == await program(leave=False)
+        assert len(model.requests) == 1
+
+
+async def test_agents_that_a_program_runs_by_itself_go_on_where_it_died(server: Server) -> None:
+    done: list[str] = []
+
+    def plain(text: str) -> str:
+        """Note it."""
+        done.append(text)
+        return f"noted {random.random()}"
+
+    def wrapped(text: str) -> str:
+        done.append(text)
+        return f"kept {random.random()}"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][-1]["role"] == "tool":
+            return answer("end")
+        return Reply(calls=[("plain", {"text": "a"}), ("wrapped", {"text": "b"}), ("plain", {"text": "a"})])
+
+    async def program(*, dies: bool) -> list[str]:
+        async with DurableSession("s", nexum=server.address) as session:
+            one = AssistantAgent(
+                "one",
+                session.model_client(client(model), agent="one"),
+                workbench=session.workbench([plain, FunctionTool(wrapped, "Keep it.")], agent="one"),
+                max_tool_iterations=3,
+            )
+            first = await one.run(task="Q")
+            if dies:
+                raise LookupError("the program dies here")
+            other = session.durable(RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=1))
+            second = await other.run(task=first.messages[-1].to_text())
+            return [message.to_text() for message in [*first.messages, *second.messages]]
+
+    with OpenAIServer(reply) as model:
+        with pytest.raises(LookupError):
+            await program(dies=True)
+        assert sorted(done) == ["a", "a", "b"]  # the same call twice, on purpose
+        first = await program(dies=False)
+        assert await program(dies=False) == first
+        assert len(model.requests) == 3
+    assert sorted(done) == ["a", "a", "b"]
+
+
+async def test_another_program_is_told_what_differs(server: Server) -> None:
+    async def program(question: str, *, ask: bool = True) -> None:
+        async with DurableSession("s", nexum=server.address) as session:
+            if ask:
+                await AssistantAgent("one", session.model_client(client(model), agent="one")).run(task=question)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await program("Q")
+        with pytest.raises(DriftError, match=r"it was 'Q' .*, now it is 'R'"):
+            await program("R")
+        with pytest.raises(DriftError, match="ended before anybody asked for reply 1 of one"):
+            await program("Q", ask=False)
+        await program("Q")
+        assert len(model.requests) == 1
+
+
+async def test_a_session_has_one_owner_and_one_use(server: Server) -> None:
+    with pytest.raises(InvalidRequest):
+        DurableSession("not/an/id")
+    session = DurableSession("s", nexum=server.address)
+    with pytest.raises(RuntimeError, match="inside `async with`"):
+        session.durable(
+            AssistantAgent("one", LiveModel(vendor="v", model="m", base_url="http://127.0.0.1:1", api_key="k"))
+        )
+    async with session:
+        with pytest.raises(SessionBusy, match="session s is being run"):
+            async with DurableSession("s", nexum=server.address):
+                pass
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_replay_has_the_ids_and_times_of_the_first_run(server: Server, stream: bool) -> None:
+    def note() -> str:
+        """Note it."""
+        return "noted"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][-1]["role"] == "tool":
+            return answer("one two three")
+        return Reply("thinking aloud", calls=[("note", {})])
+
+    def build() -> AssistantAgent:
+        return AssistantAgent("one", client(model), tools=[note], max_tool_iterations=3, model_client_stream=stream)
+
+    async def program(task: str | BaseChatMessage) -> tuple[list[Any], TaskResult]:
+        *items, result = [
+            item async for item in run_durable_stream(build, task=task, session_id="s", nexum=server.address)
+        ]
+        assert isinstance(result, TaskResult)
+        return items, result
+
+    begun = datetime.now(timezone.utc)
+    with OpenAIServer(reply) as model:
+        live_items, live = await program("Q")
+        items, replayed = await program("Q")
+        assert len(model.requests) == 2
+        assert replayed.model_dump() == live.model_dump()
+        assert len({message.id for message in live.messages}) == len(live.messages)
+        times = [message.created_at for message in live.messages]
+        assert times == sorted(times)
+        assert times[-1] > begun
+        assert times[-1] > times[0]
+        assert any(isinstance(message, ThoughtEvent) for message in live.messages)
+        for found, mark in ((live_items, {}), (items, {"nexum": "replayed"})):
+            assert [one.metadata for one in found if one.source == "one" and hasattr(one, "to_model_text")] == [mark]
+            chunks = [one.full_message_id for one in found if isinstance(one, ModelClientStreamingChunkEvent)]
+            assert {*chunks} <= {message.id for message in live.messages}
+            assert bool(chunks) == stream
+        own = TextMessage(content="Q", source="user", id="my own")
+        again = (await program(own))[1]
+        assert [message.id for message in again.messages] == ["my own", *(message.id for message in live.messages[1:])]
+
+
+async def test_other_sessions_and_other_programs_have_other_ids(server: Server) -> None:
+    def build(system: str = "Be brief.") -> AssistantAgent:
+        return AssistantAgent("one", client(model), system_message=system)
+
+    async def last_id(system: str, session: str) -> str:
+        result = await run_durable(
+            lambda: build(system), task="Q", session_id=session, nexum=server.address, on_drift="continue"
+        )
+        return result.messages[-1].id
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        ids = [await last_id(system, session) for system, session in (("a", "s"), ("a", "r"), ("b", "s"))]
+        assert len({*ids}) == 3
+        assert await last_id("b", "s") == ids[2]
