@@ -45,7 +45,7 @@ SHAPES = (
 PARALLEL = {"fan_out": 3}  # agents at work at the same time; one everywhere else
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-FIRST_KILL, LATER_KILL = (0.05, 0.7), (0.9, 2.3)  # seconds after a start; a later run waits 1 s for its dead owner
+TAKE_OVER = 1.0  # seconds that a run waits for its dead owner, roughly
 
 
 class RandomModel:
@@ -157,6 +157,20 @@ class Bench:
     model: RandomModel
     programs: Programs
     folder: Path
+    _lengths: dict[str, float] = field(default_factory=dict)
+
+    def arguments(self, shape: str, session: str) -> list[str]:
+        """The program's command line."""
+        return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
+
+    def length(self, shape: str) -> float:
+        """Seconds that a run of this shape takes when nobody kills it, so that a kill can be timed to hit it."""
+        if shape not in self._lengths:
+            begun = time.monotonic()
+            code, output = self.programs.run(self.arguments(shape, f"length-{shape.replace('_', '-')}"))
+            assert code == 0, output
+            self._lengths[shape] = time.monotonic() - begun
+        return self._lengths[shape]
 
 
 @contextmanager
@@ -185,12 +199,13 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
     """Run a session, kill it up to `kills` times, run it to its end and once more; what does not hold."""
     verdict = Verdict()
     log = bench.folder / f"{session}.log"
-    argv = [shape, session, bench.model_url, str(log), *options]
+    argv = [*bench.arguments(shape, session), *options]
+    length = bench.length(shape)
     bench.model.said.clear()
     output = ""
     for number in range(kills + 1):
-        window = FIRST_KILL if number == 0 else LATER_KILL
-        code, output = bench.programs.run(argv, kill_after=random.uniform(*window) if number < kills else None)
+        moment = random.uniform(0, length) + (TAKE_OVER if number else 0)
+        code, output = bench.programs.run(argv, kill_after=moment if number < kills else None)
         if code == 0:
             break
         if code != -signal.SIGKILL:
