@@ -218,6 +218,17 @@ async def test_versions_are_listed_latest_first_with_their_running_executions(st
     assert await store.workflow_versions("nowhere") == []
 
 
+async def test_a_version_that_is_registered_again_is_identical_whatever_came_after_it(store: Store) -> None:
+    """A worker that was not updated yet, and every worker that connects again, registers what the server knows."""
+    for nodes, version in ((ONE, "v1"), (CHAIN, "v2"), ({"x": []}, "v3")):
+        await register(store, nodes, version=version)
+    for nodes, version in ((ONE, "v1"), (CHAIN, "v2"), ({"x": []}, "v3")):
+        assert await register(store, nodes, version=version) is Compatibility.IDENTICAL
+    # Nor does it become the latest one by that.
+    assert [one.version_hash for one in await store.workflow_versions("w")] == ["v3", "v2", "v1"]
+    assert await register(store, {"x": [], "y": []}, version="v4") is Compatibility.SAFE
+
+
 async def test_a_version_never_changes_its_definition(store: Store) -> None:
     await register(store, CHAIN)
     with pytest.raises(VersionConflict, match="a changed workflow needs a new version_hash"):
@@ -436,6 +447,28 @@ async def test_a_task_that_kills_its_workers_ends_after_ten_lost_attempts_with_t
     )
     assert {one.outcome for one in execution.nodes[0].attempts} == {Outcome.LOST}
     assert await take(store) is None
+
+
+async def test_of_two_attempts_that_run_out_together_the_one_whose_loss_ends_the_execution_cancels_the_other(
+    store: Store, clock: ManualClock
+) -> None:
+    started = await start(store, {"a": [], "b": []})
+    await taken(store, "steady")
+    for _ in range(MAX_LOST_ATTEMPTS - 1):
+        await taken(store, "crashing")
+        await store.disconnect("crashing", GRACE_MS)
+        clock.advance(GRACE_MS / 1000)
+        assert await sweep(store) == (1, [])
+    await taken(store, "crashing")
+    await store.disconnect("crashing", GRACE_MS)
+    clock.advance(LEASE_MS / 1000)
+    ready, ended = await sweep(store)
+    assert (ready, [one.status for one in ended]) == (0, [ExecutionStatus.FAILED])
+    last = [(await attempts(store, started.execution_id, node))[-1] for node in ("a", "b")]
+    assert {one.worker_id: (one.outcome, one.error) for one in last} == {
+        "crashing": (Outcome.LOST, "worker crashing disconnected and did not come back"),
+        "steady": (Outcome.CANCELLED, ""),
+    }
 
 
 # ---- Leases and fencing ----------------------------------------------------------------------------------------------

@@ -44,30 +44,31 @@ _definition = lru_cache(maxsize=256)(parse_ir)
 
 
 def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
-    """Store a version, unless it is there.
+    """Store a version and say how it relates to the one registered before it; one that is there is IDENTICAL to itself.
 
     Raises InvalidRequest for an IR that can't run, VersionConflict if the hash has another definition.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
     definition = _definition(ir_json)
-    latest = db.one("latest_version", workflow_id=workflow_id)
     known = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
-    if known is not None and _definition(known["ir_json"]) != definition:
-        raise VersionConflict(
-            f"version {version_hash!r} of workflow {workflow_id!r} is registered with another definition: "
-            "a changed workflow needs a new version_hash"
-        )
+    if known is not None:
+        if _definition(known["ir_json"]) != definition:
+            raise VersionConflict(
+                f"version {version_hash!r} of workflow {workflow_id!r} is registered with another definition: "
+                "a changed workflow needs a new version_hash"
+            )
+        return Compatibility.IDENTICAL
+    latest = db.one("latest_version", workflow_id=workflow_id)
     result = Compatibility.NEW if latest is None else compatibility(_definition(latest["ir_json"]), definition)
-    if known is None:
-        db.run(
-            "add_version",
-            workflow_id=workflow_id,
-            version_hash=version_hash,
-            ir_json=ir_json,
-            compatibility=result.value,
-            now=db.now_ms,
-        )
+    db.run(
+        "add_version",
+        workflow_id=workflow_id,
+        version_hash=version_hash,
+        ir_json=ir_json,
+        compatibility=result.value,
+        now=db.now_ms,
+    )
     return result
 
 
