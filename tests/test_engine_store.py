@@ -220,9 +220,10 @@ async def test_versions_are_listed_latest_first_with_their_running_executions(st
 
 async def test_a_version_that_is_registered_again_is_identical_whatever_came_after_it(store: Store) -> None:
     """A worker that was not updated yet, and every worker that connects again, registers what the server knows."""
-    for nodes, version in ((ONE, "v1"), (CHAIN, "v2"), ({"x": []}, "v3")):
+    versions: dict[str, dict[str, list[str]]] = {"v1": ONE, "v2": CHAIN, "v3": {"x": []}}
+    for version, nodes in versions.items():
         await register(store, nodes, version=version)
-    for nodes, version in ((ONE, "v1"), (CHAIN, "v2"), ({"x": []}, "v3")):
+    for version, nodes in versions.items():
         assert await register(store, nodes, version=version) is Compatibility.IDENTICAL
     # Nor does it become the latest one by that.
     assert [one.version_hash for one in await store.workflow_versions("w")] == ["v3", "v2", "v1"]

@@ -58,7 +58,8 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
         Outcome.EXPIRED: f"worker {worker_id} gave no sign of life for longer than its lease",
         Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not come back",
     }[outcome]
-    db.run("end_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms)
+    if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
+        return  # another attempt that ran out in this sweep has ended the execution, and this one with it
     # Nobody takes an owned node over unless a person starts it again, so it can't kill one worker after the other.
     lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
     counts = {"failed": 0, "lost": lost}

@@ -132,7 +132,7 @@ SELECT node_id, output_json FROM nodes WHERE execution_id = :execution_id AND st
 -- name: attempt
 -- An attempt with its node and execution, whether it is the node's newest, and how many nodes are not recorded yet.
 SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.outcome, attempts.error,
-       attempts.worker_id, nodes.status AS node_status, nodes.attempts AS newest_attempt, nodes.failed_attempts,
+       attempts.worker_id, nodes.attempts AS newest_attempt, nodes.failed_attempts,
        executions.status AS execution_status, executions.version_hash,
        (SELECT count(*) FROM nodes AS others
         WHERE others.execution_id = attempts.execution_id AND others.status <> 'COMPLETED') AS unrecorded
@@ -154,6 +154,11 @@ WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNIN
 -- name: end_attempt
 -- Record how an attempt ended.
 UPDATE attempts SET outcome = :outcome, error = :error, ended_ms = :now WHERE task_id = :task_id;
+
+-- name: lose_attempt
+-- The same for one whose lease ran out, if it was still under way.
+UPDATE attempts SET outcome = :outcome, error = :error, ended_ms = :now
+WHERE task_id = :task_id AND outcome = 'RUNNING';
 
 -- name: make_ready
 -- Turn a node whose dependencies are recorded into a task.
@@ -212,11 +217,11 @@ WHERE streamed = 1 AND outcome = 'RUNNING'
               AND nodes.node_id = attempts.node_id AND owned);
 
 -- name: expired_attempts
--- Attempts whose lease has run out.
+-- Attempts whose lease has run out, the earliest first.
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
        attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
 FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
-WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now;
+WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now ORDER BY attempts.lease_expires_ms;
 
 -- name: next_lease
 -- When the next lease runs out.
