@@ -25,6 +25,10 @@ from durable_autogen.journal import Kind
 from durable_autogen.model import Replies
 from durable_autogen.recorder import Recorder
 from durable_autogen.request import describe_arguments
+from nexum_engine.errors import InvalidRequest
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
+
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one tool call; its arguments stand beside it on record
 
 
 @runtime_checkable
@@ -87,7 +91,12 @@ class DurableWorkbench(StaticStreamWorkbench):
                 result = await self._contained.call_tool(name, arguments, cancellation_token, call_id)
             except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
-            return {**result.model_dump(mode="json"), "notes": notes}
+            content = {**result.model_dump(mode="json"), "notes": notes}
+            if (why := _unrecordable(content)) is None:
+                return content
+            # It ran: recorded as a failure, it does not run again when the session is continued.
+            failure = _failure(name, ValueError(f"{name} ran, but its result can't be recorded: {why}"))
+            return {**failure.model_dump(mode="json"), "notes": notes}
 
         try:
             outcome = await self._recorder.event(
@@ -138,6 +147,14 @@ class DurableWorkbench(StaticStreamWorkbench):
 
     async def load_state(self, state: Mapping[str, Any]) -> None:
         await self.inner.load_state(state)
+
+
+def _unrecordable(content: Mapping[str, Any]) -> str | None:
+    try:
+        check_size(dump(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
+    except InvalidRequest as error:
+        return str(error)
+    return None
 
 
 def _failure(name: str, error: BaseException) -> ToolResult:

@@ -122,6 +122,31 @@ async def test_a_failure_that_the_model_saw_is_replayed_as_that_failure(server: 
     assert count == 1
 
 
+@pytest.mark.parametrize(
+    ("result", "why"), [("a\udc80", "surrogates not allowed"), ("x" * 9_000_000, "the limit is 8")]
+)
+async def test_a_result_that_cant_be_recorded_is_a_recorded_failure(server: Server, result: str, why: str) -> None:
+    count = 0
+
+    def returns() -> str:
+        """Return it."""
+        nonlocal count
+        count += 1
+        return result
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("returns", {})])
+
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            ended = await run(server, lambda: agent(model, [returns]))
+            (event,) = (m for m in ended.messages if isinstance(m, ToolCallExecutionEvent))
+            assert event.content[0].is_error
+            assert "returns ran, but its result can't be recorded" in event.content[0].content
+            assert why in event.content[0].content
+    assert count == 1
+
+
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_whatever_ends_a_tool_is_an_error_and_never_a_hang(
