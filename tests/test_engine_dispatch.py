@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import pytest
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.model import ExecutionStatus, Task
-from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.store import Store, open_store
+from nexum_engine.store.outcomes import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
 LEASE_MS = 30_000
@@ -278,6 +279,41 @@ async def test_a_task_that_is_just_too_large_with_its_frame_is_passed_on(engine:
     await engine.start(input_json=json.dumps("x" * 1000))
     assert (await engine.task(large)).node_id == "a"
     small.cancel()
+
+
+# ---- What is remembered ----------------------------------------------------------------------------------------------
+
+
+async def test_clients_that_name_ever_new_versions_do_not_make_the_server_remember_them_all(make: Make) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    for n in range(2 * MAX_REMEMBERED_VERSIONS):
+        clock.advance(0.01)
+        engine.dispatch.task_ready(ReadyTask(f"started {n}", 0))
+        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE)
+        assert claim is not None
+        if n % 100 == 99:
+            await claim
+    await turns()
+    sizes = {name: len(value) for name, value in vars(engine.dispatch).items() if isinstance(value, Sized)}
+    assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
+    assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
+
+
+async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version_was_forgotten_since(
+    engine: Engine,
+) -> None:
+    await engine.register({"a": []})
+    poll = engine.poll()
+    await turns(1)
+    assert engine.claims == 1, "the poll does not ask yet"
+    start = asyncio.create_task(engine.start())
+    await turns(1)
+    assert not start.done()
+    for n in range(MAX_REMEMBERED_VERSIONS + 1):
+        engine.dispatch.task_ready(ReadyTask(f"other {n}", 0))
+    assert (await engine.task(poll)).execution_id == await start
+    assert engine.claims == 2, "the first one saw the task: nothing was proven"
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ All of it is memory: after a restart the waiting calls come again, and the store
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +20,7 @@ from nexum_engine.store.outcomes import Claim, ReadyTask
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""
 MAX_REMEMBERED_VERSIONS = 1000
+"""Of how many versions it is remembered what was due and who polled: any client can name new ones."""
 
 
 class _WaitingPoll:
@@ -31,8 +32,8 @@ class _WaitingPoll:
         self.max_bytes = max_bytes
         self.claim: asyncio.Future[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
-        self.arrivals: tuple[int, ...] = ()
-        """How many tasks had become due when the claim was submitted: it may not have seen later ones."""
+        self.asked_at = 0
+        """The newest arrival when the claim was submitted: it may not have seen later ones."""
         self.leaving = False
 
     def wake(self) -> None:
@@ -49,7 +50,11 @@ class Dispatch:
         self._lease_ms = lease_ms
         self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
         self._last_poll_ms: dict[str, int] = {}
-        self._arrivals: Counter[str] = Counter()
+        self._arrivals = 0
+        self._last_arrival: dict[str, int] = {}
+        """The number of the newest task that became due, by version, the latest last."""
+        self._forgotten_arrival = 0
+        """No version that isn't there has a newer one."""
         self._due: dict[str, int] = {}
         """At most so many tasks of a version are due; a version that isn't here has to be looked up."""
         self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
@@ -71,7 +76,7 @@ class Dispatch:
         deadline = self._clock.now_ms() + wait_ms
         for version_hash in version_hashes:
             self._polls[version_hash].append(poll)
-            self._last_poll_ms[version_hash] = self._clock.now_ms()
+            self._remember_poll(version_hash)
         try:
             if self._may_be_due(version_hashes):
                 self._submit_claim(poll)
@@ -83,7 +88,7 @@ class Dispatch:
                         return claim.task
                     if claim.oversized is not None:
                         self._offer(claim.oversized)
-                    if poll.arrivals != self._arrived(poll):
+                    if self._arrived_since(poll.asked_at, version_hashes):
                         self._submit_claim(poll)
                         continue
                 left_ms = deadline - self._clock.now_ms()
@@ -103,7 +108,7 @@ class Dispatch:
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
         for version_hash in version_hashes:
-            self._last_poll_ms[version_hash] = self._clock.now_ms()
+            self._remember_poll(version_hash)
         self._submit_claim(poll)
         return poll.claim
 
@@ -115,6 +120,9 @@ class Dispatch:
         polls.remove(poll)
         if not polls:
             del self._polls[version_hash]
+        self._remember_poll(version_hash)
+
+    def _remember_poll(self, version_hash: str) -> None:
         now_ms = self._clock.now_ms()
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
@@ -134,22 +142,23 @@ class Dispatch:
             poll.idle = None
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
-        poll.arrivals = self._arrived(poll)
+        poll.asked_at = self._arrivals
         lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = asyncio.ensure_future(
             self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
         )
-        poll.claim.add_done_callback(partial(self._count_due, poll, poll.arrivals))
+        poll.claim.add_done_callback(partial(self._count_due, poll.version_hashes, poll.asked_at))
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
         """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
         streamed = worker_id in self._streamed_workers
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
-    def _arrived(self, poll: _WaitingPoll) -> tuple[int, ...]:
-        return tuple(self._arrivals[version_hash] for version_hash in poll.version_hashes)
+    def _arrived_since(self, asked_at: int, version_hashes: tuple[str, ...]) -> bool:
+        # A forgotten version may have had the newest of those that were forgotten: that costs one claim.
+        return any(self._last_arrival.get(version, self._forgotten_arrival) > asked_at for version in version_hashes)
 
-    def _count_due(self, poll: _WaitingPoll, arrivals: tuple[int, ...], done: asyncio.Future[Claim]) -> None:
+    def _count_due(self, version_hashes: tuple[str, ...], asked_at: int, done: asyncio.Future[Claim]) -> None:
         """Learn from a claim. Callbacks run in the order of the claims' transactions, so the count is never too low."""
         if done.cancelled() or done.exception() is not None:
             return
@@ -157,8 +166,8 @@ class Dispatch:
         if claim.task is not None:
             if claim.task.version_hash in self._due:
                 self._due[claim.task.version_hash] -= 1
-        elif claim.oversized is None and arrivals == self._arrived(poll):
-            self._due.update(dict.fromkeys(poll.version_hashes, 0))
+        elif claim.oversized is None and not self._arrived_since(asked_at, version_hashes):
+            self._due.update(dict.fromkeys(version_hashes, 0))
 
     def task_ready(self, task: ReadyTask) -> None:
         """A task became due, or will have when what was submitted before this call is stored.
@@ -166,7 +175,11 @@ class Dispatch:
         The claim is submitted here and now, behind the transition that makes the task, so that both share a
         transaction and the worker has the task as soon as its maker has the acknowledgement.
         """
-        self._arrivals[task.version_hash] += 1
+        self._arrivals += 1
+        self._last_arrival.pop(task.version_hash, None)
+        self._last_arrival[task.version_hash] = self._arrivals
+        if len(self._last_arrival) > MAX_REMEMBERED_VERSIONS:
+            self._forgotten_arrival = self._last_arrival.pop(next(iter(self._last_arrival)))
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
         self._offer(task)

@@ -91,6 +91,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
         wait = _wait_seconds(request.wait_ms)
+        check_id(request.version_hash, "version_hash")
         if request.owner:
             return await self._start_owned(request)
         starting = asyncio.ensure_future(
