@@ -213,7 +213,10 @@ class Journal:
                 if loop.time() >= give_up:
                     raise SessionBusy(f"session {self.session} is being run: {conflict}") from conflict
                 if not said:
-                    say(f"[Nexum] session {self.session} has an owner; waiting {TAKE_OVER_PATIENCE:g} s for its end")
+                    say(
+                        f"[Nexum] session {self.session} is owned by another run; if that one was killed, the server "
+                        f"knows within {TAKE_OVER_PATIENCE:g} s"
+                    )
                     said = True
             else:
                 if started.task is not None:
