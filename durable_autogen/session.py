@@ -124,10 +124,11 @@ class DurableSession:
 
     def _tell_counts(self) -> None:
         recorder = self.recorder
-        say(
-            f"[Nexum] session {self.session_id}: {_counts(recorder.live)} live, "
-            f"{_counts(recorder.replayed)} replayed from the record"
-        )
+        if recorder.live or recorder.replayed:
+            say(
+                f"[Nexum] session {self.session_id}: {_counts(recorder.live)} live, "
+                f"{_counts(recorder.replayed)} replayed from the record"
+            )
 
 
 def _bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> Workbench:
