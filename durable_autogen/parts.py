@@ -22,6 +22,9 @@ from durable_autogen.recorder import Recorder
 from durable_autogen.request import hashed
 from durable_autogen.workbench import DurableWorkbench
 
+# Packages through which an agent acts by itself: a vendor's own client, a browser.
+OWN_WAYS_OUT = frozenset({"anthropic", "azure", "ollama", "openai", "playwright", "playwright_controller"})
+
 
 class Parts:
     """Everything in a team that acts on the world, replaced by its durable twin for one run."""
@@ -65,6 +68,11 @@ class Parts:
                 self._replace_members(part, attribute, value, name)
             elif isinstance(value, Workbench):
                 self._replace(part, attribute, self.workbench(value, name))
+            elif isinstance(part, ChatAgent) and _is_own_way_out(value):
+                raise NotDurable(
+                    f"{name} ({type(part).__name__}) acts by itself through {type(value).__module__}, and "
+                    "what it gets there can't be recorded here: use an agent with a model client and tools"
+                )
 
     def _replace_members(self, part: object, attribute: str, members: Sequence[object], name: str) -> None:
         if members and all(isinstance(member, Workbench) for member in members):
@@ -94,6 +102,11 @@ class Parts:
     def _replace(self, part: object, attribute: str, value: object) -> None:
         self._before.append((part, attribute, getattr(part, attribute)))
         setattr(part, attribute, value)
+
+
+def _is_own_way_out(value: object) -> bool:
+    modules = type(value).__module__.lstrip("_").split(".")
+    return modules[0] in OWN_WAYS_OUT or modules[-1] in OWN_WAYS_OUT
 
 
 def _inside(outer: str, name: str) -> str:

@@ -19,7 +19,9 @@ from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
 from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
+from autogen_ext.agents.openai import OpenAIAgent
 from harness import Server, tool_worker
+from openai import AsyncOpenAI
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import (
@@ -412,6 +414,15 @@ class Shell(CodeExecutor):
 async def test_what_cant_be_recorded_is_refused(server: Server) -> None:
     with pytest.raises(NotDurable, match="coder runs code with Shell"):
         await run(server, lambda: RoundRobinGroupChat([CodeExecutorAgent("coder", code_executor=Shell())]))
+
+
+async def test_an_agent_with_a_vendors_own_client_is_refused(server: Server) -> None:
+    def build() -> OpenAIAgent:
+        vendor = AsyncOpenAI(api_key="k", base_url="http://127.0.0.1:1")
+        return OpenAIAgent("own", "acts by itself", vendor, "m", "Be brief.")
+
+    with pytest.raises(NotDurable, match=r"own \(OpenAIAgent\) acts by itself through openai"):
+        await run(server, build)
 
 
 async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:
