@@ -39,7 +39,7 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
             session = run.idempotency_key.rpartition("/")[0]
             latest.setdefault(session, run)
             earliest[session] = run
-        if len(page) < PAGE:
+        if not page:
             break
         before = page[-1].execution_id
     return [await _info(client, session, run, earliest[session].created_ms) for session, run in latest.items()]

@@ -25,7 +25,7 @@ from nexum_engine.owner import PATIENCE, Owner
 from nexum_engine.workflow import MAX_ID_LENGTH, workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
-PAGE = 100  # events in one answer
+PAGE = 100  # executions in one answer, at most
 LOOK_AGAIN = 0.1  # seconds
 
 
@@ -137,7 +137,7 @@ async def read_events(client: NexumClient, session: str) -> tuple[list[Event], l
                 recorded.append(Event.model_validate_json(execution.outputs()["event"]))
             elif execution.status is ExecutionStatus.RUNNING:
                 begun.append(EventInput.model_validate_json(execution.input_json))
-        if len(page) < PAGE:
+        if not page:
             return effective(recorded), begun
         before = page[-1].execution_id
 

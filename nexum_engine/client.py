@@ -232,7 +232,7 @@ class NexumClient:
         """The newest executions, without inputs and nodes unless asked; 20 of them unless `limit` says otherwise.
 
         `key_prefix` is what their idempotency keys begin with (it needs `workflow_id`), `before` the execution that
-        they are older than.
+        they are older than. With nodes there may be fewer than `limit`, if they are large, but none only at the end.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,

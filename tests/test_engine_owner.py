@@ -153,6 +153,21 @@ async def test_executions_are_listed_by_the_beginning_of_their_key_page_by_page(
         await store.list_executions("", "", 2, key_prefix="a/")
 
 
+async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> None:
+    large = json.dumps("x" * 6_000_000)
+    for key in ("a/1", "a/2", "a/3", "a/4"):
+        started = await own(store, "one", key)
+        assert started.task is not None
+        await store.complete_task(started.task.task_id, large)
+    pages = []
+    before = ""
+    while page := await store.list_executions("w", "", 100, key_prefix="a/", before=before, with_nodes=True):
+        pages.append([one.idempotency_key for one in page])
+        before = page[-1].execution_id
+    assert pages == [["a/4", "a/3"], ["a/2", "a/1"]]
+    assert len(await store.list_executions("w", "", 100, key_prefix="a/")) == 4
+
+
 # ---- Through a real server -------------------------------------------------------------------------------------------
 
 DIES = """

@@ -36,6 +36,8 @@ from nexum_engine.workflow import check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64
 """What a task's input_json has beside the payloads; an upper bound."""
+MAX_LIST_BYTES = 16 * 1024 * 1024
+"""Inputs and outputs in one list of executions: it is in memory as a whole, here and where it is read."""
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
@@ -202,6 +204,8 @@ def list_executions(
 ) -> list[Execution]:
     """The newest executions (older than `before`, with keys that begin with the prefix), without inputs and nodes.
 
+    With them, there are as many as have MAX_LIST_BYTES, and at least one if there is one.
+
     Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow.
     """
     if status and status not in ExecutionStatus.__members__:
@@ -214,7 +218,16 @@ def list_executions(
         rows = db.all("executions_of_prefix", **filters, first=key_prefix, end=end)
     else:
         rows = db.all("executions", **filters)
-    return [get_execution(db, row["execution_id"]) if with_nodes else _execution(row) for row in rows]
+    if not with_nodes:
+        return [_execution(row) for row in rows]
+    whole: list[Execution] = []
+    left = MAX_LIST_BYTES
+    for row in rows:
+        left -= sum(size["bytes"] for size in db.all("input_sizes", execution_id=row["execution_id"]))
+        if whole and left < 0:
+            break
+        whole.append(get_execution(db, row["execution_id"]))
+    return whole
 
 
 def output_bytes(db: Db, execution_id: str) -> int:

@@ -335,7 +335,9 @@ class ListRequest(google.protobuf.message.Message):
     before_execution_id: builtins.str
     """Addition: only executions older than this one, to go on where the last answer ended."""
     with_nodes: builtins.bool
-    """Addition: also inputs and nodes with their outputs."""
+    """Addition: also inputs and nodes with their outputs; then an answer ends early, after 16 MB of them, and only an
+    empty one says that there are no older executions.
+    """
     def __init__(
         self,
         *,
