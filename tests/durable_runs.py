@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,9 @@ class Programs:
 
 
 def _kill(pid: int) -> None:
-    # Until the serving process has said that it ended, the id is this program's.
-    os.kill(pid, signal.SIGKILL)
+    # Where it has ended just now, the serving process is about to say so, and its id is not in use again yet.
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 @dataclass

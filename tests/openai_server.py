@@ -88,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer()
 
     def _answer(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("content-length", "0")))
+        length = int(self.headers.get("content-length", "0"))
+        raw = self.rfile.read(length)
+        if len(raw) < length:
+            raise ConnectionAbortedError("the client ended before its request did")
         headers = {name.lower(): value for name, value in self.headers.items()}
         body: dict[str, Any] = json.loads(raw)
         number, reply = self.server_state.take(Request(self.path, headers, body))
