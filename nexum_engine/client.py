@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -40,8 +40,12 @@ from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     # Only the type stubs tell the two kinds of channel apart.
     from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
+
+    WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 DEFAULT_ADDRESS = "localhost:50051"
 CALL_DEADLINE = 10.0  # seconds, beside what a call is asked to wait
@@ -51,8 +55,9 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Despite its name, how long an attempt to connect may take: a busy machine or a far one needs more than a moment.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # http_proxy is for the web, not for a server on this machine.
@@ -312,9 +317,9 @@ class NexumClient:
         except Conflict as error:
             raise StaleTask(str(error)) from error
 
-    def worker_stream(self, beats: AsyncIterator[pb.WorkerBeat]) -> AsyncIterable[pb.WorkerBeatAck]:
-        """The worker's sign of life. Iterating raises grpc.RpcError when it breaks."""
-        return self._stub.WorkerStream(beats)
+    def worker_stream(self) -> WorkerStreamCall:
+        """Open a worker's stream: each beat that is written is answered. Both raise grpc.RpcError when it breaks."""
+        return self._stub.WorkerStream()
 
 
 def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:

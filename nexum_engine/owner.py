@@ -12,26 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import grpc
 from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import ServerError, WorkflowNotFound
+from nexum_engine.errors import NexumError, ServerError, ServerUnavailable, WorkflowNotFound
+from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.model import Task
-from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
-FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream that says nothing is opened again
-RECONNECT_DELAY = 0.1  # seconds
-FIRST_BEAT_INTERVAL = 10.0  # seconds, until the server names its lease
 PATIENCE = 300.0  # seconds to try while no server answers
 
 logger = logging.getLogger(__name__)
@@ -41,24 +34,25 @@ class Owner:
     """Connected for the length of an `async with`. Raises ServerError if the server knows no owners."""
 
     def __init__(self, client: NexumClient) -> None:
-        self.owner_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.owner_id = new_worker_id()
         self._client = client
-        self._held: set[str] = set()
-        self._connected = asyncio.Event()
-        self._beat_now = asyncio.Event()
-        self._beat_interval = FIRST_BEAT_INTERVAL
-        self._closing = False
-        self._stream: asyncio.Task[None] | None = None
+        self._lost: NexumError | None = None
+        self._heartbeat = Heartbeat(client, self.owner_id, on_lost=self._say_lost)
+        self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Owner:
-        self._stream = asyncio.create_task(self._stay_connected(), name="owner stream")
-        connecting = asyncio.ensure_future(self._connected.wait())
+        self._beating = asyncio.create_task(self._heartbeat.run(), name="owner's heartbeat")
+        connecting = asyncio.ensure_future(self._heartbeat.connected.wait())
         try:
-            await asyncio.wait({self._stream, connecting}, timeout=CONNECT_TIMEOUT, return_when="FIRST_COMPLETED")
-            if self._stream.done():
-                self._stream.result()
-            if not self._connected.is_set():
-                raise ServerError(f"no Nexum server on {self._client.address} took up the connection of an owner")
+            await asyncio.wait({self._beating, connecting}, timeout=CONNECT_TIMEOUT, return_when="FIRST_COMPLETED")
+            if self._beating.done():
+                self._beating.result()
+                raise self._knows_no_owners()
+            if not self._heartbeat.connected.is_set():
+                raise ServerError(
+                    f"no Nexum server on {self._client.address} took up the connection of an owner within "
+                    f"{CONNECT_TIMEOUT:g} s{'' if self._lost is None else f': {self._lost}'}"
+                )
         except BaseException:
             await self.__aexit__()
             raise
@@ -67,11 +61,19 @@ class Owner:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._closing = True
-        self._beat_now.set()
-        if self._stream is not None:
-            self._stream.cancel()
-            await asyncio.gather(self._stream, return_exceptions=True)
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+
+    def _say_lost(self, error: NexumError) -> None:
+        self._lost = error
+        if not isinstance(error, ServerUnavailable):  # who waits for a server says so
+            logger.warning("connecting again: %s", error)
+
+    def _knows_no_owners(self) -> ServerError:
+        return ServerError(
+            f"the server on {self._client.address} knows no owned executions: use this project's own server"
+        )
 
     async def start(self, workflow: Workflow, input: BaseModel | Mapping[str, Any], *, idempotency_key: str) -> Started:
         """Start the key's execution as its owner, take over what a dead owner left of it, or find its result.
@@ -90,62 +92,26 @@ class Owner:
             await self._client.register_workflow(workflow, patience=PATIENCE)
             started = await start()
         if started.task is not None:
-            self._held.add(started.task.task_id)
-            self._beat_now.set()
+            self._heartbeat.held.add(started.task.task_id)
+            self._heartbeat.beat()
         elif not started.status.ended:
             # It ignored what it doesn't know and has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)
-            raise ServerError(
-                f"the server on {self._client.address} knows no owned executions: use this project's own server"
-            )
+            raise self._knows_no_owners()
         return started
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result. Raises StaleTask if another owner has taken over."""
         value = output.model_dump(mode="json") if isinstance(output, BaseModel) else output
-        await self._client.complete_task(task.task_id, jsontext.dump(value, "the result"), patience=PATIENCE)
-        self._held.discard(task.task_id)
+        text = jsontext.dump(value, "the result")
+        try:
+            await self._client.complete_task(task.task_id, text, patience=PATIENCE)
+        finally:
+            self._heartbeat.held.discard(task.task_id)
 
     async def fail(self, task: Task, error: str, *, patience: float = PATIENCE) -> None:
         """Record that it has no result; the next start of the key begins anew."""
-        self._held.discard(task.task_id)
-        await self._client.fail_task(task.task_id, error, final=True, patience=patience)
-
-    async def _stay_connected(self) -> None:
-        while True:
-            answered = asyncio.Event()
-            beating = asyncio.create_task(self._beat(answered), name="owner beats")
-            first = asyncio.ensure_future(answered.wait())
-            try:
-                await asyncio.wait({beating, first}, timeout=FIRST_ACK_TIMEOUT, return_when="FIRST_COMPLETED")
-                if answered.is_set():
-                    await asyncio.wait({beating})
-                if beating.done():
-                    beating.result()
-                else:
-                    logger.warning("the server did not answer the owner's first beat: connecting again")
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    raise ServerError(
-                        f"the server on {self._client.address} knows no owned executions: use this project's own server"
-                    ) from error
-            finally:
-                first.cancel()
-                beating.cancel()
-                await asyncio.gather(beating, return_exceptions=True)
-            await asyncio.sleep(RECONNECT_DELAY)
-
-    async def _beat(self, answered: asyncio.Event) -> None:
-        async for ack in self._client.worker_stream(self._beats()):
-            self._beat_interval = ack.lease_ms / 3000
-            self._connected.set()
-            answered.set()
-
-    async def _beats(self) -> AsyncIterator[pb.WorkerBeat]:
-        while not self._closing:
-            self._beat_now.clear()
-            yield pb.WorkerBeat(worker_id=self.owner_id, task_ids=sorted(self._held))
-            try:
-                await asyncio.wait_for(self._beat_now.wait(), self._beat_interval)
-            except (asyncio.TimeoutError, TimeoutError):
-                continue
+        try:
+            await self._client.fail_task(task.task_id, error, final=True, patience=patience)
+        finally:
+            self._heartbeat.held.discard(task.task_id)

@@ -11,40 +11,38 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import socket
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import grpc
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
-from nexum_engine.client import NexumClient
+from nexum_engine.client import RECONNECT_DELAY, NexumClient
 from nexum_engine.errors import (
     FinalError,
     InvalidRequest,
     NexumError,
+    NotFound,
+    ServerFault,
     ServerUnavailable,
     StaleTask,
     TaskNotFound,
 )
+from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.model import Task
-from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
 REPORT_PATIENCE = 300.0  # seconds to try to report a result while no server answers
-FIRST_BEAT_INTERVAL = 10.0  # seconds, until the server names its lease
+STOP_PATIENCE = 3.0  # seconds that a worker which was told to stop waits for a server
+FAULT_DELAY = 5.0  # seconds until a server that had a fault is asked for a task again
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server that doesn't hold them
-RECONNECT_DELAY = 0.1  # seconds
-SAY_WAITING_EVERY = 10.0  # seconds
 MAX_REASON_CHARACTERS = 100_000  # of a failure, as it is sent; the server keeps fewer and says so
 MAX_LOGGED_CHARACTERS = 500
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,101 +99,98 @@ class Worker:
                     f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, "
                     f"its handlers are for {sorted(binding.handlers)}"
                 )
-        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.worker_id = worker_id or new_worker_id()
         self._client = client
         self._bindings = {binding.workflow.version_hash: binding for binding in bindings}
+        self._work = {
+            (binding.workflow.version_hash, node.node_id): (binding.handlers[node.node_id], node)
+            for binding in bindings
+            for node in binding.workflow.nodes
+        }
         self._concurrency = concurrency
         self._describe = describe or (lambda task: task.node_id)
         self._after_report = after_report
-        self._held: set[str] = set()
-        self._connected = asyncio.Event()
-        self._beat_now = asyncio.Event()
-        self._beat_interval = FIRST_BEAT_INTERVAL
+        self._heartbeat = Heartbeat(
+            client,
+            self.worker_id,
+            prepare=self._register,
+            on_connected=self._say_connected,
+            on_lost=self._say_lost,
+        )
+        self._was_connected = False
         self._streams = True
-        self._draining = False
+        self._told_to_stop = asyncio.Event()
+        self._stopped: asyncio.Task[bool] | None = None
+        self._reports: set[asyncio.Task[Task | None]] = set()
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set and what was taken is reported. Raises what a broken server or contract raises."""
-        stream = asyncio.create_task(self._stay_connected(), name="worker stream")
+        """Work until `stop` is set and what was taken is reported. Raises what a broken server or contract raises.
+
+        A result that no server takes within a few seconds after `stop` is left: its task is run again.
+        """
+        connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
+        self._stopped = asyncio.create_task(self._told_to_stop.wait(), name="told to stop")
         slots = [asyncio.create_task(self._slot(), name=f"slot {n + 1}") for n in range(self._concurrency)]
         stopping = asyncio.ensure_future(stop.wait())
         try:
-            watched: set[asyncio.Future[Any]] = {stream, stopping, *slots}
+            watched: set[asyncio.Future[Any]] = {connection, stopping, *slots}
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            for running in (stream, *slots):
+            for running in (connection, *slots):
                 if running.done():
                     running.result()
             await self._drain(slots)
         finally:
             self._closing = True
-            self._beat_now.set()
-            for task in (stream, stopping, *slots):
+            self._told_to_stop.set()
+            for task in (connection, stopping, *slots):
                 task.cancel()
-            await asyncio.gather(stream, stopping, *slots, return_exceptions=True)
+            await asyncio.gather(connection, stopping, *slots, return_exceptions=True)
+            # A report that was begun is finished, also when the worker is cancelled meanwhile.
+            await asyncio.gather(*self._reports, return_exceptions=True)
 
     async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
-        self._draining = True
-        if self._held:
-            logger.info("stopping: finishing %d task(s) first (Ctrl+C again to leave them)", len(self._held))
-        self._beat_now.set()
+        held = len(self._heartbeat.held)
+        if held:
+            logger.info("stopping: finishing %d task(s) first (Ctrl+C again to leave them)", held)
+        self._told_to_stop.set()
+        self._heartbeat.draining = True
+        self._heartbeat.beat()
         # A slot that waits for the server has nothing to finish.
-        self._connected.set()
-        await asyncio.gather(*slots, return_exceptions=True)
+        self._heartbeat.connected.set()
+        await asyncio.wait(slots)
+        for slot in slots:
+            slot.result()
 
     # ---- The connection ----------------------------------------------------------------------------------------------
 
     async def _stay_connected(self) -> None:
-        """Register, open the stream, keep it, and begin again when it breaks."""
-        was_connected = False
-        said_at: float | None = None
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                for binding in self._bindings.values():
-                    await self._client.register_workflow(binding.workflow)
-                if not self._streams:
-                    self._connected.set()
-                    await asyncio.Event().wait()
-                async for ack in self._client.worker_stream(self._beats()):
-                    if not self._connected.is_set():
-                        logger.info(
-                            "%s %s as worker %s",
-                            "connected again to" if was_connected else "connected to",
-                            self._client.address,
-                            self.worker_id,
-                        )
-                    self._beat_interval = ack.lease_ms / 3000
-                    was_connected, said_at = True, None
-                    self._connected.set()
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    logger.warning(
-                        "the server on %s has no WorkerStream: it counts a silent worker as lost after its own limit",
-                        self._client.address,
-                    )
-                    self._streams = False
-                    continue
-            except ServerUnavailable:
-                pass  # said below, and tried again
-            self._connected.clear()
-            if said_at is None or loop.time() - said_at >= SAY_WAITING_EVERY:
-                said_at = loop.time()
-                logger.warning(
-                    "%s on %s: waiting for one (start it with: python -m nexum_engine)",
-                    "the Nexum server is gone" if was_connected else "no Nexum server",
-                    self._client.address,
-                )
-            await asyncio.sleep(RECONNECT_DELAY)
+        await self._heartbeat.run()
+        logger.warning(
+            "the server on %s has no WorkerStream: it counts a silent worker as lost after its own limit",
+            self._client.address,
+        )
+        self._streams = False
+        self._heartbeat.connected.set()
+        await asyncio.Event().wait()
 
-    async def _beats(self) -> AsyncIterator[pb.WorkerBeat]:
-        while not self._closing:
-            self._beat_now.clear()
-            yield pb.WorkerBeat(worker_id=self.worker_id, task_ids=sorted(self._held), draining=self._draining)
-            try:
-                await asyncio.wait_for(self._beat_now.wait(), self._beat_interval)
-            except (asyncio.TimeoutError, TimeoutError):
-                continue
+    async def _register(self) -> None:
+        for binding in self._bindings.values():
+            await self._client.register_workflow(binding.workflow)
+
+    def _say_connected(self) -> None:
+        again = "connected again to" if self._was_connected else "connected to"
+        self._was_connected = True
+        logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
+
+    def _say_lost(self, error: NexumError) -> None:
+        if isinstance(error, ServerUnavailable):
+            gone = "the Nexum server is gone" if self._was_connected else "no Nexum server"
+            logger.warning(
+                "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
+            )
+        else:
+            logger.warning("not connected to %s, trying again: %s", self._client.address, error)
 
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
@@ -203,34 +198,52 @@ class Worker:
         versions = list(self._bindings)
         turn = 0
         while True:
-            if not self._draining:  # then it has nothing to wait for, and the server may never come back
-                await self._connected.wait()
-            if self._draining:
+            if not self._told_to_stop.is_set():  # then it has nothing to wait for, and the server may never come back
+                await self._heartbeat.connected.wait()
+            if self._told_to_stop.is_set():
                 return
             # A server without streams has never heard of several versions in one poll, either.
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
-                task = await self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT)
+                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
             except ServerUnavailable:
                 await asyncio.sleep(RECONNECT_DELAY)
+                continue
+            except ServerFault as error:
+                logger.warning("no task from %s, asking again: %s", self._client.address, error)
+                await asyncio.sleep(FAULT_DELAY)
                 continue
             if task is None and not self._streams:
                 await asyncio.sleep(SHORT_POLL_INTERVAL)
             while task is not None:
                 task = await self._hold(task)
 
+    async def _answer(self, call: Awaitable[T]) -> T:
+        """What the server answers. Once the worker is told to stop, it has a few seconds: then ServerUnavailable."""
+        calling = asyncio.ensure_future(call)
+        assert self._stopped is not None
+        try:
+            await asyncio.wait({calling, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not calling.done():
+                await asyncio.wait({calling}, timeout=STOP_PATIENCE)
+            if not calling.done():
+                raise ServerUnavailable(
+                    f"no answer from {self._client.address} within {STOP_PATIENCE:g} s, and the worker was told to stop"
+                )
+            return calling.result()
+        finally:
+            calling.cancel()
+
     async def _hold(self, task: Task) -> Task | None:
         """Run a task; the next one, if the report brought one back."""
-        self._held.add(task.task_id)
+        self._heartbeat.held.add(task.task_id)
         try:
             return await self._run_task(task)
         finally:
-            self._held.discard(task.task_id)
+            self._heartbeat.held.discard(task.task_id)
 
     async def _run_task(self, task: Task) -> Task | None:
-        binding = self._bindings[task.version_hash]
-        node = next(node for node in binding.workflow.nodes if node.node_id == task.node_id)
         loop = asyncio.get_running_loop()
         start = loop.time()
         context = _context(task)
@@ -238,13 +251,23 @@ class Worker:
         what = f"{name}, execution {task.execution_id}, attempt {task.attempt}"
         logger.info("started  %s", what)
         try:
-            output = await self._output(binding.handlers[task.node_id], context, node)
+            handler, node = self._work_of(task)
+            output = await self._output(handler, context, node)
         except Exception as error:  # noqa: BLE001 - reported to the server
             final = isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
-            outcome = f"failed, for good: {reason}" if final else f"failed: {reason}"
-            return await self._report(task, what, start, self._failure(task, reason, final=final), outcome)
+            report = self._failure(task, reason, final=final)
+            return await self._report(task, what, start, report, "failed, for good" if final else "failed", reason)
         return await self._report(task, what, start, self._success(task, output), "finished")
+
+    def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
+        """Raises NotFound for a node that isn't bound: two workflows can have one version hash, if it isn't ours."""
+        work = self._work.get((task.version_hash, task.node_id))
+        if work is not None:
+            return work
+        raise NotFound(
+            f"worker {self.worker_id} has no handler for node {task.node_id!r} of version {task.version_hash!r}"
+        )
 
     async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
         """The handler's result as JSON text, checked against the node's output model."""
@@ -275,7 +298,7 @@ class Worker:
 
     async def _success(self, task: Task, output: str) -> Task | None:
         # Who wants to act between a report and the next task gets the chance.
-        more = not self._draining and self._after_report is None
+        more = not self._told_to_stop.is_set() and self._after_report is None
         then_take = (self.worker_id, list(self._bindings)) if more else None
         try:
             return await self._client.complete_task(task.task_id, output, then_take=then_take, patience=REPORT_PATIENCE)
@@ -287,22 +310,30 @@ class Worker:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
 
     async def _report(
-        self, task: Task, what: str, start: float, report: Awaitable[Task | None], outcome: str
+        self,
+        task: Task,
+        what: str,
+        start: float,
+        report: Coroutine[Any, Any, Task | None],
+        outcome: str,
+        reason: str = "",
     ) -> Task | None:
+        """Report, and say in one line how the attempt ended; the next task, if the report brought one back."""
         following, acknowledged = None, False
+        reporting = asyncio.create_task(self._answer(report))
+        self._reports.add(reporting)
+        reporting.add_done_callback(self._reports.discard)
         try:
-            # A report that was begun is finished, also when the worker is cancelled meanwhile.
-            following = await asyncio.shield(asyncio.ensure_future(report))
+            following = await asyncio.shield(reporting)
             acknowledged = True
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
-            outcome = f"refused by the server: {error}"
+            reason = f"refused by the server: {error}"
         except NexumError as error:
-            outcome = f"not reported, it will run again: {error}"
+            reason = f"not reported, it will be run again: {error}"
         seconds = asyncio.get_running_loop().time() - start
-        level = logging.INFO if outcome == "finished" else logging.WARNING
-        verb, _, reason = outcome.partition(", " if "for good" in outcome else ": ")
+        level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
-        logger.log(level, "%-8s %s, %.2f s%s", verb, what, seconds, f": {in_one_line}" if in_one_line else "")
+        logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
         if acknowledged and self._after_report is not None:
             self._after_report(task)
         return following

@@ -85,8 +85,9 @@ ENGINE = {
     "store": ("scheduling", "workflow", "jsontext", "model", "errors", "clock"),
     "server": ("store", "wire", "workflow", "jsontext", "model", "errors", "clock"),
     "client": ("wire", "workflow", "jsontext", "model", "errors"),
-    "worker": ("client", "wire", "workflow", "jsontext", "model", "errors"),
-    "owner": ("client", "wire", "workflow", "jsontext", "model", "errors"),
+    "heartbeat": ("client", "wire", "errors"),
+    "worker": ("heartbeat", "client", "workflow", "jsontext", "model", "errors"),
+    "owner": ("heartbeat", "client", "workflow", "jsontext", "model", "errors"),
 }
 
 

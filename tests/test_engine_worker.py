@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_server import engine_server, raises
 from harness import Server, free_port, nexum_server
 from pydantic import BaseModel
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
 from nexum_engine.model import Execution, ExecutionStatus, Outcome, Task
-from nexum_engine.worker import Binding, Handler, TaskContext, Worker
+from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
@@ -234,6 +235,10 @@ async def _number(task: TaskContext) -> Number:
     return Number(value=1)
 
 
+async def _one(task: TaskContext) -> int:
+    return 1
+
+
 # ---- Draining --------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +292,80 @@ async def test_an_idle_worker_stops_also_when_its_server_stops_with_it(tmp_path:
                     await asyncio.sleep(0)
                 server.process.terminate()
             await asyncio.wait_for(stopping, SOON)
+
+
+async def test_a_worker_that_is_stopped_does_not_wait_for_a_server_that_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "made in between"
+
+    with nexum_server(tmp_path) as server:
+        async with working(server.address, {ONE: {"a": handler}}, worker_id="w1") as worker:
+            async with NexumClient(server.address) as client:
+                execution_id = await begin(client, ONE)
+            await asyncio.wait_for(begun.wait(), SOON)
+            server.process.kill()
+            await until(lambda: "the Nexum server is gone" in caplog.text)
+            go_on.set()
+            began = asyncio.get_running_loop().time()
+            await worker.stop()
+            assert asyncio.get_running_loop().time() - began < STOP_PATIENCE + 2
+    (line,) = [one.getMessage() for one in caplog.records if "not reported" in one.getMessage()]
+    assert line.startswith(f"finished a, execution {execution_id}, attempt 1, ")
+    assert "not reported, it will be run again: no answer from" in line
+
+
+async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancelled(
+    address: str, client: NexumClient
+) -> None:
+    reporting, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(NexumClient):
+        async def complete_task(self, task_id: str, output_json: str, **options: Any) -> Task | None:
+            reporting.set()
+            await go_on.wait()
+            return await super().complete_task(task_id, output_json, **options)
+
+    async with Slow(address) as slow:
+        running = Running(Worker(slow, [Binding(TYPED, {"a": _number})]))
+        execution_id = await begin(client, TYPED)
+        await asyncio.wait_for(reporting.wait(), SOON)
+        running.run.cancel()
+        await asyncio.sleep(0)  # the cancellation arrives
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running.run, SOON)
+    assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
+
+
+async def test_what_after_report_raises_ends_the_worker_also_while_it_drains(address: str, client: NexumClient) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "finished"
+
+    class Crash(Exception):
+        pass
+
+    def crash(_: object) -> None:
+        raise Crash
+
+    execution_id = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}, after_report=crash) as worker:
+        await asyncio.wait_for(begun.wait(), SOON)
+        stopping = asyncio.create_task(worker.stop())
+        await nobody_polls(client, execution_id)
+        go_on.set()
+        with pytest.raises(Crash):
+            await stopping
 
 
 # ---- The server ------------------------------------------------------------------------------------------------------
@@ -355,7 +434,36 @@ async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_wo
         await until(lambda: Faulty.faults > 0)
         assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
         await running.stop()
-    assert "not reported, it will run again" in caplog.text
+    assert "not reported, it will be run again" in caplog.text
+
+
+async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.05)
+    async with engine_server(tmp_path) as faulty, NexumClient(faulty.address) as client:
+        faulty.watch("claim", raises, raises)
+        async with working(faulty.address, {TYPED: {"a": _number}}, concurrency=1) as worker:
+            assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
+            await worker.stop()
+        assert faulty.calls["claim"] > 2
+    assert caplog.text.count(f"no task from {faulty.address}, asking again: the server had a fault") == 2
+
+
+async def test_a_task_that_the_worker_has_no_handler_for_fails_with_that_reason(
+    address: str, client: NexumClient
+) -> None:
+    """Version hashes are the clients' own, and two workflows of one hash share their tasks."""
+    other = Workflow("other", ONE.version_hash, '{"nodes":{"b":{"type":"EFFECT","dependencies":[]}}}', ())
+    execution_id = await begin(client, other)
+    async with working(address, {ONE: {"a": _one}}, worker_id="w1"):
+        assert (await ended(client, await begin(client, ONE))).status is ExecutionStatus.COMPLETED
+        execution = (await client.get_execution(execution_id, with_attempts=True)).execution
+    first = execution.nodes[0].attempts[0]
+    assert (first.outcome, first.error) == (
+        Outcome.FAILED,
+        f"worker w1 has no handler for node 'b' of version {ONE.version_hash!r}",
+    )
 
 
 async def test_what_after_report_raises_ends_the_worker(address: str, client: NexumClient) -> None:

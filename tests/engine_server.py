@@ -1,0 +1,72 @@
+"""A Nexum server within the test's own process, so that a test can put a fault into its store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nexum_engine.clock import SystemClock
+from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.store import Store, open_store
+from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
+
+
+class EngineServer:
+    """Its address, its store, and the faults in it."""
+
+    def __init__(self, store: Store, address: str) -> None:
+        self.store = store
+        self.address = address
+        self.calls: dict[str, int] = {}
+        """How often each watched transition was called."""
+
+    def watch(self, transition: str, *faults: Callable[[], Awaitable[Any]]) -> None:
+        """Count the calls of a transition; the first of them do what `faults` say, and the others what they should."""
+        submit = getattr(self.store, transition)
+        self.calls[transition] = 0
+
+        def counted(*args: Any) -> Awaitable[Any]:
+            self.calls[transition] += 1
+            number = self.calls[transition]
+            return faults[number - 1]() if number <= len(faults) else submit(*args)
+
+        setattr(self.store, transition, counted)
+
+
+async def raises() -> None:
+    """A fault of the server's own."""
+    raise RuntimeError("a bug")
+
+
+async def hangs() -> None:
+    """No answer."""
+    await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[EngineServer]:
+    """A server on `folder`/nexum.db, ready for calls; `lease` in seconds."""
+    clock = SystemClock()
+    store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
+    dispatch = Dispatch(store, clock, round(lease * 1000))
+    liveness = Liveness(store, dispatch, clock, round(lease * 1000))
+    store.on_unknown = dispatch.look_again
+    server = grpc.aio.server()
+    add_NexumServiceServicer_to_server(NexumServicer(store, dispatch, liveness), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await liveness.start()
+    await server.start()
+    try:
+        yield EngineServer(store, f"127.0.0.1:{port}")
+    finally:
+        await dispatch.stop()
+        await liveness.stop()
+        await server.stop(0)
+        await store.close()
