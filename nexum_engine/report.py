@@ -26,7 +26,8 @@ def table(executions: Sequence[Execution], now_ms: int) -> str:
         return "no executions"
     lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<10} WORKFLOW"]
     lines += [
-        f"{one.execution_id:<41} {one.status.value:<9} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}"
+        f"{_cut(one.execution_id, 41):<41} {one.status.value:<9} {age(now_ms - one.created_ms):<10} "
+        f"{_cut(one.workflow_id, 17)}"
         for one in executions
     ]
     return "\n".join(lines)
@@ -36,7 +37,7 @@ def details(execution: Execution) -> str:
     """One execution with its nodes and attempts."""
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
-        f"execution  {execution.execution_id}",
+        f"execution  {_printable(execution.execution_id)}",
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
@@ -48,7 +49,7 @@ def details(execution: Execution) -> str:
     if execution.error:
         lines += _field("error", execution.error)
     for node in execution.nodes:
-        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({node.node_type}) {node.status.value}"]
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({_printable(node.node_type)}) {node.status.value}"]
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
@@ -85,10 +86,12 @@ def _wrapped(value: str, indent: str) -> list[str]:
 
 
 def _printable(text: str) -> str:
+    # Not every server checks the names that it is given.
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _cut(text: str, width: int) -> str:
+    text = _printable(text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from typing import Any
 
 from nexum_engine import report
 from nexum_engine.model import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
@@ -58,6 +60,17 @@ def test_show_says_who_ran_what_when_and_why_it_failed() -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in report.details(EXECUTION)
+
+
+def test_no_name_steers_the_terminal_whatever_server_it_came_from() -> None:
+    name = "a\x1b[2J\x9b\x07b"
+    attempt = Attempt(1, name, START, None, Outcome.RUNNING, name)
+    node = Node(name, name, NodeStatus.READY, None, name, (attempt,))
+    names = ("execution_id", "workflow_id", "version_hash", "input_json", "idempotency_key", "error")
+    changed: dict[str, Any] = {**dict.fromkeys(names, name), "nodes": (node,)}
+    execution = replace(EXECUTION, **changed)
+    for text in (report.details(execution), report.table([execution], START), report.as_json(execution)):
+        assert text.replace("\n", "").isprintable()
 
 
 def test_json_has_everything_and_reads_back() -> None:
