@@ -16,16 +16,22 @@ own in any case. Without a model key it rehearses offline.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 import argparse
 import asyncio
+import logging
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
-from graphflow_demo import compare
+from console import complain, let_ctrl_c_cancel, log_to, run_script, say
+from graphflow.comparison import compare
 from launcher import NexumForRun
 from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
@@ -142,7 +148,7 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 shown, 1 it doesn't hold, 2 can't run as asked, 130 interrupted."""
+    """Run the command line; the exit code: 0 shown, 1 it doesn't hold, 2 can't run as asked."""
     parser = build_parser()
     args = parser.parse_args(argv)
     # Where the locale isn't UTF-8, the command line comes with undecoded bytes in it.
@@ -168,17 +174,12 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"error: {error}")
         return 2
     except BrokenPipeError:
-        # Who reads our output has seen enough (`| head`).
-        abandon_output()
-        return 1
+        raise  # that is no error to complain about
     except OSError as error:
         complain(f"error: {error}")
         return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        complain("\ninterrupted; nothing of it is left running")
-        return 130
 
 
 if __name__ == "__main__":
-    accept_any_character()
-    sys.exit(main())
+    log_to(sys.stderr, logging.WARNING)
+    run_script(main, interrupted="nothing of it is left running")

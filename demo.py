@@ -13,9 +13,15 @@ a model key it rehearses offline.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 import argparse
 import asyncio
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -24,7 +30,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from console import abandon_output, accept_any_character, complain, let_ctrl_c_cancel, say
+from console import complain, let_ctrl_c_cancel, log_to, run_script, say
 from launcher import NexumForRun, kill_this_process
 from models import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.client import NexumClient
@@ -202,11 +208,11 @@ async def show(items: AsyncIterator[Item], answerer: str) -> bool:
         if isinstance(event, TaskResult):
             continue
         if isinstance(event, ModelClientStreamingChunkEvent):
-            print(event.content if streaming else f"\n{event.content}", end="", flush=True)
+            say(event.content if streaming else f"\n{event.content}", end="")
             streaming = True
             continue
         if streaming:
-            print(flush=True)
+            say("")
         who = "agent" if event.source == RESEARCHER else event.source
         if isinstance(event, ToolCallRequestEvent):
             for call in event.content:
@@ -227,9 +233,9 @@ async def show(items: AsyncIterator[Item], answerer: str) -> bool:
 
 async def run(question: str | None, model: ModelChoice, session_id: str, args: argparse.Namespace) -> int:
     """Ask the question in the session, or go on with the session's own; the exit code."""
+    let_ctrl_c_cancel()
     from durable_autogen import run_durable_stream
 
-    let_ctrl_c_cancel()
     announce_session(session_id)
     steps = Steps(args.crash_after_step)
     async with NexumForRun(args.nexum) as nexum:
@@ -302,7 +308,7 @@ async def show_sessions(nexum_address: str | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 answered, 1 failed, 2 can't run as asked, 130 interrupted."""
+    """Run the command line; the exit code: 0 answered, 1 failed, 2 can't run as asked."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.crash_after_step is not None and args.crash_after_step < 1:
@@ -329,15 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModelFailed as error:
         complain(f"error: {error}; the same command continues from what is recorded")
         return 1
-    except BrokenPipeError:
-        # Who reads our output has seen enough (`| head`).
-        abandon_output()
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        complain("\ninterrupted; the same command continues from what is recorded")
-        return 130
 
 
 if __name__ == "__main__":
-    accept_any_character()
-    sys.exit(main())
+    log_to(sys.stderr, logging.WARNING)
+    run_script(main, interrupted="the same command continues from what is recorded")

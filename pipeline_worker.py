@@ -11,6 +11,11 @@ offline ones; without, offline ones alone.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 import argparse
 import asyncio
 import logging
@@ -23,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from console import accept_any_character, complain, say
+from console import complain, log_to, run_script, say
 from launcher import kill_this_process
 from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
@@ -171,12 +176,6 @@ async def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    accept_any_character()
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stdout, format="%(asctime)s [pipeline] %(message)s", datefmt="%H:%M:%S"
-    )
+    log_to(sys.stdout, logging.WARNING, "%(asctime)s [pipeline] %(message)s")
     logging.getLogger("nexum_engine").setLevel(logging.INFO)
-    try:
-        sys.exit(asyncio.run(main()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(lambda: asyncio.run(main()))

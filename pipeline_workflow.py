@@ -7,6 +7,11 @@ Each node depends on all before it: what it gets is their recorded output.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from nexum_engine.workflow import Workflow, workflow

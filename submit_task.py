@@ -9,6 +9,11 @@ after a crash of any process, the same call is answered with the recorded result
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 import asyncio
 import hashlib
 import json

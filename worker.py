@@ -8,13 +8,18 @@ Needs a Nexum server (`python -m nexum_engine`), and waits for one. Start as man
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 import argparse
 import asyncio
 import logging
 import os
 import sys
 
-from console import accept_any_character, complain
+from console import complain, log_to, run_script
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.shutdown import stop_event
@@ -81,11 +86,5 @@ async def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    accept_any_character()
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stdout, format="%(asctime)s [worker] %(message)s", datefmt="%H:%M:%S"
-    )
-    try:
-        sys.exit(asyncio.run(main()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    log_to(sys.stdout, logging.INFO, "%(asctime)s [worker] %(message)s")
+    run_script(lambda: asyncio.run(main()))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from console import begin_script
+
+    begin_script()  # before the slow imports
+
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict

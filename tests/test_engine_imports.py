@@ -154,6 +154,10 @@ def test_what_the_scripts_share_knows_nothing_of_the_scripts() -> None:
         } == set()
     # The rehearsal stands in for the web, so it uses the tools' own path; the tools know no rehearsal.
     assert {name for name in importers("rehearsal") if within(name, "tools")} == set()
+    # A demonstration is called by a script and calls none.
+    for package in ("graphflow", "pipeline"):
+        known = {target for name in MODULES if within(name, package) for target in IMPORTS[name]}
+        assert known & scripts <= {"pipeline_workflow"}
     # Choosing a model loads none: what makes one is imported when it is made.
     assert imported(MODULES["models.choice"], at_import_time=True) & {*MODULES} == {"models.vendors"}
 
@@ -169,7 +173,7 @@ def test_there_is_no_circle_of_imports() -> None:
         raise AssertionError(" -> ".join(error.args[1])) from None
 
 
-@pytest.mark.parametrize("script", ["demo.py", "worker.py", "crash_demo.py", "graphflow_demo.py", "pipeline_worker.py"])
+@pytest.mark.parametrize("script", ["demo.py", "worker.py", "crash_demo.py", "pipeline_worker.py", "graphflow/part.py"])
 def test_help_comes_without_autogen_ddgs_and_openai(script: str) -> None:
     program = (
         "import runpy, sys\n"
