@@ -100,6 +100,8 @@ class Event(BaseModel):
     """Copied into a fork: it counts whatever it is asked with."""
     recorded_ms: int = 0
     """When, in milliseconds since 1970 by the recording process's clock."""
+    active_ms: int = 0
+    """How long the session had been at work by then: the time between a run's death and the next run doesn't count."""
 
     @property
     def address(self) -> str:
@@ -160,6 +162,8 @@ class Journal:
         self.session = session
         self.events: list[Event] = []
         self.epoch = 0
+        self.ended: str | None = None
+        """Why the session's last run was over, if it was."""
         self._client = client
         self._owner = Owner(client)
         self._run: Task | None = None
@@ -204,8 +208,10 @@ class Journal:
                 workflow_id=AGENT_RUN.workflow_id,
                 key_prefix=f"{self.session}/",
                 limit=1,
+                with_nodes=True,
                 patience=TAKE_OVER_PATIENCE,
             )
+            self.ended = _end_of(latest)
             try:
                 input = RunInput(session=self.session, run=_run_number(latest))
                 started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
@@ -256,6 +262,7 @@ class Journal:
         request: Mapping[str, Any],
         *,
         accepted: bool = False,
+        active_ms: int = 0,
     ) -> Event:
         """Record an event that was begun, as the session's next one."""
         event = Event(
@@ -268,6 +275,7 @@ class Journal:
             request=dict(request),
             accepted=accepted,
             recorded_ms=round(time.time() * 1000),
+            active_ms=active_ms,
         )
         self._next_seq += 1
         while True:
@@ -344,6 +352,12 @@ class Journal:
             with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]
+
+
+def _end_of(latest: Sequence[Execution]) -> str | None:
+    if not latest or latest[0].status is not ExecutionStatus.COMPLETED:
+        return None
+    return RunSummary.model_validate_json(latest[0].outputs()["run"]).stop_reason
 
 
 def _run_number(latest: Sequence[Execution]) -> int:

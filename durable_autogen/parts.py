@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 from autogen_agentchat.agents import UserProxyAgent
-from autogen_agentchat.base import ChatAgent, Team
+from autogen_agentchat.base import ChatAgent, Team, TerminationCondition
+from autogen_agentchat.conditions import TimeoutTermination
 from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeExecutor
 from autogen_core.models import ChatCompletionClient
@@ -20,6 +21,7 @@ from durable_autogen.journal import Kind
 from durable_autogen.model import DurableModelClient, Replies
 from durable_autogen.recorder import Recorder
 from durable_autogen.request import hashed
+from durable_autogen.termination import DurableTimeout, members
 from durable_autogen.workbench import DurableWorkbench
 
 # Packages through which an agent acts by itself: a vendor's own client, a browser.
@@ -68,6 +70,8 @@ class Parts:
                 self._replace_members(part, attribute, value, name)
             elif isinstance(value, Workbench):
                 self._replace(part, attribute, self.workbench(value, name))
+            elif isinstance(value, TerminationCondition):
+                self._replace(part, attribute, self._termination(value))
             elif isinstance(part, ChatAgent) and _is_own_way_out(value):
                 raise NotDurable(
                     f"{name} ({type(part).__name__}) acts by itself through {type(value).__module__}, and "
@@ -95,6 +99,13 @@ class Parts:
                 if isinstance(runner, (ChatAgent, Team)):
                     self.make_durable(runner, _inside(name, runner.name))
         return DurableWorkbench(inner, self._recorder, name, self._replies_of(name))
+
+    def _termination(self, condition: TerminationCondition) -> TerminationCondition:
+        if isinstance(condition, TimeoutTermination):
+            return DurableTimeout(condition, self._recorder)
+        if parts := members(condition):
+            self._replace(condition, "_conditions", tuple(self._termination(one) for one in parts))
+        return condition
 
     def _replies_of(self, name: str) -> Replies:
         return self._replies.setdefault(name, Replies())

@@ -8,6 +8,7 @@ again in the order in which they met, and whoever comes after them gets the same
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -45,10 +46,14 @@ class Recorder:
         self.journal = journal
         self.on_drift = on_drift
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self.ended: str | None = None
+        """Why the recorded run was over, if it was and if nothing may be asked for after it."""
         self.call_error: Exception | None = None
         """What the last failed model call or input raised, as AutoGen passes only its text on."""
         self.last_recorded_ms = 0
         """When the last event that an agent has got was recorded, in milliseconds since 1970."""
+        self.active_ms = 0
+        """How long the session had been at work by then."""
         self.epoch = 0
         """That event's: how often the session had gone on with a changed program."""
         self.live: Counter[str] = Counter()
@@ -66,6 +71,8 @@ class Recorder:
         self._waiting_live: dict[str, int] = {}
         self._changed = asyncio.Event()
         self._all_replayed = asyncio.Event()
+        self._live_since = time.monotonic()
+        self._active_before = 0
         self._turnstile = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
         self._replay = asyncio.create_task(self._let_recorded_through(), name="replay")
@@ -101,7 +108,7 @@ class Recorder:
 
     def passed(self, event: Event) -> None:
         """The session has come as far as this event."""
-        self.last_recorded_ms, self.epoch = event.recorded_ms, event.epoch
+        self.last_recorded_ms, self.active_ms, self.epoch = event.recorded_ms, event.active_ms, event.epoch
 
     def summary(self, stop_reason: str) -> RunSummary:
         return RunSummary(stop_reason=stop_reason, live=dict(self.live), replayed=dict(self.replayed))
@@ -151,6 +158,9 @@ class Recorder:
                 self._changed.set()
                 await self._all_replayed.wait()
                 self._waiting_live.pop(name_of(kind, agent, position), None)
+            if self.ended is not None:
+                what = f"the recorded run was over ({self.ended or 'it had its answer'}), this one asks for "
+                await self.drift(self.journal.events[-1].seq, what + name_of(kind, agent, position))
             task = await self.journal.begin(kind, agent, position)
             try:
                 content = await self._perform(perform, name_of(kind, agent, position))
@@ -163,7 +173,8 @@ class Recorder:
             async with self._turnstile:
                 if self.failed.done():
                     raise self.failed.result()
-                event = await self.journal.record(task, kind, agent, position, content, request)
+                active_ms = self._active_before + round((time.monotonic() - self._live_since) * 1000)
+                event = await self.journal.record(task, kind, agent, position, content, request, active_ms=active_ms)
                 await rest()
                 self.passed(event)
                 if not let_through.done():
@@ -229,6 +240,7 @@ class Recorder:
                 self.passed(event)
                 asked.let_through.set_result(event)
             await rest()
+            self._live_since, self._active_before = time.monotonic(), self.active_ms
             self._all_replayed.set()
         except Exception as error:  # noqa: BLE001 - whoever waits for an event has to know
             self.stop(error)
@@ -253,11 +265,12 @@ class Recorder:
 
     async def _drift(self, event: Event, differing: list[str]) -> None:
         what = f"{event} is not what this run asks for: {'; '.join(differing)}"
-        await self.drift(event, what)
+        await self.drift(event.seq - 1, what)
 
-    async def drift(self, event: Event, what: str) -> None:
-        """The run has left the record at this event: stop, or go on live from here. Raises DriftError."""
+    async def drift(self, after: int, what: str) -> None:
+        """The run has left the record after this event's number: stop, or go on live from here. Raises DriftError."""
         session = self.journal.session
+        self.ended = None
         if self.on_drift == "stop":
             raise DriftError(
                 f"session {session} has recorded another run. {what[0].upper()}{what[1:]}. Run what was recorded, or "
@@ -265,7 +278,7 @@ class Recorder:
             )
         say(f"[Nexum] {what}")
         say(f"[Nexum] session {session} goes on live from here; {len(self._ahead)} recorded event(s) are left behind")
-        await self.journal.branch(event.seq - 1, what)
+        await self.journal.branch(after, what)
         self.epoch = self.journal.epoch
         self._ahead.clear()
         self._addresses.clear()

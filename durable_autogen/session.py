@@ -119,7 +119,7 @@ class DurableSession:
             if failure is not None:
                 raise failure from error  # AutoGen passes on no more than its text
             for event in recorder.remaining()[:1]:
-                await recorder.drift(event, f"the run ended before anybody asked for {event}")
+                await recorder.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
             await recorder.journal.end(recorder.summary(self.stop_reason))
 
     def _tell_counts(self) -> None:

@@ -71,6 +71,7 @@ async def run_durable_stream(
     session = DurableSession(session_id, nexum=nexum, on_drift=on_drift)
     async with session:
         recorder = session.recorder
+        recorder.ended = recorder.journal.ended
         built = team if isinstance(team, (ChatAgent, Team)) else team()
         runnable = session.durable(await built if inspect.isawaitable(built) else built)
         task = await _begin(recorder, runnable, task)
@@ -108,7 +109,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     else:
         differing = differences(begun.request, _description(runnable, task))
     if differing:
-        await recorder.drift(begun, f"the session's beginning is another one: {'; '.join(differing)}")
+        await recorder.drift(begun.seq - 1, f"the session's beginning is another one: {'; '.join(differing)}")
         await _record_beginning(recorder, runnable, task)
     return task
 

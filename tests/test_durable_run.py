@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent, CodeExecutorAgent
 from autogen_agentchat.base import TaskResult
+from autogen_agentchat.conditions import MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import ModelClientStreamingChunkEvent, ToolCallExecutionEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.tools import AgentTool
@@ -309,6 +310,63 @@ async def test_a_run_that_asks_for_less_is_told_so(server: Server) -> None:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
         with pytest.raises(DriftError, match="The run ended before anybody asked for reply 2 of writer"):
             await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
+
+
+async def test_a_run_that_asks_for_more_than_the_recorded_one_is_told_so(server: Server) -> None:
+    def build(turns: int) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model)], max_turns=turns)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: build(1))
+        with pytest.raises(
+            DriftError, match=r"was over \(Maximum number of turns 1 reached.\), this one asks for reply 2"
+        ):
+            await run(server, lambda: build(2))
+        assert len(model.requests) == 1
+        longer = await run(server, lambda: build(2), on_drift="continue")
+        assert texts(await run(server, lambda: build(2))) == texts(longer)
+        assert len(model.requests) == 2
+
+
+async def test_a_time_limit_ends_a_replay_where_it_has_ended_the_run(server: Server) -> None:
+    async def wait() -> str:
+        """Wait."""
+        await asyncio.sleep(0.5)
+        return "waited"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("on") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("wait", {})])
+
+    def build() -> RoundRobinGroupChat:
+        limit = TimeoutTermination(1.2) | MaxMessageTermination(100)
+        return RoundRobinGroupChat([agent(model, [wait])], termination_condition=limit)
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        asked = len(model.requests)
+        assert "Timeout of 1.2 seconds reached" in str(first.stop_reason)
+        again = await run(server, build)
+        assert (texts(again), again.stop_reason) == (texts(first), first.stop_reason)
+        assert len(model.requests) == asked
+
+
+async def test_a_time_limit_does_not_count_the_time_in_which_nobody_was_at_work(server: Server) -> None:
+    count = 0
+
+    def reply(body: dict[str, Any]) -> Reply:
+        nonlocal count
+        count += 1
+        return Reply(status=400) if count == 2 else answer("on")
+
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model)], max_turns=3, termination_condition=TimeoutTermination(1.5))
+
+    with OpenAIServer(reply) as model:
+        with pytest.raises(Exception, match="no usable answer"):
+            await run(server, build)
+        await asyncio.sleep(1.6)  # the time of which the limit must know nothing
+        ended = await run(server, build)
+        assert ended.stop_reason == "Maximum number of turns 3 reached."
 
 
 async def test_a_second_process_is_refused_and_told_which_one_runs_the_session(server: Server) -> None:
