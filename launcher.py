@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 
 from console import say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
-from nexum_engine.errors import NexumError, ServerError, ServerUnavailable
+from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable
 
 ROOT = Path(__file__).resolve().parent
+FIRST_ANSWER = 2.0  # seconds that whatever listens on the address has to answer as a Nexum server
+LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
 PATIENCE = 10.0  # seconds that a new server waits for a dying one's port and database
 START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
@@ -105,7 +107,7 @@ class NexumForRun:
     async def __aenter__(self) -> NexumForRun:
         try:
             try:
-                await self._client.ping()
+                await self._first_answer()
             except ServerUnavailable:
                 if not self._may_start:
                     raise
@@ -133,10 +135,68 @@ class NexumForRun:
         await asyncio.gather(*(child.end() for child in children))
         await self._client.close()
 
-    async def _start(self, why: str) -> None:
+    @property
+    def _listens(self) -> tuple[str, str]:
+        """Host and port of an embedded server."""
         host, _, port = self.address.rpartition(":")
-        listen = f"{'127.0.0.1' if host == 'localhost' else host}:{port}"
-        command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
+        return "127.0.0.1" if host == "localhost" else host, port
+
+    async def _first_answer(self) -> None:
+        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, NotANexumServer in time.
+
+        gRPC by itself waits much longer for the first word of a peer, and can't tell one that is no server of its kind
+        from none at all.
+        """
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + FIRST_ANSWER
+        while True:
+            # At the same time: where nothing listens, Windows takes its time for either.
+            refusal, somebody_listens = await asyncio.gather(
+                self._refusal(give_up - loop.time()), self._somebody_listens()
+            )
+            if refusal is None:
+                return
+            if not somebody_listens:
+                raise refusal
+            # It may be a server that is just ending.
+            if loop.time() >= give_up:
+                raise NotANexumServer(
+                    f"what listens on {self.address} does not answer as a Nexum server: end it, or name a running "
+                    "server with --nexum HOST:PORT"
+                )
+            await asyncio.sleep(LOOK_INTERVAL)
+
+    async def _refusal(self, timeout: float) -> ServerUnavailable | None:
+        """None if a Nexum server answers in time."""
+        pinging = asyncio.ensure_future(self._client.ping())
+        try:
+            await asyncio.wait({pinging}, timeout=timeout)
+            if not pinging.done():
+                return ServerUnavailable(f"no Nexum server answers on {self.address}")
+            pinging.result()
+        except ServerUnavailable as error:
+            return error
+        finally:
+            pinging.cancel()
+        return None
+
+    async def _somebody_listens(self) -> bool:
+        host, port = self._listens
+        connecting = asyncio.ensure_future(asyncio.open_connection(host.strip("[]"), int(port)))
+        try:
+            await asyncio.wait({connecting}, timeout=FIRST_ANSWER)
+            if not connecting.done():
+                return False
+            _, writer = connecting.result()
+        except OSError:
+            return False
+        finally:
+            connecting.cancel()
+        writer.close()
+        return True
+
+    async def _start(self, why: str) -> None:
+        command = ["-m", "nexum_engine", "--listen", ":".join(self._listens), "--patience", str(PATIENCE)]
         server = await start_child(command, quiet=False)
         self._server = server
         try:

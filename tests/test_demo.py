@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -222,22 +225,42 @@ def test_a_session_file_that_can_not_be_read_is_a_clear_error(tmp_path: Path) ->
     assert output.splitlines()[-1].startswith(f"error: the session file {tmp_path}/.session-s.json can't be read")
 
 
-@pytest.fixture
-def web_server() -> Iterator[ThreadingHTTPServer]:
+@contextmanager
+def web_server() -> Iterator[None]:
     """An HTTP server on Nexum's default port."""
     with ThreadingHTTPServer(("127.0.0.1", 50051), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
-        yield server
-        server.shutdown()
+        try:
+            yield
+        finally:
+            server.shutdown()
 
 
-@pytest.mark.usefixtures("web_server")
-def test_a_port_that_a_web_server_has_is_a_clear_error(tmp_path: Path) -> None:
-    code, output = run_demo(tmp_path)
-    assert code == 2
-    assert "[Nexum] the embedded server still waits for localhost:50051" in output
-    assert "error: can't listen on 127.0.0.1:50051: the port is in use" in output
-    assert "add_port.cc" not in output
+@contextmanager
+def silent_server() -> Iterator[None]:
+    """Something on that port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 50051)) as listener:
+        yield
+        listener.setblocking(False)
+        listener.accept()[0].close()  # somebody had come
+
+
+@pytest.mark.parametrize("other", [web_server, silent_server])
+@pytest.mark.parametrize("arguments", [[], ["--nexum", "localhost:50051"]], ids=["by default", "named"])
+def test_a_port_that_something_else_has_is_a_clear_error_and_soon(
+    tmp_path: Path, other: Callable[[], AbstractContextManager[None]], arguments: list[str]
+) -> None:
+    with other(), demo(tmp_path, *arguments) as process:
+        process.wait_for("Session: ")  # all is imported
+        begun = time.monotonic()
+        assert process.wait() == 2
+        took = time.monotonic() - begun
+    assert process.lines[-1] == (
+        "error: what listens on localhost:50051 does not answer as a Nexum server: end it, or name a running server "
+        "with --nexum HOST:PORT"
+    )
+    assert took < 4  # two seconds are for a server that is just ending
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_grpc_server_on_the_default_port_is_named_as_such(tmp_path: Path) -> None:
