@@ -37,7 +37,7 @@ from nexum_engine.errors import (
     WaitTimeout,
     WorkflowNotFound,
 )
-from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.model import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from session_file import SessionFile
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
@@ -45,6 +45,7 @@ from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 BRIEFLY = 0.05  # seconds that starting a call may wait for its end
 FIRST_NOTICE = 1.0  # seconds until a wait is explained
 NOTICE_EVERY = 5.0  # seconds
+SHOWN_REASON = 200  # characters of a failure in a line about waiting
 
 T = TypeVar("T")
 
@@ -200,7 +201,13 @@ class Session:
         notice = FIRST_NOTICE
         while ended is None:
             observed = await self._ask(
-                deadline, partial(self._client.get_execution, execution_id, wait=min(deadline.left, notice))
+                deadline,
+                partial(
+                    self._client.get_execution,
+                    execution_id,
+                    wait=min(deadline.left, notice),
+                    with_attempts=True,  # for the line below
+                ),
             )
             if observed.execution.status.ended:
                 ended = observed.execution
@@ -210,7 +217,8 @@ class Session:
                     f"{tool_name} has no result after {deadline.timeout:g} s (execution {execution_id}): it goes on, "
                     "and the same call attaches to it"
                 )
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {self._what_for(observed)}")
+            what_for = f"{self._what_for(observed)}{_last_failure(observed.execution)}"
+            say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
             notice = NOTICE_EVERY
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
@@ -231,8 +239,11 @@ class Session:
                 f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
                 "start one with: python worker.py"
             )
-        if any(node.status is NodeStatus.RUNNING for node in nodes):
-            return "it was handed to a worker"
+        for node in nodes:
+            if node.status is NodeStatus.RUNNING:
+                # A published server names no attempts.
+                which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "it"
+                return f"{which} was handed to a worker"
         return "it is queued, or its next attempt is not due yet"
 
 
@@ -245,6 +256,16 @@ def _result(tool_name: str, execution: Execution) -> str:
     if output is None:
         raise ToolCallFailed(f"{tool_name} has no output in execution {execution.execution_id}")
     return ToolCallOutput.model_validate_json(output).result
+
+
+def _last_failure(execution: Execution) -> str:
+    """Why another attempt has to be made, to be added to a line; empty as long as none failed or was lost."""
+    ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
+    if not ended:
+        return ""
+    reason = " ".join(ended[-1].error.split()) or "no reason given"
+    shown = reason if len(reason) <= SHOWN_REASON else f"{reason[: SHOWN_REASON - 3]}..."
+    return f"; attempt {ended[-1].attempt} {ended[-1].outcome.value.lower()}: {shown}"
 
 
 def _reason(execution: Execution) -> str:

@@ -89,6 +89,15 @@ def fail_until(log: str, gate: str, *, call: ToolContext) -> str:
     return "the gate is open"
 
 
+@tool()
+def fail_then_gate(gate: str, *, call: ToolContext) -> str:
+    """Fail at the first attempt, for a reason of several lines, then wait."""
+    if call.attempt == 1:
+        raise RuntimeError("the page was\nnot there" + "!" * 300)
+    wait_at(gate)
+    return f"attempt {call.attempt}"
+
+
 async def main(address: str) -> None:
     """Serve the live workflow with the rehearsal's pages, so that no test needs the web."""
     stop = stop_event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,6 +232,35 @@ def test_while_no_worker_polls_the_waiting_line_says_so_and_how_to_start_one(tmp
         line = process.wait_for("waiting:")
         assert "no worker polls for tool-call (version sha256:" in line
         assert line.endswith("start one with: python worker.py")
+        with counting_worker(tmp_path, server.address):
+            assert process.wait() == 0
+
+
+def test_while_a_failed_call_is_tried_again_the_waiting_line_says_why(tmp_path: Path, server: Server) -> None:
+    gate = tmp_path / "gate"
+    with (
+        counting_worker(tmp_path, server.address),
+        submitter(tmp_path, server.address, "fail_then_gate", {"gate": str(gate)}) as process,
+    ):
+        line = process.wait_for("waiting:")
+        assert re.search(r"; attempt 1 failed: RuntimeError: the page was not there!+\.\.\.$", line)
+        assert len(line.partition("attempt 1 failed: ")[2]) == submit_task.SHOWN_REASON
+        line = process.wait_for("waiting:")
+        assert "waiting: attempt 2 was handed to a worker; attempt 1 failed: RuntimeError: the page" in line
+        gate.touch()
+        assert process.wait() == 0
+    assert process.lines[-1] == "RESULT attempt 2"
+
+
+def test_while_the_task_of_a_killed_worker_waits_the_line_says_that_it_was_lost(tmp_path: Path, server: Server) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as process:
+        with counting_worker(tmp_path, server.address) as worker:
+            wait_until(lambda: bool(effects(log)), "the tool runs")
+            worker.kill()
+            assert worker.popen.returncode == -signal.SIGKILL
+        process.wait_for("attempt 1 lost: ")
+        gate.touch()
         with counting_worker(tmp_path, server.address):
             assert process.wait() == 0
 
