@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -71,6 +72,17 @@ class Binding:
 
     workflow: Workflow
     handlers: Mapping[str, Handler]
+
+
+class _Slot:
+    """Takes one task at a time, and has a name for the server that no other slot anywhere has."""
+
+    def __init__(self) -> None:
+        self.rename()
+
+    def rename(self) -> None:
+        """Be another slot: what it was handed before is not its own any more."""
+        self.name = uuid.uuid4().hex
 
 
 class Worker:
@@ -195,6 +207,7 @@ class Worker:
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
+        slot = _Slot()
         versions = list(self._bindings)
         turn = 0
         while True:
@@ -206,7 +219,7 @@ class Worker:
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
-                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
+                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT, slot=slot.name))
             except ServerUnavailable:
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
@@ -217,7 +230,7 @@ class Worker:
             if task is None and not self._streams:
                 await asyncio.sleep(SHORT_POLL_INTERVAL)
             while task is not None:
-                task = await self._hold(task)
+                task = await self._hold(slot, task)
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """What the server answers. Once the worker is told to stop, it has a few seconds: then ServerUnavailable."""
@@ -235,15 +248,15 @@ class Worker:
         finally:
             calling.cancel()
 
-    async def _hold(self, task: Task) -> Task | None:
+    async def _hold(self, slot: _Slot, task: Task) -> Task | None:
         """Run a task; the next one, if the report brought one back."""
         self._heartbeat.held.add(task.task_id)
         try:
-            return await self._run_task(task)
+            return await self._run_task(slot, task)
         finally:
             self._heartbeat.held.discard(task.task_id)
 
-    async def _run_task(self, task: Task) -> Task | None:
+    async def _run_task(self, slot: _Slot, task: Task) -> Task | None:
         loop = asyncio.get_running_loop()
         start = loop.time()
         context = _context(task)
@@ -257,8 +270,9 @@ class Worker:
             final = isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
             report = self._failure(task, reason, final=final)
-            return await self._report(task, what, start, report, "failed, for good" if final else "failed", reason)
-        return await self._report(task, what, start, self._success(task, output), "finished")
+            outcome = "failed, for good" if final else "failed"
+            return await self._report(slot, task, what, start, report, outcome, reason)
+        return await self._report(slot, task, what, start, self._success(slot, task, output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Raises NotFound for a node that isn't bound: two workflows can have one version hash, if it isn't ours."""
@@ -296,10 +310,10 @@ class Worker:
         jsontext.check_size(text, "the result")
         return text
 
-    async def _success(self, task: Task, output: str) -> Task | None:
+    async def _success(self, slot: _Slot, task: Task, output: str) -> Task | None:
         # Who wants to act between a report and the next task gets the chance.
         more = not self._told_to_stop.is_set() and self._after_report is None
-        then_take = (self.worker_id, list(self._bindings)) if more else None
+        then_take = (self.worker_id, list(self._bindings), slot.name) if more else None
         try:
             return await self._client.complete_task(task.task_id, output, then_take=then_take, patience=REPORT_PATIENCE)
         except InvalidRequest as error:
@@ -311,6 +325,7 @@ class Worker:
 
     async def _report(
         self,
+        slot: _Slot,
         task: Task,
         what: str,
         start: float,
@@ -330,6 +345,8 @@ class Worker:
             reason = f"refused by the server: {error}"
         except NexumError as error:
             reason = f"not reported, it will be run again: {error}"
+            # As another attempt, so that there is an end to it.
+            slot.rename()
         seconds = asyncio.get_running_loop().time() - start
         level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())

@@ -17,7 +17,7 @@ import pytest
 
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.model import ExecutionStatus, Task
+from nexum_engine.model import ExecutionStatus, Outcome, Task
 from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.servicer import NexumServicer
@@ -76,9 +76,19 @@ class Engine:
         await self.servicer.CompleteTask(request, Call())  # type: ignore[arg-type]
 
     def poll(
-        self, worker_id: str = "w1", *, wait_ms: int = LONG_MS, max_bytes: int = LARGE, version: str = "v1"
+        self,
+        worker_id: str = "w1",
+        *,
+        wait_ms: int = LONG_MS,
+        max_bytes: int = LARGE,
+        version: str = "v1",
+        slot: str = "",
     ) -> asyncio.Task[Task | None]:
-        return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms))
+        return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
+
+    async def attempts(self, execution_id: str) -> int:
+        (node,) = (await self.store.get_execution(execution_id, True)).nodes
+        return len(node.attempts)
 
     async def task(self, poll: Awaitable[Task | None]) -> Task:
         task = await asyncio.wait_for(poll, SOON)
@@ -247,6 +257,145 @@ async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_ne
     assert (await engine.task(engine.poll("w2"))).attempt == 2
 
 
+# ---- Answers that are lost -------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_whose_answer_was_lost_is_handed_the_same_task_at_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    lost = await engine.task(engine.poll(slot="s1"))
+    assert await engine.poll(slot="s2", wait_ms=0) is None
+    assert await engine.poll("w2", slot="s1", wait_ms=0) is None
+    assert await engine.task(engine.poll(slot="s1")) == lost
+    await engine.complete(lost)
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_after_a_report_a_slot_costs_the_store_no_more_than_before(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    await engine.complete(await engine.task(engine.poll(slot="s1")))
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    before = engine.claims
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    assert engine.claims == before
+
+
+@pytest.mark.parametrize("hops", range(12))
+async def test_a_call_that_dies_late_does_not_take_the_task_away_from_the_slots_next_call(
+    engine: Engine, hops: int
+) -> None:
+    """The connection breaks and the worker asks again before the server has noticed."""
+    await engine.register({"a": []})
+    dying = engine.poll(slot="s1")
+    await until_idle(engine, dying)
+    start = asyncio.create_task(engine.start())
+    await turns(hops)
+    again = engine.poll(slot="s1")
+    await turns(1)
+    dying.cancel()
+    execution_id = await start
+    task = await engine.task(again)
+    await asyncio.gather(dying, return_exceptions=True)
+    # Whatever the dead call has begun is done by now.
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    await engine.store.list_executions("", "", 1)
+    (attempt,) = [
+        one
+        for one in (await engine.store.get_execution(execution_id, True)).nodes[0].attempts
+        if one.outcome is not Outcome.INTERRUPTED
+    ]
+    assert (attempt.outcome, attempt.attempt) == (Outcome.RUNNING, task.attempt)
+    await engine.complete(task)
+
+
+async def test_a_call_that_dies_with_its_task_in_hand_gives_nothing_back_that_its_slot_has_asked_for_since(
+    engine: Engine,
+) -> None:
+    """The narrowest case: the call is cancelled after its claim is stored and before it has seen it."""
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    again: list[asyncio.Task[Task | None]] = []
+    submit = engine.store.claim
+
+    def break_the_connection() -> None:
+        again.append(engine.poll(slot="s1"))
+        dying.cancel()
+
+    def claim(*args: Any) -> Awaitable[Any]:
+        engine.store.claim = submit  # type: ignore[method-assign]
+        claiming = asyncio.ensure_future(submit(*args))
+        claiming.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(break_the_connection))
+        return claiming
+
+    engine.store.claim = claim  # type: ignore[method-assign,assignment]
+    dying = engine.poll(slot="s1")
+    with pytest.raises(asyncio.CancelledError):
+        await dying
+    task = await engine.task(again[0])
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    assert await engine.poll("w2", wait_ms=0) is None
+    await engine.complete(task)
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_a_dead_call_that_is_handed_the_task_again_does_not_give_it_back(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll(slot="s1"))
+    call = Call()
+    call.gone = True
+    request = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1")
+    answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
+    assert answer.task_id == task.task_id
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    assert await engine.poll("w2", wait_ms=0) is None
+    await engine.complete(task)
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_a_slot_that_asks_again_ends_its_earlier_call_which_takes_nothing_more(engine: Engine) -> None:
+    await engine.register({"a": []})
+    dead = engine.poll(slot="s1")
+    await until_idle(engine, dead)
+    alive = engine.poll(slot="s1")
+    assert await asyncio.wait_for(dead, SOON) is None
+    execution_id = await engine.start()
+    assert (await engine.task(alive)).execution_id == execution_id
+
+
+async def test_a_task_that_woke_a_slot_which_takes_its_lost_one_wakes_another(engine: Engine) -> None:
+    await engine.register({"a": []})
+    dead = engine.poll(slot="s1")
+    await until_idle(engine, dead)
+    first = asyncio.create_task(engine.start())  # it wakes the dead call
+    await turns(1)
+    alive, other = engine.poll(slot="s1"), engine.poll("w2")
+    lost = await engine.task(dead)
+    assert lost.execution_id == await first
+    await until_idle(engine, alive, other)
+    second = await engine.start()
+    assert await engine.task(alive) == lost
+    assert (await engine.task(other)).execution_id == second
+
+
+async def test_the_next_task_of_a_lost_report_answer_is_in_the_answer_to_the_same_report(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    second = await engine.start()
+    first = await engine.task(engine.poll(slot="s1"))
+    ask = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1", max_task_bytes=LARGE)
+    request = pb.CompleteRequest(task_id=first.task_id, output_json="1", next=ask)
+    answers = [await engine.servicer.CompleteTask(request, Call()) for _ in range(2)]  # type: ignore[arg-type]
+    assert answers[0] == answers[1]
+    assert answers[0].next.execution_id == second
+    assert await engine.attempts(second) == 1
+
+
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +439,7 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
         clock.advance(0.01)
         engine.dispatch.task_ready(ReadyTask(f"started {n}", 0))
-        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE)
+        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
         assert claim is not None
         if n % 100 == 99:
             await claim

@@ -23,7 +23,7 @@ from nexum_engine.errors import (
 from nexum_engine.model import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, open_store
-from nexum_engine.store.outcomes import Started
+from nexum_engine.store.outcomes import Claim, Started
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
@@ -637,6 +637,34 @@ async def test_a_task_that_never_reached_its_worker_is_taken_back_and_counts_for
     assert (await store.release(task.task_id, "gone")).ready == ()
     assert (await store.release("task-unknown", "gone")).ready == ()
     assert (await store.get_execution(started.execution_id)).status is ExecutionStatus.COMPLETED
+
+
+async def test_a_slot_that_never_had_its_task_is_handed_the_same_attempt_again(
+    store: Store, clock: ManualClock
+) -> None:
+    started = await start(store)
+    await store.start_execution("w", "v1", "{}")
+    first = await taken(store)
+    clock.advance((LEASE_MS - 1) / 1000)
+
+    async def ask_again(worker_id: str = "w1", version: str = "v1", max_bytes: int = 2**40) -> Claim:
+        return await store.claim(worker_id, (version,), max_bytes, LEASE_MS, True, first.task_id)
+
+    claim = await ask_again()
+    assert (claim.task, claim.again) == (first, True)
+    # With the lease of a task that is handed out now.
+    clock.advance((LEASE_MS - 1) / 1000)
+    assert await sweep(store) == (0, [])
+    assert len(await attempts(store, started.execution_id)) == 1
+    # It is nobody else's, and no other slot's.
+    other = await ask_again("w2")
+    assert other.task is not None
+    assert (other.task.execution_id != first.execution_id, other.again) == (True, False)
+    assert (await ask_again(version="v2")).task is None
+    assert (await ask_again(max_bytes=10)).task is None
+    # Nor when it is over.
+    await store.complete_task(first.task_id, "1")
+    assert (await ask_again()).task is None
 
 
 # ---- Cancelling ------------------------------------------------------------------------------------------------------

@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import grpc
 import pytest
 from engine_server import engine_server, raises
+from google.protobuf.message import Message
 from harness import Server, free_port, nexum_server
 from pydantic import BaseModel
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
 from nexum_engine.model import Execution, ExecutionStatus, Outcome, Task
+from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
+T = TypeVar("T")
 
 
 class Number(BaseModel):
@@ -413,6 +417,60 @@ async def test_a_result_that_was_made_while_the_server_was_away_is_recorded_when
             await until(lambda: "connected again to" in caplog.text)
     assert execution.outputs() == {"a": '"made in between"'}
     assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.COMPLETED]
+
+
+class Lossy(NexumClient):
+    """Loses the first answer of a kind that has a task in it, as a connection does that breaks."""
+
+    def __init__(self, address: str, kind: type[Message]) -> None:
+        super().__init__(address)
+        self._kind = kind
+        self.lost: list[str] = []
+
+    async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
+        async def lossy(timeout: float) -> T:
+            answer = await send(timeout)
+            handed: Any = answer.next if isinstance(answer, pb.AckResponse) else answer
+            has_task = isinstance(handed, pb.PollResponse) and handed.has_task
+            if has_task and isinstance(answer, self._kind) and not self.lost:
+                self.lost.append(handed.execution_id)
+                raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+            return answer
+
+        return await super()._call(lossy, wait=wait, patience=patience)
+
+
+@pytest.mark.parametrize("kind", [pb.PollResponse, pb.AckResponse], ids=["a poll", "a report"])
+async def test_a_task_whose_answer_was_lost_is_run_at_once_and_not_when_its_lease_is_over(
+    address: str, client: NexumClient, kind: type[Message]
+) -> None:
+    runs: list[str] = []
+
+    async def handler(task: TaskContext) -> str:
+        runs.append(task.execution_id)
+        return "done"
+
+    ids = [await begin(client, ONE) for _ in range(3)]
+    lossy = Lossy(address, kind)
+    async with lossy:
+        running = Running(Worker(lossy, [Binding(ONE, {"a": handler})], concurrency=1))
+        executions = [await ended(client, one) for one in ids]
+        await running.stop()
+    assert lossy.lost, "no answer was lost"
+    assert [len(one.nodes[0].attempts) for one in executions] == [1, 1, 1]
+    assert runs == ids
+
+
+async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A slot that asked for it again would run the same attempt for ever."""
+    async with engine_server(tmp_path, lease=0.5) as faulty, NexumClient(faulty.address) as client:
+        faulty.watch("complete_task", raises)
+        async with working(faulty.address, {ONE: {"a": _one}}, concurrency=1):
+            execution = await ended(client, await begin(client, ONE))
+    assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.EXPIRED, Outcome.COMPLETED]
+    assert "not reported, it will be run again" in caplog.text
 
 
 async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_worker(

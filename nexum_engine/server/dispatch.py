@@ -21,13 +21,56 @@ POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Of how many versions it is remembered what was due and who polled: any client can name new ones."""
+MAX_REMEMBERED_SLOTS = 10_000
+
+Slot = tuple[str, str]
+"""A worker's id and its own name for one of its slots."""
+
+
+class _HandedOut:
+    """The task that each slot was handed last, until it is reported.
+
+    A slot that asks while its last task is not reported never had that answer. Forgetting an entry costs the wait for
+    the task's lease.
+    """
+
+    def __init__(self) -> None:
+        self._task: dict[Slot, str] = {}
+        self._slot: dict[str, Slot] = {}
+        self._asked_again: set[str] = set()
+
+    def put(self, slot: Slot, task_id: str) -> None:
+        """The slot was handed a task."""
+        self.take_away(self._task.get(slot, ""))
+        self._task[slot], self._slot[task_id] = task_id, slot
+        if len(self._task) > MAX_REMEMBERED_SLOTS:
+            self.take_away(next(iter(self._slot)))
+
+    def take_away(self, task_id: str) -> None:
+        """The task was reported, or is the slot's no more."""
+        slot = self._slot.pop(task_id, None)
+        if slot is not None:
+            del self._task[slot]
+            self._asked_again.discard(task_id)
+
+    def unanswered(self, slot: Slot) -> str:
+        """The slot's last task, if it is not reported; else empty."""
+        return self._task.get(slot, "")
+
+    def ask_again(self, task_id: str) -> None:
+        """The slot asks for its last task: from now on no earlier call of the slot may give it back."""
+        self._asked_again.add(task_id)
+
+    def is_asked_again(self, task_id: str) -> bool:
+        return task_id in self._asked_again
 
 
 class _WaitingPoll:
     """A worker's slot. Either idle, or it has a claim under way whose outcome its own coroutine awaits."""
 
-    def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
+    def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, slot: str) -> None:
         self.worker_id = worker_id
+        self.slot = (worker_id, slot) if slot else None
         self.version_hashes = version_hashes
         self.max_bytes = max_bytes
         self.claim: asyncio.Future[Claim] | None = None
@@ -57,6 +100,8 @@ class Dispatch:
         """No version that isn't there has a newer one."""
         self._due: dict[str, int] = {}
         """At most so many tasks of a version are due; a version that isn't here has to be looked up."""
+        self._handed_out = _HandedOut()
+        self._poll_of: dict[Slot, _WaitingPoll] = {}
         self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
         self._running: set[str] = set()
         self._releases: set[asyncio.Task[None]] = set()
@@ -67,18 +112,27 @@ class Dispatch:
     # ---- Tasks -------------------------------------------------------------------------------------------------------
 
     async def next_task(
-        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
+        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int, slot: str = ""
     ) -> Task | None:
-        """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops."""
+        """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops.
+
+        A slot, if it is named, takes one task at a time: one that it did not report is handed to it again.
+        """
         if worker_id in self._draining_workers:
             return None
-        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes, slot)
+        if poll.slot is not None:
+            if (earlier := self._poll_of.get(poll.slot)) is not None:
+                # Nobody waits for its answer any more.
+                earlier.leaving = True
+                earlier.wake()
+            self._poll_of[poll.slot] = poll
         deadline = self._clock.now_ms() + wait_ms
         for version_hash in version_hashes:
             self._polls[version_hash].append(poll)
             self._remember_poll(version_hash)
         try:
-            if self._may_be_due(version_hashes):
+            if self._is_unanswered(poll) or self._may_be_due(version_hashes):
                 self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
@@ -96,21 +150,34 @@ class Dispatch:
                     return None
                 await self._idle(poll, left_ms)
         finally:
+            if poll.slot is not None and self._poll_of.get(poll.slot) is poll:
+                del self._poll_of[poll.slot]
             for version_hash in version_hashes:
                 self._forget(poll, version_hash)
             if poll.claim is not None:
                 # The call was given up while its claim was under way: nobody is there to take the task.
                 self.release(poll.claim)
 
-    def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
+    def take_due(
+        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, slot: str = ""
+    ) -> asyncio.Future[Claim] | None:
         """Submit a claim here and now, behind what was submitted before; None if nothing can be due."""
-        if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
+        if self._stopping or worker_id in self._draining_workers:
             return None
-        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes, slot)
+        if not self._is_unanswered(poll) and not self._may_be_due(version_hashes):
+            return None
         for version_hash in version_hashes:
             self._remember_poll(version_hash)
         self._submit_claim(poll)
         return poll.claim
+
+    def reported(self, task_id: str) -> None:
+        """Its worker had it."""
+        self._handed_out.take_away(task_id)
+
+    def _is_unanswered(self, poll: _WaitingPoll) -> bool:
+        return poll.slot is not None and self._handed_out.unanswered(poll.slot) != ""
 
     def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
         return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
@@ -144,10 +211,13 @@ class Dispatch:
     def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.asked_at = self._arrivals
         lease_ms, streamed = self.lease_of(poll.worker_id)
+        unanswered = "" if poll.slot is None else self._handed_out.unanswered(poll.slot)
+        if unanswered:
+            self._handed_out.ask_again(unanswered)
         poll.claim = asyncio.ensure_future(
-            self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
+            self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed, unanswered)
         )
-        poll.claim.add_done_callback(partial(self._count_due, poll.version_hashes, poll.asked_at))
+        poll.claim.add_done_callback(partial(self._learn, poll, poll.asked_at, unanswered))
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
         """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
@@ -158,16 +228,25 @@ class Dispatch:
         # A forgotten version may have had the newest of those that were forgotten: that costs one claim.
         return any(self._last_arrival.get(version, self._forgotten_arrival) > asked_at for version in version_hashes)
 
-    def _count_due(self, version_hashes: tuple[str, ...], asked_at: int, done: asyncio.Future[Claim]) -> None:
+    def _learn(self, poll: _WaitingPoll, asked_at: int, unanswered: str, done: asyncio.Future[Claim]) -> None:
         """Learn from a claim. Callbacks run in the order of the claims' transactions, so the count is never too low."""
         if done.cancelled() or done.exception() is not None:
             return
         claim = done.result()
+        if claim.again:
+            # What this poll was woken for, if it was, is another's.
+            for version_hash in poll.version_hashes:
+                self._offer(ReadyTask(version_hash, 0))
+            return
+        # What the slot was handed before is over.
+        self._handed_out.take_away(unanswered)
         if claim.task is not None:
             if claim.task.version_hash in self._due:
                 self._due[claim.task.version_hash] -= 1
-        elif claim.oversized is None and not self._arrived_since(asked_at, version_hashes):
-            self._due.update(dict.fromkeys(version_hashes, 0))
+            if poll.slot is not None:
+                self._handed_out.put(poll.slot, claim.task.task_id)
+        elif claim.oversized is None and not self._arrived_since(asked_at, poll.version_hashes):
+            self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
     def task_ready(self, task: ReadyTask) -> None:
         """A task became due, or will have when what was submitted before this call is stored.
@@ -230,8 +309,10 @@ class Dispatch:
         async def release() -> None:
             try:
                 task = (await claim).task
-                if task is None:
+                # If its slot asks again, it is that call's.
+                if task is None or self._handed_out.is_asked_again(task.task_id):
                     return
+                self._handed_out.take_away(task.task_id)
                 changed = await self._store.release(task.task_id, "the worker was gone before the task reached it")
             except NexumError:
                 return  # if it was handed out all the same, its lease runs out

@@ -99,9 +99,17 @@ class Store(ABC):
         return self.submit(lambda db: executions.cancel_execution(db, execution_id))
 
     def claim(
-        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, lease_ms: int, streamed: bool
+        self,
+        worker_id: str,
+        version_hashes: tuple[str, ...],
+        max_bytes: int,
+        lease_ms: int,
+        streamed: bool,
+        unanswered: str = "",
     ) -> Awaitable[Claim]:
-        return self.submit(lambda db: tasks.claim(db, worker_id, version_hashes, max_bytes, lease_ms, streamed))
+        return self.submit(
+            lambda db: tasks.claim(db, worker_id, version_hashes, max_bytes, lease_ms, streamed, unanswered)
+        )
 
     def complete_task(self, task_id: str, output_json: str) -> Awaitable[Changed]:
         return self.submit(lambda db: tasks.complete_task(db, task_id, output_json))

@@ -19,8 +19,9 @@ unless another one came."""
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> None:
     """Extend the leases of what a worker says that it holds."""
+    until_ms = db.now_ms + lease_ms
     for task_id in task_ids:
-        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=db.now_ms + lease_ms)
+        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms, streamed=1)
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
