@@ -82,6 +82,26 @@ def start_pipeline(address: str, query: str = QUERY) -> str:
     return asyncio.run(start())
 
 
+def has_poller(address: str, execution_id: str) -> bool:
+    """Whether the server has seen a worker poll for the execution's workflow just now."""
+
+    async def ask() -> bool | None:
+        async with NexumClient(address) as client:
+            return (await client.get_execution(execution_id)).has_poller
+
+    return bool(asyncio.run(ask()))
+
+
+def cancel(address: str, execution_id: str) -> None:
+    """End an execution as somebody else would."""
+
+    async def ask() -> None:
+        async with NexumClient(address) as client:
+            await client.cancel_execution(execution_id)
+
+    asyncio.run(ask())
+
+
 def record_research(address: str, execution_id: str, claims: Sequence[Mapping[str, str]]) -> None:
     """Take the research step as a worker would, and record these claims as its result."""
 

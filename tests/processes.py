@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def is_alive(pid: int) -> bool:
 
 def send(pid: int, number: int) -> None:
     """A signal, to a process that may be gone."""
-    if is_alive(pid):
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 

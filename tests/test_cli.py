@@ -7,6 +7,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,9 @@ def run_one_call(folder: Path, server: Server) -> str:
 
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
-def test_the_server_says_in_one_line_what_it_is_and_ends_in_good_order(tmp_path: Path, end: object) -> None:
-    assert callable(end)
+def test_the_server_says_in_one_line_what_it_is_and_ends_in_good_order(
+    tmp_path: Path, end: Callable[[Process], None]
+) -> None:
     port = free_port()
     with running(["-m", "nexum_engine", "--listen", f"127.0.0.1:{port}"], cwd=tmp_path) as server:
         line = server.wait_for("Nexum engine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,7 @@ def test_ctrl_c_ends_it_while_it_waits_for_a_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
-def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: object) -> None:
-    assert callable(end)
+def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callable[[Process], None]) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         end(worker)
         assert worker.wait(5) == 0
