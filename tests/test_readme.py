@@ -1,0 +1,71 @@
+"""README.md and the pages it leads to: what they name exists, and the commands are ones that the scripts take."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+from processes import run_script
+
+import crash_demo
+import demo
+from nexum_engine.__main__ import build_parser as engine_parser
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {
+    "python demo.py": demo.build_parser,
+    "python crash_demo.py": crash_demo.build_parser,
+    "python -m nexum_engine": engine_parser,
+}
+
+
+def test_every_script_and_every_folder_of_code_stands_in_the_table_of_files() -> None:
+    table = README.partition("## Settings and files")[2].partition("\n## ")[0]
+    named: set[str] = set()
+    for row in table.splitlines():
+        if row.startswith("|"):
+            named |= {name.rstrip("/") for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])}
+    code = {path.name for path in ROOT.glob("*.py")}
+    code |= {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
+    assert named == code | {"proto"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    links = [one for one in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in one]
+    assert [one for one in links if not (page.parent / one).exists()] == []
+
+
+def commands() -> list[str]:
+    """The commands of all code blocks, without the environment before them and the comment behind."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.splitlines():
+                for command in re.split(r"&&|;", line.partition(" #")[0]):
+                    found.append(re.sub(r"^.*?(\.venv[/\\]\S*)?python (?=\S)", "python ", command.strip()))
+    return [one for one in found if one.startswith("python ") and "\\" not in one]
+
+
+def test_every_command_is_one_that_its_script_takes() -> None:
+    taken = set()
+    for command in commands():
+        script = next((one for one in PARSERS if command.startswith(one)), None)
+        if script is not None:
+            PARSERS[script]().parse_args(shlex.split(command.removeprefix(script)))
+            taken.add(script)
+        else:
+            path = command.split()[1]
+            assert path == "-m" or (ROOT / path).is_file(), command
+    assert taken == set(PARSERS)
+
+
+def test_every_option_that_is_named_is_one_of_a_script(tmp_path: Path) -> None:
+    scripts = ["demo.py", "crash_demo.py", "worker.py", "pipeline_worker.py"]
+    helps = [run_script([str(ROOT / script), "--help"], tmp_path)[1] for script in scripts]
+    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help()])))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
