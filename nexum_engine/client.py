@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.errors import (
@@ -136,7 +136,7 @@ class NexumClient:
         await self._call(lambda t: self._stub.ListExecutions(pb.ListRequest(limit=1), timeout=t), patience=patience)
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
-        """Make the workflow's version known to the server. Raises VersionConflict's kin for a changed definition."""
+        """Make the workflow's version known to the server. Raises Conflict if its hash has another definition there."""
         request = pb.WorkflowIR(
             workflow_id=workflow.workflow_id, version_hash=workflow.version_hash, ir_json=workflow.ir_json
         )
@@ -161,7 +161,10 @@ class NexumClient:
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner has it.
         """
         if workflow.input is not None and not isinstance(input, workflow.input):
-            input = workflow.input.model_validate(input)
+            try:
+                input = workflow.input.model_validate(input)
+            except ValidationError as error:
+                raise InvalidRequest(f"the input is no {workflow.input.__name__}: {error}") from error
         input_json = jsontext.dump(input.model_dump(mode="json") if isinstance(input, BaseModel) else input, "input")
         request = pb.StartRequest(
             workflow_id=workflow.workflow_id,

@@ -25,17 +25,19 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     def stop_soon() -> None:
         loop.call_soon_threadsafe(stop.set)
 
-    def on_signal(number: int, _frame: FrameType | None) -> None:
+    handled = [signal.SIGTERM] if until_stdin_closes else [signal.SIGTERM, signal.SIGINT]
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
         # Not KeyboardInterrupt: it would cancel what is under way, and that would be reported as a failure.
-        signal.signal(number, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
         stop_soon()
 
-    signal.signal(signal.SIGTERM, on_signal)
+    for number in handled:
+        signal.signal(number, on_signal)
     if until_stdin_closes:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_watch_stdin, args=(stop_soon,), name="parent watch", daemon=True).start()
-    else:
-        signal.signal(signal.SIGINT, on_signal)
     return stop
 
 

@@ -6,6 +6,7 @@ In one process, on a real store: here the order of events can be chosen.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
@@ -563,6 +564,33 @@ async def test_a_draining_worker_has_its_polls_answered_and_gets_no_more(engine:
     await engine.task(back)
 
 
+async def test_a_worker_that_drained_and_comes_back_before_its_old_stream_has_ended_gets_tasks(engine: Engine) -> None:
+    await engine.register({"a": []})
+    old, new = Stream(engine), Stream(engine)
+    old.beat(draining=True)
+    await old.acked()
+    new.beat()
+    await new.acked()
+    old.breaks()
+    await old.ended()
+    back = engine.poll("w1")
+    await until_idle(engine, back)
+    execution_id = await engine.start()
+    assert (await engine.task(back)).execution_id == execution_id
+
+
+async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_once(engine: Engine) -> None:
+    async def beats() -> AsyncIterator[pb.WorkerBeat]:
+        yield pb.WorkerBeat(worker_id="w1")
+        await asyncio.Event().wait()
+
+    call = engine.servicer.WorkerStream(beats(), Call())  # type: ignore[arg-type]
+    await anext(call)
+    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    await call.aclose()
+    assert engine.dispatch.lease_of("w1") == (2 * LEASE_MS, False)
+
+
 @pytest.mark.parametrize("hops", range(8))
 async def test_a_task_that_becomes_due_while_a_worker_drains_is_not_lost(engine: Engine, hops: int) -> None:
     await engine.register({"a": []})
@@ -615,23 +643,25 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     await engine.task(poll)
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("unknown"), RuntimeError("a bug")], ids=["unknown", "a bug"])
 async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
-    engine: Engine, caplog: pytest.LogCaptureFixture
+    engine: Engine, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     await engine.register({"a": []})
 
     def unavailable(*_: Any) -> Awaitable[Any]:
         failing: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        failing.set_exception(StoreUnavailable("unknown"))
+        failing.set_exception(error)
         return failing
 
     kept, engine.store.claim = engine.store.claim, unavailable  # type: ignore[method-assign,assignment]
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(type(error)):
         await engine.poll()
     engine.store.claim = kept  # type: ignore[method-assign]
     await turns()
     await engine.start()
     await engine.task(engine.poll())
+    gc.collect()
     assert "never retrieved" not in caplog.text
 
 

@@ -143,6 +143,22 @@ async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_
     assert "did not answer a sign of life" in caplog.text
 
 
+async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine_server(tmp_path, lease=0.2) as server, NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        await client.start_execution(ONE, {})
+        server.watch("sweep", raises)
+        assert await client.poll_task("dies", [ONE.version_hash], wait=1) is not None
+        task = await client.poll_task("w1", [ONE.version_hash], wait=SOON)
+        assert server.calls["sweep"] > 1
+    assert task is not None
+    assert task.attempt == 2
+    assert "could not sweep the leases" in caplog.text
+    assert "RuntimeError: a bug" in caplog.text
+
+
 @asynccontextmanager
 async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
     """An address on which everything that the server sends arrives `delay` seconds later."""

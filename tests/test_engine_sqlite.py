@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, environment, free_port, nexum_server, running
@@ -431,6 +432,30 @@ async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in
     await store.close()
     again = await opened(tmp_path / "nexum.db")
     assert [one.execution_id for one in await again.list_executions("", "", 20)] == [kept]
+    await again.close()
+
+
+async def test_a_writer_that_fails_as_nobody_expected_leaves_no_caller_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite that gets no memory raises MemoryError, which is none of its own errors."""
+    store = await opened(tmp_path / "nexum.db")
+    await store.register_workflow("w", "v1", ONE_NODE)
+    failing: list[str] = []
+
+    def fails(*_: Any, **__: Any) -> list[Any]:
+        store._connection.execute("BEGIN IMMEDIATE")
+        failing.append("with a transaction open")
+        raise MemoryError
+
+    monkeypatch.setattr(store, "_transaction", fails)
+    with pytest.raises(StoreUnavailable):
+        await asyncio.wait_for(store.start_execution("w", "v1", "1"), 10)
+    assert failing
+    assert "can't be trusted any more" in await asyncio.wait_for(store.failed, 10)
+    await store.close()
+    again = await opened(tmp_path / "nexum.db")
+    assert await again.list_executions("", "", 20) == []
     await again.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import grpc
 import pytest
 from engine_server import engine_server, raises
 from google.protobuf.message import Message
-from harness import Server, free_port, nexum_server
+from harness import ROOT, Server, free_port, nexum_server, running
 from pydantic import BaseModel
 
 from nexum_engine.client import NexumClient
@@ -243,6 +244,12 @@ async def _one(task: TaskContext) -> int:
     return 1
 
 
+async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sent(client: NexumClient) -> None:
+    built = workflow("numbers", input=Number).effect("a").build()
+    with pytest.raises(InvalidRequest, match="the input is no Number"):
+        await client.start_execution(built, {"value": "many"})
+
+
 # ---- Draining --------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +353,35 @@ async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancel
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(running.run, SOON)
     assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
+
+
+WAITS = """
+import asyncio, sys
+sys.path.insert(0, {root!r})
+from nexum_engine.shutdown import stop_event
+
+async def main():
+    stop = stop_event()
+    print("READY", flush=True)
+    await stop.wait()
+    print("STOPPING", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("first", ["Ctrl+C", "SIGTERM"])
+def test_a_second_signal_ends_the_process_at_once_also_if_it_is_the_other_one(tmp_path: Path, first: str) -> None:
+    with running(["-c", WAITS.format(root=str(ROOT))], cwd=tmp_path) as process:
+        process.wait_for("READY")
+        signals = [process.interrupt, process.terminate]
+        for send in signals if first == "Ctrl+C" else signals[::-1]:
+            send()
+            if "STOPPING" not in process.output:
+                process.wait_for("STOPPING")
+        assert process.wait(10) != 0
 
 
 async def test_what_after_report_raises_ends_the_worker_also_while_it_drains(address: str, client: NexumClient) -> None:

@@ -333,6 +333,18 @@ def test_get_status_carries_what_a_default_client_can_receive(stub: NexumService
     assert len(status(stub, execution_id)[1]["a"]) == 4 * MEGABYTE - 4202
 
 
+def test_get_status_counts_the_names_of_the_nodes_too(stub: NexumServiceStub) -> None:
+    """Else the client refuses what the server sends, in words that name no way out."""
+    names = [f"{n}{'é' * 199}" for n in range(9)]
+    register(stub, {name: [] for name in names})
+    execution_id = start(stub)
+    for size in (4 * MEGABYTE - 4200, *[10] * 8):
+        complete(stub, poll(stub), text_of(size))
+    code, words = refused(lambda: status(stub, execution_id))
+    assert code is Code.RESOURCE_EXHAUSTED
+    assert words.endswith("ask with GetExecution")
+
+
 def test_a_task_that_a_default_client_can_not_receive_is_kept_for_one_that_can(
     server: Server, stub: NexumServiceStub
 ) -> None:

@@ -282,6 +282,8 @@ class Dispatch:
     def worker_connected(self, worker_id: str) -> None:
         """The worker keeps a WorkerStream: what it takes has the shorter lease, which its beats renew."""
         self._streamed_workers.add(worker_id)
+        # One that still drains says so at once.
+        self._draining_workers.discard(worker_id)
 
     def worker_disconnected(self, worker_id: str) -> None:
         """Its stream ended."""
@@ -309,6 +311,9 @@ class Dispatch:
         async def release() -> None:
             try:
                 task = (await claim).task
+            except Exception:  # noqa: BLE001 - the call that submitted it was told
+                return
+            try:
                 # If its slot asks again, it is that call's.
                 if task is None or self._handed_out.is_asked_again(task.task_id):
                     return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
@@ -18,6 +18,7 @@ RECONNECT_GRACE_MS = 1000
 """How long a worker whose stream broke has to come back before its tasks are handed out again."""
 RESTART_GRACE_MS = 5000
 """The same, after the server itself was started."""
+SWEEP_RETRY_MS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Liveness:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
-    async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncIterator[pb.WorkerBeatAck]:
+    async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         """One worker's stream, until it breaks or the server stops."""
         worker_id = ""
         token = object()
@@ -137,9 +138,10 @@ class Liveness:
             now_ms = self._clock.now_ms()
             try:
                 swept = await self._store.sweep(self._swept_until_ms)
-            except StoreUnavailable:
-                logger.warning("could not sweep the leases; trying again in 1 s")
-                self.due_at(self._clock.now_ms() + 1000)
+            except Exception as error:
+                fault = None if isinstance(error, StoreUnavailable) else error
+                logger.warning("could not sweep the leases; trying again in 1 s", exc_info=fault)
+                self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
                 self._swept_until_ms = now_ms
                 self._apply(swept.changed)

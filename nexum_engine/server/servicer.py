@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from datetime import datetime, timezone
 from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
@@ -191,7 +192,9 @@ class NexumServicer(NexumServiceServicer):
                 f"a default client ({DEFAULT_CLIENT_BYTES:,}): ask with GetExecution"
             )
         execution = await self._store.get_execution(request.execution_id)
-        outputs = ",".join(f"{json.dumps(node)}:{output}" for node, output in execution.outputs().items())
+        outputs = ",".join(
+            f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
+        )
         return pb.StatusResponse(status=execution.status.value, completed_nodes_json=f"{{{outputs}}}")
 
     @_rpc
@@ -288,10 +291,12 @@ class NexumServicer(NexumServiceServicer):
 
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
-    ) -> AsyncIterator[pb.WorkerBeatAck]:
+    ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         try:
-            async for ack in self._liveness.beats(request_iterator):
-                yield ack
+            # Closed here and now: what its end has to do is not left to the garbage collector.
+            async with aclosing(self._liveness.beats(request_iterator)) as acks:
+                async for ack in acks:
+                    yield ack
         except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
             await _abort(context, error)
 

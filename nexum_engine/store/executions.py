@@ -231,7 +231,7 @@ def list_executions(
 
 
 def output_bytes(db: Db, execution_id: str) -> int:
-    """How large the recorded outputs of an execution are."""
+    """How large the recorded outputs of an execution are at most, with their nodes' names."""
     row = db.one("output_bytes", execution_id=execution_id)
     return int(row["bytes"]) if row is not None else 0
 

@@ -75,8 +75,8 @@ SELECT node_id, attempt, worker_id, started_ms, ended_ms, outcome, error FROM at
 WHERE execution_id = :execution_id ORDER BY attempt;
 
 -- name: output_bytes
--- How large an execution's recorded outputs are.
-SELECT coalesce(sum(octet_length(output_json)), 0) AS bytes FROM nodes WHERE execution_id = :execution_id;
+-- How large an execution's recorded outputs are as one JSON object, at most: in a name each character may be escaped.
+SELECT coalesce(sum(octet_length(output_json) + 2 * octet_length(node_id) + 4), 0) AS bytes FROM nodes WHERE execution_id = :execution_id;
 
 -- name: input_sizes
 -- What the size of an execution's tasks is made of: its input under an empty name, and each recorded output.

@@ -158,7 +158,8 @@ class SqliteStore(Store):
             # Most batches have no failure in them, so only the others pay for savepoints.
             self._connection.execute("ROLLBACK")
             return self._transaction(transitions, savepoints=True)
-        except sqlite3.Error as error:
+        except Exception as error:
+            # Not sqlite3.Error alone: short of memory, it raises MemoryError, and every caller has to be told.
             raise _CommitFailed(error) from error
 
     def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
@@ -191,13 +192,16 @@ class SqliteStore(Store):
 
     async def _recover(self, error: _CommitFailed) -> None:
         """After a failed transaction: forget the connection and read the file again, or give up."""
-        try:
-            if not error.is_passing:
-                # What a failed fsync left in the page cache may never reach the disk, so a re-read proves nothing.
-                raise error.cause
-            self._connection = await self._loop.run_in_executor(self._writer, self._reopen)
-            logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
-        except (sqlite3.Error, NexumError) as reason:
+        # What a failed fsync left in the page cache may never reach the disk, so a re-read would prove nothing.
+        reason: Exception | None = error
+        if error.is_passing:
+            try:
+                self._connection = await self._loop.run_in_executor(self._writer, self._reopen)
+                logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
+                reason = None
+            except (sqlite3.Error, NexumError) as failure:
+                reason = failure
+        if reason is not None:
             if not self._failed.done():
                 self._failed.set_result(f"database {self._path} can't be trusted any more: {reason}")
             for submission in self._waiting:
@@ -216,15 +220,15 @@ class SqliteStore(Store):
 class _CommitFailed(Exception):
     """The transaction failed as a whole."""
 
-    def __init__(self, cause: sqlite3.Error) -> None:
-        super().__init__(str(cause))
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause) or type(cause).__name__)
         self.cause = cause
 
     @property
     def is_passing(self) -> bool:
         """Whether the disk is full or another program holds the file: the file itself is sound."""
         # sqlite3.Error.sqlite_errorcode is there from Python 3.11 on only.
-        return "full" in str(self.cause) or "locked" in str(self.cause)
+        return isinstance(self.cause, sqlite3.Error) and any(word in str(self.cause) for word in ("full", "locked"))
 
     def for_caller(self) -> StoreUnavailable:
         return StoreUnavailable(
