@@ -7,6 +7,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Process, running
+from harness import ROOT, Process, environment, running
 
 from nexum_engine.__main__ import build_parser, look
 from nexum_engine.client import DEFAULT_ADDRESS
@@ -42,6 +44,24 @@ def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None =
         code = process.wait()
     assert "Traceback" not in process.output
     return code, process.output
+
+
+def read_one_line(command: list[str], folder: Path) -> tuple[str, int, str]:
+    """What `COMMAND | head -1` sees: the line; then the exit code and what stands on standard error."""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        return line, process.wait(30), errors
 
 
 def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Server, environment, running, tool_worker
+from harness import ROOT, Server, running, tool_worker
 from openai_server import OpenAIServer, Reply
-from processes import answer, run_demo, run_script, submitter
+from processes import answer, read_one_line, run_demo, run_script, submitter
 
 from console import printable, say
 
@@ -58,7 +57,7 @@ def test_what_comes_over_the_wire_can_not_control_the_terminal_of_a_caller_or_a_
     with tool_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, f"no{CLEAR}", {"x": 1}) as caller:
             assert caller.wait() == 1
-        worker.wait_for("failed ")
+        worker.wait_for("failed")
     assert "Submitted exec-" in caller.output
     assert f"(no{SHOWN})" in caller.output
     assert f"no{SHOWN}, execution" in worker.output
@@ -161,24 +160,6 @@ def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytes
     monkeypatch.setattr("sys.stdout", Closed())
     with pytest.raises(BrokenPipeError):
         say("✓")
-
-
-def read_one_line(command: list[str], folder: Path) -> tuple[str, int, str]:
-    """What `COMMAND | head -1` sees: the line; then the exit code and what stands on standard error."""
-    with subprocess.Popen(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        line = process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-        return line, process.wait(30), errors
 
 
 def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_path: Path) -> None:

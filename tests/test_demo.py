@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 from filelock import FileLock
-from harness import environment, free_port, running
+from harness import free_port, running
 from processes import (
     DEMO,
     QUESTION,
@@ -25,6 +23,7 @@ from processes import (
     attempts,
     call_of,
     demo,
+    read_one_line,
     recorded,
     require_free_default_port,
     result_of,
@@ -314,21 +313,9 @@ def test_the_same_question_is_the_same_session_whatever_the_locale(tmp_path: Pat
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, DEMO],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        assert process.stdout.readline().startswith("[demo] Model")
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert process.wait(30) == 1
-    assert errors == ""
+    line, code, errors = read_one_line([DEMO], tmp_path)
+    assert line.startswith("[demo] Model")
+    assert (code, errors) == (1, "")
 
 
 def test_a_foreign_file_in_the_place_of_the_session_is_kept(tmp_path: Path) -> None:
