@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nexum_engine.client import WorkerStreamCall
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream that says nothing is opened again
+MIN_ACK_TIMEOUT = 1.0  # seconds; later answers get a third of the lease, if that is more
+MIN_LEASE_MS = 100  # the shortest that is believed
 SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a worker that was cut off keeps its tasks
 TELL_AGAIN_AFTER = 10.0  # seconds without a connection
 
@@ -99,9 +101,7 @@ class Heartbeat:
         call = self._client.worker_stream()
         call.add_done_callback(self._stream_ended)
         timeout = FIRST_ACK_TIMEOUT
-        # What was handed out around a reconnection has the short lease of a worker that was cut off, and may have come
-        # too late to be named in the first beat.
-        pause = SECOND_BEAT_AFTER
+        is_first = True
         try:
             while True:
                 self._wake.clear()
@@ -112,8 +112,12 @@ class Heartbeat:
                     self._told = None
                     self.connected.set()
                     self._on_connected()
-                await self._sleep(pause)
-                timeout = pause = ack.lease_ms / 3000
+                interval = max(ack.lease_ms, MIN_LEASE_MS) / 3000
+                timeout = max(interval, MIN_ACK_TIMEOUT)
+                # What was handed out around a reconnection has the short lease of a worker that was cut off, and may
+                # have come too late to be named in the first beat.
+                await self._sleep(min(interval, SECOND_BEAT_AFTER) if is_first else interval)
+                is_first = False
         finally:
             call.cancel()
 

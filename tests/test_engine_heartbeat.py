@@ -15,6 +15,7 @@ from nexum_engine import heartbeat
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError, ServerError, ServerFault, ServerUnavailable
 from nexum_engine.heartbeat import Heartbeat
+from nexum_engine.model import Outcome
 from nexum_engine.owner import Owner
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
@@ -89,14 +90,29 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
 
 
 async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease_runs_out(tmp_path: Path) -> None:
-    async with engine_server(tmp_path, lease=1.5) as server, beating(server.address) as beats:
+    async with engine_server(tmp_path, lease=4.5) as server, beating(server.address) as beats:
         await beats.connected()
         server.watch("renew", hangs)
         beats.heart.beat()
         await until(lambda: server.calls["renew"] >= 2)
         await beats.connected()
         assert [type(error) for error in beats.lost] == [ServerError]
-        assert "within 0.5 s" in str(beats.lost[0])
+        assert "within 1.5 s" in str(beats.lost[0])
+
+
+async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(tmp_path: Path) -> None:
+    async with engine_server(tmp_path, lease=0.4) as server, NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        started = await client.start_execution(ONE, {})
+        async with beating(server.address) as beats:
+            await beats.connected()
+            task = await client.poll_task("w1", [ONE.version_hash], wait=1)
+            assert task is not None
+            beats.heart.held.add(task.task_id)
+            server.watch("renew")
+            await until(lambda: server.calls["renew"] >= 8)
+            execution = (await client.get_execution(started.execution_id, with_attempts=True)).execution
+            assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
 
 
 async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_lease_is_over(
