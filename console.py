@@ -11,9 +11,12 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn, TextIO
+
+TYPE_CHECKING = False  # typing is slow to import, and until `begin_script` runs, Ctrl+C prints a traceback
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import NoReturn, TextIO
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
 
@@ -86,11 +89,11 @@ def _abandon_output() -> None:
 
 def begin_script() -> None:
     """A script's first act, before its slow imports. From here to `run_script` Ctrl+C ends it at once."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it isn't where Ctrl+C is to be ignored
+        signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # libraries print by themselves, too
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it isn't where Ctrl+C is to be ignored
-        signal.signal(signal.SIGINT, _end_at_once)
 
 
 def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
