@@ -25,7 +25,7 @@ FIRST_HALF = tuple(
         # They start embedded servers, which share one port: one after the other.
         *("cli", "crash_demo", "demo", "demo_children"),
         # As long as the rest takes.
-        *("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow_demo"),
+        *("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow"),
     )
 )
 OTHER_PYTHONS = ("3.10", "3.13")

@@ -66,6 +66,7 @@ def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_fi
 ) -> None:
     output = show(server, tmp_path, "--cyclic")
     assert "model calls by planner, author, reviewer; ended by itself" in output
+    assert "model calls by author, reviewer; ended by itself" in output
     assert "AutoGen answers: 'Digraph execution is complete'" in output
     assert "it did not resume: publisher never had a say" in output
     assert "3 recorded call(s) were replayed, none was repeated; 5 were made live" in output
