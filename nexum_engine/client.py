@@ -152,10 +152,12 @@ class NexumClient:
         wait: float = 0.0,
         patience: float = 0.0,
         owner: str = "",
+        held_task_id: str = "",
     ) -> Started:
         """Start an execution, or find the one that the key has; with `wait`, answer when it ends, or after so long.
 
-        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll.
+        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll;
+        with `held_task_id` it is refused as Conflict after another owner took that task over.
 
         Without a key the call is not repeated, whatever the patience: a lost answer would start it twice.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner has it.
@@ -173,6 +175,7 @@ class NexumClient:
             idempotency_key=idempotency_key,
             wait_ms=round(wait * 1000),
             owner=owner,
+            held_task_id=held_task_id,
         )
         try:
             answer = await self._call(

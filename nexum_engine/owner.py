@@ -75,15 +75,28 @@ class Owner:
             f"the server on {self._client.address} knows no owned executions: use this project's own server"
         )
 
-    async def start(self, workflow: Workflow, input: BaseModel | Mapping[str, Any], *, idempotency_key: str) -> Started:
+    async def start(
+        self,
+        workflow: Workflow,
+        input: BaseModel | Mapping[str, Any],
+        *,
+        idempotency_key: str,
+        holding: Task | None = None,
+    ) -> Started:
         """Start the key's execution as its owner, take over what a dead owner left of it, or find its result.
 
-        Raises Conflict, which names the owner, while another one has it.
+        Raises Conflict, which names the owner, while another one has it, and after another one has taken over the task
+        that this one says to be `holding`.
         """
 
         async def start() -> Started:
             return await self._client.start_execution(
-                workflow, input, idempotency_key=idempotency_key, owner=self.owner_id, patience=PATIENCE
+                workflow,
+                input,
+                idempotency_key=idempotency_key,
+                owner=self.owner_id,
+                held_task_id="" if holding is None else holding.task_id,
+                patience=PATIENCE,
             )
 
         try:

@@ -108,6 +108,26 @@ async def test_an_ended_one_is_found_and_a_failed_one_begins_anew(store: Store) 
     assert (third.execution_id, third.status, third.task) == (second.execution_id, ExecutionStatus.COMPLETED, None)
 
 
+async def test_who_lost_what_it_held_starts_nothing_under_it(store: Store, clock: ManualClock) -> None:
+    async def under(held: Started, owner: str, key: str) -> Started:
+        assert held.task is not None
+        return await store.start_owned("w", "v1", "{}", key, owner, LEASE_MS, True, held.task.task_id)
+
+    first = await own(store, "one", "run")
+    assert (await under(first, "one", "e/1")).task is not None
+    await lose(store, clock, "one")
+    # Nobody else has come: it lost nothing.
+    assert (await under(first, "one", "e/2")).task is not None
+    second = await own(store, "two", "run")
+    with pytest.raises(StaleTask, match="attempt 2 was handed out since"):
+        await under(first, "one", "e/3")
+    assert (await under(second, "two", "e/3")).task is not None
+    with pytest.raises(StaleTask, match="knows nothing of task task-of-elsewhere"):
+        await store.start_owned("w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
+    keys = {one.idempotency_key for one in await store.list_executions("w", "", 10)}
+    assert keys == {"run", "e/1", "e/2", "e/3"}
+
+
 async def test_owners_may_die_as_often_as_they_like(store: Store, clock: ManualClock) -> None:
     for number in range(MAX_LOST_ATTEMPTS + 2):
         assert (await own(store, f"owner {number}")).task is not None

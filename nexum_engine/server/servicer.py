@@ -121,6 +121,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
                 request.owner,
                 *self._dispatch.lease_of(request.owner),
+                request.held_task_id,
             )
         )
         # Its lease has to be watched also if the caller is gone before the answer.

@@ -69,10 +69,11 @@ class Store(ABC):
         owner: str,
         lease_ms: int,
         streamed: bool,
+        held_task_id: str = "",
     ) -> Awaitable[Started]:
         return self.submit(
             lambda db: tasks.start_owned(
-                db, workflow_id, version_hash, input_json, idempotency_key, owner, lease_ms, streamed
+                db, workflow_id, version_hash, input_json, idempotency_key, owner, lease_ms, streamed, held_task_id
             )
         )
 

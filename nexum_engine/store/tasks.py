@@ -61,13 +61,20 @@ def start_owned(
     owner: str,
     lease_ms: int,
     streamed: bool,
+    held_task_id: str = "",
 ) -> Started:
     """Start an execution, or find the key's, and hand its only node to the owner as an attempt. No poll ever gets it.
 
     What a dead owner left is taken over. Raises what `start_execution` raises, InvalidRequest for more than one node,
-    Conflict (naming it) while another owner lives, or if the execution is one for workers.
+    Conflict (naming it) while another owner lives, or if the execution is one for workers, StaleTask if nothing may be
+    reported for the held task any more.
     """
     check_id(owner, "owner")
+    if held_task_id:
+        held = db.one("attempt", task_id=held_task_id)
+        if held is None:
+            raise StaleTask(f"this server knows nothing of task {held_task_id}, which the owner says that it holds")
+        _check_may_report(held, held_task_id)
     started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
     if started.status.ended:
         return started

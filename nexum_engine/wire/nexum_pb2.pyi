@@ -79,6 +79,7 @@ class StartRequest(google.protobuf.message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
     OWNER_FIELD_NUMBER: builtins.int
+    HELD_TASK_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     version_hash: builtins.str
     input_json: builtins.str
@@ -93,6 +94,10 @@ class StartRequest(google.protobuf.message.Message):
     handed to the caller here and never to a poll. As long as that worker lives, another owner is refused; after its
     death the next one to start the key takes the node over.
     """
+    held_task_id: builtins.str
+    """Addition: with `owner`, a task that the caller has to hold still: after another one took it over, the start is
+    refused (FAILED_PRECONDITION). So who owns one execution has the right to others, and loses it with that one.
+    """
     def __init__(
         self,
         *,
@@ -102,8 +107,9 @@ class StartRequest(google.protobuf.message.Message):
         idempotency_key: builtins.str = ...,
         wait_ms: builtins.int = ...,
         owner: builtins.str = ...,
+        held_task_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["idempotency_key", b"idempotency_key", "input_json", b"input_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held_task_id", b"held_task_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___StartRequest = StartRequest
 
