@@ -11,6 +11,7 @@ MAX_FAILED_ATTEMPTS = 4
 MAX_LOST_ATTEMPTS = 10
 """Attempts lost to a crash or an expired lease after which a node is FAILED."""
 FIRST_RETRY_DELAY_MS = 1000
+LONGEST_RETRY_DELAY_MS = FIRST_RETRY_DELAY_MS << (MAX_FAILED_ATTEMPTS - 2)
 
 
 def ready_nodes(dependencies: Mapping[str, Collection[str]], status: Mapping[str, NodeStatus]) -> list[str]:

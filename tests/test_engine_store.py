@@ -600,6 +600,37 @@ async def test_a_restart_gives_workers_time_to_come_back_and_what_is_lost_by_it_
     await current.complete_task((await taken(current)).task_id, "1")
 
 
+async def test_a_clock_that_was_set_back_while_no_server_ran_holds_no_task_up(
+    store: Store, reopen: Reopen, clock: ManualClock
+) -> None:
+    first = await start(store)
+    lost = await taken(store)
+    waiting = await store.start_execution("w", "v1", "{}")
+    clock.advance(-3600)
+    again = await reopen()
+    await again.restart(5000, 2 * LEASE_MS)
+    clock.advance(5)
+    assert await sweep(again) == (1, [])
+    tasks = [await taken(again) for _ in range(2)]
+    assert {task.execution_id for task in tasks} == {first.execution_id, waiting.execution_id}
+    with pytest.raises(StaleTask):
+        await again.complete_task(lost.task_id, "1")
+
+
+async def test_a_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
+    await start(store)
+    for delay in (1, 2):
+        await store.fail_task((await taken(store)).task_id, "no", False)
+        clock.advance(delay)
+    await store.fail_task((await taken(store)).task_id, "no", False)
+    again = await reopen()
+    await again.restart(5000, 2 * LEASE_MS)
+    clock.advance(3.999)
+    assert await take(again) is None
+    clock.advance(0.001)
+    assert await take(again) is not None
+
+
 async def test_a_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(2):

@@ -34,6 +34,8 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
+    # The wall clock may have been set back while no server ran: no task waits for longer than its retry.
+    db.run("restart_tasks", latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:

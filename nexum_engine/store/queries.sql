@@ -225,6 +225,10 @@ WHERE streamed = 1 AND outcome = 'RUNNING'
   AND EXISTS (SELECT 1 FROM nodes WHERE nodes.execution_id = attempts.execution_id
               AND nodes.node_id = attempts.node_id AND owned);
 
+-- name: restart_tasks
+-- No task becomes due later than this.
+UPDATE nodes SET ready_ms = :latest WHERE status = 'READY' AND ready_ms > :latest;
+
 -- name: expired_attempts
 -- Attempts whose lease has run out, the earliest first.
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
