@@ -17,6 +17,7 @@
     |   `-- StoreRefused                  the file or URL is not one that this version can open
     |-- ServerError                       the server, seen from a client
     |   |-- ServerUnavailable (ConnectionError)   nothing answers there
+    |   |   `-- ServerNotReady                      it answers that it can't now: ask again
     |   |-- NotANexumServer               something else answers there
     |   `-- ServerFault                   the server had a fault of its own, which its log names
     |-- ExecutionEnded                    an execution that was waited for ended without a result
@@ -113,6 +114,10 @@ class ServerError(NexumError):
 
 class ServerUnavailable(ServerError, ConnectionError):
     """No server answers at the address."""
+
+
+class ServerNotReady(ServerUnavailable):
+    """A server answers, and says that it can't do this now: ask again."""
 
 
 class NotANexumServer(ServerError):

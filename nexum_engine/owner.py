@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import NexumError, ServerError, ServerUnavailable, WorkflowNotFound
+from nexum_engine.errors import NexumError, ServerError, ServerNotReady, ServerUnavailable, WorkflowNotFound
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.model import Task
 from nexum_engine.workflow import Workflow
@@ -67,7 +67,9 @@ class Owner:
 
     def _say_lost(self, error: NexumError) -> None:
         self._lost = error
-        if not isinstance(error, ServerUnavailable):  # who waits for a server says so
+        if isinstance(error, ServerNotReady) or not isinstance(
+            error, ServerUnavailable
+        ):  # who waits for a server says so
             logger.warning("connecting again: %s", error)
 
     def _knows_no_owners(self) -> ServerError:

@@ -26,6 +26,7 @@ from nexum_engine.errors import (
     NexumError,
     NotFound,
     ServerFault,
+    ServerNotReady,
     ServerUnavailable,
     StaleTask,
     TaskNotFound,
@@ -196,7 +197,7 @@ class Worker:
         logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
 
     def _say_lost(self, error: NexumError) -> None:
-        if isinstance(error, ServerUnavailable):
+        if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
             gone = "the Nexum server is gone" if self._was_connected else "no Nexum server"
             logger.warning(
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address

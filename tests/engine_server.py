@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from nexum_engine.clock import SystemClock
+from nexum_engine.errors import StoreUnavailable
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.servicer import NexumServicer
@@ -32,10 +33,10 @@ class EngineServer:
         submit = getattr(self.store, transition)
         self.calls[transition] = 0
 
-        def counted(*args: Any) -> Awaitable[Any]:
+        def counted(*args: Any, **options: Any) -> Awaitable[Any]:
             self.calls[transition] += 1
             number = self.calls[transition]
-            return faults[number - 1]() if number <= len(faults) else submit(*args)
+            return faults[number - 1]() if number <= len(faults) else submit(*args, **options)
 
         setattr(self.store, transition, counted)
 
@@ -43,6 +44,11 @@ class EngineServer:
 async def raises() -> None:
     """A fault of the server's own."""
     raise RuntimeError("a bug")
+
+
+async def is_full() -> None:
+    """A database that can't confirm a transaction."""
+    raise StoreUnavailable("the database could not confirm the transaction: ask again")
 
 
 async def hangs() -> None:

@@ -41,7 +41,7 @@ class Call:
     def cancelled(self) -> bool:
         return self.gone
 
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object = ()) -> None:
         raise AssertionError(f"{code}: {details}")
 
 

@@ -9,11 +9,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from engine_server import EngineServer, engine_server, hangs, raises
+from engine_server import EngineServer, engine_server, hangs, is_full, raises
 
 from nexum_engine import heartbeat
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import InvalidRequest, NexumError, ServerError, ServerFault, ServerUnavailable
+from nexum_engine.errors import (
+    InvalidRequest,
+    NexumError,
+    ServerError,
+    ServerFault,
+    ServerNotReady,
+    ServerUnavailable,
+)
 from nexum_engine.heartbeat import Heartbeat
 from nexum_engine.model import Outcome
 from nexum_engine.owner import Owner
@@ -68,6 +75,32 @@ async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server
         # Twice the same is told once.
         assert [type(error) for error in beats.lost] == [ServerFault]
         assert "its log has it under" in str(beats.lost[0])
+
+
+async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
+    server: EngineServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.watch("renew", is_full)
+    stop = asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        return "done"
+
+    async with NexumClient(server.address) as client:
+        worker = asyncio.create_task(Worker(client, [Binding(ONE, {"a": handler})]).run(stop))
+        await client.register_workflow(ONE)
+        assert (await client.start_execution(ONE, {}, wait=SOON)).ended is not None
+        stop.set()
+        await asyncio.wait_for(worker, SOON)
+        server.watch("list_executions", is_full, is_full)
+        with pytest.raises(ServerNotReady, match="can't do it now: the database could not confirm"):
+            await client.list_executions()
+        assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
+        assert server.calls["list_executions"] == 3
+    (line,) = [one.getMessage() for one in caplog.records if one.name == "nexum_engine.worker"]
+    assert line.startswith(
+        f"not connected to {server.address}, trying again: the Nexum server on {server.address} can't"
+    )
 
 
 async def test_an_id_that_the_server_refuses_ends_it_with_the_servers_reason(server: EngineServer) -> None:

@@ -22,7 +22,7 @@ from nexum_engine.store import Store
 from nexum_engine.store.outcomes import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
-from nexum_engine.wire.status import status_of
+from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
@@ -41,7 +41,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 async def _abort(context: Context, error: Exception) -> NoReturn:
     status = status_of(error) if isinstance(error, NexumError) else None
     if status is not None:
-        await context.abort(status, _cut(str(error)))
+        await context.abort(status, _cut(str(error)), ((ANSWERED, type(error).__name__),))
     fault = uuid.uuid4().hex[:8]
     logger.error("fault %s", fault, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"the server had a fault; its log has it under {fault}")

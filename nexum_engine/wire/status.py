@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
 
 from nexum_engine import errors
+
+ANSWERED = "nexum-error"
+"""Names the error in the trailing metadata: an UNAVAILABLE without it comes from the connection and not from a server."""
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # The first class that fits counts, so a subclass stands above its base.
@@ -40,6 +45,9 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     code: grpc.StatusCode = rpc_error.code()
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
+    metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of their own
+    if code is grpc.StatusCode.UNAVAILABLE and any(key == ANSWERED for key, _ in metadata or ()):
+        return errors.ServerNotReady(f"the Nexum server on {address} can't do it now: {details}")
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")
     if kind is errors.NotANexumServer:
