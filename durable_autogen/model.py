@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,8 +12,8 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, 
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
-from console import say
 from durable_autogen.journal import Kind
+from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Outcome, Recorder
 from durable_autogen.request import describe_model_call
 
@@ -49,14 +50,17 @@ class Replies:
 
 
 class DurableModelClient(ChatCompletionClient):
-    """Wraps any client for one agent of one run."""
+    """Wraps any client for one agent of one run.
+
+    What is asked within a recorded call, as by a tool, is not recorded by itself: the call's result stands for it.
+    """
 
     component_type = "model"
     component_config_schema = BaseModel
 
     def __init__(self, inner: ChatCompletionClient, recorder: Recorder, agent: str, replies: Replies) -> None:
         self.inner = inner
-        self._recorder = recorder
+        self.recorder = recorder
         self._agent = agent
         self._replies = replies
         self._replayed_usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
@@ -73,7 +77,6 @@ class DurableModelClient(ChatCompletionClient):
         cancellation_token: CancellationToken | None = None,
     ) -> CreateResult:
         """The recorded reply, or the model's, recorded."""
-        messages, position = self._next(messages)
 
         async def perform() -> CreateResult:
             return await self.inner.create(
@@ -85,6 +88,9 @@ class DurableModelClient(ChatCompletionClient):
                 cancellation_token=cancellation_token,
             )
 
+        if in_recorded_call.get():
+            return self._counted(await perform(), self.recorder.live)
+        messages, position = self._next(messages)
         request = describe_model_call(
             self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
         )
@@ -101,20 +107,28 @@ class DurableModelClient(ChatCompletionClient):
         cancellation_token: CancellationToken | None = None,
     ) -> AsyncGenerator[str | CreateResult, None]:
         """Pieces as they come, the last one when the reply is recorded; a recorded reply in one piece."""
-        messages, position = self._next(messages)
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        last: list[str] = []
 
-        async def perform() -> CreateResult:
-            result: CreateResult | None = None
-            async for piece in self.inner.create_stream(
+        def stream() -> AsyncGenerator[str | CreateResult, None]:
+            return self.inner.create_stream(
                 messages,
                 tools=tools,
                 tool_choice=tool_choice,
                 json_output=json_output,
                 extra_create_args=extra_create_args or {},
                 cancellation_token=cancellation_token,
-            ):
+            )
+
+        if in_recorded_call.get():
+            async for piece in stream():
+                yield self._counted(piece, self.recorder.live) if isinstance(piece, CreateResult) else piece
+            return
+        messages, position = self._next(messages)
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        last: list[str] = []
+
+        async def perform() -> CreateResult:
+            result: CreateResult | None = None
+            async for piece in stream():
                 if isinstance(piece, CreateResult):
                     result = piece
                     continue
@@ -131,8 +145,8 @@ class DurableModelClient(ChatCompletionClient):
         event = asyncio.ensure_future(self._event(position, request, perform))
         event.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
-            while (piece := await pieces.get()) is not None:
-                yield piece
+            while (text := await pieces.get()) is not None:
+                yield text
             outcome = await event
         finally:
             event.cancel()
@@ -140,8 +154,8 @@ class DurableModelClient(ChatCompletionClient):
         if outcome.replayed:
             # The same messages are announced by a piece as in the live run: a tool call's text is its thought.
             last = [result.content if isinstance(result.content, str) else result.thought or ""]
-        for piece in filter(None, last):
-            yield piece
+        for text in filter(None, last):
+            yield text
         yield result
 
     def _next(self, messages: Sequence[LLMMessage]) -> tuple[Sequence[LLMMessage], str]:
@@ -151,14 +165,14 @@ class DurableModelClient(ChatCompletionClient):
 
     def _with_added(self, messages: Sequence[LLMMessage], position: str) -> Sequence[LLMMessage]:
         """With the messages that forks have added, each where this agent first met it."""
-        for added in self._recorder.messages:
-            if added.seq in self._added_at or self._recorder.comes_before(f"{self._agent}/{position}", added):
+        for added in self.recorder.messages:
+            if added.seq in self._added_at or self.recorder.comes_before(f"{self._agent}/{position}", added):
                 continue
-            if added.seq not in self._recorder.as_task:
+            if added.seq not in self.recorder.as_task:
                 self._added_at[added.seq] = len(messages)
-                self._recorder.delivered.add(added.seq)
+                self.recorder.delivered.add(added.seq)
         whole = list(messages)
-        for added in reversed(self._recorder.messages):
+        for added in reversed(self.recorder.messages):
             if added.seq in self._added_at:
                 at = min(self._added_at[added.seq], len(messages))
                 whole.insert(at, UserMessage(content=added.content["text"], source="user"))
@@ -170,17 +184,20 @@ class DurableModelClient(ChatCompletionClient):
         async def content() -> dict[str, Any]:
             return (await perform()).model_dump(mode="json")
 
-        return await self._recorder.event(Kind.REPLY, self._agent, position, request, content)
+        return await self.recorder.event(Kind.REPLY, self._agent, position, request, content)
 
     def _seen(self, outcome: Outcome) -> CreateResult:
         result = CreateResult.model_validate({**outcome.content, "cached": outcome.replayed})
         self._replies.seen(result, replayed=outcome.replayed)
-        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
-        counts = self._recorder.replayed if outcome.replayed else self._recorder.live
-        counts.update({"model calls": 1, "tokens": tokens})
+        self._counted(result, self.recorder.replayed if outcome.replayed else self.recorder.live)
         if outcome.replayed:
             self._replayed_usage = _sum(self._replayed_usage, result.usage)
-            say(f"[Nexum] reply {self._replies.count} of {self._agent}: replayed from the record ✓")
+            self.recorder.tell(f"[Nexum] reply {self._replies.count} of {self._agent}: replayed from the record ✓")
+        return result
+
+    def _counted(self, result: CreateResult, counts: Counter[str]) -> CreateResult:
+        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
+        counts.update({"model calls": 1, "tokens": tokens})
         return result
 
     async def close(self) -> None:

@@ -14,10 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of a loop whose queue can't be seen
 PATIENCE = 5.0  # seconds after which a loop that never rests is taken as it is
+LESS_PATIENCE = 0.05  # seconds, once that is known of it
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ in_recorded_call: ContextVar[bool] = ContextVar("in_recorded_call", default=Fals
 """Set inside a call whose outcome is recorded: what it does, and how long that takes, is outside the program."""
 
 _waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
+_restless: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
 _threads: WeakKeyDictionary[asyncio.AbstractEventLoop, _WatchedThreads] = WeakKeyDictionary()
 
 
@@ -47,8 +49,10 @@ async def rest() -> None:
             # Others that wait for rest are always ready.
             elif len(ready) < _waiting[loop] if ready is not None else turns >= ROUNDS_WITHOUT_A_LOOK:
                 return
-            if time.monotonic() - begun > PATIENCE:
-                logger.warning("the event loop did not come to rest within %g s: going on", PATIENCE)
+            if time.monotonic() - begun > (PATIENCE if loop not in _restless else LESS_PATIENCE):
+                if loop not in _restless:
+                    logger.warning("the event loop did not come to rest within %g s: not waiting for it", PATIENCE)
+                _restless.add(loop)
                 return
     finally:
         _waiting[loop] -= 1
@@ -62,7 +66,7 @@ class _WatchedThreads(ThreadPoolExecutor):
         self.busy = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(fn, *args, **kwargs)
+        future = super().submit(_without_stop_iteration, fn, *args, **kwargs)
         if not in_recorded_call.get():
             loop = asyncio.get_running_loop()
             self.busy += 1
@@ -71,6 +75,14 @@ class _WatchedThreads(ThreadPoolExecutor):
 
     def _done(self) -> None:
         self.busy -= 1
+
+
+def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return fn(*args, **kwargs)
+    except StopIteration as error:
+        # A future can't hold one: who waits for it would wait for ever.
+        raise RuntimeError(f"{getattr(fn, '__name__', fn)} raised StopIteration") from error
 
 
 @contextmanager

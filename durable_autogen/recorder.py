@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from console import say
 from durable_autogen.errors import DriftError
-from durable_autogen.journal import Event, Journal, Kind, RunSummary, name_of
+from durable_autogen.failures import Failure, is_in, ordinary
+from durable_autogen.journal import Event, Journal, Kind, name_of
 from durable_autogen.quiet import in_recorded_call, rest
 from durable_autogen.request import differences
 from nexum_engine.errors import NexumError
+from nexum_engine.model import Task
 
 OnDrift = Literal["stop", "continue"]
 DRIFT_PATIENCE = 10.0  # seconds that a recorded event may be waited for while the run asks for others
@@ -31,6 +32,23 @@ class Outcome:
 
     content: Any
     replayed: bool
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An event that is asked for."""
+
+    kind: Kind
+    agent: str
+    position: str
+    request: Mapping[str, Any]
+
+    @property
+    def address(self) -> str:
+        return f"{self.agent}/{self.position}"
+
+    def __str__(self) -> str:
+        return name_of(self.kind, self.agent, self.position)
 
 
 @dataclass
@@ -68,7 +86,8 @@ class Recorder:
         self._ahead = deque(event for event in journal.events if event.kind.is_asked_for)
         self._addresses = {event.address for event in self._ahead}
         self._asked: dict[str, _Asked] = {}
-        self._waiting_live: dict[str, int] = {}
+        self._waiting_live: set[str] = set()
+        self._survived: list[tuple[Task, _Call, Exception]] = []
         self._changed = asyncio.Event()
         self._all_replayed = asyncio.Event()
         self._live_since = time.monotonic()
@@ -76,6 +95,10 @@ class Recorder:
         self._turnstile = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
         self._replay = asyncio.create_task(self._let_recorded_through(), name="replay")
+
+    def tell(self, text: str) -> None:
+        """Say something to the person who runs it."""
+        self.journal.tell(text)
 
     async def close(self) -> None:
         """Stop what is under way; nothing more is recorded."""
@@ -110,75 +133,80 @@ class Recorder:
         """The session has come as far as this event."""
         self.last_recorded_ms, self.active_ms, self.epoch = event.recorded_ms, event.active_ms, event.epoch
 
-    def summary(self, stop_reason: str) -> RunSummary:
-        return RunSummary(stop_reason=stop_reason, live=dict(self.live), replayed=dict(self.replayed))
+    async def end(self, stop_reason: str) -> None:
+        """The run is over, and whole. Raises DriftError if more was recorded than it asked for."""
+        for event in self.remaining()[:1]:
+            await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
+        async with self._turnstile:
+            await self._record_survived()
+        await self.journal.end(stop_reason, live=self.live, replayed=self.replayed)
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
     async def event(
         self, kind: Kind, agent: str, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[Any]]
     ) -> Outcome:
-        """The recorded event, or what `perform` returns, recorded. What `perform` raises is not recorded."""
+        """The recorded event, or what `perform` returns, recorded.
+
+        What `perform` raises is recorded if the program goes on after it, and raised again in a replay; if the run ends
+        with it, it is asked for again the next time.
+        """
         if self.failed.done():
             raise self.failed.result()
-        loop = asyncio.get_running_loop()
-        address = f"{agent}/{position}"
-        if address in self._addresses:
-            asked = self._asked[address] = _Asked(request, loop.create_future())
-            self._changed.set()
-            try:
-                event = await asked.let_through
-            finally:
-                self._asked.pop(address, None)
+        call = _Call(kind, agent, position, request)
+        if call.address in self._addresses:
+            event = await self._recorded(call)
             if event is not None:
-                return Outcome(event.content, replayed=True)
-        let_through: asyncio.Future[Any] = loop.create_future()
-        call = asyncio.create_task(self._live(kind, agent, position, request, perform, let_through))
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+                if event.failure is None:
+                    return Outcome(event.content, replayed=True)
+                error = event.failure.again()
+                self._note_failure(call, error)
+                raise error
+        let_through: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        running = asyncio.create_task(self._live(call, perform, let_through))
+        self._calls.add(running)
+        running.add_done_callback(self._calls.discard)
         try:
             return Outcome(await let_through, replayed=False)
         except asyncio.CancelledError:
-            call.cancel()
+            running.cancel()
             raise
 
-    async def _live(
-        self,
-        kind: Kind,
-        agent: str,
-        position: str,
-        request: Mapping[str, Any],
-        perform: Callable[[], Awaitable[Any]],
-        let_through: asyncio.Future[Any],
-    ) -> None:
+    async def _recorded(self, call: _Call) -> Event | None:
+        asked = _Asked(call.request, asyncio.get_running_loop().create_future())
+        self._asked[call.address] = asked
+        self._changed.set()
+        try:
+            return await asked.let_through
+        finally:
+            self._asked.pop(call.address, None)
+
+    async def _live(self, call: _Call, perform: Callable[[], Awaitable[Any]], let_through: asyncio.Future[Any]) -> None:
         try:
             if not self._all_replayed.is_set():
                 # Nothing new is paid for while it can still turn out that the program is another one.
-                self._waiting_live[name_of(kind, agent, position)] = 1
+                self._waiting_live.add(str(call))
                 self._changed.set()
                 await self._all_replayed.wait()
-                self._waiting_live.pop(name_of(kind, agent, position), None)
+                self._waiting_live.discard(str(call))
             if self.ended is not None:
-                what = f"the recorded run was over ({self.ended or 'it had its answer'}), this one asks for "
-                await self.drift(self.journal.events[-1].seq, what + name_of(kind, agent, position))
-            task = await self.journal.begin(kind, agent, position)
+                why = self.ended or "it had its answer"
+                last = self.journal.events[-1].seq
+                await self.drift(last, f"the recorded run was over ({why}), this one asks for {call}")
+            task = await self.journal.begin(call.kind, call.agent, call.position)
             try:
-                content = await self._perform(perform, name_of(kind, agent, position))
-            except Exception as error:
-                if kind is not Kind.TOOL:
-                    self.call_error = error
-                if not self.failed.done():
-                    await self.journal.give_up(task, f"{type(error).__name__}: {error}")
-                raise
+                content = await self._perform(call, perform)
+            except Exception as error:  # noqa: BLE001 - it is the asking agent's
+                await self._let_failure_through(task, call, error, let_through)
+                return
             async with self._turnstile:
-                if self.failed.done():
-                    raise self.failed.result()
-                active_ms = self._active_before + round((time.monotonic() - self._live_since) * 1000)
-                event = await self.journal.record(task, kind, agent, position, content, request, active_ms=active_ms)
+                self._check_not_failed()
+                await self._record_survived()
+                event = await self._record(task, call, content)
                 await rest()
                 self.passed(event)
                 if not let_through.done():
-                    let_through.set_result(content)
+                    let_through.set_result(event.content)
                 await rest()
         except asyncio.CancelledError:
             if not let_through.done():
@@ -187,34 +215,61 @@ class Recorder:
                 )
             raise
         except Exception as error:  # noqa: BLE001 - it is the asking agent's
-            if isinstance(error, NexumError) and not self.failed.done():
+            if isinstance(error, NexumError):
                 self.stop(error)
             if not let_through.done():
                 let_through.set_exception(error)
 
-    async def _perform(self, perform: Callable[[], Awaitable[Any]], name: str) -> Any:
-        """Whatever ends the call is an ordinary error: AutoGen waits for ever for a tool that ends as cancelled."""
+    async def _perform(self, call: _Call, perform: Callable[[], Awaitable[Any]]) -> Any:
         in_recorded_call.set(True)
+        return await ordinary(perform(), str(call))
 
-        async def contained() -> Any:
+    async def _record(self, task: Task, call: _Call, content: Any, failure: Failure | None = None) -> Event:
+        active_ms = self._active_before + round((time.monotonic() - self._live_since) * 1000)
+        return await self.journal.record(
+            task, call.kind, call.agent, call.position, content, call.request, failure=failure, active_ms=active_ms
+        )
+
+    def _check_not_failed(self) -> None:
+        if self.failed.done():
+            raise self.failed.result()
+
+    # ---- Failures ----------------------------------------------------------------------------------------------------
+
+    def _note_failure(self, call: _Call, error: Exception) -> None:
+        if call.kind in (Kind.REPLY, Kind.INPUT):
+            self.call_error = error
+
+    async def _let_failure_through(
+        self, task: Task, call: _Call, error: Exception, let_through: asyncio.Future[Any]
+    ) -> None:
+        """Most failures end the run, and are not recorded. What comes after one shows that the program survived it."""
+        self._note_failure(call, error)
+        async with self._turnstile:
+            self._check_not_failed()
+            self._survived.append((task, call, error))
+            await rest()
+            if not let_through.done():
+                let_through.set_exception(error)
+            await rest()
+
+    async def _record_survived(self) -> None:
+        while self._survived:
+            task, call, error = self._survived[0]
+            self.passed(await self._record(task, call, None, Failure.of(error)))
+            del self._survived[0]
+
+    async def disown(self, error: Exception) -> None:
+        """The run ends with this error: the failure that it came from was not survived, though others went on."""
+        fatal = [event for event in self.journal.events if event.failure is not None and is_in(event.failure, error)]
+        for event in fatal[-1:]:
+            later = [one.agent for one in self.journal.events if one.seq > event.seq and one.kind.is_asked_for]
+            if any(f"{event.agent}/".startswith(f"{agent}/") for agent in later):
+                continue
             try:
-                return await perform()
-            except (Exception, asyncio.CancelledError):
-                raise
-            except BaseException as error:
-                # SystemExit and its like would end the event loop.
-                raise RuntimeError(f"{name} ended with {type(error).__name__}: {error}") from error
-
-        running = asyncio.ensure_future(contained())
-        try:
-            await asyncio.wait({running})
-        except asyncio.CancelledError:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            raise
-        if running.cancelled():
-            raise RuntimeError(f"{name} ended with CancelledError")
-        return running.result()
+                await self.journal.revoke(event)
+            except NexumError as ending:
+                self.tell(f"[Nexum] session {self.journal.session} keeps a failure that ended it: {ending}")
 
     # ---- Replaying ---------------------------------------------------------------------------------------------------
 
@@ -238,7 +293,8 @@ class Recorder:
                 self._ahead.popleft()
                 self._addresses.discard(event.address)
                 self.passed(event)
-                asked.let_through.set_result(event)
+                if not asked.let_through.done():
+                    asked.let_through.set_result(event)
             await rest()
             self._live_since, self._active_before = time.monotonic(), self.active_ms
             self._all_replayed.set()
@@ -264,8 +320,7 @@ class Recorder:
         return True
 
     async def _drift(self, event: Event, differing: list[str]) -> None:
-        what = f"{event} is not what this run asks for: {'; '.join(differing)}"
-        await self.drift(event.seq - 1, what)
+        await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
 
     async def drift(self, after: int, what: str) -> None:
         """The run has left the record after this event's number: stop, or go on live from here. Raises DriftError."""
@@ -276,8 +331,10 @@ class Recorder:
                 f"session {session} has recorded another run. {what[0].upper()}{what[1:]}. Run what was recorded, or "
                 "take another session, or go on live from here with on_drift='continue' (--on-drift continue)"
             )
-        say(f"[Nexum] {what}")
-        say(f"[Nexum] session {session} goes on live from here; {len(self._ahead)} recorded event(s) are left behind")
+        self.tell(f"[Nexum] {what}")
+        self.tell(
+            f"[Nexum] session {session} goes on live from here; {len(self._ahead)} recorded event(s) are left behind"
+        )
         await self.journal.branch(after, what)
         self.epoch = self.journal.epoch
         self._ahead.clear()

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 EXCERPT = 80  # characters
 SETTINGS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
-    *("frequency_penalty", "presence_penalty", "parallel_tool_calls", "response_format"),
+    *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
+    "extra_body",
 )
 """Of a client's configuration, what changes its replies. Keys and addresses are nobody's business."""
 
@@ -46,6 +47,11 @@ def describe_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any
     return {"hash": _hash(request), **request}
 
 
+def describe_turn(said: str) -> dict[str, Any]:
+    """What an agent said in its turn, as it is recorded in the place of that."""
+    return {"hash": _hash(said), "said": _excerpt(said)}
+
+
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs, one line each; none if both are the same."""
     if recorded.get("hash") == now.get("hash"):
@@ -60,6 +66,7 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         *_values("the arguments", recorded.get("arguments"), now.get("arguments")),
         *_texts("the question", recorded.get("task"), now.get("task")),
         *_values("the team", recorded.get("team"), now.get("team")),
+        *_values("what it said", recorded.get("said"), now.get("said")),
         *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
     ]
     return found or ["something that is not kept in words"]

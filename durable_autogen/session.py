@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from autogen_agentchat.base import ChatAgent, Team
 from autogen_core.models import ChatCompletionClient
@@ -19,7 +19,7 @@ from durable_autogen.parts import Parts
 from durable_autogen.quiet import watched_threads
 from durable_autogen.recorder import OnDrift, Recorder
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
-from nexum_engine.errors import ServerUnavailable
+from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from session_file import check_session_id
 
 FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
@@ -43,15 +43,26 @@ class DurableSession:
     program has to ask in the same order when it is run again; where it asks for something else, that is told.
 
     Entering it raises SessionBusy, ServerUnavailable and InvalidRequest (the id); asking, and leaving it, DriftError
-    and what the server answers. `nexum` defaults to NEXUM_ADDRESS, then localhost:50051. It can be entered once.
+    and what the server answers. `nexum` defaults to NEXUM_ADDRESS, then localhost:50051. `tell` gets the lines that say
+    what is replayed; they go to standard output by default. It can be entered once.
     """
 
-    def __init__(self, session_id: str, *, nexum: str | None = None, on_drift: OnDrift = "stop") -> None:
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        nexum: str | None = None,
+        on_drift: OnDrift = "stop",
+        tell: Callable[[str], None] = say,
+    ) -> None:
+        if on_drift not in get_args(OnDrift):
+            raise InvalidRequest(f"on_drift is {on_drift!r}: give one of {', '.join(get_args(OnDrift))}")
         self.session_id = check_session_id(session_id)
         self.stop_reason = ""
         """What is recorded as the reason for the run's end."""
         self._address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
         self._on_drift = on_drift
+        self._tell = tell
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
         self._parts: Parts | None = None
@@ -96,7 +107,7 @@ class DurableSession:
                 await client.ping(patience=FIRST_PATIENCE)
             except ServerUnavailable as error:
                 raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
-            journal = await stack.enter_async_context(Journal(client, self.session_id))
+            journal = await stack.enter_async_context(Journal(client, self.session_id, self._tell))
             stack.enter_context(watched_threads())
             self._recorder = Recorder(journal, on_drift=self._on_drift)
             stack.push_async_callback(self._recorder.close)
@@ -113,19 +124,19 @@ class DurableSession:
         recorder = self.recorder
         failure = recorder.failed.result() if recorder.failed.done() else None
         if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
+            if isinstance(error, Exception) and failure is None:
+                await recorder.disown(error)
             await self._stack.__aexit__(kind, error, traceback)
             return
         async with self._stack:
             if failure is not None:
                 raise failure from error  # AutoGen passes on no more than its text
-            for event in recorder.remaining()[:1]:
-                await recorder.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
-            await recorder.journal.end(recorder.summary(self.stop_reason))
+            await recorder.end(self.stop_reason)
 
     def _tell_counts(self) -> None:
         recorder = self.recorder
         if recorder.live or recorder.replayed:
-            say(
+            self._tell(
                 f"[Nexum] session {self.session_id}: {_counts(recorder.live)} live, "
                 f"{_counts(recorder.replayed)} replayed from the record"
             )

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
-from autogen_agentchat.messages import BaseChatMessage
+from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
+from console import say
 from durable_autogen.errors import RunCancelled
-from durable_autogen.journal import Kind
+from durable_autogen.journal import Event, Kind
 from durable_autogen.recorder import OnDrift, Recorder
 from durable_autogen.request import differences, hashed
 from durable_autogen.session import DurableSession
@@ -34,12 +35,15 @@ async def run_durable(
     nexum: str | None = None,
     on_drift: OnDrift = "stop",
     cancellation_token: CancellationToken | None = None,
+    output_task_messages: bool = True,
+    tell: Callable[[str], None] = say,
 ) -> TaskResult:
     """Run the team, or go on with the session's run; its result.
 
     `team` is a function that builds the team or agent, or one that has never run. What the session has recorded is
     replayed, the rest runs live and is recorded. The question can be left out where the session has one. `nexum`
-    defaults to NEXUM_ADDRESS, then localhost:50051.
+    defaults to NEXUM_ADDRESS, then localhost:50051. `tell` gets the lines that say what is replayed; by default they go
+    to standard output. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`.
 
     Raises DriftError, SessionBusy, NotDurable, RunCancelled, ServerUnavailable, and what the team's run raises.
     """
@@ -51,6 +55,8 @@ async def run_durable(
         nexum=nexum,
         on_drift=on_drift,
         cancellation_token=cancellation_token,
+        output_task_messages=output_task_messages,
+        tell=tell,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -66,16 +72,18 @@ async def run_durable_stream(
     nexum: str | None = None,
     on_drift: OnDrift = "stop",
     cancellation_token: CancellationToken | None = None,
+    output_task_messages: bool = True,
+    tell: Callable[[str], None] = say,
 ) -> AsyncGenerator[Item, None]:
     """The same as a stream of messages with the result at its end, as AutoGen's `run_stream`."""
-    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift)
+    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, tell=tell)
     async with session:
         recorder = session.recorder
         recorder.ended = recorder.journal.ended
         built = team if isinstance(team, (ChatAgent, Team)) else team()
         runnable = session.durable(await built if inspect.isawaitable(built) else built)
         task = await _begin(recorder, runnable, task)
-        run = _Run(session, runnable, cancellation_token)
+        run = _Run(session, runnable, cancellation_token, output_task_messages=output_task_messages)
         async for message in run.messages(task):
             yield message
         result = run.result
@@ -88,6 +96,11 @@ async def run_durable_stream(
                 yield message
             result = TaskResult(messages=[*result.messages, *run.result.messages], stop_reason=run.result.stop_reason)
         session.stop_reason = result.stop_reason or ""
+        if not (recorder.live or recorder.replayed):
+            tell(
+                f"[Nexum] session {session_id}: nothing was recorded. Whatever the run called, it called by itself: an "
+                "agent's model clients and workbenches have to be attributes of its own"
+            )
     yield result
 
 
@@ -103,7 +116,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     recorder.passed(begun)
     recorded: list[str] = begun.content["task"]
     if task is None:
-        return "\n".join(recorded)
+        return _task_again(begun)
     if begun.accepted:  # in a fork, the team may be another one
         differing = differences(hashed({"task": recorded}), hashed({"task": _texts(task)}))
     else:
@@ -116,8 +129,28 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
 
 async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
     journal = recorder.journal
-    content = {"task": _texts(task)}
+    content = {"task": _texts(task), "messages": [_dumped(message) for message in _messages(task)]}
     recorder.passed(await journal.add(Kind.BEGIN, "", f"begin/{journal.epoch}", content, _description(runnable, task)))
+
+
+def _dumped(message: BaseChatMessage) -> dict[str, Any]:
+    """A message without the id and time that it was given by chance."""
+    return message.model_dump(mode="json", exclude={"id", "created_at"} - message.model_fields_set)
+
+
+def _task_again(begun: Event) -> Task:
+    """The question as it was asked."""
+    dumped: list[dict[str, Any]] = begun.content.get("messages") or []
+    if not dumped:
+        return "\n".join(begun.content["task"])
+    factory = MessageFactory()
+    try:
+        messages = [factory.create(one) for one in dumped]
+    except ValueError as error:
+        raise InvalidRequest(
+            f"the session's question can't be made again here: {error}. Give it as the task"
+        ) from error
+    return [message for message in messages if isinstance(message, BaseChatMessage)]
 
 
 def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
@@ -143,12 +176,18 @@ class _Run:
     """One run of the team in a task of its own, so that a failure or a cancellation is not held up by AutoGen."""
 
     def __init__(
-        self, session: DurableSession, runnable: Runnable, cancellation_token: CancellationToken | None
+        self,
+        session: DurableSession,
+        runnable: Runnable,
+        cancellation_token: CancellationToken | None,
+        *,
+        output_task_messages: bool,
     ) -> None:
         self.result = TaskResult(messages=[])
         self._recorder = session.recorder
         self._parts = session.parts
         self._runnable = runnable
+        self._output_task_messages = output_task_messages
         self._transcript = Transcript(session.recorder)
         if cancellation_token is not None:
             loop = asyncio.get_running_loop()
@@ -203,7 +242,9 @@ class _Run:
 
     async def _feed(self, task: Task, queue: asyncio.Queue[Message | None]) -> None:
         given = _messages(task)
-        async for item in self._runnable.run_stream(task=task):
+        # A runnable of one's own may know no such argument.
+        more: Any = {} if self._output_task_messages else {"output_task_messages": False}
+        async for item in self._runnable.run_stream(task=task, **more):
             if isinstance(item, TaskResult):
                 self.result = self._transcript.result(item)
                 continue

@@ -1,15 +1,37 @@
-"""A time limit of a team that is the same in a replay as in the run that it replays."""
+"""Conditions that end a team's run by something outside: they end a replay where they have ended the run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from autogen_agentchat.base import TerminationCondition
-from autogen_agentchat.conditions import TimeoutTermination
+from autogen_agentchat.conditions import ExternalTermination, TimeoutTermination
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, StopMessage
 
+from durable_autogen.journal import Kind
+from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder
+
+Messages = Sequence[BaseAgentEvent | BaseChatMessage]
+
+
+def durable_condition(
+    condition: TerminationCondition,
+    recorder: Recorder,
+    name: str,
+    replace: Callable[[object, str, object], None],
+) -> TerminationCondition:
+    """The condition's durable twin, or itself; `replace` puts the twins of an `&` or a `|` in their place."""
+    if isinstance(condition, TimeoutTermination):
+        return DurableTimeout(condition, recorder)
+    if isinstance(condition, ExternalTermination):
+        return DurableStop(condition, recorder, name)
+    members: Sequence[TerminationCondition] = getattr(condition, "_conditions", ())
+    if members:
+        twins = [durable_condition(one, recorder, f"{name}.{n}", replace) for n, one in enumerate(members)]
+        replace(condition, "_conditions", tuple(twins))
+    return condition
 
 
 class DurableTimeout(TimeoutTermination):
@@ -24,7 +46,7 @@ class DurableTimeout(TimeoutTermination):
         self._recorder = recorder
         self._begun_ms = recorder.active_ms
 
-    async def __call__(self, messages: Sequence[BaseAgentEvent | BaseChatMessage]) -> StopMessage | None:
+    async def __call__(self, messages: Messages) -> StopMessage | None:
         is_over = self._recorder.active_ms - self._begun_ms >= self._timeout_seconds * 1000
         self._start_time = -math.inf if is_over else math.inf
         return await super().__call__(messages)
@@ -34,7 +56,29 @@ class DurableTimeout(TimeoutTermination):
         self._begun_ms = self._recorder.active_ms
 
 
-def members(condition: TerminationCondition) -> Sequence[TerminationCondition]:
-    """What an `&` or a `|` is made of."""
-    found: Sequence[TerminationCondition] = getattr(condition, "_conditions", ())
-    return found
+class DurableStop(ExternalTermination):
+    """An ExternalTermination whose stop is recorded: a replay stops at the same look at the messages."""
+
+    def __init__(self, inner: ExternalTermination, recorder: Recorder, name: str) -> None:
+        super().__init__()
+        self._inner = inner
+        self._recorder = recorder
+        self._name = name
+        self._looks = 0
+
+    async def __call__(self, messages: Messages) -> StopMessage | None:
+        self._setted = self._inner._setted
+        if not in_recorded_call.get():
+            self._looks += 1
+            position = f"stop/{self._looks}"
+            if self._setted or self._recorder.is_recorded(f"{self._name}/{position}"):
+                await self._recorder.event(Kind.STOP, self._name, position, {}, self._stop)
+                self._setted = True
+        return await super().__call__(messages)
+
+    async def _stop(self) -> None:
+        """Who stopped it has done so already."""
+
+    async def reset(self) -> None:
+        await super().reset()
+        await self._inner.reset()

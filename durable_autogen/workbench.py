@@ -20,9 +20,10 @@ from autogen_core.tools import (
     Workbench,
 )
 
-from console import say
+from durable_autogen.failures import ordinary
 from durable_autogen.journal import Kind
 from durable_autogen.model import Replies
+from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder
 from durable_autogen.request import describe_arguments
 from nexum_engine.errors import InvalidRequest
@@ -80,6 +81,8 @@ class DurableWorkbench(StaticStreamWorkbench):
         call_id: str | None = None,
     ) -> ToolResult:
         """The recorded result, or the tool's, recorded. It never raises: AutoGen would wait for ever."""
+        if in_recorded_call.get():
+            return await self.inner.call_tool(name, arguments, cancellation_token, call_id)
         position = f"reply/{self._replies.count}/tool/{self._replies.number_of_call(call_id, name)}"
         scope = f"{self._recorder.journal.epoch or ''}{self._agent}/{position}"
 
@@ -88,7 +91,7 @@ class DurableWorkbench(StaticStreamWorkbench):
             notes: dict[str, str] = {}
             call_notes.set(notes)
             try:
-                result = await self._contained.call_tool(name, arguments, cancellation_token, call_id)
+                result = await ordinary(self._contained.call_tool(name, arguments, cancellation_token, call_id), name)
             except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
             content = {**result.model_dump(mode="json"), "notes": notes}
@@ -117,7 +120,7 @@ class DurableWorkbench(StaticStreamWorkbench):
             if tool.name == name and notes and isinstance(tool, HearsOfReplays):
                 tool.replayed(result.to_text(), notes)
                 return
-        say(f"[Nexum] {name} for {self._agent}: replayed from the record ✓")
+        self._recorder.tell(f"[Nexum] {name} for {self._agent}: replayed from the record ✓")
 
     async def call_tool_stream(
         self,
@@ -126,7 +129,11 @@ class DurableWorkbench(StaticStreamWorkbench):
         cancellation_token: CancellationToken | None = None,
         call_id: str | None = None,
     ) -> AsyncGenerator[Any | ToolResult, None]:
-        if name in self._agents_as_tools and isinstance(self._contained, StaticStreamWorkbench):
+        if (
+            name in self._agents_as_tools
+            and not in_recorded_call.get()
+            and isinstance(self._contained, StaticStreamWorkbench)
+        ):
             self._replies.number_of_call(call_id, name)
             async for event in self._contained.call_tool_stream(name, arguments, cancellation_token, call_id):
                 yield event

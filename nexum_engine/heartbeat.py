@@ -59,6 +59,8 @@ class Heartbeat:
         """The worker takes no more tasks."""
         self.connected = asyncio.Event()
         """Set while a stream is open and was answered."""
+        self.connected_once = False
+        """Whether a stream was ever answered."""
         self._client = client
         self._worker_id = worker_id
         self._prepare = prepare
@@ -110,6 +112,7 @@ class Heartbeat:
                     return
                 if not self.connected.is_set():
                     self._told = None
+                    self.connected_once = True
                     self.connected.set()
                     self._on_connected()
                 interval = max(ack.lease_ms, MIN_LEASE_MS) / 3000

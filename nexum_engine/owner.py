@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -31,12 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 class Owner:
-    """Connected for the length of an `async with`. Raises ServerError if the server knows no owners."""
+    """Connected for the length of an `async with`. Raises ServerError if the server knows no owners.
 
-    def __init__(self, client: NexumClient) -> None:
+    `on_lost` is called with the reason when the connection is lost, and every 10 s until it is back.
+    """
+
+    def __init__(self, client: NexumClient, *, on_lost: Callable[[NexumError], None] | None = None) -> None:
         self.owner_id = new_worker_id()
         self._client = client
         self._lost: NexumError | None = None
+        self._on_lost = on_lost
         self._heartbeat = Heartbeat(client, self.owner_id, on_lost=self._say_lost)
         self._beating: asyncio.Task[None] | None = None
 
@@ -67,9 +71,10 @@ class Owner:
 
     def _say_lost(self, error: NexumError) -> None:
         self._lost = error
-        if isinstance(error, ServerNotReady) or not isinstance(
-            error, ServerUnavailable
-        ):  # who waits for a server says so
+        if self._on_lost is not None and self._heartbeat.connected_once:
+            self._on_lost(error)
+        elif isinstance(error, ServerNotReady) or not isinstance(error, ServerUnavailable):
+            # Who waits for a server says so.
             logger.warning("connecting again: %s", error)
 
     def _knows_no_owners(self) -> ServerError:
