@@ -99,12 +99,15 @@ def begin_script() -> None:
 def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
     """Run the script's main and exit with its code.
 
-    After Ctrl+C that is 130, and `interrupted` says what it means; once nobody reads the output it is 1.
+    After Ctrl+C that is 130, and `interrupted` says what it means; once nobody reads the output it is 1, as after an
+    error of the operating system, which is told in one line.
     """
     try:
         code = _exit_code(main, interrupted)
         say("", end="")  # what is left in the buffer
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            complain(f"error: {error}")  # a full disk, under the output or elsewhere
         _abandon_output()
         code = 1
     sys.exit(code)

@@ -173,11 +173,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ModelChoiceError, NexumError) as error:
         complain(f"error: {error}")
         return 2
-    except BrokenPipeError:
-        raise  # that is no error to complain about
-    except OSError as error:
-        complain(f"error: {error}")
-        return 1
 
 
 if __name__ == "__main__":

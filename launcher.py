@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from console import say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
-from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
 
 ROOT = Path(__file__).resolve().parent
 FIRST_ANSWER = 2.0  # seconds that whatever listens on the address has to answer as a Nexum server
@@ -174,6 +174,8 @@ class NexumForRun:
             if not pinging.done():
                 return ServerUnavailable(f"no Nexum server answers on {self.address}")
             pinging.result()
+        except ServerNotReady:
+            return None
         except ServerUnavailable as error:
             return error
         finally:

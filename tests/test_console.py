@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Server, running, tool_worker
+from harness import ROOT, Server, environment, running, tool_worker
 from openai_server import OpenAIServer, Reply
 from processes import answer, read_one_line, run_demo, run_script, submitter
 
@@ -145,7 +146,7 @@ def test_a_script_that_was_started_to_ignore_ctrl_c_does(tmp_path: Path) -> None
     assert (code, output) == (0, "PRESSED")
 
 
-# ---- A pipe that nobody reads ----------------------------------------------------------------------------------------
+# ---- A pipe that nobody reads, a full disk ---------------------------------------------------------------------------
 
 
 def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +161,16 @@ def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytes
     monkeypatch.setattr("sys.stdout", Closed())
     with pytest.raises(BrokenPipeError):
         say("✓")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("script", ["demo.py", "crash_demo.py"])
+def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, script: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [sys.executable, str(ROOT / script)], cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
+        )
+    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
 
 
 def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_path: Path) -> None:
