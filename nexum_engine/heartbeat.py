@@ -139,8 +139,10 @@ class Heartbeat:
 
         exchanging = asyncio.ensure_future(exchange())
         try:
+            # In two parts: if this event loop itself was held up in one, the answer can still be read in the other.
             # Not wait_for: in Python 3.11 and before, it can lose a cancellation.
-            await asyncio.wait({exchanging}, timeout=timeout)
+            for _ in range(2):
+                await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
                 raise ServerError(
                     f"the server on {self._client.address} did not answer a sign of life within {timeout:g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.heartbeat import Heartbeat
+from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, Heartbeat
 from nexum_engine.model import Outcome
 from nexum_engine.owner import Owner
 from nexum_engine.worker import Binding, TaskContext, Worker
@@ -131,6 +132,24 @@ async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease
         await beats.connected()
         assert [type(error) for error in beats.lost] == [ServerError]
         assert "within 1.5 s" in str(beats.lost[0])
+
+
+async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent(tmp_path: Path) -> None:
+    """A handler that blocks: the answer is there, and only has to be read."""
+    asked = asyncio.Event()
+
+    async def slowly() -> None:
+        asked.set()
+        await asyncio.sleep(0.01)
+
+    async with engine_server(tmp_path, lease=1.5) as server, beating(server.address) as beats:
+        await beats.connected()
+        server.watch("renew", slowly)
+        beats.heart.beat()
+        await asyncio.wait_for(asked.wait(), SOON)
+        time.sleep(2 * MIN_ACK_TIMEOUT)  # noqa: ASYNC251 - it is what a handler that blocks does
+        await until(lambda: server.calls["renew"] >= 3)
+        assert beats.lost == []
 
 
 async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(tmp_path: Path) -> None:
