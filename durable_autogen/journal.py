@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -201,6 +202,7 @@ class Journal:
         self._run: Task | None = None
         self._next_seq = 1
         self._starting: set[asyncio.Task[Started]] = set()
+        self._revoked: Counter[str] = Counter()
         self._inherited: dict[str, Task] = {}
         self._open: dict[str, Task] = {}
 
@@ -272,6 +274,7 @@ class Journal:
         """What is recorded. What was only begun is taken over, so that a process that hung can't record it later."""
         while True:
             events, begun = await read_events(self._client, self.session)
+            self._revoked = Counter(event.content["address"] for event in events if event.kind is Kind.REVOKE)
             for input in begun:
                 started = await self._start(input)
                 if started.task is None:
@@ -306,6 +309,8 @@ class Journal:
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.epoch}/{input.agent}/{input.position}"
+        if again := self._revoked[f"{input.agent}/{input.position}"]:
+            key += f"/again/{again}"  # a key has one result, and that one counts no more
         if len(key) <= MAX_ID_LENGTH and key.isprintable():
             return key
         return f"{self.session}/{input.epoch}/{hashlib.sha256(key.encode()).hexdigest()}"
@@ -428,7 +433,8 @@ class Journal:
 
     async def revoke(self, event: Event) -> None:
         """The event counts no more: it will be asked for again."""
-        await self.add(Kind.REVOKE, "", f"revoke/{event.seq}", {"seq": event.seq}, {})
+        content = {"seq": event.seq, "address": event.address}
+        await self.add(Kind.REVOKE, "", f"revoke/{event.seq}", content, {})
 
     async def end(self, stop_reason: str, *, live: Mapping[str, int], replayed: Mapping[str, int]) -> None:
         """The run is over, and whole. Raises SessionBusy if it was another process's in the end."""
