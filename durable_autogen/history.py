@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from durable_autogen.errors import DriftError
-from durable_autogen.journal import AGENT_RUN, PAGE, TAKE_OVER_PATIENCE, Event, Journal, Kind, end_of, read_events
+from durable_autogen.events import AGENT_RUN, PAGE, PATIENCE, Event, Kind, end_of, read_events
+from durable_autogen.journal import Journal
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
@@ -36,7 +37,7 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
     before = ""
     while True:
         page = await client.list_executions(
-            workflow_id=AGENT_RUN.workflow_id, before=before, limit=PAGE, with_nodes=True, patience=TAKE_OVER_PATIENCE
+            workflow_id=AGENT_RUN.workflow_id, before=before, limit=PAGE, with_nodes=True, patience=PATIENCE
         )
         for run in page:
             session = run.idempotency_key.rpartition("/")[0]

@@ -12,7 +12,7 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, 
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
-from durable_autogen.journal import Kind
+from durable_autogen.events import Kind
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Outcome, Recorder
 from durable_autogen.request import describe_model_call

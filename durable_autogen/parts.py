@@ -18,7 +18,7 @@ from autogen_core.models import ChatCompletionClient
 from autogen_core.tools import StaticWorkbench, Workbench
 
 from durable_autogen.errors import NotDurable
-from durable_autogen.journal import Kind
+from durable_autogen.events import Kind
 from durable_autogen.model import DurableModelClient, Replies
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from durable_autogen.errors import DriftError
+from durable_autogen.events import Event, Kind, name_of
 from durable_autogen.failures import Failure, is_in, ordinary
-from durable_autogen.journal import Event, Journal, Kind, name_of
+from durable_autogen.journal import Journal
 from durable_autogen.quiet import in_recorded_call, rest
 from durable_autogen.request import differences
 from nexum_engine.errors import NexumError

@@ -13,7 +13,7 @@ from autogen_core import CancellationToken
 
 from console import say
 from durable_autogen.errors import RunCancelled
-from durable_autogen.journal import Event, Kind
+from durable_autogen.events import Event, Kind
 from durable_autogen.recorder import OnDrift, Recorder
 from durable_autogen.request import differences, hashed
 from durable_autogen.session import DurableSession

@@ -9,7 +9,7 @@ from autogen_agentchat.base import TerminationCondition
 from autogen_agentchat.conditions import ExternalTermination, TimeoutTermination
 from autogen_agentchat.messages import BaseAgentEvent, BaseChatMessage, StopMessage
 
-from durable_autogen.journal import Kind
+from durable_autogen.events import Kind
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder
 

@@ -20,8 +20,8 @@ from autogen_core.tools import (
     Workbench,
 )
 
+from durable_autogen.events import Kind
 from durable_autogen.failures import ordinary
-from durable_autogen.journal import Kind
 from durable_autogen.model import Replies
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder

@@ -26,7 +26,7 @@ from models import ModelChoice
 from nexum_engine.client import NexumClient
 
 if TYPE_CHECKING:
-    from durable_autogen.journal import Event
+    from durable_autogen.events import Event
 
 PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
@@ -114,7 +114,7 @@ async def show_plain(stage: Stage) -> bool:
 
 async def show_durable(stage: Stage, nexum: str | None) -> int:
     """The durable half, and what is wrong with it, if anything is."""
-    from durable_autogen.journal import Kind, read_events
+    from durable_autogen.events import Kind, read_events
 
     graph = stage.graph
     session = f"graphflow-{secrets.token_hex(4)}"

@@ -27,7 +27,7 @@ from typing import Any
 from harness import ROOT, environment, nexum_server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen.journal import Event, Kind, read_events
+from durable_autogen.events import Event, Kind, read_events
 from nexum_engine.client import NexumClient
 
 SHAPES = (

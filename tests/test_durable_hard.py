@@ -28,7 +28,7 @@ from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
-from durable_autogen.journal import Kind, read_events
+from durable_autogen.events import Kind, read_events
 from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
