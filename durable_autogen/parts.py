@@ -48,6 +48,7 @@ class Parts:
         self._names: dict[int, str] = {}
         self._sources: dict[str, list[str]] = {}
         self._before: list[tuple[dict[str, Any], str, object]] = []
+        self._in_order: set[int] = set()
         self._seen: dict[int, object] = {}
 
     def was_replayed(self, source: str) -> bool:
@@ -104,7 +105,9 @@ class Parts:
             self._replace(part, "input_func", _recorded_input(part.input_func, self._recorder, name))
         if isinstance(part, GraphFlow):
             for member in part._participants:
-                self._keep_order(member, self._names[id(member)])
+                if id(member) not in self._in_order:
+                    self._in_order.add(id(member))
+                    self._keep_order(member, self._names[id(member)])
 
     def _unique(self, name: str, owner: object) -> str:
         """Two agents of one name have two places in the record; which is which follows from the order of building."""

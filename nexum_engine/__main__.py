@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(asyncio.run(look(args)), flush=True)
     except NexumError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {report.printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ServerUnavailable) else 1
     except BrokenPipeError:
         # Who reads our output has seen enough (`| head`): what is left of it goes nowhere.

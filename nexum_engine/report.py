@@ -37,7 +37,7 @@ def details(execution: Execution) -> str:
     """One execution with its nodes and attempts."""
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
-        f"execution  {_printable(execution.execution_id)}",
+        f"execution  {printable(execution.execution_id)}",
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
@@ -49,7 +49,7 @@ def details(execution: Execution) -> str:
     if execution.error:
         lines += _field("error", execution.error)
     for node in execution.nodes:
-        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({_printable(node.node_type)}) {node.status.value}"]
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({printable(node.node_type)}) {node.status.value}"]
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
@@ -78,20 +78,20 @@ def _field(name: str, value: str) -> list[str]:
 def _wrapped(value: str, indent: str) -> list[str]:
     # Long words are broken: JSON has few spaces, and a terminal would break them anywhere.
     lines = textwrap.wrap(
-        _printable(value[: WIDTH * (_EXCERPT_LINES + 1)]), WIDTH - 1, initial_indent=indent, subsequent_indent=indent
+        printable(value[: WIDTH * (_EXCERPT_LINES + 1)]), WIDTH - 1, initial_indent=indent, subsequent_indent=indent
     )
     if len(lines) > _EXCERPT_LINES or len(value) > WIDTH * (_EXCERPT_LINES + 1):
         lines = [*lines[:_EXCERPT_LINES], f"{indent}... ({len(value):,} characters; --json has them all)"]
     return lines
 
 
-def _printable(text: str) -> str:
-    # Not every server checks the names that it is given.
+def printable(text: str) -> str:
+    """The text without control characters: not every server checks the names that it is given."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _cut(text: str, width: int) -> str:
-    text = _printable(text)
+    text = printable(text)
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
