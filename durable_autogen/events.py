@@ -131,9 +131,10 @@ def name_of(kind: Kind, agent: str, position: str) -> str:
     return f"{position.replace('/', ' ')} of {agent}" if kind.is_asked_for else kind.value
 
 
-async def read_events(client: NexumClient, session: str) -> tuple[list[Event], list[EventInput]]:
-    """What a session has recorded, in order, and what it had begun."""
+async def read_events(client: NexumClient, session: str) -> tuple[list[Event], list[EventInput], set[str]]:
+    """What a session has recorded, in order, what it had begun, and the addresses of all that it has tried in vain."""
     recorded: list[Event] = []
+    tried: set[str] = set()
     begun: list[EventInput] = []
     before = ""
     while True:
@@ -148,10 +149,13 @@ async def read_events(client: NexumClient, session: str) -> tuple[list[Event], l
         for execution in page:
             if execution.status is ExecutionStatus.COMPLETED:
                 recorded.append(Event.model_validate_json(execution.outputs()["event"]))
-            elif execution.status is ExecutionStatus.RUNNING:
-                begun.append(EventInput.model_validate_json(execution.input_json))
+                continue
+            input = EventInput.model_validate_json(execution.input_json)
+            tried.add(f"{input.agent}/{input.position}")
+            if execution.status is ExecutionStatus.RUNNING:
+                begun.append(input)
         if not page:
-            return effective(recorded), begun
+            return effective(recorded), begun, tried
         before = page[-1].execution_id
 
 

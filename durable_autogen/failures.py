@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import sys
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -11,9 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T")
 
+MAX_TEXT = 20_000  # characters; a failure is recorded, whatever it has to say
+
+Plain = str | int | float | bool | None
+
 
 class RecordedFailure(Exception):
-    """A failure on record whose class this program has not loaded; its text is the same."""
+    """A failure on record whose class this program has not loaded, or can't make; its name and text are the same."""
 
 
 class Failure(BaseModel):
@@ -24,45 +30,88 @@ class Failure(BaseModel):
     module: str
     name: str
     text: str
-    attributes: dict[str, str | int | float | bool | None] = {}
+    args: list[Plain] | None = None
+    """What it was made with, if all of that is plain."""
+    attributes: dict[str, Plain] = {}
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """As it is recorded."""
-        plain = {
-            name: value
-            for name, value in vars(error).items()
-            if not name.startswith("__") and (value is None or isinstance(value, (str, int, float, bool)))
-        }
         kind = type(error)
-        return cls(module=kind.__module__, name=kind.__qualname__, text=str(error), attributes=plain)
+        args = [_plain(one) for one in error.args]
+        return cls(
+            module=kind.__module__,
+            name=kind.__qualname__,
+            text=_text(error),
+            args=None if _NOT_PLAIN in args else args,
+            attributes={name: one for name, value in vars(error).items() if (one := _plain(value)) is not _NOT_PLAIN},
+        )
 
     def again(self) -> Exception:
-        """An exception of the same class, text and plain attributes, without what its constructor would do."""
-        found: Any = sys.modules.get(self.module)
+        """An exception of the same class with the same text, arguments and attributes, as far as they are plain.
+
+        Where the class can't be made from its arguments, it is one of a class derived from it, or from the next of its
+        bases that can be.
+        """
+        kind: Any = sys.modules.get(self.module)
         for part in self.name.split("."):
-            found = getattr(found, part, None)
-        if not (isinstance(found, type) and issubclass(found, Exception)):
-            return RecordedFailure(self.text)
-        try:
-            error = found.__new__(found)
-            error.args = (self.text,)
+            kind = getattr(kind, part, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            if self.args is not None and (error := self._made_from_args(kind)) is not None:
+                return error
+            if (error := self._made_without_its_constructor(kind)) is not None:
+                return error
+            for base in kind.__mro__:
+                if issubclass(base, Exception) and (error := self._derived_from(base)) is not None:
+                    return error
+        return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
+
+    def _made_from_args(self, kind: type[Exception]) -> Exception | None:
+        with contextlib.suppress(Exception):  # a constructor of its own
+            error = kind(*self.args or ())
             vars(error).update(self.attributes)
-            same = str(error) == self.text
-        except Exception:  # noqa: BLE001 - a class that needs its constructor
-            same = False
-        return error if same else RecordedFailure(self.text)
+            if type(error) is kind and _text(error) == self.text and vars(error).keys() == self.attributes.keys():
+                return error
+        return None
+
+    def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
+        with contextlib.suppress(Exception):  # a class that holds more than Python's part of it
+            error = kind.__new__(kind)
+            error.args = (self.text,) if self.args is None else tuple(self.args)
+            vars(error).update(self.attributes)
+            if type(error) is kind and _text(error) == self.text:
+                return error
+        return None
+
+    def _derived_from(self, base: type[Exception]) -> Exception | None:
+        text = self.text
+        body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
+        with contextlib.suppress(Exception):  # a class that nothing may be derived from, or that needs its arguments
+            kind: Any = type(self.name.rpartition(".")[2], (base,), body)
+            error: Exception = kind.__new__(kind)
+            error.args = (text,) if self.args is None else tuple(self.args)
+            vars(error).update(self.attributes)
+            return error
+        return None
 
 
-def is_in(failure: Failure, error: BaseException) -> bool:
-    """Whether the error came from that failure: AutoGen passes its text on, others the exception itself."""
-    seen: BaseException | None = error
-    words = failure.text or failure.name
-    while seen is not None:
-        if words in str(seen) or type(seen).__qualname__ == words:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+_NOT_PLAIN: Any = object()
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return _NOT_PLAIN
+    if isinstance(value, str):
+        return value if len(value) <= MAX_TEXT else _NOT_PLAIN
+    return value if value is None or isinstance(value, (bool, int, float)) else _NOT_PLAIN
+
+
+def _text(error: Exception) -> str:
+    try:
+        text = str(error)
+    except Exception as unsaid:  # noqa: BLE001 - its own
+        text = f"(its text can't be had: {type(unsaid).__name__})"
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:

@@ -57,7 +57,7 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
 async def _info(
     client: NexumClient, session: str, run: Execution, completed: Execution | None, begun_ms: int
 ) -> SessionInfo:
-    events, _ = await read_events(client, session)
+    events, _, _ = await read_events(client, session)
     begin = next((event for event in reversed(events) if event.kind is Kind.BEGIN), None)
     messages = [event.content["text"] for event in events if event.kind is Kind.MESSAGE]
     replies = [event for event in events if event.kind is Kind.REPLY]
@@ -73,7 +73,7 @@ async def _info(
 
 async def question_of(client: NexumClient, session: str) -> str | None:
     """What the session was asked; None if it has not begun."""
-    events, _ = await read_events(client, session)
+    events, _, _ = await read_events(client, session)
     begin = next((event for event in reversed(events) if event.kind is Kind.BEGIN), None)
     return None if begin is None else "\n".join(begin.content["task"])
 
@@ -96,7 +96,7 @@ async def fork_session(client: NexumClient, source: str, count: int, session: st
     check_session_id(session)
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked onto itself: give the new one another id")
-    events, _ = await read_events(client, source)
+    events, _, _ = await read_events(client, source)
     asked = [event for event in events if event.kind.is_call]
     if not events:
         raise InvalidRequest(f"session {source!r} has nothing on record here; --sessions lists those that have")

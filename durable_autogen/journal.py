@@ -54,6 +54,7 @@ class Journal:
         self._starting: set[asyncio.Task[Started]] = set()
         self._revoked: Counter[str] = Counter()
         self._inherited: dict[str, Task] = {}
+        self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
 
     async def __aenter__(self) -> Journal:
@@ -123,7 +124,7 @@ class Journal:
     async def _read_and_take_over(self) -> list[Event]:
         """What is recorded. What was only begun is taken over, so that a process that hung can't record it later."""
         while True:
-            events, begun = await read_events(self._client, self.session)
+            events, begun, self._tried = await read_events(self._client, self.session)
             self._revoked = Counter(event.content["address"] for event in events if event.kind is Kind.REVOKE)
             for input in begun:
                 started = await self._start(input)
@@ -164,6 +165,10 @@ class Journal:
         if len(key) <= MAX_ID_LENGTH and key.isprintable():
             return key
         return f"{self.session}/{input.epoch}/{hashlib.sha256(key.encode()).hexdigest()}"
+
+    def was_tried(self, address: str) -> bool:
+        """Whether an earlier run has begun this event, and had no result of it."""
+        return address in self._tried
 
     async def begin(self, kind: Kind, agent: str, position: str) -> Task:
         """Say that an event is under way."""
@@ -208,7 +213,7 @@ class Journal:
             position=position,
             content=representable(content),
             request=representable(dict(request)),
-            failure=failure,
+            failure=None if failure is None else Failure.model_validate(representable(failure.model_dump())),
             accepted=accepted,
             recorded_ms=round(time.time() * 1000),
             active_ms=active_ms,
@@ -243,7 +248,7 @@ class Journal:
         self._open.clear()
         self._inherited.clear()
         self._run = await self._take_session()
-        there, _ = await read_events(self._client, self.session)
+        there, _, _ = await read_events(self._client, self.session)
         if there:
             raise SessionBusy(f"the server that took the place of the last one has another session {self.session}")
         for event in self.events:
@@ -285,6 +290,8 @@ class Journal:
         """The event counts no more: it will be asked for again."""
         content = {"seq": event.seq, "address": event.address}
         await self.add(Kind.REVOKE, "", f"revoke/{event.seq}", content, {})
+        self._revoked[event.address] += 1
+        self.events.remove(event)
 
     async def end(self, stop_reason: str, *, live: Mapping[str, int], replayed: Mapping[str, int]) -> None:
         """The run is over, and whole. Raises SessionBusy if it was another process's in the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,36 +17,45 @@ from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Outcome, Recorder
 from durable_autogen.request import describe_model_call
 
+MAX_OPEN_CALLS = 1000  # calls that replies asked for and nobody made, as for a handoff
+
 ToolChoice = Tool | Literal["auto", "required", "none"]
 
 
 class Replies:
-    """How far one agent is: its replies are counted, and its tool calls belong to the last one."""
+    """How far one agent is: its replies are counted, and each tool call belongs to the reply that asked for it."""
 
     def __init__(self) -> None:
         self.count = 0
         self.replayed = False
         """Whether the last reply came from the record."""
-        self._calls: dict[int, FunctionCall] = {}
-        self._total_calls = 0
+        self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
+        self._last = 0
+        self._unasked = 0
 
-    def seen(self, result: CreateResult, *, replayed: bool) -> None:
+    def next(self) -> int:
+        """The number of the reply that is asked for now."""
+        self.count += 1
+        return self.count
+
+    def seen(self, number: int, result: CreateResult, *, replayed: bool) -> None:
         """The agent gets this reply now."""
         calls = [] if isinstance(result.content, str) else result.content
-        self._calls = dict(enumerate(calls, 1))
-        self._total_calls = len(calls)
+        # The newest first, in the order of the reply.
+        self._calls.extendleft((f"reply/{number}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
+        self._last, self._unasked = number, len(calls)
         self.replayed = replayed
 
-    def number_of_call(self, call_id: str | None, name: str) -> int:
-        """Which call of the last reply a tool is run for, from 1: the one of this id, else the next of this name."""
-        same_name = [number for number, call in self._calls.items() if call.name == name]
-        same_id = [number for number in same_name if self._calls[number].id == call_id]
-        for number in (*same_id, *same_name):
-            del self._calls[number]
-            return number
+    def position_of_call(self, call_id: str | None, name: str) -> str:
+        """Where a tool call stands: with the reply that asked for this id, else for this name."""
+        same_name = [one for one in self._calls if one[1].name == name]
+        same_id = [one for one in same_name if one[1].id == call_id]
+        for found in (*same_id, *same_name):
+            self._calls.remove(found)
+            return found[0]
         # No reply asked for it, as in an agent of one's own that runs a tool by itself.
-        self._total_calls += 1
-        return self._total_calls
+        self._unasked += 1
+        return f"reply/{self._last}/tool/{self._unasked}"
 
 
 class DurableModelClient(ChatCompletionClient):
@@ -90,11 +99,12 @@ class DurableModelClient(ChatCompletionClient):
 
         if in_recorded_call.get():
             return self._counted(await perform(), self.recorder.live)
-        messages, position = self._next(messages)
+        number = self._replies.next()
+        messages = self._with_added(messages, f"reply/{number}")
         request = describe_model_call(
             self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
         )
-        return self._seen(await self._event(position, request, perform))
+        return self._seen(number, await self._event(number, request, perform))
 
     async def create_stream(
         self,
@@ -122,7 +132,8 @@ class DurableModelClient(ChatCompletionClient):
             async for piece in stream():
                 yield self._counted(piece, self.recorder.live) if isinstance(piece, CreateResult) else piece
             return
-        messages, position = self._next(messages)
+        number = self._replies.next()
+        messages = self._with_added(messages, f"reply/{number}")
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         last: list[str] = []
 
@@ -142,7 +153,7 @@ class DurableModelClient(ChatCompletionClient):
         request = describe_model_call(
             self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
         )
-        event = asyncio.ensure_future(self._event(position, request, perform))
+        event = asyncio.ensure_future(self._event(number, request, perform))
         event.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (text := await pieces.get()) is not None:
@@ -150,18 +161,13 @@ class DurableModelClient(ChatCompletionClient):
             outcome = await event
         finally:
             event.cancel()
-        result = self._seen(outcome)
+        result = self._seen(number, outcome)
         if outcome.replayed:
             # The same messages are announced by a piece as in the live run: a tool call's text is its thought.
             last = [result.content if isinstance(result.content, str) else result.thought or ""]
         for text in filter(None, last):
             yield text
         yield result
-
-    def _next(self, messages: Sequence[LLMMessage]) -> tuple[Sequence[LLMMessage], str]:
-        self._replies.count += 1
-        position = f"reply/{self._replies.count}"
-        return self._with_added(messages, position), position
 
     def _with_added(self, messages: Sequence[LLMMessage], position: str) -> Sequence[LLMMessage]:
         """With the messages that forks have added, each where this agent first met it."""
@@ -179,20 +185,20 @@ class DurableModelClient(ChatCompletionClient):
         return whole
 
     async def _event(
-        self, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[CreateResult]]
+        self, number: int, request: Mapping[str, Any], perform: Callable[[], Awaitable[CreateResult]]
     ) -> Outcome:
         async def content() -> dict[str, Any]:
             return (await perform()).model_dump(mode="json")
 
-        return await self.recorder.event(Kind.REPLY, self._agent, position, request, content)
+        return await self.recorder.event(Kind.REPLY, self._agent, f"reply/{number}", request, content)
 
-    def _seen(self, outcome: Outcome) -> CreateResult:
+    def _seen(self, number: int, outcome: Outcome) -> CreateResult:
         result = CreateResult.model_validate({**outcome.content, "cached": outcome.replayed})
-        self._replies.seen(result, replayed=outcome.replayed)
+        self._replies.seen(number, result, replayed=outcome.replayed)
         self._counted(result, self.recorder.replayed if outcome.replayed else self.recorder.live)
         if outcome.replayed:
             self._replayed_usage = _sum(self._replayed_usage, result.usage)
-            self.recorder.tell(f"[Nexum] reply {self._replies.count} of {self._agent}: replayed from the record ✓")
+            self.recorder.tell(f"[Nexum] reply {number} of {self._agent}: replayed from the record ✓")
         return result
 
     def _counted(self, result: CreateResult, counts: Counter[str]) -> CreateResult:

@@ -82,7 +82,7 @@ def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any
         return fn(*args, **kwargs)
     except StopIteration as error:
         # A future can't hold one: who waits for it would wait for ever.
-        raise RuntimeError(f"{getattr(fn, '__name__', fn)} raised StopIteration") from error
+        raise RuntimeError("StopIteration was raised: nothing was found where something was looked for") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from durable_autogen.errors import DriftError
 from durable_autogen.events import Event, Kind, name_of
-from durable_autogen.failures import Failure, is_in, ordinary
+from durable_autogen.failures import Failure, ordinary
 from durable_autogen.journal import Journal
 from durable_autogen.quiet import in_recorded_call, rest
 from durable_autogen.request import differences
@@ -24,7 +24,8 @@ from nexum_engine.errors import NexumError
 from nexum_engine.model import Task
 
 OnDrift = Literal["stop", "continue"]
-DRIFT_PATIENCE = 10.0  # seconds that a recorded event may be waited for while the run asks for others
+DRIFT_PATIENCE = 10.0  # seconds that a recorded event may be waited for while the run asks for what is new
+HELD_PATIENCE = 1.0  # seconds in which a program that survived a failure may go on by itself
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class _Asked:
     let_through: asyncio.Future[Event | None]
 
 
+@dataclass(frozen=True)
+class _Raised:
+    """What became of an event that failed."""
+
+    error: Exception
+
+
 class Recorder:
     """The events of one run. `failed` resolves when the run can't go on; everything asked for then fails with it."""
 
@@ -68,7 +76,7 @@ class Recorder:
         self.ended: str | None = None
         """Why the recorded run was over, if it was and if nothing may be asked for after it."""
         self.call_error: Exception | None = None
-        """What the last failed model call or input raised, as AutoGen passes only its text on."""
+        """What the last model call or input raised if nothing came after it, as AutoGen passes only its text on."""
         self.last_recorded_ms = 0
         """When the last event that an agent has got was recorded, in milliseconds since 1970."""
         self.active_ms = 0
@@ -87,7 +95,10 @@ class Recorder:
         self._ahead = deque(event for event in journal.events if event.kind.is_asked_for)
         self._addresses = {event.address for event in self._ahead}
         self._asked: dict[str, _Asked] = {}
-        self._waiting_live: set[str] = set()
+        self._held: list[tuple[Event, _Asked]] = []
+        """Recorded failures that were asked for: whether the program survived them shows in what it asks for next."""
+        self._waiting_live: dict[str, bool] = {}
+        """What has to wait for the end of the replay, and whether an earlier run has asked for it, too."""
         self._survived: list[tuple[Task, _Call, Exception]] = []
         self._changed = asyncio.Event()
         self._all_replayed = asyncio.Event()
@@ -134,6 +145,18 @@ class Recorder:
         """The session has come as far as this event."""
         self.last_recorded_ms, self.active_ms, self.epoch = event.recorded_ms, event.active_ms, event.epoch
 
+    @property
+    def is_live(self) -> bool:
+        """Whether all that is recorded was asked for."""
+        return self._all_replayed.is_set()
+
+    @property
+    def active_now_ms(self) -> int:
+        """How long the session has been at work by now."""
+        if not self.is_live:
+            return self.active_ms
+        return self._active_before + round((time.monotonic() - self._live_since) * 1000)
+
     async def end(self, stop_reason: str) -> None:
         """The run is over, and whole. Raises DriftError if more was recorded than it asked for."""
         for event in self.remaining()[:1]:
@@ -152,23 +175,26 @@ class Recorder:
         What `perform` raises is recorded if the program goes on after it, and raised again in a replay; if the run ends
         with it, it is asked for again the next time.
         """
-        if self.failed.done():
-            raise self.failed.result()
-        call = _Call(kind, agent, position, request)
+        self._check_not_failed()
+        outcome = await self._outcome_of(_Call(kind, agent, position, request), perform)
+        if isinstance(outcome, _Raised):
+            # Here in a replay, too, and without where it came from: AutoGen tells models the traceback.
+            raise outcome.error.with_traceback(None) from None
+        return outcome
+
+    async def _outcome_of(self, call: _Call, perform: Callable[[], Awaitable[Any]]) -> Outcome | _Raised:
         if call.address in self._addresses:
             event = await self._recorded(call)
             if event is not None:
                 if event.failure is None:
                     return Outcome(event.content, replayed=True)
-                error = event.failure.again()
-                self._note_failure(call, error)
-                raise error
-        let_through: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                return self._raised(call, event.failure.again())
+        let_through: asyncio.Future[Outcome | _Raised] = asyncio.get_running_loop().create_future()
         running = asyncio.create_task(self._live(call, perform, let_through))
         self._calls.add(running)
         running.add_done_callback(self._calls.discard)
         try:
-            return Outcome(await let_through, replayed=False)
+            return await let_through
         except asyncio.CancelledError:
             running.cancel()
             raise
@@ -182,14 +208,16 @@ class Recorder:
         finally:
             self._asked.pop(call.address, None)
 
-    async def _live(self, call: _Call, perform: Callable[[], Awaitable[Any]], let_through: asyncio.Future[Any]) -> None:
+    async def _live(
+        self, call: _Call, perform: Callable[[], Awaitable[Any]], let_through: asyncio.Future[Outcome | _Raised]
+    ) -> None:
         try:
-            if not self._all_replayed.is_set():
+            if not self.is_live:
                 # Nothing new is paid for while it can still turn out that the program is another one.
-                self._waiting_live.add(str(call))
+                self._waiting_live[str(call)] = self.journal.was_tried(call.address)
                 self._changed.set()
                 await self._all_replayed.wait()
-                self._waiting_live.discard(str(call))
+                self._waiting_live.pop(str(call), None)
             if self.ended is not None:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
@@ -207,7 +235,7 @@ class Recorder:
                 await rest()
                 self.passed(event)
                 if not let_through.done():
-                    let_through.set_result(event.content)
+                    let_through.set_result(Outcome(event.content, replayed=False))
                 await rest()
         except asyncio.CancelledError:
             if not let_through.done():
@@ -226,9 +254,15 @@ class Recorder:
         return await ordinary(perform(), str(call))
 
     async def _record(self, task: Task, call: _Call, content: Any, failure: Failure | None = None) -> Event:
-        active_ms = self._active_before + round((time.monotonic() - self._live_since) * 1000)
         return await self.journal.record(
-            task, call.kind, call.agent, call.position, content, call.request, failure=failure, active_ms=active_ms
+            task,
+            call.kind,
+            call.agent,
+            call.position,
+            content,
+            call.request,
+            failure=failure,
+            active_ms=self.active_now_ms,
         )
 
     def _check_not_failed(self) -> None:
@@ -237,40 +271,30 @@ class Recorder:
 
     # ---- Failures ----------------------------------------------------------------------------------------------------
 
-    def _note_failure(self, call: _Call, error: Exception) -> None:
+    def _raised(self, call: _Call, error: Exception) -> _Raised:
         if call.kind in (Kind.REPLY, Kind.INPUT):
             self.call_error = error
+        return _Raised(error)
 
     async def _let_failure_through(
-        self, task: Task, call: _Call, error: Exception, let_through: asyncio.Future[Any]
+        self, task: Task, call: _Call, error: Exception, let_through: asyncio.Future[Outcome | _Raised]
     ) -> None:
-        """Most failures end the run, and are not recorded. What comes after one shows that the program survived it."""
-        self._note_failure(call, error)
+        """Most failures end the run, and are not recorded. What comes after one may show that the program survived it,
+        or come from another branch: a replay finds out which."""
         async with self._turnstile:
             self._check_not_failed()
             self._survived.append((task, call, error))
             await rest()
             if not let_through.done():
-                let_through.set_exception(error)
+                let_through.set_result(self._raised(call, error))
             await rest()
 
     async def _record_survived(self) -> None:
         while self._survived:
             task, call, error = self._survived[0]
-            self.passed(await self._record(task, call, None, Failure.of(error)))
+            await self._record(task, call, None, Failure.of(error))
             del self._survived[0]
-
-    async def disown(self, error: Exception) -> None:
-        """The run ends with this error: the failure that it came from was not survived, though others went on."""
-        fatal = [event for event in self.journal.events if event.failure is not None and is_in(event.failure, error)]
-        for event in fatal[-1:]:
-            later = [one.agent for one in self.journal.events if one.seq > event.seq and one.kind.is_asked_for]
-            if any(f"{event.agent}/".startswith(f"{agent}/") for agent in later):
-                continue
-            try:
-                await self.journal.revoke(event)
-            except NexumError as ending:
-                self.tell(f"[Nexum] session {self.journal.session} keeps a failure that ended it: {ending}")
+        self.call_error = None
 
     # ---- Replaying ---------------------------------------------------------------------------------------------------
 
@@ -293,32 +317,65 @@ class Recorder:
                     continue
                 self._ahead.popleft()
                 self._addresses.discard(event.address)
-                self.passed(event)
-                if not asked.let_through.done():
-                    asked.let_through.set_result(event)
+                if event.failure is None:
+                    self.passed(event)
+                    self.call_error = None
+                    self._let_through(asked, event)
+                elif self.journal.ended is not None:
+                    self._let_through(asked, event)  # the recorded run went on after all of its failures
+                else:
+                    self._held.append((event, asked))
             await rest()
+            await self._ask_again()
             self._live_since, self._active_before = time.monotonic(), self.active_ms
             self._all_replayed.set()
         except Exception as error:  # noqa: BLE001 - whoever waits for an event has to know
             self.stop(error)
+
+    def _let_through(self, asked: _Asked, event: Event | None) -> None:
+        if not asked.let_through.done():
+            asked.let_through.set_result(event)
 
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         while event.address in self._addresses and event.address not in self._asked:
             self._changed.clear()
-            # As long as nobody waits for something else, the program is at work on something of its own.
-            waiting = bool(self._waiting_live or self._asked)
-            left = begun + DRIFT_PATIENCE - loop.time()
-            if waiting and left <= 0:
+            if self._held and (self._was_survived(self._held[0][0]) or loop.time() >= begun + HELD_PATIENCE):
+                # What comes next in the record is not asked for before this failure is known.
+                failed, asked = self._held.pop(0)
+                self._let_through(asked, failed)
+                await rest()
+                begun = loop.time()
+                continue
+            # As long as nobody waits for something new, the program is at work on something of its own.
+            held = {one.address for one, _ in self._held}
+            is_new = not all(self._waiting_live.values()) or any(address not in held for address in self._asked)
+            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE) - loop.time()
+            if is_new and not held and left <= 0:
                 return False
             try:
-                await asyncio.wait_for(self._changed.wait(), left if waiting else None)
+                await asyncio.wait_for(self._changed.wait(), left if is_new or held else None)
             except (asyncio.TimeoutError, TimeoutError):
                 continue
-            if not waiting:
+            if not is_new:
                 begun = loop.time()
         return True
+
+    def _was_survived(self, failed: Event) -> bool:
+        """Whether the same agent, or one that it works for, has asked for something after it."""
+        return any(
+            f"{failed.agent}/".startswith(f"{one.agent}/")
+            for one in self.journal.events
+            if one.seq > failed.seq and one.kind.is_asked_for
+        )
+
+    async def _ask_again(self) -> None:
+        """Nothing more is recorded: the failures that are left have ended the run, and are made up for."""
+        for event, asked in self._held:
+            await self.journal.revoke(event)
+            self._let_through(asked, None)
+        self._held.clear()
 
     async def _drift(self, event: Event, differing: list[str]) -> None:
         await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -338,6 +395,7 @@ class Recorder:
         )
         await self.journal.branch(after, what)
         self.epoch = self.journal.epoch
+        await self._ask_again()
         self._ahead.clear()
         self._addresses.clear()
         self._changed.set()

@@ -83,6 +83,9 @@ def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
         config = client.dump_component().config
     except Exception:  # noqa: BLE001 - many clients have no configuration to dump, each for a reason of its own
         config = {}
+    # What AutoGen's OpenAI client sends, and leaves out of its configuration.
+    sent = getattr(client, "_create_args", None)
+    config = {**(sent if isinstance(sent, dict) else {}), **config}
     name = config.get("model") or getattr(client, "model", None) or type(client).__name__
     return str(name), {key: _plain(config[key]) for key in SETTINGS if config.get(key) is not None}
 

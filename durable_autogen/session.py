@@ -124,8 +124,6 @@ class DurableSession:
         recorder = self.recorder
         failure = recorder.failed.result() if recorder.failed.done() else None
         if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
-            if isinstance(error, Exception) and failure is None:
-                await recorder.disown(error)
             await self._stack.__aexit__(kind, error, traceback)
             return
         async with self._stack:

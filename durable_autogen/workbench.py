@@ -83,7 +83,7 @@ class DurableWorkbench(StaticStreamWorkbench):
         """The recorded result, or the tool's, recorded. It never raises: AutoGen would wait for ever."""
         if in_recorded_call.get():
             return await self.inner.call_tool(name, arguments, cancellation_token, call_id)
-        position = f"reply/{self._replies.count}/tool/{self._replies.number_of_call(call_id, name)}"
+        position = self._replies.position_of_call(call_id, name)
         scope = f"{self._recorder.journal.epoch or ''}{self._agent}/{position}"
 
         async def perform() -> dict[str, Any]:
@@ -134,7 +134,7 @@ class DurableWorkbench(StaticStreamWorkbench):
             and not in_recorded_call.get()
             and isinstance(self._contained, StaticStreamWorkbench)
         ):
-            self._replies.number_of_call(call_id, name)
+            self._replies.position_of_call(call_id, name)
             async for event in self._contained.call_tool_stream(name, arguments, cancellation_token, call_id):
                 yield event
             return

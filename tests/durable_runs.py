@@ -232,7 +232,7 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
 
 async def _events(address: str, session: str) -> list[Event]:
     async with NexumClient(address) as client:
-        events, begun = await read_events(client, session)
+        events, begun, _ = await read_events(client, session)
     assert not begun
     return events
 

@@ -587,7 +587,7 @@ async def test_who_lost_the_session_records_nothing_more(server: Server) -> None
         with pytest.raises(SessionBusy, match="session s is not this process's any more"):
             await program()
         async with NexumClient(server.address) as nexum:
-            events, begun = await read_events(nexum, "s")
+            events, begun, _ = await read_events(nexum, "s")
         assert [event.address for event in events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
         assert not begun
         assert len(model.requests) == 2
