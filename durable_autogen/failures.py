@@ -38,7 +38,7 @@ class Failure(BaseModel):
     def of(cls, error: Exception) -> Failure:
         """As it is recorded."""
         kind = type(error)
-        args = [_plain(one) for one in error.args]
+        args = [_plain(one) for one in _made_with(error)]
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,
@@ -96,6 +96,15 @@ class Failure(BaseModel):
 
 
 _NOT_PLAIN: Any = object()
+
+
+def _made_with(error: Exception) -> tuple[Any, ...]:
+    """Its arguments; some classes keep fewer in `args` than they were made with, and say so to who would copy them."""
+    with contextlib.suppress(Exception):
+        made = error.__reduce__()
+        if isinstance(made, tuple) and made[0] is type(error) and isinstance(made[1], tuple):
+            return made[1]
+    return error.args
 
 
 def _plain(value: object) -> Any:

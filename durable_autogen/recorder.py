@@ -351,7 +351,9 @@ class Recorder:
             # As long as nobody waits for something new, the program is at work on something of its own.
             held = {one.address for one, _ in self._held}
             is_new = not all(self._waiting_live.values()) or any(address not in held for address in self._asked)
-            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE) - loop.time()
+            # What came late in the recorded run may come late again.
+            late = 2 * max(0, event.active_ms - self.active_ms) / 1000
+            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE + late) - loop.time()
             if is_new and not held and left <= 0:
                 return False
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent, UserProxyAgent
 from autogen_agentchat.base import Response, TaskResult
-from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination
+from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import (
     BaseChatMessage,
     MultiModalMessage,
@@ -373,6 +374,345 @@ async def test_half_a_surrogate_pair_in_a_reply_is_replaced_and_not_paid_for_aga
         for _ in range(2):
             assert texts(await run(server, lambda: agent(model, "one")))[-1] == "a\ufffd"
         assert len(model.requests) == 1
+
+
+# ---- Failures that are hard to judge ---------------------------------------------------------------------------------
+
+
+class Offline(Exception):
+    """What every failing client here says."""
+
+
+class Scripted(LiveModel):
+    """Fails as long as `fails` says so."""
+
+    def __init__(self, model: OpenAIServer, name: str, fails: Callable[[], Exception | None]) -> None:
+        super().__init__(vendor="v", model=name, base_url=model.base_url, api_key="k")
+        self.fails = fails
+
+    async def create(self, *args: Any, **more: Any) -> Any:
+        if (error := self.fails()) is not None:
+            raise error
+        return await super().create(*args, **more)
+
+
+class Caller(Own):
+    """Asks its model through a function of its own."""
+
+    llm: ChatCompletionClient
+
+    async def ask(self, said: str = "Q") -> str:
+        return str((await self.llm.create([UserMessage(content=said, source="user")])).content)
+
+
+def caller(name: str, llm: ChatCompletionClient, act: Callable[[Caller], Awaitable[str]]) -> Caller:
+    async def acting(_: str) -> str:
+        return await act(own)
+
+    own = Caller(name, acting)
+    own.llm = llm
+    return own
+
+
+def fan(middle: Sequence[Any], first: Any, last: Any) -> GraphFlow:
+    builder = DiGraphBuilder().add_node(first).add_node(last)
+    for one in middle:
+        builder.add_node(one).add_edge(first, one).add_edge(one, last)
+    return GraphFlow([first, *middle, last], builder.build())
+
+
+async def test_a_survived_failure_is_not_taken_for_one_of_the_same_words(server: Server) -> None:
+    broken = True
+
+    async def falls_back(own: Caller) -> str:
+        try:
+            return await own.ask()
+        except Offline:
+            return "from the cache"
+
+    def build() -> RoundRobinGroupChat:
+        one = caller("one", Scripted(model, "one", lambda: Offline("Connection error.")), falls_back)
+        three = caller(
+            "three", Scripted(model, "three", lambda: Offline("Connection error.") if broken else None), Caller.ask
+        )
+        return RoundRobinGroupChat([one, agent(model, "two"), three], max_turns=3)
+
+    with OpenAIServer(lambda body: answer(body["model"])) as model:
+        with pytest.raises(Offline):
+            await run(server, build)
+        broken = False
+        first = await run(server, build)
+        assert texts(first)[1] == "from the cache"
+        assert texts(await run(server, build)) == texts(first)
+        assert [request.body["model"] for request in model.requests] == ["two", "three"]
+
+
+async def test_a_failure_that_is_raised_after_others_were_heard_is_asked_again(server: Server) -> None:
+    failures = [Offline("no")]
+
+    async def all_or_nothing(own: Caller) -> str:
+        found = await asyncio.gather(*(own.ask(str(n)) for n in range(3)), return_exceptions=True)
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return " | ".join(map(str, found))
+
+    def build() -> Caller:
+        return caller("one", Scripted(model, "m", lambda: failures.pop() if failures else None), all_or_nothing)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(Offline):
+            await run(server, build)
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 3
+
+
+async def test_who_gave_up_while_others_went_on_tries_again(server: Server) -> None:
+    broken = True
+    heard = asyncio.Event()
+
+    async def three_times(own: Caller) -> str:
+        for _ in range(3):
+            try:
+                return await own.ask()
+            except Offline:
+                await asyncio.sleep(0.05)
+        await asyncio.wait_for(heard.wait(), TIMEOUT)
+        raise RuntimeError("gave up")
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "c":
+            loop.call_soon_threadsafe(heard.set)
+        return answer(body["model"])
+
+    def build() -> GraphFlow:
+        b = caller("b", Scripted(model, "b", lambda: Offline("busy") if broken else None), three_times)
+        return fan([b, agent(model, "c")], agent(model, "a"), agent(model, "d"))
+
+    loop = asyncio.get_running_loop()
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="gave up"):
+                await run(server, build)
+        broken = False
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        asked = [request.body["model"] for request in model.requests]
+    assert sorted(asked) == ["a", "b", "c", "d"]
+
+
+async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Server) -> None:
+    tried: list[int] = []
+
+    def failing() -> Exception:
+        tried.append(1)
+        return Offline("no")
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address) as session:
+            llm = session.model_client(Scripted(model, "m", failing), agent="one")
+            with pytest.raises(Offline):
+                await llm.create([UserMessage(content="one", source="user")])
+        return "done"
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        assert [await program(), await program()] == ["done", "done"]
+    assert tried == [1]
+
+
+async def test_an_error_of_the_programs_own_is_the_one_that_is_told(server: Server) -> None:
+    async def survives(own: Caller) -> str:
+        try:
+            return await own.ask()
+        except TimeoutError:
+            return "never mind"
+
+    async def bug(_: str) -> str:
+        raise ValueError("the real problem")
+
+    def build() -> RoundRobinGroupChat:
+        one = caller("one", Scripted(model, "m", TimeoutError), survives)
+        return RoundRobinGroupChat([one, agent(model, "two"), Own("three", bug)], max_turns=3)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for _ in range(2):
+            with pytest.raises(Exception, match="the real problem"):
+                await run(server, build)
+        assert len(model.requests) == 1
+
+
+class Stated(Exception):
+    """With a constructor, a status and a text of its own."""
+
+    def __init__(self, status: int, *, why: str) -> None:
+        super().__init__()
+        self.status = status
+        self.why = why
+        self.where = object()
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.why}"
+
+
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
+FAILURES: list[Exception] = [
+    KeyError("x"),
+    FileNotFoundError(2, "no such thing", "file"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+    TimeoutError(),
+    Stated(503, why="busy"),
+    ValueError("half \ud83d"),
+    ValueError("x" * 2_000_000),
+    OverflowError(float("nan")),
+    Unsayable(),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+async def test_a_failure_comes_back_as_its_own_class(server: Server, error: Exception) -> None:
+    seen: list[tuple[str, object, object]] = []
+    failures = [error]
+
+    async def tries_again(own: Caller) -> str:
+        try:
+            return await own.ask()
+        except type(error) as failed:
+            seen.append((type(failed).__name__, getattr(failed, "status", None), getattr(failed, "errno", None)))
+        return await own.ask()
+
+    def build() -> Caller:
+        return caller("one", Scripted(model, "m", lambda: failures.pop() if failures else None), tries_again)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 1
+    assert seen == [seen[0]] * 2
+
+
+async def test_a_failure_within_a_team_that_is_a_tool_reads_the_same_in_a_replay(server: Server) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "inner":
+            return Reply(status=400)
+        return answer("end") if is_after_a_tool(body) else Reply(calls=[("crew", {"task": "help"})])
+
+    def build() -> AssistantAgent:
+        crew = RoundRobinGroupChat([agent(model, "inner")], max_turns=1)
+        return agent(model, "outer", [TeamTool(crew, "crew", "Ask the crew.")])
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        asked = len(model.requests)
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == asked
+
+
+async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -> None:
+    def note(text: str) -> str:
+        """Note it."""
+        return f"noted {text} {random.random()}"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        asked = body["messages"][-1]["content"] if not is_after_a_tool(body) else ""
+        return Reply(calls=[("note", {"text": asked})]) if asked else answer("end")
+
+    async def program() -> list[str]:
+        async with DurableSession("s", nexum=server.address) as session:
+
+            async def work(n: int) -> str:
+                worker = AssistantAgent(
+                    "worker",
+                    session.model_client(client(model), agent="worker"),
+                    workbench=session.workbench([note], agent="worker"),
+                    max_tool_iterations=3,
+                )
+                return "\n".join(texts(await worker.run(task=f"Q{n}")))
+
+            return list(await asyncio.gather(*(work(n) for n in range(5))))
+
+    with OpenAIServer(reply) as model:
+        first = await program()
+        assert await program() == first
+        assert len(model.requests) == 10
+
+
+async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flight(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.recorder.DRIFT_PATIENCE", 0.5)
+    stop = True
+    asked = asyncio.Event()
+
+    async def works(_: str) -> str:
+        await asyncio.sleep(1.5)
+        return "worked"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "c" and stop:
+            loop.call_soon_threadsafe(asked.set)
+            hold.wait(TIMEOUT)
+        return answer(body["model"])
+
+    def build() -> GraphFlow:
+        return fan([Own("b", works), agent(model, "c")], agent(model, "a"), agent(model, "d"))
+
+    loop = asyncio.get_running_loop()
+    hold = threading.Event()
+    with OpenAIServer(reply) as model:
+        running = asyncio.ensure_future(run(server, build))
+        await asyncio.wait_for(asked.wait(), TIMEOUT)
+        async with NexumClient(server.address) as nexum:
+            while not any(  # noqa: ASYNC110 - another process writes it
+                event.kind is Kind.TURN and event.agent == "b" for event in (await read_events(nexum, "s"))[0]
+            ):
+                await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        stop = False
+        hold.set()
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+
+
+async def test_a_time_limit_ends_a_team_that_makes_no_call(server: Server) -> None:
+    async def waits(_: str) -> str:
+        await asyncio.sleep(0.2)
+        return "on"
+
+    def build() -> RoundRobinGroupChat:
+        limit = TimeoutTermination(0.7) | MaxMessageTermination(30)
+        return RoundRobinGroupChat([Own("one", waits)], termination_condition=limit)
+
+    first = await run(server, build)
+    assert "Timeout of 0.7" in str(first.stop_reason)
+    assert texts(await run(server, build)) == texts(first)
+
+
+async def test_a_stop_that_comes_during_a_replay_stops_what_comes_after_it(server: Server) -> None:
+    stop = ExternalTermination()
+
+    def build(turns: int) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model, "one")], max_turns=turns, termination_condition=stop)
+
+    with OpenAIServer(lambda _: answer("on")) as model:
+        running = asyncio.ensure_future(run(server, lambda: build(50)))
+        while len(model.requests) < 3:  # noqa: ASYNC110 - the server is a thread
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        stop.set()
+        ended = await run(server, lambda: build(50))
+        assert ended.stop_reason == "External termination requested"
+        asked = len(model.requests)
+        assert asked <= 5
+        stop = ExternalTermination()
+        assert texts(await run(server, lambda: build(50))) == texts(ended)
+        assert len(model.requests) == asked
 
 
 # ---- Within a call, and beside it ------------------------------------------------------------------------------------
