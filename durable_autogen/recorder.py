@@ -339,9 +339,11 @@ class Recorder:
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
         begun = loop.time()
+        # What came late in the recorded run may come late again.
+        late = 2 * max(0, event.active_ms - self.active_ms) / 1000
         while event.address in self._addresses and event.address not in self._asked:
             self._changed.clear()
-            if self._held and (self._was_survived(self._held[0][0]) or loop.time() >= begun + HELD_PATIENCE):
+            if self._held and (self._was_survived(self._held[0][0]) or loop.time() >= begun + HELD_PATIENCE + late):
                 # What comes next in the record is not asked for before this failure is known.
                 failed, asked = self._held.pop(0)
                 self._let_through(asked, failed)
@@ -351,9 +353,7 @@ class Recorder:
             # As long as nobody waits for something new, the program is at work on something of its own.
             held = {one.address for one, _ in self._held}
             is_new = not all(self._waiting_live.values()) or any(address not in held for address in self._asked)
-            # What came late in the recorded run may come late again.
-            late = 2 * max(0, event.active_ms - self.active_ms) / 1000
-            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE + late) - loop.time()
+            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE) + late - loop.time()
             if is_new and not held and left <= 0:
                 return False
             try:

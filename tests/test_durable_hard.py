@@ -502,6 +502,28 @@ async def test_who_gave_up_while_others_went_on_tries_again(server: Server) -> N
     assert sorted(asked) == ["a", "b", "c", "d"]
 
 
+async def test_a_failure_is_asked_again_although_another_branch_was_at_work_for_long(server: Server) -> None:
+    failures = [Offline("busy")]
+
+    async def works(_: str) -> str:
+        await asyncio.sleep(1.5)
+        return "worked"
+
+    def build() -> GraphFlow:
+        b = caller("b", Scripted(model, "b", lambda: failures.pop() if failures else None), Caller.ask)
+        return fan([b, Own("c", works)], agent(model, "a"), agent(model, "d"))
+
+    with OpenAIServer(lambda body: answer(body["model"])) as model:
+        with pytest.raises(Exception, match="busy"):
+            await run(server, build)
+        async with NexumClient(server.address) as nexum:
+            events = (await read_events(nexum, "s"))[0]
+        assert any(event.failure is not None for event in events)  # the other branch went on after it
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        assert sorted(request.body["model"] for request in model.requests) == ["a", "b", "d"]
+
+
 async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Server) -> None:
     tried: list[int] = []
 
