@@ -242,7 +242,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
         if args.fork:
             await fork(args.fork, session_id, question or "", nexum.address)
         if args.fork or question is None:
-            question = await own_question(session_id, nexum.address)
+            question = await own_question(session_id, nexum.address, why="Forked" if question else "No question given")
         session = Session(session_id, nexum=nexum.address, workflow=OFFLINE_TOOL_CALL if model.offline else TOOL_CALL)
         session.file.create()
         build = build_team if args.team else build_agent
@@ -269,14 +269,14 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     return 0 if answered else 1
 
 
-async def own_question(session_id: str, nexum: str) -> str:
+async def own_question(session_id: str, nexum: str, *, why: str) -> str:
     """The session's question; the README's in a new one."""
     from durable_autogen import question_of
 
     async with NexumClient(nexum) as client:
         recorded = await question_of(client, session_id)
     whose = "the README's" if recorded is None else "the session's own"
-    say(f"[demo] No question given; asking {whose}: {recorded or QUESTION}")
+    say(f"[demo] {why}; asking {whose}: {recorded or QUESTION}")
     return recorded or QUESTION
 
 
