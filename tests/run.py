@@ -19,15 +19,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST_HALF = tuple(
-    f"tests/test_{name}.py"
-    for name in (
+GROUPS = tuple(
+    [f"tests/test_{name}.py" for name in group]
+    for group in (
         # They start embedded servers, which share one port: one after the other.
-        *("cli", "crash_demo", "demo", "demo_children"),
-        # As long as the rest takes.
-        *("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow"),
+        ("cli", "crash_demo", "demo", "demo_children"),
+        ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow"),
     )
 )
+"""They run beside each other and beside the rest: most of their time is waiting."""
 OTHER_PYTHONS = ("3.10", "3.13")
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
@@ -122,8 +122,8 @@ def main() -> int:
     run([python, "-m", "mypy", "."])
     pytest = [python, "-m", "pytest", "-q"]
     run_together(
-        [*pytest, "-o", "cache_dir=.pytest_cache/first_half", *FIRST_HALF],
-        [*pytest, *(f"--ignore={path}" for path in FIRST_HALF)],
+        *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
+        [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
     )
     if args.every_python:
         test_on_others()
