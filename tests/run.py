@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -96,18 +97,15 @@ def environment_of(python: str, folder: str) -> Path:
 
 def test_on_others() -> None:
     """Run some of the tests on the other Pythons that the machine has."""
-    with ExitStack() as stack:
-        commands: list[list[str | Path]] = []
-        for version in OTHER_PYTHONS:
-            python = find_python(version)
-            if python is None:
-                print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
-            elif version != f"{sys.version_info[0]}.{sys.version_info[1]}":
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                # A cache of its own: they run at the same time.
+    for version in OTHER_PYTHONS:
+        python = find_python(version)
+        if python is None:
+            print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
+        elif version != f"{sys.version_info[0]}.{sys.version_info[1]}":
+            with tempfile.TemporaryDirectory() as folder:
+                # A cache of its own: others run at the same time.
                 cache = ["-o", f"cache_dir={folder}/cache"]
-                commands.append([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
-        run_together(*commands)
+                run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
 
 
 def main() -> int:
@@ -121,12 +119,14 @@ def main() -> int:
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy", "."])
     pytest = [python, "-m", "pytest", "-q"]
-    run_together(
-        *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
-        [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
-    )
-    if args.every_python:
-        test_on_others()
+    with ThreadPoolExecutor() as beside:
+        others = beside.submit(test_on_others) if args.every_python else None
+        run_together(
+            *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
+            [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
+        )
+        if others is not None:
+            others.result()
     return 0
 
 
