@@ -35,7 +35,7 @@ OTHER_TESTS = tuple(
     for name in (
         *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
         *("submit_task", "worker", "demo_models", "tools_declare", "tools_run", "tools_page_text"),
-        *("model_choice", "rehearsal", "pipeline_steps", "console", "durable_hard"),
+        *("model_choice", "rehearsal", "pipeline_steps", "console"),
     )
 )
 """What may differ between Pythons; the rest runs on one."""
