@@ -109,8 +109,12 @@ class Recorder:
         self._replay = asyncio.create_task(self._let_recorded_through(), name="replay")
 
     def tell(self, text: str) -> None:
-        """Say something to the person who runs it."""
-        self.journal.tell(text)
+        """Say something to the person who runs it. Where that can't be said, the run ends: AutoGen would wait for ever
+        for the agent that it is said for."""
+        try:
+            self.journal.tell(text)
+        except Exception as error:  # noqa: BLE001 - the program's own, or a console that is gone
+            self.stop(error)
 
     async def close(self) -> None:
         """Stop what is under way; nothing more is recorded."""

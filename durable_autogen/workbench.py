@@ -92,7 +92,10 @@ class DurableWorkbench(StaticStreamWorkbench):
             call_notes.set(notes)
             try:
                 result = await ordinary(self._contained.call_tool(name, arguments, cancellation_token, call_id), name)
-            except Exception as error:  # noqa: BLE001 - the tool's failure is its result
+            except Exception as error:
+                if isinstance(error, BrokenPipeError) and self._has_a_console(name):
+                    self._recorder.stop(error)
+                    raise
                 result = _failure(name, error)
             content = {**result.model_dump(mode="json"), "notes": notes}
             if (why := _unrecordable(content)) is None:
@@ -114,11 +117,19 @@ class DurableWorkbench(StaticStreamWorkbench):
             self._tell_replayed(name, result, outcome.content.get("notes") or {})
         return result
 
+    def _has_a_console(self, name: str) -> bool:
+        """Whether the tool says by itself how far it is, so that it fails where nobody reads that."""
+        tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
+        return any(tool.name == name and isinstance(tool, HearsOfReplays) for tool in tools)
+
     def _tell_replayed(self, name: str, result: ToolResult, notes: Mapping[str, str]) -> None:
         tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
         for tool in tools:
             if tool.name == name and notes and isinstance(tool, HearsOfReplays):
-                tool.replayed(result.to_text(), notes)
+                try:
+                    tool.replayed(result.to_text(), notes)
+                except Exception as error:  # noqa: BLE001 - as in `Recorder.tell`
+                    self._recorder.stop(error)
                 return
         self._recorder.tell(f"[Nexum] {name} for {self._agent}: replayed from the record ✓")
 
