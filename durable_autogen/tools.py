@@ -11,7 +11,7 @@ from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
 from console import say
-from durable_autogen.workbench import call_notes, call_scope
+from durable_autogen.workbench import UNTOLD, call_notes, call_scope
 from submit_task import Origin, Session, ToolResult
 from tools import Tool
 
@@ -38,12 +38,16 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
         self, args: Mapping[str, Any], cancellation_token: CancellationToken, call_id: str | None = None
     ) -> str:
         """Submit the arguments as the model gave them: the worker checks them, and they are the call's identity."""
+        notes = call_notes.get()
         try:
             result = await self._session.call(self.name, args, timeout=self._timeout, scope=call_scope.get())
+        except BrokenPipeError as error:
+            if notes is not None:
+                notes[UNTOLD] = str(error)
+            raise
         except asyncio.CancelledError as error:
             # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
             raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error
-        notes = call_notes.get()
         if notes is not None:
             notes["execution_id"] = result.execution_id
         if self._on_result is not None:

@@ -48,6 +48,9 @@ call_scope: ContextVar[str] = ContextVar("call_scope", default="")
 call_notes: ContextVar[dict[str, str] | None] = ContextVar("call_notes", default=None)
 """Where a tool may leave what should stand beside its result on record."""
 
+UNTOLD = "untold"
+"""The note that the tool could not print what it does, and why."""
+
 
 class DurableWorkbench(StaticStreamWorkbench):
     """Wraps any workbench for one agent of one run.
@@ -92,11 +95,12 @@ class DurableWorkbench(StaticStreamWorkbench):
             call_notes.set(notes)
             try:
                 result = await ordinary(self._contained.call_tool(name, arguments, cancellation_token, call_id), name)
-            except Exception as error:
-                if isinstance(error, BrokenPipeError) and self._has_a_console(name):
-                    self._recorder.stop(error)
-                    raise
+            except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
+            if UNTOLD in notes:
+                # The tool did not fail: nobody reads what it says of itself, and that ends the run.
+                self._recorder.stop(BrokenPipeError(notes[UNTOLD]))
+                raise BrokenPipeError(notes[UNTOLD])
             content = {**result.model_dump(mode="json"), "notes": notes}
             if (why := _unrecordable(content)) is None:
                 return content
@@ -116,11 +120,6 @@ class DurableWorkbench(StaticStreamWorkbench):
         if outcome.replayed:
             self._tell_replayed(name, result, outcome.content.get("notes") or {})
         return result
-
-    def _has_a_console(self, name: str) -> bool:
-        """Whether the tool says by itself how far it is, so that it fails where nobody reads that."""
-        tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
-        return any(tool.name == name and isinstance(tool, HearsOfReplays) for tool in tools)
 
     def _tell_replayed(self, name: str, result: ToolResult, notes: Mapping[str, str]) -> None:
         tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
