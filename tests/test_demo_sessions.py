@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, running, tool_worker
+from harness import Server, environment, running, tool_worker
 from openai_server import OpenAIServer, Reply
 from processes import DEMO, QUESTION, answer, recorded, run_demo
 
@@ -61,6 +63,20 @@ def test_ctrl_c_ends_a_team_at_once_and_it_goes_on_later(tmp_path: Path, server:
         code, output = ask(tmp_path, server.address, "--team", QUESTION)
     assert code == 0
     assert "reply 1 of first_researcher: replayed" in output
+
+
+def test_a_reader_who_has_seen_enough_leaves_no_failure_on_record(tmp_path: Path, address: str) -> None:
+    command = [sys.executable, DEMO, "--offline", "--nexum", address, "--session-id", "s", QUESTION]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "Submitted" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()  # as `| head` does; the result is still to be told
+        assert process.wait(30) == 1
+    code, output = ask(tmp_path, address, "--session-id", "s", QUESTION)
+    assert code == 0
+    assert "Broken pipe" not in output
+    assert "[1]" in output  # the answer's first source: the tools have answered
 
 
 def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:
