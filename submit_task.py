@@ -2,6 +2,7 @@
 
     from submit_task import submit_tool_call
     text = submit_tool_call("web_search", {"query": "Tokyo"}, session_id="demo1")
+    python submit_task.py web_search '{"query": "Tokyo"}' --session-id demo1
 
 Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). Asked again in the same session, also
 after a crash of any process, the same call is answered with the recorded result.
@@ -14,6 +15,7 @@ if __name__ == "__main__":
 
     begin_script()  # before the slow imports
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -27,7 +29,9 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from console import say
+from pydantic import TypeAdapter, ValidationError
+
+from console import complain, let_ctrl_c_cancel, run_script, say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
@@ -40,7 +44,7 @@ from nexum_engine.errors import (
 from nexum_engine.model import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from session_file import SessionFile
-from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 BRIEFLY = 0.05  # seconds that starting a call may wait for its end
 FIRST_NOTICE = 1.0  # seconds until a wait is explained
@@ -317,3 +321,51 @@ def _background_loop() -> asyncio.AbstractEventLoop:
             _background = asyncio.new_event_loop()
             threading.Thread(target=_background.run_forever, name="submit_task", daemon=True).start()
         return _background
+
+
+# ---- From the command line -------------------------------------------------------------------------------------------
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("tool", help="the tool's name: web_search, visit_webpage, or one of your own")
+    parser.add_argument("arguments", nargs="?", default="{}", help='as a JSON object: {"query": "Tokyo"}')
+    parser.add_argument("--session-id", metavar="ID", default="default", help="default: %(default)s")
+    parser.add_argument("--offline", action="store_true", help="on the rehearsal's pages instead of the web")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=120.0, help="how long to wait for the result (%(default)g)"
+    )
+    parser.add_argument("--nexum", metavar="HOST:PORT", help=f"default: $NEXUM_ADDRESS, else {DEFAULT_ADDRESS}")
+    return parser
+
+
+async def _call_once(args: argparse.Namespace, tool_args: Mapping[str, Any]) -> str:
+    let_ctrl_c_cancel()
+    session = Session(args.session_id, nexum=args.nexum, workflow=OFFLINE_TOOL_CALL if args.offline else TOOL_CALL)
+    try:
+        return (await session.call(args.tool, tool_args, timeout=args.timeout)).text
+    finally:
+        await session.close()
+
+
+def main() -> int:
+    """Make one call and print its result; the exit code: 0 done, 1 failed or not in time, 2 can't run as asked."""
+    parser = _build_parser()
+    args = parser.parse_args()
+    try:
+        tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
+    except ValidationError:
+        parser.error(f"the arguments are no JSON object: {args.arguments}")
+    try:
+        say(asyncio.run(_call_once(args, tool_args)))
+    except (ToolCallFailed, WaitTimeout) as error:
+        complain(f"error: {error}")
+        return 1
+    except NexumError as error:
+        complain(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, interrupted="the call itself goes on; the same command finds its result")

@@ -11,7 +11,7 @@ from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
 from console import say
-from durable_autogen.workbench import UNTOLD, call_notes, call_scope
+from durable_autogen.workbench import ON_RECORD, UNTOLD, call_notes, call_scope
 from submit_task import Origin, Session, ToolResult
 from tools import Tool
 
@@ -50,6 +50,8 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
             raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error
         if notes is not None:
             notes["execution_id"] = result.execution_id
+            if result.origin is Origin.CACHED:
+                notes[ON_RECORD] = "yes"
         if self._on_result is not None:
             self._on_result(result)
         return result.text

@@ -48,6 +48,8 @@ call_scope: ContextVar[str] = ContextVar("call_scope", default="")
 call_notes: ContextVar[dict[str, str] | None] = ContextVar("call_notes", default=None)
 """Where a tool may leave what should stand beside its result on record."""
 
+ON_RECORD = "on record"
+"""The note that a worker had recorded the result before this session could: nothing was executed for it again."""
 UNTOLD = "untold"
 """The note that the tool could not print what it does, and why."""
 
@@ -114,11 +116,12 @@ class DurableWorkbench(StaticStreamWorkbench):
             )
         except Exception as error:  # noqa: BLE001 - the run fails by `Recorder.failed`
             return _failure(name, error)
-        counts = self._recorder.replayed if outcome.replayed else self._recorder.live
+        notes = outcome.content.get("notes") or {}
+        counts = self._recorder.replayed if outcome.replayed or ON_RECORD in notes else self._recorder.live
         counts["tool calls"] += 1
         result = ToolResult.model_validate(outcome.content)
         if outcome.replayed:
-            self._tell_replayed(name, result, outcome.content.get("notes") or {})
+            self._tell_replayed(name, result, notes)
         return result
 
     def _tell_replayed(self, name: str, result: ToolResult, notes: Mapping[str, str]) -> None:

@@ -49,6 +49,14 @@ class Workflow:
     nodes: tuple[NodeDefinition, ...]
     input: type[BaseModel] | None = None
 
+    def __str__(self) -> str:
+        """For a person: the id, the version, and a line for each node."""
+        lines = [f"{self.workflow_id} {self.version_hash}"]
+        for node in self.nodes:
+            after = f" after {', '.join(node.dependencies)}" if node.dependencies else ""
+            lines.append(f"    {node.node_id} {node.node_type.value}{after}")
+        return "\n".join(lines)
+
 
 class WorkflowBuilder:
     """Collects nodes; `build` checks them and computes the version."""

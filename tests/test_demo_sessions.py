@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -77,6 +78,18 @@ def test_a_reader_who_has_seen_enough_leaves_no_failure_on_record(tmp_path: Path
     assert code == 0
     assert "Broken pipe" not in output
     assert "[1]" in output  # the answer's first source: the tools have answered
+
+
+def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) -> None:
+    ask(tmp_path, address, "--session-id", "s", "--crash-after-step", "1", QUESTION)
+    code, output = ask(tmp_path, address, "--session-id", "s", QUESTION)
+    assert code == 0
+    live, replayed = re.findall(r"(\d+) tool call\(s\)", summary(output))
+    counted = re.search(r"Tool calls: (\d+) executed, (\d+) cached, (\d+) attached", output)
+    assert counted is not None
+    executed, cached, attached = map(int, counted.groups())
+    assert cached > 0
+    assert (int(live), int(replayed)) == (executed + attached, cached)
 
 
 def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import Server, nexum_server, tool_worker
+from harness import ROOT, Process, Server, nexum_server, tool_worker
 from processes import (
     attempts,
     call_of,
@@ -324,3 +324,47 @@ def test_a_console_that_knows_no_check_mark_is_no_reason_to_fail(tmp_path: Path,
         with running(command, cwd=tmp_path, env=env) as process:
             assert process.wait() == 0
         assert "(fail_until) done ?" in process.output
+
+
+def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
+    command = ["submit_task.py", "web_search", '{"query": "population of Tokyo"}', "--offline", "--session-id", "s"]
+    with tool_worker(tmp_path, server.address):
+        lines = []
+        for _ in range(2):
+            code, output = run_command(command, tmp_path, server.address)
+            assert code == 0, output
+            lines.append(output.splitlines())
+    assert lines[0][-1] == lines[1][-1]
+    assert "rehearsal.example" in lines[0][-1]
+    assert lines[1][0].endswith("already COMPLETED (cached) ✓")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["web_search", "[1]"], 2, "the arguments are no JSON object: [1]"),
+        (["web_search", "{}", "--nexum", "127.0.0.1:1", "--timeout", "1"], 2, "no Nexum server answers on 127.0.0.1:1"),
+        (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
+    ],
+)
+def test_what_is_wrong_with_a_call_is_one_line(
+    server: Server, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    with tool_worker(tmp_path, server.address):
+        found, output = run_command(["submit_task.py", *arguments], tmp_path, server.address)
+    assert (found, said in output.splitlines()[-1], "Traceback" in output) == (code, True, False), output
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("workflow.py", "tool-call"), ("pipeline_workflow.py", "research-pipeline")]
+)
+def test_a_workflow_says_what_it_is(tmp_path: Path, script: str, name: str) -> None:
+    code, output = run_command([script], tmp_path, "")
+    assert code == 0
+    assert output.startswith(f"{name} sha256:")
+    assert run_command([script, "--wrong"], tmp_path, "")[0] == 2
+
+
+def run_command(command: list[str], folder: Path, address: str) -> tuple[int, str]:
+    process = Process([str(ROOT / command[0]), *command[1:]], cwd=folder, env={"NEXUM_ADDRESS": address})
+    return process.wait(), process.output
