@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent, UserProxyAgent
-from autogen_agentchat.base import Response, TaskResult
+from autogen_agentchat.base import Response
 from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import (
     BaseChatMessage,
@@ -25,24 +25,15 @@ from autogen_agentchat.ui import Console, UserInputManager
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, UserMessage
 from autogen_core.tools import ToolResult, ToolSchema, Workbench
+from durable_agents import TIMEOUT, answer, client, run, texts
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
+from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable_stream
 from durable_autogen.events import Kind, read_events
 from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
-
-TIMEOUT = 20  # seconds in which everything here has ended, or hangs
-
-
-def answer(text: str) -> Reply:
-    return Reply(f"{text} {random.random()}")
-
-
-def client(model: OpenAIServer, name: str = "m") -> LiveModel:
-    return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
 
 
 def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any) -> AssistantAgent:
@@ -54,16 +45,6 @@ def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any
         max_tool_iterations=5,
         **more,
     )
-
-
-async def run(server: Server, build: Callable[[], Any], task: Any = "Q", session: str = "s", **more: Any) -> TaskResult:
-    return await asyncio.wait_for(
-        run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
-    )
-
-
-def texts(result: TaskResult) -> list[str]:
-    return [message.to_text() for message in result.messages]
 
 
 def is_after_a_tool(body: dict[str, Any]) -> bool:

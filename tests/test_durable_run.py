@@ -21,6 +21,7 @@ from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
 from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
 from autogen_ext.agents.openai import OpenAIAgent
+from durable_agents import TIMEOUT, answer, client, run, texts
 from harness import Server, tool_worker
 from openai import AsyncOpenAI
 from openai_server import OpenAIServer, Reply
@@ -34,22 +35,11 @@ from durable_autogen import (
     run_durable,
     run_durable_stream,
 )
-from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from submit_task import Session
 from tools import TOOLS
 from workflow import OFFLINE_TOOL_CALL
-
-TIMEOUT = 20  # seconds in which everything here has ended, or hangs
-
-
-def answer(text: str) -> Reply:
-    return Reply(f"{text} {random.random()}")
-
-
-def client(model: OpenAIServer, name: str = "m") -> LiveModel:
-    return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
 
 
 def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer", **more: Any) -> AssistantAgent:
@@ -57,18 +47,6 @@ def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer
     if tools:
         arguments["tools"] = list(tools)
     return AssistantAgent(name, arguments.pop("model_client", None) or client(model), **arguments)
-
-
-async def run(
-    server: Server, build: Callable[[], Any], task: str | None = "Q", session: str = "s", **more: Any
-) -> TaskResult:
-    return await asyncio.wait_for(
-        run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
-    )
-
-
-def texts(result: TaskResult) -> list[str]:
-    return [message.to_text() for message in result.messages]
 
 
 async def test_a_finished_session_is_replayed_without_a_live_call(

@@ -13,20 +13,13 @@ from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChun
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.models import CreateResult, UserMessage
 from autogen_core.tools import FunctionTool
+from durable_agents import answer, client
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
 from models.live import LiveModel
 from nexum_engine.errors import InvalidRequest
-
-
-def answer(text: str) -> Reply:
-    return Reply(f"{text} {random.random()}")
-
-
-def client(model: OpenAIServer) -> LiveModel:
-    return LiveModel(vendor="OpenAI-compatible server", model="m", base_url=model.base_url, api_key="k")
 
 
 def said(text: str) -> list[UserMessage]:
