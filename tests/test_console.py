@@ -143,7 +143,9 @@ def test_a_script_that_was_started_to_ignore_ctrl_c_does(tmp_path: Path) -> None
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
     code, output = run_script(["-c", ignoring, sys.executable, str(ROOT / "workflow.py")], tmp_path, env)
-    assert (code, output) == (0, "PRESSED")
+    pressed, *workflows = output.splitlines()
+    assert (code, pressed) == (0, "PRESSED")
+    assert workflows[0].startswith("tool-call sha256:")
 
 
 # ---- A pipe that nobody reads, a full disk ---------------------------------------------------------------------------
