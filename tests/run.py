@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = tuple(
     [f"tests/test_{name}.py" for name in group]
     for group in (
-        # They start embedded servers, which share one port: one after the other.
-        ("cli", "crash_demo", "demo", "demo_children"),
+        # The first four start embedded servers, which share one port: one after the other.
+        ("cli", "crash_demo", "demo", "demo_children", "crash_random", "crash_stages", "pipeline_worker"),
         ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow"),
     )
 )

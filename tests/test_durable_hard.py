@@ -647,7 +647,7 @@ async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -
 async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.recorder.DRIFT_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.5)
     stop = True
     asked = asyncio.Event()
 
