@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from autogen_agentchat.agents import AssistantAgent
     from autogen_agentchat.teams import GraphFlow
 
-    from durable_autogen.team import Item
+    from durable_autogen.transcript import Item
 
 QUESTION = "What is the population of Tokyo vs New York?"
 OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
@@ -108,11 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Steps:
-    """Counts results by where they came from, and crashes the process at the N-th that it executed itself."""
+    """Counts results by where they came from, and failures; crashes the process at the N-th result that it executed
+    itself."""
 
     def __init__(self, crash_after: int | None) -> None:
         self.crash_after = crash_after
         self.count: Counter[Origin] = Counter()
+        self.failed = 0
 
     def __call__(self, result: ToolResult) -> None:
         self.count[result.origin] += 1
@@ -193,7 +195,7 @@ def _researcher(
     )
 
 
-async def show(items: AsyncIterator[Item], answerer: str) -> bool:
+async def show(items: AsyncIterator[Item], answerer: str, steps: Steps) -> bool:
     """Print what the agents do as they do it; whether it ended in an answer."""
     from autogen_agentchat.base import TaskResult
     from autogen_agentchat.messages import (
@@ -221,6 +223,7 @@ async def show(items: AsyncIterator[Item], answerer: str) -> bool:
             for result in event.content:
                 what = f"an error: {result.content}" if result.is_error else f"{len(result.content):,} characters"
                 say(f"[{who}] has from {result.name} {what}")
+                steps.failed += bool(result.is_error)
         elif isinstance(event, TextMessage) and event.source == answerer:
             answered = bool(event.content.strip())
             if not streaming:
@@ -254,12 +257,14 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
             on_drift=args.on_drift,
         )
         try:
-            answered = await show(items, WRITER if args.team else RESEARCHER)
+            answered = await show(items, WRITER if args.team else RESEARCHER, steps)
         finally:
             await items.aclose()
             await session.close()
     executed, cached, attached = (steps.count[origin] for origin in (Origin.EXECUTED, Origin.CACHED, Origin.ATTACHED))
-    say(f"\n[demo] Tool calls: {executed} executed, {cached} cached, {attached} attached (python -m nexum_engine ps)")
+    failed = f", {steps.failed} failed" if steps.failed else ""
+    counts = f"{executed} executed, {cached} cached, {attached} attached{failed}"
+    say(f"\n[demo] Tool calls: {counts} (python -m nexum_engine ps)")
     if args.crash_after_step is not None:
         say(f"[demo] No crash: the run executed {executed} call(s) of its own, not {args.crash_after_step}")
     if not answered:
@@ -318,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the question is empty")
     if args.fork and not (args.session_id and re.fullmatch(r"[\w-]+@\d+", args.fork)):
         parser.error("--fork takes SESSION@N, and the new session's name in --session-id")
+    asked = (args.question, args.session_id, args.new_session, args.team, args.fork, args.crash_after_step)
+    if args.sessions and any(asked):
+        parser.error("--sessions lists what is on record: it takes no question and no other option but --nexum")
     try:
         if args.sessions:
             return asyncio.run(show_sessions(args.nexum))

@@ -16,11 +16,17 @@ A program that runs its agents itself opens a `DurableSession`, and takes model 
 This package knows AutoGen and `submit_task`; the engine knows neither.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
 from durable_autogen.history import SessionInfo, fork_session, list_sessions, question_of
 from durable_autogen.session import DurableSession
 from durable_autogen.team import run_durable, run_durable_stream
-from durable_autogen.tools import DurableTool
+
+if TYPE_CHECKING:
+    from durable_autogen.tools import DurableTool
 
 __all__ = [
     "DriftError",
@@ -36,3 +42,12 @@ __all__ = [
     "run_durable",
     "run_durable_stream",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who runs tools in a worker needs the modules of theirs, whose names a program may have taken for its own.
+    if name == "DurableTool":
+        from durable_autogen.tools import DurableTool
+
+        return DurableTool
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

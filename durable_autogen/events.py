@@ -160,12 +160,14 @@ async def read_events(client: NexumClient, session: str) -> tuple[list[Event], l
 
 
 def effective(recorded: Sequence[Event]) -> list[Event]:
-    """The events that count: a branch leaves behind what came after the place where it began."""
+    """The events that count: a branch leaves behind what came after the place where it began, except what a person has
+    added: that still has to be said."""
     in_order = sorted(recorded, key=lambda event: (event.epoch, event.seq))
     kept: list[Event] = []
     for event in in_order:
         if event.kind is Kind.BRANCH:
-            kept = [earlier for earlier in kept if earlier.seq <= event.content["after"]]
+            after = event.content["after"]
+            kept = [earlier for earlier in kept if earlier.seq <= after or earlier.kind is Kind.MESSAGE]
         if event.kind is Kind.REVOKE:
             kept = [earlier for earlier in kept if earlier.seq != event.content["seq"]]
         kept.append(event)

@@ -135,7 +135,7 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
         except (Exception, asyncio.CancelledError):
             raise
         except BaseException as error:
-            raise RuntimeError(f"{name} ended with {type(error).__name__}: {error}") from error
+            raise made_ordinary(error, name) from error
 
     running = asyncio.ensure_future(contained())
     try:
@@ -147,3 +147,15 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
     if running.cancelled():
         raise RuntimeError(f"{name} ended with CancelledError")
     return running.result()
+
+
+def made_ordinary(error: BaseException, name: str) -> RuntimeError:
+    """What stands in for an exception that would leave AutoGen waiting, or end the event loop."""
+    return RuntimeError(f"{name} ended with {type(error).__name__}: {error}")
+
+
+def is_being_cancelled() -> bool:
+    """Whether somebody is cancelling this task, so that a CancelledError in it is theirs."""
+    task = asyncio.current_task()
+    # From Python 3.11 on it can be told; before, an ordinary error stands in for the cancellation.
+    return task is not None and bool(getattr(task, "cancelling", lambda: 0)())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from console import say
 from durable_autogen.errors import DriftError
 from durable_autogen.events import AGENT_RUN, PAGE, PATIENCE, Event, Kind, end_of, read_events
 from durable_autogen.journal import Journal
@@ -87,11 +90,19 @@ def _status(run: Execution, *, is_finished: bool) -> str:
     return "interrupted" if run.status is ExecutionStatus.RUNNING else "stopped"
 
 
-async def fork_session(client: NexumClient, source: str, count: int, session: str, message: str = "") -> list[Event]:
+async def fork_session(
+    client: NexumClient,
+    source: str,
+    count: int,
+    session: str,
+    message: str = "",
+    *,
+    tell: Callable[[str], None] = say,
+) -> list[Event]:
     """Begin a session with the first `count` recorded events of another; they are accepted as recorded.
 
-    `message` is what the user says there. Doing it again changes nothing. Raises InvalidRequest, DriftError if the new
-    session has something else on record.
+    `message` is what the user says there, and `tell` gets what a person should know. Doing it again changes nothing.
+    Raises InvalidRequest, DriftError if the new session has something else on record.
     """
     check_session_id(session)
     if session == source:
@@ -108,25 +119,34 @@ async def fork_session(client: NexumClient, source: str, count: int, session: st
     begin = [event for event in events if event.kind is Kind.BEGIN][-1:]
     kept = [*begin, *(event for event in events if event.seq <= last and event.kind in KEPT)]
     kept.sort(key=lambda event: (event.kind is not Kind.BEGIN, event.seq))
-    async with Journal(client, session) as journal:
-        for event, there in zip(kept, journal.events, strict=False):
-            if (event.address, event.content) != (there.address, there.content):
-                raise DriftError(f"session {session} has something else on record than {source}: take another id")
-        for event in kept[len(journal.events) :]:
-            await journal.add(
-                event.kind,
-                event.agent,
-                event.position,
-                event.content,
-                event.request,
-                failure=event.failure,
-                accepted=True,
-            )
-        if message and not any(
-            event.kind is Kind.MESSAGE and event.content["text"] == message for event in journal.events
-        ):
-            if len(journal.events) > len(kept):
+    async with Journal(client, session, tell) as journal:
+        copied = [event for event in journal.events if event.accepted]
+        added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
+        went_on = len(journal.events) > len(copied) + len(added)
+        # What it made of them since may have left some of them behind.
+        left_some = journal.epoch > 0 or any(event.kind is Kind.REVOKE for event in journal.events)
+        if left_some:
+            is_same = _is_within(copied, kept) and bool(copied or added)
+        else:
+            is_same = _identities(copied) == _identities(kept if went_on or added else kept[: len(copied)])
+        if not is_same:
+            raise DriftError(f"session {session} has something else on record than {source}: take another id")
+        if not went_on and not added:
+            for event in kept[len(copied) :]:
+                await journal.add_copy(event)
+        if message and not any(event.content["text"] == message for event in added):
+            if went_on or added:
                 raise DriftError(f"session {session} went on already, without this message: take another id")
-            await journal.add(Kind.MESSAGE, "", f"message/{len(journal.events)}", {"text": message}, {})
+            await journal.add_message(message)
         await journal.release()
     return kept
+
+
+def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:
+    return [(event.address, event.content) for event in events]
+
+
+def _is_within(some: Sequence[Event], events: Sequence[Event]) -> bool:
+    """Whether these are among the events, in the same order."""
+    ahead = iter(_identities(events))
+    return all(one in ahead for one in _identities(some))

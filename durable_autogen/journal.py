@@ -267,19 +267,30 @@ class Journal:
         position: str,
         content: Any,
         request: Mapping[str, Any],
-        *,
-        failure: Failure | None = None,
-        accepted: bool = False,
     ) -> Event:
         """Begin and record at once."""
         task = await self.begin(kind, agent, position)
-        return await self.record(task, kind, agent, position, content, request, failure=failure, accepted=accepted)
+        return await self.record(task, kind, agent, position, content, request)
 
-    async def give_up(self, task: Task, reason: str) -> None:
-        """An event that was begun has no result."""
-        if self._open.pop(task.task_id, None) is not None:
-            with contextlib.suppress(TaskNotFound):  # its server is another one now
-                await self._owner.fail(task, reason)
+    async def add_copy(self, event: Event) -> None:
+        """Record an event of another session, which is accepted whatever it will be asked with."""
+        task = await self.begin(event.kind, event.agent, event.position)
+        await self.record(
+            task,
+            event.kind,
+            event.agent,
+            event.position,
+            event.content,
+            event.request,
+            failure=event.failure,
+            accepted=True,
+            active_ms=event.active_ms,
+        )
+
+    async def add_message(self, text: str) -> None:
+        """Record what the user says next."""
+        taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
+        await self.add(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}", {"text": text}, {})
 
     async def branch(self, after: int, why: str) -> None:
         """Go on with another program: what is recorded after the event of this number counts no more."""

@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from autogen_agentchat.agents import UserProxyAgent
+from autogen_agentchat.agents import BaseChatAgent, UserProxyAgent
 from autogen_agentchat.base import ChatAgent, Response, TaskResult, Team, TerminationCondition
-from autogen_agentchat.teams import GraphFlow
+from autogen_agentchat.teams import BaseGroupChat, GraphFlow
 from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeExecutor
 from autogen_core.models import ChatCompletionClient
@@ -19,11 +19,13 @@ from autogen_core.tools import StaticWorkbench, Workbench
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.events import Kind
+from durable_autogen.failures import is_being_cancelled, made_ordinary
 from durable_autogen.model import DurableModelClient, Replies
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder
 from durable_autogen.request import describe_turn, hashed
 from durable_autogen.termination import durable_condition
+from durable_autogen.transcript import Transcript
 from durable_autogen.workbench import DurableWorkbench
 from nexum_engine.errors import InvalidRequest
 
@@ -50,6 +52,8 @@ class Parts:
         self._before: list[tuple[dict[str, Any], str, object]] = []
         self._in_order: set[int] = set()
         self._seen: dict[int, object] = {}
+        self._transcript = Transcript(recorder, self.was_replayed)
+        self._settling: set[int] = set()
 
     def was_replayed(self, source: str) -> bool:
         """Whether the last reply of the agent of this name came from the record."""
@@ -99,6 +103,9 @@ class Parts:
         self._names[id(part)] = name
         if isinstance(part, ChatAgent):
             self._sources.setdefault(part.name, []).append(name)
+            stream = _contained(part.on_messages_stream, self._recorder, name)
+            self._replace(part, "on_messages_stream", self._transcript.noting(stream))
+        self._replace(part, "run_stream", self._transcript.noting(part.run_stream))
         self._look_into(part, part, name, "")
         if isinstance(part, UserProxyAgent):
             self._replace(part, "_is_async", True)
@@ -108,6 +115,21 @@ class Parts:
                 if id(member) not in self._in_order:
                     self._in_order.add(id(member))
                     self._keep_order(member, self._names[id(member)])
+
+    def settle(self, runnable: ChatAgent | Team) -> None:
+        """Give what the agent or team says its lasting ids and times, in `run_stream` and in `run`."""
+        if id(runnable) in self._settling:
+            return
+        self._settling.add(id(runnable))
+        stream = self._transcript.settling(runnable.run_stream)
+        self._replace(runnable, "run_stream", stream)
+        # A class of the program's own may have a `run` that does more.
+        if type(runnable).run in (BaseChatAgent.run, BaseGroupChat.run):
+
+            async def run(**arguments: Any) -> TaskResult:
+                return [item async for item in stream(**arguments) if isinstance(item, TaskResult)][-1]
+
+            self._replace(runnable, "run", run)
 
     def _unique(self, name: str, owner: object) -> str:
         """Two agents of one name have two places in the record; which is which follows from the order of building."""
@@ -197,6 +219,23 @@ def _is_the_programs(value: object) -> bool:
 
 def _inside(outer: str, name: str) -> str:
     return f"{outer}/{name}" if outer else name
+
+
+def _contained(stream: Callable[..., AsyncGenerator[Any, None]], recorder: Recorder, name: str) -> Callable[..., Any]:
+    """The same stream; AutoGen would wait for ever for an agent that ends as cancelled."""
+
+    async def contained(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        try:
+            async for item in stream(*args, **kwargs):
+                yield item
+        except (Exception, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            if recorder.failed.done() or is_being_cancelled():
+                raise
+            raise made_ordinary(error, name) from error
+
+    return contained
 
 
 def _in_order(

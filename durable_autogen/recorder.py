@@ -17,13 +17,15 @@ from typing import Any, Literal
 from durable_autogen.errors import DriftError
 from durable_autogen.events import Event, Kind
 from durable_autogen.failures import Failure, ordinary
-from durable_autogen.journal import Journal
+from durable_autogen.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.quiet import in_recorded_call, rest
 from durable_autogen.replay import Call, Replay
 from nexum_engine.errors import NexumError
 from nexum_engine.model import Task
 
 OnDrift = Literal["stop", "continue"]
+NO_TASK: Mapping[str, Any] = {"task": []}
+"""The beginning of a session in which a program runs its agents itself."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ class Recorder:
         """The numbers of those that an agent has seen."""
         self.as_task: set[int] = set()
         """The numbers of those that were a task of their own, because the run before them had ended."""
+        for event in journal.events:
+            if event.kind is Kind.BEGIN:
+                self.passed(event)
         self._seq_of = {event.address: event.seq for event in journal.events}
         self._survived: list[tuple[Task, Call, Exception]] = []
         self._turnstile = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
-        self._replay = Replay(journal, on_passed=self._passed_in_replay, on_drift=self._drift)
+        self._replay = Replay(journal, on_passed=self._passed_in_replay, on_drift=self._drift, tell=self.tell)
         self._replaying = asyncio.create_task(self._run_replay(), name="replay")
 
     def tell(self, text: str) -> None:
@@ -105,6 +110,13 @@ class Recorder:
     def passed(self, event: Event) -> None:
         """The session has come as far as this event."""
         self.last_recorded_ms, self.epoch = event.recorded_ms, event.epoch
+
+    async def begin(self, content: Mapping[str, Any] = NO_TASK, request: Mapping[str, Any] | None = None) -> None:
+        """Record the beginning of a session that has none, or of one that goes on as another program."""
+        async with self._turnstile:
+            if request is not None or not self.journal.events:
+                position = f"begin/{self.journal.epoch}"
+                self.passed(await self.journal.add(Kind.BEGIN, "", position, content, request or {}))
 
     @property
     def is_live(self) -> bool:
@@ -202,16 +214,26 @@ class Recorder:
         return await ordinary(perform(), str(call))
 
     async def _record(self, task: Task, call: Call, content: Any, failure: Failure | None = None) -> Event:
-        return await self.journal.record(
-            task,
-            call.kind,
-            call.agent,
-            call.position,
-            content,
-            call.request,
-            failure=failure,
-            active_ms=self.active_now_ms,
+        recording = asyncio.ensure_future(
+            self.journal.record(
+                task,
+                call.kind,
+                call.agent,
+                call.position,
+                content,
+                call.request,
+                failure=failure,
+                active_ms=self.active_now_ms,
+            )
         )
+        try:
+            return await asyncio.shield(recording)
+        except asyncio.CancelledError:
+            # The server may have it: then it has to be known here as well.
+            await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
+            raise
+        finally:
+            recording.cancel()
 
     def _check_not_failed(self) -> None:
         if self.failed.done():
@@ -272,5 +294,6 @@ class Recorder:
         left = len(self._replay.ahead)
         self.tell(f"[Nexum] session {session} goes on live from here; {left} recorded event(s) are left behind")
         await self.journal.branch(after, what)
+        self._seq_of = {address: seq for address, seq in self._seq_of.items() if seq <= after}
         self.epoch = self.journal.epoch
         await self._replay.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,6 +16,7 @@ from durable_autogen.quiet import rest
 from durable_autogen.request import differences
 
 DRIFT_PATIENCE = 10.0  # seconds that a recorded event may be waited for while the run asks for what is new
+TRIED_PATIENCE = 30.0  # the same, while it asks for no more than what was in flight when an earlier run ended
 HELD_PATIENCE = 1.0  # seconds in which a program that survived a failure may go on by itself
 
 
@@ -54,6 +56,7 @@ class Replay:
         *,
         on_passed: Callable[[Event], None],
         on_drift: Callable[[Event, list[str]], Awaitable[None]],
+        tell: Callable[[str], None],
     ) -> None:
         self.ahead = deque(event for event in journal.events if event.kind.is_asked_for)
         """What was not asked for yet."""
@@ -64,6 +67,7 @@ class Replay:
         self._journal = journal
         self._on_passed = on_passed
         self._on_drift = on_drift
+        self._tell = tell
         self._addresses = {event.address for event in self.ahead}
         self._asked: dict[str, _Asked] = {}
         self._held: list[tuple[Event, _Asked]] = []
@@ -147,28 +151,46 @@ class Replay:
         begun = loop.time()
         # What came late in the recorded run may come late again.
         late = 2 * max(0, event.active_ms - self.active_ms) / 1000
-        while event.address in self._addresses and event.address not in self._asked:
-            self._changed.clear()
-            if self._held and (self._was_survived(self._held[0][0]) or loop.time() >= begun + HELD_PATIENCE + late):
-                # What comes next in the record is not asked for before this failure is known.
-                failed, asked = self._held.pop(0)
-                _let_through(asked, failed)
-                await rest()
-                begun = loop.time()
-                continue
-            # As long as nobody waits for something new, the program is at work on something of its own.
-            held = {one.address for one, _ in self._held}
-            is_new = not all(self._waiting_live.values()) or any(address not in held for address in self._asked)
-            left = begun + (HELD_PATIENCE if held else DRIFT_PATIENCE) + late - loop.time()
-            if is_new and not held and left <= 0:
-                return False
-            try:
-                await asyncio.wait_for(self._changed.wait(), left if is_new or held else None)
-            except (asyncio.TimeoutError, TimeoutError):
-                continue
-            if not is_new:
-                begun = loop.time()
-        return True
+        notice = loop.call_later(DRIFT_PATIENCE + late, self._tell_waiting, event)
+        try:
+            while event.address in self._addresses and event.address not in self._asked:
+                self._changed.clear()
+                if self._held and (self._was_survived(self._held[0][0]) or loop.time() >= begun + HELD_PATIENCE + late):
+                    # What comes next in the record is not asked for before this failure is known.
+                    failed, asked = self._held.pop(0)
+                    _let_through(asked, failed)
+                    await rest()
+                    begun = loop.time()
+                    continue
+                patience = self._patience()
+                left = None if patience is None else begun + patience + late - loop.time()
+                if left is not None and left <= 0 and not self._held:
+                    return False
+                with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), left)
+                if patience is None:
+                    begun = loop.time()
+            return True
+        finally:
+            notice.cancel()
+
+    def _tell_waiting(self, event: Event) -> None:
+        if self._patience() == TRIED_PATIENCE:
+            self._tell(
+                f"[Nexum] {event} is next on record: waiting up to {TRIED_PATIENCE:g} s for the run to ask for it"
+            )
+
+    def _patience(self) -> float | None:
+        """How long the run may go without asking for what is recorded next, in seconds.
+
+        As long as nobody waits, the program is at work on something of its own, and will ask for it or end.
+        """
+        held = {one.address for one, _ in self._held}
+        if held:
+            return HELD_PATIENCE
+        if self._asked or not all(self._waiting_live.values()):
+            return DRIFT_PATIENCE
+        return TRIED_PATIENCE if self._waiting_live else None
 
     def _was_survived(self, failed: Event) -> bool:
         """Whether the same agent, or one that it works for, has asked for something after it."""

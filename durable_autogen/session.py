@@ -82,6 +82,7 @@ class DurableSession:
     def durable(self, runnable: Runnable) -> Runnable:
         """The same agent or team, which has never run: what its members call is recorded until the session's end."""
         self.parts.make_durable(runnable, runnable.name if isinstance(runnable, ChatAgent) else "")
+        self.parts.settle(runnable)
         return runnable
 
     # ---- Its run -----------------------------------------------------------------------------------------------------

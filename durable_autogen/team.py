@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
@@ -17,14 +17,12 @@ from durable_autogen.events import Event, Kind
 from durable_autogen.recorder import OnDrift, Recorder
 from durable_autogen.request import differences, hashed
 from durable_autogen.session import DurableSession
-from durable_autogen.transcript import Message, Transcript, marked
+from durable_autogen.transcript import Item, Message, Task, messages_of
 from nexum_engine.errors import InvalidRequest
 
 END_PATIENCE = 5.0  # seconds that a stopped team gets to end
 
 Runnable = ChatAgent | Team
-Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
-Item = Message | TaskResult
 
 
 async def run_durable(
@@ -113,9 +111,10 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
             raise InvalidRequest(f"session {journal.session} is new: give it a task")
         await _record_beginning(recorder, runnable, task)
         return task
-    recorder.passed(begun)
     recorded: list[str] = begun.content["task"]
     if task is None:
+        if not recorded:
+            raise InvalidRequest(f"session {journal.session} has no question of its own: give it a task")
         return _task_again(begun)
     if begun.accepted:  # in a fork, the team may be another one
         differing = differences(hashed({"task": recorded}), hashed({"task": _texts(task)}))
@@ -128,9 +127,8 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
 
 
 async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
-    journal = recorder.journal
-    content = {"task": _texts(task), "messages": [_dumped(message) for message in _messages(task)]}
-    recorder.passed(await journal.add(Kind.BEGIN, "", f"begin/{journal.epoch}", content, _description(runnable, task)))
+    content = {"task": _texts(task), "messages": [_dumped(message) for message in messages_of(task)]}
+    await recorder.begin(content, _description(runnable, task))
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:
@@ -162,14 +160,7 @@ def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
 def _texts(task: Task) -> list[str]:
     if isinstance(task, str):
         return [task]
-    return [message.to_text() for message in _messages(task)]
-
-
-def _messages(task: Task) -> list[BaseChatMessage]:
-    """The messages that the caller has made."""
-    if task is None or isinstance(task, str):
-        return []
-    return [task] if isinstance(task, BaseChatMessage) else list(task)
+    return [message.to_text() for message in messages_of(task)]
 
 
 class _Run:
@@ -185,16 +176,15 @@ class _Run:
     ) -> None:
         self.result = TaskResult(messages=[])
         self._recorder = session.recorder
-        self._parts = session.parts
         self._runnable = runnable
         self._output_task_messages = output_task_messages
-        self._transcript = Transcript(session.recorder)
         if cancellation_token is not None:
             loop = asyncio.get_running_loop()
             # Not handed to the team: AutoGen would wait for ever for a tool call that it cancels.
 
             def cancelled() -> None:
-                loop.call_soon_threadsafe(self._cancelled)
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self._cancelled)
 
             cancellation_token.add_callback(cancelled)
 
@@ -241,12 +231,10 @@ class _Run:
                 running.exception()  # looked at; what counts is raised already
 
     async def _feed(self, task: Task, queue: asyncio.Queue[Message | None]) -> None:
-        given = _messages(task)
         # A runnable of one's own may know no such argument.
         more: Any = {} if self._output_task_messages else {"output_task_messages": False}
         async for item in self._runnable.run_stream(task=task, **more):
             if isinstance(item, TaskResult):
-                self.result = self._transcript.result(item)
-                continue
-            message = self._transcript.settled(item, given=given)
-            queue.put_nowait(marked(message) if self._parts.was_replayed(item.source) else message)
+                self.result = item
+            else:
+                queue.put_nowait(item)

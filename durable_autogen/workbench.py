@@ -21,7 +21,7 @@ from autogen_core.tools import (
 )
 
 from durable_autogen.events import Kind
-from durable_autogen.failures import ordinary
+from durable_autogen.failures import is_being_cancelled, made_ordinary, ordinary
 from durable_autogen.model import Replies
 from durable_autogen.quiet import in_recorded_call
 from durable_autogen.recorder import Recorder
@@ -76,7 +76,7 @@ class DurableWorkbench(StaticStreamWorkbench):
             self._contained = kind([_contained(tool) for tool in tools], inner._tool_overrides)
 
     async def list_tools(self) -> list[ToolSchema]:
-        return await self.inner.list_tools()
+        return await ordinary(self.inner.list_tools(), f"the tools of {self._agent}")
 
     async def call_tool(
         self,
@@ -99,6 +99,9 @@ class DurableWorkbench(StaticStreamWorkbench):
                 result = await ordinary(self._contained.call_tool(name, arguments, cancellation_token, call_id), name)
             except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
+            if result.is_error and cancellation_token is not None and cancellation_token.is_cancelled():
+                # Not the tool's failure, but the program's wish: it is on record only if the program goes on with it.
+                raise RuntimeError(result.to_text())
             if UNTOLD in notes:
                 # The tool did not fail: nobody reads what it says of itself, and that ends the run.
                 self._recorder.stop(BrokenPipeError(notes[UNTOLD]))
@@ -192,15 +195,9 @@ def _contained(tool: BaseTool[Any, Any]) -> BaseTool[Any, Any]:
         except Exception:
             raise
         except BaseException as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and _is_being_cancelled(task):
+            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
                 raise
-            raise RuntimeError(f"{tool.name} ended with {type(error).__name__}: {error}") from error
+            raise made_ordinary(error, tool.name) from error
 
     object.__setattr__(twin, "run_json", run_json)
     return twin
-
-
-def _is_being_cancelled(task: asyncio.Task[Any]) -> bool:
-    # From Python 3.11 on it can be told; before, a cancelled tool's own error stands in for the cancellation.
-    return bool(getattr(task, "cancelling", lambda: 0)())

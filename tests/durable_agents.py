@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from autogen_agentchat.base import TaskResult
+from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
+from autogen_agentchat.base import Response, TaskResult
+from autogen_agentchat.messages import BaseChatMessage, TextMessage
+from autogen_core import CancellationToken
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
@@ -37,3 +40,38 @@ async def run(server: Server, build: Callable[[], Any], task: Any = "Q", session
 def texts(result: TaskResult) -> list[str]:
     """What was said."""
     return [message.to_text() for message in result.messages]
+
+
+def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any) -> AssistantAgent:
+    """An agent whose name is its model's, too."""
+    return AssistantAgent(
+        name,
+        client(model, name),
+        description=name,
+        tools=list(tools) or None,
+        max_tool_iterations=5,
+        **more,
+    )
+
+
+def is_after_a_tool(body: dict[str, Any]) -> bool:
+    """Whether the model is told a tool's result."""
+    return bool(body["messages"][-1]["role"] == "tool")
+
+
+class Own(BaseChatAgent):
+    """An agent of the program's own."""
+
+    def __init__(self, name: str, act: Callable[[str], Awaitable[str]]) -> None:
+        super().__init__(name, "of one's own")
+        self.act = act
+
+    @property
+    def produced_message_types(self) -> Sequence[type[BaseChatMessage]]:
+        return (TextMessage,)
+
+    async def on_messages(self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken) -> Response:
+        said = await self.act(messages[-1].to_text() if messages else "")
+        return Response(chat_message=TextMessage(content=said, source=self.name))
+
+    async def on_reset(self, cancellation_token: CancellationToken) -> None: ...

@@ -88,6 +88,7 @@ def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address
     assert "query is missing" in seen[2]
     assert "file:///etc/hostname" in seen[3]
     assert "look_up" in seen[4]
+    assert "[demo] Tool calls: 0 executed, 0 cached, 0 attached, 5 failed" in output
     # What repeating can't mend was not repeated, and a tool that nobody declared was not submitted.
     records = recorded(tmp_path, address)
     assert sorted(call_of(one)[0] for one in records) == ["visit_webpage", "web_search", "web_search", "web_search"]

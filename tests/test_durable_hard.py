@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from autogen_agentchat.agents import AssistantAgent, BaseChatAgent, UserProxyAgent
-from autogen_agentchat.base import Response
+from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
 from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import (
-    BaseChatMessage,
     MultiModalMessage,
     TextMessage,
     ToolCallExecutionEvent,
@@ -24,8 +22,8 @@ from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_agentchat.ui import Console, UserInputManager
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, UserMessage
-from autogen_core.tools import ToolResult, ToolSchema, Workbench
-from durable_agents import TIMEOUT, answer, client, run, texts
+from autogen_core.tools import StaticWorkbench, ToolResult, ToolSchema, Workbench
+from durable_agents import TIMEOUT, Own, agent, answer, client, is_after_a_tool, run, texts
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
@@ -34,40 +32,6 @@ from durable_autogen.events import Kind, read_events
 from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
-
-
-def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any) -> AssistantAgent:
-    return AssistantAgent(
-        name,
-        client(model, name),
-        description=name,
-        tools=list(tools) or None,
-        max_tool_iterations=5,
-        **more,
-    )
-
-
-def is_after_a_tool(body: dict[str, Any]) -> bool:
-    return bool(body["messages"][-1]["role"] == "tool")
-
-
-class Own(BaseChatAgent):
-    """An agent of the program's own."""
-
-    def __init__(self, name: str, act: Callable[[str], Awaitable[str]]) -> None:
-        super().__init__(name, "of one's own")
-        self.act = act
-
-    @property
-    def produced_message_types(self) -> Sequence[type[BaseChatMessage]]:
-        return (TextMessage,)
-
-    async def on_messages(self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken) -> Response:
-        said = await self.act(messages[-1].to_text() if messages else "")
-        return Response(chat_message=TextMessage(content=said, source=self.name))
-
-    async def on_reset(self, cancellation_token: CancellationToken) -> None: ...
-
 
 # ---- Names and places ------------------------------------------------------------------------------------------------
 
@@ -332,6 +296,38 @@ async def test_however_a_workbench_ends_it_is_a_recorded_failure(server: Server,
         assert event.content[0].is_error
         assert texts(await run(server, build)) == texts(first)
         assert (len(model.requests), bench.calls) == (2, 1)
+
+
+class Hopeless(BaseException):
+    """What nobody expects."""
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless])
+async def test_whatever_ends_an_agent_of_ones_own_is_an_error_and_no_hang(
+    server: Server, error: type[BaseException]
+) -> None:
+    async def ends(_: str) -> str:
+        raise error
+
+    with pytest.raises(RuntimeError, match=rf"one ended with {error.__name__}"):
+        await run(server, lambda: RoundRobinGroupChat([Own("one", ends)], max_turns=1))
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless])
+async def test_a_workbench_that_can_not_list_its_tools_is_an_error_and_no_hang(
+    server: Server, error: type[BaseException]
+) -> None:
+    class Unlisted(StaticWorkbench):
+        async def list_tools(self) -> list[ToolSchema]:
+            raise error
+
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([AssistantAgent("one", client(model), workbench=Unlisted([]))], max_turns=1)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(RuntimeError, match=rf"the tools of one ended with {error.__name__}"):
+            await run(server, build)
+        assert not model.requests
 
 
 async def test_a_tool_in_a_thread_that_finds_nothing_is_an_error_and_no_hang(server: Server) -> None:

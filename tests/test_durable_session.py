@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from datetime import datetime, timezone
 from typing import Any
 
 import pytest
-from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChunkEvent, TextMessage, ThoughtEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.tools import TeamTool
 from autogen_core.models import CreateResult, UserMessage
 from autogen_core.tools import FunctionTool
 from durable_agents import answer, client
-from harness import Server
+from harness import ROOT, Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
@@ -187,3 +190,66 @@ async def test_other_sessions_and_other_programs_have_other_ids(server: Server) 
         ids = [await last_id(system, session) for system, session in (("a", "s"), ("a", "r"), ("b", "s"))]
         assert len({*ids}) == 3
         assert await last_id("b", "s") == ids[2]
+
+
+async def test_what_a_session_makes_durable_has_the_same_transcript_again(server: Server) -> None:
+    begun = datetime.now(timezone.utc)
+
+    async def program() -> list[Any]:
+        async with DurableSession("s", nexum=server.address) as session:
+            one = session.durable(AssistantAgent("one", client(model)))
+            pair = session.durable(RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=2))
+            assert session.durable(pair) is pair
+            results = [await one.run(task="Q"), await pair.run(task="Q"), await pair.run(task="R")]
+            streamed = [item async for item in one.run_stream(task="R")]
+            return [*(one.model_dump() for one in results), streamed[-1].model_dump()]
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await program()
+        assert await program() == first
+        assert len(model.requests) == 6
+        messages = [message for result in first for message in result["messages"]]
+        assert len({message["id"] for message in messages}) == len(messages) == 10
+        assert min(message["created_at"] for message in messages) >= begun
+
+
+async def test_what_agents_within_a_tool_stream_has_the_same_transcript_again(server: Server) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
+            return Reply(calls=[("crew", {"task": "help"})])
+        return answer("one two three four")
+
+    def build() -> AssistantAgent:
+        members = [AssistantAgent(name, client(model, name), model_client_stream=True) for name in ("a", "b")]
+        crew = TeamTool(RoundRobinGroupChat(members, max_turns=3), "crew", "Ask the crew.")
+        outer = client(model, "outer")
+        return AssistantAgent("outer", outer, tools=[crew], max_tool_iterations=3, model_client_stream=True)
+
+    async def program() -> dict[str, Any]:
+        return (await run_durable(build, task="Q", session_id="s", nexum=server.address)).model_dump()
+
+    with OpenAIServer(reply) as model:
+        first = await program()
+        assert await program() == first
+        assert len(model.requests) == 5
+
+
+async def test_what_a_person_was_asked_has_the_same_transcript_again(server: Server) -> None:
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([UserProxyAgent("user", input_func=lambda _: "go on")], max_turns=2)
+
+    async def program() -> dict[str, Any]:
+        return (await run_durable(build, task="Q", session_id="s", nexum=server.address)).model_dump()
+
+    first = await program()
+    assert await program() == first
+    requests = [message["request_id"] for message in first["messages"] if "request_id" in message]
+    assert len({*requests}) == 2
+
+
+def test_a_program_may_have_a_module_named_tools() -> None:
+    code = (
+        "import sys, durable_autogen; print({'tools', 'submit_task', 'workflow', 'models', 'worker'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
