@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
-from autogen_agentchat.base import TaskResult
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChunkEvent, TextMessage, ThoughtEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.tools import TeamTool
@@ -220,7 +220,9 @@ async def test_what_agents_within_a_tool_stream_has_the_same_transcript_again(se
         return answer("one two three four")
 
     def build() -> AssistantAgent:
-        members = [AssistantAgent(name, client(model, name), model_client_stream=True) for name in ("a", "b")]
+        members: list[ChatAgent | Team] = [
+            AssistantAgent(name, client(model, name), model_client_stream=True) for name in ("a", "b")
+        ]
         crew = TeamTool(RoundRobinGroupChat(members, max_turns=3), "crew", "Ask the crew.")
         outer = client(model, "outer")
         return AssistantAgent("outer", outer, tools=[crew], max_tool_iterations=3, model_client_stream=True)
