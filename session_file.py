@@ -24,6 +24,10 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 WRITE_DELAY = 0.02  # seconds in which calls that follow one another share a write
 _LOCK_TIMEOUT = 30.0  # seconds
 
+# One thread for all files, so that reads and writes of this process take turns, and any number of sessions costs no
+# more; Python finishes its work before it exits.
+_thread = ThreadPoolExecutor(1, thread_name_prefix="session file")
+
 
 class SessionFileError(NexumError, OSError):
     """The file is there and can't be read."""
@@ -67,10 +71,9 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: tuple[int, int, int] | None = None
         self._waiting: dict[tuple[str, str], str] = {}
-        # One thread, so that reads and writes of this process take turns; Python finishes its work before it exits.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="session file")
         self._last_write: Future[None] | None = None
         self._write_queued = False
+        self._write_at = 0.0
         self._write_now = threading.Event()
         # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
@@ -102,7 +105,7 @@ class SessionFile:
         # While this process writes, what another one wrote is found by its key on the server.
         writing = self._last_write is not None and not self._last_write.done()
         if not writing and self._known_id(workflow_id, key) is None and self._signature() != self._seen:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._refresh)
+            await asyncio.get_running_loop().run_in_executor(_thread, self._refresh)
         return self._known_id(workflow_id, key)
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
@@ -116,7 +119,8 @@ class SessionFile:
         self._waiting[workflow_id, key] = execution_id
         if self._last_write is None or not self._write_queued:
             self._write_queued = True
-            self._last_write = self._thread.submit(self._write_waiting)
+            self._write_at = time.monotonic() + WRITE_DELAY
+            self._last_write = _thread.submit(self._write_waiting)
         return self._last_write
 
     async def written(self) -> None:
@@ -128,10 +132,10 @@ class SessionFile:
 
     def create(self) -> None:
         """Begin the session, unless it has begun: write the file, with no calls in it yet."""
-        self._last_write = self._thread.submit(self._write_down, {})
+        self._last_write = _thread.submit(self._write_down, {})
 
     def _write_waiting(self) -> None:
-        self._write_now.wait(WRITE_DELAY)
+        self._write_now.wait(self._write_at - time.monotonic())  # not at all, if another file's write took that long
         self._write_queued = False  # first, so that what comes from now on queues a write of its own
         batch = dict(self._waiting)
         self._write_down(batch)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -99,21 +99,43 @@ class _Deadline:
         return max(0.0, self._at - time.monotonic())
 
 
+def _default_address() -> str:
+    return os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
+
+
 class Session:
-    """The durable calls of one session on one server. `nexum` defaults to NEXUM_ADDRESS, then localhost:50051."""
+    """The durable calls of one session on one server. Use as an async context manager, or call `close`.
+
+    `nexum` defaults to NEXUM_ADDRESS, then localhost:50051; a `client` is used instead of it, and stays open.
+    """
 
     def __init__(
-        self, session_id: str = "default", *, nexum: str | None = None, workflow: Workflow = TOOL_CALL
+        self,
+        session_id: str = "default",
+        *,
+        nexum: str | None = None,
+        workflow: Workflow = TOOL_CALL,
+        client: NexumClient | None = None,
     ) -> None:
         self.session_id = session_id
         self.file = SessionFile(session_id)
-        self._client = NexumClient(nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS)
+        self._client = client or NexumClient(nexum or _default_address())
+        self._owns_client = client is None
         self._workflow = workflow
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Finish the session file and close the connection to the server."""
-        await self.file.written()
-        await self._client.close()
+        try:
+            await self.file.written()
+        finally:
+            if self._owns_client:
+                await self._client.close()
 
     async def call(
         self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
@@ -281,20 +303,32 @@ def _reason(execution: Execution) -> str:
 
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, str | None, str], Session]] = (
-    WeakKeyDictionary()
-)
+_clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
+# A file that is about to be written is kept by that, and knows what is not in it yet.
+_files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
+
+
+def _client_here() -> NexumClient:
+    """The running event loop's client of NEXUM_ADDRESS."""
+    for place in list(_clients):
+        if place[0].is_closed():
+            _clients.pop(place, None)  # which closes the connection, too
+    place = (asyncio.get_running_loop(), _default_address())
+    if place not in _clients:
+        _clients[place] = NexumClient(place[1])
+    return _clients[place]
 
 
 async def submit_tool_call_async(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """`Session.call` in the session of this id; only the text. Connections are kept for the event loop's life."""
-    sessions = _sessions.setdefault(asyncio.get_running_loop(), {})
-    place = (session_id, os.environ.get("NEXUM_ADDRESS"), os.getcwd())
-    if place not in sessions:
-        sessions[place] = Session(session_id)
-    return (await sessions[place].call(tool_name, tool_args, timeout=timeout, scope=scope)).text
+    """`Session.call` in the session of this id; only the text.
+
+    The sessions of an event loop share a connection. It is kept until a call is made after the loop was closed.
+    """
+    session = Session(session_id, client=_client_here())
+    session.file = _files.setdefault((os.getcwd(), session_id), session.file)
+    return (await session.call(tool_name, tool_args, timeout=timeout, scope=scope)).text
 
 
 def submit_tool_call(
@@ -341,11 +375,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 async def _call_once(args: argparse.Namespace, tool_args: Mapping[str, Any]) -> str:
     let_ctrl_c_cancel()
-    session = Session(args.session_id, nexum=args.nexum, workflow=OFFLINE_TOOL_CALL if args.offline else TOOL_CALL)
-    try:
+    workflow = OFFLINE_TOOL_CALL if args.offline else TOOL_CALL
+    async with Session(args.session_id, nexum=args.nexum, workflow=workflow) as session:
         return (await session.call(args.tool, tool_args, timeout=args.timeout)).text
-    finally:
-        await session.close()
 
 
 def main() -> int:

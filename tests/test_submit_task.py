@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Server, nexum_server, tool_worker
+from harness import ROOT, Process, Server, nexum_server, running, tool_worker
 from processes import (
     attempts,
     call_of,
@@ -28,6 +28,31 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable, WaitTimeout
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
 from workflow import OFFLINE_TOOL_CALL
+
+MANY_LOOPS = """
+import asyncio, sys, weakref
+from submit_task import submit_tool_call_async
+
+loops = []
+
+async def call(log, number):
+    loops.append(weakref.ref(asyncio.get_running_loop()))
+    await submit_tool_call_async("count_effect", {"log": log, "number": number}, f"session-{number}")
+
+for number in range(5):
+    asyncio.run(call(sys.argv[1], number))
+print("LOOPS", sum(loop() is not None for loop in loops))
+"""
+MANY_SESSIONS = """
+import sys, threading
+from submit_task import submit_tool_call
+
+seen = []
+for number in range(20):
+    submit_tool_call("count_effect", {"log": sys.argv[1], "number": number}, f"session-{number}")
+    seen.append(threading.active_count())
+print("THREADS", seen[-1] - seen[0])
+"""
 
 
 @pytest.fixture
@@ -108,6 +133,18 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
         result = asyncio.run(submit_tool_call_async("count_effect", {"log": log, "number": number}, "s"))
         assert number_of(result) == number
     assert len(effects(tmp_path / "log")) == 2
+
+
+# In processes of their own: gRPC keeps every loop that it has seen for as long as any of them has a connection.
+@pytest.mark.parametrize(
+    ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
+)
+def test_calls_in_many_loops_or_sessions_leave_nothing_behind(
+    tmp_path: Path, address: str, program: str, left: str
+) -> None:
+    with running(["-c", program, str(tmp_path / "log")], cwd=tmp_path, env={"NEXUM_ADDRESS": address}) as process:
+        assert process.wait() == 0, process.output
+    assert process.lines[-1] == left
 
 
 @pytest.mark.usefixtures("address")
@@ -306,8 +343,6 @@ def test_an_execution_that_a_new_database_does_not_know_is_replaced_through_the_
 
 
 def test_a_console_that_knows_no_check_mark_is_no_reason_to_fail(tmp_path: Path, server: Server) -> None:
-    from harness import ROOT, running
-
     command = [
         str(ROOT / "tests" / "submitter.py"),
         "s",
