@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,13 +63,18 @@ def check_session_id(session_id: str) -> str:
 
 
 class SessionFile:
-    """One session's file in `folder` (the working directory). Safe to write from many tasks and processes at once."""
+    """One session's file in `folder` (the working directory). Safe to write from many tasks and processes at once.
 
-    def __init__(self, session_id: str, folder: Path | None = None) -> None:
+    `tell` gets the lines that say what is wrong with the file; most come from a thread of the file's own.
+    """
+
+    def __init__(self, session_id: str, folder: Path | None = None, *, tell: Callable[[str], None] = say) -> None:
         folder = folder or Path.cwd()
+        self._tell = tell
         self.path = folder / f".session-{check_session_id(session_id)}.json"
         self._known = SessionRecord.new()
         self._seen: tuple[int, int, int] | None = None
+        self._unreadable: tuple[int, int, int] | None = None
         self._waiting: dict[tuple[str, str], str] = {}
         self._last_write: Future[None] | None = None
         self._write_queued = False
@@ -80,9 +85,9 @@ class SessionFile:
 
     def load(self) -> SessionRecord | None:
         """The contents; None if there is no file. A corrupt file is set aside, and said. Raises SessionFileError."""
-        if not self.path.exists():
-            return None
         try:
+            if not self.path.exists():
+                return None
             with self._lock:
                 return self._read()
         except OSError as error:
@@ -97,16 +102,19 @@ class SessionFile:
             why = error.errors()[0]["msg"]
         aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
         self.path.replace(aside)
-        say(f"[Nexum] {self.path.name} is corrupt ({why}); kept as {aside.name}, the server still has its results")
+        kept = f"kept as {aside.name}, the server still has its results"
+        self._tell(f"[Nexum] {self.path.name} is corrupt ({why}); {kept}")
         return None
 
     async def find(self, workflow_id: str, key: str) -> str | None:
-        """The execution that was started for this call."""
+        """The execution that was started for this call. A file that can't be read is said, and knows none."""
         # While this process writes, what another one wrote is found by its key on the server.
         writing = self._last_write is not None and not self._last_write.done()
-        if not writing and self._known_id(workflow_id, key) is None and self._signature() != self._seen:
+        known = self._known_id(workflow_id, key)
+        if known is None and not writing and self._signature() not in (self._seen, self._unreadable):
             await asyncio.get_running_loop().run_in_executor(_thread, self._refresh)
-        return self._known_id(workflow_id, key)
+            known = self._known_id(workflow_id, key)
+        return known
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
         return self._waiting.get((workflow_id, key)) or self._known.executions.get(workflow_id, {}).get(key)
@@ -147,17 +155,21 @@ class SessionFile:
         try:
             self._merge(batch)
         except OSError as error:
-            say(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
+            self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
     def _refresh(self) -> None:
         signature = self._signature()
-        self._known = self.load() or SessionRecord.new()
-        self._seen = signature
+        try:
+            self._known = self.load() or SessionRecord.new()
+            self._seen = signature
+        except SessionFileError as error:
+            self._unreadable = signature  # so that it is said once, and not taken for known when the file is written
+            self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _signature(self) -> tuple[int, int, int] | None:
         try:
             stat = self.path.stat()
-        except FileNotFoundError:
+        except OSError:  # there is none, or its folder can't be entered
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 

@@ -107,6 +107,7 @@ class Session:
     """The durable calls of one session on one server. Use as an async context manager, or call `close`.
 
     `nexum` defaults to NEXUM_ADDRESS, then localhost:50051; a `client` is used instead of it, and stays open.
+    `tell` gets the lines that say how the calls go, from the event loop and from the session file's thread.
     """
 
     def __init__(
@@ -116,9 +117,11 @@ class Session:
         nexum: str | None = None,
         workflow: Workflow = TOOL_CALL,
         client: NexumClient | None = None,
+        tell: Callable[[str], None] = say,
     ) -> None:
         self.session_id = session_id
-        self.file = SessionFile(session_id)
+        self.file = SessionFile(session_id, tell=tell)
+        self._tell = tell
         self._client = client or NexumClient(nexum or _default_address())
         self._owns_client = client is None
         self._workflow = workflow
@@ -143,7 +146,8 @@ class Session:
         """Run the tool, or find its result. `scope` tells two equal calls apart that are meant to run twice.
 
         Raises ToolCallFailed, WaitTimeout after `timeout` seconds (the execution goes on, and the next call attaches to
-        it), ServerUnavailable, InvalidRequest.
+        it), ServerUnavailable, NotANexumServer, InvalidRequest, ExecutionNotFound if the server forgot the call just as
+        the time was up, and the server's own refusals and faults: each is a NexumError.
         """
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
         deadline = _Deadline(timeout)
@@ -162,7 +166,8 @@ class Session:
                 # Its database was replaced, or another server took its place, perhaps while we waited.
                 if not deadline.left:
                     raise
-                say(f"[Nexum] {_short(gone.execution_id)} ({tool_name}) is unknown to this server: asking by its key")
+                lost = f"{_short(gone.execution_id)} ({tool_name})"
+                self._tell(f"[Nexum] {lost} is unknown to this server: asking by its key")
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
@@ -174,7 +179,8 @@ class Session:
             except ServerUnavailable:
                 if not deadline.left:
                     raise
-            say(f"[Nexum] no Nexum server answers on {self._client.address}: trying for {deadline.left:.0f} s more")
+            nobody = f"no Nexum server answers on {self._client.address}"
+            self._tell(f"[Nexum] {nobody}: trying for {deadline.left:.0f} s more")
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
@@ -182,12 +188,12 @@ class Session:
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
         if status is ExecutionStatus.COMPLETED:
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
+            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
             return ToolResult(_result(tool_name, observed.execution), Origin.CACHED, execution_id)
         if status is ExecutionStatus.RUNNING:
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
+            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
             return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline)
-        say(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
+        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
         return None
 
     async def _start(
@@ -208,11 +214,11 @@ class Session:
             await self._ask(deadline, partial(self._client.register_workflow, self._workflow))
             started = await self._ask(deadline, start)
         if not started.existing:
-            say(f"[Nexum] Submitted {_short(started.execution_id)} ({tool_name})")
+            self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({tool_name})")
             return started, Origin.EXECUTED
         if started.status is ExecutionStatus.COMPLETED:
             return started, Origin.CACHED
-        say(f"[Nexum] {_short(started.execution_id)} ({tool_name}) already RUNNING, attached")
+        self._tell(f"[Nexum] {_short(started.execution_id)} ({tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
     async def _result_of(
@@ -244,14 +250,14 @@ class Session:
                     "and the same call attaches to it"
                 )
             what_for = f"{self._what_for(observed)}{_last_failure(observed.execution)}"
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
+            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
             notice = NOTICE_EVERY
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
-            say(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
+            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
             return ToolResult(_result(tool_name, ended), origin, execution_id)
         reason = _reason(ended)
-        say(f"[Nexum] {_short(execution_id)} ({tool_name}) {ended.status.value}: {reason}")
+        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {ended.status.value}: {reason}")
         raise ToolCallFailed(f"{tool_name} failed: {reason}")
 
     def _what_for(self, observed: Observed) -> str:

@@ -8,10 +8,12 @@ import stat
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from harness import running
 
+import session_file
 from nexum_engine.errors import InvalidRequest
-from session_file import SessionFile, SessionFileError, check_session_id
+from session_file import SessionFile, SessionFileError, SessionRecord, check_session_id
 
 WRITER = """
 import asyncio, sys
@@ -61,6 +63,48 @@ async def test_what_another_process_records_later_is_found(tmp_path: Path) -> No
     record = SessionFile("s", tmp_path).load()
     assert record is not None
     assert record.executions == {"w": {"a": "exec-a", "b": "exec-b", "c": "exec-c"}}
+
+
+async def test_what_is_written_right_after_a_look_is_found_by_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = SessionFile("s", tmp_path), SessionFile("s", tmp_path)
+    await asyncio.wrap_future(one.record("w", "a", "exec-a"))
+    load = other.load
+
+    def load_and_lag() -> SessionRecord | None:
+        record = load()
+        one._merge({("w", "b"): "exec-b"})
+        return record
+
+    with monkeypatch.context() as patched:
+        patched.setattr(other, "load", load_and_lag)
+        assert await other.find("w", "b") is None
+    assert await other.find("w", "b") == "exec-b"
+
+
+async def test_what_is_recorded_during_a_write_is_written_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SessionFile("s", tmp_path)
+    write = file._write
+
+    def write_and_record(text: str) -> None:
+        write(text)
+        monkeypatch.undo()
+        file.record("w", "k", "exec-2")
+
+    monkeypatch.setattr(file, "_write", write_and_record)
+    await asyncio.wrap_future(file.record("w", "k", "exec-1"))
+    await file.written()
+    assert await SessionFile("s", tmp_path).find("w", "k") == "exec-2"
+
+
+async def test_a_reader_waits_for_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "k", "exec-1"))
+    monkeypatch.setattr(session_file, "_LOCK_TIMEOUT", 0.05)
+    reader = SessionFile("s", tmp_path)
+    with FileLock(f"{reader.path}.lock"), pytest.raises(SessionFileError, match="can't be read"):
+        reader.load()
+    assert await reader.find("w", "k") == "exec-1"
 
 
 async def test_the_age_of_a_session_is_that_of_its_first_call(tmp_path: Path) -> None:
@@ -130,12 +174,40 @@ async def test_a_file_that_becomes_corrupt_between_two_calls_is_set_aside_too(tm
     assert json.loads(file.path.read_text())["executions"] == {"w": {"b": "exec-b"}}
 
 
-async def test_a_file_that_can_not_be_read_is_an_error_and_stays(tmp_path: Path) -> None:
-    file = SessionFile("s", tmp_path)
+async def test_a_file_that_can_not_be_read_stays_and_is_said_once_and_costs_no_call(
+    tmp_path: Path,
+) -> None:
+    told: list[str] = []
+    file = SessionFile("s", tmp_path, tell=told.append)
     file.path.mkdir()
     with pytest.raises(SessionFileError, match="can't be read"):
-        await file.find("w", "key")
+        file.load()
+    for _ in range(2):
+        assert await file.find("w", "key") is None
+    (line,) = told
+    assert line.startswith(f"[Nexum] the session file {file.path} can't be read (")
+    assert line.endswith("; the server still has this session's results")
+    file.record("w", "key", "exec-1")
+    await file.written()
+    assert f"{file.path} can't be written" in told[1]
     assert file.path.is_dir()
+    assert await file.find("w", "key") is None
+
+
+async def test_a_file_that_could_not_be_read_for_a_moment_loses_nothing_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "a", "exec-a"))
+    file = SessionFile("s", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(file, "_read", busy)
+        assert await file.find("w", "a") is None
+    await asyncio.wrap_future(file.record("w", "b", "exec-b"))
+    assert await file.find("w", "a") == "exec-a"
+
+
+def busy() -> None:
+    raise PermissionError(13, "in use")  # what Windows says of a file that another program has open
 
 
 async def test_a_file_that_can_not_be_written_costs_no_call_its_result(

@@ -6,8 +6,9 @@ import asyncio
 import json
 import re
 import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from processes import (
 )
 
 import submit_task
-from nexum_engine.client import NexumClient
-from nexum_engine.errors import InvalidRequest, ServerUnavailable, WaitTimeout
+from nexum_engine.client import NexumClient, Observed, Started
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest, ServerUnavailable, WaitTimeout
+from nexum_engine.model import Execution, ExecutionStatus
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
 from workflow import OFFLINE_TOOL_CALL
 
@@ -187,6 +189,99 @@ def test_fifty_calls_from_two_processes_leave_one_valid_session_file(tmp_path: P
     assert session.stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.glob(".session*")) == [session.name, f"{session.name}.lock"]
     assert len(effects(tmp_path / "log")) == 50
+
+
+# ---- Against a stand-in for the server -------------------------------------------------------------------------------
+
+
+class StandIn(NexumClient):
+    """A server that answers as `answers` say, one after the other, and keeps what it was asked with."""
+
+    def __init__(self, *answers: Execution | Exception) -> None:
+        super().__init__("127.0.0.1:1")
+        self.answers = list(answers)
+        self.waits: list[float] = []
+        self.patience: list[float] = []
+
+    async def start_execution(self, *_: object, patience: float = 0.0, **__: object) -> Started:
+        self.patience.append(patience)
+        self.answer()
+        return Started("exec-1", existing=True, status=ExecutionStatus.RUNNING, ended=None)
+
+    async def get_execution(self, *_: object, wait: float = 0.0, **__: object) -> Observed:
+        self.waits.append(wait)
+        return Observed(self.answer(), has_poller=True)
+
+    def answer(self) -> Execution:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def execution(status: ExecutionStatus) -> Execution:
+    return Execution(
+        execution_id="exec-1",
+        workflow_id="tool-call",
+        version_hash="v",
+        status=status,
+        input_json="{}",
+        idempotency_key="k",
+        created_ms=0,
+        ended_ms=None,
+        error="",
+    )
+
+
+RUNNING, CANCELLED = execution(ExecutionStatus.RUNNING), execution(ExecutionStatus.CANCELLED)
+
+
+async def test_a_wait_is_explained_soon_and_then_now_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    gone = ServerUnavailable("gone")
+    client = StandIn(gone, gone, gone, RUNNING, RUNNING, RUNNING, CANCELLED)
+    async with client, Session("s", client=client, tell=told.append) as session:
+        with pytest.raises(ToolCallFailed, match="cancelled"):
+            await session.call("t", {})
+    first, often = submit_task.FIRST_NOTICE, submit_task.NOTICE_EVERY
+    assert client.patience == [first, often, often, often]
+    assert client.waits == [first, often, often]
+    assert len(told) == 3 + 1 + 2 + 1
+    assert all(line.startswith("[Nexum] ") for line in told)
+
+
+async def test_a_server_that_keeps_forgetting_is_asked_until_the_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = StandIn(RUNNING, ExecutionNotFound("exec-1"), RUNNING, ExecutionNotFound("exec-1"))
+    async with client, Session("s", client=client) as session:
+        with pytest.raises(ExecutionNotFound):
+            await session.call("t", {}, timeout=0)
+    assert len(client.waits) == 1
+
+
+def test_an_interrupted_caller_leaves_no_waiting_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, ended = threading.Event(), threading.Event()
+
+    async def wait(*_: object) -> str:
+        try:
+            waiting.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return ""
+
+    def interrupt(_: object) -> str:
+        waiting.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit_task, "submit_tool_call_async", wait)
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        submit_tool_call("t", {})
+    assert ended.wait(10)
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------
