@@ -69,8 +69,6 @@ def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_pat
     assert given != agent
     (own / "program.py").write_text(
         f"{MODEL}\nasync def main():\n{textwrap.indent(given, '    ')}\n"
-        "    result = await agent.run(task='Charge c-17.')\n"
-        "    await session.close()\n"
         "    print('AGENT', result.messages[-1].content)\n"
         f"asyncio.run(main())\n{without_an_agent}\nprint('TEXT', text)\n"
     )
