@@ -142,7 +142,8 @@ class NexumForRun:
         return "127.0.0.1" if host == "localhost" else host, port
 
     async def _first_answer(self) -> None:
-        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, NotANexumServer in time.
+        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, and NotANexumServer if
+        something does and answers as another kind of server, or not within FIRST_ANSWER.
 
         gRPC by itself waits much longer for the first word of a peer, and can't tell one that is no server of its kind
         from none at all.

@@ -5,7 +5,8 @@
     OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
     none of these, or offline                             the rehearsal: rule-based, no network
 
-A key is only ever sent to its own vendor: address and key are always passed together, never left to a default.
+A key is only ever sent to its own vendor, and OPENAI_API_KEY to OpenAI or to the server that OPENAI_BASE_URL names:
+address and key are always passed together, never left to a default.
 """
 
 import re
