@@ -52,7 +52,7 @@ def test_a_tool_is_read_off_its_function() -> None:
     assert EVERYTHING.signature.startswith(
         "everything(text: str, count: int = 3, share: float = 0.5, exact: bool = False"
     )
-    schema = EVERYTHING.json_schema()
+    schema = EVERYTHING.arguments.model_json_schema()
     assert schema["required"] == ["text"]
     assert schema["additionalProperties"] is False
     assert schema["properties"]["count"]["description"] == "how many"

@@ -91,10 +91,6 @@ class Tool:
             context_parameter=context_parameter,
         )
 
-    def json_schema(self) -> dict[str, Any]:
-        """The arguments as JSON Schema, for the model."""
-        return self.arguments.model_json_schema()
-
     def validate(self, arguments: object) -> dict[str, Any]:
         """Check a model's arguments; what is wrong is said in one message that the model can act on."""
         try:
