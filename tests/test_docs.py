@@ -28,9 +28,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import FunctionCall
 from autogen_core.models import CreateResult, ModelInfo, RequestUsage
 from autogen_ext.models.replay import ReplayChatCompletionClient
-from durable_autogen import DurableSession, DurableTool, run_durable
-from submit_task import Session, submit_tool_call
-from tools import TOOLS
+from durable_autogen import DurableSession, run_durable
 
 def model(*replies):
     said = [
@@ -51,15 +49,20 @@ def programs(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def copy_what_it_says(page: str, folder: Path) -> None:
+    """Copy the files and folders that the page tells to copy."""
+    sentence = re.search(r"Copy (.*?) beside your code", page, re.DOTALL)
+    assert sentence is not None
+    for name in re.findall(r"`([\w./]+)`", sentence[1]):
+        copy = shutil.copytree if name.endswith("/") else shutil.copy
+        copy(ROOT / name, folder / name)
+
+
 def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_path: Path) -> None:
     charge, agent, without_an_agent = programs(OWN_AGENT)
     own = tmp_path / "own"
     own.mkdir()
-    sentence = re.search(r"Copy (.*?) beside your code", OWN_AGENT, re.DOTALL)
-    assert sentence is not None
-    for name in re.findall(r"`([\w./]+)`", sentence[1]):
-        copy = shutil.copytree if name.endswith("/") else shutil.copy
-        copy(ROOT / name, own / name)
+    copy_what_it_says(OWN_AGENT, own)
     (own / "payments.py").write_text(PAYMENTS)
     with (own / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
         tools.write(f"\nimport payments\n{charge}")
@@ -68,7 +71,8 @@ def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_pat
     )
     assert given != agent
     (own / "program.py").write_text(
-        f"{MODEL}\nasync def main():\n{textwrap.indent(given, '    ')}\n"
+        f"{MODEL}\nfrom durable_autogen import DurableTool\nfrom submit_task import Session, submit_tool_call\n"
+        f"from tools import TOOLS\nasync def main():\n{textwrap.indent(given, '    ')}\n"
         "    print('AGENT', result.messages[-1].content)\n"
         f"asyncio.run(main())\n{without_an_agent}\nprint('TEXT', text)\n"
     )
@@ -90,6 +94,7 @@ def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_pat
 def test_a_durable_run_and_a_session_run_as_they_are_printed(server: Server, tmp_path: Path) -> None:
     whole_team, session, *_ = programs(DURABLE_RUNS)
     session = session.replace("order-4711", "another")  # both are printed with the same id
+    copy_what_it_says(DURABLE_RUNS, tmp_path)
     (tmp_path / "program.py").write_text(
         f"{MODEL}\n"
         "def charge(customer: str) -> str:\n    'Charge.'\n    return customer\n"
@@ -105,7 +110,7 @@ def test_a_durable_run_and_a_session_run_as_they_are_printed(server: Server, tmp
         "asyncio.run(own())\n"
     )
     for _ in range(2):
-        run = Process(["program.py"], cwd=tmp_path, env={"NEXUM_ADDRESS": server.address})
+        run = Process(["program.py"], cwd=tmp_path, env={"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""})
         assert run.wait() == 0, run.output
         assert "\nfrom the team\n" in run.output
         assert "\nc-17 from the team\n" in run.output
