@@ -6,7 +6,7 @@
     python -m nexum_engine cancel EXECUTION       cancel one
 
 ps, show and cancel ask the running server; where none answers they open the database themselves, so they work after a
-demo has ended.
+demo has ended. A database that is named with --database-url is always opened, and no server asked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 from nexum_engine import VERSION, report
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.clock import SystemClock
-from nexum_engine.errors import NexumError, ServerUnavailable, StoreRefused
+from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable, StoreLocked, StoreRefused
 from nexum_engine.model import Execution
 from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
 
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
     )
-    _add_database(parser, os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL)
+    _add_database(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
     ps = commands.add_parser("ps", help="list executions, newest first")
     ps.add_argument("--workflow", default="", help="only this workflow's")
@@ -79,21 +80,24 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (ps, show, cancel):
         command.add_argument(
             "--nexum",
-            default=os.environ.get("NEXUM_ADDRESS") or None,
             metavar="HOST:PORT",
-            help=f"the server to ask (default: {DEFAULT_ADDRESS}, else the database)",
+            help=f"the server to ask (default: $NEXUM_ADDRESS, else {DEFAULT_ADDRESS}, else the database)",
         )
         _add_database(command, argparse.SUPPRESS)
     return parser
 
 
-def _add_database(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--database-url",
         default=default,
         metavar="URL",
         help=f"sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
+
+
+def _default_database() -> str:
+    return os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
 
 
 def _positive(text: str) -> float:
@@ -125,11 +129,11 @@ async def serve(args: argparse.Namespace) -> None:
     from nexum_engine.shutdown import stop_event
 
     def on_ready(address: str, database: str) -> None:
-        print(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)", flush=True)
+        _say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
 
     await run_server(
         args.listen,
-        args.database_url,
+        _default_database() if args.database_url is None else args.database_url,
         lease=args.lease,
         patience=args.patience,
         stop=stop_event(until_stdin_closes=args.until_stdin_closes),
@@ -138,9 +142,19 @@ async def serve(args: argparse.Namespace) -> None:
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run ps, show or cancel; what to print."""
+    """Run ps, show or cancel; what to print. Where both are named, raises InvalidRequest."""
+    if args.database_url is None:
+        return await _ask_server(args)
+    if args.nexum is not None:
+        raise InvalidRequest("--nexum names a server and --database-url a database: give the one to look at")
+    return await _open_database(args, args.database_url)
+
+
+async def _ask_server(args: argparse.Namespace) -> str:
+    """Ask the server, or open the default database where none was named and none answers."""
+    address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
-        async with NexumClient(args.nexum or DEFAULT_ADDRESS) as client:
+        async with NexumClient(address or DEFAULT_ADDRESS) as client:
 
             async def get(execution_id: str) -> Execution:
                 return (await client.get_execution(execution_id, with_attempts=True)).execution
@@ -150,11 +164,18 @@ async def look(args: argparse.Namespace) -> str:
 
             return await _answer(args, list_, get, client.cancel_execution)
     except ServerUnavailable:
-        if args.nexum:
+        if address:
             raise
-    if not database_exists(args.database_url):
-        raise StoreRefused(f"no server on {DEFAULT_ADDRESS}, and no database at {args.database_url}: nothing recorded")
-    store = await open_store(args.database_url, SystemClock(), lock_timeout=LOOK_PATIENCE)
+    return await _open_database(args, _default_database(), f"no server on {DEFAULT_ADDRESS}, and ")
+
+
+async def _open_database(args: argparse.Namespace, url: str, tried: str = "") -> str:
+    if not database_exists(url):
+        raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
+    try:
+        store = await open_store(url, SystemClock(), lock_timeout=LOOK_PATIENCE)
+    except StoreLocked as error:
+        raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that one, with --nexum HOST:PORT") from error
     try:
         return await _answer(
             args, store.list_executions, lambda one: store.get_execution(one, True), store.cancel_execution
@@ -179,6 +200,17 @@ async def _answer(
     return f"{args.execution} is CANCELLED"
 
 
+def _say(text: str) -> None:
+    """Print it at once. Raises BrokenPipeError once nobody reads standard output, on every system."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # What Windows says of a pipe that nobody reads.
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code."""
     args = build_parser().parse_args(argv)
@@ -186,12 +218,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.command is None:
             asyncio.run(serve(args))
         else:
-            print(asyncio.run(look(args)), flush=True)
+            _say(asyncio.run(look(args)))
     except NexumError as error:
         print(f"error: {report.printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ServerUnavailable) else 1
-    except BrokenPipeError:
-        # Who reads our output has seen enough (`| head`): what is left of it goes nowhere.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)  # a full disk, under the output or elsewhere
+        # Else who reads our output has seen enough (`| head`). What is left of it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

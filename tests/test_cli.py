@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 from harness import Process, Server, environment, free_port, nexum_server, running
-from processes import counting_worker, effects, recorded, run_script, submitter, wait_until
+from processes import (
+    counting_worker,
+    effects,
+    recorded,
+    require_free_default_port,
+    run_script,
+    submitter,
+    wait_until,
+)
 
 WIDTH = 80
 
@@ -185,12 +193,35 @@ def test_nothing_recorded_is_said(tmp_path: Path, server: Server) -> None:
 
 @pytest.mark.parametrize("command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"]], ids=lambda one: one[0])
 def test_without_server_and_database_it_says_so_and_makes_none(tmp_path: Path, command: list[str]) -> None:
-    code, output = nexum(tmp_path, *command, *database(tmp_path))
+    require_free_default_port()
+    code, output = nexum(tmp_path, *command)
     assert code == 1
     assert output == (
-        f"error: no server on localhost:50051, and no database at sqlite:///{tmp_path / 'nexum.db'}: nothing recorded"
+        "error: no server on localhost:50051, and no database at sqlite:///.nexum/local.db: nothing recorded"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
+@pytest.mark.parametrize("command", ["ps", "show", "cancel"])
+def test_a_database_that_was_named_is_looked_at_and_no_server_asked(
+    tmp_path: Path, server: Server, command: str, before: bool
+) -> None:
+    run_one_call(tmp_path, server)
+    (execution_id, *_) = [one["execution_id"] for one in recorded(tmp_path, server.address)]
+    arguments = [command] if command == "ps" else [command, execution_id]
+    named = ("--database-url", f"sqlite:///{tmp_path / 'other.db'}")
+    command_line = [*named, *arguments] if before else [*arguments, *named]
+    there = (1, f"error: no database at {named[1]}: nothing recorded")
+    assert nexum(tmp_path, *command_line, NEXUM_ADDRESS=server.address) == there
+
+
+def test_a_database_that_a_server_has_open_is_left_to_it(tmp_path: Path, server: Server) -> None:
+    code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
+    url = database(tmp_path)[1]
+    assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that one, with --nexum HOST:PORT")
+    code, output = nexum(tmp_path, "ps", *database(tmp_path), "--nexum", server.address)
+    assert (code, output.endswith("give the one to look at")) == (1, True)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel"])
@@ -225,6 +256,34 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path, server: Server) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(20) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("command", [["ps"], ["--listen", "127.0.0.1:0"]], ids=["ps", "the server"])
+def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, server: Server, command: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "nexum_engine", *command],
+            cwd=tmp_path,
+            env=environment({"NEXUM_ADDRESS": server.address}),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=30,
+        )
+    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
+def test_what_windows_says_of_a_closed_pipe_is_no_traceback_either(tmp_path: Path, server: Server) -> None:
+    program = (
+        "import errno, io, sys\n"
+        "from nexum_engine.__main__ import main\n"
+        "class Closed(io.TextIOWrapper):\n"
+        "    def write(self, _):\n"
+        "        raise OSError(errno.EINVAL, 'Invalid argument')\n"
+        "sys.stdout = Closed(sys.stdout.buffer)\n"
+        f"sys.exit(main(['ps', '--nexum', {server.address!r}]))\n"
+    )
+    assert run_script(["-c", program], tmp_path) == (1, "")
 
 
 # ---- cancel ----------------------------------------------------------------------------------------------------------

@@ -406,7 +406,8 @@ def test_the_first_line_names_address_database_and_version(server: Server) -> No
 def test_the_records_are_shown_while_the_server_runs_and_after_it_ended(tmp_path: Path) -> None:
     def look(*arguments: str) -> subprocess.CompletedProcess[str]:
         url = f"sqlite:///{tmp_path / 'nexum.db'}"
-        command = [sys.executable, "-m", "nexum_engine", *arguments, "--database-url", url]
+        where = [] if "--nexum" in arguments else ["--database-url", url]
+        command = [sys.executable, "-m", "nexum_engine", *arguments, *where]
         return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30)
 
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
