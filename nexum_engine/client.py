@@ -243,7 +243,8 @@ class NexumClient:
         """The newest executions, without inputs and nodes unless asked; 20 of them unless `limit` says otherwise.
 
         `key_prefix` is what their idempotency keys begin with (it needs `workflow_id`), `before` the execution that
-        they are older than. With nodes there may be fewer than `limit`, if they are large, but none only at the end.
+        they are older than (raises ExecutionNotFound). A page with nodes may be shorter than `limit`; only an empty one
+        is the end.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,
@@ -253,7 +254,10 @@ class NexumClient:
             before_execution_id=before,
             with_nodes=with_nodes,
         )
-        answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t), patience=patience)
+        try:
+            answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t), patience=patience)
+        except NotFound as error:
+            raise ExecutionNotFound(before) from error
         return [
             Execution(
                 execution_id=summary.execution_id,

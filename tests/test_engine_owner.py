@@ -13,7 +13,7 @@ from harness import Server, running
 
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
-from nexum_engine.errors import Conflict, InvalidRequest, StaleTask
+from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, StaleTask
 from nexum_engine.model import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.owner import Owner
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
@@ -171,6 +171,13 @@ async def test_executions_are_listed_by_the_beginning_of_their_key_page_by_page(
     assert [(one.idempotency_key, len(one.nodes)) for one in older] == [("a/1", 1)]
     with pytest.raises(InvalidRequest, match="give workflow_id"):
         await store.list_executions("", "", 2, key_prefix="a/")
+
+
+@pytest.mark.parametrize("prefix", ["", "a/"])
+async def test_a_page_before_an_execution_that_there_is_not_is_no_end_of_the_list(server: Server, prefix: str) -> None:
+    async with NexumClient(server.address) as client:
+        with pytest.raises(ExecutionNotFound, match="'typo'"):
+            await client.list_executions(workflow_id="owned", key_prefix=prefix, before="typo")
 
 
 async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> None:

@@ -206,13 +206,18 @@ def list_executions(
 
     With them, there are as many as have MAX_LIST_BYTES, and at least one if there is one.
 
-    Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow.
+    Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow; ExecutionNotFound for an
+    unknown `before`, as an empty list would say that there are no older ones.
     """
     if status and status not in ExecutionStatus.__members__:
         raise InvalidRequest(f"status {status!r} is none of {', '.join(ExecutionStatus.__members__)}")
     if key_prefix and not workflow_id:
         raise InvalidRequest("keys belong to a workflow: give workflow_id beside idempotency_key_prefix")
-    filters = {"workflow_id": workflow_id, "status": status, "before": before, "limit": limit}
+    oldest = db.one("sequence", execution_id=before) if before else None
+    if before and oldest is None:
+        raise ExecutionNotFound(before)
+    sequence = None if oldest is None else oldest["sequence"]
+    filters = {"workflow_id": workflow_id, "status": status, "before": sequence, "limit": limit}
     if key_prefix:
         end = key_prefix + chr(sys.maxunicode)
         rows = db.all("executions_of_prefix", **filters, first=key_prefix, end=end)

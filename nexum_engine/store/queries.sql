@@ -1,4 +1,4 @@
--- Every query of the store, by name. Both dialects read this file; what differs stands in the dialect.
+-- Every query of the store, by name. What differs between databases stands in the dialect.
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -43,12 +43,16 @@ VALUES (:execution_id, :node_id, :position, :node_type, :dependencies, :version_
 SELECT execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms, error
 FROM executions WHERE execution_id = :execution_id;
 
+-- name: sequence
+-- An execution's place in the order in which they were started.
+SELECT sequence FROM executions WHERE execution_id = :execution_id;
+
 -- name: executions
 -- The latest executions, newest first; an empty filter matches all.
 SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
 FROM executions
 WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
-  AND (:before = '' OR sequence < (SELECT sequence FROM executions WHERE execution_id = :before))
+  AND (:before IS NULL OR sequence < :before)
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: executions_of_prefix
@@ -57,7 +61,7 @@ SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempo
 FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
   AND (:status = '' OR status = :status)
-  AND (:before = '' OR sequence < (SELECT sequence FROM executions WHERE execution_id = :before))
+  AND (:before IS NULL OR sequence < :before)
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: nodes
@@ -241,7 +245,7 @@ WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now ORDER B
 SELECT min(lease_expires_ms) AS due FROM attempts WHERE outcome = 'RUNNING';
 
 -- name: due_tasks
--- How many tasks of each version are due by now and were not due before.
+-- The tasks that are due by now and were not due before.
 SELECT version_hash, task_bytes FROM nodes WHERE status = 'READY' AND ready_ms > :since AND ready_ms <= :now;
 
 -- name: next_retry
