@@ -2,8 +2,8 @@
 
     python -m nexum_engine.wire.generate
 
-Needs grpcio-tools 1.70 or 1.71 (later ones generate for protobuf 6, which can't be imported beside AutoGen) and, for the
-type stubs, mypy-protobuf (both are in tests/requirements.txt).
+Needs grpcio-tools 1.71, which requirements.txt names (later ones generate for protobuf 6, which can't be imported beside
+AutoGen), and for the type stubs mypy-protobuf, which tests/requirements.txt names.
 """
 
 from __future__ import annotations
