@@ -450,6 +450,30 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
+async def test_of_many_slots_the_latest_are_remembered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexum_engine.server.dispatch.MAX_REMEMBERED_SLOTS", 3)
+    await engine.register({"a": []})
+    for _ in range(5):
+        await engine.start()
+    tasks = [await engine.task(engine.poll(slot=f"slot {n}")) for n in range(5)]
+    again = [await engine.poll(slot=f"slot {n}", wait_ms=0) for n in range(5)]
+    assert again == [None, None, *tasks[2:]]
+    handed_out = vars(engine.dispatch)["_handed_out"]
+    assert {len(value) for value in vars(handed_out).values()} == {3}
+
+
+async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
+    await engine.register({"a": []})
+    claim = engine.dispatch.take_due("w1", ("v1",), LARGE)
+    assert claim is not None
+    start = asyncio.create_task(engine.start())
+    await turns(1)
+    assert not claim.done()
+    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    execution_id = await start
+    assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
+
+
 async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version_was_forgotten_since(
     engine: Engine,
 ) -> None:
@@ -523,6 +547,25 @@ async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
     assert await swept(engine) == 1  # it was silent since
+
+
+async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back_on_a_new_one(make: Make) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    await engine.register({"a": []})
+    await engine.start()
+    old, new = Stream(engine), Stream(engine)
+    old.beat()
+    await old.acked()
+    task = await engine.task(engine.poll())
+    new.beat(task.task_id)
+    await new.acked()
+    old.breaks()
+    await old.ended()
+    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    await engine.store.list_executions("", "", 1)
+    clock.advance(RECONNECT_GRACE_MS / 1000)
+    assert await swept(engine) == 0
 
 
 async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(make: Make) -> None:
@@ -641,6 +684,20 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     await until_idle(engine, poll)
     engine.dispatch.look_again()
     await engine.task(poll)
+
+
+async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_all_the_same(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll())
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
+    await turns()
+    await engine.store.complete_task(task.task_id, "1")
+    engine.dispatch.look_again()
+    assert (await asyncio.wait_for(waiting, SOON)).status == "COMPLETED"
+    later = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
+    assert (await asyncio.wait_for(later, SOON)).status == "COMPLETED"
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("unknown"), RuntimeError("a bug")], ids=["unknown", "a bug"])

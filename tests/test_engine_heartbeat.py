@@ -23,7 +23,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, Heartbeat
-from nexum_engine.model import Outcome
+from nexum_engine.model import ExecutionStatus, Outcome
 from nexum_engine.owner import Owner
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
@@ -165,6 +165,22 @@ async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(
             await until(lambda: server.calls["renew"] >= 8)
             execution = (await client.get_execution(started.execution_id, with_attempts=True)).execution
             assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
+
+
+async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path: Path) -> None:
+    async with (
+        engine_server(tmp_path, lease=0.4) as server,
+        NexumClient(server.address) as client,
+        Owner(client) as owner,
+    ):
+        owned = await owner.start(ONE, {}, idempotency_key="k")
+        assert owned.task is not None
+        server.watch("renew")
+        await until(lambda: server.calls["renew"] >= 8)
+        execution = (await client.get_execution(owned.execution_id, with_attempts=True)).execution
+        assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
+        await owner.complete(owned.task, {"done": True})
+        assert (await client.get_execution(owned.execution_id)).execution.status is ExecutionStatus.COMPLETED
 
 
 async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_lease_is_over(

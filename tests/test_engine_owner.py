@@ -6,14 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from harness import Server, running
 
 from nexum_engine.client import NexumClient
+from nexum_engine.client import Started as ClientStarted
 from nexum_engine.clock import ManualClock
-from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, StaleTask
+from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, ServerError, StaleTask
 from nexum_engine.model import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.owner import Owner
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
@@ -132,6 +134,9 @@ async def test_owners_may_die_as_often_as_they_like(store: Store, clock: ManualC
     for number in range(MAX_LOST_ATTEMPTS + 2):
         assert (await own(store, f"owner {number}")).task is not None
         await lose(store, clock, f"owner {number}")
+    last = await own(store, "last")
+    assert last.task is not None
+    assert last.task.attempt == MAX_LOST_ATTEMPTS + 3, "the execution was given up, and this is another one"
 
 
 async def test_after_a_restart_an_owner_keeps_its_task_if_it_comes_back_within_a_second(
@@ -195,11 +200,23 @@ async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> No
     assert len(await store.list_executions("w", "", 100, key_prefix="a/")) == 4
 
 
+async def test_an_execution_that_is_larger_than_a_list_may_be_is_a_page_of_its_own(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.store.executions.MAX_LIST_BYTES", 1)
+    for key in ("a", "b"):
+        await own(store, "one", key)
+    (newest,) = await store.list_executions("w", "", 10, with_nodes=True)
+    (older,) = await store.list_executions("w", "", 10, with_nodes=True, before=newest.execution_id)
+    assert [newest.idempotency_key, older.idempotency_key] == ["b", "a"]
+
+
 # ---- Through a real server -------------------------------------------------------------------------------------------
 
 DIES = """
 import asyncio, sys
 from nexum_engine.client import NexumClient
+from nexum_engine.client import Started as ClientStarted
 from nexum_engine.owner import Owner
 from nexum_engine.workflow import workflow
 
@@ -237,6 +254,18 @@ async def test_a_killed_process_is_taken_over_within_seconds_and_a_live_one_is_n
         again = await owner.start(OWNED, {}, idempotency_key="k")
         assert again.ended is not None
         assert again.ended.outputs() == {"a": '{"done":true}'}
+
+
+async def test_a_server_that_ignores_the_owner_is_left_without_the_execution_that_it_queued(server: Server) -> None:
+    class Ownerless(NexumClient):
+        async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
+            return await super().start_execution(*args, **{**options, "owner": ""})
+
+    async with Ownerless(server.address) as client, Owner(client) as owner:
+        with pytest.raises(ServerError, match="knows no owned executions"):
+            await owner.start(OWNED, {}, idempotency_key="k")
+        (execution,) = await client.list_executions()
+    assert execution.status is ExecutionStatus.CANCELLED
 
 
 async def test_a_published_poll_gets_no_owned_task(server: Server) -> None:

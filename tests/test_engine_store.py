@@ -529,6 +529,15 @@ async def test_the_grace_ends_on_its_limit(store: Store, clock: ManualClock) -> 
     assert (await attempts(store, started.execution_id))[0].outcome is Outcome.LOST
 
 
+async def test_the_grace_does_not_make_a_lease_longer(store: Store, clock: ManualClock) -> None:
+    await start(store)
+    await taken(store)
+    clock.advance((LEASE_MS - 1) / 1000)
+    await store.disconnect("w1", GRACE_MS)
+    clock.advance(0.001)
+    assert await sweep(store) == (1, [])
+
+
 async def test_a_disconnect_does_not_touch_another_worker_nor_one_that_never_had_a_stream(
     store: Store, clock: ManualClock
 ) -> None:
@@ -571,15 +580,15 @@ async def test_a_late_worker_is_heard_while_no_newer_attempt_was_handed_out(stor
 async def test_a_late_failure_counts_as_a_failure_and_not_also_as_a_loss(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS - 1):
-        await taken(store)
+        late = await taken(store)
         clock.advance(LEASE_MS / 1000)
         await sweep(store)
-    late = await taken(store)
-    # The tenth loss would end it, so the report has to come before the sweep; the ninth was one already.
     await store.fail_task(late.task_id, "no", False)
     clock.advance(1)
-    ninth = await taken(store)
-    assert ninth.attempt == MAX_LOST_ATTEMPTS + 1
+    # Were that one still a loss, this one would be the last.
+    await taken(store)
+    clock.advance(LEASE_MS / 1000)
+    assert await sweep(store) == (1, [])
     assert (await store.get_execution(started.execution_id)).status is ExecutionStatus.RUNNING
 
 

@@ -355,6 +355,24 @@ async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancel
     assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
 
 
+async def test_a_handler_that_ends_with_its_cancelled_worker_has_not_failed(address: str, client: NexumClient) -> None:
+    begun = asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await asyncio.Event().wait()
+        return "never"
+
+    async with working(address, {ONE: {"a": handler}}) as running:
+        execution_id = await begin(client, ONE)
+        await asyncio.wait_for(begun.wait(), SOON)
+        running.run.cancel()
+        await asyncio.wait({running.run}, timeout=SOON)
+        assert running.run.cancelled()
+    execution = (await client.get_execution(execution_id, with_attempts=True)).execution
+    assert execution.nodes[0].attempts[0].outcome in (Outcome.RUNNING, Outcome.LOST)
+
+
 WAITS = """
 import asyncio, sys
 sys.path.insert(0, {root!r})

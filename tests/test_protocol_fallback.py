@@ -158,14 +158,20 @@ async def test_the_fallback_waits_no_longer_than_it_was_asked_to(old: Proxy) -> 
         assert 0.5 <= asyncio.get_running_loop().time() - before < 3
 
 
-async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_reason(old: Proxy) -> None:
-    async with NexumClient(old.address) as client:
+async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_reason(
+    server: Server, old: Proxy
+) -> None:
+    async with NexumClient(old.address) as client, NexumClient(server.address) as worker:
         await client.register_workflow(CHAIN)
         started = await client.start_execution(CHAIN, {})
         task = await client.poll_task("w", [CHAIN.version_hash], wait=1)
         assert task is not None
-        await client.cancel_execution(started.execution_id)
-        assert (await client.get_execution(started.execution_id, wait=1)).execution.status is ExecutionStatus.CANCELLED
+        await worker.fail_task(task.task_id, "no", final=True)
+        failed = (await client.get_execution(started.execution_id, wait=1)).execution
+        assert (failed.status, failed.error) == (ExecutionStatus.FAILED, "the server did not say why")
+        cancelled = (await client.start_execution(CHAIN, {})).execution_id
+        await client.cancel_execution(cancelled)
+        assert (await client.get_execution(cancelled, wait=1)).execution.status is ExecutionStatus.CANCELLED
 
 
 def test_a_real_worker_process_drains_on_an_existing_server(old: Proxy, tmp_path: Path) -> None:
