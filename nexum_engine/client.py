@@ -290,8 +290,8 @@ class NexumClient:
     ) -> Task | None:
         """Take a task of one of the versions, waiting for one up to `wait` seconds.
 
-        A worker that names its `slot` is handed the same task again if the answer that had it was lost. It may do so
-        only while it has reported whatever it was handed on that slot before.
+        A worker that names its `slot` is handed the same task again if the answer that had it was lost. Name a slot
+        only when every task received on it has been reported.
         """
         request = _poll_request(worker_id, version_hashes, wait, slot)
         answer = await self._call(lambda t: self._stub.PollTask(request, timeout=t), wait=wait)

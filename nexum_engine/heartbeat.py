@@ -54,7 +54,7 @@ class Heartbeat:
         on_lost: Callable[[NexumError], None] = lambda _: None,
     ) -> None:
         self.held: set[str] = set()
-        """The ids of the tasks that the worker holds. Who changes it need not call `beat`."""
+        """The ids of the tasks that the worker holds. Changing this set does not require calling `beat`."""
         self.draining = False
         """The worker takes no more tasks."""
         self.connected = asyncio.Event()

@@ -92,8 +92,7 @@ class Owner:
     ) -> Started:
         """Start the key's execution as its owner, take over what a dead owner left of it, or find its result.
 
-        Raises Conflict, which names the owner, while another one has it, and after another one has taken over the task
-        that this one says to be `holding`.
+        Raises Conflict while another owner, which it names, holds it, or if another owner has taken over `holding`.
         """
 
         async def start() -> Started:

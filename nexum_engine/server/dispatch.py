@@ -30,8 +30,8 @@ Slot = tuple[str, str]
 class _HandedOut:
     """The task that each slot was handed last, until it is reported.
 
-    A slot that asks while its last task is not reported never had that answer. Forgetting an entry costs the wait for
-    the task's lease.
+    A slot that asks while its last task is not reported never had that answer. Evicting an entry means that a lost
+    answer waits for its lease.
     """
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class Dispatch:
         self._last_arrival: dict[str, int] = {}
         """The number of the newest task that became due, by version, the latest last."""
         self._forgotten_arrival = 0
-        """No version that isn't there has a newer one."""
+        """Upper bound for versions evicted from `_last_arrival`."""
         self._due: dict[str, int] = {}
-        """At most so many tasks of a version are due; a version that isn't here has to be looked up."""
+        """Upper bound of due tasks per version; no entry means unknown."""
         self._handed_out = _HandedOut()
         self._poll_of: dict[Slot, _WaitingPoll] = {}
         self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
@@ -173,7 +173,7 @@ class Dispatch:
         return poll.claim
 
     def reported(self, task_id: str) -> None:
-        """Its worker had it."""
+        """The task was reported, so its worker received it."""
         self._handed_out.take_away(task_id)
 
     def _is_unanswered(self, poll: _WaitingPoll) -> bool:

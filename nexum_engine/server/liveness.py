@@ -104,7 +104,7 @@ class Liveness:
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
     async def carry_out(self, submitted: Awaitable[Changed]) -> None:
-        """Wait for a transition and act on it, which happens also if the caller is gone before it is stored."""
+        """Apply a transition once it is stored, even if the caller has gone by then."""
         stored = asyncio.ensure_future(submitted)
         stored.add_done_callback(self._apply_stored)
         await asyncio.shield(stored)

@@ -204,7 +204,7 @@ def list_executions(
 ) -> list[Execution]:
     """The newest executions (older than `before`, with keys that begin with the prefix), without inputs and nodes.
 
-    With them, there are as many as have MAX_LIST_BYTES, and at least one if there is one.
+    With nodes, the list stops at MAX_LIST_BYTES but has at least one match, if there is one.
 
     Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow; ExecutionNotFound for an
     unknown `before`, as an empty list would say that there are no older ones.
