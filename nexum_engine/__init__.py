@@ -7,3 +7,4 @@ executions, `nexum_engine.worker.Worker` runs their nodes. Errors are in `nexum_
 """
 
 VERSION = "0.1.0"
+DEFAULT_LISTEN = "127.0.0.1:50051"

@@ -25,14 +25,13 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from nexum_engine import VERSION, report
+from nexum_engine import DEFAULT_LISTEN, VERSION, report
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable, StoreLocked, StoreRefused
 from nexum_engine.model import Execution
 from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
 
-DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
 LOOK_PATIENCE = 3.0  # seconds for a server that is just ending

@@ -20,9 +20,6 @@
     |   |   `-- ServerNotReady                      it answers that it can't now: ask again
     |   |-- NotANexumServer               something else answers there
     |   `-- ServerFault                   the server had a fault of its own, which its log names
-    |-- ExecutionEnded                    an execution that was waited for ended without a result
-    |   |-- ExecutionFailed
-    |   `-- ExecutionCancelled
     |-- WaitTimeout (TimeoutError)        the execution goes on, the caller stopped waiting
     `-- FinalError                        raised by a worker's handler: repeating it can't help
 
@@ -126,32 +123,6 @@ class NotANexumServer(ServerError):
 
 class ServerFault(ServerError):
     """The server failed inside; its log has the details under the id in the message."""
-
-
-class ExecutionEnded(NexumError):
-    """An execution ended without a result.
-
-    `reason` is what the server recorded, without the prefix that the message adds.
-    """
-
-    def __init__(self, execution_id: str, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.execution_id = execution_id
-        self.reason = reason
-
-
-class ExecutionFailed(ExecutionEnded):
-    """A node failed for good."""
-
-    def __init__(self, execution_id: str, reason: str) -> None:
-        super().__init__(execution_id, reason, f"execution {execution_id} FAILED: {reason}")
-
-
-class ExecutionCancelled(ExecutionEnded):
-    """Somebody cancelled the execution."""
-
-    def __init__(self, execution_id: str) -> None:
-        super().__init__(execution_id, "cancelled", f"execution {execution_id} was CANCELLED")
 
 
 class WaitTimeout(NexumError, TimeoutError):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import grpc
 
+from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
@@ -17,7 +18,6 @@ from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.store import open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
-DEFAULT_LISTEN = "127.0.0.1:50051"
 STOP_GRACE = 3.0  # seconds for calls that are under way
 _BIND_RETRY = 0.1  # seconds
 

@@ -2,7 +2,7 @@
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
-SELECT version_hash, ir_json FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT 1;
+SELECT ir_json FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT 1;
 
 -- name: version
 -- One version's definition.
@@ -104,7 +104,7 @@ ORDER BY ready_ms, rowid LIMIT 1;
 
 -- name: owned_node
 -- The node of an owned execution, with its newest attempt.
-SELECT nodes.execution_id, nodes.node_id, node_type, dependencies, attempts, ready_ms, nodes.version_hash,
+SELECT nodes.execution_id, nodes.node_id, node_type, dependencies, attempts, nodes.version_hash,
        nodes.status, owned, workflow_id, idempotency_key, input_json, task_id, worker_id
 FROM nodes
 JOIN executions ON executions.execution_id = nodes.execution_id
@@ -145,7 +145,7 @@ SELECT node_id, output_json FROM nodes WHERE execution_id = :execution_id AND st
 -- name: attempt
 -- An attempt with its node and execution, whether it is the node's newest, and how many nodes are not recorded yet.
 SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.outcome, attempts.error,
-       attempts.worker_id, nodes.attempts AS newest_attempt, nodes.failed_attempts,
+       nodes.attempts AS newest_attempt, nodes.failed_attempts,
        executions.status AS execution_status, executions.version_hash,
        (SELECT count(*) FROM nodes AS others
         WHERE others.execution_id = attempts.execution_id AND others.status <> 'COMPLETED') AS unrecorded

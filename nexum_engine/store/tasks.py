@@ -74,7 +74,7 @@ def start_owned(
         held = db.one("attempt", task_id=held_task_id)
         if held is None:
             raise StaleTask(f"this server knows nothing of task {held_task_id}, which the owner says that it holds")
-        _check_may_report(held, held_task_id)
+        _check_may_report(held)
     started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
     if started.status.ended:
         return started
@@ -163,7 +163,7 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
     return row
 
 
-def _check_may_report(row: Row, task_id: str) -> None:
+def _check_may_report(row: Row) -> None:
     """Fencing: only the newest attempt at an unfinished node may report, and only once."""
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
@@ -190,7 +190,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
         recorded = db.one("node_output", execution_id=execution_id, node_id=node_id)
         if recorded is not None and jsontext.same(recorded["output_json"], output_json):
             return Changed()
-    _check_may_report(row, task_id)
+    _check_may_report(row)
     db.run("record_output", execution_id=execution_id, node_id=node_id, output_json=output_json, attempt=row["attempt"])
     db.run("end_attempt", task_id=task_id, outcome=Outcome.COMPLETED.value, error="", now=db.now_ms)
     changes = Changes()
@@ -227,7 +227,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
     error = _shortened(error) or "the worker gave no reason"
     if row["outcome"] == Outcome.FAILED and row["error"] == error:
         return Changed()
-    _check_may_report(row, task_id)
+    _check_may_report(row)
     db.run("end_attempt", task_id=task_id, outcome=Outcome.FAILED.value, error=error, now=db.now_ms)
     # A lost attempt that reports after all is a failed one, not both.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
