@@ -145,7 +145,8 @@ def test_the_engine_and_the_tools_know_nothing_of_autogen() -> None:
 
 
 def test_what_the_scripts_share_knows_nothing_of_the_scripts() -> None:
-    scripts = {name for name in MODULES if "." not in name and "__name__" in MODULES[name].read_text(encoding="utf-8")}
+    main = 'if __name__ == "__main__":'
+    scripts = {name for name in MODULES if "." not in name and main in MODULES[name].read_text(encoding="utf-8")}
     assert {"demo", "worker"} <= scripts
     for package in ("tools", "rehearsal"):
         known = {target for name in MODULES if within(name, package) for target in IMPORTS[name]}
