@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    # What pytest's settings do, for what is run as a script.
+    sys.path.insert(0, str(ROOT))
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
     *("NEXUM_ADDRESS", "DATABASE_URL", "CRASH_AFTER"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from durable_runs import MAX_KILLS, SHAPES, Bench, bench, run_killed
+from harness import ROOT
 
 RUNS = 3
 MAX_RUNS = 20
@@ -35,3 +38,10 @@ def test_a_killed_run_goes_on_as_the_same_run(killing: Bench, shape: str) -> Non
         if hit == RUNS:
             return
     raise AssertionError(f"only {hit} of {MAX_RUNS} runs were hit")
+
+
+def test_it_runs_as_the_script_that_the_docs_name(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "durable_runs.py"), "--help"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert "--long" in done.stdout
