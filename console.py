@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_CONTROLS)
 
 
+def argument_text(argument: str) -> str:
+    """A command line's argument as text: where the locale isn't UTF-8, it comes with undecoded bytes in it."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def say(text: str, *, end: str = "\n") -> None:
     """Print one line at once. Raises BrokenPipeError once nobody reads standard output, on every system."""
     _print(text + end, sys.stdout)

@@ -17,7 +17,7 @@ own in any case. Without a model key it rehearses offline.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from console import begin_script
+    from console import argument_text, begin_script
 
     begin_script()  # before the slow imports
 
@@ -151,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code: 0 shown, 1 it doesn't hold, 2 can't run as asked."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    # Where the locale isn't UTF-8, the command line comes with undecoded bytes in it.
-    query = " ".join(args.query.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
+    query = " ".join(argument_text(args.query).split())
     if not query:
         parser.error("the query is empty")
     if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):

@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from console import complain, let_ctrl_c_cancel, log_to, run_script, say
+from console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say
 from launcher import NexumForRun, kill_this_process
 from models import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.client import NexumClient
@@ -121,11 +121,6 @@ class Steps:
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
             say(f"[demo] step {self.crash_after} is recorded; crashing now, as asked (run again to continue)")
             kill_this_process()
-
-
-def readable(question: str) -> str:
-    """The question as text: where the locale isn't UTF-8, the command line comes with undecoded bytes in it."""
-    return question.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
 def session_id_for(question: str, model: ModelChoice, args: argparse.Namespace) -> str:
@@ -318,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.crash_after_step is not None and args.crash_after_step < 1:
         parser.error(f"--crash-after-step is {args.crash_after_step}: give 1 or more")
-    question = readable(QUESTION if args.question is None else args.question)
+    question = argument_text(QUESTION if args.question is None else args.question).strip()
     if not question:
         parser.error("the question is empty")
     if args.fork and not (args.session_id and re.fullmatch(r"[\w-]+@\d+", args.fork)):

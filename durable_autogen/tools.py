@@ -10,7 +10,6 @@ from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
-from console import say
 from durable_autogen.workbench import ON_RECORD, UNTOLD, call_notes, call_scope
 from submit_task import Origin, Session, ToolResult
 from tools import Tool
@@ -56,12 +55,12 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
             self._on_result(result)
         return result.text
 
-    def replayed(self, text: str, notes: Mapping[str, str]) -> None:
-        """A durable run has this result on record."""
+    def replayed(self, text: str, notes: Mapping[str, str]) -> str:
+        """A durable run has this result on record; the line that says so."""
         execution_id = notes.get("execution_id", "")
-        say(f"[Nexum] {execution_id[:16]}... ({self.name}) already COMPLETED (cached) ✓")
         if self._on_result is not None:
             self._on_result(ToolResult(text, Origin.CACHED, execution_id))
+        return f"[Nexum] {execution_id[:16]}... ({self.name}) already COMPLETED (cached) ✓"
 
     async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:
         """For callers that validate first."""

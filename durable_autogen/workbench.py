@@ -36,8 +36,8 @@ MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one tool call; its arguments sta
 class HearsOfReplays(Protocol):
     """A tool that wants to know when a result of its own is replayed."""
 
-    def replayed(self, text: str, notes: Mapping[str, str]) -> None:
-        """It was, with the notes that the call had left."""
+    def replayed(self, text: str, notes: Mapping[str, str]) -> str:
+        """It was, with the notes that the call had left; the line that says so."""
         ...
 
 
@@ -131,10 +131,7 @@ class DurableWorkbench(StaticStreamWorkbench):
         tools = self.inner._tools if isinstance(self.inner, StaticWorkbench) else []
         for tool in tools:
             if tool.name == name and notes and isinstance(tool, HearsOfReplays):
-                try:
-                    tool.replayed(result.to_text(), notes)
-                except Exception as error:  # noqa: BLE001 - as in `Recorder.tell`
-                    self._recorder.stop(error)
+                self._recorder.tell(tool.replayed(result.to_text(), notes))
                 return
         self._recorder.tell(f"[Nexum] {name} for {self._agent}: replayed from the record ✓")
 
