@@ -132,7 +132,7 @@ def name_of(kind: Kind, agent: str, position: str) -> str:
 
 
 async def read_events(client: NexumClient, session: str) -> tuple[list[Event], list[EventInput], set[str]]:
-    """What a session has recorded, in order, what it had begun, and the addresses of all that it has tried in vain."""
+    """The recorded events in order, the inputs of unfinished ones, and the addresses of all that had no result."""
     recorded: list[Event] = []
     tried: set[str] = set()
     begun: list[EventInput] = []

@@ -36,7 +36,7 @@ class Failure(BaseModel):
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """As it is recorded."""
+        """Capture an exception for the record."""
         kind = type(error)
         args = [_plain(one) for one in _made_with(error)]
         return cls(
@@ -99,7 +99,7 @@ _NOT_PLAIN: Any = object()
 
 
 def _made_with(error: Exception) -> tuple[Any, ...]:
-    """Its arguments; some classes keep fewer in `args` than they were made with, and say so to who would copy them."""
+    """Its constructor's arguments: `__reduce__` knows also those that a class does not keep in `args`."""
     with contextlib.suppress(Exception):
         made = error.__reduce__()
         if isinstance(made, tuple) and made[0] is type(error) and isinstance(made[1], tuple):

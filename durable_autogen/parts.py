@@ -31,7 +31,7 @@ from nexum_engine.errors import InvalidRequest
 
 # Packages through which an agent acts by itself: a vendor's own client, a browser.
 OWN_WAYS_OUT = frozenset({"anthropic", "azure", "ollama", "openai", "playwright", "playwright_controller"})
-# Whose objects are not looked into: what a program keeps is in its own.
+# Objects of these packages are not searched: what a program keeps is in its own.
 LIBRARIES = frozenset(
     {"autogen_agentchat", "autogen_core", "autogen_ext", "durable_autogen", "nexum_engine", "pydantic"}
 )
@@ -132,7 +132,7 @@ class Parts:
             self._replace(runnable, "run", run)
 
     def _unique(self, name: str, owner: object) -> str:
-        """Two agents of one name have two places in the record; which is which follows from the order of building."""
+        """Agents of one name are numbered, in the order in which the team was built."""
         found, number = name, 1
         while self._owners.setdefault(found, owner) is not owner:
             number += 1

@@ -1,4 +1,4 @@
-"""What a durable run asks for and gets: the recorded events in their order, then live ones, recorded as they come.
+"""Hands a run its recorded events in their order; what it asks for after that is called live, and recorded.
 
 Every event passes one turnstile. It lets one through, waits until the event loop has come to rest, and lets the next
 one through: in the live run in the order of recording, in a replay in the same. So parallel branches of a team meet
@@ -30,7 +30,7 @@ NO_TASK: Mapping[str, Any] = {"task": []}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an event that was asked for."""
+    """The result of an event that was asked for."""
 
     content: Any
     replayed: bool
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Raised:
-    """What became of an event that failed."""
+    """The failure of an event that was asked for."""
 
     error: Exception
 
@@ -53,19 +53,19 @@ class Recorder:
         self.ended: str | None = None
         """Why the recorded run was over, if it was and if nothing may be asked for after it."""
         self.call_error: Exception | None = None
-        """What the last model call or input raised if nothing came after it, as AutoGen passes only its text on."""
+        """What the last model call or input raised, unless something followed it: AutoGen passes on only its text."""
         self.last_recorded_ms = 0
         """When the last event that an agent has got was recorded, in milliseconds since 1970."""
         self.epoch = 0
-        """That event's: how often the session had gone on with a changed program."""
+        """That event's epoch: how many times the session had gone on with a changed program."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self.messages = [event for event in journal.events if event.kind is Kind.MESSAGE]
         """User messages that forks have added."""
         self.delivered: set[int] = set()
-        """The numbers of those that an agent has seen."""
+        """The sequence numbers of those that an agent has seen."""
         self.as_task: set[int] = set()
-        """The numbers of those that were a task of their own, because the run before them had ended."""
+        """The sequence numbers of those that were given as a task of their own, because the run was over."""
         for event in journal.events:
             if event.kind is Kind.BEGIN:
                 self.passed(event)

@@ -51,7 +51,7 @@ call_notes: ContextVar[dict[str, str] | None] = ContextVar("call_notes", default
 ON_RECORD = "on record"
 """The note that a worker had recorded the result before this session could: nothing was executed for it again."""
 UNTOLD = "untold"
-"""The note that the tool could not print what it does, and why."""
+"""The note that the tool could not print its progress; its value says why."""
 
 
 class DurableWorkbench(StaticStreamWorkbench):

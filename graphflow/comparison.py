@@ -158,14 +158,14 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
 
 
 def asked(part: Part) -> str:
-    """For a person."""
+    """Which agents called their model, in words."""
     if not part.asked:
         return "no agent called its model"
     return f"model calls by {', '.join(part.asked)}"
 
 
 def ended(part: Part) -> str:
-    """For a person."""
+    """How the process ended, in words."""
     if part.code == 0:
         return "ended by itself"
     return f"killed (exit {part.code})" if part.code < 0 or not part.report else f"failed (exit {part.code})"
