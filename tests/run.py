@@ -34,8 +34,8 @@ OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
-        *("submit_task", "worker", "demo_models", "tools_declare", "tools_run", "tools_page_text"),
-        *("model_choice", "rehearsal", "pipeline_steps", "console"),
+        *("submit_task", "worker", "tools_declare", "tools_run", "tools_page_text"),
+        *("model_choice", "rehearsal", "pipeline_steps", "console", "docs", "durable_session", "durable_drift"),
     )
 )
 """What may differ between Pythons; the rest runs on one."""
