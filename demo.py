@@ -302,7 +302,7 @@ async def show_sessions(nexum_address: str | None) -> int:
         calls = f"{one.calls['reply']} model call(s), {one.calls['tool']} tool call(s)"
         begun = age(round(time.time() * 1000) - one.begun_ms)
         say(f"{one.session:<22} {one.status:<12} {calls}, begun {begun}")
-        say(f"    {one.question or '(no question yet)'}")
+        say(f"    {one.question or '(no question)'}")
         say(f"    {', '.join(one.models) or 'no model has answered yet'}")
     return 0
 

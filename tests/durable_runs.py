@@ -165,13 +165,19 @@ class Bench:
         return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
 
     def length(self, shape: str) -> float:
-        """Seconds that a run of this shape takes when nobody kills it, so that a kill can be timed to hit it."""
+        """Seconds that a run of this shape takes when nobody kills it, so that a kill can be timed to hit it.
+
+        The shorter one of two: a kill after the end of its run shows nothing.
+        """
         if shape not in self._lengths:
-            begun = time.monotonic()
-            code, output = self.programs.run(self.arguments(shape, f"length-{shape.replace('_', '-')}"))
-            assert code == 0, output
-            self._lengths[shape] = time.monotonic() - begun
+            self._lengths[shape] = min(self._measured(shape, number) for number in (1, 2))
         return self._lengths[shape]
+
+    def _measured(self, shape: str, number: int) -> float:
+        begun = time.monotonic()
+        code, output = self.programs.run(self.arguments(shape, f"length-{shape.replace('_', '-')}-{number}"))
+        assert code == 0, output
+        return time.monotonic() - begun
 
 
 @contextmanager
