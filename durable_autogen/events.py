@@ -110,6 +110,8 @@ class Event(BaseModel):
     """When, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
     """How long the session had been at work by then: the time between a run's death and the next run doesn't count."""
+    asked_ms: int = 0
+    """The same for the moment at which it was asked for."""
 
     @property
     def address(self) -> str:
@@ -155,6 +157,7 @@ async def read_events(client: NexumClient, session: str) -> tuple[list[Event], l
             if execution.status is ExecutionStatus.RUNNING:
                 begun.append(input)
         if not page:
+            tried |= {event.content["address"] for event in recorded if event.kind is Kind.REVOKE}
             return effective(recorded), begun, tried
         before = page[-1].execution_id
 

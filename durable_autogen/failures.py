@@ -70,7 +70,7 @@ class Failure(BaseModel):
         with contextlib.suppress(Exception):  # a constructor of its own
             error = kind(*self.args or ())
             vars(error).update(self.attributes)
-            if type(error) is kind and _text(error) == self.text and vars(error).keys() == self.attributes.keys():
+            if type(error) is kind and _text(error) == self.text:
                 return error
         return None
 

@@ -16,7 +16,7 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
 from session_file import check_session_id
 
-KEPT = (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.TURN, Kind.MESSAGE)  # by a fork
+KEPT = (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.TURN, Kind.STOP, Kind.MESSAGE)  # by a fork
 
 
 @dataclass(frozen=True)

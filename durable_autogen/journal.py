@@ -200,6 +200,7 @@ class Journal:
         failure: Failure | None = None,
         accepted: bool = False,
         active_ms: int = 0,
+        asked_ms: int = 0,
     ) -> Event:
         """Record an event that was begun, as the session's next one; it holds what was recorded.
 
@@ -217,6 +218,7 @@ class Journal:
             accepted=accepted,
             recorded_ms=round(time.time() * 1000),
             active_ms=active_ms,
+            asked_ms=asked_ms,
         )
         self._next_seq += 1
         while True:
@@ -285,6 +287,7 @@ class Journal:
             failure=event.failure,
             accepted=True,
             active_ms=event.active_ms,
+            asked_ms=event.asked_ms,
         )
 
     async def add_message(self, text: str) -> None:

@@ -87,7 +87,7 @@ class DurableModelClient(ChatCompletionClient):
     ) -> CreateResult:
         """The recorded reply, or the model's, recorded."""
 
-        async def perform() -> CreateResult:
+        async def ask() -> CreateResult:
             return await self.inner.create(
                 messages,
                 tools=tools,
@@ -97,14 +97,17 @@ class DurableModelClient(ChatCompletionClient):
                 cancellation_token=cancellation_token,
             )
 
+        async def perform() -> dict[str, Any]:
+            return (await ask()).model_dump(mode="json")
+
         if in_recorded_call.get():
-            return self._counted(await perform(), self.recorder.live)
+            return self._counted(await ask(), self.recorder.live)
         number = self._replies.next()
         messages = self._with_added(messages, f"reply/{number}")
         request = describe_model_call(
             self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
         )
-        return self._seen(number, await self._event(number, request, perform))
+        return self._seen(number, await self._event(number, request, perform, cancellation_token))
 
     async def create_stream(
         self,
@@ -137,8 +140,9 @@ class DurableModelClient(ChatCompletionClient):
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         last: list[str] = []
 
-        async def perform() -> CreateResult:
+        async def perform() -> dict[str, Any]:
             result: CreateResult | None = None
+            said = ""
             async for piece in stream():
                 if isinstance(piece, CreateResult):
                     result = piece
@@ -146,14 +150,16 @@ class DurableModelClient(ChatCompletionClient):
                 if last:
                     pieces.put_nowait(last.pop())
                 last.append(piece)
+                said += piece
             if result is None:
                 raise RuntimeError("the model's stream ended without a result")
-            return result
+            # Beside the reply only where the stream said something else.
+            return {**result.model_dump(mode="json"), **({} if said == _text_of(result) else {"streamed": said})}
 
         request = describe_model_call(
             self.inner, messages, tools, _options(tool_choice, json_output, extra_create_args)
         )
-        event = asyncio.ensure_future(self._event(number, request, perform))
+        event = asyncio.ensure_future(self._event(number, request, perform, cancellation_token))
         event.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (text := await pieces.get()) is not None:
@@ -163,8 +169,8 @@ class DurableModelClient(ChatCompletionClient):
             event.cancel()
         result = self._seen(number, outcome)
         if outcome.replayed:
-            # The same messages are announced by a piece as in the live run: a tool call's text is its thought.
-            last = [result.content if isinstance(result.content, str) else result.thought or ""]
+            # The same messages are announced by a piece as in the live run.
+            last = [outcome.content.get("streamed", _text_of(result))]
         for text in filter(None, last):
             yield text
         yield result
@@ -185,12 +191,14 @@ class DurableModelClient(ChatCompletionClient):
         return whole
 
     async def _event(
-        self, number: int, request: Mapping[str, Any], perform: Callable[[], Awaitable[CreateResult]]
+        self,
+        number: int,
+        request: Mapping[str, Any],
+        perform: Callable[[], Awaitable[dict[str, Any]]],
+        cancellation_token: CancellationToken | None,
     ) -> Outcome:
-        async def content() -> dict[str, Any]:
-            return (await perform()).model_dump(mode="json")
-
-        return await self.recorder.event(Kind.REPLY, self._agent, f"reply/{number}", request, content)
+        position = f"reply/{number}"
+        return await self.recorder.event(Kind.REPLY, self._agent, position, request, perform, cancellation_token)
 
     def _seen(self, number: int, outcome: Outcome) -> CreateResult:
         result = CreateResult.model_validate({**outcome.content, "cached": outcome.replayed})
@@ -231,6 +239,11 @@ class DurableModelClient(ChatCompletionClient):
     @property
     def model_info(self) -> ModelInfo:
         return self.inner.model_info
+
+
+def _text_of(result: CreateResult) -> str:
+    """What a stream of it says: a tool call's text is its thought."""
+    return result.content if isinstance(result.content, str) else result.thought or ""
 
 
 def _sum(one: RequestUsage, other: RequestUsage) -> RequestUsage:

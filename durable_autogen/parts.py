@@ -224,15 +224,16 @@ def _inside(outer: str, name: str) -> str:
 def _contained(stream: Callable[..., AsyncGenerator[Any, None]], recorder: Recorder, name: str) -> Callable[..., Any]:
     """The same stream; AutoGen would wait for ever for an agent that ends as cancelled."""
 
-    async def contained(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def contained(messages: Any, cancellation_token: CancellationToken) -> AsyncGenerator[Any, None]:
         try:
-            async for item in stream(*args, **kwargs):
+            async for item in stream(messages, cancellation_token):
                 yield item
         except (Exception, GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            if recorder.failed.done() or is_being_cancelled():
-                raise
+            is_meant = recorder.failed.done() or cancellation_token.is_cancelled() or is_being_cancelled()
+            if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
+                raise  # before Python 3.11, it can't be told who cancels
             raise made_ordinary(error, name) from error
 
     return contained

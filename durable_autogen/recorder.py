@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from autogen_core import CancellationToken
+
 from durable_autogen.errors import DriftError
 from durable_autogen.events import Event, Kind
 from durable_autogen.failures import Failure, ordinary
@@ -43,6 +45,16 @@ class _Raised:
     error: Exception
 
 
+@dataclass(frozen=True, eq=False)
+class _Survived:
+    """A failure that the program may have survived: it is recorded when something comes after it."""
+
+    task: Task
+    call: Call
+    error: Exception
+    asked_ms: int
+
+
 class Recorder:
     """The events of one run. `failed` resolves when the run can't go on; everything asked for then fails with it."""
 
@@ -70,7 +82,7 @@ class Recorder:
             if event.kind is Kind.BEGIN:
                 self.passed(event)
         self._seq_of = {event.address: event.seq for event in journal.events}
-        self._survived: list[tuple[Task, Call, Exception]] = []
+        self._survived: list[_Survived] = []
         self._turnstile = asyncio.Lock()
         self._calls: set[asyncio.Task[None]] = set()
         self._replay = Replay(journal, on_passed=self._passed_in_replay, on_drift=self._drift, tell=self.tell)
@@ -141,13 +153,28 @@ class Recorder:
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
     async def event(
-        self, kind: Kind, agent: str, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[Any]]
+        self,
+        kind: Kind,
+        agent: str,
+        position: str,
+        request: Mapping[str, Any],
+        perform: Callable[[], Awaitable[Any]],
+        cancellation_token: CancellationToken | None = None,
     ) -> Outcome:
         """The recorded event, or what `perform` returns, recorded.
 
         What `perform` raises is recorded if the program goes on after it, and raised again in a replay; if the run ends
-        with it, it is asked for again the next time.
+        with it, it is asked for again the next time. Who is cancelled, by itself or by its token, has asked in vain:
+        nothing is recorded, and the replay of the same program cancels it again.
         """
+        asking = asyncio.ensure_future(self._event(kind, agent, position, request, perform))
+        if cancellation_token is not None:
+            cancellation_token.link_future(asking)
+        return await asking
+
+    async def _event(
+        self, kind: Kind, agent: str, position: str, request: Mapping[str, Any], perform: Callable[[], Awaitable[Any]]
+    ) -> Outcome:
         self._check_not_failed()
         outcome = await self._outcome_of(Call(kind, agent, position, request), perform)
         if isinstance(outcome, _Raised):
@@ -182,23 +209,26 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), this one asks for {call}")
+            asked_ms = self.active_now_ms
             task = await self.journal.begin(call.kind, call.agent, call.position)
             try:
                 content = await self._perform(call, perform)
             except Exception as error:  # noqa: BLE001 - it is the asking agent's
-                await self._let_failure_through(task, call, error, let_through)
+                await self._let_failure_through(_Survived(task, call, error, asked_ms), let_through)
                 return
             async with self._turnstile:
                 self._check_not_failed()
                 await self._record_survived()
-                event = await self._record(task, call, content)
+                event = await self._record(task, call, content, asked_ms)
                 await rest()
                 self.passed(event)
                 if not let_through.done():
                     let_through.set_result(Outcome(event.content, replayed=False))
                 await rest()
         except asyncio.CancelledError:
-            if not let_through.done():
+            if let_through.cancelled() and not self.failed.done():
+                await self._take_back(call)
+            elif not let_through.done():
                 let_through.set_exception(
                     self.failed.result() if self.failed.done() else RuntimeError("the call was cancelled")
                 )
@@ -209,11 +239,22 @@ class Recorder:
             if not let_through.done():
                 let_through.set_exception(error)
 
+    async def _take_back(self, call: Call) -> None:
+        """What was recorded while its asker gave up has reached nobody, and must not reach it in a replay."""
+        event = next((one for one in reversed(self.journal.events) if one.address == call.address), None)
+        if event is not None:
+            try:
+                await self.journal.revoke(event)
+            except NexumError as error:
+                self.stop(error)
+
     async def _perform(self, call: Call, perform: Callable[[], Awaitable[Any]]) -> Any:
         in_recorded_call.set(True)
         return await ordinary(perform(), str(call))
 
-    async def _record(self, task: Task, call: Call, content: Any, failure: Failure | None = None) -> Event:
+    async def _record(
+        self, task: Task, call: Call, content: Any, asked_ms: int, failure: Failure | None = None
+    ) -> Event:
         recording = asyncio.ensure_future(
             self.journal.record(
                 task,
@@ -224,6 +265,7 @@ class Recorder:
                 call.request,
                 failure=failure,
                 active_ms=self.active_now_ms,
+                asked_ms=asked_ms,
             )
         )
         try:
@@ -246,24 +288,26 @@ class Recorder:
             self.call_error = error
         return _Raised(error)
 
-    async def _let_failure_through(
-        self, task: Task, call: Call, error: Exception, let_through: asyncio.Future[Outcome | _Raised]
-    ) -> None:
+    async def _let_failure_through(self, failed: _Survived, let_through: asyncio.Future[Outcome | _Raised]) -> None:
         """Most failures end the run, and are not recorded. What comes after one may show that the program survived it,
         or come from another branch: a replay finds out which."""
         async with self._turnstile:
             self._check_not_failed()
-            self._survived.append((task, call, error))
+            self._survived.append(failed)
             await rest()
             if not let_through.done():
-                let_through.set_result(self._raised(call, error))
+                let_through.set_result(self._raised(failed.call, failed.error))
             await rest()
 
     async def _record_survived(self) -> None:
         while self._survived:
-            task, call, error = self._survived[0]
-            await self._record(task, call, None, Failure.of(error))
-            del self._survived[0]
+            failed = self._survived[0]
+            try:
+                await self._record(failed.task, failed.call, None, failed.asked_ms, Failure.of(failed.error))
+            finally:
+                # Who was cancelled meanwhile may have recorded it all the same.
+                if any(event.address == failed.call.address for event in self.journal.events):
+                    self._survived.remove(failed)
         self.call_error = None
 
     # ---- Replaying ---------------------------------------------------------------------------------------------------
@@ -295,5 +339,4 @@ class Recorder:
         self.tell(f"[Nexum] session {session} goes on live from here; {left} recorded event(s) are left behind")
         await self.journal.branch(after, what)
         self._seq_of = {address: seq for address, seq in self._seq_of.items() if seq <= after}
-        self.epoch = self.journal.epoch
         await self._replay.leave()

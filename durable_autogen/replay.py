@@ -149,9 +149,9 @@ class Replay:
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        # What came late in the recorded run may come late again.
-        late = 2 * max(0, event.active_ms - self.active_ms) / 1000
-        notice = loop.call_later(DRIFT_PATIENCE + late, self._tell_waiting, event)
+        # What was asked for late in the recorded run may be asked for late again.
+        late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
         try:
             while event.address in self._addresses and event.address not in self._asked:
                 self._changed.clear()
@@ -174,11 +174,10 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _tell_waiting(self, event: Event) -> None:
-        if self._patience() == TRIED_PATIENCE:
-            self._tell(
-                f"[Nexum] {event} is next on record: waiting up to {TRIED_PATIENCE:g} s for the run to ask for it"
-            )
+    def _tell_waiting(self, event: Event, late: float) -> None:
+        if (patience := self._patience()) is not None:
+            limit = patience + late
+            self._tell(f"[Nexum] {event} is next on record: waiting up to {limit:g} s for the run to ask for it")
 
     def _patience(self) -> float | None:
         """How long the run may go without asking for what is recorded next, in seconds.

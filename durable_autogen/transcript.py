@@ -52,7 +52,8 @@ class Transcript:
         async def noted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             async for item in stream(*args, **kwargs):
                 made = [item.chat_message, *(item.inner_messages or ())] if isinstance(item, Response) else [item]
-                for one in made:
+                # A streamed piece has no time of its own.
+                for one in (one for one in made if not isinstance(one, ModelClientStreamingChunkEvent)):
                     self._made.setdefault(id(one), (one, self._recorder.last_recorded_ms))
                 yield item
 

@@ -99,9 +99,6 @@ class DurableWorkbench(StaticStreamWorkbench):
                 result = await ordinary(self._contained.call_tool(name, arguments, cancellation_token, call_id), name)
             except Exception as error:  # noqa: BLE001 - the tool's failure is its result
                 result = _failure(name, error)
-            if result.is_error and cancellation_token is not None and cancellation_token.is_cancelled():
-                # Not the tool's failure, but the program's wish: it is on record only if the program goes on with it.
-                raise RuntimeError(result.to_text())
             if UNTOLD in notes:
                 # The tool did not fail: nobody reads what it says of itself, and that ends the run.
                 self._recorder.stop(BrokenPipeError(notes[UNTOLD]))
@@ -115,8 +112,17 @@ class DurableWorkbench(StaticStreamWorkbench):
 
         try:
             outcome = await self._recorder.event(
-                Kind.TOOL, self._agent, position, describe_arguments(name, arguments or {}), perform
+                Kind.TOOL,
+                self._agent,
+                position,
+                describe_arguments(name, arguments or {}),
+                perform,
+                cancellation_token,
             )
+        except asyncio.CancelledError:
+            if cancellation_token is None or not cancellation_token.is_cancelled():
+                raise
+            return _failure(name, RuntimeError(f"the call of {name} was cancelled"))
         except Exception as error:  # noqa: BLE001 - the run fails by `Recorder.failed`
             return _failure(name, error)
         notes = outcome.content.get("notes") or {}

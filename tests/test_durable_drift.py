@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import Team
+from autogen_agentchat.conditions import ExternalTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
-from autogen_core.models import CreateResult, UserMessage
+from autogen_core.models import UserMessage
 from durable_agents import TIMEOUT, agent, answer, client, run, texts
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
 from durable_autogen.recorder import OnDrift
+from models import ModelFailed
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 
@@ -148,38 +150,150 @@ async def test_a_fork_that_is_another_one_is_refused(
 # ---- Cut off ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_known(
+class Held:
+    """Holds an owner back when it has recorded the event of a position, and before it knows that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
+        self.recorded, self.go = asyncio.Event(), asyncio.Event()
+        complete = Owner.complete
+
+        async def held(owner: Owner, task: Any, output: Any, **more: Any) -> None:
+            await complete(owner, task, output, **more)
+            if getattr(output, "position", "") == position and not self.recorded.is_set():
+                self.recorded.set()
+                await self.go.wait()
+
+        monkeypatch.setattr(Owner, "complete", held)
+
+    async def cancel(self, asking: asyncio.Task[Any]) -> None:
+        """Cancel who asks while it is held."""
+        await asyncio.wait_for(self.recorded.wait(), TIMEOUT)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        self.go.set()
+
+
+QUESTION = [UserMessage(content="Q", source="user")]
+
+
+async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_given_up_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.1)  # the given-up call is none that nobody tried
 
-    complete = Owner.complete
-    recorded, hold = asyncio.Event(), asyncio.Event()
-
-    async def slow(self: Owner, task: Any, output: Any, **more: Any) -> None:
-        await complete(self, task, output, **more)
-        if getattr(output, "position", "") == "reply/1":
-            recorded.set()
-            await hold.wait()
-
-    monkeypatch.setattr(Owner, "complete", slow)
-    with OpenAIServer(lambda _: answer("yes")) as model:
+    async def program(held: Held | None = None) -> str:
         async with DurableSession("s", nexum=server.address) as session:
             durable = session.model_client(client(model), agent="a")
-            asking = asyncio.create_task(durable.create([UserMessage(content="Q", source="user")]))
-            await asyncio.wait_for(recorded.wait(), TIMEOUT)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            hold.set()
+            if held is not None:
+                await held.cancel(asyncio.create_task(durable.create(QUESTION)))
+            else:
+                with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+                    await asyncio.wait_for(durable.create(QUESTION), 0.5)
+            return str((await durable.create(QUESTION)).content)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        said = await program(Held(monkeypatch, "reply/1"))
         async with NexumClient(server.address) as nexum:
             (listed,) = await list_sessions(nexum)
         assert listed.status == "finished"
+        assert await asyncio.wait_for(program(), TIMEOUT) == said
+        assert len(model.requests) == 2
+
+
+async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter([Reply(status=400), answer("given up"), answer("yes")])
+    held = Held(monkeypatch, "reply/1")
+
+    async def program(*, first: bool) -> str:
         async with DurableSession("s", nexum=server.address) as session:
-            again = await session.model_client(client(model), agent="a").create(
-                [UserMessage(content="Q", source="user")]
-            )
-            assert isinstance(again, CreateResult)
-            assert again.cached
-        assert len(model.requests) == 1
+            durable = session.model_client(client(model), agent="a")
+            with pytest.raises(ModelFailed):
+                await durable.create(QUESTION)
+            if first:  # the failure of the first is recorded when the second has its reply
+                await held.cancel(asyncio.create_task(durable.create(QUESTION)))
+            else:
+                with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+                    await asyncio.wait_for(durable.create(QUESTION), 0.5)
+            return str((await durable.create(QUESTION)).content)
+
+    with OpenAIServer(lambda _: next(replies)) as model:
+        said = await program(first=True)
+        assert await asyncio.wait_for(program(first=False), TIMEOUT) == said
+        assert len(model.requests) == 3
+
+
+async def test_the_time_that_an_answer_took_is_no_reason_to_wait_for_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.2)
+    lines: list[str] = []
+
+    async def program(*names: str) -> None:
+        async with DurableSession("s", nexum=server.address, tell=lines.append) as session:
+            for name in names:
+                await session.model_client(client(model), agent=name).create(QUESTION)
+
+    def reply(_: dict[str, Any]) -> Reply:
+        hold.wait(3)
+        return answer("yes")
+
+    hold = threading.Event()
+    with OpenAIServer(reply) as model:
+        await program("a")  # it took 3 s
+        hold.set()
+        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+            await asyncio.wait_for(program("b"), 2)
+
+
+async def test_a_fork_keeps_an_end_that_came_from_outside(server: Server) -> None:
+    def build() -> Team:
+        stopped = ExternalTermination()
+        stopped.set()
+        inner = RoundRobinGroupChat([agent(model, "i")], termination_condition=stopped, max_turns=3, name="inner")
+        return RoundRobinGroupChat([inner, agent(model, "o")], max_turns=2)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, build)
+        asked = len(model.requests)
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", asked, "f")
+        assert texts(await run(server, build, session="f")) == texts(first)
+        assert len(model.requests) == asked
+
+
+@pytest.mark.parametrize("is_team", [False, True])
+async def test_a_model_call_that_the_programs_token_cancels_ends_in_the_same_way_in_a_replay(
+    server: Server, is_team: bool
+) -> None:
+    answers = threading.Event()
+
+    def reply(_: dict[str, Any]) -> Reply:
+        if len(model.requests) == 1:
+            answers.wait(TIMEOUT)
+        return answer("yes")
+
+    async def program() -> list[str]:
+        ends = []
+        async with DurableSession("s", nexum=server.address) as session:
+            runnable = session.durable(alone(model) if is_team else agent(model, "a"))
+            token = CancellationToken()
+            asyncio.get_running_loop().call_later(0.7, token.cancel)
+            try:
+                await runnable.run(task="Q", cancellation_token=token)
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+            other = session.durable(agent(model, "b"))
+            ends += texts(await other.run(task="Q"))
+        return ends
+
+    with OpenAIServer(reply) as model:
+        first = await asyncio.wait_for(program(), TIMEOUT)
+        assert first[0] == "cancelled"
+        answers.set()
+        assert await asyncio.wait_for(program(), TIMEOUT) == first
+        assert len(model.requests) == 2
 
 
 async def test_a_tool_that_the_program_cancels_is_run_again(server: Server) -> None:

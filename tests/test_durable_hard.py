@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -302,7 +303,7 @@ class Hopeless(BaseException):
     """What nobody expects."""
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless])
+@pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless] if sys.version_info >= (3, 11) else [Hopeless])
 async def test_whatever_ends_an_agent_of_ones_own_is_an_error_and_no_hang(
     server: Server, error: type[BaseException]
 ) -> None:
