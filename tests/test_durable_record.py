@@ -713,7 +713,7 @@ async def test_messages_have_the_same_names_again_where_fewer_pieces_announce_th
         assert len(model.requests) == 2
 
 
-# ---- Streams and exceptions of the program's own ----------------------------------------------------------------------
+# ---- Streams and exceptions of the program's own ---------------------------------------------------------------------
 
 
 class InPieces(LiveModel):
