@@ -54,7 +54,7 @@ async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_fligh
         hold.set()
         with pytest.raises(DriftError, match=r"nobody asked for it; the run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), TIMEOUT)
-        assert "[Nexum] reply 1 of a is next on record: waiting up to 0.5 s for the run to ask for it" in lines
+        assert any("] reply 1 of a is next on record: waiting up to " in line for line in lines)
         said = await asyncio.wait_for(program("b", on_drift="continue"), TIMEOUT)
         assert await asyncio.wait_for(program("b"), TIMEOUT) == said
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,16 @@ async def opened(path: Path) -> SqliteStore:
     return store
 
 
-def serve(path: Path, *arguments: str, preexec: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+def serve(path: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """A server that is expected to refuse."""
     command = ["-m", "nexum_engine", "--listen", f"127.0.0.1:{free_port()}", "--database-url", f"sqlite:///{path}"]
     return subprocess.run(
-        [sys.executable, *command, *arguments],
+        [*through, sys.executable, *command, *arguments],
         cwd=path.parent if path.parent.is_dir() else ROOT,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=30,
-        preexec_fn=preexec,
     )
 
 
@@ -132,16 +130,20 @@ CAP_DAC_OVERRIDE = 1
 PR_CAPBSET_DROP = 24
 
 
-def _as_one_whom_permissions_bind() -> None:
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) != 0:
-        raise OSError("root could not give up its right to write everywhere")
+AS_ONE_WHOM_PERMISSIONS_BIND = f"""
+import ctypes, os, sys
+if os.geteuid() == 0 and ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_DAC_OVERRIDE}, 0, 0, 0) != 0:
+    raise OSError("root could not give up its right to write everywhere")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""A program of its own: what runs between fork and exec of a process with threads may hang or abort."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
 def test_a_folder_that_can_not_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
-    run = serve(folder / "nexum.db", preexec=_as_one_whom_permissions_bind)
+    run = serve(folder / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
