@@ -42,7 +42,7 @@ def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None =
     """Run it to its end; exit code and output, in which no traceback is ever wanted."""
     with running(command, cwd=folder, env=env) as process:
         code = process.wait()
-    assert "Traceback" not in process.output
+    assert "Traceback" not in process.output, process.output
     return code, process.output
 
 
