@@ -1,19 +1,19 @@
-"""AutoGen on durable execution: what an agent or a team asks for is recorded before it sees the answer.
+"""AutoGen on durable execution: what a program asks AutoGen for is recorded before the program sees the answer.
 
-A program that was killed goes on as the same run: recorded replies, tool results and inputs are replayed, nothing that
-is recorded is paid for or executed again. Of an AutoGen program two lines change; a Nexum server has to be running
+A program that was killed and is started again continues as the same run: recorded replies, tool results and inputs are
+replayed; nothing that is recorded is paid for or executed again. A Nexum server has to be running
 (`python -m nexum_engine`):
 
-    from durable_autogen import run_durable
-    result = await run_durable(build_team, task="...", session_id="s1")      # instead of build_team().run(task="...")
+    from durable_autogen import DurableSession
+    async with DurableSession("order-4711"):
+        result = await team.run(task="...")      # or whatever else the program does with AutoGen
 
-`run_durable_stream` is `run_stream` in the same way. A tool that should run in a worker, and outlive this
-process there, is one line: `tools=[DurableTool(tool, session)]`; every other tool runs in this process, and
-its result is recorded.
+`run_durable` and `run_durable_stream` are the same with a task and a result, and
+`python -m durable_autogen run their_script.py` makes a script durable that knows nothing of this package. Tools run in
+the program's process, and a `DurableTool` in a worker.
 
-A program that runs its agents itself opens a `DurableSession`, and takes model clients and workbenches from it.
-
-This package knows AutoGen and `submit_task`; the engine knows neither.
+The folder `record` records and replays, and imports nothing of AutoGen; the folder `autogen` says which of AutoGen's
+methods record, and how.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
-from durable_autogen.history import SessionInfo, fork_session, list_sessions, question_of
+from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession
-from durable_autogen.team import run_durable, run_durable_stream
+from durable_autogen.sessions import SessionInfo, fork_session, list_sessions, question_of
 
 if TYPE_CHECKING:
     from durable_autogen.tools import DurableTool

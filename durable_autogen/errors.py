@@ -3,7 +3,7 @@
 NexumError
 |-- DriftError          the program asks for something else than what is recorded
 |-- SessionBusy         another process runs the session
-|-- NotDurable          a part of the team does what can't be recorded
+|-- NotDurable          a call can't be recorded where it is made
 `-- RunCancelled        the run was cancelled; what is recorded stays
 """
 
@@ -21,8 +21,8 @@ class SessionBusy(Conflict):
 
 
 class NotDurable(InvalidRequest):
-    """A part of the team acts on the world in a way that can't be recorded; the message says which and why."""
+    """A call can't be recorded where it is made; the message says why and what to do."""
 
 
 class RunCancelled(NexumError):
-    """The run was cancelled. The same run goes on from what is recorded."""
+    """The run was cancelled. The next run with the same session id resumes from what is recorded."""

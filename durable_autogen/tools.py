@@ -10,7 +10,8 @@ from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool
 from pydantic import BaseModel
 
-from durable_autogen.workbench import ON_RECORD, UNTOLD, call_notes, call_scope
+from durable_autogen.record.events import WorkerResult
+from durable_autogen.worker_calls import call_notes, call_scope
 from submit_task import Origin, Session, ToolResult
 from tools import Tool
 
@@ -42,26 +43,23 @@ class DurableTool(BaseTool[BaseModel, BaseModel]):
             result = await self._session.call(self.name, args, timeout=self._timeout, scope=call_scope.get())
         except BrokenPipeError as error:
             if notes is not None:
-                notes[UNTOLD] = str(error)
+                notes.stop = error
             raise
         except asyncio.CancelledError as error:
             # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
-            raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself goes on") from error
+            raise RuntimeError(f"the wait for {self.name} was cancelled; the call itself continues") from error
         if notes is not None:
-            notes["execution_id"] = result.execution_id
-            if result.origin is Origin.CACHED:
-                notes[ON_RECORD] = "yes"
+            notes.worker = WorkerResult(execution_id=result.execution_id, was_recorded=result.origin is Origin.CACHED)
         if self._on_result is not None:
             self._on_result(result)
         return result.text
 
-    def replayed(self, text: str, notes: Mapping[str, str]) -> str:
-        """A durable run has this result on record; the line that says so."""
-        execution_id = notes.get("execution_id", "")
+    def replayed(self, text: str, worker: WorkerResult) -> str:
+        """Take the recorded result; return the line that tells of it."""
         if self._on_result is not None:
-            self._on_result(ToolResult(text, Origin.CACHED, execution_id))
-        return f"[Nexum] {execution_id[:16]}... ({self.name}) already COMPLETED (cached) ✓"
+            self._on_result(ToolResult(text, Origin.CACHED, worker.execution_id))
+        return f"[Nexum] {worker.execution_id[:16]}... ({self.name}) already COMPLETED (cached) ✓"
 
     async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:
-        """For callers that validate first."""
+        """Run it for callers that validate first."""
         return await self.run_json(args.model_dump(exclude_unset=True), cancellation_token)

@@ -1,4 +1,4 @@
-"""Sessions from outside: what there is on record, and a new one from the first events of another."""
+"""Sessions from outside: what is on record, and a new session from the first events of another."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from typing import Any
 
 from console import say
 from durable_autogen.errors import DriftError
-from durable_autogen.events import AGENT_RUN, PAGE, PATIENCE, Event, Kind, end_of, read_events
-from durable_autogen.journal import Journal
+from durable_autogen.record.events import (
+    AGENT_RUN,
+    PAGE,
+    SERVER_PATIENCE,
+    Begun,
+    Event,
+    Kind,
+    Revoked,
+    Said,
+    end_of,
+    read_record,
+)
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
-from session_file import check_session_id
-
-KEPT = (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.TURN, Kind.STOP, Kind.MESSAGE)  # by a fork
 
 
 @dataclass(frozen=True)
@@ -28,19 +37,19 @@ class SessionInfo:
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
-    """Recorded events by kind: reply, tool, input."""
+    """Recorded events by kind: reply, tool, input, code."""
     begun_ms: int
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
-    """Every session on the server, the latest first."""
+    """Return every session on the server, the latest first."""
     latest: dict[str, Execution] = {}
     earliest: dict[str, Execution] = {}
     completed: dict[str, Execution] = {}
     before = ""
     while True:
         page = await client.list_executions(
-            workflow_id=AGENT_RUN.workflow_id, before=before, limit=PAGE, with_nodes=True, patience=PATIENCE
+            workflow_id=AGENT_RUN.workflow_id, before=before, limit=PAGE, with_nodes=True, patience=SERVER_PATIENCE
         )
         for run in page:
             session = run.idempotency_key.rpartition("/")[0]
@@ -60,14 +69,13 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
 async def _info(
     client: NexumClient, session: str, run: Execution, completed: Execution | None, begun_ms: int
 ) -> SessionInfo:
-    events, _, _ = await read_events(client, session)
-    begin = next((event for event in reversed(events) if event.kind is Kind.BEGIN), None)
-    messages = [event.content["text"] for event in events if event.kind is Kind.MESSAGE]
-    replies = [event for event in events if event.kind is Kind.REPLY]
+    events = (await read_record(client, session)).events
+    messages = [event.content.text for event in events if isinstance(event.content, Said)]
+    models = [str(event.request["model"]) for event in events if "model" in event.request]
     return SessionInfo(
         session=session,
-        question=" / ".join([*(begin.content["task"] if begin else []), *messages]),
-        models=tuple(dict.fromkeys(str(event.request.get("model", "?")) for event in replies)),
+        question=" / ".join([*_task_of(events), *messages]),
+        models=tuple(dict.fromkeys(models)),
         status=_status(run, is_finished=end_of(completed, events) is not None),
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
         begun_ms=begun_ms,
@@ -75,10 +83,13 @@ async def _info(
 
 
 async def question_of(client: NexumClient, session: str) -> str | None:
-    """What the session was asked; None if it has not begun."""
-    events, _, _ = await read_events(client, session)
-    begin = next((event for event in reversed(events) if event.kind is Kind.BEGIN), None)
-    return None if begin is None else "\n".join(begin.content["task"])
+    """Return the task of a session; None if it has not begun."""
+    events = (await read_record(client, session)).events
+    return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
+
+
+def _task_of(events: Sequence[Event]) -> list[str]:
+    return next((event.content.task for event in reversed(events) if isinstance(event.content, Begun)), [])
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:
@@ -99,44 +110,45 @@ async def fork_session(
     *,
     tell: Callable[[str], None] = say,
 ) -> list[Event]:
-    """Begin a session with the first `count` recorded events of another; they are accepted as recorded.
+    """Begin a session with the first `count` recorded calls of another, which are accepted as recorded.
 
-    `message` is what the user says there, and `tell` gets what a person should know. Doing it again changes nothing.
-    Raises InvalidRequest, DriftError if the new session has something else on record.
+    `message` is what the user says there, and `tell` takes what a person should read. Doing it again changes nothing.
+    Returns the copied events. Raises InvalidRequest, and DriftError if the new session has something else on record.
     """
     check_session_id(session)
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked onto itself: give the new one another id")
-    events, _, _ = await read_events(client, source)
-    asked = [event for event in events if event.kind.is_call]
+    events = (await read_record(client, source)).events
+    calls = [event for event in events if event.kind.is_call]
     if not events:
         raise InvalidRequest(f"session {source!r} has nothing on record here; --sessions lists those that have")
-    if not 0 <= count <= len(asked):
+    if not 0 <= count <= len(calls):
         raise InvalidRequest(
-            f"session {source!r} has {len(asked)} recorded event(s): give 0 to {len(asked)}, not {count}"
+            f"session {source!r} has {len(calls)} recorded event(s): give 0 to {len(calls)}, not {count}"
         )
-    last = asked[count - 1].seq if count else 0
+    last = calls[count - 1].seq if count else 0
     begin = [event for event in events if event.kind is Kind.BEGIN][-1:]
-    kept = [*begin, *(event for event in events if event.seq <= last and event.kind in KEPT)]
-    kept.sort(key=lambda event: (event.kind is not Kind.BEGIN, event.seq))
+    kept = [
+        *begin,
+        *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
+    ]
     async with Journal(client, session, tell) as journal:
         copied = [event for event in journal.events if event.accepted]
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
-        went_on = len(journal.events) > len(copied) + len(added)
-        # What it made of them since may have left some of them behind.
-        left_some = journal.epoch > 0 or any(event.kind is Kind.REVOKE for event in journal.events)
-        if left_some:
+        continued = len(journal.events) > len(copied) + len(added)
+        if any(isinstance(event.content, Revoked) for event in journal.events):
+            # What the new session has done since may have dropped some of the copies.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
-            is_same = _identities(copied) == _identities(kept if went_on or added else kept[: len(copied)])
+            is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
         if not is_same:
             raise DriftError(f"session {session} has something else on record than {source}: take another id")
-        if not went_on and not added:
+        if not continued and not added:
             for event in kept[len(copied) :]:
                 await journal.add_copy(event)
-        if message and not any(event.content["text"] == message for event in added):
-            if went_on or added:
-                raise DriftError(f"session {session} went on already, without this message: take another id")
+        if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
+            if continued or added:
+                raise DriftError(f"session {session} has continued already, without this message: take another id")
             await journal.add_message(message)
         await journal.release()
     return kept

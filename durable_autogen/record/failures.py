@@ -1,4 +1,4 @@
-"""What a call raised: made ordinary, recorded, and raised again."""
+"""What a call raised: turned into an ordinary error, recorded, and raised again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters; a failure is recorded, whatever it has to say
+MAX_TEXT = 20_000  # characters of a recorded failure's text
 
 Plain = str | int | float | bool | None
 
 
 class RecordedFailure(Exception):
-    """A failure on record whose class this program has not loaded, or can't make; its name and text are the same."""
+    """A recorded failure whose class this program has not loaded or can't build. Name and text are the recorded ones."""
 
 
 class Failure(BaseModel):
@@ -31,7 +31,7 @@ class Failure(BaseModel):
     name: str
     text: str
     args: list[Plain] | None = None
-    """What it was made with, if all of that is plain."""
+    """The constructor's arguments, if all of them are plain values."""
     attributes: dict[str, Plain] = {}
 
     @classmethod
@@ -48,10 +48,10 @@ class Failure(BaseModel):
         )
 
     def again(self) -> Exception:
-        """An exception of the same class with the same text, arguments and attributes, as far as they are plain.
+        """Build an exception of the same class with the same text, arguments and attributes, as far as they are plain.
 
-        Where the class can't be made from its arguments, it is one of a class derived from it, or from the next of its
-        bases that can be.
+        If the class can't be built from its arguments, the exception has a class derived from it, or from the nearest
+        base that can be built.
         """
         kind: Any = sys.modules.get(self.module)
         for part in self.name.split("."):
@@ -67,7 +67,7 @@ class Failure(BaseModel):
         return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
 
     def _made_from_args(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # a constructor of its own
+        with contextlib.suppress(Exception):  # the class has a constructor of its own
             error = kind(*self.args or ())
             vars(error).update(self.attributes)
             if type(error) is kind and _text(error) == self.text:
@@ -75,7 +75,7 @@ class Failure(BaseModel):
         return None
 
     def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # a class that holds more than Python's part of it
+        with contextlib.suppress(Exception):  # the class holds more than Python's part of it
             error = kind.__new__(kind)
             error.args = (self.text,) if self.args is None else tuple(self.args)
             vars(error).update(self.attributes)
@@ -86,7 +86,7 @@ class Failure(BaseModel):
     def _derived_from(self, base: type[Exception]) -> Exception | None:
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
-        with contextlib.suppress(Exception):  # a class that nothing may be derived from, or that needs its arguments
+        with contextlib.suppress(Exception):  # the class refuses to be derived from, or needs its arguments
             kind: Any = type(self.name.rpartition(".")[2], (base,), body)
             error: Exception = kind.__new__(kind)
             error.args = (text,) if self.args is None else tuple(self.args)
@@ -99,7 +99,7 @@ _NOT_PLAIN: Any = object()
 
 
 def _made_with(error: Exception) -> tuple[Any, ...]:
-    """Its constructor's arguments: `__reduce__` knows also those that a class does not keep in `args`."""
+    """The constructor's arguments. `__reduce__` also knows those that a class doesn't keep in `args`."""
     with contextlib.suppress(Exception):
         made = error.__reduce__()
         if isinstance(made, tuple) and made[0] is type(error) and isinstance(made[1], tuple):
@@ -118,26 +118,26 @@ def _plain(value: object) -> Any:
 def _text(error: Exception) -> str:
     try:
         text = str(error)
-    except Exception as unsaid:  # noqa: BLE001 - its own
-        text = f"(its text can't be had: {type(unsaid).__name__})"
+    except Exception as unsaid:  # noqa: BLE001 - the exception's own __str__
+        text = f"(its text can't be read: {type(unsaid).__name__})"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:
-    """Await it; whatever ends it is an ordinary error, unless it is this task that is being cancelled.
+    """Await the call; an exception that is no Exception (SystemExit, a library's own) becomes a RuntimeError.
 
-    AutoGen waits for ever for a tool that ends as cancelled, and SystemExit and its like would end the event loop.
+    Raised inside a task, such an exception would end the event loop. CancelledError passes.
     """
+    try:
+        return await call
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise made_ordinary(error, name) from error
 
-    async def contained() -> T:
-        try:
-            return await call
-        except (Exception, asyncio.CancelledError):
-            raise
-        except BaseException as error:
-            raise made_ordinary(error, name) from error
 
-    running = asyncio.ensure_future(contained())
+async def in_a_task(running: asyncio.Future[T], name: str) -> T:
+    """Wait for a task of its own; it is cancelled with the caller, and ends before the caller does."""
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
@@ -150,12 +150,12 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:
-    """What stands in for an exception that would leave AutoGen waiting, or end the event loop."""
+    """The ordinary error in place of an exception that would leave a framework waiting, or end the event loop."""
     return RuntimeError(f"{name} ended with {type(error).__name__}: {error}")
 
 
 def is_being_cancelled() -> bool:
     """Whether somebody is cancelling this task, so that a CancelledError in it is theirs."""
     task = asyncio.current_task()
-    # From Python 3.11 on it can be told; before, an ordinary error stands in for the cancellation.
+    # Before Python 3.11 it can't be told; an ordinary error is raised in place of the cancellation.
     return task is not None and bool(getattr(task, "cancelling", lambda: 0)())

@@ -1,0 +1,142 @@
+"""Who is at work: the agent, the team or the core agent whose method runs, and in which session.
+
+The place is set around each step of an agent's stream, so a stream never leaks it to its consumer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from typing import Any
+
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import Response, TaskResult
+from autogen_agentchat.messages import BaseChatMessage
+from autogen_agentchat.teams import GraphFlow
+from autogen_core import CancellationToken
+
+from durable_autogen.autogen.fingerprints import describe_turn
+from durable_autogen.autogen.transcript import marked
+from durable_autogen.autogen.work import Work
+from durable_autogen.record.events import Kind
+from durable_autogen.record.failures import is_being_cancelled, made_ordinary
+from durable_autogen.record.place import Place, at, steps_at
+
+
+class AtWork:
+    """An agent or a team that works inside a place."""
+
+    def __init__(self, outer: Place, work: Work, runnable: Any, *, is_team: bool) -> None:
+        self._outer = outer
+        self._work = work
+        self._recorder = outer.session.recorder
+        if is_team and not outer.is_inside:
+            # The members of a program's own team have no prefix.
+            self._path = outer.path
+        else:
+            self._path = work.names.of(runnable, outer.inside(runnable.name))
+        self._label = self._path
+        if is_team:
+            # What the team itself asks, as to choose a speaker.
+            self._label = work.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
+        else:
+            work.speaks_as(self._label, runnable.name)
+        self.place = dataclasses.replace(
+            outer,
+            agent=self._label,
+            path=self._path,
+            is_inside=True,
+            ends_in_order=isinstance(runnable, GraphFlow),
+            must_not_raise=isinstance(runnable, AssistantAgent),
+            owner=runnable,
+        )
+
+    async def turn(self, stream: AsyncIterator[Any], token: CancellationToken | None) -> AsyncGenerator[Any, None]:
+        """Pass on what an agent says in a turn."""
+        steps = steps_at(self.place, stream)
+        try:
+            async for item in steps:
+                await self._passes_on(item)
+                yield item
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._raise(error, token)
+        finally:
+            await steps.aclose()
+
+    async def whole_turn(self, turn: Awaitable[Any], token: CancellationToken | None) -> Any:
+        """Return what an agent says in a turn that isn't streamed."""
+        try:
+            with at(self.place):
+                item = await turn
+        except BaseException as error:
+            self._raise(error, token)
+        await self._passes_on(item)
+        return item
+
+    async def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
+        """Pass on the run of a team."""
+        async for item in self.run(steps_at(self.place, stream), task):
+            yield item
+
+    async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
+        """Pass on a run; in the program's own run, messages that came from the record are marked."""
+        is_programs_own = not self._outer.is_inside
+        if is_programs_own:
+            await self._recorder.begin()
+        try:
+            async for item in stream:
+                await self._passes_on(item, task)
+                if not is_programs_own:
+                    yield item
+                elif isinstance(item, TaskResult):
+                    yield self._work.transcript.result(item)
+                else:
+                    yield marked(item) if self._work.was_replayed(getattr(item, "source", "")) else item
+        finally:
+            close: Any = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
+
+    async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
+        """Return the result of a run that isn't streamed."""
+        is_programs_own = not self._outer.is_inside
+        if is_programs_own:
+            await self._recorder.begin()
+        result = await run
+        await self._passes_on(result, task)
+        return self._work.transcript.result(result) if is_programs_own else result
+
+    async def _passes_on(self, item: Any, task: Any = None) -> None:
+        self._work.transcript.settle(self._label, item, _given(task))
+        if isinstance(item, (Response, TaskResult)):
+            self._recorder.turn_is_over(self._path)
+            if self._outer.ends_in_order:
+                # Members that work side by side end in the recorded order, whatever made one of them slow.
+                with at(self.place):
+                    position = self._work.asker(self._label).next("turn")
+                    await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
+
+    def _raise(self, error: BaseException, token: CancellationToken | None) -> None:
+        """Raise the error; an ordinary one if AutoGen would wait for ever for an agent that ends with it."""
+        if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
+            raise error
+        is_meant = self._recorder.failed.done() or (token is not None and token.is_cancelled()) or is_being_cancelled()
+        if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
+            raise error  # before Python 3.11, it can't be told who cancels
+        raise made_ordinary(error, self._label) from error
+
+
+def _given(task: Any) -> list[BaseChatMessage]:
+    """The messages that the caller of a run has made."""
+    if isinstance(task, BaseChatMessage):
+        return [task]
+    return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, (list, tuple)) else []
+
+
+def _words(item: Response | TaskResult) -> str:
+    messages = item.messages if isinstance(item, TaskResult) else [item.chat_message]
+    return "\n".join(message.to_text() for message in messages)

@@ -1,0 +1,474 @@
+"""How AutoGen's calls are recorded, and what their callers get: live what the call gave, replayed the same again."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from autogen_agentchat.tools import AgentTool, TeamTool
+from autogen_core import CancellationToken
+from autogen_core.code_executor import CodeBlock, CodeResult
+from autogen_core.memory import MemoryQueryResult
+from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
+from autogen_core.tools import BaseTool, StaticWorkbench, ToolResult, ToolSchema, Workbench
+
+from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
+from durable_autogen.autogen.values import (
+    failed_result,
+    is_broken,
+    reply_again,
+    text_of_reply,
+    value_again,
+    written_reply,
+    written_value,
+)
+from durable_autogen.autogen.work import Asker, Work
+from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
+from durable_autogen.record.failures import in_a_task, ordinary
+from durable_autogen.record.place import Place, current, started_at
+from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.worker_calls import CallNotes, HearsOfReplays, call_notes, call_scope
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
+
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the fingerprint of what was asked stands beside it
+
+
+class _Stream:
+    """What a call passes on before its result."""
+
+    def __init__(self) -> None:
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
+        self.passed_on: list[Any] = []
+        self.produced: list[Any] = []
+        """What a live call has produced by now, passed on or not."""
+
+    async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
+        """Pass items on until the call is over. If the consumer leaves, the call is cancelled."""
+        running.add_done_callback(lambda _: self.items.put_nowait(_END))
+        try:
+            while (item := await self.items.get()) is not _END:
+                self.passed_on.append(item)
+                yield item
+        finally:
+            if not running.done():
+                running.cancel()
+                await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # looked at: the consumer raises it, or has left
+
+
+_END = object()
+
+
+class Calls:
+    """Records calls at one place: for one agent of one session."""
+
+    def __init__(self, place: Place, work: Work) -> None:
+        self._place = place
+        self._work = work
+        self._recorder: Recorder = place.session.recorder
+        self._agent = place.agent
+        self._asker: Asker = work.asker(place.agent)
+
+    # ---- Models ------------------------------------------------------------------------------------------------------
+
+    async def reply(
+        self,
+        client: ChatCompletionClient,
+        ask: Callable[[Sequence[LLMMessage]], Awaitable[CreateResult]],
+        messages: Sequence[LLMMessage],
+        options: Mapping[str, Any],
+    ) -> CreateResult:
+        """Return the recorded reply, or the model's, recorded."""
+        messages, call = self._reply_call(client, messages, options)
+
+        async def perform() -> Performed:
+            written, result = written_reply(await ask(messages))
+            return Performed(result, Returned(value=written, is_broken=is_broken(result)))
+
+        answer = await _linked(self._recorder.call(call, perform), options.get("cancellation_token"))
+        return self._received(client, call, answer)
+
+    async def streamed_reply(
+        self,
+        client: ChatCompletionClient,
+        ask: Callable[[Sequence[LLMMessage]], AsyncIterator[str | CreateResult]],
+        messages: Sequence[LLMMessage],
+        options: Mapping[str, Any],
+    ) -> AsyncGenerator[str | CreateResult, None]:
+        """Pass on pieces as they come, the last one when the reply is recorded; a recorded reply in one piece."""
+        messages, call = self._reply_call(client, messages, options)
+        stream = _Stream()
+        held: list[str] = []
+
+        async def perform() -> Performed:
+            result: CreateResult | None = None
+            said = ""
+            async for piece in ask(messages):
+                if isinstance(piece, CreateResult):
+                    result = piece
+                    continue
+                if held:
+                    stream.items.put_nowait(held.pop())
+                held.append(piece)
+                said += piece
+            if result is None:
+                raise RuntimeError("the model's stream ended without a result")
+            written, result = written_reply(result)
+            # What was streamed is recorded only where it is not the reply's own text.
+            streamed = [] if said == text_of_reply(result) else [representable(said)]
+            return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
+
+        def got() -> list[Any]:
+            return [representable("".join(stream.passed_on))] if stream.passed_on else []
+
+        def replayed(content: Content) -> None:
+            if isinstance(content, Returned):
+                held[:] = content.streamed or [text_of_reply(reply_again(content.value))]
+            elif isinstance(content, (Raised, GivenUp)):
+                for piece in content.streamed:
+                    stream.items.put_nowait(piece)
+
+        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed)
+        running = asyncio.ensure_future(_linked(recording, options.get("cancellation_token")))
+        pieces = stream.until(running)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
+        result = self._received(client, call, await running)
+        for text in filter(None, held):
+            yield text
+        yield result
+
+    def _reply_call(
+        self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
+    ) -> tuple[Sequence[LLMMessage], Call]:
+        position = self._asker.next("reply")
+        messages = self._work.added.told_to(self._agent, position, messages)
+        choice = options.get("tool_choice", "auto")
+        request, whole = self._asker.conversation.request(
+            position,
+            client,
+            messages,
+            options.get("tools") or (),
+            {
+                "tool_choice": None if choice == "auto" else choice,
+                "json_output": options.get("json_output"),
+                "extra_create_args": dict(options.get("extra_create_args") or {}),
+            },
+        )
+        return messages, Call(Kind.REPLY, self._agent, position, request, whole)
+
+    def _received(self, client: ChatCompletionClient, call: Call, answer: Answer) -> CreateResult:
+        assert isinstance(answer.content, Returned)
+        result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
+        self._asker.received(call.position, result, replayed=answer.replayed)
+        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
+        self._count(answer.replayed, "model calls")
+        self._count(answer.replayed, "tokens", tokens)
+        if answer.replayed:
+            self._work.used(client, result.usage)
+            self._tell_replayed(call)
+        return result
+
+    # ---- Tools -------------------------------------------------------------------------------------------------------
+
+    async def workbench_tool(
+        self,
+        workbench: Workbench,
+        run: Callable[[], Awaitable[ToolResult]],
+        name: str,
+        arguments: Mapping[str, Any],
+        token: CancellationToken | None,
+        call_id: str | None,
+        stream: _Stream | None = None,
+    ) -> ToolResult:
+        """Return the recorded result of a workbench's tool, or the tool's, recorded."""
+        try:
+            answer = await self._tool(run, name, arguments, token, call_id, ToolResult, stream)
+        except asyncio.CancelledError:
+            if token is None or not token.is_cancelled() or not self._place.must_not_raise:
+                raise
+            return failed_result(name, RuntimeError(f"the call of {name} was cancelled"))
+        except Exception as error:
+            if not self._place.must_not_raise:
+                raise
+            return failed_result(name, error)
+        result: ToolResult = self._value(answer, ToolResult)
+        if answer.replayed:
+            tools = workbench._tools if isinstance(workbench, StaticWorkbench) else []
+            self._tell_tool_replayed(name, result.to_text(), answer, tools)
+        return result
+
+    async def workbench_tool_stream(
+        self,
+        workbench: Workbench,
+        run: Callable[[], AsyncIterator[Any]],
+        name: str,
+        arguments: Mapping[str, Any],
+        token: CancellationToken | None,
+        call_id: str | None,
+    ) -> AsyncGenerator[Any, None]:
+        """Pass on what a workbench's tool streams, and then its result, which is recorded with it."""
+        stream = _Stream()
+
+        async def last() -> ToolResult:
+            return await _last_of(run(), ToolResult, name, stream)
+
+        running = asyncio.ensure_future(self.workbench_tool(workbench, last, name, arguments, token, call_id, stream))
+        items = stream.until(running)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+        yield await running
+
+    async def tool(
+        self,
+        tool: BaseTool[Any, Any],
+        run: Callable[[], Awaitable[Any]],
+        arguments: Mapping[str, Any],
+        token: CancellationToken | None,
+        call_id: str | None,
+        stream: _Stream | None = None,
+    ) -> Any:
+        """Return the recorded value of a tool that is called directly, or the tool's, recorded."""
+        answer = await self._tool(run, tool.name, arguments, token, call_id, tool.return_type(), stream)
+        value = self._value(answer, tool.return_type())
+        if answer.replayed:
+            self._tell_tool_replayed(tool.name, value if isinstance(value, str) else str(value), answer, [tool])
+        return value
+
+    async def tool_stream(
+        self,
+        tool: BaseTool[Any, Any],
+        run: Callable[[], AsyncIterator[Any]],
+        arguments: Mapping[str, Any],
+        token: CancellationToken | None,
+        call_id: str | None,
+    ) -> AsyncGenerator[Any, None]:
+        """Pass on what a tool that is called directly streams, and then its value, which is recorded with it."""
+        stream = _Stream()
+
+        async def last() -> Any:
+            previous: Any = _END
+            async for item in run():
+                if previous is not _END:
+                    stream.produced.append(previous)
+                    stream.items.put_nowait(previous)
+                previous = item
+            if previous is _END:
+                raise RuntimeError(f"the stream of {tool.name} ended without a result")
+            return previous
+
+        running = asyncio.ensure_future(self.tool(tool, last, arguments, token, call_id, stream))
+        items = stream.until(running)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()
+        yield await running
+
+    async def _tool(
+        self,
+        run: Callable[[], Awaitable[Any]],
+        name: str,
+        arguments: Mapping[str, Any],
+        token: CancellationToken | None,
+        call_id: str | None,
+        declared: Any,
+        stream: _Stream | None,
+    ) -> Answer:
+        position = self._asker.position_of_call(call_id, name)
+        call = Call(Kind.TOOL, self._agent, position, describe_call(name, arguments), label=name)
+        notes = CallNotes()
+        is_result = declared is ToolResult
+
+        async def perform() -> Performed:
+            call_scope.set(self._recorder.journal.scope_of(call.address))
+            call_notes.set(notes)
+            streamed = [] if stream is None else stream.produced
+            try:
+                # In a task of its own: so a tool that ends as cancelled is told from a caller that is cancelled.
+                value = await in_a_task(started_at(current.get(), ordinary(run(), name)), name)
+                if notes.stop is None:
+                    return Performed(value, self._checked(name, value, declared, notes, streamed))
+                error: Exception = notes.stop
+            except Exception as failure:
+                if notes.stop is None and not (is_result and self._place.must_not_raise):
+                    raise
+                error = notes.stop or failure
+            if notes.stop is not None:
+                # The tool did not fail: nobody reads what it tells, and that ends the run.
+                self._recorder.stop(notes.stop)
+                raise notes.stop
+            # It ran: as a result that tells of the error, it does not run again when the session is continued.
+            failed = failed_result(name, error)
+            return Performed(failed, self._checked(name, failed, declared, notes, []))
+
+        def replayed(content: Content) -> None:
+            if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
+                for item in content.streamed:
+                    stream.items.put_nowait(value_again(item))
+
+        def got() -> list[Any]:
+            return [] if stream is None else [written_value(item) for item in stream.passed_on]
+
+        answer = await _linked(self._recorder.call(call, perform, streamed=got, on_replay=replayed), token)
+        assert isinstance(answer.content, Returned)
+        worker = answer.content.worker
+        self._count(answer.replayed or (worker is not None and worker.was_recorded), "tool calls")
+        return answer
+
+    def _checked(self, name: str, value: Any, declared: Any, notes: CallNotes, streamed: Sequence[Any]) -> Returned:
+        """Write down what a tool gave. Raises ValueError if that can't be recorded."""
+        try:
+            written = written_value(value, declared)
+        except ValueError as error:
+            if declared is ToolResult:
+                raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+            self._recorder.tell(
+                f"[Nexum] {name} returned a {type(value).__name__}, which can't be recorded: a replay returns its text"
+            )
+            written = representable(str(value))
+        try:
+            content = Returned(value=written, worker=notes.worker, streamed=[written_value(item) for item in streamed])
+            check_size(dump(content.model_dump(mode="json"), "it"), "it", max_bytes=MAX_RESULT_BYTES)
+        except ValueError as error:
+            raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+        return content
+
+    def _tell_tool_replayed(self, name: str, text: str, answer: Answer, tools: Sequence[BaseTool[Any, Any]]) -> None:
+        assert isinstance(answer.content, Returned)
+        worker = answer.content.worker
+        for tool in tools:
+            if tool.name == name and worker is not None and isinstance(tool, HearsOfReplays):
+                self._recorder.tell(tool.replayed(text, worker))
+                return
+        self._recorder.tell(f"[Nexum] {name} for {self._agent or 'the program'}: replayed from the record ✓")
+
+    def agent_as_tool(self, call_id: str | None, name: str) -> None:
+        """Note that the reply's call of an agent or team was made; what that asks is recorded as its own."""
+        self._asker.position_of_call(call_id, name)
+
+    async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
+        """Return the recorded list of a workbench's tools, or the workbench's, recorded."""
+        request = hashed({"workbench": type(workbench).__name__})
+        label = f"the tools of {self._agent or 'the program'}"
+        found: list[ToolSchema] = await self._other(Kind.TOOLS, "tools", request, run, None, None, label=label)
+        return found
+
+    # ---- People, code, memory ----------------------------------------------------------------------------------------
+
+    async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
+        """Return a person's recorded input, or the person's, recorded."""
+        position = self._asker.next("input")
+        call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
+        # Ask at once, and not when the server knows of it: AutoGen's UserInputManager waits for ever if its callback is
+        # not under way when the request is shown.
+        is_live = not self._recorder.is_recorded(call.address)
+        asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
+
+        async def perform() -> Performed:
+            said = representable(str(await (asking or run())))
+            return Performed(said, Returned(value=said))
+
+        try:
+            answer = await _linked(self._recorder.call(call, perform), token)
+        finally:
+            if asking is not None and not asking.done():
+                asking.cancel()
+        self._count(answer.replayed, "inputs")
+        if answer.replayed:
+            self._tell_replayed(call)
+        return str(self._value(answer, str))
+
+    async def code(
+        self, run: Callable[[], Awaitable[CodeResult]], blocks: Sequence[CodeBlock], token: CancellationToken | None
+    ) -> CodeResult:
+        """Return the recorded result of executed code, or the executor's, recorded."""
+        request = hashed({"code": "\n".join(block.code for block in blocks)})
+        found: CodeResult = await self._other(Kind.CODE, "code", request, run, CodeResult, token, counts="tool calls")
+        return found
+
+    async def memory(
+        self, run: Callable[[], Awaitable[MemoryQueryResult]], query: Any, token: CancellationToken | None
+    ) -> MemoryQueryResult:
+        """Return a memory's recorded answer, or the memory's, recorded."""
+        request = hashed({"query": plain(query)})
+        found: MemoryQueryResult = await self._other(Kind.MEMORY, "memory", request, run, MemoryQueryResult, token)
+        return found
+
+    async def _other(
+        self,
+        kind: Kind,
+        what: str,
+        request: Mapping[str, Any],
+        run: Callable[[], Awaitable[Any]],
+        declared: Any,
+        token: CancellationToken | None,
+        *,
+        counts: str = "",
+        label: str = "",
+    ) -> Any:
+        async def perform() -> Performed:
+            value = await run()
+            return Performed(value, Returned(value=representable(written_value(value, declared))))
+
+        call = Call(kind, self._agent, self._asker.next(what), request, label=label)
+        answer = await _linked(self._recorder.call(call, perform), token)
+        if counts:
+            self._count(answer.replayed, counts)
+        return self._value(answer, declared)
+
+    # ---- Both --------------------------------------------------------------------------------------------------------
+
+    def _value(self, answer: Answer, declared: Any) -> Any:
+        assert isinstance(answer.content, Returned)
+        return answer.value if answer.has_value else value_again(answer.content.value, declared)
+
+    def _count(self, replayed: bool, what: str, number: int = 1) -> None:
+        (self._recorder.replayed if replayed else self._recorder.live)[what] += number
+
+    def _tell_replayed(self, call: Call) -> None:
+        self._recorder.tell(f"[Nexum] {call}: replayed from the record ✓")
+
+
+async def _linked(call: Awaitable[Answer], token: CancellationToken | None) -> Answer:
+    if token is None:
+        return await call
+    asking = asyncio.ensure_future(call)
+    token.link_future(asking)
+    return await asking
+
+
+async def _last_of(items: AsyncIterator[Any], kind: type, name: str, stream: _Stream) -> Any:
+    found: Any = None
+    async for item in items:
+        if isinstance(item, kind):
+            found = item
+        else:
+            stream.produced.append(item)
+            stream.items.put_nowait(item)
+    if found is None:
+        raise RuntimeError(f"the stream of {name} ended without a result")
+    return found
+
+
+def is_recorded_inside(tool: object) -> bool:
+    """Return whether a tool is not recorded as one: what its agent or team does is."""
+    return isinstance(tool, (AgentTool, TeamTool))
+
+
+def has_agent_as_tool(workbench: Workbench, name: str) -> bool:
+    """Return whether this name is an agent or a team that a workbench offers as a tool."""
+    if not isinstance(workbench, StaticWorkbench):
+        return False
+    original = workbench._override_name_to_original.get(name, name)
+    return any(tool.name == original and is_recorded_inside(tool) for tool in workbench._tools)

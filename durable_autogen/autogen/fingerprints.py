@@ -1,0 +1,283 @@
+"""What a call asks for, in a form that two runs can compare: what differs is told in words.
+
+Each message of a conversation is fingerprinted once. A request holds only what is new in it; `base` names the earlier
+request of the same agent that has the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from autogen_core.models import ChatCompletionClient, LLMMessage, SystemMessage
+from autogen_core.tools import Tool, ToolSchema
+from pydantic import BaseModel
+
+from durable_autogen.record.events import Call, Event
+
+EXCERPT = 80  # characters
+SETTINGS = (
+    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
+    *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
+    "extra_body",
+)
+"""Of a client's configuration, what changes its replies. Keys and addresses are never recorded."""
+
+Fingerprint = Mapping[str, Any]
+
+
+class Conversation:
+    """The requests of one agent: each is described by what is new beside the one before it."""
+
+    def __init__(self) -> None:
+        self._position = ""
+        self._messages: list[LLMMessage] = []
+        self._contents: list[str | tuple[object, ...]] = []
+        self._prints: list[dict[str, str]] = []
+        self._chain: list[str] = []
+        """The hash of all messages up to each one."""
+        self._whole: dict[str, Any] = {}
+        self._tools: list[Tool | ToolSchema] = []
+        self._settings: tuple[ChatCompletionClient, str, dict[str, Any]] | None = None
+
+    def request(
+        self,
+        position: str,
+        client: ChatCompletionClient,
+        messages: Sequence[LLMMessage],
+        tools: Sequence[Tool | ToolSchema],
+        options: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+        """Describe a request: what is new in it, and a function that describes all of it."""
+        leading = 0
+        while leading < len(messages) and isinstance(messages[leading], SystemMessage):
+            leading += 1
+        same = self._update(messages[leading:])
+        if self._settings is None or self._settings[0] is not client:
+            self._settings = (client, *_model(client))
+        _, model, settings = self._settings
+        if list(tools) != self._tools or "tools" not in self._whole:
+            self._tools = list(tools)
+            described = {_schema(tool)["name"]: hashed_value(_schema(tool)) for tool in tools}
+        else:
+            described = self._whole["tools"]
+        whole: dict[str, Any] = {
+            "model": model,
+            "options": {**settings, **{name: plain(value) for name, value in options.items() if value}},
+            "system": [str(message.content) for message in messages[:leading]],
+            "tools": described,
+        }
+        new = {name: value for name, value in whole.items() if self._whole.get(name) != value}
+        if self._position:
+            new["base"] = self._position
+        new["same"] = same
+        new["messages"] = self._prints[same:]
+        chain = self._chain[-1] if self._chain else ""
+        new["hash"] = hashed_value([whole, chain])
+        prints = list(self._prints)
+        self._position, self._whole = position, whole
+        return new, lambda: {**whole, "messages": prints, "hash": new["hash"]}
+
+    def _update(self, messages: Sequence[LLMMessage]) -> int:
+        """Take over the messages; return how many are the same as in the request before."""
+        # A message's list of calls or results may grow in place; its texts can't change without being replaced.
+        contents = [one.content if isinstance(one.content, str) else tuple(one.content) for one in messages]
+        limit = min(len(messages), len(self._messages))
+        same = limit
+        # The usual case, a conversation that only grew, is two comparisons without a loop.
+        if not all(map(operator.is_, messages[:limit], self._messages)) or contents[:limit] != self._contents[:limit]:
+            same = 0
+            while messages[same] is self._messages[same] and contents[same] == self._contents[same]:
+                same += 1
+        known: dict[int, int] = {}
+        if same < len(self._messages):
+            known = {id(message): number for number, message in enumerate(self._messages)}
+        prints, chain = self._prints[:same], self._chain[:same]
+        for number in range(same, len(messages)):
+            at = known.get(id(messages[number]))
+            found = (
+                self._prints[at]
+                if at is not None and self._contents[at] == contents[number]
+                else _message(messages[number])
+            )
+            prints.append(found)
+            chain.append(_hash(f"{chain[-1] if chain else ''}{found['hash']}"))
+        self._messages, self._contents, self._prints, self._chain = list(messages), contents, prints, chain
+        return same
+
+
+def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a tool call."""
+    try:
+        written = plain(arguments)
+        text = json.dumps(written, sort_keys=True, ensure_ascii=False)
+    except (RecursionError, ValueError):
+        text = repr(arguments)
+    # As a text: arguments may nest more deeply than a record can.
+    return hashed({"tool": name, "arguments": text})
+
+
+def describe_turn(said: str) -> dict[str, Any]:
+    """Describe what an agent said in its turn."""
+    return {"hash": hashed_value(said), "said": _excerpt(said)}
+
+
+def differences(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+    """Tell what differs, one line each; none if both requests are the same."""
+    if recorded.kind is not now.kind:
+        return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
+    if recorded.request.get("hash") == now.request.get("hash"):
+        return []
+    current = now.request if now.whole_request is None else now.whole_request()
+    return compare(_whole(recorded, find), current)
+
+
+def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
+    """Put a request together from what is new in it and the requests before it."""
+    chain = [event]
+    while (base := chain[-1].request.get("base")) is not None:
+        earlier = find(f"{event.agent}/{base}")
+        if earlier is None or earlier in chain:
+            break
+        chain.append(earlier)
+    whole: dict[str, Any] = {}
+    for one in reversed(chain):
+        messages = [*whole.get("messages", ())[: one.request.get("same", 0)], *one.request.get("messages", ())]
+        whole = {**whole, **one.request, "messages": messages}
+    return whole
+
+
+def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
+    """Tell what differs between two whole descriptions, one line each; none if both are the same."""
+    if recorded.get("hash") == now.get("hash"):
+        return []
+    found = [
+        *_texts("the system message", recorded.get("system"), now.get("system")),
+        *_tools(recorded.get("tools") or {}, now.get("tools") or {}),
+        *_values("the model", recorded.get("model"), now.get("model")),
+        *_options(recorded.get("options") or {}, now.get("options") or {}),
+        *_messages(recorded.get("messages") or [], now.get("messages") or []),
+        *_values("the tool", recorded.get("tool"), now.get("tool")),
+        *_values("the arguments", recorded.get("arguments"), now.get("arguments")),
+        *_texts("the question", recorded.get("task"), now.get("task")),
+        *_values("the team", recorded.get("team"), now.get("team")),
+        *_values("what it said", recorded.get("said"), now.get("said")),
+        *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
+        *_values("the query", recorded.get("query"), now.get("query")),
+        *_values("the code", recorded.get("code"), now.get("code")),
+    ]
+    return found or ["something that is not kept in words"]
+
+
+def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Add its hash to any other description."""
+    return {"hash": hashed_value(request), **request}
+
+
+def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
+    """The model's name and settings, as far as the client tells them."""
+    try:
+        config = client.dump_component().config
+    except Exception:  # noqa: BLE001 - many clients have no configuration to dump, each for a reason of its own
+        config = {}
+    # What AutoGen's OpenAI client sends, and leaves out of its configuration.
+    sent = getattr(client, "_create_args", None)
+    config = {**(sent if isinstance(sent, dict) else {}), **config}
+    name = config.get("model") or getattr(client, "model", None) or type(client).__name__
+    return str(name), {key: plain(config[key]) for key in SETTINGS if config.get(key) is not None}
+
+
+def _schema(tool: Tool | ToolSchema) -> ToolSchema:
+    return tool.schema if isinstance(tool, Tool) else tool
+
+
+def _message(message: LLMMessage) -> dict[str, str]:
+    dumped = message.model_dump(mode="json")
+    content = dumped["content"]
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return {
+        "from": f"{type(message).__name__} of {dumped.get('source', 'the tools')}",
+        "hash": hashed_value(dumped),
+        "text": _excerpt(text),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Write a value as plain JSON, with names in place of what JSON lacks."""
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return value.model_json_schema()
+    if isinstance(value, Tool):
+        return value.name
+    return json.loads(json.dumps(value, default=_of_another_type, sort_keys=True))
+
+
+def _of_another_type(value: object) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+def hashed_value(value: object) -> str:
+    """Hash a JSON-like value."""
+    return _hash(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _excerpt(text: str) -> str:
+    line = " ".join(text[: 20 * EXCERPT].split())
+    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
+
+
+def _values(what: str, recorded: object, now: object) -> list[str]:
+    return [] if recorded == now else [f"{what} was {_shown(recorded)}, now it is {_shown(now)}"]
+
+
+def _shown(value: object) -> str:
+    return "none" if value in (None, [], {}) else _excerpt(value if isinstance(value, str) else json.dumps(value))
+
+
+def _texts(what: str, recorded: Sequence[str] | None, now: Sequence[str] | None) -> list[str]:
+    if recorded == now:
+        return []
+    one, other = "\n".join(recorded or ()), "\n".join(now or ())
+    at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    begin = max(0, at - EXCERPT // 4)
+    lead = "..." if begin else ""
+    was, is_now = (f"{lead}{_excerpt(text[begin:])}" if text else "none" for text in (one, other))
+    return [f"{what} was {was!r}, now it is {is_now!r} (they part at character {at + 1})"]
+
+
+def _tools(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    parts = [
+        *(f"{name} is gone" for name in recorded if name not in now),
+        *(f"{name} is new" for name in now if name not in recorded),
+        *(
+            f"{name} has another description or other parameters"
+            for name in now
+            if recorded.get(name, now[name]) != now[name]
+        ),
+    ]
+    if not parts and list(recorded) != list(now):
+        parts = [f"their order was {', '.join(recorded)}, now it is {', '.join(now)}"]
+    return [f"the tools: {'; '.join(parts)}"] if parts else []
+
+
+def _options(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = sorted({*recorded, *now})
+    return [line for name in names for line in _values(f"the option {name}", recorded.get(name), now.get(name))]
+
+
+def _messages(recorded: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
+    for number, (one, other) in enumerate(zip(recorded, now, strict=False), 1):
+        if one["hash"] != other["hash"]:
+            return [
+                f"the messages, from number {number} on: it was {one['text']!r} ({one['from']}), "
+                f"now it is {other['text']!r} ({other['from']})"
+            ]
+    if len(recorded) != len(now):
+        return [f"the messages: there were {len(recorded)}, now there are {len(now)}"]
+    return []

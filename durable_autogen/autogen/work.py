@@ -1,0 +1,167 @@
+"""What is at work in one session: its agents' names, how far each has come, and the ids of its messages."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from autogen_core import FunctionCall
+from autogen_core.models import CreateResult, LLMMessage, RequestUsage, UserMessage
+
+from durable_autogen.autogen.fingerprints import Conversation
+from durable_autogen.autogen.transcript import Transcript
+from durable_autogen.record.events import Event, Kind, Said
+
+if TYPE_CHECKING:
+    from durable_autogen.record.recorder import Recorder
+
+MAX_OPEN_CALLS = 1000  # tool calls that replies asked for and nobody made
+
+
+class Asker:
+    """How far one agent has come: its calls are counted, and each tool call belongs to the reply that asked for it."""
+
+    def __init__(self) -> None:
+        self.conversation = Conversation()
+        self.replayed = False
+        """Whether the last reply came from the record."""
+        self.replies = 0
+        self._counts: Counter[str] = Counter()
+        self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
+        self._last = 0
+        self._unasked = 0
+
+    def next(self, what: str) -> str:
+        """Return the position of the next call of a sort: `reply/3`, `input/1`."""
+        self._counts[what] += 1
+        if what == "reply":
+            self.replies += 1
+        return f"{what}/{self._counts[what]}"
+
+    def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
+        """Note the reply that the agent gets now."""
+        calls = [] if isinstance(result.content, str) else result.content
+        # The newest first, in the order of the reply.
+        self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
+        self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
+        self.replayed = replayed
+
+    def position_of_call(self, call_id: str | None, name: str) -> str:
+        """Return the place of a tool call: with the reply that asked for this id, else for this name."""
+        same_name = [one for one in self._calls if one[1].name == name]
+        same_id = [one for one in same_name if one[1].id == call_id]
+        for found in (*same_id, *same_name):
+            self._calls.remove(found)
+            return found[0]
+        # No reply asked for it: a custom agent calls a tool on its own.
+        self._unasked += 1
+        return f"reply/{self._last}/tool/{self._unasked}"
+
+
+class Names:
+    """Names for objects: the same object has the same name, and two objects never share one."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[int, str], str] = {}
+        self._counts: Counter[str] = Counter()
+        self._kept: list[object] = []
+        """Objects that can't be referenced weakly: kept, so that no other object gets their id."""
+
+    def of(self, owner: object, wanted: str) -> str:
+        """Return the object's name: the wanted one, numbered if another object has it."""
+        key = (id(owner), wanted)
+        if key not in self._names:
+            self._counts[wanted] += 1
+            number = self._counts[wanted]
+            self._names[key] = wanted if number == 1 else f"{wanted}#{number}"
+            try:
+                weakref.finalize(owner, self._names.pop, key, None).atexit = False
+            except TypeError:
+                self._kept.append(owner)
+        return self._names[key]
+
+
+class Work:
+    """The state that AutoGen's entry points keep for one session."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.names = Names()
+        self.transcript = Transcript(recorder)
+        self.added = Added(recorder)
+        self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
+        """For each TimeoutTermination the start that was set, and the session's active time at its own start."""
+        self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
+        """What replayed replies of each client had used."""
+        self._askers: dict[str, Asker] = {}
+        self._sources: dict[str, set[str]] = {}
+
+    def asker(self, agent: str) -> Asker:
+        """Return the state of the agent of this name."""
+        return self._askers.setdefault(agent, Asker())
+
+    def speaks_as(self, agent: str, source: str) -> None:
+        """Note under which source an agent's messages are found."""
+        self._sources.setdefault(source, set()).add(agent)
+
+    def was_replayed(self, source: str) -> bool:
+        """Return whether the last reply of the agent behind a message came from the record."""
+        askers = [self._askers[name] for name in self._sources.get(source, ()) if name in self._askers]
+        return any(one.replayed for one in askers) and all(one.replayed or not one.replies for one in askers)
+
+    def used(self, client: object, usage: RequestUsage) -> None:
+        """Add the usage of a replayed reply to what its client reports."""
+        self.replayed_usage[id(client)] = (client, total(self.replayed_usage_of(client), usage))
+
+    def replayed_usage_of(self, client: object) -> RequestUsage:
+        """Return what replayed replies of this client had used."""
+        found = self.replayed_usage.get(id(client))
+        return RequestUsage(prompt_tokens=0, completion_tokens=0) if found is None else found[1]
+
+
+class Added:
+    """The user messages that were added to a fork: each agent is told where it first met them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.messages = [event for event in recorder.journal.events if event.kind is Kind.MESSAGE]
+        self.delivered: set[int] = set()
+        """The numbers of those that an agent was told."""
+        self.as_task: set[int] = set()
+        """The numbers of those that were given as a task of their own, because the run was over."""
+        self._seq_of = {event.address: event.seq for event in recorder.journal.events}
+        self._at: dict[str, dict[int, int]] = {}
+
+    def drop_after(self, seq: int) -> None:
+        """The record after this number was revoked."""
+        self._seq_of = {address: one for address, one in self._seq_of.items() if one <= seq}
+
+    def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
+        """Return the messages of a request with those that the user has added."""
+        if not self.messages:
+            return messages
+        at = self._at.setdefault(agent, {})
+        for added in self.messages:
+            comes_before = self._seq_of.get(f"{agent}/{position}", added.seq) < added.seq
+            if added.seq not in at and not comes_before and added.seq not in self.as_task:
+                at[added.seq] = len(messages)
+                self.delivered.add(added.seq)
+        whole = list(messages)
+        for added in reversed(self.messages):
+            if added.seq in at:
+                whole.insert(min(at[added.seq], len(messages)), UserMessage(content=text_of(added), source="user"))
+        return whole
+
+
+def text_of(added: Event) -> str:
+    """Return the text of a message that was added to a fork."""
+    assert isinstance(added.content, Said)
+    return added.content.text
+
+
+def total(one: RequestUsage, other: RequestUsage) -> RequestUsage:
+    """Add two usages."""
+    return RequestUsage(
+        prompt_tokens=one.prompt_tokens + other.prompt_tokens,
+        completion_tokens=one.completion_tokens + other.completion_tokens,
+    )

@@ -1,0 +1,374 @@
+"""The right to write a session's record, and the writing of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from durable_autogen.errors import SessionBusy
+from durable_autogen.record.events import (
+    AGENT_EVENT,
+    AGENT_RUN,
+    Content,
+    Event,
+    EventInput,
+    Kind,
+    Raised,
+    Returned,
+    Revoked,
+    RunInput,
+    RunSummary,
+    Said,
+    end_of,
+    read_record,
+    representable,
+)
+from nexum_engine.client import NexumClient, Started
+from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
+from nexum_engine.model import Execution, ExecutionStatus, Task
+from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
+from nexum_engine.owner import Owner
+from nexum_engine.workflow import MAX_ID_LENGTH
+
+TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
+LOOK_INTERVAL = 0.1  # seconds
+
+
+class Journal:
+    """One session's record, owned by this process for the length of an `async with`. Raises SessionBusy."""
+
+    def __init__(self, client: NexumClient, session: str, tell: Callable[[str], None]) -> None:
+        self.session = session
+        self.tell = tell
+        """Takes the lines that a person should read."""
+        self.events: list[Event] = []
+        """The events that count, in order."""
+        self.ended: str | None = None
+        """Why the session is finished, if it is."""
+        self._client = client
+        self._owner = Owner(client, on_lost=lambda error: tell(f"[Nexum] {error}; trying for {OWNER_PATIENCE:g} s"))
+        self._run: Task | None = None
+        self.next_seq = 1
+        """The number that the next event gets."""
+        self._starting: set[asyncio.Task[Started]] = set()
+        self._times_revoked: Counter[str] = Counter()
+        self._other_programs: list[int] = []
+        self._inherited: dict[str, Task] = {}
+        self._tried: set[str] = set()
+        self._open: dict[str, Task] = {}
+
+    async def __aenter__(self) -> Journal:
+        await self._owner.__aenter__()
+        try:
+            self._run = await self._take_session()
+            await self._read_and_take_over()
+            completed = await self._runs(status=ExecutionStatus.COMPLETED.value)
+            self.ended = end_of(completed, self.events)
+            if self.ended is None:
+                await self._revoke_trailing_failures()
+        except BaseException:
+            await self._owner.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if self._starting:
+                await asyncio.wait(self._starting, timeout=TAKE_OVER_PATIENCE)
+            await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
+            if self._run is not None:
+                reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
+                await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
+        except NexumError as ending:
+            self.tell(f"[Nexum] the end of this run of session {self.session} could not be recorded: {ending}")
+        finally:
+            await self._owner.__aexit__()
+
+    # ---- Owning the session ------------------------------------------------------------------------------------------
+
+    async def _take_session(self) -> Task:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + TAKE_OVER_PATIENCE
+        said = False
+        while True:
+            latest = await self._runs()
+            try:
+                input = RunInput(session=self.session, run=_run_number(latest))
+                started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
+            except Conflict as conflict:
+                if loop.time() >= give_up:
+                    raise SessionBusy(f"session {self.session} is being run: {conflict}") from conflict
+                if not said:
+                    self.tell(
+                        f"[Nexum] session {self.session} is in use by another run. If that run was killed, the server "
+                        f"will notice within {TAKE_OVER_PATIENCE:g} s"
+                    )
+                    said = True
+            else:
+                if started.task is not None:
+                    if started.task.attempt > 1:
+                        self.tell(f"[Nexum] session {self.session}: the previous run died; taking over")
+                    return started.task
+            await asyncio.sleep(LOOK_INTERVAL)
+
+    async def _runs(self, status: str = "") -> Execution | None:
+        """Return the latest run of this session, with its result."""
+        found = await self._client.list_executions(
+            workflow_id=AGENT_RUN.workflow_id,
+            status=status,
+            key_prefix=f"{self.session}/",
+            limit=1,
+            with_nodes=True,
+            patience=TAKE_OVER_PATIENCE,
+        )
+        return found[0] if found else None
+
+    async def _read_and_take_over(self) -> None:
+        """Read the record. Take over what was only begun, so that a process that hung can't record it later."""
+        while True:
+            record = await read_record(self._client, self.session)
+            self._times_revoked, self._tried = record.times_revoked, record.tried
+            for input in record.begun:
+                started = await self._start(input)
+                if started.task is None:
+                    break  # recorded a moment ago
+                self._inherited[self._key(input)] = started.task
+            else:
+                for event in record.events:
+                    self._append(event)
+                self.next_seq = record.last_seq + 1
+                return
+
+    async def _revoke_trailing_failures(self) -> None:
+        """Drop failures and broken replies that an unfinished session ends with: nothing depends on them yet."""
+        trailing: list[Event] = []
+        for event in reversed(self.events):
+            if not (
+                isinstance(event.content, Raised) or (isinstance(event.content, Returned) and event.content.is_broken)
+            ):
+                break
+            trailing.append(event)
+        if trailing and not any(event.accepted for event in trailing):
+            await self.revoke(trailing, "the run ended with it")
+
+    async def _start(self, input: EventInput) -> Started:
+        """Begin an event under this run, or take it over. Raises SessionBusy if another process has the run now."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + TAKE_OVER_PATIENCE
+        while True:
+            try:
+                started = await self._owner.start(
+                    AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run
+                )
+            except Conflict as conflict:
+                if await self._move_if_replaced():
+                    continue
+                if loop.time() >= give_up:
+                    raise SessionBusy(
+                        f"session {self.session} is not this process's any more: {conflict}. Run it again when the "
+                        "other one has ended"
+                    ) from conflict
+                # The server may be about to notice that the event's owner is gone.
+                await asyncio.sleep(LOOK_INTERVAL)
+            else:
+                if started.task is not None:
+                    self._open[started.task.task_id] = started.task
+                return started
+
+    def _key(self, input: EventInput) -> str:
+        key = f"{self.session}/{input.agent}/{input.position}"
+        if again := self._times_revoked[input.address]:
+            key += f"/again/{again}"  # a key has one result, and the first one was revoked
+        if len(key) <= MAX_ID_LENGTH and key.isprintable():
+            return key
+        return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
+
+    async def _move_if_replaced(self) -> bool:
+        """Record everything again if the server's database was replaced; return whether it was."""
+        if self._run is None:
+            return False
+        try:
+            await self._client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
+            return False
+        except ExecutionNotFound:
+            self.tell(
+                f"[Nexum] session {self.session} is unknown to this server: recording its {len(self.events)} event(s) "
+                "again"
+            )
+        self._open.clear()
+        self._inherited.clear()
+        self._run = await self._take_session()
+        if (await read_record(self._client, self.session)).events:
+            raise SessionBusy(f"the server that replaced the last one has another session {self.session}")
+        for event in self.events:
+            input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
+            started = await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input))
+            if started.task is not None:
+                await self._owner.complete(started.task, event)
+        return True
+
+    # ---- Writing -----------------------------------------------------------------------------------------------------
+
+    def was_tried(self, address: str) -> bool:
+        """Return whether an earlier run has begun this event and has no result of it."""
+        return address in self._tried
+
+    def scope_of(self, address: str) -> str:
+        """Return a name of the event that it shares with no revoked event of the same address."""
+        again = self._times_revoked[address]
+        return f"{address}/again/{again}" if again else address
+
+    def programs_before(self, seq: int) -> int:
+        """Return how often the session had continued as another program before the event of this number."""
+        return sum(start < seq for start in self._other_programs)
+
+    async def begin(self, kind: Kind, agent: str, position: str) -> Task:
+        """Record that an event is under way."""
+        input = EventInput(session=self.session, agent=agent, position=position, kind=kind)
+        key = self._key(input)
+        if key in self._inherited:
+            return self._inherited.pop(key)
+        starting = asyncio.create_task(self._start(input))
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        # Shielded: if the caller is cancelled, the task is still known here, and is closed when the run ends.
+        started = await asyncio.shield(starting)
+        if started.task is None:
+            raise SessionBusy(
+                f"session {self.session}: another process has recorded {input.address} meanwhile. Run it again"
+            )
+        return started.task
+
+    async def record(
+        self,
+        task: Task,
+        kind: Kind,
+        agent: str,
+        position: str,
+        content: Content,
+        request: Mapping[str, Any] | None = None,
+        *,
+        accepted: bool = False,
+        asked_after: int = 0,
+        active_ms: int = 0,
+        asked_ms: int = 0,
+    ) -> Event:
+        """Record an event that was begun, as the session's next one; return it as it was recorded.
+
+        Raises SessionBusy if another process has the session now.
+        """
+        event = Event(
+            seq=self.next_seq,
+            kind=kind,
+            agent=agent,
+            position=position,
+            content=content,
+            request=representable(dict(request or {})),
+            accepted=accepted,
+            asked_after=asked_after,
+            recorded_ms=round(time.time() * 1000),
+            active_ms=active_ms,
+            asked_ms=asked_ms,
+        )
+        self.next_seq += 1
+        while True:
+            try:
+                await self._owner.complete(task, event)
+                break
+            except TaskNotFound:
+                await self._move_if_replaced()
+                task = await self.begin(kind, agent, position)
+            except StaleTask as stale:
+                raise SessionBusy(
+                    f"session {self.session}: another process has taken over {event} from this one ({stale})"
+                ) from stale
+        self._open.pop(task.task_id, None)
+        self._append(event)
+        return event
+
+    def _append(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event.content, Revoked) and event.content.is_another_program:
+            self._other_programs.append(event.seq)
+
+    async def add(
+        self, kind: Kind, agent: str, position: str, content: Content, request: Mapping[str, Any] | None = None
+    ) -> Event:
+        """Begin and record an event at once."""
+        return await self.record(await self.begin(kind, agent, position), kind, agent, position, content, request)
+
+    async def add_copy(self, event: Event) -> None:
+        """Record an event of another session. It is accepted, whatever it will be asked with."""
+        await self.record(
+            await self.begin(event.kind, event.agent, event.position),
+            event.kind,
+            event.agent,
+            event.position,
+            event.content,
+            event.request,
+            accepted=True,
+            asked_after=event.asked_after,
+            active_ms=event.active_ms,
+            asked_ms=event.asked_ms,
+        )
+
+    async def add_message(self, text: str) -> None:
+        """Record what the user says next."""
+        taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
+        await self.add(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}", Said(text=text))
+
+    async def revoke_after(self, seq: int, why: str) -> None:
+        """Revoke every event after this number, except what a person has added: that still has to be said."""
+        left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
+        await self.revoke(left, why, is_another_program=True)
+
+    async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
+        """Record that these events no longer count: they will be asked for again."""
+        revoked = list(events)
+        content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
+        await self.add(Kind.REVOKE, "", f"revoke/{self.next_seq}", content)
+        for event in revoked:
+            self._times_revoked[event.address] += 1
+            self._tried.add(event.address)
+            self.events.remove(event)
+
+    async def end(
+        self, stop_reason: str, *, live: Mapping[str, int], replayed: Mapping[str, int], is_finished: bool = True
+    ) -> None:
+        """Record that the run is over, and the session finished. Raises SessionBusy if another process has it now."""
+        await self._move_if_replaced()
+        await self._close_open("the run that asked for it died, and a later one did not ask again", OWNER_PATIENCE)
+        if self._run is not None:
+            last = max((event.seq for event in self.events), default=0) if is_finished else -1
+            summary = RunSummary(stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last)
+            try:
+                await self._owner.complete(self._run, summary)
+            except StaleTask as stale:
+                raise SessionBusy(f"session {self.session} was taken over by another process ({stale})") from stale
+            finally:
+                self._run = None
+
+    async def release(self) -> None:
+        """Leave the session without having run it."""
+        if self._run is not None:
+            await self._owner.fail(self._run, "it was not run")
+            self._run = None
+
+    async def _close_open(self, reason: str, patience: float) -> None:
+        for task in list(self._open.values()):
+            # The task's record was on the way and has arrived, or another server has taken this one's place.
+            with contextlib.suppress(StaleTask, TaskNotFound):
+                await self._owner.fail(task, reason, patience=patience)
+            del self._open[task.task_id]
+
+
+def _run_number(latest: Execution | None) -> int:
+    if latest is None:
+        return 1
+    number = int(latest.idempotency_key.rpartition("/")[2])
+    return number if latest.status is ExecutionStatus.RUNNING else number + 1

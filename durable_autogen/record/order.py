@@ -1,0 +1,189 @@
+"""When nothing of a session is ready to run: whatever one recorded event set off has happened.
+
+A session delivers its recorded events one at a time, each when the session is idle. So an event has the same effects in
+a replay as in the recorded run. Other sessions and other tasks of the event loop are neither waited for nor delayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from durable_autogen.record.place import current
+
+if TYPE_CHECKING:
+    from durable_autogen.record.session import Session
+
+ROUNDS_WITHOUT_A_LOOK = 100  # turns of an event loop whose queue can't be seen (uvloop)
+BUSY_PATIENCE = 5.0  # seconds after which a session that is never idle is no longer waited for
+LESS_BUSY_PATIENCE = 0.05  # seconds, once a session was found to be never idle
+THREAD_LOOK_INTERVAL = 0.0005  # seconds
+
+logger = logging.getLogger(__name__)
+
+
+class Activity:
+    """What keeps one session busy beside its tasks: work that it gave to threads."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        """How many functions of the session run in threads, or wait for one."""
+        self.is_never_idle = False
+        """Whether the session was once busy for longer than BUSY_PATIENCE."""
+
+
+class _Waiting:
+    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+        self.session = session
+        self.idle: asyncio.Future[None] = loop.create_future()
+        self.turns = 0
+        self.begun = loop.time()
+
+
+class _Watcher:
+    """Looks at one event loop's queue for all of its sessions: once a turn, while at least one of them waits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: list[_Waiting] = []
+        self._watching: asyncio.Task[None] | None = None
+
+    async def wait(self, session: Session) -> None:
+        waiting = _Waiting(session, self._loop)
+        self._waiting.append(waiting)
+        if self._watching is None or self._watching.done():
+            # Without a session of its own: otherwise the watcher would keep the first session that waits busy.
+            context = contextvars.Context()
+            self._watching = context.run(self._loop.create_task, self._watch())
+        try:
+            await waiting.idle
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+
+    async def _watch(self) -> None:
+        # asyncio has no public way to see its queue, and no other place where a handle's context shows.
+        ready = getattr(self._loop, "_ready", None)
+        while self._waiting:
+            threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
+            await asyncio.sleep(THREAD_LOOK_INTERVAL if threads_only else 0)
+            busy = None if ready is None else _sessions_ready_to_run(ready)
+            for waiting in list(self._waiting):
+                waiting.turns += 1
+                if self._is_idle(waiting, busy):
+                    self._waiting.remove(waiting)
+                    if not waiting.idle.done():
+                        waiting.idle.set_result(None)
+
+    def _is_idle(self, waiting: _Waiting, busy: set[int] | None) -> bool:
+        activity = waiting.session.activity
+        if not activity.threads:
+            if busy is None:
+                if waiting.turns >= ROUNDS_WITHOUT_A_LOOK:
+                    return True
+            elif id(waiting.session) not in busy:
+                return True
+        patience = LESS_BUSY_PATIENCE if activity.is_never_idle else BUSY_PATIENCE
+        if self._loop.time() - waiting.begun < patience:
+            return False
+        if not activity.is_never_idle:
+            logger.warning(
+                "session %s was busy for %g s: its events are delivered without waiting until it is idle",
+                waiting.session.session_id,
+                BUSY_PATIENCE,
+            )
+        activity.is_never_idle = True
+        return True
+
+
+def _sessions_ready_to_run(ready: Any) -> set[int]:
+    found = set()
+    for handle in list(ready):
+        context = handle._context
+        place = None if context is None else context.get(current)
+        if place is not None and not place.in_call and not handle._cancelled:
+            found.add(id(place.session))
+    return found
+
+
+_watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watcher] = WeakKeyDictionary()
+
+
+async def idle(session: Session) -> None:
+    """Return when nothing of the session is ready to run.
+
+    Call it from a task of the session's: the caller is not counted.
+    """
+    loop = asyncio.get_running_loop()
+    watcher = _watchers.get(loop)
+    if watcher is None:
+        watcher = _watchers[loop] = _Watcher(loop)
+    await watcher.wait(session)
+
+
+# ---- Threads ---------------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_open_sessions = 0
+_original_submit = ThreadPoolExecutor.submit
+
+
+@contextmanager
+def watched_threads() -> Iterator[None]:
+    """Count the work that sessions give to threads, for the length of a `with`.
+
+    Every executor stays the program's own: only `ThreadPoolExecutor.submit` is wrapped.
+    """
+    global _open_sessions, _original_submit
+    with _lock:
+        _open_sessions += 1
+        if _open_sessions == 1:
+            _original_submit = ThreadPoolExecutor.submit
+            ThreadPoolExecutor.submit = functools.wraps(_original_submit)(_submit)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        with _lock:
+            _open_sessions -= 1
+            if _open_sessions == 0:
+                ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
+
+
+def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    place = current.get()
+    if place is None or place.session.is_over:
+        return _original_submit(self, fn, *args, **kwargs)
+    # run_in_executor leaves the context behind, and with it the session of what the function calls.
+    context = contextvars.copy_context()
+    session, loop = place.session, place.session.loop
+    if not place.in_call:
+        session.activity.threads += 1
+    future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
+    if not place.in_call:
+
+        def done() -> None:
+            session.activity.threads -= 1
+
+        def tell_loop(_: Future[Any]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(done)
+
+        # In the loop's next turn: by then the caller has its own callback on the future, and that one runs first.
+        loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
+    return future
+
+
+def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return fn(*args, **kwargs)
+    except StopIteration as error:
+        # A future can't hold a StopIteration: its waiter would wait for ever.
+        raise RuntimeError("StopIteration was raised: nothing was found where something was looked for") from error

@@ -1,0 +1,65 @@
+"""What leaves a session by a way that isn't recorded, named by Python's own audit events.
+
+A connection or a process that the program starts inside a session and outside a recorded call is started again by every
+later run of that session. Connections that a library makes without Python's socket module (uvloop, gRPC) raise no audit
+event, and neither does a second request over a connection that is open already.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from durable_autogen.record.place import current
+
+_installed = False
+
+
+def watch() -> None:
+    """Begin to watch this process. An audit hook can't be removed: outside a session it only looks at a variable."""
+    global _installed
+    if not _installed:
+        _installed = True
+        sys.addaudithook(_hook)
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if event not in _WHAT:
+        return
+    place = current.get()
+    if place is None or place.in_call or place.session.is_over:
+        return
+    place.session.left_the_record(place.agent, _WHAT[event](args))
+
+
+def _connected(args: tuple[Any, ...]) -> str:
+    address = args[1]
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[0], address[1]
+        return f"connected to [{host}]:{port}" if ":" in str(host) else f"connected to {host}:{port}"
+    return f"connected to {os.fsdecode(address) if isinstance(address, (bytes, str)) else address}"
+
+
+def _started(args: tuple[Any, ...]) -> str:
+    executable, argv = args[0], args[1]
+    words: Sequence[Any] = [argv] if isinstance(argv, (str, bytes)) else list(argv or ())
+    shown = " ".join(_word(word) for word in words) or _word(executable)
+    return f"started {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _ran(args: tuple[Any, ...]) -> str:
+    return _started((args[0], args[0]))
+
+
+def _word(value: Any) -> str:
+    return os.fsdecode(value) if isinstance(value, (str, bytes, os.PathLike)) else str(value)
+
+
+_WHAT = {
+    "socket.connect": _connected,
+    "subprocess.Popen": _started,
+    "os.posix_spawn": _started,
+    "os.system": _ran,
+}

@@ -1,0 +1,478 @@
+"""Gives a run its recorded events in their order; what the run asks for after them is called live, and recorded.
+
+Events are delivered one at a time. The next one is delivered when the session is idle, in the live run in the order of
+recording, in a replay in the same order. So parallel branches meet as they met in the recorded run, and an agent that
+comes after them gets the same prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from durable_autogen.errors import DriftError
+from durable_autogen.record.events import (
+    Begun,
+    Call,
+    Content,
+    Event,
+    GivenUp,
+    Kind,
+    Raised,
+    Returned,
+    representable,
+)
+from durable_autogen.record.failures import Failure, in_a_task, ordinary
+from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
+from durable_autogen.record.order import idle
+from durable_autogen.record.place import current, started_at
+from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
+from nexum_engine.errors import NexumError
+from nexum_engine.model import Task
+
+if TYPE_CHECKING:
+    from durable_autogen.record.session import Session
+
+OnDrift = Literal["stop", "continue"]
+
+_NOTHING: Any = object()
+
+
+@dataclass(frozen=True)
+class Performed:
+    """What a live call came to: the value for the caller, and what is recorded of it."""
+
+    value: Any
+    content: Returned
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call came to, live or replayed."""
+
+    content: Content
+    replayed: bool
+    value: Any = _NOTHING
+    """The live call's value; a replayed one is built from the content."""
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the call was live."""
+        return self.value is not _NOTHING
+
+
+@dataclass(eq=False)
+class _LiveCall:
+    """A call that is being made."""
+
+    call: Call
+    asked_after: int
+    streamed: Callable[[], list[Any]]
+    asked_ms: int = 0
+    task: Task | None = None
+    given_up: bool = False
+    answer: asyncio.Future[Answer | Exception] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """The answer, or what the call raised: as a value, so that an error that nobody waits for is no noise."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A failure that the run has received."""
+
+    event: Event
+    error: Exception
+
+
+class Recorder:
+    """The events of one run."""
+
+    def __init__(
+        self, journal: Journal, session: Session, *, on_drift: OnDrift = "stop", compare: Compare = same_request
+    ) -> None:
+        self.journal = journal
+        self.on_drift = on_drift
+        self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        """Resolves when the run can't continue; every call then raises this error."""
+        self.ended: str | None = None
+        """Why the recorded run was over, if it was and if nothing may be asked for after it."""
+        self.last_recorded_ms = 0
+        """When the last delivered event was recorded, in milliseconds since 1970."""
+        self.last_seq = 0
+        """The number of the last delivered event."""
+        self.live: Counter[str] = Counter()
+        self.replayed: Counter[str] = Counter()
+        self._session = session
+        for event in journal.events:
+            if event.kind is Kind.BEGIN:
+                self._delivered(event)
+        self._failures: list[_Failed] = []
+        self._given_up: list[_LiveCall] = []
+        self._turnstile = asyncio.Lock()
+        self._calls: dict[asyncio.Task[None], _LiveCall] = {}
+        self._replay = Replay(
+            journal,
+            wait_until_idle=self._idle,
+            compare=compare,
+            on_delivered=self._delivered,
+            on_drift=self.drift,
+        )
+        self._replaying = asyncio.create_task(self._run_replay(), name="replay")
+
+    async def _idle(self) -> None:
+        await idle(self._session)
+
+    def tell(self, text: str) -> None:
+        """Tell a person. If that fails, the run ends: AutoGen would wait for ever for the agent that tells it."""
+        try:
+            self.journal.tell(text)
+        except Exception as error:  # noqa: BLE001 - the program's own function, or a console that is gone
+            self.stop(error)
+
+    async def close(self) -> None:
+        """Stop what is under way; record nothing more."""
+        self.stop(NexumError("the run is over"))
+        running = [self._replaying, *self._calls]
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def stop(self, error: Exception) -> None:
+        """Fail the run with this error."""
+        if not self.failed.done():
+            self.failed.set_result(error)
+        self._replay.fail(error)
+        for running in self._calls:
+            running.cancel()
+
+    def is_recorded(self, address: str) -> bool:
+        """Return whether the event is in the record and was not delivered yet."""
+        return self._replay.is_ahead(address)
+
+    def _delivered(self, event: Event) -> None:
+        self.last_recorded_ms, self.last_seq = event.recorded_ms, event.seq
+
+    @property
+    def programs(self) -> int:
+        """How often the session had continued as another program when the last delivered event was recorded."""
+        return self.journal.programs_before(self.last_seq)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether everything recorded was asked for."""
+        return self._replay.over_since is not None
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether something recorded was not asked for yet."""
+        return bool(self._replay.ahead)
+
+    @property
+    def active_now_ms(self) -> int:
+        """For how long the session's runs have been at work by now."""
+        since = self._replay.over_since
+        return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
+
+    async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
+        """Record the task of a session that has none, or of one that continues as another program."""
+        async with self._turnstile:
+            if request is not None or not self.journal.events:
+                position = "begin"
+                if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
+                    position = f"begin/{number}"
+                self._delivered(await self.journal.add(Kind.BEGIN, "", position, content or Begun(), request))
+
+    # ---- The end -----------------------------------------------------------------------------------------------------
+
+    async def end(self, stop_reason: str) -> None:
+        """The run is over, and whole. Raises DriftError if more was recorded than it asked for."""
+        if self._replay.ahead:
+            event = self._replay.ahead[0]
+            await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
+        if self._calls:
+            # The program has left these calls behind, and so will its replay.
+            left = dict(self._calls)
+            for running, live in left.items():
+                if not live.answer.done():
+                    live.given_up = True
+                    running.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        broken = []
+        async with self._turnstile:
+            await self._record_given_up()
+            broken = [event for event in self.journal.events if self._is_broken_end(event)]
+            if broken:
+                await self.journal.revoke(broken, "the run ended with a broken reply")
+        for event in broken:
+            self.tell(
+                f"[Nexum] {event} is empty or cut off, and nothing came after it: it is not kept. Run the session "
+                "again to ask again"
+            )
+        await self.journal.end(stop_reason, live=self.live, replayed=self.replayed, is_finished=not broken)
+
+    def _is_broken_end(self, event: Event) -> bool:
+        return (
+            isinstance(event.content, Returned)
+            and event.content.is_broken
+            and not event.accepted
+            and not any(later.asked_after >= event.seq for later in self.journal.events)
+        )
+
+    async def end_with(self, error: BaseException) -> None:
+        """The run ended with an error: revoke the failures that it ended with, so that the next run calls again."""
+        causes = _chain(error)
+        ended_it = [failed.event for failed in self._failures if failed.error in causes or not self._survived(failed)]
+        ended_it = [event for event in ended_it if event in self.journal.events and not event.accepted]
+        if ended_it:
+            async with self._turnstile:
+                await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
+
+    def _survived(self, failed: _Failed) -> bool:
+        """Whether the agent that got this failure, or one that it works for, has asked for something after it."""
+        agent = failed.event.agent
+        return any(
+            event.kind.is_asked_for
+            and event.asked_after >= failed.event.seq
+            and (not event.agent or f"{agent}/".startswith(f"{event.agent}/"))
+            for event in self.journal.events
+        )
+
+    def turn_is_over(self, path: str) -> None:
+        """An agent or a team has finished its turn: it, and whoever works for it, has survived its failures."""
+        self._failures = [one for one in self._failures if not _is_within(one.event.agent, path)]
+
+    def cause_of(self, error: BaseException) -> Exception | None:
+        """Return the failure whose text this error repeats: AutoGen's teams pass on only texts."""
+        for failed in reversed(self._failures):
+            if failed.error is not error and str(failed.error) and str(failed.error) in str(error):
+                return failed.error
+        return None
+
+    # ---- Asking ------------------------------------------------------------------------------------------------------
+
+    async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
+        """Wait for the turn of an event that holds nothing but its place in the order."""
+
+        async def nothing() -> Performed:
+            return Performed(None, Returned())
+
+        await self.call(Call(kind, agent, position, request), nothing)
+
+    async def call(
+        self,
+        call: Call,
+        perform: Callable[[], Awaitable[Performed]],
+        *,
+        streamed: Callable[[], list[Any]] = list,
+        on_replay: Callable[[Content], None] = lambda _: None,
+    ) -> Answer:
+        """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
+
+        If the caller is cancelled, the call is recorded as given up, with what `streamed` says that it had got by then;
+        its replay calls nothing and waits for the program to give it up again. `on_replay` is called with the content
+        of a replayed answer before it is returned or raised, and at once for a call that was given up.
+        """
+        self._check_not_failed()
+        answer = await self._replayed(call, on_replay)
+        if answer is None:
+            answer = await self._made_live(call, perform, streamed)
+        if isinstance(answer, Exception):
+            # In a replay from here as well, and without a traceback: AutoGen tells it to models.
+            raise answer.with_traceback(None) from None
+        return answer
+
+    async def _replayed(self, call: Call, on_replay: Callable[[Content], None]) -> Answer | Exception | None:
+        if (event := self._replay.take_given_up(call)) is not None:
+            await self._wait_to_be_given_up(event, call, on_replay)
+            return None
+        if not self._replay.is_ahead(call.address) or (event := await self._replay.take(call)) is None:
+            return None
+        on_replay(event.content)
+        if not isinstance(event.content, Raised):
+            return Answer(event.content, replayed=True)
+        error = event.content.failure.again()
+        self._failures.append(_Failed(event, error))
+        return error
+
+    async def _made_live(
+        self, call: Call, perform: Callable[[], Awaitable[Performed]], streamed: Callable[[], list[Any]]
+    ) -> Answer | Exception:
+        live = _LiveCall(call, self.last_seq, streamed)
+        running = asyncio.create_task(self._live(live, perform))
+        self._calls[running] = live
+        running.add_done_callback(lambda done: self._calls.pop(done, None))
+        try:
+            return await live.answer
+        except asyncio.CancelledError:
+            live.given_up = True
+            running.cancel()
+            raise
+
+    async def _wait_to_be_given_up(self, event: Event, call: Call, on_replay: Callable[[Content], None]) -> None:
+        """Wait until the caller is cancelled, as in the recorded run. Return if the call is to be made after all."""
+        differing = self._replay.differences(event, call)
+        if differing:
+            await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
+            return
+        on_replay(event.content)
+        waited_ms = max(0, event.active_ms - event.asked_ms)
+        watched: set[asyncio.Future[Any]] = {self.failed}
+        await asyncio.wait(watched, timeout=DRIFT_PATIENCE + 2 * waited_ms / 1000)
+        self._check_not_failed()
+        await self.drift(
+            event.seq - 1,
+            f"{event} was given up by the recorded run after {waited_ms / 1000:g} s, and this run waits for it",
+        )
+
+    async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> None:
+        call = live.call
+        try:
+            # Make no live call before the whole record is replayed: drift may still be detected.
+            await self._replay.wait_until_over(call)
+            if self.ended is not None:
+                why = self.ended or "it had its answer"
+                last = self.journal.events[-1].seq
+                await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
+            live.asked_ms = self.active_now_ms
+            live.task = await self.journal.begin(call.kind, call.agent, call.position)
+            value, content, error = await self._performed(call, perform, live)
+            async with self._turnstile:
+                self._check_not_failed()
+                await self._record_given_up()
+                event = await self._record(live, content)
+                await self._idle()
+                self._delivered(event)
+                if error is not None:
+                    self._failures.append(_Failed(event, error))
+                if not live.answer.done():
+                    live.answer.set_result(error or Answer(event.content, replayed=False, value=value))
+                await self._idle()
+        except asyncio.CancelledError:
+            if self.failed.done():
+                if not live.answer.done():
+                    live.answer.set_result(self.failed.result())
+            elif live.given_up:
+                await self._take_back(live)
+                live.answer.cancel()
+            elif not live.answer.done():
+                live.answer.set_result(RuntimeError(f"{call} was cancelled"))
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the caller's
+            if isinstance(error, NexumError):
+                self.stop(error)
+            if not live.answer.done():
+                live.answer.set_result(error)
+
+    async def _performed(
+        self, call: Call, perform: Callable[[], Awaitable[Performed]], live: _LiveCall
+    ) -> tuple[Any, Content, Exception | None]:
+        place = current.get()
+        assert place is not None
+        inside = dataclasses.replace(place, in_call=True)
+        try:
+            name = call.label or str(call)
+            done = await in_a_task(started_at(inside, ordinary(perform(), name)), name)
+        except Exception as error:  # noqa: BLE001 - it is the caller's, and is recorded
+            failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
+            return None, Raised(failure=failure, streamed=live.streamed()), error
+        return done.value, done.content, None
+
+    async def _take_back(self, live: _LiveCall) -> None:
+        """Keep in mind that the program gave this call up. If it was recorded meanwhile, revoke that."""
+        event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
+        if event is not None:
+            try:
+                await self.journal.revoke([event], "the program gave the call up")
+            except NexumError as error:
+                self.stop(error)
+                return
+            live.task = None
+        self._given_up.append(live)
+
+    async def _record_given_up(self) -> None:
+        """Record the calls that the program gave up: it goes on after them, so it was not the run that ended."""
+        while self._given_up:
+            live = self._given_up[0]
+            if live.task is None:
+                live.task = await self.journal.begin(live.call.kind, live.call.agent, live.call.position)
+            try:
+                await self._record(live, GivenUp(streamed=live.streamed()))
+            finally:
+                # The caller may be cancelled while the server records it all the same.
+                if any(event.address == live.call.address for event in self.journal.events):
+                    self._given_up.remove(live)
+
+    async def _record(self, live: _LiveCall, content: Content) -> Event:
+        assert live.task is not None
+        call = live.call
+        recording = asyncio.ensure_future(
+            self.journal.record(
+                live.task,
+                call.kind,
+                call.agent,
+                call.position,
+                content,
+                call.request,
+                asked_after=live.asked_after,
+                active_ms=self.active_now_ms,
+                asked_ms=live.asked_ms,
+            )
+        )
+        try:
+            return await asyncio.shield(recording)
+        except asyncio.CancelledError:
+            # The server may have recorded it: then it has to be known here as well.
+            await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
+            raise
+        finally:
+            recording.cancel()
+
+    def _check_not_failed(self) -> None:
+        if self.failed.done():
+            raise self.failed.result()
+
+    # ---- Replaying ---------------------------------------------------------------------------------------------------
+
+    async def _run_replay(self) -> None:
+        try:
+            await self._replay.run()
+        except Exception as error:  # noqa: BLE001 - every call that waits for an event raises it
+            self.stop(error)
+
+    async def drift(self, after: int, what: str) -> None:
+        """The run has left the record after this event's number. Raises DriftError, or revokes the rest."""
+        session = self.journal.session
+        if self.on_drift == "stop":
+            raise DriftError(
+                f"this program differs from the one recorded in session {session}: {what}. Restore the recorded "
+                "program, use a new session, or continue live from here with on_drift='continue' (--on-drift continue)"
+            )
+        self.ended = None
+        self.tell(f"[Nexum] {what}")
+        left = len(self._replay.ahead)
+        self.tell(f"[Nexum] session {session} continues live from here; {left} recorded event(s) are dropped")
+        await self.journal.revoke_after(after, what)
+        self._replay.leave()
+
+
+def _is_within(agent: str, path: str) -> bool:
+    return not path or agent == path or agent.startswith((f"{path}/", f"{path} ("))
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception with everything that caused it."""
+    found: list[BaseException] = []
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        one = ahead.pop()
+        if one is None or one in found:
+            continue
+        found.append(one)
+        ahead += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    return found

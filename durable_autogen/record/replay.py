@@ -1,0 +1,192 @@
+"""The recorded events of a run, delivered one at a time in their order, as the run asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from durable_autogen.record.events import Call, Event, GivenUp
+from durable_autogen.record.journal import Journal
+
+DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
+TRIED_PATIENCE = 30.0  # the same, while the run asks for nothing but what was in flight when an earlier run ended
+
+
+class Compare(Protocol):
+    """Tells what differs between a recorded request and the one that is made now, one line each."""
+
+    def __call__(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+        """Compare; `find` gives the recorded event of an address."""
+        ...
+
+
+@dataclass
+class _Asked:
+    call: Call
+    delivered: asyncio.Future[Event | None]
+
+
+class Replay:
+    """What the record holds and the run has not asked for yet."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        wait_until_idle: Callable[[], Awaitable[None]],
+        compare: Compare,
+        on_delivered: Callable[[Event], None],
+        on_drift: Callable[[int, str], Awaitable[None]],
+    ) -> None:
+        self.ahead = deque(event for event in journal.events if _is_in_order(event))
+        """What was not asked for yet, in order."""
+        self.active_ms = 0
+        """For how long the session had been at work when the last delivered event was recorded."""
+        self.over_since: float | None = None
+        """When everything recorded had been asked for, by time.monotonic()."""
+        self._journal = journal
+        self._wait_until_idle = wait_until_idle
+        self._compare = compare
+        self._on_delivered = on_delivered
+        self._on_drift = on_drift
+        self._by_address = {event.address: event for event in journal.events}
+        self._addresses = {event.address for event in self.ahead}
+        self._given_up = {event.address: event for event in journal.events if isinstance(event.content, GivenUp)}
+        self._asked: dict[str, _Asked] = {}
+        self._waiting_live: dict[str, bool] = {}
+        """What has to wait for the end of the replay, and whether an earlier run has asked for it, too."""
+        self._changed = asyncio.Event()
+        self._over = asyncio.Event()
+
+    def is_ahead(self, address: str) -> bool:
+        """Return whether the event of this address is recorded and was not delivered yet."""
+        return address in self._addresses
+
+    def take_given_up(self, call: Call) -> Event | None:
+        """Return the record of a call that the program gave up, once."""
+        return self._given_up.pop(call.address, None)
+
+    def differences(self, recorded: Event, call: Call) -> list[str]:
+        """Return what differs between the recorded request and this one, one line each."""
+        return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
+
+    async def take(self, call: Call) -> Event | None:
+        """Return the recorded event when its turn has come; None if it no longer counts and the call is to be made."""
+        asked = _Asked(call, asyncio.get_running_loop().create_future())
+        self._asked[call.address] = asked
+        self._changed.set()
+        try:
+            return await asked.delivered
+        finally:
+            self._asked.pop(call.address, None)
+
+    async def wait_until_over(self, call: Call) -> None:
+        """Return when everything recorded was asked for. A call that waits here is new, which may show a drift."""
+        if self._over.is_set():
+            return
+        self._waiting_live[str(call)] = self._journal.was_tried(call.address)
+        self._changed.set()
+        try:
+            await self._over.wait()
+        finally:
+            self._waiting_live.pop(str(call), None)
+
+    def fail(self, error: Exception) -> None:
+        """Raise this for every call that waits for a recorded event."""
+        for asked in self._asked.values():
+            if not asked.delivered.done():
+                asked.delivered.set_exception(error)
+
+    def leave(self) -> None:
+        """Drop what is ahead: the calls that wait for it are made."""
+        self.ahead.clear()
+        self._addresses.clear()
+        self._given_up.clear()
+        self._changed.set()
+        for asked in self._asked.values():
+            _deliver(asked, None)
+
+    async def run(self) -> None:
+        """Deliver everything; return when nothing is ahead. Raises what `on_drift` raises."""
+        while self.ahead:
+            await self._wait_until_idle()
+            if not self.ahead:
+                break
+            event = self.ahead[0]
+            asked = self._asked.get(event.address)
+            if asked is None:
+                if not await self._is_asked_in_time(event):
+                    waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
+                    asks = f"the run asks for {', '.join(sorted(waiting))}"
+                    await self._on_drift(event.seq - 1, f"{event} is next on record, and nobody asked for it; {asks}")
+                continue
+            differing = self.differences(event, asked.call)
+            if differing:
+                await self._on_drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
+                continue
+            self.ahead.popleft()
+            self._addresses.discard(event.address)
+            self.active_ms = event.active_ms
+            self._on_delivered(event)
+            _deliver(asked, event)
+        await self._wait_until_idle()
+        self.over_since = time.monotonic()
+        self._over.set()
+
+    async def _is_asked_in_time(self, event: Event) -> bool:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        # An event that was asked for late in the recorded run may be asked for late again.
+        late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
+        try:
+            while event.address in self._addresses and event.address not in self._asked:
+                self._changed.clear()
+                patience = self._patience()
+                left = None if patience is None else begun + patience + late - loop.time()
+                if left is not None and left <= 0:
+                    return False
+                with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), left)
+                if patience is None:
+                    begun = loop.time()
+            return True
+        finally:
+            notice.cancel()
+
+    def _tell_waiting(self, event: Event, late: float) -> None:
+        if (patience := self._patience()) is not None:
+            limit = patience + late
+            self._journal.tell(
+                f"[Nexum] {event} is next on record: waiting up to {limit:g} s for the run to ask for it"
+            )
+
+    def _patience(self) -> float | None:
+        """How long the run may go without asking for what is recorded next, in seconds.
+
+        As long as nothing waits, the program is at work on something of its own, and will ask for it or end.
+        """
+        if self._asked or not all(self._waiting_live.values()):
+            return DRIFT_PATIENCE
+        return TRIED_PATIENCE if self._waiting_live else None
+
+
+def _is_in_order(event: Event) -> bool:
+    # The moment at which a program gives up a call is its own: such an event waits for nothing, and nothing for it.
+    return event.kind.is_asked_for and not isinstance(event.content, GivenUp)
+
+
+def _deliver(asked: _Asked, event: Event | None) -> None:
+    if not asked.delivered.done():
+        asked.delivered.set_result(event)
+
+
+def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+    """Compare requests by equality alone, for a framework that has no words for what differs."""
+    requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
+    return [] if requests[0] == requests[1] else ["the request is another one"]

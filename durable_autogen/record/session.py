@@ -1,0 +1,188 @@
+"""One session of recorded work, for any framework."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from types import TracebackType
+from typing import Literal, get_args
+
+from durable_autogen.errors import NotDurable
+from durable_autogen.record import outside
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.order import Activity, watched_threads
+from durable_autogen.record.place import Place, at, current
+from durable_autogen.record.recorder import OnDrift, Recorder
+from durable_autogen.record.replay import Compare, same_request
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
+
+FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
+
+OnUnrecorded = Literal["tell", "stop"]
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_session_id(session_id: str) -> str:
+    """Return the id. Raises InvalidRequest if it isn't one."""
+    if not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequest(
+            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
+            "digit"
+        )
+    return session_id
+
+
+class Session:
+    """What a program calls inside is recorded on a Nexum server; the next run with the same id replays it."""
+
+    def __init__(
+        self,
+        session_id: str,
+        *,
+        nexum: str | None,
+        on_drift: OnDrift,
+        on_unrecorded: OnUnrecorded,
+        tell: Callable[[str], None],
+        compare: Compare = same_request,
+    ) -> None:
+        for name, value, choices in (
+            ("on_drift", on_drift, get_args(OnDrift)),
+            ("on_unrecorded", on_unrecorded, get_args(OnUnrecorded)),
+        ):
+            if value not in choices:
+                raise InvalidRequest(f"{name} is {value!r}: give one of {', '.join(choices)}")
+        self.session_id = check_session_id(session_id)
+        self.stop_reason = ""
+        """The recorded reason for the run's end."""
+        self.is_over = False
+        self.activity = Activity()
+        self._address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
+        self._on_drift: OnDrift = on_drift
+        self._on_unrecorded: OnUnrecorded = on_unrecorded
+        self.tell = tell
+        """Takes the lines that a person should read."""
+        self._compare = compare
+        self._stack = AsyncExitStack()
+        self._recorder: Recorder | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._left: dict[str, int] = {}
+        """What left the record, and how often."""
+
+    # ---- What a framework adds ---------------------------------------------------------------------------------------
+
+    def entry_points(self) -> AbstractContextManager[None]:
+        """Make the framework's methods record for the length of a `with`."""
+        raise NotImplementedError
+
+    # ---- Its run -----------------------------------------------------------------------------------------------------
+
+    @property
+    def recorder(self) -> Recorder:
+        """The run's events. Raises RuntimeError outside `async with`."""
+        if self._recorder is None:
+            raise RuntimeError("a session is used inside `async with`")
+        return self._recorder
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
+        if self._loop is None:
+            raise RuntimeError("a session is used inside `async with`")
+        return self._loop
+
+    @contextmanager
+    def agent(self, name: str) -> Iterator[None]:
+        """Record what the program itself calls inside the `with` under this name.
+
+        Name the branches of a program that works on several things at once, and asks models or tools itself.
+        """
+        place = current.get()
+        if place is None or place.session is not self:
+            place = Place(self)
+        label = place.inside(name)
+        with at(Place(self, agent=label, path=label, in_call=place.in_call)):
+            yield
+
+    async def __aenter__(self) -> Session:
+        if self._recorder is not None:
+            raise RuntimeError(f"session {self.session_id} was entered already: make another DurableSession")
+        async with AsyncExitStack() as stack:
+            # Without a place: the connection and its heartbeat are no work of the program's.
+            with at(None):
+                client = await stack.enter_async_context(NexumClient(self._address))
+                try:
+                    await client.ping(patience=FIRST_PATIENCE)
+                except ServerUnavailable as error:
+                    raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
+                journal = await stack.enter_async_context(Journal(client, self.session_id, self.tell))
+            self._loop = asyncio.get_running_loop()
+            outside.watch()
+            stack.enter_context(watched_threads())
+            stack.enter_context(self.entry_points())
+            stack.enter_context(at(Place(self)))
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, compare=self._compare)
+            stack.push_async_callback(self._close)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        recorder = self.recorder
+        failure = recorder.failed.result() if recorder.failed.done() else None
+        if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
+            try:
+                if failure is None:
+                    await recorder.end_with(error)
+            except NexumError as ending:
+                self.tell(f"[Nexum] session {self.session_id}: the failure could not be revoked: {ending}")
+            finally:
+                await self._stack.__aexit__(kind, error, traceback)
+            return
+        async with self._stack:
+            if failure is not None:
+                raise failure from error  # AutoGen passes on only its text
+            await recorder.end(self.stop_reason)
+
+    async def _close(self) -> None:
+        self.is_over = True
+        await self.recorder.close()
+        self._tell_counts()
+
+    # ---- What leaves the record --------------------------------------------------------------------------------------
+
+    def left_the_record(self, agent: str, what: str) -> None:
+        """Something was connected to or started outside a recorded call. Raises NotDurable if that stops the run."""
+        who = agent or "the program"
+        line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
+        self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1
+        if self._on_unrecorded == "stop":
+            error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
+            self.loop.call_soon_threadsafe(self.recorder.stop, error)
+            raise error
+        if self._left[f"{who} {what}"] == 1:
+            self.tell(f"[Nexum] {line}")
+
+    def _tell_counts(self) -> None:
+        recorder = self.recorder
+        if recorder.live or recorder.replayed:
+            self.tell(
+                f"[Nexum] session {self.session_id}: {_counts(recorder.live)} live, "
+                f"{_counts(recorder.replayed)} replayed from the record"
+            )
+        if self._left:
+            times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
+            self.tell(f"[Nexum] session {self.session_id}: outside the record: {times}")
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return (
+        f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
+        f"{counts.get('tool calls', 0)} tool call(s)"
+        + (f", {counts['inputs']} input(s)" if counts.get("inputs") else "")
+    )

@@ -1,0 +1,279 @@
+"""A whole run of one agent or team, which can be resumed: `run_durable`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
+from autogen_agentchat.messages import BaseChatMessage, MessageFactory
+from autogen_core import CancellationToken
+
+from console import say
+from durable_autogen.autogen.entry_points import work_of
+from durable_autogen.autogen.fingerprints import compare, hashed
+from durable_autogen.autogen.transcript import Item, Task, messages_of
+from durable_autogen.autogen.work import text_of
+from durable_autogen.errors import RunCancelled
+from durable_autogen.record.events import Begun, Kind, representable
+from durable_autogen.record.recorder import OnDrift, Recorder
+from durable_autogen.record.session import OnUnrecorded
+from durable_autogen.session import DurableSession
+from nexum_engine.errors import InvalidRequest
+
+END_PATIENCE = 5.0  # seconds that a stopped team gets to end
+
+Runnable = ChatAgent | Team
+
+_at_work: WeakKeyDictionary[Any, DurableSession] = WeakKeyDictionary()
+"""The agents and teams that are being run, and in which session."""
+
+
+async def run_durable(
+    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
+    *,
+    task: Task = None,
+    session_id: str,
+    nexum: str | None = None,
+    on_drift: OnDrift = "stop",
+    on_unrecorded: OnUnrecorded = "tell",
+    cancellation_token: CancellationToken | None = None,
+    output_task_messages: bool = True,
+    tell: Callable[[str], None] = say,
+) -> TaskResult:
+    """Run an agent or team in a session, or resume the session's run; return its result.
+
+    `team` is a function that builds the agent or team, or one that has never run. What the session has recorded is
+    replayed, the rest runs live and is recorded. `task` can be left out if the session has one; a session holds one
+    task. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`, and the other arguments those of
+    DurableSession.
+
+    Raises RunCancelled, what a DurableSession raises, and what the team's run raises.
+    """
+    result: TaskResult | None = None
+    async for item in run_durable_stream(
+        team,
+        task=task,
+        session_id=session_id,
+        nexum=nexum,
+        on_drift=on_drift,
+        on_unrecorded=on_unrecorded,
+        cancellation_token=cancellation_token,
+        output_task_messages=output_task_messages,
+        tell=tell,
+    ):
+        if isinstance(item, TaskResult):
+            result = item
+    assert result is not None
+    return result
+
+
+async def run_durable_stream(
+    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
+    *,
+    task: Task = None,
+    session_id: str,
+    nexum: str | None = None,
+    on_drift: OnDrift = "stop",
+    on_unrecorded: OnUnrecorded = "tell",
+    cancellation_token: CancellationToken | None = None,
+    output_task_messages: bool = True,
+    tell: Callable[[str], None] = say,
+) -> AsyncGenerator[Item, None]:
+    """Run an agent or team as `run_durable` does; yield its messages and then its result, as AutoGen's `run_stream`."""
+    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell)
+    run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
+    async for item in run.items():
+        yield item
+
+
+class _Run:
+    """The run in a task of its own: its session never leaks into the consumer's context, and AutoGen, which may wait
+    for ever for an agent that was stopped, holds nobody up."""
+
+    def __init__(
+        self,
+        session: DurableSession,
+        team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
+        task: Task,
+        cancellation_token: CancellationToken | None,
+        *,
+        output_task_messages: bool,
+    ) -> None:
+        self._session = session
+        self._team = team
+        self._task = task
+        self._token = cancellation_token
+        self._output_task_messages = output_task_messages
+        self._items: asyncio.Queue[Item | None] = asyncio.Queue()
+
+    async def items(self) -> AsyncGenerator[Item, None]:
+        """Yield what the team says, and then its result."""
+        running = asyncio.create_task(self._whole(), name="durable run")
+        running.add_done_callback(lambda _: self._items.put_nowait(None))
+        try:
+            while (item := await self._items.get()) is not None:
+                yield item
+            await running
+        finally:
+            if not running.done():
+                running.cancel()
+                await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # looked at: it is raised above, or the consumer has left
+
+    async def _whole(self) -> None:
+        session, result = self._session, TaskResult(messages=[])
+        async with session:
+            recorder = session.recorder
+            recorder.ended = recorder.journal.ended
+            self._heed_the_token(recorder)
+            built = self._team if isinstance(self._team, (ChatAgent, Team)) else self._team()
+            runnable = await built if inspect.isawaitable(built) else built
+            _check_new(runnable)
+            _at_work[runnable] = session
+            try:
+                task = await _begin(recorder, runnable, self._task)
+                result = await self._run(runnable, task)
+                added = work_of(session).added
+                for message in added.messages:
+                    if message.seq not in added.delivered:
+                        # It was added after the end of the run: it is the next thing that the user says.
+                        added.as_task.add(message.seq)
+                        more = await self._run(runnable, text_of(message))
+                        result = TaskResult(messages=[*result.messages, *more.messages], stop_reason=more.stop_reason)
+            finally:
+                _at_work.pop(runnable, None)
+            session.stop_reason = result.stop_reason or ""
+            if not (recorder.live or recorder.replayed):
+                session.tell(
+                    f"[Nexum] session {session.session_id}: nothing was recorded: the run asked no model, tool or "
+                    "person through AutoGen"
+                )
+        self._items.put_nowait(result)
+
+    async def _run(self, runnable: Runnable, task: Task) -> TaskResult:
+        recorder = self._session.recorder
+        running = asyncio.create_task(self._feed(runnable, task), name="durable team")
+        watched: set[asyncio.Future[Any]] = {running, recorder.failed}
+        try:
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            if recorder.failed.done():
+                raise recorder.failed.result()
+            try:
+                return await running
+            except RuntimeError as error:
+                cause = recorder.cause_of(error)
+                if cause is not None:
+                    raise cause from error
+                raise
+        finally:
+            if not running.done():
+                self._cancelled()
+                await asyncio.wait({running}, timeout=END_PATIENCE)
+                running.cancel()
+            if running.done() and not running.cancelled():
+                running.exception()  # looked at: what counts is raised already
+
+    async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
+        result = TaskResult(messages=[])
+        # A custom runnable may know no such argument.
+        more: Any = {} if self._output_task_messages else {"output_task_messages": False}
+        async for item in runnable.run_stream(task=task, **more):
+            if isinstance(item, TaskResult):
+                result = item
+            else:
+                self._items.put_nowait(item)
+        return result
+
+    def _heed_the_token(self, recorder: Recorder) -> None:
+        if self._token is None:
+            return
+        loop = asyncio.get_running_loop()
+        # Not handed to the team: AutoGen would wait for ever for a tool call that it cancels.
+
+        def cancelled() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._cancelled)
+
+        self._token.add_callback(cancelled)
+
+    def _cancelled(self) -> None:
+        session = self._session
+        session.recorder.stop(
+            RunCancelled(f"the run of session {session.session_id} was cancelled; what is recorded stays")
+        )
+
+
+def _check_new(runnable: Runnable) -> None:
+    """Raise InvalidRequest for an agent or team that is at work, or that has run before."""
+    busy = _at_work.get(runnable)
+    if busy is not None:
+        raise InvalidRequest(f"{runnable.name} is at work in session {busy.session_id}: build another one")
+    if getattr(runnable, "_initialized", False):
+        raise InvalidRequest(
+            f"{runnable.name} has run before, and what it remembers of that is in no record: give run_durable a "
+            "function that builds a new one"
+        )
+
+
+async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
+    """Compare task and team with the session's, or record them; return the task to run."""
+    journal = recorder.journal
+    begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
+    if begun is None:
+        if task is None:
+            raise InvalidRequest(f"session {journal.session} is new: give it a task")
+        await _record_beginning(recorder, runnable, task)
+        return task
+    assert isinstance(begun.content, Begun)
+    if task is None:
+        if not begun.content.task:
+            raise InvalidRequest(f"session {journal.session} has no task of its own: give it one")
+        return _task_again(begun.content)
+    if begun.accepted:  # in a fork, the team may be another one
+        differing = compare(hashed({"task": begun.content.task}), hashed({"task": _texts(task)}))
+    else:
+        differing = compare(begun.request, _description(runnable, task))
+    if differing:
+        await recorder.drift(begun.seq - 1, f"the session began with something else: {'; '.join(differing)}")
+        await _record_beginning(recorder, runnable, task)
+    return task
+
+
+async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
+    content = Begun(task=_texts(task), messages=[representable(_dumped(message)) for message in messages_of(task)])
+    await recorder.begin(content, _description(runnable, task))
+
+
+def _dumped(message: BaseChatMessage) -> dict[str, Any]:
+    """A message without the id and time that it was given by chance."""
+    return message.model_dump(mode="json", exclude={"id", "created_at"} - message.model_fields_set)
+
+
+def _task_again(begun: Begun) -> Task:
+    """The task as it was given."""
+    if not begun.messages:
+        return "\n".join(begun.task)
+    factory = MessageFactory()
+    try:
+        messages = [factory.create(one) for one in begun.messages]
+    except ValueError as error:
+        raise InvalidRequest(f"the session's task can't be built here: {error}. Give it as the task") from error
+    return [message for message in messages if isinstance(message, BaseChatMessage)]
+
+
+def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
+    members = getattr(runnable, "_participants", None) or [runnable]
+    team = f"{type(runnable).__name__}: {', '.join(member.name for member in members)}"
+    return hashed({"task": _texts(task), "team": team})
+
+
+def _texts(task: Task) -> list[str]:
+    found: list[str] = representable(
+        [task] if isinstance(task, str) else [message.to_text() for message in messages_of(task)]
+    )
+    return found
