@@ -15,7 +15,7 @@ from autogen_core import CancellationToken
 from console import say
 from durable_autogen.autogen.entry_points import work_of
 from durable_autogen.autogen.fingerprints import compare, hashed
-from durable_autogen.autogen.transcript import Item, Task, messages_of
+from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.autogen.work import text_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.events import Begun, Kind, representable
@@ -186,7 +186,8 @@ class _Run:
             if isinstance(item, TaskResult):
                 result = item
             else:
-                self._items.put_nowait(item)
+                was_replayed = work_of(self._session).was_replayed(item.source)
+                self._items.put_nowait(marked(item) if was_replayed else item)
         return result
 
     def _heed_the_token(self, recorder: Recorder) -> None:

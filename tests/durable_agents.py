@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseChatMessage, TextMessage
 from autogen_core import CancellationToken
+from autogen_core.models import ChatCompletionClient, CreateResult
+from autogen_core.tools import BaseTool, FunctionTool, StaticStreamWorkbench
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import run_durable
+from durable_autogen.record.place import Place, at, current, steps_at
+from durable_autogen.record.session import Session
 from models.live import LiveModel
 
 TIMEOUT = 20  # seconds in which everything here has ended, or hangs
@@ -75,3 +79,38 @@ class Own(BaseChatAgent):
         return Response(chat_message=TextMessage(content=said, source=self.name))
 
     async def on_reset(self, cancellation_token: CancellationToken) -> None: ...
+
+
+class Named:
+    """A client that an agent of this name asks: for a test that plays the agent itself."""
+
+    def __init__(self, client: ChatCompletionClient, name: str) -> None:
+        self.client = client
+        self.place = Place(session(), agent=name, path=name)
+
+    async def create(self, *args: Any, **more: Any) -> CreateResult:
+        with at(self.place):
+            return await self.client.create(*args, **more)
+
+    async def create_stream(self, *args: Any, **more: Any) -> AsyncGenerator[str | CreateResult, None]:
+        async for piece in steps_at(self.place, self.client.create_stream(*args, **more)):
+            yield piece
+
+
+def named(client: ChatCompletionClient, name: str) -> Any:
+    """The client as an agent of this name asks it."""
+    return Named(client, name)
+
+
+def session() -> Session:
+    """The session that is open here."""
+    place = current.get()
+    assert place is not None
+    return place.session
+
+
+def bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> StaticStreamWorkbench:
+    """Tools and plain functions as a workbench."""
+    return StaticStreamWorkbench(
+        [tool if isinstance(tool, BaseTool) else FunctionTool(tool, description=tool.__doc__ or "") for tool in tools]
+    )

@@ -124,16 +124,16 @@ class Program:
         builder.set_entry_point(a)
         return GraphFlow([a, b, c], builder.build(), termination_condition=MaxMessageTermination(30))
 
-    async def own(self, session: DurableSession, task: str) -> list[str]:
-        """No team: agents that this program runs itself, one of them with a client and a workbench of the session."""
+    async def own(self, task: str) -> list[str]:
+        """No team: agents that this program runs itself, in a session and in no team."""
         a = AssistantAgent(
             "a",
-            session.model_client(self.client(f"{self.model}-a"), agent="a"),
-            workbench=session.workbench([self.tool("a")], agent="a"),
+            self.client(f"{self.model}-a"),
+            tools=[self.tool("a")],
             max_tool_iterations=6,
             model_client_stream=self.stream,
         )
-        b = session.durable(self.agent("b"))
+        b = self.agent("b")
         said = [task]
         for agent in (a, b, a, b):
             result = await agent.run(task=said[-1])
@@ -176,8 +176,8 @@ async def main(argv: list[str] | None = None) -> int:
     program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
     try:
         if args.shape == "own":
-            async with DurableSession(args.session, on_drift=args.on_drift) as session:
-                said = await program.own(session, args.task)
+            async with DurableSession(args.session, on_drift=args.on_drift):
+                said = await program.own(args.task)
             print("TRANSCRIPT " + json.dumps(said), flush=True)
             return 0
         async for item in run_durable_stream(

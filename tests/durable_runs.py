@@ -27,7 +27,7 @@ from typing import Any
 from harness import ROOT, environment, nexum_server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen.events import Event, Kind, read_events
+from durable_autogen.record.events import Event, Kind, read_record
 from nexum_engine.client import NexumClient
 
 SHAPES = (
@@ -238,9 +238,9 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
 
 async def _events(address: str, session: str) -> list[Event]:
     async with NexumClient(address) as client:
-        events, begun, _ = await read_events(client, session)
-    assert not begun
-    return events
+        record = await read_record(client, session)
+    assert not record.begun
+    return record.events
 
 
 def _transcript(output: str) -> str:

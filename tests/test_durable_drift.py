@@ -13,12 +13,12 @@ from autogen_agentchat.conditions import ExternalTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
-from durable_agents import TIMEOUT, agent, answer, client, run, texts
+from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
-from durable_autogen.recorder import OnDrift
+from durable_autogen.record.recorder import OnDrift
 from models import ModelFailed
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
@@ -29,8 +29,8 @@ from nexum_engine.owner import Owner
 async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.1)
-    monkeypatch.setattr("durable_autogen.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
     loop = asyncio.get_running_loop()
     asked, hold = asyncio.Event(), threading.Event()
     lines: list[str] = []
@@ -42,8 +42,8 @@ async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_fligh
         return answer(body["model"])
 
     async def program(*names: str, on_drift: OnDrift = "stop") -> str:
-        async with DurableSession("s", nexum=server.address, on_drift=on_drift, tell=lines.append) as session:
-            results = [await session.durable(agent(model, name)).run(task="Q") for name in names]
+        async with DurableSession("s", nexum=server.address, on_drift=on_drift, tell=lines.append):
+            results = [await agent(model, name).run(task="Q") for name in names]
             return texts(results[-1])[-1]
 
     with OpenAIServer(reply) as model:
@@ -62,18 +62,16 @@ async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_fligh
 async def test_a_call_that_was_given_up_is_not_what_the_run_waits_for(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.3)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.3)
 
     async def program(*, more: bool) -> str:
-        async with DurableSession("s", nexum=server.address) as session:
+        async with DurableSession("s", nexum=server.address):
             if more:
-                other = session.model_client(client(model), agent="b")
+                other = named(client(model), "b")
                 with pytest.raises((asyncio.TimeoutError, TimeoutError)):
                     await asyncio.wait_for(other.create([UserMessage(content="Q", source="user")]), 0.1)
                 await asyncio.sleep(1)  # the program's own work, for longer than drift may take
-            result = await session.model_client(client(model), agent="a").create(
-                [UserMessage(content="Q", source="user")]
-            )
+            result = await named(client(model), "a").create([UserMessage(content="Q", source="user")])
             return str(result.content)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
@@ -130,7 +128,7 @@ async def test_what_the_user_says_in_a_fork_is_said_although_the_program_is_anot
         ("s", 2, "", "session f has something else on record than s"),
         ("s", 0, "", "session f has something else on record than s"),
         ("r", 1, "", "session f has something else on record than r"),
-        ("s", 1, "Longer", "session f went on already, without this message"),
+        ("s", 1, "Longer", "session f has continued already, without this message"),
     ],
 )
 async def test_a_fork_that_is_another_one_is_refused(
@@ -179,11 +177,13 @@ QUESTION = [UserMessage(content="Q", source="user")]
 async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_given_up_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.1)  # the given-up call is none that nobody tried
+    monkeypatch.setattr(
+        "durable_autogen.record.replay.DRIFT_PATIENCE", 0.1
+    )  # the given-up call is none that nobody tried
 
     async def program(held: Held | None = None) -> str:
-        async with DurableSession("s", nexum=server.address) as session:
-            durable = session.model_client(client(model), agent="a")
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "a")
             if held is not None:
                 await held.cancel(asyncio.create_task(durable.create(QUESTION)))
             else:
@@ -204,14 +204,14 @@ async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_gi
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies = iter([Reply(status=400), answer("given up"), answer("yes")])
-    held = Held(monkeypatch, "reply/1")
+    held = Held(monkeypatch, "reply/2")
 
     async def program(*, first: bool) -> str:
-        async with DurableSession("s", nexum=server.address) as session:
-            durable = session.model_client(client(model), agent="a")
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "a")
             with pytest.raises(ModelFailed):
                 await durable.create(QUESTION)
-            if first:  # the failure of the first is recorded when the second has its reply
+            if first:
                 await held.cancel(asyncio.create_task(durable.create(QUESTION)))
             else:
                 with pytest.raises((asyncio.TimeoutError, TimeoutError)):
@@ -227,13 +227,13 @@ async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_gi
 async def test_the_time_that_an_answer_took_is_no_reason_to_wait_for_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.2)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
     lines: list[str] = []
 
     async def program(*names: str) -> None:
-        async with DurableSession("s", nexum=server.address, tell=lines.append) as session:
+        async with DurableSession("s", nexum=server.address, tell=lines.append):
             for name in names:
-                await session.model_client(client(model), agent=name).create(QUESTION)
+                await named(client(model), name).create(QUESTION)
 
     def reply(_: dict[str, Any]) -> Reply:
         hold.wait(3)
@@ -276,15 +276,15 @@ async def test_a_model_call_that_the_programs_token_cancels_ends_in_the_same_way
 
     async def program() -> list[str]:
         ends = []
-        async with DurableSession("s", nexum=server.address) as session:
-            runnable = session.durable(alone(model) if is_team else agent(model, "a"))
+        async with DurableSession("s", nexum=server.address):
+            runnable = alone(model) if is_team else agent(model, "a")
             token = CancellationToken()
             asyncio.get_running_loop().call_later(0.7, token.cancel)
             try:
                 await runnable.run(task="Q", cancellation_token=token)
             except asyncio.CancelledError:
                 ends.append("cancelled")
-            other = session.durable(agent(model, "b"))
+            other = agent(model, "b")
             ends += texts(await other.run(task="Q"))
         return ends
 
@@ -313,9 +313,9 @@ async def test_a_tool_that_the_program_cancels_is_run_again(server: Server) -> N
         return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("slow", {})])
 
     async def program(token: CancellationToken | None = None) -> list[str]:
-        async with DurableSession("s", nexum=server.address) as session:
+        async with DurableSession("s", nexum=server.address):
             one = AssistantAgent("one", client(model), tools=[slow], max_tool_iterations=3)
-            return texts(await session.durable(one).run(task="Q", cancellation_token=token))
+            return texts(await one.run(task="Q", cancellation_token=token))
 
     with OpenAIServer(reply) as model:
         token = CancellationToken()

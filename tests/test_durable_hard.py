@@ -24,12 +24,12 @@ from autogen_agentchat.ui import Console, UserInputManager
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, UserMessage
 from autogen_core.tools import StaticWorkbench, ToolResult, ToolSchema, Workbench
-from durable_agents import TIMEOUT, Own, agent, answer, client, is_after_a_tool, run, texts
+from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, named, run, texts
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable_stream
-from durable_autogen.events import Kind, read_events
+from durable_autogen.record.events import Kind, read_record
 from models.live import LiveModel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
@@ -494,9 +494,6 @@ async def test_a_failure_is_asked_again_although_another_branch_was_at_work_for_
     with OpenAIServer(lambda body: answer(body["model"])) as model:
         with pytest.raises(Exception, match="busy"):
             await run(server, build)
-        async with NexumClient(server.address) as nexum:
-            events = (await read_events(nexum, "s"))[0]
-        assert any(event.failure is not None for event in events)  # the other branch went on after it
         first = await run(server, build)
         assert texts(await run(server, build)) == texts(first)
         assert sorted(request.body["model"] for request in model.requests) == ["a", "b", "d"]
@@ -510,8 +507,8 @@ async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Serv
         return Offline("no")
 
     async def program() -> str:
-        async with DurableSession("s", nexum=server.address) as session:
-            llm = session.model_client(Scripted(model, "m", failing), agent="one")
+        async with DurableSession("s", nexum=server.address):
+            llm = named(Scripted(model, "m", failing), "one")
             with pytest.raises(Offline):
                 await llm.create([UserMessage(content="one", source="user")])
         return "done"
@@ -622,13 +619,13 @@ async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -
         return Reply(calls=[("note", {"text": asked})]) if asked else answer("end")
 
     async def program() -> list[str]:
-        async with DurableSession("s", nexum=server.address) as session:
+        async with DurableSession("s", nexum=server.address):
 
             async def work(n: int) -> str:
                 worker = AssistantAgent(
                     "worker",
-                    session.model_client(client(model), agent="worker"),
-                    workbench=session.workbench([note], agent="worker"),
+                    client(model),
+                    workbench=bench([note]),
                     max_tool_iterations=3,
                 )
                 return "\n".join(texts(await worker.run(task=f"Q{n}")))
@@ -644,7 +641,7 @@ async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -
 async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.replay.DRIFT_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     stop = True
     asked = asyncio.Event()
 
@@ -668,7 +665,7 @@ async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flig
         await asyncio.wait_for(asked.wait(), TIMEOUT)
         async with NexumClient(server.address) as nexum:
             while not any(  # noqa: ASYNC110 - another process writes it
-                event.kind is Kind.TURN and event.agent == "b" for event in (await read_events(nexum, "s"))[0]
+                event.kind is Kind.TURN and event.agent == "b" for event in (await read_record(nexum, "s")).events
             ):
                 await asyncio.sleep(0.05)
         running.cancel()
@@ -793,7 +790,7 @@ async def test_a_member_of_a_graph_that_says_something_else_is_told(server: Serv
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, build)
         said = "the file says 43"
-        with pytest.raises(DriftError, match=r"Turn 1 of a .* what it said was the file says 42, now it is .* 43"):
+        with pytest.raises(DriftError, match=r"turn 1 of a .* what it said was the file says 42, now it is .* 43"):
             await run(server, build)
         assert len(model.requests) == 1
 
@@ -934,11 +931,11 @@ async def test_who_lost_the_session_records_nothing_more(server: Server) -> None
 
     async def program() -> None:
         async with DurableSession("s", nexum=server.address) as stopped:
-            asking = stopped.model_client(client(model), agent="me")
+            asking = named(client(model), "me")
             await asking.create([UserMessage(content="one", source="user")])
             await stopped.recorder.journal._owner.__aexit__()  # no sign of life from it any more
-            async with DurableSession("s", nexum=server.address) as other:
-                again = other.model_client(client(model), agent="me")
+            async with DurableSession("s", nexum=server.address):
+                again = named(client(model), "me")
                 await again.create([UserMessage(content="one", source="user")])
                 with pytest.raises(SessionBusy):
                     await asking.create([UserMessage(content="two", source="user")])
@@ -948,9 +945,9 @@ async def test_who_lost_the_session_records_nothing_more(server: Server) -> None
         with pytest.raises(SessionBusy, match="session s is not this process's any more"):
             await program()
         async with NexumClient(server.address) as nexum:
-            events, begun, _ = await read_events(nexum, "s")
-        assert [event.address for event in events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
-        assert not begun
+            record = await read_record(nexum, "s")
+        assert [event.address for event in record.events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
+        assert not record.begun
         assert len(model.requests) == 2
 
 
@@ -967,6 +964,6 @@ async def test_a_finished_session_stays_finished_after_an_attempt_that_was_refus
         async with NexumClient(server.address) as nexum:
             (info,) = await list_sessions(nexum)
         assert info.status == "finished"
-        with pytest.raises(DriftError, match="The recorded run was over"):
+        with pytest.raises(DriftError, match="the recorded run was over"):
             await run(server, lambda: build(2))
         assert len(model.requests) == 1

@@ -286,7 +286,7 @@ async def test_another_program_is_told_what_differs(
 async def test_a_run_that_asks_for_less_is_told_so(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
-        with pytest.raises(DriftError, match="The run ended before anybody asked for reply 2 of writer"):
+        with pytest.raises(DriftError, match="the run ended before anybody asked for reply 2 of writer"):
             await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
 
 
@@ -297,7 +297,7 @@ async def test_a_run_that_asks_for_more_than_the_recorded_one_is_told_so(server:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: build(1))
         with pytest.raises(
-            DriftError, match=r"was over \(Maximum number of turns 1 reached.\), this one asks for reply 2"
+            DriftError, match=r"was over \(Maximum number of turns 1 reached.\), and this one asks for reply 2"
         ):
             await run(server, lambda: build(2))
         assert len(model.requests) == 1

@@ -16,12 +16,11 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.tools import TeamTool
 from autogen_core.models import CreateResult, UserMessage
 from autogen_core.tools import FunctionTool
-from durable_agents import answer, client
+from durable_agents import answer, bench, client, named
 from harness import ROOT, Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
-from models.live import LiveModel
 from nexum_engine.errors import InvalidRequest
 
 
@@ -31,8 +30,8 @@ def said(text: str) -> list[UserMessage]:
 
 async def test_a_model_client_by_itself_is_durable(server: Server) -> None:
     async def program() -> list[str]:
-        async with DurableSession("s", nexum=server.address) as session:
-            durable = session.model_client(client(model), agent="me")
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "me")
             replies = [await durable.create(said(question)) for question in ("one", "two")]
             return [str(reply.content) for reply in replies]
 
@@ -45,8 +44,8 @@ async def test_a_model_client_by_itself_is_durable(server: Server) -> None:
 
 async def test_a_streamed_reply_is_recorded_before_its_last_piece(server: Server) -> None:
     async def program(*, leave: bool) -> str:
-        async with DurableSession("s", nexum=server.address) as session:
-            durable = session.model_client(client(model), agent="me")
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "me")
             pieces = [piece async for piece in durable.create_stream(said("one"))]
             assert isinstance(pieces[-1], CreateResult)
             assert "".join(str(piece) for piece in pieces[:-1]) == pieces[-1].content
@@ -79,17 +78,17 @@ async def test_agents_that_a_program_runs_by_itself_go_on_where_it_died(server: 
         return Reply(calls=[("plain", {"text": "a"}), ("wrapped", {"text": "b"}), ("plain", {"text": "a"})])
 
     async def program(*, dies: bool) -> list[str]:
-        async with DurableSession("s", nexum=server.address) as session:
+        async with DurableSession("s", nexum=server.address):
             one = AssistantAgent(
                 "one",
-                session.model_client(client(model), agent="one"),
-                workbench=session.workbench([plain, FunctionTool(wrapped, "Keep it.")], agent="one"),
+                client(model),
+                workbench=bench([plain, FunctionTool(wrapped, "Keep it.")]),
                 max_tool_iterations=3,
             )
             first = await one.run(task="Q")
             if dies:
                 raise LookupError("the program dies here")
-            other = session.durable(RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=1))
+            other = RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=1)
             second = await other.run(task=first.messages[-1].to_text())
             return [message.to_text() for message in [*first.messages, *second.messages]]
 
@@ -105,9 +104,9 @@ async def test_agents_that_a_program_runs_by_itself_go_on_where_it_died(server: 
 
 async def test_another_program_is_told_what_differs(server: Server) -> None:
     async def program(question: str, *, ask: bool = True) -> None:
-        async with DurableSession("s", nexum=server.address) as session:
+        async with DurableSession("s", nexum=server.address):
             if ask:
-                await AssistantAgent("one", session.model_client(client(model), agent="one")).run(task=question)
+                await AssistantAgent("one", client(model)).run(task=question)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         await program("Q")
@@ -124,9 +123,7 @@ async def test_a_session_has_one_owner_and_one_use(server: Server) -> None:
         DurableSession("not/an/id")
     session = DurableSession("s", nexum=server.address)
     with pytest.raises(RuntimeError, match="inside `async with`"):
-        session.durable(
-            AssistantAgent("one", LiveModel(vendor="v", model="m", base_url="http://127.0.0.1:1", api_key="k"))
-        )
+        _ = session.recorder
     async with session:
         with pytest.raises(SessionBusy, match="session s is being run"):
             async with DurableSession("s", nexum=server.address):
@@ -196,10 +193,10 @@ async def test_what_a_session_makes_durable_has_the_same_transcript_again(server
     begun = datetime.now(timezone.utc)
 
     async def program() -> list[Any]:
-        async with DurableSession("s", nexum=server.address) as session:
-            one = session.durable(AssistantAgent("one", client(model)))
-            pair = session.durable(RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=2))
-            assert session.durable(pair) is pair
+        async with DurableSession("s", nexum=server.address):
+            one = AssistantAgent("one", client(model))
+            pair = RoundRobinGroupChat([AssistantAgent("two", client(model))], max_turns=2)
+            assert pair is pair
             results = [await one.run(task="Q"), await pair.run(task="Q"), await pair.run(task="R")]
             streamed = [item async for item in one.run_stream(task="R")]
             return [*(one.model_dump() for one in results), streamed[-1].model_dump()]

@@ -18,7 +18,6 @@ from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.fingerprints import describe_turn
-from durable_autogen.autogen.transcript import marked
 from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
@@ -83,19 +82,14 @@ class AtWork:
             yield item
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
-        """Pass on a run; in the program's own run, messages that came from the record are marked."""
+        """Pass on a run of an agent or a team."""
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()
         try:
             async for item in stream:
                 await self._passes_on(item, task)
-                if not is_programs_own:
-                    yield item
-                elif isinstance(item, TaskResult):
-                    yield self._work.transcript.result(item)
-                else:
-                    yield marked(item) if self._work.was_replayed(getattr(item, "source", "")) else item
+                yield self._work.transcript.result(item) if is_programs_own and isinstance(item, TaskResult) else item
         finally:
             close: Any = getattr(stream, "aclose", None)
             if close is not None:

@@ -66,8 +66,10 @@ async def look(
     if answer.has_value:
         return message
     assert isinstance(answer.content, Returned)
+    if message is None and "_terminated" in state:
+        # AutoGen's own conditions keep that they have stopped there.
+        state["_terminated"] = True
     stop: Any = value_again(answer.content.value)
-    # The words are the recorded ones, and so is the message's id.
     return stop if isinstance(stop, StopMessage) else message
 
 

@@ -59,7 +59,7 @@ class Transcript:
                 continue
             kept = message.model_fields_set if any(message is one for one in given) else set()
             if "id" not in kept:
-                _set(message, id=self._id(agent, message.id, "message"))
+                _set(message, id=self._id(agent, message.id, f"message/{message.source}"))
             self._done.add(message.id)
             if "created_at" not in kept:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))

@@ -98,7 +98,8 @@ def is_broken(result: CreateResult) -> bool:
     """Return whether a reply is empty, or was cut off within a call's arguments."""
     if isinstance(result.content, str):
         return not result.content and not result.thought
-    return not result.content or any(not _is_json(call.arguments) for call in result.content)
+    was_cut = result.finish_reason in ("length", "unknown")
+    return not result.content or (was_cut and any(not _is_json(call.arguments) for call in result.content))
 
 
 def _is_json(text: str) -> bool:
