@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from autogen_agentchat.agents import AssistantAgent
     from autogen_agentchat.teams import GraphFlow
 
-    from durable_autogen.transcript import Item
+    from durable_autogen.autogen.transcript import Item
 
 QUESTION = "What is the population of Tokyo vs New York?"
 OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"

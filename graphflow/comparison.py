@@ -26,7 +26,7 @@ from models import ModelChoice
 from nexum_engine.client import NexumClient
 
 if TYPE_CHECKING:
-    from durable_autogen.events import Event
+    from durable_autogen.record.events import Event
 
 PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
@@ -114,7 +114,7 @@ async def show_plain(stage: Stage) -> bool:
 
 async def show_durable(stage: Stage, nexum: str | None) -> int:
     """The durable half, and what is wrong with it, if anything is."""
-    from durable_autogen.events import Kind, read_events
+    from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph
     session = f"graphflow-{secrets.token_hex(4)}"
@@ -122,7 +122,7 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
     async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
 
         async def replies() -> list[Event]:
-            return [event for event in (await read_events(client, session))[0] if event.kind is Kind.REPLY]
+            return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]
 
         where = ("--session", session, "--nexum", server.address)
         first = await stage.part(DURABLE, "durable-first", *where)

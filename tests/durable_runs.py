@@ -27,7 +27,7 @@ from typing import Any
 from harness import ROOT, environment, nexum_server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen.record.events import Event, Kind, read_record
+from durable_autogen.record.events import Event, Kind, Returned, read_record
 from nexum_engine.client import NexumClient
 
 SHAPES = (
@@ -250,13 +250,17 @@ def _transcript(output: str) -> str:
 def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], allowed: int, check: Any) -> int:
     """Each recorded reply left the server once, in order; what is not recorded was in flight, and asked again alike."""
     recorded: dict[str, list[str]] = defaultdict(list)
+    models: dict[str, str] = {}
+    """The model of each agent: it stands with an agent's first request alone."""
     for event in events:
         if event.kind is Kind.REPLY:
-            content = event.content["content"]
+            assert isinstance(event.content, Returned)
+            content = event.content.value["content"]
             calls = [] if isinstance(content, str) else [json.loads(call["arguments"]) for call in content]
             text = content.strip() if isinstance(content, str) else ""
             answer = json.dumps([text, [call["text"] for call in calls if "text" in call]])
-            recorded[event.request["model"]].append(answer)
+            models.setdefault(event.agent, event.request.get("model", ""))
+            recorded[models[event.agent]].append(answer)
     repeated = 0
     for model in {model for model, _, _ in said} | set(recorded):
         left = list(recorded[model])
@@ -284,7 +288,7 @@ def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, 
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:
-            asked[f"{event.agent.partition('/')[0]} {event.request['arguments']['text']}"] += 1
+            asked[f"{event.agent.partition('/')[0]} {json.loads(event.request['arguments'])['text']}"] += 1
         elif event.kind is Kind.INPUT:
             asked["person asked"] += 1
     done = Counter(noted)

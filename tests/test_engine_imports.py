@@ -87,6 +87,7 @@ ENGINE = {
     "client": ("wire", "workflow", "jsontext", "model", "errors"),
     "heartbeat": ("client", "wire", "errors"),
     "worker": ("heartbeat", "client", "workflow", "jsontext", "model", "errors"),
+    "embedded": ("client", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "model", "errors"),
 }
 

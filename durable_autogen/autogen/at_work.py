@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from typing import Any
+from typing import Any, NoReturn
 
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import Response, TaskResult
@@ -61,7 +61,7 @@ class AtWork:
                 yield item
         except GeneratorExit:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again, if need be as an ordinary one
             self._raise(error, token)
         finally:
             await steps.aclose()
@@ -71,7 +71,7 @@ class AtWork:
         try:
             with at(self.place):
                 item = await turn
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again, if need be as an ordinary one
             self._raise(error, token)
         await self._passes_on(item)
         return item
@@ -114,7 +114,7 @@ class AtWork:
                     position = self._work.asker(self._label).next("turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
 
-    def _raise(self, error: BaseException, token: CancellationToken | None) -> None:
+    def _raise(self, error: BaseException, token: CancellationToken | None) -> NoReturn:
         """Raise the error; an ordinary one if AutoGen would wait for ever for an agent that ends with it."""
         if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
             raise error

@@ -71,6 +71,7 @@ class Calls:
         self._recorder: Recorder = place.session.recorder
         self._agent = place.agent
         self._asker: Asker = work.asker(place.agent)
+        self._task = asyncio.current_task()
 
     # ---- Models ------------------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class Calls:
             written, result = written_reply(await ask(messages))
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
-        answer = await _linked(self._recorder.call(call, perform), options.get("cancellation_token"))
+        answer = await _linked(self._recorder.call(call, perform, asker=self._task), options.get("cancellation_token"))
         return self._received(client, call, answer)
 
     async def streamed_reply(
@@ -131,7 +132,7 @@ class Calls:
                 for piece in content.streamed:
                     stream.items.put_nowait(piece)
 
-        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed)
+        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed, asker=self._task)
         running = asyncio.ensure_future(_linked(recording, options.get("cancellation_token")))
         pieces = stream.until(running)
         try:
@@ -320,7 +321,8 @@ class Calls:
         def got() -> list[Any]:
             return [] if stream is None else [written_value(item) for item in stream.passed_on]
 
-        answer = await _linked(self._recorder.call(call, perform, streamed=got, on_replay=replayed), token)
+        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed, asker=self._task)
+        answer = await _linked(recording, token)
         assert isinstance(answer.content, Returned)
         worker = answer.content.worker
         self._count(answer.replayed or (worker is not None and worker.was_recorded), "tool calls")
@@ -380,7 +382,7 @@ class Calls:
             return Performed(said, Returned(value=said))
 
         try:
-            answer = await _linked(self._recorder.call(call, perform), token)
+            answer = await _linked(self._recorder.call(call, perform, asker=self._task), token)
         finally:
             if asking is not None and not asking.done():
                 asking.cancel()
@@ -422,7 +424,7 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value, declared))))
 
         call = Call(kind, self._agent, self._asker.next(what), request, label=label)
-        answer = await _linked(self._recorder.call(call, perform), token)
+        answer = await _linked(self._recorder.call(call, perform, asker=self._task), token)
         if counts:
             self._count(answer.replayed, counts)
         return self._value(answer, declared)
@@ -430,8 +432,10 @@ class Calls:
     # ---- Both --------------------------------------------------------------------------------------------------------
 
     def _value(self, answer: Answer, declared: Any) -> Any:
+        if answer.has_value:
+            return answer.value
         assert isinstance(answer.content, Returned)
-        return answer.value if answer.has_value else value_again(answer.content.value, declared)
+        return value_again(answer.content.value, declared)
 
     def _count(self, replayed: bool, what: str, number: int = 1) -> None:
         (self._recorder.replayed if replayed else self._recorder.live)[what] += number

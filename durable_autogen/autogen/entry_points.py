@@ -468,18 +468,18 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
     """Wrap the methods of classes that are defined from now on, as by an import inside the session."""
     own = base.__dict__.get("__init_subclass__")
 
-    def init_subclass(cls: type, **kwargs: Any) -> None:
-        if own is not None:
-            own.__get__(None, cls)(**kwargs)
-        else:
-            super(base, cls).__init_subclass__(**kwargs)
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
+        above: Any = super(base, cls)  # type: ignore[arg-type]
+        before: Any = own.__get__(None, cls) if own is not None else above.__init_subclass__
+        before(**kwargs)
         with _lock:
             if _open_sessions:
                 for name, wrapper in methods.items():
                     _wrap(cls, name, wrapper)
 
     _wrapped[base, "__init_subclass__"] = (own, None)
-    setattr(base, "__init_subclass__", classmethod(init_subclass))  # noqa: B010 - mypy can't see that it is a method
+    hook: Any = classmethod(init_subclass)
+    base.__init_subclass__ = hook  # type: ignore[method-assign]
 
 
 def _restore() -> None:

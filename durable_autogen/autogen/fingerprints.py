@@ -84,7 +84,9 @@ class Conversation:
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Take over the messages; return how many are the same as in the request before."""
         # A message's list of calls or results may grow in place; its texts can't change without being replaced.
-        contents = [one.content if isinstance(one.content, str) else tuple(one.content) for one in messages]
+        contents: list[str | tuple[object, ...]] = [
+            one.content if isinstance(one.content, str) else tuple(one.content) for one in messages
+        ]
         limit = min(len(messages), len(self._messages))
         same = limit
         # The usual case, a conversation that only grew, is two comparisons without a loop.

@@ -7,7 +7,6 @@ import json
 import sys
 from typing import Any
 
-from autogen_core import FunctionCall
 from autogen_core.models import CreateResult
 from autogen_core.tools import TextResultContent, ToolResult
 from pydantic import BaseModel, TypeAdapter
@@ -76,9 +75,10 @@ def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
     """Write a model's reply as JSON; return that, and the reply as its caller gets it, live and in a replay."""
     if isinstance(result.content, list):
         for call in result.content:
-            if isinstance(call, FunctionCall) and not isinstance(call.arguments, str):
+            arguments: Any = call.arguments
+            if not isinstance(arguments, str):
                 # Some servers send the arguments as an object; AutoGen and its models take a text.
-                call.arguments = json.dumps(call.arguments, ensure_ascii=False)
+                call.arguments = json.dumps(arguments, ensure_ascii=False)
     dumped = result.model_dump(mode="python", warnings=False)
     kept = representable(dumped)
     return encoded(kept), result if kept == dumped else CreateResult.model_validate(kept)

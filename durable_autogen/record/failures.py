@@ -19,7 +19,7 @@ Plain = str | int | float | bool | None
 
 
 class RecordedFailure(Exception):
-    """A recorded failure whose class this program has not loaded or can't build. Name and text are the recorded ones."""
+    """A recorded failure whose class this program has not loaded or can't build; it has the recorded name and text."""
 
 
 class Failure(BaseModel):

@@ -147,7 +147,8 @@ def watched_threads() -> Iterator[None]:
         _open_sessions += 1
         if _open_sessions == 1:
             _original_submit = ThreadPoolExecutor.submit
-            ThreadPoolExecutor.submit = functools.wraps(_original_submit)(_submit)  # type: ignore[method-assign]
+            submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
+            ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
     try:
         yield
     finally:

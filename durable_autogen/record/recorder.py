@@ -73,6 +73,7 @@ class _LiveCall:
     call: Call
     asked_after: int
     streamed: Callable[[], list[Any]]
+    asker: asyncio.Task[Any] | None
     asked_ms: int = 0
     task: Task | None = None
     given_up: bool = False
@@ -82,12 +83,16 @@ class _LiveCall:
     """The answer, or what the call raised: as a value, so that an error that nobody waits for is no noise."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Failed:
-    """A failure that the run has received."""
+    """A failure that the run has received, and whose agent has not finished its turn since."""
 
     event: Event
     error: Exception
+    asker: asyncio.Task[Any] | None
+    """The task that received it."""
+    survived: bool = False
+    """Whether that task has asked for something since."""
 
 
 class Recorder:
@@ -226,17 +231,20 @@ class Recorder:
 
     async def end_with(self, error: BaseException) -> None:
         """The run ended with an error: revoke the failures that it ended with, so that the next run calls again."""
+        recorded = [one for one in self._failures if one.event in self.journal.events and not one.event.accepted]
         causes = _chain(error)
-        ended_it = [failed.event for failed in self._failures if failed.error in causes or not self._survived(failed)]
-        ended_it = [event for event in ended_it if event in self.journal.events and not event.accepted]
+        # Python keeps the cause, where a team passes on only its text; a program may raise an error of its own.
+        ended_it = [one for one in recorded if one.error in causes]
+        ended_it = ended_it or [one for one in recorded if _repeats(error, one.error)][-1:]
+        ended_it = ended_it or [one for one in recorded if not self._survived(one)]
         if ended_it:
             async with self._turnstile:
-                await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
+                await self.journal.revoke([one.event for one in ended_it], f"the run ended: {type(error).__name__}")
 
     def _survived(self, failed: _Failed) -> bool:
-        """Whether the agent that got this failure, or one that it works for, has asked for something after it."""
+        """Whether the task or the agent that got this failure has asked for something after it, or one it works for."""
         agent = failed.event.agent
-        return any(
+        return failed.survived or any(
             event.kind.is_asked_for
             and event.asked_after >= failed.event.seq
             and (not event.agent or f"{agent}/".startswith(f"{event.agent}/"))
@@ -249,10 +257,7 @@ class Recorder:
 
     def cause_of(self, error: BaseException) -> Exception | None:
         """Return the failure whose text this error repeats: AutoGen's teams pass on only texts."""
-        for failed in reversed(self._failures):
-            if failed.error is not error and str(failed.error) and str(failed.error) in str(error):
-                return failed.error
-        return None
+        return next((failed.error for failed in reversed(self._failures) if _repeats(error, failed.error)), None)
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
@@ -271,23 +276,30 @@ class Recorder:
         *,
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
+        asker: asyncio.Task[Any] | None = None,
     ) -> Answer:
         """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
 
         If the caller is cancelled, the call is recorded as given up, with what `streamed` says that it had got by then;
         its replay calls nothing and waits for the program to give it up again. `on_replay` is called with the content
-        of a replayed answer before it is returned or raised, and at once for a call that was given up.
+        of a replayed answer before it is returned or raised, and at once for a call that was given up. `asker` is the
+        task that asks, if another one waits for it here.
         """
         self._check_not_failed()
-        answer = await self._replayed(call, on_replay)
+        asker = asker or asyncio.current_task()
+        for failed in self._failures:
+            failed.survived = failed.survived or failed.asker is asker
+        answer = await self._replayed(call, on_replay, asker)
         if answer is None:
-            answer = await self._made_live(call, perform, streamed)
+            answer = await self._made_live(call, perform, streamed, asker)
         if isinstance(answer, Exception):
             # In a replay from here as well, and without a traceback: AutoGen tells it to models.
             raise answer.with_traceback(None) from None
         return answer
 
-    async def _replayed(self, call: Call, on_replay: Callable[[Content], None]) -> Answer | Exception | None:
+    async def _replayed(
+        self, call: Call, on_replay: Callable[[Content], None], asker: asyncio.Task[Any] | None
+    ) -> Answer | Exception | None:
         if (event := self._replay.take_given_up(call)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay)
             return None
@@ -297,13 +309,17 @@ class Recorder:
         if not isinstance(event.content, Raised):
             return Answer(event.content, replayed=True)
         error = event.content.failure.again()
-        self._failures.append(_Failed(event, error))
+        self._failures.append(_Failed(event, error, asker))
         return error
 
     async def _made_live(
-        self, call: Call, perform: Callable[[], Awaitable[Performed]], streamed: Callable[[], list[Any]]
+        self,
+        call: Call,
+        perform: Callable[[], Awaitable[Performed]],
+        streamed: Callable[[], list[Any]],
+        asker: asyncio.Task[Any] | None,
     ) -> Answer | Exception:
-        live = _LiveCall(call, self.last_seq, streamed)
+        live = _LiveCall(call, self.last_seq, streamed, asker)
         running = asyncio.create_task(self._live(live, perform))
         self._calls[running] = live
         running.add_done_callback(lambda done: self._calls.pop(done, None))
@@ -349,7 +365,7 @@ class Recorder:
                 await self._idle()
                 self._delivered(event)
                 if error is not None:
-                    self._failures.append(_Failed(event, error))
+                    self._failures.append(_Failed(event, error, live.asker))
                 if not live.answer.done():
                     live.answer.set_result(error or Answer(event.content, replayed=False, value=value))
                 await self._idle()
@@ -463,6 +479,11 @@ class Recorder:
 
 def _is_within(agent: str, path: str) -> bool:
     return not path or agent == path or agent.startswith((f"{path}/", f"{path} ("))
+
+
+def _repeats(error: BaseException, cause: Exception) -> bool:
+    text = str(cause)
+    return error is not cause and bool(text) and text in str(error)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

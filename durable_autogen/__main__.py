@@ -1,0 +1,211 @@
+"""The command line: `python -m durable_autogen run [--session ID] SCRIPT [ARGUMENTS]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import hashlib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from durable_autogen.record.session import check_session_id
+from nexum_engine.errors import InvalidRequest, NexumError
+
+T = TypeVar("T")
+MAX_STEM = 40  # characters of a script's name in a session id
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m durable_autogen", description="Make an AutoGen script durable without changing it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run a script so that it survives crashes",
+        description="Run SCRIPT as `python SCRIPT` would, with everything that it asks AutoGen for on record. After a "
+        "crash, run the same command again: the script continues where it stopped. Each further asyncio.run of the "
+        "script has a session of its own (ID-2, ID-3, ...).",
+    )
+    run.add_argument("--session", metavar="ID", help="the session (default: from the script's path and arguments)")
+    run.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        default=os.environ.get("NEXUM_ADDRESS") or None,
+        help="address of a running server (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+    )
+    run.add_argument(
+        "--on-drift",
+        choices=("stop", "continue"),
+        default="stop",
+        help="if the session has recorded another program: stop, or continue live from there",
+    )
+    run.add_argument(
+        "--on-unrecorded",
+        choices=("tell", "stop"),
+        default="tell",
+        help="if the script connects to something or starts a process outside a recorded call: tell, or stop",
+    )
+    run.add_argument("script", type=Path, metavar="SCRIPT")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments")
+    return parser
+
+
+def default_session(script: Path, arguments: Sequence[str]) -> str:
+    """Return the session id that a script with these arguments always has."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", script.stem).strip("-_") or "script"
+    told = "\0".join([str(script.resolve()), *arguments])
+    return f"{stem[:MAX_STEM]}-{hashlib.sha256(told.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+
+
+def tell(text: str) -> None:
+    """Print a line for a person, apart from what the script prints."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+
+
+class _Sessions:
+    """Runs each main coroutine of a script in a session of its own."""
+
+    def __init__(self, session: str, args: argparse.Namespace) -> None:
+        self._session = session
+        self._args = args
+        self._count = 0
+        self._is_inside = False
+
+    def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Return a coroutine that runs `main` in the next session."""
+        self._count += 1
+        name = self._session if self._count == 1 else f"{self._session}-{self._count}"
+
+        @functools.wraps(self._run)
+        async def run() -> T:
+            return await self._run(name, main)
+
+        return run()
+
+    async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
+        from durable_autogen.session import DurableSession
+        from nexum_engine.embedded import EmbeddedNexum
+
+        try:
+            async with EmbeddedNexum(self._args.nexum, tell=tell) as nexum:
+                session = DurableSession(
+                    name,
+                    nexum=nexum.address,
+                    on_drift=self._args.on_drift,
+                    on_unrecorded=self._args.on_unrecorded,
+                    tell=tell,
+                )
+                async with session:
+                    return await main
+        finally:
+            main.close()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Give each main coroutine that an event loop runs its session, for the length of a `with`."""
+        replaced: list[tuple[Any, str, Any]] = []
+
+        def replace(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+            original = getattr(owner, name)
+            replaced.append((owner, name, original))
+            setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+        if sys.version_info >= (3, 11):
+            replace(asyncio.Runner, "run", self._runner_run)
+        else:
+            replace(asyncio.runners, "run", self._run_function)
+            replaced.append((asyncio, "run", asyncio.run))
+            asyncio.run = asyncio.runners.run
+        replace(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete)
+        try:
+            yield
+        finally:
+            for owner, name, original in reversed(replaced):
+                setattr(owner, name, original)
+
+    def _runner_run(self, original: Any) -> Any:
+        def run(runner: Any, main: Any, **options: Any) -> Any:
+            return original(runner, self.inside(main) if inspect.iscoroutine(main) else main, **options)
+
+        return run
+
+    def _run_function(self, original: Any) -> Any:
+        def run(main: Any, **options: Any) -> Any:
+            before, self._is_inside = self._is_inside, True
+            try:
+                return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
+            finally:
+                self._is_inside = before
+
+        return run
+
+    def _run_until_complete(self, original: Any) -> Any:
+        def run_until_complete(loop: Any, future: Any) -> Any:
+            # A Runner hands over a task. What remains is a script that drives its loop by hand, and the loop's own.
+            is_main = (
+                inspect.iscoroutine(future)
+                and not self._is_inside
+                and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
+            )
+            return original(loop, self.inside(future) if is_main else future)
+
+        return run_until_complete
+
+
+def run_script(args: argparse.Namespace) -> int:
+    """Run the script; return its exit code."""
+    script: Path = args.script
+    if not script.is_file():
+        tell(f"error: there is no script {script}")
+        return 2
+    if args.session is None:
+        session = default_session(script, args.arguments)
+        tell(f"[Nexum] session {session} (from the script's path and arguments; --session names another)")
+    else:
+        session = check_session_id(args.session)
+    sys.argv = [str(script), *args.arguments]
+    sys.path[0] = str(script.resolve().parent)
+    with _Sessions(session, args).installed():
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except NexumError as error:
+            tell(f"error: {error}")
+            return 2
+        except Exception as error:  # noqa: BLE001 - the script's own: shown as Python shows it
+            _print_traceback(error, script)
+            return 1
+    return 0
+
+
+def _print_traceback(error: Exception, script: Path) -> None:
+    """Print the error as `python SCRIPT` would: without the frames of this command that lie outside the script."""
+    shown = error.__traceback__
+    while shown is not None and shown.tb_frame.f_code.co_filename != str(script):
+        shown = shown.tb_next
+    traceback.print_exception(type(error), error, shown or error.__traceback__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: the script's own, or 2 if it can't be run as requested."""
+    args = build_parser().parse_args(argv)
+    try:
+        return run_script(args)
+    except InvalidRequest as error:
+        tell(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""A server for one run: the one that answers already, or a child process that can't outlive this one.
+
+A child ends when the pipe to its standard input closes, which every system does however its parent dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
+
+_IMPORTED_FROM = Path(__file__).resolve().parent.parent
+FIRST_ANSWER = 2.0  # seconds that whatever listens on the address has to answer as a Nexum server
+LOOK_INTERVAL = 0.1  # seconds
+WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
+PATIENCE = 10.0  # seconds that a new server waits for a dying one's port and database
+START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
+END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
+SLOW_START = 3.0  # seconds after which a start is explained
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # so many within so many seconds: whatever kills the children won't stop
+
+
+async def start_child(command: list[str], *, env: Mapping[str, str] | None = None, quiet: bool = True) -> Child:
+    """Start `python COMMAND` as a child that ends with us. Its standard output is ours to read, or dropped if quiet."""
+    python_path = os.pathsep.join(filter(None, (str(_IMPORTED_FROM), os.environ.get("PYTHONPATH"))))
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        "--until-stdin-closes",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL if quiet else asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
+        # Ctrl+C is for us: we end the children ourselves.
+        start_new_session=sys.platform != "win32",
+        creationflags=flags,
+    )
+    return Child(process)
+
+
+class Child:
+    """A running child process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    @property
+    def ended(self) -> bool:
+        return self.process.returncode is not None
+
+    async def end(self) -> None:
+        """Close its pipe and wait for its end; kill it if that takes too long."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        ending = asyncio.ensure_future(self.process.wait())
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the child ends.
+        await asyncio.wait({ending}, timeout=END_TIMEOUT)
+        if not ending.done():
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+        await ending
+
+
+class _KilledAtStart(ServerError):
+    """Not a fault of the server's own: another one may start."""
+
+
+class EmbeddedNexum:
+    """A Nexum server that answers for the length of an `async with`.
+
+    With `address` given, that one has to answer. Without it the default address is used, and if nothing answers there,
+    an embedded server and the given worker scripts are started, and started again should they vanish. If that doesn't
+    help, the body is cancelled. `tell` takes the lines that a person should read.
+
+    Raises ServerUnavailable, NotANexumServer, ServerError.
+    """
+
+    def __init__(self, address: str | None, *, tell: Callable[[str], None], workers: Sequence[Path] = ()) -> None:
+        self.address = address or DEFAULT_ADDRESS
+        self.embedded = False
+        self._may_start = address is None
+        self._tell = tell
+        self._worker_scripts = workers
+        self._server: Child | None = None
+        self._workers: dict[Path, Child] = {}
+        self._client = NexumClient(self.address)
+        self._watching: asyncio.Task[None] | None = None
+        self._restarts: list[float] = []
+        self._given_up: NexumError | None = None
+
+    async def __aenter__(self) -> EmbeddedNexum:
+        try:
+            try:
+                await self._first_answer()
+            except ServerUnavailable:
+                if not self._may_start:
+                    raise
+                await self._start("no server")
+            if self._may_start:
+                body = asyncio.current_task()
+                assert body is not None
+                self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self._end()
+        if self._given_up is not None and kind is asyncio.CancelledError:
+            raise self._given_up
+
+    async def _end(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        children = [*self._workers.values(), *([self._server] if self._server else [])]
+        await asyncio.gather(*(child.end() for child in children))
+        await self._client.close()
+
+    @property
+    def _listens(self) -> tuple[str, str]:
+        """Host and port of an embedded server."""
+        host, _, port = self.address.rpartition(":")
+        return "127.0.0.1" if host == "localhost" else host, port
+
+    async def _first_answer(self) -> None:
+        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, and NotANexumServer if
+        something does and answers as another kind of server, or not within FIRST_ANSWER.
+
+        gRPC by itself waits much longer for the first word of a peer, and can't tell one that is no server of its kind
+        from none at all.
+        """
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + FIRST_ANSWER
+        while True:
+            # At the same time: where nothing listens, Windows takes its time for either.
+            refusal, somebody_listens = await asyncio.gather(
+                self._refusal(give_up - loop.time()), self._somebody_listens()
+            )
+            if refusal is None:
+                return
+            if not somebody_listens:
+                raise refusal
+            # It may be a server that is just ending.
+            if loop.time() >= give_up:
+                raise NotANexumServer(
+                    f"what listens on {self.address} does not answer as a Nexum server: end it, or name a running "
+                    "server with --nexum HOST:PORT"
+                )
+            await asyncio.sleep(LOOK_INTERVAL)
+
+    async def _refusal(self, timeout: float) -> ServerUnavailable | None:
+        """None if a Nexum server answers in time."""
+        pinging = asyncio.ensure_future(self._client.ping())
+        try:
+            await asyncio.wait({pinging}, timeout=timeout)
+            if not pinging.done():
+                return ServerUnavailable(f"no Nexum server answers on {self.address}")
+            pinging.result()
+        except ServerNotReady:
+            return None
+        except ServerUnavailable as error:
+            return error
+        finally:
+            pinging.cancel()
+        return None
+
+    async def _somebody_listens(self) -> bool:
+        host, port = self._listens
+        connecting = asyncio.ensure_future(asyncio.open_connection(host.strip("[]"), int(port)))
+        try:
+            await asyncio.wait({connecting}, timeout=FIRST_ANSWER)
+            if not connecting.done():
+                return False
+            _, writer = connecting.result()
+        except OSError:
+            return False
+        finally:
+            connecting.cancel()
+        writer.close()
+        return True
+
+    async def _start(self, why: str) -> None:
+        command = ["-m", "nexum_engine", "--listen", ":".join(self._listens), "--patience", str(PATIENCE)]
+        server = await start_child(command, quiet=False)
+        self._server = server
+        try:
+            line = await self._first_line(server)
+        except _KilledAtStart:
+            self._count_restart("the embedded server")
+            self._tell("[Nexum] the embedded server was killed while it started: starting another")
+            await self._start(why)
+            return
+        if line is None:
+            self._tell(f"[Nexum] {why} on {self.address}; another one has just been started there: using that one")
+            self._server = None
+            await server.end()
+            return
+        self.embedded = True
+        database = line.partition("database ")[2].removesuffix(" (Ctrl+C to stop)")
+        self._tell(f"[Nexum] {why} on {self.address}: started one for this run (database {database})")
+        for script in self._worker_scripts:
+            if script not in self._workers:
+                await self._start_worker(script)
+
+    async def _start_worker(self, script: Path) -> None:
+        self._workers[script] = await start_child([str(script), "--nexum", self.address])
+
+    async def _first_line(self, server: Child) -> str | None:
+        """The server's line when it is ready; None if another server answers in its place."""
+        assert server.process.stdout is not None
+        reading = asyncio.ensure_future(server.process.stdout.readline())
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        explained = False
+        try:
+            while not reading.done():
+                await asyncio.wait({reading}, timeout=WATCH_INTERVAL)
+                if reading.done():
+                    break
+                if loop.time() - begun > START_TIMEOUT:
+                    raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
+                if loop.time() - begun > SLOW_START and not explained:
+                    self._tell(f"[Nexum] the embedded server still waits for {self.address} or its database to be free")
+                    explained = True
+                with contextlib.suppress(ServerUnavailable):
+                    await self._client.ping()
+                    # It may be our own, a moment before its line.
+                    await asyncio.wait({reading}, timeout=1.0)
+                    if not reading.done():
+                        return None
+            line = reading.result().decode("utf-8", "replace").strip()
+        finally:
+            reading.cancel()
+        if not line:
+            if await server.process.wait() < 0:
+                raise _KilledAtStart("the embedded server was killed while it started")
+            raise ServerError("the embedded server did not start; see its error above")
+        return line
+
+    async def _watch(self, body: asyncio.Task[Any]) -> None:
+        try:
+            await self._replace_what_vanishes()
+        except NexumError as error:
+            self._given_up = error
+            body.cancel()
+
+    async def _replace_what_vanishes(self) -> None:
+        silent = 0
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            if self._server is not None and self._server.ended:
+                code = self._server.process.returncode
+                self._server = None
+                await self._restart(f"the server is gone (exit {code})")
+                continue
+            if self._server is None:
+                try:
+                    await self._client.ping()
+                    silent = 0
+                except ServerUnavailable:
+                    silent += 1
+                    if silent >= 2:
+                        silent = 0
+                        await self._restart("the server is gone")
+                    continue
+            for script, child in list(self._workers.items()):
+                if child.ended:
+                    self._count_restart(script.name)
+                    await self._start_worker(script)
+                    self._tell(f"[Nexum] {script.name} is gone (exit {child.process.returncode}): started another")
+
+    async def _restart(self, why: str) -> None:
+        self._count_restart("the server")
+        try:
+            await self._start(why)
+        except NexumError as error:
+            self._tell(f"[Nexum] {error}; trying again")
+
+    def _count_restart(self, what: str) -> None:
+        now = asyncio.get_running_loop().time()
+        self._restarts = [*(at for at in self._restarts if now - at < RESTART_WINDOW), now]
+        if len(self._restarts) > MAX_RESTARTS:
+            raise ServerError(f"{what} is gone, again: giving up after {MAX_RESTARTS} restarts within a minute")
