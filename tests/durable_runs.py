@@ -288,7 +288,8 @@ def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, 
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:
-            asked[f"{event.agent.partition('/')[0]} {json.loads(event.request['arguments'])['text']}"] += 1
+            if "text" in (arguments := json.loads(event.request["arguments"])):  # a handoff has none
+                asked[f"{event.agent.partition('/')[0]} {arguments['text']}"] += 1
         elif event.kind is Kind.INPUT:
             asked["person asked"] += 1
     done = Counter(noted)

@@ -18,9 +18,10 @@ from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
 from durable_autogen.autogen.values import (
     failed_result,
     is_broken,
+    pieces_again,
     reply_again,
-    text_of_reply,
     value_again,
+    written_pieces,
     written_reply,
     written_value,
 )
@@ -89,7 +90,7 @@ class Calls:
             written, result = written_reply(await ask(messages))
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
-        answer = await _linked(self._recorder.call(call, perform, asker=self._task), options.get("cancellation_token"))
+        answer = await self._answer(call, perform, options.get("cancellation_token"))
         return self._received(client, call, answer)
 
     async def streamed_reply(
@@ -99,14 +100,13 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """Pass on pieces as they come, the last one when the reply is recorded; a recorded reply in one piece."""
+        """Pass on pieces as they come, the last one when the reply is recorded; a replay has the same pieces."""
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
 
         async def perform() -> Performed:
             result: CreateResult | None = None
-            said = ""
             async for piece in ask(messages):
                 if isinstance(piece, CreateResult):
                     result = piece
@@ -114,26 +114,28 @@ class Calls:
                 if held:
                     stream.items.put_nowait(held.pop())
                 held.append(piece)
-                said += piece
+                stream.produced.append(piece)
             if result is None:
                 raise RuntimeError("the model's stream ended without a result")
             written, result = written_reply(result)
-            # What was streamed is recorded only where it is not the reply's own text.
-            streamed = [] if said == text_of_reply(result) else [representable(said)]
+            streamed = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
 
         def got() -> list[Any]:
-            return [representable("".join(stream.passed_on))] if stream.passed_on else []
+            return [representable(piece) for piece in stream.passed_on]
 
         def replayed(content: Content) -> None:
             if isinstance(content, Returned):
-                held[:] = content.streamed or [text_of_reply(reply_again(content.value))]
+                held[:] = pieces_again(content.streamed, reply_again(content.value))
             elif isinstance(content, (Raised, GivenUp)):
-                for piece in content.streamed:
-                    stream.items.put_nowait(piece)
+                held[:] = content.streamed
+            last = held[-1:] if isinstance(content, Returned) else []
+            for piece in held[: len(held) - len(last)]:
+                stream.items.put_nowait(piece)
+            held[:] = last
 
-        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed, asker=self._task)
-        running = asyncio.ensure_future(_linked(recording, options.get("cancellation_token")))
+        token = options.get("cancellation_token")
+        running = asyncio.ensure_future(self._answer(call, perform, token, streamed=got, on_replay=replayed))
         pieces = stream.until(running)
         try:
             async for piece in pieces:
@@ -172,7 +174,8 @@ class Calls:
         self._count(answer.replayed, "model calls")
         self._count(answer.replayed, "tokens", tokens)
         if answer.replayed:
-            self._work.used(client, result.usage)
+            if not result.cached:
+                self._work.used(client, result.usage)
             self._tell_replayed(call)
         return result
 
@@ -218,7 +221,8 @@ class Calls:
         stream = _Stream()
 
         async def last() -> ToolResult:
-            return await _last_of(run(), ToolResult, name, stream)
+            found: ToolResult = await _last_of(run(), ToolResult, name, stream)
+            return found
 
         running = asyncio.ensure_future(self.workbench_tool(workbench, last, name, arguments, token, call_id, stream))
         items = stream.until(running)
@@ -321,8 +325,7 @@ class Calls:
         def got() -> list[Any]:
             return [] if stream is None else [written_value(item) for item in stream.passed_on]
 
-        recording = self._recorder.call(call, perform, streamed=got, on_replay=replayed, asker=self._task)
-        answer = await _linked(recording, token)
+        answer = await self._answer(call, perform, token, streamed=got, on_replay=replayed)
         assert isinstance(answer.content, Returned)
         worker = answer.content.worker
         self._count(answer.replayed or (worker is not None and worker.was_recorded), "tool calls")
@@ -382,7 +385,7 @@ class Calls:
             return Performed(said, Returned(value=said))
 
         try:
-            answer = await _linked(self._recorder.call(call, perform, asker=self._task), token)
+            answer = await self._answer(call, perform, token)
         finally:
             if asking is not None and not asking.done():
                 asking.cancel()
@@ -424,12 +427,47 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value, declared))))
 
         call = Call(kind, self._agent, self._asker.next(what), request, label=label)
-        answer = await _linked(self._recorder.call(call, perform, asker=self._task), token)
+        answer = await self._answer(call, perform, token)
         if counts:
             self._count(answer.replayed, counts)
         return self._value(answer, declared)
 
-    # ---- Both --------------------------------------------------------------------------------------------------------
+    # ---- All of them -------------------------------------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        call: Call,
+        perform: Callable[[], Awaitable[Performed]],
+        token: CancellationToken | None,
+        *,
+        streamed: Callable[[], list[Any]] = list,
+        on_replay: Callable[[Content], None] = lambda _: None,
+    ) -> Answer:
+        """Get the recorder's answer. While the call is being made, the token is the call's own to heed."""
+        if token is None:
+            return await self._recorder.call(call, perform, streamed=streamed, on_replay=on_replay, asker=self._task)
+        is_under_way = False
+
+        async def performing() -> Performed:
+            nonlocal is_under_way
+            is_under_way = True
+            try:
+                return await perform()
+            except asyncio.CancelledError:
+                if token.is_cancelled():
+                    asking.cancel()  # the call was given up, and did not fail
+                raise
+
+        def cancelled() -> None:
+            if not is_under_way:
+                loop.call_soon_threadsafe(asking.cancel)
+
+        loop = asyncio.get_running_loop()
+        asking = asyncio.ensure_future(
+            self._recorder.call(call, performing, streamed=streamed, on_replay=on_replay, asker=self._task)
+        )
+        token.add_callback(cancelled)
+        return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
         if answer.has_value:
@@ -442,14 +480,6 @@ class Calls:
 
     def _tell_replayed(self, call: Call) -> None:
         self._recorder.tell(f"[Nexum] {call}: replayed from the record ✓")
-
-
-async def _linked(call: Awaitable[Answer], token: CancellationToken | None) -> Answer:
-    if token is None:
-        return await call
-    asking = asyncio.ensure_future(call)
-    token.link_future(asking)
-    return await asking
 
 
 async def _last_of(items: AsyncIterator[Any], kind: type, name: str, stream: _Stream) -> Any:

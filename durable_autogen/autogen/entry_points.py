@@ -469,7 +469,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
     own = base.__dict__.get("__init_subclass__")
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
-        above: Any = super(base, cls)  # type: ignore[arg-type]
+        above: Any = super(base, cls)
         before: Any = own.__get__(None, cls) if own is not None else above.__init_subclass__
         before(**kwargs)
         with _lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from autogen_core.models import CreateResult
@@ -14,19 +15,22 @@ from pydantic import BaseModel, TypeAdapter
 from durable_autogen.record.events import decoded, encoded, representable
 
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
-_CLASS, _VALUE = "$class", "$value"
+_CLASS, _VALUE, _ITEMS = "$class", "$value", "$items"
 
 
 def written_value(value: Any, declared: Any = None) -> Any:
-    """Write a value as JSON. A model or dataclass is written with its class, anything else as its declared type.
+    """Write a value as JSON. A model or dataclass, also in a list, is written with its class, anything else as
+    its declared type.
 
     Raises ValueError if the value has no JSON.
     """
     kind = type(value)
-    if isinstance(value, BaseModel) or dataclasses.is_dataclass(kind):
+    if _is_typed(value):
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
         dumped = adapter.dump_python(value, mode="json", warnings=False)
         return {_CLASS: [kind.__module__, kind.__qualname__], _VALUE: encoded(dumped)}
+    if isinstance(value, list) and any(map(_is_typed, value)):
+        return {_ITEMS: [written_value(item) for item in value]}
     if value is None or isinstance(value, (str, bool, int)):
         return value
     known = _adapter(declared)
@@ -40,6 +44,8 @@ def written_value(value: Any, declared: Any = None) -> Any:
 
 def value_again(written: Any, declared: Any = None) -> Any:
     """Build a value from what `written_value` wrote; plain JSON where its type can't be built."""
+    if isinstance(written, dict) and _ITEMS in written:
+        return [value_again(item) for item in written[_ITEMS]]
     if isinstance(written, dict) and _CLASS in written:
         module, name = written[_CLASS]
         kind: Any = sys.modules.get(module)
@@ -57,6 +63,10 @@ def value_again(written: Any, declared: Any = None) -> Any:
         return adapter.validate_json(json.dumps(value))
     except ValueError:
         return value
+
+
+def _is_typed(value: Any) -> bool:
+    return isinstance(value, BaseModel) or dataclasses.is_dataclass(type(value))
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any] | None:
@@ -92,6 +102,23 @@ def reply_again(written: Any) -> CreateResult:
 def text_of_reply(result: CreateResult) -> str:
     """Return what a stream of the reply says: a tool call's text is its thought."""
     return result.content if isinstance(result.content, str) else result.thought or ""
+
+
+def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
+    """Write what a reply's stream passed on: lengths alone, if the pieces are the reply's own text."""
+    if "".join(pieces) == text_of_reply(result):
+        return [len(piece) for piece in pieces]
+    found: list[Any] = representable(list(pieces))
+    return found
+
+
+def pieces_again(written: Sequence[Any], result: CreateResult) -> list[str]:
+    """Return the pieces that `written_pieces` wrote."""
+    text, pieces = text_of_reply(result), []
+    for one in written:
+        pieces.append(text[:one] if isinstance(one, int) else str(one))
+        text = text[one:] if isinstance(one, int) else text
+    return pieces
 
 
 def is_broken(result: CreateResult) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 
 T = TypeVar("T")
 
@@ -33,6 +36,8 @@ class Failure(BaseModel):
     args: list[Plain] | None = None
     """The constructor's arguments, if all of them are plain values."""
     attributes: dict[str, Plain] = {}
+    validation: list[dict[str, Any]] | None = None
+    """The errors of a pydantic ValidationError, which has no other constructor."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -45,6 +50,7 @@ class Failure(BaseModel):
             text=_text(error),
             args=None if _NOT_PLAIN in args else args,
             attributes={name: one for name, value in vars(error).items() if (one := _plain(value)) is not _NOT_PLAIN},
+            validation=_validation_errors(error),
         )
 
     def again(self) -> Exception:
@@ -56,6 +62,8 @@ class Failure(BaseModel):
         kind: Any = sys.modules.get(self.module)
         for part in self.name.split("."):
             kind = getattr(kind, part, None)
+        if self.validation is not None and (error := self._validation_error()) is not None:
+            return error
         if isinstance(kind, type) and issubclass(kind, Exception):
             if self.args is not None and (error := self._made_from_args(kind)) is not None:
                 return error
@@ -65,6 +73,25 @@ class Failure(BaseModel):
                 if issubclass(base, Exception) and (error := self._derived_from(base)) is not None:
                     return error
         return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
+
+    def _validation_error(self) -> Exception | None:
+        with contextlib.suppress(Exception):  # an error of a type of the program's own
+            return ValidationError.from_exception_data(
+                (self.text.partition(" for ")[2] or "input").partition("\n")[0],
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError(one["type"], "{text}", {"text": one["msg"]}),
+                        loc=tuple(one["loc"]),
+                        input=one["input"],
+                    )
+                    if one["type"] not in _KNOWN_ERRORS
+                    else InitErrorDetails(
+                        type=one["type"], loc=tuple(one["loc"]), input=one["input"], ctx=one.get("ctx", {})
+                    )
+                    for one in self.validation or ()
+                ],
+            )
+        return None
 
     def _made_from_args(self, kind: type[Exception]) -> Exception | None:
         with contextlib.suppress(Exception):  # the class has a constructor of its own
@@ -96,6 +123,16 @@ class Failure(BaseModel):
 
 
 _NOT_PLAIN: Any = object()
+_KNOWN_ERRORS = set(get_args(ErrorType))
+
+
+def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
+    if not isinstance(error, ValidationError):
+        return None
+    with contextlib.suppress(Exception):  # an input that JSON can't hold
+        found: list[dict[str, Any]] = json.loads(error.json(include_url=False))
+        return found if len(json.dumps(found)) <= MAX_TEXT else None
+    return None
 
 
 def _made_with(error: Exception) -> tuple[Any, ...]:
