@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
@@ -230,7 +231,7 @@ async def test_a_stream_is_recorded_whole_and_replayed(server: Server) -> None:
         pieces, last = await streamed()
         assert len(pieces) > 1
         assert "".join(pieces) == last
-        assert await streamed() == ([last], last)
+        assert await streamed() == (pieces, last)  # a replay has the same pieces
     assert len(model.requests) == 1
 
 
@@ -433,32 +434,61 @@ async def test_an_agent_used_as_a_tool_is_durable_within(server: Server) -> None
 
 
 class Shell(CodeExecutor):
-    """Runs nothing."""
+    """Notes the code instead of running it."""
 
     component_type = "code_executor"
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
 
     async def execute_code_blocks(
         self, code_blocks: list[CodeBlock], cancellation_token: CancellationToken
     ) -> CodeResult:
-        raise AssertionError
+        self.ran += [block.code for block in code_blocks]
+        return CodeResult(exit_code=0, output=f"ran {random.random()}")
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def restart(self) -> None: ...
 
 
-async def test_what_cant_be_recorded_is_refused(server: Server) -> None:
-    with pytest.raises(NotDurable, match="coder runs code with Shell"):
-        await run(server, lambda: RoundRobinGroupChat([CodeExecutorAgent("coder", code_executor=Shell())]))
+async def test_executed_code_is_recorded(server: Server) -> None:
+    shell = Shell()
+    task = "```python\nprint(1)\n```"
+
+    def build() -> CodeExecutorAgent:
+        return CodeExecutorAgent("coder", code_executor=shell)
+
+    first = await run(server, build, task)
+    again = await run(server, build, task)
+    assert again.model_dump() == first.model_dump()
+    assert [code.strip() for code in shell.ran] == ["print(1)"]
 
 
-async def test_an_agent_with_a_vendors_own_client_is_refused(server: Server) -> None:
+@pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
+async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unrecorded: Any) -> None:
+    lines: list[str] = []
+
     def build() -> OpenAIAgent:
-        vendor = AsyncOpenAI(api_key="k", base_url="http://127.0.0.1:1")
-        return OpenAIAgent("own", "acts by itself", vendor, "m", "Be brief.")
+        vendor = AsyncOpenAI(api_key="k", base_url=model.base_url, max_retries=0)
+        return OpenAIAgent("own", "acts on its own", vendor, "m", "Be brief.")
 
-    with pytest.raises(NotDurable, match=r"own \(OpenAIAgent\) acts by itself through openai"):
-        await run(server, build)
+    async def running() -> None:
+        await run(server, build, tell=lines.append, on_unrecorded=on_unrecorded)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        target = model.base_url.partition("//")[2].partition("/")[0]
+        named = f"own connected to {target} outside the record: a re-run does it again; make it a tool"
+        if on_unrecorded == "stop":
+            with pytest.raises(NotDurable) as error:
+                await running()
+            assert named in str(error.value)
+            assert not model.requests
+            return
+        with contextlib.suppress(Exception):  # the local server doesn't speak this agent's protocol
+            await running()
+        assert f"[Nexum] {named}" in lines
+        assert any(line.startswith("[Nexum] session s: outside the record: own connected to") for line in lines)
 
 
 async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:

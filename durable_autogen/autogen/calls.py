@@ -299,13 +299,16 @@ class Calls:
             call_scope.set(self._recorder.journal.scope_of(call.address))
             call_notes.set(notes)
             streamed = [] if stream is None else stream.produced
+            # In a task of its own: so a tool that ends as cancelled is told from a caller that is cancelled.
+            running = started_at(current.get(), ordinary(run(), name))
             try:
-                # In a task of its own: so a tool that ends as cancelled is told from a caller that is cancelled.
-                value = await in_a_task(started_at(current.get(), ordinary(run(), name)), name)
+                value = await in_a_task(running, name)
                 if notes.stop is None:
                     return Performed(value, self._checked(name, value, declared, notes, streamed))
                 error: Exception = notes.stop
             except Exception as failure:
+                if running.cancelled() and token is not None and token.is_cancelled():
+                    raise asyncio.CancelledError from failure
                 if notes.stop is None and not (is_result and self._place.must_not_raise):
                     raise
                 error = notes.stop or failure
