@@ -129,7 +129,8 @@ class _Run:
         session, result = self._session, TaskResult(messages=[])
         async with session:
             recorder = session.recorder
-            recorder.ended = recorder.journal.ended
+            ended = recorder.journal.ended
+            recorder.ended = None if ended is None else ended.stop_reason
             self._heed_the_token(recorder)
             built = self._team if isinstance(self._team, (ChatAgent, Team)) else self._team()
             runnable = await built if inspect.isawaitable(built) else built

@@ -48,6 +48,7 @@ class AtWork:
             path=self._path,
             is_inside=True,
             ends_in_order=isinstance(runnable, GraphFlow),
+            is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
             must_not_raise=isinstance(runnable, AssistantAgent),
             owner=runnable,
         )

@@ -13,6 +13,7 @@ from autogen_core.code_executor import CodeBlock, CodeResult
 from autogen_core.memory import MemoryQueryResult
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import BaseTool, StaticWorkbench, ToolResult, ToolSchema, Workbench
+from pydantic import PydanticUserError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
 from durable_autogen.autogen.values import (
@@ -20,6 +21,7 @@ from durable_autogen.autogen.values import (
     is_broken,
     pieces_again,
     reply_again,
+    unrecorded_value,
     value_again,
     written_pieces,
     written_reply,
@@ -135,10 +137,16 @@ class Calls:
             held[:] = last
 
         token = options.get("cancellation_token")
-        running = asyncio.ensure_future(self._answer(call, perform, token, streamed=got, on_replay=replayed))
+        running = asyncio.ensure_future(
+            self._answer(call, perform, token, streamed=got, on_replay=replayed, early=True)
+        )
         pieces = stream.until(running)
+        is_first = self._place.hands_on_late
         try:
             async for piece in pieces:
+                if is_first:
+                    is_first = False
+                    await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
                 yield piece
         finally:
             await pieces.aclose()
@@ -169,7 +177,7 @@ class Calls:
     def _received(self, client: ChatCompletionClient, call: Call, answer: Answer) -> CreateResult:
         assert isinstance(answer.content, Returned)
         result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
-        self._asker.received(call.position, result, replayed=answer.replayed)
+        self._asker.received(answer.position, result, replayed=answer.replayed)
         tokens = result.usage.prompt_tokens + result.usage.completion_tokens
         self._count(answer.replayed, "model calls")
         self._count(answer.replayed, "tokens", tokens)
@@ -221,8 +229,15 @@ class Calls:
         stream = _Stream()
 
         async def last() -> ToolResult:
-            found: ToolResult = await _last_of(run(), ToolResult, name, stream)
-            return found
+            result: ToolResult | None = None
+            async for item in run():
+                if isinstance(item, ToolResult):
+                    result = item
+                else:
+                    self._streams(stream, item)
+            if result is None:
+                raise RuntimeError(f"the stream of {name} ended without a result")
+            return result
 
         running = asyncio.ensure_future(self.workbench_tool(workbench, last, name, arguments, token, call_id, stream))
         items = stream.until(running)
@@ -264,8 +279,7 @@ class Calls:
             previous: Any = _END
             async for item in run():
                 if previous is not _END:
-                    stream.produced.append(previous)
-                    stream.items.put_nowait(previous)
+                    self._streams(stream, previous)
                 previous = item
             if previous is _END:
                 raise RuntimeError(f"the stream of {tool.name} ended without a result")
@@ -322,8 +336,10 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
-                for item in content.streamed:
-                    stream.items.put_nowait(value_again(item))
+                for written in content.streamed:
+                    item = value_again(written)
+                    self._work.transcript.settle(self._agent, item, made_before=True)
+                    stream.items.put_nowait(item)
 
         def got() -> list[Any]:
             return [] if stream is None else [written_value(item) for item in stream.passed_on]
@@ -334,17 +350,23 @@ class Calls:
         self._count(answer.replayed or (worker is not None and worker.was_recorded), "tool calls")
         return answer
 
+    def _streams(self, stream: _Stream, item: Any) -> None:
+        # A message gets its lasting id and time before it is recorded or passed on.
+        self._work.transcript.settle(self._agent, item)
+        stream.produced.append(item)
+        stream.items.put_nowait(item)
+
     def _checked(self, name: str, value: Any, declared: Any, notes: CallNotes, streamed: Sequence[Any]) -> Returned:
         """Write down what a tool gave. Raises ValueError if that can't be recorded."""
         try:
-            written = written_value(value, declared)
-        except ValueError as error:
+            written = written_value(value)
+        except (ValueError, PydanticUserError) as error:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
             self._recorder.tell(
-                f"[Nexum] {name} returned a {type(value).__name__}, which can't be recorded: a replay returns its text"
+                f"[Nexum] {name} returned a {type(value).__name__}, which can't be recorded: a replay will stop here"
             )
-            written = representable(str(value))
+            written = unrecorded_value(value)
         try:
             content = Returned(value=written, worker=notes.worker, streamed=[written_value(item) for item in streamed])
             check_size(dump(content.model_dump(mode="json"), "it"), "it", max_bytes=MAX_RESULT_BYTES)
@@ -427,7 +449,7 @@ class Calls:
     ) -> Any:
         async def perform() -> Performed:
             value = await run()
-            return Performed(value, Returned(value=representable(written_value(value, declared))))
+            return Performed(value, Returned(value=representable(written_value(value))))
 
         call = Call(kind, self._agent, self._asker.next(what), request, label=label)
         answer = await self._answer(call, perform, token)
@@ -445,10 +467,12 @@ class Calls:
         *,
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
+        early: bool = False,
     ) -> Answer:
         """Get the recorder's answer. While the call is being made, the token is the call's own to heed."""
+        more: Any = {"streamed": streamed, "on_replay": on_replay, "asker": self._task, "early": early}
         if token is None:
-            return await self._recorder.call(call, perform, streamed=streamed, on_replay=on_replay, asker=self._task)
+            return await self._recorder.call(call, perform, **more)
         is_under_way = False
 
         async def performing() -> Performed:
@@ -466,9 +490,7 @@ class Calls:
                 loop.call_soon_threadsafe(asking.cancel)
 
         loop = asyncio.get_running_loop()
-        asking = asyncio.ensure_future(
-            self._recorder.call(call, performing, streamed=streamed, on_replay=on_replay, asker=self._task)
-        )
+        asking = asyncio.ensure_future(self._recorder.call(call, performing, **more))
         token.add_callback(cancelled)
         return await asking
 
@@ -483,19 +505,6 @@ class Calls:
 
     def _tell_replayed(self, call: Call) -> None:
         self._recorder.tell(f"[Nexum] {call}: replayed from the record ✓")
-
-
-async def _last_of(items: AsyncIterator[Any], kind: type, name: str, stream: _Stream) -> Any:
-    found: Any = None
-    async for item in items:
-        if isinstance(item, kind):
-            found = item
-        else:
-            stream.produced.append(item)
-            stream.items.put_nowait(item)
-    if found is None:
-        raise RuntimeError(f"the stream of {name} ended without a result")
-    return found
 
 
 def is_recorded_inside(tool: object) -> bool:

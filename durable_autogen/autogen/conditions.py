@@ -44,14 +44,17 @@ async def look(
     """
     recorder = place.session.recorder
     name = work.names.of(condition, place.inside(type(condition).__name__))
-    position = work.asker(name).next("stop")
+    recorder.looks[name] += 1
+    look_number = recorder.looks[name]
+    position = f"stop/{look_number}"
     if isinstance(condition, TimeoutTermination):
         _count_the_sessions_time(condition, work, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
     is_recorded = recorder.is_recorded(f"{name}/{position}")
-    if not is_recorded and message is not None and recorder.is_replaying:
+    is_decided = recorder.is_replaying or recorder.was_asked(name, look_number)
+    if not is_recorded and message is not None and is_decided:
         # As if it had not been asked: after its answer it refuses to be asked again.
         state.clear()
         state.update(before)

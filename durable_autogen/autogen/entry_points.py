@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from autogen_agentchat.agents import UserProxyAgent
+from autogen_agentchat.agents import CodeExecutorAgent, UserProxyAgent
 from autogen_agentchat.base import ChatAgent, Team, TerminationCondition
 from autogen_agentchat.teams._group_chat._base_group_chat_manager import BaseGroupChatManager
 from autogen_agentchat.teams._group_chat._chat_agent_container import ChatAgentContainer
@@ -33,7 +33,7 @@ from durable_autogen.autogen.at_work import AtWork
 from durable_autogen.autogen.calls import Calls, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.work import Work, total
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import Place, at, current, recording_place
+from durable_autogen.record.place import Place, at, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
@@ -125,7 +125,7 @@ async def _call_tool_stream(self: Any, original: Original, *args: Any, **kwargs:
         stream = original(*args, **kwargs)
     elif has_agent_as_tool(self, name):
         _calls(place).agent_as_tool(call_id, name)
-        stream = original(*args, **kwargs)
+        stream = steps_at(replace(place, hands_on_late=place.is_beside_others), original(*args, **kwargs))
     else:
         stream = _calls(place).workbench_tool_stream(
             self, lambda: original(*args, **kwargs), name, arguments or {}, token, call_id
@@ -344,6 +344,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         },
     ),
     (UserProxyAgent, {"_get_input": _get_input}),
+    (CodeExecutorAgent, {"execute_code_block": _execute_code_blocks}),
     (
         CodeExecutor,
         {
@@ -405,9 +406,9 @@ def entry_points(session: Session) -> Iterator[None]:
 
 
 def _wrap_all(base: type, methods: Methods) -> None:
-    for kind in _with_subclasses(base):
+    for kind in reversed(_with_subclasses(base)):
         for name, wrapper in methods.items():
-            _wrap(kind, name, wrapper)
+            _wrap(base, kind, name, wrapper)
 
 
 def _with_subclasses(kind: type) -> list[type]:
@@ -421,8 +422,14 @@ def _with_subclasses(kind: type) -> list[type]:
     return list(found)
 
 
-def _wrap(kind: type, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> None:
     original = kind.__dict__.get(name)
+    is_inherited = False
+    if original is None:
+        # A parent that is no AutoGen class may bring the method.
+        owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
+        is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
+        original = owner.__dict__[name] if owner is not None and is_inherited else None
     if (
         original is None
         or getattr(original, "__isabstractmethod__", False)
@@ -433,7 +440,7 @@ def _wrap(kind: type, name: str, wrapper: Callable[..., Any]) -> None:
     ):
         return
     wrapped = _wrapper_of(original, wrapper)
-    _wrapped[kind, name] = (original, wrapped)
+    _wrapped[kind, name] = (None if is_inherited else original, wrapped)
     setattr(kind, name, wrapped)
 
 
@@ -444,24 +451,25 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
         get = getattr(original, "__get__", None)
         return original if get is None else get(self, type(self))  # type: ignore[no-any-return]
 
-    if inspect.isasyncgenfunction(wrapper):
+    if inspect.isasyncgenfunction(original):
 
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             async for item in _closing(wrapper(self, bound(self), *args, **kwargs)):
                 yield item
 
         return functools.wraps(original)(stream)
-    if inspect.iscoroutinefunction(wrapper):
+    if inspect.iscoroutinefunction(original):
 
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             return await wrapper(self, bound(self), *args, **kwargs)
 
         return functools.wraps(original)(call)
 
+    # A plain function, which may return a coroutine or a stream.
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(self, bound(self), *args, **kwargs)
 
-    return functools.wraps(original)(plain)
+    return functools.wraps(original)(plain) if inspect.isfunction(original) else plain
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
@@ -475,7 +483,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
         with _lock:
             if _open_sessions:
                 for name, wrapper in methods.items():
-                    _wrap(cls, name, wrapper)
+                    _wrap(base, cls, name, wrapper)
 
     _wrapped[base, "__init_subclass__"] = (own, None)
     hook: Any = classmethod(init_subclass)
@@ -484,11 +492,10 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
 
 def _restore() -> None:
     for (kind, name), (original, wrapped) in _wrapped.items():
-        if name == "__init_subclass__":
-            if original is None:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, original)
-        elif kind.__dict__.get(name) is wrapped:
+        if wrapped is not None and kind.__dict__.get(name) is not wrapped:
+            continue  # the program has put something else in its place
+        if original is None:
+            delattr(kind, name)
+        else:
             setattr(kind, name, original)
     _wrapped.clear()

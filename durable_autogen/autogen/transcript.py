@@ -46,8 +46,13 @@ class Transcript:
         self._count: Counter[tuple[str, str]] = Counter()
         self._requests: dict[str, str] = {}
 
-    def settle(self, agent: str, item: Any, given: Sequence[BaseChatMessage] = ()) -> None:
-        """Set the lasting id and time of what an agent passes on; what the caller has set in a `given` one stays."""
+    def settle(
+        self, agent: str, item: Any, given: Sequence[BaseChatMessage] = (), *, made_before: bool = False
+    ) -> None:
+        """Set the lasting id and time of what an agent passes on; what the caller has set in a `given` one stays.
+
+        What was `made_before` is a message from the record: it has its time, and its id is the next one.
+        """
         for message in _messages_in(item):
             if isinstance(message, ModelClientStreamingChunkEvent):
                 if message.full_message_id and message.full_message_id not in self._done:
@@ -61,7 +66,7 @@ class Transcript:
             if "id" not in kept:
                 _set(message, id=self._id(agent, message.id, f"message/{message.source}"))
             self._done.add(message.id)
-            if "created_at" not in kept:
+            if "created_at" not in kept and not made_before:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:

@@ -2,80 +2,166 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import datetime
+import decimal
+import enum
 import json
-import sys
-from collections.abc import Sequence
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autogen_core.models import CreateResult
 from autogen_core.tools import TextResultContent, ToolResult
 from pydantic import BaseModel, TypeAdapter
 
+from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import decoded, encoded, representable
+from durable_autogen.record.failures import class_named
 
-_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
-_CLASS, _VALUE, _ITEMS = "$class", "$value", "$items"
+_CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
+
+_SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    tuple: (lambda value: [_written(one) for one in value], lambda items: tuple(_again(one) for one in items)),
+    set: (lambda value: [_written(one) for one in value], lambda items: {_again(one) for one in items}),
+    frozenset: (lambda value: [_written(one) for one in value], lambda items: frozenset(_again(one) for one in items)),
+    datetime.datetime: (lambda value: value.isoformat(), datetime.datetime.fromisoformat),
+    datetime.date: (lambda value: value.isoformat(), datetime.date.fromisoformat),
+    datetime.time: (lambda value: value.isoformat(), datetime.time.fromisoformat),
+    datetime.timedelta: (
+        lambda value: [value.days, value.seconds, value.microseconds],
+        lambda parts: datetime.timedelta(*parts),
+    ),
+    decimal.Decimal: (str, decimal.Decimal),
+    uuid.UUID: (str, uuid.UUID),
+    complex: (repr, complex),
+}
+"""How values of these types are written as JSON, and read."""
 
 
-def written_value(value: Any, declared: Any = None) -> Any:
-    """Write a value as JSON. A model or dataclass, also in a list, is written with its class, anything else as
-    its declared type.
+def written_value(value: Any) -> Any:
+    """Write a value as JSON: models, dataclasses and other types that JSON lacks with the name of their class.
 
     Raises ValueError if the value has no JSON.
     """
+    return encoded(_written(value))
+
+
+def _written(value: Any) -> Any:
     kind = type(value)
-    if _is_typed(value):
-        adapter: TypeAdapter[Any] = TypeAdapter(kind)
-        dumped = adapter.dump_python(value, mode="json", warnings=False)
-        return {_CLASS: [kind.__module__, kind.__qualname__], _VALUE: encoded(dumped)}
-    if isinstance(value, list) and any(map(_is_typed, value)):
-        return {_ITEMS: [written_value(item) for item in value]}
-    if value is None or isinstance(value, (str, bool, int)):
+    if value is None or kind in (str, bool, int, float):
         return value
-    known = _adapter(declared)
-    if known is not None:
-        try:
-            return encoded(known.dump_python(value, mode="json", warnings="error"))
-        except ValueError:
-            pass  # the tool returns something else than it declares
-    return encoded(_ANYTHING.dump_python(value, mode="json"))
+    if kind is list:
+        return [_written(one) for one in value]
+    if kind is dict and all(type(key) is str for key in value) and not value.keys() & {_CLASS, _UNRECORDED}:
+        return {key: _written(one) for key, one in value.items()}
+    if isinstance(value, dict):
+        return _tagged(dict, [[_written(key), _written(one)] for key, one in value.items()])
+    if kind in _SIMPLE:
+        return _tagged(kind, _SIMPLE[kind][0](value))
+    if isinstance(value, enum.Enum):
+        return _tagged(kind, _written(value.value))
+    if isinstance(value, pathlib.PurePath):
+        return _tagged(kind, str(value))
+    if isinstance(value, BaseModel):
+        fields = {**vars(value), **(value.__pydantic_extra__ or {})}
+        return _tagged(kind, {name: _written(one) for name, one in fields.items()})
+    if dataclasses.is_dataclass(value):
+        return _tagged(kind, {one.name: _written(getattr(value, one.name)) for one in dataclasses.fields(value)})
+    if isinstance(value, Exception):
+        raise ValueError(f"a {kind.__name__} can't be recorded as a value")
+    # A type of its own that tells pydantic how it is written, as AutoGen's Image does.
+    return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
+
+
+def _tagged(kind: type, value: Any) -> Any:
+    return {_CLASS: [kind.__module__, kind.__qualname__], _VALUE: value}
+
+
+def unrecorded_value(value: Any) -> Any:
+    """Write that a value was returned that can't be written."""
+    return {_UNRECORDED: type(value).__name__}
 
 
 def value_again(written: Any, declared: Any = None) -> Any:
-    """Build a value from what `written_value` wrote; plain JSON where its type can't be built."""
-    if isinstance(written, dict) and _ITEMS in written:
-        return [value_again(item) for item in written[_ITEMS]]
-    if isinstance(written, dict) and _CLASS in written:
-        module, name = written[_CLASS]
-        kind: Any = sys.modules.get(module)
-        for part in name.split("."):
-            kind = getattr(kind, part, None)
-        if isinstance(kind, type) and (issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind)):
-            declared = kind
-        written = written[_VALUE]
+    """Build a value from what `written_value` wrote; `declared` is its type where the recorded class isn't there.
+
+    Raises NotDurable if the value was not recorded.
+    """
     value = decoded(written)
-    adapter = _adapter(declared)
-    if adapter is None:
-        return value
+    if isinstance(value, dict) and _UNRECORDED in value:
+        raise NotDurable(
+            f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a model, a "
+            "dataclass or plain values, and use a new session"
+        )
+    found = _again(value)
+    if isinstance(found, _Unknown):
+        return _adapted(declared, found.value)
+    return (
+        [_adapted(declared, one) if isinstance(one, _Unknown) else one for one in found] if _is_list(found) else found
+    )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(one, _Unknown) for one in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unknown:
+    """A value whose class isn't there."""
+
+    value: Any
+
+
+def _adapted(declared: Any, value: Any) -> Any:
     try:
-        # By way of JSON, as it was written: there a date is a text, and a tuple a list.
-        return adapter.validate_json(json.dumps(value))
-    except ValueError:
+        return TypeAdapter(declared).validate_python(value)
+    except Exception:  # noqa: BLE001 - a type that pydantic knows nothing of, or another value
         return value
 
 
-def _is_typed(value: Any) -> bool:
-    return isinstance(value, BaseModel) or dataclasses.is_dataclass(type(value))
-
-
-def _adapter(kind: Any) -> TypeAdapter[Any] | None:
+def _again(written: Any) -> Any:
+    if isinstance(written, list):
+        return [_again(one) for one in written]
+    if not isinstance(written, dict):
+        return written
+    if _CLASS not in written:
+        return {key: _again(one) for key, one in written.items()}
+    (module, name), value = written[_CLASS], written[_VALUE]
+    kind = class_named(module, name, BaseModel)
     if kind is None:
-        return None
-    try:
-        return TypeAdapter(kind)
-    except Exception:  # noqa: BLE001 - pydantic raises several errors for a type that it can't handle
-        return None
+        return _Unknown({key: _again(one) for key, one in value.items()} if isinstance(value, dict) else value)
+    if kind is dict:
+        return {_again(key): _again(one) for key, one in value}
+    if kind in _SIMPLE:
+        return _SIMPLE[kind][1](value)
+    if issubclass(kind, enum.Enum):
+        return kind(_again(value))
+    if issubclass(kind, pathlib.PurePath):
+        return kind(value)
+    if issubclass(kind, BaseModel):
+        return _model(kind, {key: _again(one) for key, one in value.items()})
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, {key: _again(one) for key, one in value.items()})
+    return TypeAdapter(kind).validate_json(json.dumps(value))
+
+
+def _model(kind: type[BaseModel], values: Mapping[str, Any]) -> BaseModel:
+    # The values are those of a valid model; validation would want their aliases, and might change them.
+    found = kind.model_construct(**values)
+    if set(values) - set(kind.model_fields) and kind.model_config.get("extra") != "allow":
+        return kind.model_validate(values)
+    return found
+
+
+def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
+    found = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(found, name, value)
+    return found
 
 
 # ---- Replies ---------------------------------------------------------------------------------------------------------

@@ -163,6 +163,8 @@ class RunSummary(_Frozen):
     replayed: dict[str, int]
     last: int = 0
     """The number of the session's last event. The session is finished as long as it is the last one."""
+    looks: dict[str, int] = {}
+    """How often each condition that may stop the run was asked."""
 
 
 class EventInput(_Frozen):
@@ -357,9 +359,9 @@ async def read_record(client: NexumClient, session: str) -> Record:
     return found
 
 
-def end_of(completed: Execution | None, events: list[Event]) -> str | None:
-    """The reason why a session is finished: its last completed run is followed by no event. None if it isn't."""
+def end_of(completed: Execution | None, events: list[Event]) -> RunSummary | None:
+    """Return what a session's last completed run did, if nothing was recorded after it: the session is finished."""
     if completed is None:
         return None
     summary = RunSummary.model_validate_json(completed.outputs()["run"])
-    return summary.stop_reason if summary.last == max((event.seq for event in events), default=0) else None
+    return summary if summary.last == max((event.seq for event in events), default=0) else None

@@ -59,12 +59,10 @@ class Failure(BaseModel):
         If the class can't be built from its arguments, the exception has a class derived from it, or from the nearest
         base that can be built.
         """
-        kind: Any = sys.modules.get(self.module)
-        for part in self.name.split("."):
-            kind = getattr(kind, part, None)
+        kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:
             return error
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        if kind is not None and issubclass(kind, Exception):
             if self.args is not None and (error := self._made_from_args(kind)) is not None:
                 return error
             if (error := self._made_without_its_constructor(kind)) is not None:
@@ -120,6 +118,29 @@ class Failure(BaseModel):
             vars(error).update(self.attributes)
             return error
         return None
+
+
+def class_named(module: str, name: str, base: type) -> type | None:
+    """Find a class that this program has loaded; one that a function defines, among those derived from `base`."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type):
+        return found
+    if "<locals>" not in name and "[" not in name:
+        return None
+    ahead, matching = [base], []
+    seen: set[type] = set()
+    while ahead:
+        kind = ahead.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        ahead += type.__subclasses__(kind)
+        if (kind.__module__, kind.__qualname__) == (module, name):
+            matching.append(kind)
+    # A function that ran twice has defined it twice; only the same definition can be told to be the right one.
+    return matching[-1] if matching else None
 
 
 _NOT_PLAIN: Any = object()

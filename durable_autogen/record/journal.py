@@ -48,8 +48,8 @@ class Journal:
         """Takes the lines that a person should read."""
         self.events: list[Event] = []
         """The events that count, in order."""
-        self.ended: str | None = None
-        """Why the session is finished, if it is."""
+        self.ended: RunSummary | None = None
+        """What the session's run did, if the session is finished."""
         self._client = client
         self._owner = Owner(client, on_lost=lambda error: tell(f"[Nexum] {error}; trying for {OWNER_PATIENCE:g} s"))
         self._run: Task | None = None
@@ -338,14 +338,22 @@ class Journal:
             self.events.remove(event)
 
     async def end(
-        self, stop_reason: str, *, live: Mapping[str, int], replayed: Mapping[str, int], is_finished: bool = True
+        self,
+        stop_reason: str,
+        *,
+        live: Mapping[str, int],
+        replayed: Mapping[str, int],
+        looks: Mapping[str, int] | None = None,
+        is_finished: bool = True,
     ) -> None:
         """Record that the run is over, and the session finished. Raises SessionBusy if another process has it now."""
         await self._move_if_replaced()
         await self._close_open("the run that asked for it died, and a later one did not ask again", OWNER_PATIENCE)
         if self._run is not None:
             last = max((event.seq for event in self.events), default=0) if is_finished else -1
-            summary = RunSummary(stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last)
+            summary = RunSummary(
+                stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
+            )
             try:
                 await self._owner.complete(self._run, summary)
             except StaleTask as stale:

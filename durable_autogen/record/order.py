@@ -134,19 +134,23 @@ async def idle(session: Session) -> None:
 _lock = threading.Lock()
 _open_sessions = 0
 _original_submit = ThreadPoolExecutor.submit
+_original_start = threading.Thread.start
 
 
 @contextmanager
 def watched_threads() -> Iterator[None]:
     """Count the work that sessions give to threads, for the length of a `with`.
 
-    Every executor stays the program's own: only `ThreadPoolExecutor.submit` is wrapped.
+    Every executor stays the program's own: only `ThreadPoolExecutor.submit` is wrapped, and `Thread.start`, so that a
+    thread knows its session.
     """
-    global _open_sessions, _original_submit
+    global _open_sessions, _original_submit, _original_start
     with _lock:
         _open_sessions += 1
         if _open_sessions == 1:
-            _original_submit = ThreadPoolExecutor.submit
+            _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
+            start: Any = functools.wraps(_original_start)(_start)
+            threading.Thread.start = start  # type: ignore[method-assign]
             submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
             ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
     try:
@@ -156,6 +160,7 @@ def watched_threads() -> Iterator[None]:
             _open_sessions -= 1
             if _open_sessions == 0:
                 ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
+                threading.Thread.start = _original_start  # type: ignore[method-assign]
 
 
 def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -180,6 +185,17 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
         # In the loop's next turn: by then the caller has its own callback on the future, and that one runs first.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
+
+
+def _start(self: threading.Thread) -> None:
+    place = current.get()
+    target: Any = getattr(self, "_target", None)
+    # A pool's thread outlives the session, and gets the context of each function that it runs.
+    is_of_a_pool = getattr(target, "__module__", "") == "concurrent.futures.thread"
+    if place is not None and not place.session.is_over and not is_of_a_pool:
+        context, run = contextvars.copy_context(), self.run
+        self.run = lambda: context.run(run)  # type: ignore[method-assign]
+    _original_start(self)
 
 
 def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,10 @@ class Place:
     """Whether the agents that work inside work side by side, so that the order of their ends is recorded."""
     must_not_raise: bool = False
     """Whether the agent at work waits for ever for a tool that raises."""
+    is_beside_others: bool = False
+    """Whether some agent around works side by side with others."""
+    hands_on_late: bool = False
+    """Whether what the agent says is handed on only when it says the next thing, while others are at work."""
     owner: Any = None
     """The agent or team at work."""
 

@@ -57,6 +57,8 @@ class Answer:
 
     content: Content
     replayed: bool
+    position: str
+    """The position at which the call is recorded."""
     value: Any = _NOTHING
     """The live call's value; a replayed one is built from the content."""
 
@@ -111,6 +113,8 @@ class Recorder:
         """When the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
         """The number of the last delivered event."""
+        self.looks: Counter[str] = Counter()
+        """How often each condition that may stop the run was asked."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self._session = session
@@ -173,6 +177,11 @@ class Recorder:
         """Whether everything recorded was asked for."""
         return self._replay.over_since is not None
 
+    def was_asked(self, condition: str, look: int) -> bool:
+        """Return whether the finished run that is replayed had asked a condition so often."""
+        ended = self.journal.ended
+        return ended is not None and look <= ended.looks.get(condition, 0)
+
     @property
     def is_replaying(self) -> bool:
         """Whether something recorded was not asked for yet."""
@@ -219,7 +228,9 @@ class Recorder:
                 f"[Nexum] {event} is empty or cut off, and nothing came after it: it is not kept. Run the session "
                 "again to ask again"
             )
-        await self.journal.end(stop_reason, live=self.live, replayed=self.replayed, is_finished=not broken)
+        await self.journal.end(
+            stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
+        )
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
@@ -277,18 +288,23 @@ class Recorder:
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
         asker: asyncio.Task[Any] | None = None,
+        early: bool = False,
     ) -> Answer:
         """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
 
         If the caller is cancelled, the call is recorded as given up, with what `streamed` says that it had got by then;
         its replay calls nothing and waits for the program to give it up again. `on_replay` is called with the content
-        of a replayed answer before it is returned or raised, and at once for a call that was given up. `asker` is the
-        task that asks, if another one waits for it here.
+        of a replayed answer before it is returned or raised; at once for a call that was given up, and with `early`.
+        `asker` is the task that asks, if another one waits for it here.
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()
         for failed in self._failures:
             failed.survived = failed.survived or failed.asker is asker
+        call = self._replay.matching(call)
+        if early and (peeked := self._replay.peek(call)) is not None:
+            on_replay(peeked.content)
+            on_replay = _already_told
         answer = await self._replayed(call, on_replay, asker)
         if answer is None:
             answer = await self._made_live(call, perform, streamed, asker)
@@ -307,7 +323,7 @@ class Recorder:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
-            return Answer(event.content, replayed=True)
+            return Answer(event.content, replayed=True, position=event.position)
         error = event.content.failure.again()
         self._failures.append(_Failed(event, error, asker))
         return error
@@ -367,7 +383,9 @@ class Recorder:
                 if error is not None:
                     self._failures.append(_Failed(event, error, live.asker))
                 if not live.answer.done():
-                    live.answer.set_result(error or Answer(event.content, replayed=False, value=value))
+                    live.answer.set_result(
+                        error or Answer(event.content, replayed=False, position=event.position, value=value)
+                    )
                 await self._idle()
         except asyncio.CancelledError:
             if self.failed.done():
@@ -475,6 +493,10 @@ class Recorder:
         self.tell(f"[Nexum] session {session} continues live from here; {left} recorded event(s) are dropped")
         await self.journal.revoke_after(after, what)
         self._replay.leave()
+
+
+def _already_told(_: Content) -> None:
+    """What is replayed was told when the call was asked for."""
 
 
 def _is_within(agent: str, path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -58,6 +59,8 @@ class Replay:
         self._addresses = {event.address for event in self.ahead}
         self._given_up = {event.address: event for event in journal.events if isinstance(event.content, GivenUp)}
         self._asked: dict[str, _Asked] = {}
+        self._moved: set[str] = set()
+        """The addresses that calls have taken which asked in another order."""
         self._waiting_live: dict[str, bool] = {}
         """What has to wait for the end of the replay, and whether an earlier run has asked for it, too."""
         self._changed = asyncio.Event()
@@ -66,6 +69,33 @@ class Replay:
     def is_ahead(self, address: str) -> bool:
         """Return whether the event of this address is recorded and was not delivered yet."""
         return address in self._addresses
+
+    def matching(self, call: Call) -> Call:
+        """Return the call with the position of the recorded one that it equals.
+
+        Tasks that ask at the same moment may ask in another order than in the recorded run: what they ask for tells
+        which is which.
+        """
+        at_its_place = self._by_address.get(call.address)
+        if at_its_place is None or call.address not in self._addresses or at_its_place.accepted:
+            return call
+        wanted = call.request.get("hash")
+        if wanted is None or at_its_place.request.get("hash") == wanted:
+            return call
+        for event in self.ahead:
+            if (
+                (event.kind, event.agent, event.request.get("hash")) == (call.kind, call.agent, wanted)
+                and event.address not in self._asked
+                and event.address not in self._moved
+            ):
+                self._moved.add(event.address)
+                return dataclasses.replace(call, position=event.position)
+        return call
+
+    def peek(self, call: Call) -> Event | None:
+        """Return the recorded event of a call, before its turn, if both ask for the same."""
+        event = self._by_address.get(call.address) if call.address in self._addresses else None
+        return None if event is None or self.differences(event, call) else event
 
     def take_given_up(self, call: Call) -> Event | None:
         """Return the record of a call that the program gave up, once."""
