@@ -24,7 +24,7 @@ from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions, run_durable_stream
 from durable_autogen.autogen.work import Asker
-from durable_autogen.record.events import AGENT_EVENT, GivenUp, Kind, read_record
+from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, read_record
 from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import OnDrift
@@ -304,7 +304,7 @@ async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
 
 async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(server: Server) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s", tell=lambda _: None) as dead:
-        await dead.begin(Kind.REPLY, "a", "reply/1")
+        await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
         await dead._owner.__aexit__()  # no sign of life from it any more
         async with Journal(nexum, "s", tell=lambda _: None) as journal:
             await journal.end("done", live={}, replayed={})

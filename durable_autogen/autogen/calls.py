@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from autogen_agentchat.tools import AgentTool, TeamTool
@@ -63,6 +64,16 @@ class _Stream:
 
 
 _END = object()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool call as it is made."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    token: CancellationToken | None
+    call_id: str | None
 
 
 class Calls:
@@ -193,37 +204,28 @@ class Calls:
         self,
         workbench: Workbench,
         run: Callable[[], Awaitable[ToolResult]],
-        name: str,
-        arguments: Mapping[str, Any],
-        token: CancellationToken | None,
-        call_id: str | None,
+        made: ToolCall,
         stream: _Stream | None = None,
     ) -> ToolResult:
         """Return the recorded result of a workbench's tool, or the tool's, recorded."""
         try:
-            answer = await self._tool(run, name, arguments, token, call_id, ToolResult, stream)
+            answer = await self._tool(run, made, ToolResult, stream)
         except asyncio.CancelledError:
-            if token is None or not token.is_cancelled() or not self._place.must_not_raise:
+            if made.token is None or not made.token.is_cancelled() or not self._place.must_not_raise:
                 raise
-            return failed_result(name, RuntimeError(f"the call of {name} was cancelled"))
+            return failed_result(made.name, RuntimeError(f"the call of {made.name} was cancelled"))
         except Exception as error:
             if not self._place.must_not_raise:
                 raise
-            return failed_result(name, error)
+            return failed_result(made.name, error)
         result: ToolResult = self._value(answer, ToolResult)
         if answer.replayed:
             tools = workbench._tools if isinstance(workbench, StaticWorkbench) else []
-            self._tell_tool_replayed(name, result.to_text(), answer, tools)
+            self._tell_tool_replayed(made.name, result.to_text(), answer, tools)
         return result
 
-    async def workbench_tool_stream(
-        self,
-        workbench: Workbench,
-        run: Callable[[], AsyncIterator[Any]],
-        name: str,
-        arguments: Mapping[str, Any],
-        token: CancellationToken | None,
-        call_id: str | None,
+    def workbench_tool_stream(
+        self, workbench: Workbench, run: Callable[[], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
         """Pass on what a workbench's tool streams, and then its result, which is recorded with it."""
         stream = _Stream()
@@ -236,41 +238,27 @@ class Calls:
                 else:
                     self._streams(stream, item)
             if result is None:
-                raise RuntimeError(f"the stream of {name} ended without a result")
+                raise RuntimeError(f"the stream of {made.name} ended without a result")
             return result
 
-        running = asyncio.ensure_future(self.workbench_tool(workbench, last, name, arguments, token, call_id, stream))
-        items = stream.until(running)
-        try:
-            async for item in items:
-                yield item
-        finally:
-            await items.aclose()
-        yield await running
+        return _passed_on(stream, self.workbench_tool(workbench, last, made, stream))
 
     async def tool(
         self,
         tool: BaseTool[Any, Any],
         run: Callable[[], Awaitable[Any]],
-        arguments: Mapping[str, Any],
-        token: CancellationToken | None,
-        call_id: str | None,
+        made: ToolCall,
         stream: _Stream | None = None,
     ) -> Any:
         """Return the recorded value of a tool that is called directly, or the tool's, recorded."""
-        answer = await self._tool(run, tool.name, arguments, token, call_id, tool.return_type(), stream)
+        answer = await self._tool(run, made, tool.return_type(), stream)
         value = self._value(answer, tool.return_type())
         if answer.replayed:
             self._tell_tool_replayed(tool.name, value if isinstance(value, str) else str(value), answer, [tool])
         return value
 
-    async def tool_stream(
-        self,
-        tool: BaseTool[Any, Any],
-        run: Callable[[], AsyncIterator[Any]],
-        arguments: Mapping[str, Any],
-        token: CancellationToken | None,
-        call_id: str | None,
+    def tool_stream(
+        self, tool: BaseTool[Any, Any], run: Callable[[], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
         """Pass on what a tool that is called directly streams, and then its value, which is recorded with it."""
         stream = _Stream()
@@ -282,30 +270,21 @@ class Calls:
                     self._streams(stream, previous)
                 previous = item
             if previous is _END:
-                raise RuntimeError(f"the stream of {tool.name} ended without a result")
+                raise RuntimeError(f"the stream of {made.name} ended without a result")
             return previous
 
-        running = asyncio.ensure_future(self.tool(tool, last, arguments, token, call_id, stream))
-        items = stream.until(running)
-        try:
-            async for item in items:
-                yield item
-        finally:
-            await items.aclose()
-        yield await running
+        return _passed_on(stream, self.tool(tool, last, made, stream))
 
     async def _tool(
         self,
         run: Callable[[], Awaitable[Any]],
-        name: str,
-        arguments: Mapping[str, Any],
-        token: CancellationToken | None,
-        call_id: str | None,
+        made: ToolCall,
         declared: Any,
         stream: _Stream | None,
     ) -> Answer:
-        position = self._asker.position_of_call(call_id, name)
-        call = Call(Kind.TOOL, self._agent, position, describe_call(name, arguments), label=name)
+        name, token = made.name, made.token
+        position = self._asker.position_of_call(made.call_id, name)
+        call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         notes = CallNotes()
         is_result = declared is ToolResult
 
@@ -383,9 +362,13 @@ class Calls:
                 return
         self._recorder.tell(f"[Nexum] {name} for {self._agent or 'the program'}: replayed from the record ✓")
 
-    def agent_as_tool(self, call_id: str | None, name: str) -> None:
-        """Note that the reply's call of an agent or team was made; what that asks is recorded as its own."""
-        self._asker.position_of_call(call_id, name)
+    def agent_as_tool(self, made: ToolCall) -> Place:
+        """Note that the reply's call of an agent or team was made, and return the place at which that works.
+
+        What it asks is recorded as its own.
+        """
+        self._asker.position_of_call(made.call_id, made.name)
+        return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
     async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
         """Return the recorded list of a workbench's tools, or the workbench's, recorded."""
@@ -505,6 +488,18 @@ class Calls:
 
     def _tell_replayed(self, call: Call) -> None:
         self._recorder.tell(f"[Nexum] {call}: replayed from the record ✓")
+
+
+async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
+    """Pass on what a call streams, and then what it returns."""
+    running = asyncio.ensure_future(call)
+    items = stream.until(running)
+    try:
+        async for item in items:
+            yield item
+    finally:
+        await items.aclose()
+    yield await running
 
 
 def is_recorded_inside(tool: object) -> bool:

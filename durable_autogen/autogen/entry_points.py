@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.at_work import AtWork
-from durable_autogen.autogen.calls import Calls, has_agent_as_tool, is_recorded_inside
+from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.work import Work, total
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import Place, at, current, recording_place, steps_at
@@ -49,153 +49,133 @@ def work_of(session: Session) -> Work:
     return _works[session]
 
 
-def _calls(place: Place) -> Calls:
-    return Calls(place, work_of(place.session))
-
-
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], number: int, name: str) -> Any:
-    """Return an argument however it was passed: the original gets its arguments exactly as the caller gave them."""
-    return args[number] if number < len(args) else kwargs.get(name)
+class _Given:
+    """The arguments of a call. The original gets them exactly as the caller gave them."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __call__(self, number: int, name: str) -> Any:
+        """Return an argument, however it was passed."""
+        return self.args[number] if number < len(self.args) else self.kwargs.get(name)
+
+    def with_first(self, name: str, value: Any) -> _Given:
+        """Return the arguments with another first one."""
+        return _Given((value, *self.args[1:]), self.kwargs) if self.args else _Given((), {**self.kwargs, name: value})
 
 
-def _with_first(
-    args: Sequence[Any], kwargs: Mapping[str, Any], name: str, value: Any
-) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, name: value})
+Recording = Callable[[Calls, Any, Original, _Given], Any]
+"""Records a call: gets the object, its bound method and the arguments. Returns an awaitable or a stream."""
 
 
-async def _create(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    if place is None:
-        return await original(*args, **kwargs)
-    messages = _argument(args, kwargs, 0, "messages")
+def _recorded(recording: Recording) -> Callable[..., Any]:
+    """A wrapper that records with this function where a session has to; elsewhere it passes through."""
 
-    async def ask(told: Any) -> Any:
-        given, named = (args, kwargs) if told is messages else _with_first(args, kwargs, "messages", told)
-        return await original(*given, **named)
+    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+        place = recording_place()
+        if place is None:
+            return await original(*args, **kwargs)
+        return await recording(Calls(place, work_of(place.session)), self, original, _Given(args, kwargs))
 
-    return await _calls(place).reply(self, ask, messages, kwargs)
-
-
-async def _create_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    place = recording_place()
-    messages = _argument(args, kwargs, 0, "messages")
-
-    def ask(told: Any) -> AsyncIterator[Any]:
-        given, named = (args, kwargs) if told is messages else _with_first(args, kwargs, "messages", told)
-        stream: AsyncIterator[Any] = original(*given, **named)
-        return stream
-
-    async for piece in _closing(
-        ask(messages) if place is None else _calls(place).streamed_reply(self, ask, messages, kwargs)
-    ):
-        yield piece
+    return wrapper
 
 
-def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = current.get()
-    if place is None or place.in_call or place.session.is_over:
-        return original(*args, **kwargs)
-    with at(replace(place, in_call=True)):
-        usage = original(*args, **kwargs)
-    # A program that decides by what it has used has to decide the same in a replay.
-    return total(usage, work_of(place.session).replayed_usage_of(self))
+def _streamed(recording: Recording) -> Callable[..., Any]:
+    """The same for a method that returns a stream."""
 
-
-async def _call_tool(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    name, arguments, token, call_id = _tool_arguments(args, kwargs)
-    if place is None:
-        return await original(*args, **kwargs)
-    calls = _calls(place)
-    if has_agent_as_tool(self, name):
-        calls.agent_as_tool(call_id, name)
-        return await original(*args, **kwargs)
-    return await calls.workbench_tool(self, lambda: original(*args, **kwargs), name, arguments or {}, token, call_id)
-
-
-async def _call_tool_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    place = recording_place()
-    name, arguments, token, call_id = _tool_arguments(args, kwargs)
-    stream: AsyncIterator[Any]
-    if place is None:
-        stream = original(*args, **kwargs)
-    elif has_agent_as_tool(self, name):
-        _calls(place).agent_as_tool(call_id, name)
-        stream = steps_at(replace(place, hands_on_late=place.is_beside_others), original(*args, **kwargs))
-    else:
-        stream = _calls(place).workbench_tool_stream(
-            self, lambda: original(*args, **kwargs), name, arguments or {}, token, call_id
+    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        place = recording_place()
+        stream = (
+            original(*args, **kwargs)
+            if place is None
+            else recording(Calls(place, work_of(place.session)), self, original, _Given(args, kwargs))
         )
-    async for item in _closing(stream):
-        yield item
+        async for item in _closing(stream):
+            yield item
+
+    return wrapper
 
 
-def _tool_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    names = ("name", "arguments", "cancellation_token", "call_id")
-    name, arguments, token, call_id = (_argument(args, kwargs, number, one) for number, one in enumerate(names))
-    return name, arguments, token, call_id
+def _reply(stream: bool) -> Recording:
+    def recording(calls: Calls, client: Any, original: Original, given: _Given) -> Any:
+        messages = given(0, "messages")
+
+        def ask(told: Any) -> Any:
+            asked = given if told is messages else given.with_first("messages", told)
+            return original(*asked.args, **asked.kwargs)
+
+        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, given.kwargs)
+
+    return recording
 
 
-async def _list_tools(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
+def _workbench_tool(stream: bool) -> Recording:
+    def recording(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
+        made = ToolCall(
+            given(0, "name"), given(1, "arguments") or {}, given(2, "cancellation_token"), given(3, "call_id")
+        )
+        if has_agent_as_tool(workbench, made.name):
+            inside = original(*given.args, **given.kwargs)
+            place = calls.agent_as_tool(made)
+            return steps_at(place, inside) if stream else inside
+        record = calls.workbench_tool_stream if stream else calls.workbench_tool
+        return record(workbench, lambda: original(*given.args, **given.kwargs), made)
+
+    return recording
+
+
+def _tool(stream: bool) -> Recording:
+    def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
+        if is_recorded_inside(tool):
+            return original(*given.args, **given.kwargs)
+        # `run_json` takes the arguments as a mapping, and `run` as a model.
+        args = given(0, "args")
+        if isinstance(args, BaseModel):
+            args = args.model_dump(mode="json")
+        made = ToolCall(tool.name, args or {}, given(1, "cancellation_token"), given(2, "call_id"))
+        record = calls.tool_stream if stream else calls.tool
+        return record(tool, lambda: original(*given.args, **given.kwargs), made)
+
+    return recording
+
+
+def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
     # The tools of a StaticWorkbench are the program's own.
-    if place is None or (isinstance(self, StaticWorkbench) and type(self).list_tools is StaticWorkbench.list_tools):
-        return await original(*args, **kwargs)
-    return await _calls(place).tool_list(self, lambda: original(*args, **kwargs))
+    if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
+        return original(*given.args, **given.kwargs)
+    return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
 
 
-async def _run_json(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    if place is None and current.get() is not None:
+def _input(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
+    return calls.input(
+        lambda: original(*given.args, **given.kwargs), given(0, "prompt"), given(1, "cancellation_token")
+    )
+
+
+def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
+    return calls.code(
+        lambda: original(*given.args, **given.kwargs), given(0, "code_blocks"), given(1, "cancellation_token")
+    )
+
+
+def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
+    # What a ListMemory holds, the program itself has put into it.
+    if type(memory) is ListMemory:
+        return original(*given.args, **given.kwargs)
+    return calls.memory(
+        lambda: original(*given.args, **given.kwargs), given(0, "query"), given(1, "cancellation_token")
+    )
+
+
+async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    place = current.get()
+    if place is not None and place.in_call:
         # Inside a recorded call, StaticWorkbench gives each tool a task: SystemExit in it would end the event loop.
         return await ordinary(original(*args, **kwargs), self.name)
-    if place is None or is_recorded_inside(self):
-        return await original(*args, **kwargs)
-    arguments, token = _argument(args, kwargs, 0, "args"), _argument(args, kwargs, 1, "cancellation_token")
-    call_id = _argument(args, kwargs, 2, "call_id")
-    return await _calls(place).tool(self, lambda: original(*args, **kwargs), _dumped(arguments), token, call_id)
-
-
-async def _run_json_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    place = recording_place()
-    stream: AsyncIterator[Any]
-    if place is None or is_recorded_inside(self):
-        stream = original(*args, **kwargs)
-    else:
-        arguments, token = _argument(args, kwargs, 0, "args"), _argument(args, kwargs, 1, "cancellation_token")
-        call_id = _argument(args, kwargs, 2, "call_id")
-        stream = _calls(place).tool_stream(self, lambda: original(*args, **kwargs), _dumped(arguments), token, call_id)
-    async for item in _closing(stream):
-        yield item
-
-
-async def _get_input(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    if place is None:
-        return await original(*args, **kwargs)
-    prompt, token = _argument(args, kwargs, 0, "prompt"), _argument(args, kwargs, 1, "cancellation_token")
-    return await _calls(place).input(lambda: original(*args, **kwargs), prompt, token)
-
-
-async def _execute_code_blocks(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    if place is None:
-        return await original(*args, **kwargs)
-    blocks, token = _argument(args, kwargs, 0, "code_blocks"), _argument(args, kwargs, 1, "cancellation_token")
-    return await _calls(place).code(lambda: original(*args, **kwargs), blocks, token)
-
-
-async def _query(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = recording_place()
-    # What a ListMemory holds, the program itself has put into it.
-    if place is None or type(self) is ListMemory:
-        return await original(*args, **kwargs)
-    query, token = _argument(args, kwargs, 0, "query"), _argument(args, kwargs, 1, "cancellation_token")
-    return await _calls(place).memory(lambda: original(*args, **kwargs), query, token)
+    return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
 
 
 async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -211,12 +191,20 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
     return await conditions.look(self, place, work_of(place.session), ask)
 
 
+def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    place = current.get()
+    if place is None or place.in_call or place.session.is_over:
+        return original(*args, **kwargs)
+    with at(replace(place, in_call=True)):
+        usage = original(*args, **kwargs)
+    # A program that decides by what it has used has to decide the same in a replay.
+    return total(usage, work_of(place.session).replayed_usage_of(self))
+
+
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Start or stop what runs tools or code: no effect of the program's, so it is neither recorded nor told."""
     place = current.get()
-    if place is None:
-        return await original(*args, **kwargs)
-    with at(replace(place, in_call=True)):
+    with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
 
 
@@ -231,43 +219,40 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
     return AtWork(place, work_of(place.session), self, is_team=is_team)
 
 
-async def _on_messages(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    working = _at_work(self, is_team=False)
-    turn = original(*args, **kwargs)
-    token = _argument(args, kwargs, 1, "cancellation_token")
-    return await (turn if working is None else working.whole_turn(turn, token))
+def _whole(method: str) -> Callable[..., Any]:
+    """A wrapper for an agent's turn or run that isn't streamed; the method is AtWork's."""
+
+    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+        working = _at_work(self, is_team=False)
+        found = original(*args, **kwargs)
+        if working is None:
+            return await found
+        return await getattr(working, method)(found, _task_or_token(args, kwargs))
+
+    return wrapper
 
 
-async def _on_messages_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    working = _at_work(self, is_team=False)
-    stream = original(*args, **kwargs)
-    token = _argument(args, kwargs, 1, "cancellation_token")
-    async for item in _closing(stream if working is None else working.turn(stream, token)):
-        yield item
+def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
+    """A wrapper for a streamed turn or run."""
+
+    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        working = _at_work(self, is_team=is_team)
+        stream = original(*args, **kwargs)
+        if working is not None:
+            stream = getattr(working, method)(stream, _task_or_token(args, kwargs))
+        async for item in _closing(stream):
+            yield item
+
+    return wrapper
 
 
-async def _agent_run(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    working = _at_work(self, is_team=False)
-    run = original(*args, **kwargs)
-    return await (run if working is None else working.whole_run(run, kwargs.get("task")))
-
-
-async def _agent_run_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    working = _at_work(self, is_team=False)
-    stream = original(*args, **kwargs)
-    async for item in _closing(stream if working is None else working.run(stream, kwargs.get("task"))):
-        yield item
-
-
-async def _team_run_stream(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    working = _at_work(self, is_team=True)
-    stream = original(*args, **kwargs)
-    async for item in _closing(stream if working is None else working.team_run(stream, kwargs.get("task"))):
-        yield item
+def _task_or_token(args: Any, kwargs: Any) -> Any:
+    """The task of a run, which is passed by name, or the token of a turn."""
+    return kwargs["task"] if "task" in kwargs else _Given(args, kwargs)(1, "cancellation_token")
 
 
 async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = _place_of(_argument(args, kwargs, 0, "message"))
+    place = _place_of(_Given(args, kwargs)(0, "message"))
     if place is None or place.in_call or place.session.is_over:
         return await original(*args, **kwargs)
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
@@ -292,7 +277,7 @@ def _place_of(message: Any) -> Place | None:
 async def _send(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     place = current.get()
     if place is not None and not place.session.is_over:
-        message = _argument(args, kwargs, 0, "message")
+        message = _Given(args, kwargs)(0, "message")
         _sent[id(message)] = (message, place)
         while len(_sent) > MAX_SENT:
             _sent.pop(next(iter(_sent)))
@@ -309,13 +294,6 @@ async def _closing(stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
             await close()
 
 
-def _dumped(args: Any) -> Mapping[str, Any]:
-    """The arguments of a tool, which `run_json` takes as a mapping and `run` as a model."""
-    if isinstance(args, BaseModel):
-        return args.model_dump(mode="json")
-    return args if isinstance(args, Mapping) else {"arguments": str(args)}
-
-
 # ---- Wrapping --------------------------------------------------------------------------------------------------------
 
 Methods = Mapping[str, Callable[..., Any]]
@@ -323,49 +301,51 @@ Methods = Mapping[str, Callable[..., Any]]
 ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
         ChatCompletionClient,
-        {"create": _create, "create_stream": _create_stream, "actual_usage": _usage, "total_usage": _usage},
+        {
+            "create": _recorded(_reply(stream=False)),
+            "create_stream": _streamed(_reply(stream=True)),
+            **dict.fromkeys(("actual_usage", "total_usage"), _usage),
+        },
     ),
     (
         Workbench,
         {
-            "call_tool": _call_tool,
-            "call_tool_stream": _call_tool_stream,
-            "list_tools": _list_tools,
+            "call_tool": _recorded(_workbench_tool(stream=False)),
+            "call_tool_stream": _streamed(_workbench_tool(stream=True)),
+            "list_tools": _recorded(_tool_list),
             **dict.fromkeys(("start", "stop", "reset"), _preparation),
         },
     ),
     (
         BaseTool,
         {
-            "run_json": _run_json,
-            "run": _run_json,
-            "run_json_stream": _run_json_stream,
-            "run_stream": _run_json_stream,
+            **dict.fromkeys(("run_json", "run"), _tool_itself),
+            **dict.fromkeys(("run_json_stream", "run_stream"), _streamed(_tool(stream=True))),
         },
     ),
-    (UserProxyAgent, {"_get_input": _get_input}),
-    (CodeExecutorAgent, {"execute_code_block": _execute_code_blocks}),
+    (UserProxyAgent, {"_get_input": _recorded(_input)}),
+    (CodeExecutorAgent, {"execute_code_block": _recorded(_code)}),
     (
         CodeExecutor,
         {
-            "execute_code_blocks": _execute_code_blocks,
+            "execute_code_blocks": _recorded(_code),
             **dict.fromkeys(("start", "stop", "restart"), _preparation),
         },
     ),
-    (Memory, {"query": _query}),
+    (Memory, {"query": _recorded(_memory)}),
     (TerminationCondition, {"__call__": _look}),
     (
         ChatAgent,
         {
-            "on_messages": _on_messages,
-            "on_messages_stream": _on_messages_stream,
-            "run": _agent_run,
-            "run_stream": _agent_run_stream,
+            "on_messages": _whole("whole_turn"),
+            "on_messages_stream": _steps("turn"),
+            "run": _whole("whole_run"),
+            "run_stream": _steps("run"),
         },
     ),
-    (Team, {"run_stream": _team_run_stream}),
+    (Team, {"run_stream": _steps("team_run", is_team=True)}),
     (BaseAgent, {"on_message_impl": _on_message}),
-    (AgentRuntime, {"send_message": _send, "publish_message": _send}),
+    (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )
 """For each base class, the methods that are wrapped wherever one of its subclasses defines them."""
 

@@ -167,6 +167,16 @@ class RunSummary(_Frozen):
     """How often each condition that may stop the run was asked."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """When a call was made."""
+
+    after: int = 0
+    """The number of the last event that had been delivered by then."""
+    active_ms: int = 0
+    """For how long the session's runs had been at work by then."""
+
+
 class EventInput(_Frozen):
     """Which event of a session this is."""
 
@@ -212,12 +222,12 @@ class Event(_Frozen):
 
 @dataclass(frozen=True)
 class Call:
-    """What a run asks for."""
+    """What a run asks for, or what is recorded on its own."""
 
     kind: Kind
     agent: str
     position: str
-    request: Mapping[str, Any]
+    request: Mapping[str, Any] = field(default_factory=dict)
     """The fingerprint: what is new in it, beside what an earlier request of the agent has."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """All of the fingerprint, where `request` is only a part."""

@@ -8,12 +8,13 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from durable_autogen.errors import SessionBusy
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
+    Asked,
+    Call,
     Content,
     Event,
     EventInput,
@@ -227,9 +228,9 @@ class Journal:
         """Return how often the session had continued as another program before the event of this number."""
         return sum(start < seq for start in self._other_programs)
 
-    async def begin(self, kind: Kind, agent: str, position: str) -> Task:
-        """Record that an event is under way."""
-        input = EventInput(session=self.session, agent=agent, position=position, kind=kind)
+    async def begin(self, call: Call) -> Task:
+        """Record that a call is under way."""
+        input = EventInput(session=self.session, agent=call.agent, position=call.position, kind=call.kind)
         key = self._key(input)
         if key in self._inherited:
             return self._inherited.pop(key)
@@ -240,49 +241,43 @@ class Journal:
         started = await asyncio.shield(starting)
         if started.task is None:
             raise SessionBusy(
-                f"session {self.session}: another process has recorded {input.address} meanwhile. Run it again"
+                f"session {self.session}: another process has recorded {call} meanwhile. Run it again when that one "
+                "has ended"
             )
         return started.task
 
     async def record(
-        self,
-        task: Task,
-        kind: Kind,
-        agent: str,
-        position: str,
-        content: Content,
-        request: Mapping[str, Any] | None = None,
-        *,
-        accepted: bool = False,
-        asked_after: int = 0,
-        active_ms: int = 0,
-        asked_ms: int = 0,
+        self, task: Task, call: Call, content: Content, asked: Asked | None = None, active_ms: int = 0
     ) -> Event:
-        """Record an event that was begun, as the session's next one; return it as it was recorded.
+        """Record what a call that was begun came to, as the session's next event; return it as it was recorded.
 
-        Raises SessionBusy if another process has the session now.
+        `active_ms` is for how long the session's runs have been at work by now. Raises SessionBusy if another process
+        has the session now.
         """
+        asked = asked or Asked()
         event = Event(
             seq=self.next_seq,
-            kind=kind,
-            agent=agent,
-            position=position,
+            kind=call.kind,
+            agent=call.agent,
+            position=call.position,
             content=content,
-            request=representable(dict(request or {})),
-            accepted=accepted,
-            asked_after=asked_after,
-            recorded_ms=round(time.time() * 1000),
+            request=representable(dict(call.request)),
+            asked_after=asked.after,
+            asked_ms=asked.active_ms,
             active_ms=active_ms,
-            asked_ms=asked_ms,
+            recorded_ms=round(time.time() * 1000),
         )
-        self.next_seq += 1
+        return await self._complete(task, call, event)
+
+    async def _complete(self, task: Task, call: Call, event: Event) -> Event:
+        self.next_seq = event.seq + 1
         while True:
             try:
                 await self._owner.complete(task, event)
                 break
             except TaskNotFound:
                 await self._move_if_replaced()
-                task = await self.begin(kind, agent, position)
+                task = await self.begin(call)
             except StaleTask as stale:
                 raise SessionBusy(
                     f"session {self.session}: another process has taken over {event} from this one ({stale})"
@@ -296,31 +291,21 @@ class Journal:
         if isinstance(event.content, Revoked) and event.content.is_another_program:
             self._other_programs.append(event.seq)
 
-    async def add(
-        self, kind: Kind, agent: str, position: str, content: Content, request: Mapping[str, Any] | None = None
-    ) -> Event:
+    async def add(self, call: Call, content: Content) -> Event:
         """Begin and record an event at once."""
-        return await self.record(await self.begin(kind, agent, position), kind, agent, position, content, request)
+        return await self.record(await self.begin(call), call, content)
 
     async def add_copy(self, event: Event) -> None:
         """Record an event of another session. It is accepted, whatever it will be asked with."""
-        await self.record(
-            await self.begin(event.kind, event.agent, event.position),
-            event.kind,
-            event.agent,
-            event.position,
-            event.content,
-            event.request,
-            accepted=True,
-            asked_after=event.asked_after,
-            active_ms=event.active_ms,
-            asked_ms=event.asked_ms,
+        call = Call(event.kind, event.agent, event.position)
+        await self._complete(
+            await self.begin(call), call, event.model_copy(update={"seq": self.next_seq, "accepted": True})
         )
 
     async def add_message(self, text: str) -> None:
         """Record what the user says next."""
         taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
-        await self.add(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}", Said(text=text))
+        await self.add(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
         """Revoke every event after this number, except what a person has added: that still has to be said."""
@@ -331,7 +316,7 @@ class Journal:
         """Record that these events no longer count: they will be asked for again."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
-        await self.add(Kind.REVOKE, "", f"revoke/{self.next_seq}", content)
+        await self.add(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
             self._tried.add(event.address)

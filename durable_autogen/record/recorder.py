@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from durable_autogen.errors import DriftError
 from durable_autogen.record.events import (
+    Asked,
     Begun,
     Call,
     Content,
@@ -73,10 +74,9 @@ class _LiveCall:
     """A call that is being made."""
 
     call: Call
-    asked_after: int
+    asked: Asked
     streamed: Callable[[], list[Any]]
     asker: asyncio.Task[Any] | None
-    asked_ms: int = 0
     task: Task | None = None
     given_up: bool = False
     answer: asyncio.Future[Answer | Exception] = field(
@@ -200,7 +200,9 @@ class Recorder:
                 position = "begin"
                 if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
                     position = f"begin/{number}"
-                self._delivered(await self.journal.add(Kind.BEGIN, "", position, content or Begun(), request))
+                self._delivered(
+                    await self.journal.add(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
+                )
 
     # ---- The end -----------------------------------------------------------------------------------------------------
 
@@ -335,7 +337,7 @@ class Recorder:
         streamed: Callable[[], list[Any]],
         asker: asyncio.Task[Any] | None,
     ) -> Answer | Exception:
-        live = _LiveCall(call, self.last_seq, streamed, asker)
+        live = _LiveCall(call, Asked(self.last_seq), streamed, asker)
         running = asyncio.create_task(self._live(live, perform))
         self._calls[running] = live
         running.add_done_callback(lambda done: self._calls.pop(done, None))
@@ -371,8 +373,8 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            live.asked_ms = self.active_now_ms
-            live.task = await self.journal.begin(call.kind, call.agent, call.position)
+            live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
+            live.task = await self.journal.begin(call)
             value, content, error = await self._performed(call, perform, live)
             async with self._turnstile:
                 self._check_not_failed()
@@ -434,7 +436,7 @@ class Recorder:
         while self._given_up:
             live = self._given_up[0]
             if live.task is None:
-                live.task = await self.journal.begin(live.call.kind, live.call.agent, live.call.position)
+                live.task = await self.journal.begin(live.call)
             try:
                 await self._record(live, GivenUp(streamed=live.streamed()))
             finally:
@@ -444,19 +446,8 @@ class Recorder:
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
         assert live.task is not None
-        call = live.call
         recording = asyncio.ensure_future(
-            self.journal.record(
-                live.task,
-                call.kind,
-                call.agent,
-                call.position,
-                content,
-                call.request,
-                asked_after=live.asked_after,
-                active_ms=self.active_now_ms,
-                asked_ms=live.asked_ms,
-            )
+            self.journal.record(live.task, live.call, content, live.asked, self.active_now_ms)
         )
         try:
             return await asyncio.shield(recording)
