@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import itertools
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
@@ -29,6 +30,7 @@ from autogen_agentchat.teams import (
     SelectorGroupChat,
     Swarm,
 )
+from autogen_agentchat.tools import AgentTool
 
 from durable_autogen import DurableSession, run_durable_stream
 from models.live import LiveModel
@@ -63,20 +65,20 @@ class Program:
 
         return note
 
-    def agent(self, name: str, *, tools: bool = True, **more: Any) -> AssistantAgent:
+    def agent(self, name: str, *, tools: bool = True, helpers: Sequence[AgentTool] = (), **more: Any) -> AssistantAgent:
         return AssistantAgent(
             name,
             self.client(f"{self.model}-{name}"),
             description=f"{name}, a member",
-            tools=[self.tool(name)] if tools else None,
+            tools=[*([self.tool(name)] if tools else []), *helpers] or None,
             system_message=f"{self.system} You are {name}.",
             max_tool_iterations=6,
             model_client_stream=self.stream,
             **more,
         )
 
-    def build(self, shape: str) -> ChatAgent | Team:
-        built: ChatAgent | Team = getattr(self, shape)()
+    def build(self, shape: str, session: str) -> ChatAgent | Team:
+        built: ChatAgent | Team = self.random_team(session) if shape == "random" else getattr(self, shape)()
         return built
 
     def single(self) -> ChatAgent:
@@ -143,6 +145,39 @@ class Program:
     def magentic(self) -> Team:
         return MagenticOneGroupChat([self.agent("a"), self.agent("b")], model_client=self.client(), max_turns=4)
 
+    def random_team(self, seed: str) -> Team:
+        """A team that the seed makes up: the same one for the same session."""
+        rng = random.Random(seed)
+        names = "abcde"[: rng.randint(3, 5)]
+        members: list[ChatAgent | Team] = []
+        for name in names:
+            self.stream = rng.random() < 0.5
+            if rng.random() < 0.25:
+                helper = self.agent(f"helper_{name}", tools=False)
+                members.append(self.agent(name, tools=False, helpers=[AgentTool(helper)]))
+            else:
+                members.append(self.agent(name, tools=rng.random() < 0.8))
+        kind = rng.choice(["round_robin", "nested", "selector", "graph", "graph"])
+        if kind == "graph":
+            return self._random_graph(members, rng)
+        end = MaxMessageTermination(rng.randint(4, 8))
+        if kind == "selector":
+            client = self.client(f"{self.model}-selector")
+            return SelectorGroupChat(members[:3], model_client=client, termination_condition=end)
+        if kind == "nested":
+            inner = RoundRobinGroupChat(members[1:], max_turns=rng.randint(1, 3), name="inner")
+            return RoundRobinGroupChat([members[0], inner], termination_condition=end)
+        return RoundRobinGroupChat(members, termination_condition=end)
+
+    def _random_graph(self, members: list[Any], rng: random.Random) -> Team:
+        builder = DiGraphBuilder()
+        for member in members:
+            builder.add_node(member)
+        for number, member in enumerate(members[1:], 1):
+            for before in rng.sample(members[:number], rng.randint(1, number)):
+                builder.add_edge(before, member)
+        return GraphFlow(members, builder.build())
+
     def person(self) -> Team:
         def ask(prompt: str) -> str:
             with open(self.log, "a", encoding="utf-8") as log:
@@ -172,6 +207,7 @@ async def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="m")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--on-drift", default="stop")
+    parser.add_argument("--uvloop", action="store_true")  # for whoever starts the loop
     args = parser.parse_args(argv)
     program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
     try:
@@ -181,7 +217,10 @@ async def main(argv: list[str] | None = None) -> int:
             print("TRANSCRIPT " + json.dumps(said), flush=True)
             return 0
         async for item in run_durable_stream(
-            lambda: program.build(args.shape), task=args.task, session_id=args.session, on_drift=args.on_drift
+            lambda: program.build(args.shape, args.session),
+            task=args.task,
+            session_id=args.session,
+            on_drift=args.on_drift,
         ):
             if isinstance(item, TaskResult):
                 print("TRANSCRIPT " + json.dumps(transcript(item)), flush=True)
@@ -191,6 +230,19 @@ async def main(argv: list[str] | None = None) -> int:
         print(f"ERROR {type(error).__name__} {error}", flush=True)
         return 3
     return 0
+
+
+def run_on_loop(argv: list[str]) -> int:
+    """Run it on asyncio's event loop, or on uvloop."""
+    if "--uvloop" in argv:
+        import uvloop
+
+        loop = uvloop.new_event_loop()
+        try:
+            return loop.run_until_complete(main(argv))
+        finally:
+            loop.close()
+    return asyncio.run(main(argv))
 
 
 def run_forked(argv: list[str], folder: str, output: str) -> int:
@@ -206,7 +258,7 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     random.seed()
     code = 70
     try:
-        code = asyncio.run(main(argv))
+        code = run_on_loop(argv)
     except BaseException as error:  # noqa: BLE001 - the last thing that this process says
         print(f"ERROR {type(error).__name__} {error}", flush=True)
     os._exit(code)
@@ -228,4 +280,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--serve"]:
         serve()
     else:
-        sys.exit(asyncio.run(main()))
+        sys.exit(run_on_loop(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 python tests/durable_runs.py --long            100 runs of each shape
 python tests/durable_runs.py --runs 5 fan_out
+python tests/durable_runs.py --runs 300 random --uvloop
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ SHAPES = (
     "fan_out",
     "person",
     "magentic",
+    "random",
 )
-PARALLEL = {"fan_out": 3}  # agents at work at the same time; one everywhere else
+PARALLEL = {"fan_out": 3, "random": 5}  # agents at work at the same time; one everywhere else
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
 TAKE_OVER = 1.0  # seconds that a run waits for its dead owner, roughly
@@ -76,6 +78,9 @@ class RandomModel:
         handoffs = [name for name in offered if name.startswith("transfer_to_")]
         if handoffs and random.random() < 0.5:
             return Reply(calls=[("note", {"text": words}), (handoffs[0], {})])
+        helpers = [name for name in offered if name.startswith("helper_")]
+        if helpers and random.random() < 0.3:
+            return Reply(calls=[(helpers[0], {"task": words})])
         used = sum(message["role"] == "tool" for message in body["messages"])
         if "note" in offered and used < 4 and random.random() < 0.6:
             text = f"fail {words}" if random.random() < 0.2 else words
@@ -289,7 +294,7 @@ def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, 
     for event in events:
         if event.kind is Kind.TOOL:
             if "text" in (arguments := json.loads(event.request["arguments"])):  # a handoff has none
-                asked[f"{event.agent.partition('/')[0]} {arguments['text']}"] += 1
+                asked[f"{event.agent.rpartition('/')[2]} {arguments['text']}"] += 1
         elif event.kind is Kind.INPUT:
             asked["person asked"] += 1
     done = Counter(noted)
@@ -313,6 +318,7 @@ def main() -> int:
     parser.add_argument("shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--long", action="store_true", help="100 runs of each shape")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--uvloop", action="store_true", help="run the programs on uvloop")
     args = parser.parse_args()
     failed = 0
     with tempfile.TemporaryDirectory() as name, bench(Path(name)) as found:
@@ -320,6 +326,7 @@ def main() -> int:
             begun, totals = time.monotonic(), Counter[str]()
             for number in range(100 if args.long else args.runs):
                 options = ["--stream"] if number % 3 == 2 else []
+                options += ["--uvloop"] if args.uvloop else []
                 session = f"{shape.replace('_', '-')}-{number}"
                 verdict = run_killed(found, shape, session, random.randint(1, MAX_KILLS), *options)
                 totals.update(runs=1, kills=verdict.kills, failed=bool(verdict.problems))

@@ -111,6 +111,13 @@ def test_the_engine_imports_downward_only(name: str) -> None:
     assert {target for target in ours if part(target) not in allowed} == set()
 
 
+def test_only_what_knows_autogen_imports_it() -> None:
+    for name in (name for name in MODULES if within(name, "durable_autogen.record")):
+        assert {target for target in IMPORTS[name] if target.split(".")[0].startswith("autogen")} == set(), name
+        ours = {target for target in IMPORTS[name] if within(target, "durable_autogen")}
+        assert {one for one in ours if not within(one, "durable_autogen.record", "durable_autogen.errors")} == set()
+
+
 def test_client_and_server_know_nothing_of_each_other() -> None:
     assert not importers("nexum_engine.server") & {"nexum_engine.client", "nexum_engine.worker"}
     assert {

@@ -385,7 +385,7 @@ class Calls:
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Ask at once, and not when the server knows of it: AutoGen's UserInputManager waits for ever if its callback is
         # not under way when the request is shown.
-        is_live = not self._recorder.is_recorded(call.address)
+        is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:

@@ -52,7 +52,7 @@ async def look(
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
-    is_recorded = recorder.is_recorded(f"{name}/{position}")
+    is_recorded = recorder.ahead(f"{name}/{position}") is not None
     is_decided = recorder.is_replaying or recorder.was_asked(name, look_number)
     if not is_recorded and message is not None and is_decided:
         # As if it had not been asked: after its answer it refuses to be asked again.

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from durable_autogen.record.events import Call, Event
 
 EXCERPT = 80  # characters
+MAX_ARGUMENTS = 20_000  # characters of a tool call's arguments that are kept beside their hash
 SETTINGS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
     *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
@@ -118,8 +119,9 @@ def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(written, sort_keys=True, ensure_ascii=False)
     except (RecursionError, ValueError):
         text = repr(arguments)
-    # As a text: arguments may nest more deeply than a record can.
-    return hashed({"tool": name, "arguments": text})
+    # As a text: arguments may nest more deeply than a record can. A long one is told by its hash.
+    shown = text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
+    return {"hash": hashed_value([name, text]), "tool": name, "arguments": shown}
 
 
 def describe_turn(said: str) -> dict[str, Any]:

@@ -129,12 +129,8 @@ class Added:
         """The numbers of those that an agent was told."""
         self.as_task: set[int] = set()
         """The numbers of those that were given as a task of their own, because the run was over."""
-        self._seq_of = {event.address: event.seq for event in recorder.journal.events}
+        self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
-
-    def drop_after(self, seq: int) -> None:
-        """The record after this number was revoked."""
-        self._seq_of = {address: one for address, one in self._seq_of.items() if one <= seq}
 
     def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
         """Return the messages of a request with those that the user has added."""
@@ -142,7 +138,8 @@ class Added:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            comes_before = self._seq_of.get(f"{agent}/{position}", added.seq) < added.seq
+            recorded = self._recorder.ahead(f"{agent}/{position}")
+            comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)
                 self.delivered.add(added.seq)

@@ -160,9 +160,9 @@ class Recorder:
         for running in self._calls:
             running.cancel()
 
-    def is_recorded(self, address: str) -> bool:
-        """Return whether the event is in the record and was not delivered yet."""
-        return self._replay.is_ahead(address)
+    def ahead(self, address: str) -> Event | None:
+        """Return the recorded event of an address, if it was not delivered yet."""
+        return self._replay.event_ahead(address)
 
     def _delivered(self, event: Event) -> None:
         self.last_recorded_ms, self.last_seq = event.recorded_ms, event.seq
@@ -321,7 +321,7 @@ class Recorder:
         if (event := self._replay.take_given_up(call)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay)
             return None
-        if not self._replay.is_ahead(call.address) or (event := await self._replay.take(call)) is None:
+        if self.ahead(call.address) is None or (event := await self._replay.take(call)) is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):

@@ -15,6 +15,10 @@ from durable_autogen.record.events import Call, Event, GivenUp
 from durable_autogen.record.journal import Journal
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
+CHOICE_HINT = (
+    "If the program chooses by chance, by the clock or by something outside (as in a selector_func), let it choose by "
+    "the messages, or in a tool"
+)
 TRIED_PATIENCE = 30.0  # the same, while the run asks for nothing but what was in flight when an earlier run ended
 
 
@@ -66,9 +70,9 @@ class Replay:
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
-    def is_ahead(self, address: str) -> bool:
-        """Return whether the event of this address is recorded and was not delivered yet."""
-        return address in self._addresses
+    def event_ahead(self, address: str) -> Event | None:
+        """Return the recorded event of an address, if it was not delivered yet."""
+        return self._by_address[address] if address in self._addresses else None
 
     def matching(self, call: Call) -> Call:
         """Return the call with the position of the recorded one that it equals.
@@ -76,8 +80,8 @@ class Replay:
         Tasks that ask at the same moment may ask in another order than in the recorded run: what they ask for tells
         which is which.
         """
-        at_its_place = self._by_address.get(call.address)
-        if at_its_place is None or call.address not in self._addresses or at_its_place.accepted:
+        at_its_place = self.event_ahead(call.address)
+        if at_its_place is None or at_its_place.accepted:
             return call
         wanted = call.request.get("hash")
         if wanted is None or at_its_place.request.get("hash") == wanted:
@@ -94,7 +98,7 @@ class Replay:
 
     def peek(self, call: Call) -> Event | None:
         """Return the recorded event of a call, before its turn, if both ask for the same."""
-        event = self._by_address.get(call.address) if call.address in self._addresses else None
+        event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
     def take_given_up(self, call: Call) -> Event | None:
@@ -152,8 +156,11 @@ class Replay:
             if asked is None:
                 if not await self._is_asked_in_time(event):
                     waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
-                    asks = f"the run asks for {', '.join(sorted(waiting))}"
-                    await self._on_drift(event.seq - 1, f"{event} is next on record, and nobody asked for it; {asks}")
+                    await self._on_drift(
+                        event.seq - 1,
+                        f"{event} is next on record, and nobody asked for it; the run asks for "
+                        f"{', '.join(sorted(waiting))}. {CHOICE_HINT}",
+                    )
                 continue
             differing = self.differences(event, asked.call)
             if differing:

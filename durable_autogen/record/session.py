@@ -166,7 +166,10 @@ class Session:
             self.loop.call_soon_threadsafe(self.recorder.stop, error)
             raise error
         if self._left[f"{who} {what}"] == 1:
-            self.tell(f"[Nexum] {line}")
+            try:
+                self.tell(f"[Nexum] {line}")
+            except Exception as error:  # noqa: BLE001 - it must not look like a failure of the connection
+                self.loop.call_soon_threadsafe(self.recorder.stop, error)
 
     def _tell_counts(self) -> None:
         recorder = self.recorder
