@@ -1,0 +1,494 @@
+"""What a durable run costs beside the same run in plain AutoGen, and beside the floor of tool_call.py.
+
+    python benchmarks/durable_run.py
+    python benchmarks/durable_run.py --only agent --replies 1000
+    python benchmarks/durable_run.py --json
+
+Each case runs three times, each time in a new process: plain, durable live, and replayed. The server is a process of
+its own on loopback, on SQLite with synchronous=FULL. The model is a script in the program's process and answers at
+once, so the times are AutoGen's and durable_autogen's alone. The cases:
+
+- agent: one AssistantAgent; every second reply calls a tool with a result of 1 KB.
+- team: a RoundRobinGroupChat of two such agents.
+- results: one agent with 40 replies; the first five call a tool with a result of 1 MB.
+- sessions: 300 sessions in one event loop, each with two replies and a tool.
+- busy: 30 such sessions beside a task that calls asyncio.sleep(0) for ever.
+- blocking: one reply with 20 calls of a tool that blocks for 0.3 s, on an executor of 32 threads.
+
+A step is a tool and the reply after it; a turn has two replies and a tool. The floor of a call is two commits and two
+gRPC echoes; it is measured between the runs. Ratios travel between machines, times don't.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.messages import TextMessage, ToolCallRequestEvent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import FunctionCall
+from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
+from pydantic import BaseModel
+
+SCRIPT = str(Path(__file__).resolve())
+ROOT = Path(SCRIPT).parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODES = ("plain", "live", "replay")
+CASES = ("agent", "team", "results", "sessions", "busy", "blocking")
+HUNDRED = 50  # turns: a hundred replies
+FLOORS = 100  # measured after each run
+RESULT = "y" * 1024
+BIG_RESULTS = 5
+BIG_RESULT_BYTES = 1_000_000
+BIG_REPLIES = 40
+SESSIONS = 300
+SESSIONS_BESIDE = 30
+BLOCKING_TOOLS = 20
+BLOCKED_FOR = 0.3  # seconds
+THREADS = 32
+
+
+# ---- The programs ----------------------------------------------------------------------------------------------------
+
+
+class Model(ChatCompletionClient):
+    """A model that answers at once: what `script` gives for the number of the reply."""
+
+    component_type = "model"
+    component_config_schema = BaseModel
+
+    def __init__(self, script: Callable[[int], str | list[FunctionCall]]) -> None:
+        self._script = script
+        self._replies = 0
+
+    async def create(self, messages: Sequence[LLMMessage], **_: Any) -> CreateResult:
+        """Return the next reply."""
+        self._replies += 1
+        content = self._script(self._replies)
+        reason: Any = "stop" if isinstance(content, str) else "function_calls"
+        return CreateResult(finish_reason=reason, content=content, usage=self.actual_usage(), cached=False)
+
+    async def create_stream(self, messages: Sequence[LLMMessage], **_: Any) -> AsyncGenerator[str | CreateResult, None]:
+        """Yield the next reply."""
+        yield await self.create(messages)
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+    def actual_usage(self) -> RequestUsage:
+        """Return the same usage for each reply."""
+        return RequestUsage(prompt_tokens=10, completion_tokens=10)
+
+    def total_usage(self) -> RequestUsage:
+        """Return the same usage for each reply."""
+        return self.actual_usage()
+
+    def count_tokens(self, messages: Sequence[LLMMessage], **_: Any) -> int:
+        """Count nothing."""
+        return 1
+
+    def remaining_tokens(self, messages: Sequence[LLMMessage], **_: Any) -> int:
+        """Count nothing."""
+        return 1000
+
+    @property
+    def capabilities(self) -> Any:
+        """What the model can do."""
+        return self.model_info
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """What the model can do."""
+        return ModelInfo(
+            vision=False, function_calling=True, json_output=True, structured_output=False, family="unknown"
+        )
+
+
+def text(number: int) -> str:
+    """Return a reply of 200 characters."""
+    return f"reply {number} ".ljust(200, ".")
+
+
+def call(tool: str, number: int, calls: int = 1) -> list[FunctionCall]:
+    """Return a reply that calls a tool, once or several times."""
+    return [
+        FunctionCall(id=f"call-{number}-{n}", name=tool, arguments=json.dumps({"argument": f"{number}-{n}"}))
+        for n in range(calls)
+    ]
+
+
+async def look_up(argument: str) -> str:
+    """Return a kilobyte."""
+    return argument.ljust(1024, "y")
+
+
+async def read_file(argument: str) -> str:
+    """Return a megabyte of lines."""
+    line = f'a line of the file {argument} with some words and a "quoted" one\n'
+    return (line * (BIG_RESULT_BYTES // len(line) + 1))[:BIG_RESULT_BYTES]
+
+
+def block(argument: str) -> str:
+    """Block the thread."""
+    time.sleep(BLOCKED_FOR)
+    return argument
+
+
+def alternating(number: int) -> str | list[FunctionCall]:
+    """Call a tool with every second reply."""
+    return call("look_up", number) if number % 2 else text(number)
+
+
+def agent(
+    script: Callable[[int], str | list[FunctionCall]],
+    tool: Callable[..., Any] = look_up,
+    *,
+    name: str = "agent",
+    tool_rounds: int = 1,
+) -> AssistantAgent:
+    """Build an agent."""
+    return AssistantAgent(name, Model(script), tools=[tool], max_tool_iterations=tool_rounds + 1)
+
+
+@dataclass
+class Measured:
+    """What one run took."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Of the program's process."""
+    peak_mb: float = 0.0
+    """Of the whole process."""
+    steps: list[float] = field(default_factory=list)
+    """Seconds of each step: a tool and the reply after it."""
+    turns: list[float] = field(default_factory=list)
+    """Seconds of each turn."""
+
+
+class Program:
+    """One run of a case."""
+
+    def __init__(self, mode: str, session: str, nexum: str) -> None:
+        self._mode = mode
+        self._session = session
+        self._nexum = nexum
+        self.measured = Measured()
+        self._turn_began = self._tool_called = 0.0
+
+    @asynccontextmanager
+    async def session(self, number: int = 0) -> AsyncIterator[None]:
+        """Be in a durable session, unless the run is plain."""
+        if self._mode == "plain":
+            yield
+            return
+        from durable_autogen import DurableSession
+
+        async with DurableSession(f"{self._session}-{number}", nexum=self._nexum, tell=_say_nothing):
+            yield
+
+    def saw(self, item: object) -> None:
+        """Note when a message came."""
+        now = time.perf_counter()
+        if isinstance(item, ToolCallRequestEvent):
+            self._tool_called = now
+        elif isinstance(item, TextMessage) and item.source != "user":
+            if self._tool_called:
+                self.measured.steps.append(now - self._tool_called)
+            if self._turn_began:
+                self.measured.turns.append(now - self._turn_began)
+            self._turn_began, self._tool_called = now, 0.0
+
+    async def agent(self, replies: int) -> None:
+        """Run one agent, with a task for each of its turns."""
+        one = agent(alternating)
+        async with self.session():
+            for number in range(replies // 2):
+                async for item in one.run_stream(task=f"task {number}"):
+                    self.saw(item)
+
+    async def team(self, replies: int) -> None:
+        """Run a team of two."""
+        members = [agent(alternating, name=name) for name in ("one", "other")]
+        team = RoundRobinGroupChat(list(members), max_turns=replies // 2)
+        async with self.session():
+            async for item in team.run_stream(task="the task"):
+                self.saw(item)
+
+    async def results(self, replies: int) -> None:
+        """Run one agent over big results: each later reply is over all of them."""
+
+        def script(number: int) -> str | list[FunctionCall]:
+            return call("read_file", number) if number <= BIG_RESULTS else text(number)
+
+        one = agent(script, read_file, tool_rounds=BIG_RESULTS)
+        async with self.session():
+            for number in range(BIG_REPLIES - BIG_RESULTS):
+                result = await one.run(task=f"task {number}")
+                assert isinstance(result, TaskResult)
+
+    async def sessions(self, replies: int) -> None:
+        """Run many sessions at once."""
+        await asyncio.gather(*(self._one_of_many(number) for number in range(SESSIONS)))
+
+    async def busy(self, replies: int) -> None:
+        """Run sessions beside a task that never lets the event loop be idle."""
+
+        async def never_idle() -> None:
+            while True:  # noqa: ASYNC110 - a busy loop is what is measured
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(never_idle())
+        await asyncio.gather(*(self._one_of_many(number) for number in range(SESSIONS_BESIDE)))
+        beside.cancel()
+
+    async def _one_of_many(self, number: int) -> None:
+        async with self.session(number):
+            await agent(alternating).run(task="the task")
+
+    async def blocking(self, replies: int) -> None:
+        """Call many blocking tools at once, on threads that the program has set up."""
+
+        def script(number: int) -> str | list[FunctionCall]:
+            return call("block", number, BLOCKING_TOOLS) if number == 1 else text(number)
+
+        with ThreadPoolExecutor(THREADS) as executor:
+            asyncio.get_running_loop().set_default_executor(executor)
+            async with self.session():
+                await agent(script, block).run(task="the task")
+
+
+def _say_nothing(_: str) -> None:
+    """What a session tells is not measured."""
+
+
+def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Measured:
+    """Run a case in this process."""
+    program = Program(mode, session, nexum)
+    if mode != "plain":
+        import durable_autogen  # noqa: F401 - imported here: neither its time nor a plain run's memory has it
+    gc.collect()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
+    asyncio.run(getattr(program, case)(replies))
+    measured = program.measured
+    measured.seconds = time.perf_counter() - begun
+    measured.cpu_seconds = time.process_time() - cpu_begun
+    measured.peak_mb = peak_mb()
+    return measured
+
+
+def peak_mb() -> float:
+    """Return the highest memory use of this process so far; 0 where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+async def measure(cases: Sequence[str], rounds: int, replies: int, folder: Path) -> dict[str, Any]:
+    """Run the cases; return the figures."""
+    import grpc
+    from tool_call import ECHO, Plain, one_by_one, process
+    from tool_call import RESULT as ECHOED
+    from tool_call import SCRIPT as FLOOR_SCRIPT
+
+    server = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{folder / 'nexum.db'}"]
+    runs: dict[str, dict[str, list[Measured]]] = {case: {mode: [] for mode in MODES} for case in cases}
+    floors: list[float] = []
+    async with (
+        process(server, cwd=folder) as line,
+        process([FLOOR_SCRIPT, "--serve-echo"], cwd=folder) as echo_line,
+        grpc.aio.insecure_channel(echo_line.split()[1]) as channel,
+    ):
+        nexum = line.split(" on ")[1].split(",")[0]
+        echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(ECHO)
+        database = Plain(folder)
+
+        async def floor() -> None:
+            database.transactions()
+            await echo(ECHOED.encode())
+            await echo(ECHOED.encode())
+
+        await one_by_one(floor, 30)
+        for number in range(rounds):
+            for case in cases:
+                for mode in MODES:
+                    print(f"round {number + 1} of {rounds}: {case}, {mode}", file=sys.stderr, flush=True)
+                    measured = await run_child(case, mode, f"{case}-{number}", nexum, replies, folder)
+                    runs[case][mode].append(measured)
+                    floors += await one_by_one(floor, FLOORS)
+    floor_ms = median(floors) * 1000
+    return {
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        "rounds": rounds,
+        "replies": replies,
+        "floor_ms": round(floor_ms, 3),
+        "cases": {case: figures(case, runs[case], floor_ms) for case in cases},
+    }
+
+
+async def run_child(case: str, mode: str, session: str, nexum: str, replies: int, folder: Path) -> Measured:
+    """Run a case in a new process."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *(SCRIPT, "--child", case, mode, session, nexum, "--replies", str(replies)),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        output, _ = await child.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            child.kill()
+    if child.returncode != 0:
+        raise SystemExit(f"error: the run of {case} ({mode}) failed; its error is above")
+    return Measured(**json.loads(output.decode().splitlines()[-1]))
+
+
+def figures(case: str, runs: dict[str, list[Measured]], floor_ms: float) -> dict[str, Any]:
+    """Compute a case's figures: medians over the rounds, and ratios to plain and to the floor."""
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        found[mode] = {
+            "seconds": round(median(one.seconds for one in runs[mode]), 3),
+            "cpu_seconds": round(median(one.cpu_seconds for one in runs[mode]), 3),
+            "peak_mb": round(median(one.peak_mb for one in runs[mode]), 1),
+        }
+        if case in ("agent", "team"):
+            for name in ("steps", "turns"):
+                first = median(median(getattr(one, name)[:HUNDRED]) for one in runs[mode]) * 1000
+                last = median(median(getattr(one, name)[-HUNDRED:]) for one in runs[mode]) * 1000
+                found[mode][name] = {"first_ms": round(first, 2), "last_ms": round(last, 2)}
+                found[mode][name]["last_to_first"] = round(last / first, 2)
+    plain = found["plain"]
+    for mode in ("live", "replay"):
+        found[mode]["of_plain"] = round(found[mode]["seconds"] / plain["seconds"], 1)
+        if plain["peak_mb"]:
+            found[mode]["memory_of_plain"] = round(found[mode]["peak_mb"] / plain["peak_mb"], 2)
+        for name in ("steps", "turns"):
+            if name in plain:
+                for part in ("first", "last"):
+                    over = found[mode][name][f"{part}_ms"] - plain[name][f"{part}_ms"]
+                    found[mode][name][f"{part}_over_plain_floors"] = round(over / floor_ms, 1)
+    return found
+
+
+# ---- Telling ---------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """Write the figures for a person."""
+    lines = [f"the floor, 2 commits + 2 echoes: {found['floor_ms']:.2f} ms"]
+    paced = [case for case in ("agent", "team") if case in found["cases"]]
+    if paced:
+        lines += [
+            "",
+            f"{'a run of ' + format(found['replies'], ',') + ' replies':<28}{'first 100':>11}{'last 100':>11}"
+            f"{'last/first':>12}   over plain, in floors: first, last",
+        ]
+    for case in paced:
+        for name, what in (("steps", "a step, ms"), ("turns", "a turn, ms")):
+            for mode in MODES:
+                one = found["cases"][case][mode][name]
+                over = (
+                    ""
+                    if mode == "plain"
+                    else f"{one['first_over_plain_floors']:>17.1f}{one['last_over_plain_floors']:>8.1f}"
+                )
+                lines.append(
+                    f"{f'{case}, {what}, {mode}':<28}{one['first_ms']:>11.2f}{one['last_ms']:>11.2f}"
+                    f"{one['last_to_first']:>12.2f}{over}"
+                )
+    lines += ["", f"{'a whole run':<28}{'seconds':>11}{'of plain':>11}{'CPU s':>12}{'peak MB':>12}{'of plain':>11}"]
+    for case, modes in found["cases"].items():
+        for mode in MODES:
+            one = modes[mode]
+            times, memory = one.get("of_plain", ""), one.get("memory_of_plain", "")
+            lines.append(
+                f"{f'{case}, {mode}':<28}{one['seconds']:>11.2f}{times:>11}{one['cpu_seconds']:>12.2f}"
+                f"{one['peak_mb']:>12.0f}{memory:>11}"
+            )
+    lines += ["", f"{'goals':<58}{'at most':>9}{'measured':>10}"]
+    lines += [
+        f"{what:<58}{limit:>9}{value:>10}{'' if value <= limit else '   missed'}"
+        for what, limit, value in goals(found["cases"])
+    ]
+    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
+    lines += [
+        "",
+        f"{found['rounds']} round(s), medians; Python {found['python']}, {found['processors']} processors{load}",
+    ]
+    return "\n".join(lines)
+
+
+def goals(cases: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Yield each goal with its limit and what was measured."""
+    for case in ("agent", "team"):
+        if case in cases:
+            for mode in ("live", "replay"):
+                steps = cases[case][mode]["steps"]
+                yield f"{case}, {mode}: last hundred replies to the first", 1.2, steps["last_to_first"]
+            live = cases[case]["live"]["steps"]
+            yield f"{case}, live: floors a step over plain, first hundred", 4.0, live["first_over_plain_floors"]
+            yield f"{case}, live: floors a step over plain, last hundred", 4.0, live["last_over_plain_floors"]
+    if "results" in cases:
+        yield "results, live: times plain", 8.0, cases["results"]["live"]["of_plain"]
+        yield "results, replay: times plain", 6.0, cases["results"]["replay"]["of_plain"]
+        for mode in ("live", "replay"):
+            if "memory_of_plain" in cases["results"][mode]:
+                yield f"results, {mode}: memory, times plain", 1.5, cases["results"][mode]["memory_of_plain"]
+    for case, what, limit in (
+        ("sessions", f"{SESSIONS} sessions in one loop, live: seconds", 5.0),
+        ("busy", f"{SESSIONS_BESIDE} sessions beside a busy task, live: seconds", 0.5),
+        ("blocking", f"{BLOCKING_TOOLS} blocking tools, live: seconds", 0.4),
+    ):
+        if case in cases:
+            yield what, limit, cases[case]["live"]["seconds"]
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replies", type=int, default=300, help="of agent and team (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run these cases")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--child", nargs=4, metavar=("CASE", "MODE", "SESSION", "HOST:PORT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(asdict(run_case(*args.child, args.replies))))
+        return 0
+    if args.rounds < 1 or args.replies < 4 * HUNDRED or args.replies % 2:
+        parser.error(f"give at least 1 round, and an even number of at least {4 * HUNDRED} replies")
+    with tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run(measure(args.only, args.rounds, args.replies, Path(folder)))
+    print(json.dumps(found, indent=2) if args.json else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
