@@ -55,7 +55,7 @@ MODES = ("plain", "live", "replay")
 CASES = ("agent", "team", "results", "sessions", "busy", "blocking")
 HUNDRED = 50  # turns: a hundred replies
 FLOORS = 100  # measured after each run
-RESULT = "y" * 1024
+RESULT_BYTES = 1024
 BIG_RESULTS = 5
 BIG_RESULT_BYTES = 1_000_000
 BIG_REPLIES = 40
@@ -137,7 +137,7 @@ def call(tool: str, number: int, calls: int = 1) -> list[FunctionCall]:
 
 async def look_up(argument: str) -> str:
     """Return a kilobyte."""
-    return argument.ljust(1024, "y")
+    return argument.ljust(RESULT_BYTES, "y")
 
 
 async def read_file(argument: str) -> str:
@@ -480,7 +480,8 @@ def main() -> int:
     parser.add_argument("--child", nargs=4, metavar=("CASE", "MODE", "SESSION", "HOST:PORT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(asdict(run_case(*args.child, args.replies))))
+        case, mode, session, nexum = args.child
+        print(json.dumps(asdict(run_case(case, mode, session, nexum, args.replies))))
         return 0
     if args.rounds < 1 or args.replies < 4 * HUNDRED or args.replies % 2:
         parser.error(f"give at least 1 round, and an even number of at least {4 * HUNDRED} replies")
