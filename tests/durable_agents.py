@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseChatMessage, TextMessage
-from autogen_core import CancellationToken
-from autogen_core.models import ChatCompletionClient, CreateResult
+from autogen_core import CancellationToken, FunctionCall
+from autogen_core.models import ChatCompletionClient, CreateResult, ModelInfo, RequestUsage, UserMessage
 from autogen_core.tools import BaseTool, FunctionTool, StaticStreamWorkbench
 from harness import Server
 from openai_server import OpenAIServer, Reply
+from pydantic import BaseModel
 
-from durable_autogen import run_durable
+from durable_autogen import DurableSession, run_durable
 from durable_autogen.record.place import Place, at, current, steps_at
 from durable_autogen.record.session import Session
 from models.live import LiveModel
@@ -114,3 +117,116 @@ def bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> StaticStr
     return StaticStreamWorkbench(
         [tool if isinstance(tool, BaseTool) else FunctionTool(tool, description=tool.__doc__ or "") for tool in tools]
     )
+
+
+# ---- Without HTTP ----------------------------------------------------------------------------------------------------
+
+QUESTION = [UserMessage(content="what now?", source="user")]
+
+
+def word() -> str:
+    """A text that is never the same twice."""
+    return f"word {uuid.uuid4().hex[:8]}"
+
+
+def call(name: str, **arguments: Any) -> FunctionCall:
+    """A tool call as a model asks for it."""
+    return FunctionCall(id=uuid.uuid4().hex, name=name, arguments=json.dumps(arguments))
+
+
+def reply(content: Any = None, **more: Any) -> CreateResult:
+    """A model's result: a text or a list of tool calls; without one, a text that is never the same twice."""
+    content = word() if content is None else content
+    reason = "stop" if isinstance(content, str) else "function_calls"
+    usage = RequestUsage(prompt_tokens=2, completion_tokens=3)
+    return CreateResult(**{"finish_reason": reason, "content": content, "usage": usage, "cached": False, **more})
+
+
+class Scripted(ChatCompletionClient):
+    """A model in this process: answers from its script, then with something new each time, and notes each request.
+
+    An entry of the script is a text, tool calls, a whole result, an error to raise, or an async function to call.
+    """
+
+    component_type = "model"
+    component_config_schema = BaseModel
+
+    def __init__(self, happened: list[str], *script: Any, name: str = "model") -> None:
+        self.happened, self.script, self.name, self.requests = happened, list(script), name, 0
+
+    async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
+        self.happened.append(self.name)
+        self.requests += 1
+        said = self.script.pop(0) if self.script else None
+        if callable(said):
+            said = await said()
+        if isinstance(said, Exception):
+            raise said
+        return said if isinstance(said, CreateResult) else reply(said)
+
+    async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[str | CreateResult, None]:
+        result = await self.create(messages)
+        for piece in result.content.split() if isinstance(result.content, str) else []:
+            yield f"{piece} "
+        yield result
+
+    async def close(self) -> None: ...
+
+    def actual_usage(self) -> RequestUsage:
+        return RequestUsage(prompt_tokens=2 * self.requests, completion_tokens=3 * self.requests)
+
+    total_usage = actual_usage
+
+    def count_tokens(self, messages: Any, *, tools: Any = ()) -> int:
+        return 1
+
+    def remaining_tokens(self, messages: Any, *, tools: Any = ()) -> int:
+        return 1000
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return ModelInfo(vision=True, function_calling=True, json_output=True, structured_output=True, family="unknown")
+
+    @property
+    def capabilities(self) -> Any:
+        return self.model_info
+
+
+async def asked(client: ChatCompletionClient) -> str:
+    """What a model says when it is asked directly."""
+    return str((await client.create(QUESTION)).content)
+
+
+def new_session() -> str:
+    """A session id that nobody has used."""
+    return f"s-{uuid.uuid4().hex[:12]}"
+
+
+async def inside(server: Server, program: Callable[[], Awaitable[Any]], session: str, **more: Any) -> Any:
+    """Run a program in a session; return what it returns, as plain values."""
+
+    async def body() -> Any:
+        async with DurableSession(session, nexum=server.address, **more):
+            return plain(await program())
+
+    return await asyncio.wait_for(body(), TIMEOUT)
+
+
+async def twice(server: Server, program: Callable[[], Awaitable[Any]], happened: list[str], **more: Any) -> Any:
+    """Run a program twice in one new session: the second run returns the same, and nothing happens in it."""
+    session = new_session()
+    happened.clear()
+    first = await inside(server, program, session, **more)
+    before = list(happened)
+    assert before, "nothing happened: this program tests nothing"
+    again = await inside(server, program, session, **more)
+    assert happened == before
+    assert again == first
+    return first
+
+
+def plain(value: Any) -> Any:
+    """AutoGen's results as plain values that can be compared, with their ids and times."""
+    if type(value) in (list, tuple):
+        return type(value)(plain(one) for one in value)
+    return value.model_dump() if isinstance(value, (TaskResult, CreateResult)) else value

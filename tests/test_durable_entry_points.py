@@ -1,0 +1,822 @@
+"""What a program calls is recorded wherever it is called from, and a session leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import pickle
+import random
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent, CodeExecutorAgent, UserProxyAgent
+from autogen_agentchat.agents._code_executor_agent import ApprovalRequest, ApprovalResponse
+from autogen_agentchat.base import TaskResult, TerminationCondition
+from autogen_agentchat.conditions import ExternalTermination, FunctionalTermination, MaxMessageTermination
+from autogen_agentchat.messages import StopMessage, TextMessage
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import (
+    AgentId,
+    BaseAgent,
+    CancellationToken,
+    Image,
+    InMemoryStore,
+    MessageContext,
+    RoutedAgent,
+    SingleThreadedAgentRuntime,
+    TopicId,
+    TypeSubscription,
+    message_handler,
+)
+from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
+from autogen_core.memory import ListMemory, Memory, MemoryContent, MemoryMimeType, MemoryQueryResult
+from autogen_core.models import ChatCompletionClient, CreateResult
+from autogen_core.tool_agent import ToolAgent, tool_agent_caller_loop
+from autogen_core.tools import BaseStreamTool, BaseTool, FunctionTool, StaticWorkbench, ToolResult, Workbench
+from autogen_ext.models.cache import ChatCompletionCache
+from autogen_ext.models.openai import OpenAIChatCompletionClient
+from durable_agents import (
+    QUESTION,
+    Own,
+    Scripted,
+    asked,
+    bench,
+    call,
+    inside,
+    new_session,
+    plain,
+    reply,
+    session,
+    twice,
+    word,
+)
+from harness import Server, nexum_server
+from pydantic import BaseModel, ValidationError
+
+from durable_autogen import DurableSession, NotDurable
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole file: each test has sessions of its own."""
+    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
+        yield running
+
+
+def pair(*agents: Any, turns: int = 4, **more: Any) -> RoundRobinGroupChat:
+    return RoundRobinGroupChat(list(agents), max_turns=turns, **more)
+
+
+def token() -> CancellationToken:
+    return CancellationToken()
+
+
+# ---- Model clients ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Slots:
+    client: ChatCompletionClient
+
+
+class Pair(NamedTuple):
+    client: ChatCompletionClient
+    number: int
+
+
+class Shelf:
+    client: ClassVar[Any] = None
+
+
+def in_closure(client: ChatCompletionClient) -> Callable[[], Awaitable[str]]:
+    async def ask() -> str:
+        return await asked(client)
+
+    return ask
+
+
+def on_class(client: ChatCompletionClient) -> Callable[[], Awaitable[str]]:
+    Shelf.client = client
+    return lambda: asked(Shelf.client)
+
+
+def in_module(client: ChatCompletionClient) -> Callable[[], Awaitable[str]]:
+    globals()["kept"] = client
+    return lambda: asked(globals()["kept"])
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        pytest.param(lambda client: functools.partial(lambda slots: asked(slots.client), Slots(client)), id="slots"),
+        pytest.param(lambda client: functools.partial(lambda kept: asked(kept.client), Pair(client, 1)), id="tuple"),
+        pytest.param(lambda client: functools.partial(asked, client), id="partial"),
+        pytest.param(in_closure, id="closure"),
+        pytest.param(on_class, id="class"),
+        pytest.param(in_module, id="global"),
+    ],
+)
+async def test_agent_asks_client_kept_anywhere_once(server: Server, keep: Callable[[Any], Any]) -> None:
+    happened: list[str] = []
+    ask = keep(Scripted(happened))  # before the session
+
+    async def program() -> TaskResult:
+        return await pair(Own("keeper", lambda _: ask()), AssistantAgent("other", Scripted(happened))).run(task="Q")
+
+    await twice(server, program, happened)
+    assert len(happened) == 4
+
+
+async def test_create_that_a_mixin_brings_is_recorded(server: Server) -> None:
+    happened: list[str] = []
+
+    class Speaks:  # no AutoGen class
+        async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
+            happened.append("mixin")
+            return reply()
+
+    class Mixed(Speaks, Scripted):
+        pass
+
+    async def program() -> list[str]:
+        return [await asked(Mixed(happened)) for _ in range(2)]
+
+    await twice(server, program, happened)
+    assert happened == ["mixin"] * 2
+    assert "create" not in vars(Mixed)
+
+
+async def test_client_that_asks_other_clients_is_recorded_once(server: Server) -> None:
+    happened: list[str] = []
+
+    class Fallback(Scripted):
+        async def create(self, messages: Sequence[Any], **more: Any) -> CreateResult:
+            for client in (Scripted(happened, LookupError("down"), name="first"), Scripted(happened, name="second")):
+                with contextlib.suppress(LookupError):
+                    return await client.create(messages, **more)
+            raise AssertionError
+
+    async def program() -> Any:
+        said = await AssistantAgent("a", Fallback(happened)).run(task="Q")
+        recorder = session().recorder
+        assert recorder.live["model calls"] + recorder.replayed["model calls"] == 1
+        return said
+
+    await twice(server, program, happened)
+    assert happened == ["first", "second"]
+
+
+async def test_cached_reply_and_usage_stay_as_client_gave_them(server: Server) -> None:
+    happened: list[str] = []
+
+    async def program() -> Any:
+        store: Any = InMemoryStore()
+        client = ChatCompletionCache(Scripted(happened), store)
+        # At once: the store gives out one object, which is a hit from the second time on.
+        return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
+
+    live, hit, used = await twice(server, program, happened)
+    assert (live["cached"], hit["cached"]) == (False, True)
+    assert live["content"] == hit["content"]
+    assert used == 2
+
+
+# ---- Tools -----------------------------------------------------------------------------------------------------------
+
+
+class Price(BaseModel):
+    amount: float
+    day: datetime | None = None
+
+
+@dataclass
+class Stock:
+    name: str
+    price: Price
+
+
+DAY = datetime(2024, 2, 29, 12, tzinfo=timezone.utc)
+PIXEL = Image.from_base64(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(Price(amount=float("inf")), id="model"),
+        pytest.param(Stock("x", Price(amount=1, day=DAY)), id="dataclass"),
+        pytest.param([Price(amount=1, day=DAY), Price(amount=2)], id="list"),
+        *(DAY, b"\x00\xff", (1, "two", None), {3: {"four"}}),
+    ],
+)
+@pytest.mark.parametrize("method", ["run", "run_json"])
+async def test_tool_called_directly_returns_its_value_again(server: Server, value: Any, method: str) -> None:
+    happened: list[str] = []
+
+    def give(text: str) -> Any:
+        happened.append(text)
+        return value
+
+    async def program() -> Any:
+        tool = FunctionTool(give, "Give it.")
+        args: Any = {"text": "x"} if method == "run_json" else tool.args_type()(text="x")
+        got = await getattr(tool, method)(args, token())
+        return got, type(got).__name__
+
+    assert await twice(server, program, happened) == (value, type(value).__name__)
+
+
+async def test_tool_called_directly_returns_its_image_again(server: Server) -> None:
+    happened: list[str] = []
+
+    def draw() -> Image:
+        happened.append("drawn")
+        return PIXEL
+
+    async def program() -> Any:
+        image = await FunctionTool(draw, "Draw.").run_json({}, token())
+        assert isinstance(image, Image)
+        return image.to_base64()
+
+    assert await twice(server, program, happened) == PIXEL.to_base64()
+
+
+class Declined(Exception):
+    """An error of the program's own, which can't be built from its text."""
+
+    def __init__(self, bank: str, code: int) -> None:
+        super().__init__(f"declined by {bank}")
+        self.code = code
+
+
+@pytest.mark.parametrize("kind", [Declined, ValidationError, KeyError])
+async def test_error_of_tool_is_caught_by_its_type_again(server: Server, kind: type[Exception]) -> None:
+    happened: list[str] = []
+
+    def fail() -> None:
+        happened.append("failed")
+        if kind is Declined:
+            raise Declined(word(), random.randrange(1_000_000))
+        if kind is KeyError:
+            raise KeyError(word())
+        Price.model_validate({"amount": word()})
+
+    async def program() -> Any:
+        try:
+            return await FunctionTool(fail, "Fail.").run_json({}, token())
+        except kind as error:
+            found = error.errors() if isinstance(error, ValidationError) else []
+            details = [(one["type"], one["loc"], one["msg"], one["input"]) for one in found]
+            return [str(error), details or vars(error), type(error) is kind]
+
+    assert (await twice(server, program, happened))[-1]
+
+
+class NewsArguments(BaseModel):
+    upto: int
+
+
+class News(BaseModel):
+    text: str
+
+
+class NewsTool(BaseStreamTool[NewsArguments, TextMessage, News]):
+    """Streams messages before its result."""
+
+    component_type = "tool"
+
+    def __init__(self, happened: list[str]) -> None:
+        super().__init__(NewsArguments, News, "news", "The news.")
+        self.happened = happened
+
+    async def run(self, args: NewsArguments, cancellation_token: CancellationToken) -> News:
+        raise AssertionError("it is streamed")
+
+    async def run_stream(
+        self, args: NewsArguments, cancellation_token: CancellationToken, call_id: str | None = None
+    ) -> AsyncGenerator[TextMessage | News, None]:
+        for number in range(args.upto):
+            self.happened.append(f"item {number}")
+            yield TextMessage(content=f"item {number} {word()}", source="news")
+        yield News(text=word())
+
+
+async def test_messages_of_streaming_tool_are_in_transcript(server: Server) -> None:
+    happened: list[str] = []
+
+    async def program() -> TaskResult:
+        model = Scripted(happened, [call("news", upto=2)])
+        return await pair(AssistantAgent("a", model, tools=[NewsTool(happened)]), turns=1).run(task="Q")
+
+    outside = [(type(message).__name__, message.source) for message in (await program()).messages]
+    assert sum(source == "news" for _, source in outside) == 2
+    recorded = await twice(server, program, happened)
+    assert [(message["type"], message["source"]) for message in recorded["messages"]] == outside
+    assert happened == ["model", "item 0", "item 1"]
+
+
+async def test_failure_of_own_workbench_is_replayed(server: Server) -> None:
+    happened: list[str] = []
+
+    class Raises(StaticWorkbench):
+        async def call_tool(self, name: str, *args: Any, **more: Any) -> ToolResult:
+            happened.append(name)
+            raise ConnectionError(word())
+
+    async def program() -> Any:
+        model, gone = Scripted(happened, [call("gone")]), FunctionTool(word, "Go.", name="gone")
+        said = await AssistantAgent("a", model, workbench=Raises([gone]), reflect_on_tool_use=True).run(task="Q")
+        with pytest.raises(ConnectionError) as caught:  # by the program itself
+            await Raises([]).call_tool("lost")
+        return [plain(said), str(caught.value)]
+
+    await twice(server, program, happened)
+    assert happened == ["model", "gone", "model", "lost"]
+
+
+# ---- The core API ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ask:
+    text: str
+
+
+class Asker(RoutedAgent):
+    def __init__(self, client: ChatCompletionClient, heard: asyncio.Queue[str]) -> None:
+        super().__init__("asks")
+        self.client, self.heard = client, heard
+
+    @message_handler
+    async def on_ask(self, message: Ask, ctx: MessageContext) -> Ask:
+        said = await asked(self.client)
+        self.heard.put_nowait(said)
+        return Ask(said)
+
+
+@pytest.mark.parametrize("started", ["before", "within"])
+async def test_core_agents_are_recorded_whenever_their_runtime_started(server: Server, started: str) -> None:
+    happened: list[str] = []
+    heard: asyncio.Queue[str] = asyncio.Queue()
+
+    async def runtime() -> SingleThreadedAgentRuntime:
+        found = SingleThreadedAgentRuntime()
+        await Asker.register(found, "asker", lambda: Asker(Scripted(happened), heard))
+        await found.add_subscription(TypeSubscription("asks", "asker"))
+        found.start()
+        return found
+
+    before = await runtime() if started == "before" else None
+
+    async def program() -> list[str]:
+        at_work = before or await runtime()
+        for key in (uuid.uuid4().hex, "same", uuid.uuid4().hex):
+            await at_work.send_message(Ask("direct"), AgentId("asker", key))
+        await asyncio.gather(*(at_work.publish_message(Ask("told"), TopicId("asks", word())) for _ in range(2)))
+        said = [await heard.get() for _ in range(5)]
+        if before is None:
+            await at_work.stop_when_idle()
+        return said
+
+    await twice(server, program, happened)
+    if before is not None:
+        await before.stop()
+
+
+async def test_tool_agent_calls_tools_once(server: Server) -> None:
+    happened: list[str] = []
+
+    def charge(amount: int) -> str:
+        """Charge."""
+        happened.append(f"charge {amount}")
+        return word()
+
+    async def program() -> list[str]:
+        runtime, tools = SingleThreadedAgentRuntime(), [FunctionTool(charge, "Charge.")]
+        await ToolAgent.register(runtime, "tools", lambda: ToolAgent("tools", list(tools)))
+        runtime.start()
+        model = Scripted(happened, [call("charge", amount=1), call("charge", amount=2)], [call("missing")])
+        to, schemas = AgentId("tools", "default"), [tool.schema for tool in tools]
+        said = await tool_agent_caller_loop(runtime, to, model, list(QUESTION), schemas)
+        await runtime.stop_when_idle()
+        # Python gives each run's calls other ids.
+        return [str(message.content) for message in said]
+
+    await twice(server, program, happened)
+    assert sorted(happened) == ["charge 1", "charge 2", "model", "model", "model"]
+
+
+async def test_team_on_own_runtime_started_before_session_is_recorded(server: Server) -> None:
+    happened: list[str] = []
+    runtime = SingleThreadedAgentRuntime()
+    runtime.start()
+
+    def note(text: str) -> str:
+        """Note it."""
+        happened.append(text)
+        return word()
+
+    async def act(_: str) -> str:
+        return str(await FunctionTool(note, "Note it.").run_json({"text": "directly"}, token()))
+
+    async def program() -> TaskResult:
+        one = AssistantAgent("one", Scripted(happened, [call("note", text="by model")]), tools=[note])
+        return await pair(one, Own("two", act), runtime=runtime).run(task="Q")
+
+    await twice(server, program, happened)
+    assert happened == ["model", "by model", "directly", "model", "directly"]
+    await runtime.stop()
+
+
+# ---- Memory, code, people --------------------------------------------------------------------------------------------
+
+
+async def test_memory_is_asked_once(server: Server) -> None:
+    happened: list[str] = []
+
+    class Library(ListMemory):
+        async def query(self, *args: Any, **more: Any) -> MemoryQueryResult:
+            happened.append("looked up")
+            return MemoryQueryResult(results=[MemoryContent(content=word(), mime_type=MemoryMimeType.TEXT)])
+
+        async def update_context(self, model_context: Any) -> Any:
+            await self.query("")
+            return await super().update_context(model_context)
+
+    async def program() -> Any:
+        memory: Memory = Library()
+        direct = await memory.query("what?")
+        said = await AssistantAgent("a", Scripted(happened), memory=[memory]).run(task="Q")
+        return [direct.model_dump(), plain(said)]
+
+    await twice(server, program, happened)
+    assert happened == ["looked up", "looked up", "model"]
+
+
+class Executor(CodeExecutor):
+    """Runs nothing, and says that it did."""
+
+    component_type = "code_executor"
+    component_config_schema = BaseModel
+
+    def __init__(self, happened: list[str]) -> None:
+        self.happened = happened
+
+    async def execute_code_blocks(
+        self, code_blocks: list[CodeBlock], cancellation_token: CancellationToken
+    ) -> CodeResult:
+        self.happened.append("executed")
+        return CodeResult(exit_code=3, output=word())
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def restart(self) -> None: ...
+
+
+async def test_code_is_approved_and_executed_once(server: Server) -> None:
+    happened: list[str] = []
+
+    async def approve(request: ApprovalRequest) -> ApprovalResponse:
+        happened.append("approved")
+        return ApprovalResponse(approved=len(happened) < 4, reason=word())
+
+    async def program() -> Any:
+        writer = Scripted(happened, *["```python\nprint(1)\n```"] * 2)
+        coder = CodeExecutorAgent("coder", Executor(happened), approval_func=approve)
+        said = await pair(AssistantAgent("writer", writer), coder).run(task="Q")
+        direct = await Executor(happened).execute_code_blocks([CodeBlock("1", "python")], token())
+        return [plain(said), direct]
+
+    await twice(server, program, happened)
+    assert happened == ["model", "approved", "executed", "model", "approved", "executed"]
+
+
+async def test_person_behind_own_get_input_is_asked_once(server: Server) -> None:
+    happened: list[str] = []
+
+    class Web(UserProxyAgent):
+        async def _get_input(self, prompt: str, cancellation_token: CancellationToken | None) -> str:
+            happened.append(prompt)
+            return word()
+
+    async def program() -> TaskResult:
+        return await pair(Web("person"), turns=2).run(task="Q")
+
+    await twice(server, program, happened)
+    assert len(happened) == 2
+
+
+# ---- Conditions ------------------------------------------------------------------------------------------------------
+
+
+class Drawn(TerminationCondition):
+    """Draws lots in its own `__call__`."""
+
+    def __init__(self, happened: list[str]) -> None:
+        self.happened, self.over = happened, False
+
+    @property
+    def terminated(self) -> bool:
+        return self.over
+
+    async def __call__(self, messages: Sequence[Any]) -> StopMessage | None:
+        self.over = random.random() < 0.4
+        return StopMessage(content=word(), source="lots") if self.over else None
+
+    async def reset(self) -> None:
+        self.over = False
+
+
+@pytest.mark.parametrize("kind", ["own", "function", "set by a task"])
+async def test_condition_that_follows_from_nothing_recorded_stops_at_the_same_message(
+    server: Server, kind: str
+) -> None:
+    happened: list[str] = []
+
+    async def condition() -> TerminationCondition:
+        if kind == "own":
+            return Drawn(happened)
+        if kind == "function":
+            return FunctionalTermination(lambda _: random.random() < 0.4)
+        button = ExternalTermination()
+        asyncio.get_running_loop().call_later(0.05, button.set)
+        return button
+
+    async def program() -> TaskResult:
+        await asked(Scripted(happened))
+        agents = [AssistantAgent(name, Scripted(happened)) for name in "ab"]
+        result = await pair(*agents, turns=200, termination_condition=await condition()).run(task="Q")
+        assert "Maximum" not in str(result.stop_reason)
+        return result
+
+    for _ in range(4):
+        await twice(server, program, happened)
+
+
+async def test_condition_that_is_nested_and_asks_a_model_is_recorded(server: Server) -> None:
+    happened: list[str] = []
+
+    class Judge(Drawn):
+        async def __call__(self, messages: Sequence[Any]) -> StopMessage | None:
+            self.over = await asked(Scripted(happened, random.choice(["go", "stop"]), name="judge")) == "stop"
+            return StopMessage(content="judged", source="judge") if self.over else None
+
+    async def program() -> TaskResult:
+        ends = MaxMessageTermination(20) | Judge(happened)
+        return await pair(AssistantAgent("a", Scripted(happened)), turns=30, termination_condition=ends).run(task="Q")
+
+    await twice(server, program, happened)
+    assert "judge" in happened
+
+
+# ---- Work in a turn, and at once -------------------------------------------------------------------------------------
+
+
+async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server) -> None:
+    happened: list[str] = []
+
+    def note() -> str:
+        """Note it."""
+        happened.append("noted")
+        return word()
+
+    async def act(_: str) -> str:
+        one = AssistantAgent("one", Scripted(happened, [call("note")]), tools=[note])
+        alone = await one.run(task="Q")
+        team = await pair(one, AssistantAgent("two", Scripted(happened)), turns=3).run(task=alone.messages[-1].id)
+        return " ".join(message.to_text() for message in team.messages)
+
+    async def program() -> TaskResult:
+        return await pair(Own("builder", act), turns=2).run(task="Q")
+
+    said = await twice(server, program, happened)
+    assert len(said["messages"]) == 3
+    assert happened == (["model", "noted", *["model"] * 3]) * 2
+
+
+async def test_sessions_at_once_in_one_loop_do_not_meet(server: Server) -> None:
+    happened: list[str] = []
+
+    ids = {f"s{number}": new_session() for number in range(4)}
+
+    async def one(name: str) -> Any:
+        async def program() -> Any:
+            agents = [AssistantAgent(member, Scripted(happened, name=name)) for member in "ab"]
+            direct = await asyncio.gather(*(asked(Scripted(happened, name=name)) for _ in range(3)))
+            return [direct, plain(await pair(*agents).run(task=name))]
+
+        return await inside(server, program, ids[name])
+
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*map(one, ids))
+
+    first = await all_of_them()
+    before = list(happened)
+    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each alone
+    assert await all_of_them() == first
+    assert happened == before
+
+
+async def test_session_inside_recorded_tool_is_a_session_of_its_own(server: Server) -> None:
+    happened: list[str] = []
+    own = new_session()
+
+    async def inner() -> Any:
+        return await inside(server, lambda: asked(Scripted(happened, name="inner")), own)
+
+    async def delegate() -> str:
+        """Delegate."""
+        happened.append("delegated")
+        return str(await inner())
+
+    async def program() -> TaskResult:
+        return await AssistantAgent("a", Scripted(happened, [call("delegate")]), tools=[delegate]).run(task="Q")
+
+    said = await twice(server, program, happened)
+    assert happened == ["model", "delegated", "inner"]
+    assert await inner() in str(said)
+    assert happened == ["model", "delegated", "inner"]
+
+
+async def test_tasks_that_ask_in_another_order_get_their_own_replies(server: Server) -> None:
+    happened: list[str] = []
+
+    async def ask(name: str) -> str:
+        messages = [QUESTION[0].model_copy(update={"content": f"for {name}"})]
+        return str((await Scripted(happened).create(messages)).content)
+
+    async def program() -> dict[str, str]:
+        names = list("abcdef")
+        random.shuffle(names)
+        found = await asyncio.gather(*(ask(name) for name in names))
+        return dict(sorted(zip(names, found, strict=True)))
+
+    for _ in range(3):
+        await twice(server, program, happened)
+
+
+# ---- Where it can't be recorded --------------------------------------------------------------------------------------
+
+
+async def test_thread_with_own_event_loop_is_refused_in_words_and_allowed_in_a_tool(server: Server) -> None:
+    happened: list[str] = []
+
+    def ask() -> str:
+        return asyncio.run(asked(Scripted(happened, name="threaded")))
+
+    def threaded() -> str:
+        """Ask."""
+        return ask()
+
+    async def program() -> Any:
+        for refused in (asyncio.to_thread(ask), asyncio.get_running_loop().run_in_executor(None, ask)):
+            with pytest.raises(NotDurable, match="another event loop"):
+                await refused
+        raised: list[BaseException] = []
+
+        def in_a_thread() -> None:
+            try:
+                ask()
+            except BaseException as error:  # noqa: BLE001 - looked at below
+                raised.append(error)
+
+        thread = threading.Thread(target=in_a_thread)
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        assert isinstance(raised[0], NotDurable)
+        return await AssistantAgent("a", Scripted(happened, [call("threaded")]), tools=[threaded]).run(task="Q")
+
+    await twice(server, program, happened)
+    assert happened == ["model", "threaded"]
+
+
+async def test_call_after_session_end_is_refused_in_words(server: Server) -> None:
+    happened: list[str] = []
+    over = asyncio.Event()
+    late: list[asyncio.Task[str]] = []
+
+    async def ask() -> str:
+        await over.wait()
+        return await asked(Scripted(happened, name="late"))
+
+    async def program() -> str:
+        late.append(asyncio.create_task(ask()))
+        return await asked(Scripted(happened))
+
+    async with DurableSession(new_session(), nexum=server.address):
+        await inside(server, program, "ends-first")
+        over.set()
+        with pytest.raises(NotDurable, match="session ends-first has ended"):
+            await late[0]
+    assert happened == ["model"]
+
+
+# ---- Nothing is left behind ------------------------------------------------------------------------------------------
+
+BASES = (ChatCompletionClient, Workbench, BaseTool, TerminationCondition, BaseAgent, CodeExecutor, Memory)
+
+
+def everything() -> dict[Any, Any]:
+    """What a session wraps, as it is now."""
+    kinds: list[Any] = list(BASES)
+    for kind in kinds:
+        kinds += [one for one in type.__subclasses__(kind) if one not in kinds]
+    return {
+        **{kind: {name: vars(kind)[name] for name in vars(kind) if not name.startswith("_abc")} for kind in kinds},
+        "submit": ThreadPoolExecutor.submit,
+        "start": threading.Thread.start,
+    }
+
+
+async def test_nothing_is_left_behind_after_the_last_session(server: Server) -> None:
+    before = everything()
+    first = DurableSession(new_session(), nexum=server.address)
+    await first.__aenter__()
+    async with DurableSession(new_session(), nexum=server.address):
+        during = everything()
+        assert during[Scripted] != before[Scripted]
+        assert during["submit"] is not before["submit"]
+    assert everything() == during  # the first is still open
+    await first.__aexit__(None, None, None)
+    after = everything()
+    assert [kind for kind in before if after[kind] != before[kind]] == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nothing_is_left_behind_by_session_that_could_not_begin(server: Server, fails: bool) -> None:
+    before = everything()
+    with pytest.raises(LookupError if not fails else Exception):
+        async with DurableSession(new_session(), nexum="127.0.0.1:1" if fails else server.address):
+            raise LookupError
+    assert everything() == before
+
+
+def note(text: str, times: int = 1) -> str:
+    """Note it."""
+    return text * times
+
+
+async def test_objects_are_the_same_within_a_session_as_outside(server: Server) -> None:
+    def looks() -> list[Any]:
+        client = OpenAIChatCompletionClient(model="gpt-4o", api_key="k")
+        tool = FunctionTool(note, "Note it.")
+        methods: list[Any] = [
+            client.create,
+            client.create_stream,
+            tool.run_json,
+            StaticWorkbench.call_tool,
+            Drawn.__call__,
+        ]
+        return [
+            *(inspect.signature(method) for method in methods),
+            *((method.__name__, method.__qualname__, method.__doc__, method.__module__) for method in methods),
+            *(inspect.iscoroutinefunction(method) for method in methods),
+            *(inspect.isasyncgenfunction(method) for method in methods),
+            [isinstance(client, kind) for kind in (OpenAIChatCompletionClient, ChatCompletionClient, Scripted)],
+            [isinstance(tool, kind) for kind in (FunctionTool, BaseTool, Workbench)],
+            *(one.dump_component().model_dump_json() for one in (client, tool, bench([tool]))),
+            pair(AssistantAgent("a", client, tools=[note])).dump_component().model_dump_json(),
+            AssistantAgent.load_component(AssistantAgent("a", client).dump_component()).name,
+            vars(pickle.loads(pickle.dumps(Scripted(["x"], "said")))),
+            pickle.dumps([Scripted, Drawn, NewsTool]),
+        ]
+
+    outside = looks()
+    assert await inside(server, lambda: asyncio.sleep(0, looks()), new_session()) == outside
+
+
+async def test_class_defined_within_a_session_is_recorded(server: Server) -> None:
+    happened: list[str] = []
+
+    async def program() -> Any:
+        class Defined(Scripted):
+            async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
+                happened.append("defined")
+                return reply()
+
+        class Counter(BaseTool[NewsArguments, News]):
+            component_type = "tool"
+
+            def __init__(self) -> None:
+                super().__init__(NewsArguments, News, "counter", "Count.")
+
+            async def run(self, args: NewsArguments, cancellation_token: CancellationToken) -> News:
+                happened.append("counted")
+                return News(text=word())
+
+        counted = await Counter().run_json({"upto": 1}, token())
+        arguments: Mapping[str, Any] = {"upto": 2}
+        again = await Counter().run(NewsArguments(**arguments), token())
+        return [await asked(Defined(happened)), counted.text, again.text]
+
+    await twice(server, program, happened)
+    assert happened == ["counted", "counted", "defined"]
