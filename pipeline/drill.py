@@ -150,7 +150,7 @@ class Drill:
         """Note a worker's death, and what was recorded then."""
         code = child.process.returncode
         if code in CANT_RUN:
-            raise DrillFailed(f"{name} gave up (exit {code}); its reason stands above")
+            raise DrillFailed(f"{name} gave up (exit {code}); see its error above")
         self._workers[-1] = replace(self._workers[-1], death=_death(code), recorded=execution.outputs())
         say(f"[demo] {name} is dead: {_death(code)}")
         states = [f"{node.node_id} {_state(node)}" for node in execution.nodes]

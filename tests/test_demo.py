@@ -214,7 +214,7 @@ def test_a_database_that_is_none_is_refused_and_left_alone(tmp_path: Path) -> No
     code, output = run_demo(tmp_path)
     assert code == 2
     assert f"error: {database} is not a database: it was left untouched" in output
-    assert output.splitlines()[-1] == "error: the embedded server did not start; its reason stands above"
+    assert output.splitlines()[-1] == "error: the embedded server did not start; see its error above"
     assert database.read_bytes() == b"dear diary" * 100
 
 

@@ -38,7 +38,7 @@ def test_a_team_of_two_researchers_and_a_writer_goes_on_after_a_crash(tmp_path: 
     assert code not in (0, 1, 2)
     code, output = ask(tmp_path, address, "--team", QUESTION)
     assert code == 0
-    assert "its last run died; this one takes it over" in output
+    assert "the previous run died; taking over" in output
     assert "reply 1 of first_researcher: replayed from the record ✓" in output
     assert "Tokyo" in answer(output)
     assert "New York" in answer(output)
@@ -129,14 +129,14 @@ def test_another_question_in_a_session_is_told_and_goes_live_only_when_asked_to(
     code, output = ask(tmp_path, address, "--session-id", "s", RUST)
     assert code == 2
     last = output.splitlines()[-1]
-    assert last.startswith("error: session s has recorded another run.")
+    assert last.startswith("error: this program differs from the one recorded in session s: ")
     assert QUESTION in last
     assert RUST in last
     assert "--on-drift continue" in last
     assert len(recorded(tmp_path, address)) == before
     code, output = ask(tmp_path, address, "--session-id", "s", "--on-drift", "continue", RUST)
     assert code == 0
-    assert "goes on live from here; 7 recorded event(s) are left behind" in output
+    assert "continues live from here; 7 recorded event(s) are dropped" in output
     assert "Rust" in answer(output)
     code, output = ask(tmp_path, address, "--session-id", "s", RUST)
     assert code == 0

@@ -104,7 +104,9 @@ class Calls:
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
         answer = await self._answer(call, perform, options.get("cancellation_token"))
-        return self._received(client, call, answer)
+        if answer.replayed:
+            self._tell_replayed(call)
+        return self._received(client, answer)
 
     async def streamed_reply(
         self,
@@ -139,6 +141,7 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if isinstance(content, Returned):
+                self._tell_replayed(call)  # before its pieces, which a program may print
                 held[:] = pieces_again(content.streamed, reply_again(content.value))
             elif isinstance(content, (Raised, GivenUp)):
                 held[:] = content.streamed
@@ -161,7 +164,7 @@ class Calls:
                 yield piece
         finally:
             await pieces.aclose()
-        result = self._received(client, call, await running)
+        result = self._received(client, await running)
         for text in filter(None, held):
             yield text
         yield result
@@ -185,17 +188,15 @@ class Calls:
         )
         return messages, Call(Kind.REPLY, self._agent, position, request, whole)
 
-    def _received(self, client: ChatCompletionClient, call: Call, answer: Answer) -> CreateResult:
+    def _received(self, client: ChatCompletionClient, answer: Answer) -> CreateResult:
         assert isinstance(answer.content, Returned)
         result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
         self._asker.received(answer.position, result, replayed=answer.replayed)
         tokens = result.usage.prompt_tokens + result.usage.completion_tokens
         self._count(answer.replayed, "model calls")
         self._count(answer.replayed, "tokens", tokens)
-        if answer.replayed:
-            if not result.cached:
-                self._work.used(client, result.usage)
-            self._tell_replayed(call)
+        if answer.replayed and not result.cached:
+            self._work.used(client, result.usage)
         return result
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
