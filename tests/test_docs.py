@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
 
 from harness import ROOT, Process, Server
 
+from durable_autogen.__main__ import build_parser
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_AGENT = (ROOT / "docs" / "your-own-agent.md").read_text(encoding="utf-8")
 DURABLE_RUNS = (ROOT / "docs" / "durable-runs.md").read_text(encoding="utf-8")
 
@@ -91,26 +95,83 @@ def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_pat
     assert len((own / "charged").read_text().splitlines()) == 1
 
 
-def test_a_durable_run_and_a_session_run_as_they_are_printed(server: Server, tmp_path: Path) -> None:
-    whole_team, session, *_ = programs(DURABLE_RUNS)
-    session = session.replace("order-4711", "another")  # both are printed with the same id
+TEAM = """
+import pathlib
+
+def charge(customer: str) -> str:
+    "Charge a customer."
+    with (pathlib.Path(__file__).parent / "charged").open("a") as log:
+        log.write(customer)
+    return f"receipt for {customer}"
+
+def build_team():
+    clerk = AssistantAgent("clerk", model(("charge", '{"customer": "c-17"}')), tools=[charge])
+    return RoundRobinGroupChat([clerk], max_turns=1)
+"""
+
+
+def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
+    one_line, with_result, branches = programs(DURABLE_RUNS)
     copy_what_it_says(DURABLE_RUNS, tmp_path)
     (tmp_path / "program.py").write_text(
-        f"{MODEL}\n"
-        "def charge(customer: str) -> str:\n    'Charge.'\n    return customer\n"
-        "def refund(customer: str) -> str:\n    'Refund.'\n    return customer\n"
-        "def build_team():\n    one = AssistantAgent('one', model('from the team'))\n"
-        "    return RoundRobinGroupChat([one], max_turns=1)\n"
-        f"async def whole_team():\n{textwrap.indent(whole_team, '    ')}\n    print(result.messages[-1].content)\n"
-        "client = model(('charge', '{\"customer\": \"c-17\"}'))\n"
-        f"async def own():\n{textwrap.indent(session, '    ')}\n"
-        "        result = await agent.run(task='Charge c-17.')\n"
-        "        print(result.messages[-1].content, (await team.run(task='Say it.')).messages[-1].content)\n"
-        "asyncio.run(whole_team())\n"
-        "asyncio.run(own())\n"
+        f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
+        "async def main():\n"
+        f"{textwrap.indent(one_line, '    ')}\n    print('ONE LINE', result.messages[-1].content)\n"
+        f"{textwrap.indent(with_result, '    ')}\n    print('WITH RESULT', result.messages[-1].content)\n"
+        "    client = model('first', 'second')\n"
+        f"{textwrap.indent(branches, '    ')}\n    print('NEWS', news)\n"
+        "asyncio.run(main())\n"
     )
+    news = set()
     for _ in range(2):
         run = Process(["program.py"], cwd=tmp_path, env={"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""})
         assert run.wait() == 0, run.output
-        assert "\nfrom the team\n" in run.output
-        assert "\nc-17 from the team\n" in run.output
+        lines = run.output.splitlines()
+        assert "ONE LINE receipt for c-17" in lines
+        assert "WITH RESULT receipt for c-17" in lines
+        news.add(next(line for line in lines if line.startswith("NEWS")))
+    assert news <= {"NEWS ['first', 'second']", "NEWS ['second', 'first']"}
+    assert len(news) == 1
+    assert (tmp_path / "charged").read_text() == "c-17" * 2  # in two sessions
+
+
+def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_path: Path) -> None:
+    command = next(one for one in durable_commands() if one[:2] == ["run", "--session"])
+    copy_what_it_says(DURABLE_RUNS, tmp_path)
+    script = f"{MODEL}\n{TEAM}".replace("from durable_autogen import DurableSession, run_durable\n", "")
+    assert "durable" not in script
+    (tmp_path / command[-1]).write_text(
+        f"{script}\nimport os\n"
+        "async def main():\n"
+        "    result = await build_team().run(task='Charge customer c-17.')\n"
+        "    if not pathlib.Path('killed').exists():\n"
+        "        pathlib.Path('killed').touch()\n"
+        "        os._exit(9)\n"
+        "    print('SAID', result.messages[-1].content)\n"
+        "asyncio.run(main())\n"
+    )
+    for code in (9, 0, 0):
+        env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
+        run = Process(["-m", "durable_autogen", *command], cwd=tmp_path, env=env)
+        assert run.wait() == code, run.output
+        assert ("SAID receipt for c-17" in run.output) == (code == 0)
+    assert (tmp_path / "charged").read_text() == "c-17"
+
+
+def durable_commands() -> list[list[str]]:
+    """The arguments of each `python -m durable_autogen` in a code block of a page."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = re.findall(r"^python -m durable_autogen (.*)", block, re.MULTILINE)
+            found += [shlex.split(line, comments=True) for line in lines]
+    return found
+
+
+def test_durable_autogen_takes_every_printed_command() -> None:
+    commands = durable_commands()
+    assert commands
+    for command in commands:
+        args = build_parser().parse_args(command)
+        assert args.script.suffix == ".py"
+        assert args.arguments == []
