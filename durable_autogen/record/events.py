@@ -42,6 +42,8 @@ class Kind(str, Enum):
     """The list of a workbench's tools."""
     INPUT = "input"
     """A person's input."""
+    CONSOLE = "console"
+    """A line that a person typed at the console."""
     CODE = "code"
     """The result of executed code."""
     MEMORY = "memory"
@@ -58,7 +60,7 @@ class Kind(str, Enum):
     @property
     def is_call(self) -> bool:
         """Whether it was paid for: in money, effects or a person's time."""
-        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CODE)
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
 
     @property
     def is_asked_for(self) -> bool:

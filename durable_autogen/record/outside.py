@@ -1,7 +1,7 @@
 """What leaves a session by a way that isn't recorded, named by Python's own audit events.
 
 A connection or a process that the program starts inside a session and outside a recorded call is started again by every
-later run of that session, and a question at the console is asked again. Connections that a library makes without
+later run of that session. Connections that a library makes without
 Python's socket module (uvloop, gRPC) raise no audit event, and neither does a second request over a connection that is
 open already.
 """
@@ -58,12 +58,7 @@ def _word(value: Any) -> str:
     return os.fsdecode(value) if isinstance(value, (str, bytes, os.PathLike)) else str(value)
 
 
-def _asked(_: tuple[Any, ...]) -> str:
-    return "asked a person at the console"
-
-
 _WHAT = {
-    "builtins.input": _asked,
     "socket.connect": _connected,
     "subprocess.Popen": _started,
     "os.posix_spawn": _started,

@@ -122,6 +122,9 @@ class Recorder:
             if event.kind is Kind.BEGIN:
                 self._delivered(event)
         self._failures: list[_Failed] = []
+        self._questions: Counter[str] = Counter()
+        self._typed: list[tuple[Call, Returned, Asked]] = []
+        """What was typed at the console and is not recorded yet."""
         self._given_up: list[_LiveCall] = []
         self._turnstile = asyncio.Lock()
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
@@ -221,7 +224,7 @@ class Recorder:
             await asyncio.gather(*left, return_exceptions=True)
         broken = []
         async with self._turnstile:
-            await self._record_given_up()
+            await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
             if broken:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
@@ -250,8 +253,9 @@ class Recorder:
         ended_it = [one for one in recorded if one.error in causes]
         ended_it = ended_it or [one for one in recorded if _repeats(error, one.error)][-1:]
         ended_it = ended_it or [one for one in recorded if not self._survived(one)]
-        if ended_it:
-            async with self._turnstile:
+        async with self._turnstile:
+            await self._record_typed()
+            if ended_it:
                 await self.journal.revoke([one.event for one in ended_it], f"the run ended: {type(error).__name__}")
 
     def _survived(self, failed: _Failed) -> bool:
@@ -373,12 +377,15 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
+            if self._typed:
+                async with self._turnstile:
+                    await self._record_typed()
             live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
             live.task = await self.journal.begin(call)
             value, content, error = await self._performed(call, perform, live)
             async with self._turnstile:
                 self._check_not_failed()
-                await self._record_given_up()
+                await self._record_apart()
                 event = await self._record(live, content)
                 await self._idle()
                 self._delivered(event)
@@ -431,6 +438,44 @@ class Recorder:
             live.task = None
         self._given_up.append(live)
 
+    def next_question(self, agent: str) -> int:
+        """Return the number of an agent's next question at the console."""
+        self._questions[agent] += 1
+        return self._questions[agent]
+
+    def typed_before(self, call: Call) -> str | None:
+        """Return the line that a person typed in the recorded run. Raises DriftError for another prompt."""
+        event = self._replay.typed(call.address)
+        if event is None or not isinstance(event.content, Returned):
+            return None
+        was, now = event.request.get("prompt"), call.request["prompt"]
+        if was != now and not event.accepted:
+            if self.on_drift == "stop":
+                raise DriftError(self._drifted(f"{event} asked {was!r}, now it asks {now!r}"))
+            return None
+        self.replayed["inputs"] += 1
+        self.tell(f"[Nexum] {event}: replayed from the record ✓")
+        return str(event.content.value)
+
+    def typed(self, call: Call, content: Returned) -> None:
+        """Keep what a person has typed until it can be recorded."""
+        self.live["inputs"] += 1
+        self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
+
+    async def _record_typed(self) -> None:
+        while self._typed:
+            call, content, asked = self._typed[0]
+            before = [event for event in self.journal.events if event.address == call.address]
+            if before:
+                await self.journal.revoke(before, "the program asked something else")
+            await self.journal.record(await self.journal.begin(call), call, content, asked, self.active_now_ms)
+            self._typed.pop(0)
+
+    async def _record_apart(self) -> None:
+        """Record what has no place in the order, before the next event that has one."""
+        await self._record_typed()
+        await self._record_given_up()
+
     async def _record_given_up(self) -> None:
         """Record the calls that the program gave up: it goes on after them, so it was not the run that ended."""
         while self._given_up:
@@ -470,14 +515,18 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - every call that waits for an event raises it
             self.stop(error)
 
+    def _drifted(self, what: str) -> str:
+        return (
+            f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
+            "recorded program, use a new session, or continue live from here with on_drift='continue' "
+            "(--on-drift continue)"
+        )
+
     async def drift(self, after: int, what: str) -> None:
         """The run has left the record after this event's number. Raises DriftError, or revokes the rest."""
         session = self.journal.session
         if self.on_drift == "stop":
-            raise DriftError(
-                f"this program differs from the one recorded in session {session}: {what}. Restore the recorded "
-                "program, use a new session, or continue live from here with on_drift='continue' (--on-drift continue)"
-            )
+            raise DriftError(self._drifted(what))
         self.ended = None
         self.tell(f"[Nexum] {what}")
         left = len(self._replay.ahead)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from durable_autogen.record.events import Call, Event, GivenUp
+from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
@@ -62,6 +62,7 @@ class Replay:
         self._by_address = {event.address: event for event in journal.events}
         self._addresses = {event.address for event in self.ahead}
         self._given_up = {event.address: event for event in journal.events if isinstance(event.content, GivenUp)}
+        self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
         """The addresses that calls have taken which asked in another order."""
@@ -100,6 +101,10 @@ class Replay:
         """Return the recorded event of a call, before its turn, if both ask for the same."""
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
+
+    def typed(self, address: str) -> Event | None:
+        """Return the recorded line that was typed at an address, once."""
+        return self._typed.pop(address, None)
 
     def take_given_up(self, call: Call) -> Event | None:
         """Return the record of a call that the program gave up, once."""
@@ -141,6 +146,7 @@ class Replay:
         self.ahead.clear()
         self._addresses.clear()
         self._given_up.clear()
+        self._typed.clear()
         self._changed.set()
         for asked in self._asked.values():
             _deliver(asked, None)
@@ -214,8 +220,9 @@ class Replay:
 
 
 def _is_in_order(event: Event) -> bool:
-    # The moment at which a program gives up a call is its own: such an event waits for nothing, and nothing for it.
-    return event.kind.is_asked_for and not isinstance(event.content, GivenUp)
+    # The moment at which a program gives up a call is its own, and `input()` can't wait: neither has a place in order.
+    is_apart = isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
+    return event.kind.is_asked_for and not is_apart
 
 
 def _deliver(asked: _Asked, event: Event | None) -> None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import outside
+from durable_autogen.record.console import recorded_console
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.order import Activity, watched_threads
 from durable_autogen.record.place import Place, at, current
@@ -123,6 +124,7 @@ class Session:
             self._loop = asyncio.get_running_loop()
             outside.watch()
             stack.enter_context(watched_threads())
+            stack.enter_context(recorded_console())
             stack.enter_context(self.entry_points())
             stack.enter_context(at(Place(self)))
             self._recorder = Recorder(journal, self, on_drift=self._on_drift, compare=self._compare)

@@ -1,0 +1,60 @@
+"""What a person types at the console: `input()` is recorded, too.
+
+`input()` blocks its thread, so its answer can't wait for the server. It is recorded before the session's next call is
+made, and at the session's end; its replay answers at once, without a place in the order.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from durable_autogen.record.events import Call, Kind, Returned, representable
+from durable_autogen.record.place import at, current
+
+_lock = threading.Lock()
+_open_sessions = 0
+_original = builtins.input
+
+
+@contextmanager
+def recorded_console() -> Iterator[None]:
+    """Record `input()` inside sessions, for the length of a `with`."""
+    global _open_sessions, _original
+    with _lock:
+        _open_sessions += 1
+        if _open_sessions == 1:
+            _original = builtins.input
+            builtins.input = functools.wraps(_original)(_input)
+    try:
+        yield
+    finally:
+        with _lock:
+            _open_sessions -= 1
+            if _open_sessions == 0:
+                builtins.input = _original
+
+
+def _input(prompt: Any = "", /) -> str:
+    place = current.get()
+    if place is None or place.in_call or place.session.is_over:
+        return _original(prompt)
+    recorder = place.session.recorder
+    position = f"console/{recorder.next_question(place.agent)}"
+    call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
+    recorded = recorder.typed_before(call)
+    if recorded is not None:
+        # As it stood on the screen: a terminal has shown what was typed, and nothing else has.
+        sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
+        sys.stdout.flush()
+        return recorded
+    with at(replace(place, in_call=True)):
+        typed = _original(prompt)
+    recorder.typed(call, Returned(value=representable(typed)))
+    return typed
