@@ -1,0 +1,59 @@
+"""A pytest plugin: each asynchronous test runs inside a durable session of its own (`-p autogen_suite`).
+
+`SESSIONS` begins the sessions' ids, `NEXUM_ADDRESS` names the server. Without SESSIONS the tests run as they are. The
+last line tells how many model calls reached AutoGen's replay client, beneath what records.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from autogen_ext.models.replay import ReplayChatCompletionClient
+
+SESSIONS = os.environ.get("SESSIONS", "")
+asked_live = 0
+
+
+def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, counted when it is called."""
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        global asked_live
+        asked_live += 1
+        return method(*args, **kwargs)
+
+    return called
+
+
+for name in ("create", "create_stream"):
+    setattr(ReplayChatCompletionClient, name, counted(getattr(ReplayChatCompletionClient, name)))
+
+
+def within_a_session(test: Callable[..., Any], session: str) -> Callable[..., Any]:
+    """The test inside a session."""
+    from durable_autogen import DurableSession
+
+    @functools.wraps(test)
+    async def inside(*args: Any, **kwargs: Any) -> Any:
+        async with DurableSession(session, tell=lambda _: None):
+            return await test(*args, **kwargs)
+
+    return inside
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    for item in items:
+        if SESSIONS and inspect.iscoroutinefunction(item.obj):
+            digest = hashlib.sha256(item.nodeid.encode()).hexdigest()[:20]
+            item.obj = within_a_session(item.obj, f"{SESSIONS}-{digest}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(f"asked live: {asked_live}")
