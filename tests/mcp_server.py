@@ -1,4 +1,4 @@
-"""An MCP server with one tool that writes its effects down: `mcp_server.py LOG`."""
+"""An MCP server with one tool that writes its effects down: `mcp_server.py LOG [TRANSPORT PORT]`."""
 
 from __future__ import annotations
 
@@ -21,4 +21,8 @@ def note(text: str) -> str:
 if __name__ == "__main__":
     server = FastMCP("tests")
     server.add_tool(note)
-    server.run()
+    if len(sys.argv) > 2:
+        server.settings.port = int(sys.argv[3])
+        server.run(transport="sse" if sys.argv[2] == "sse" else "streamable-http")
+    else:
+        server.run()
