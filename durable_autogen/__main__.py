@@ -80,13 +80,14 @@ class _Sessions:
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
-        self._count = 0
+        self.count = 0
+        """How many main coroutines the script has run."""
         self._is_inside = False
 
     def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
         """Return a coroutine that runs `main` in the next session."""
-        self._count += 1
-        name = self._session if self._count == 1 else f"{self._session}-{self._count}"
+        self.count += 1
+        name = self._session if self.count == 1 else f"{self._session}-{self.count}"
 
         @functools.wraps(self._run)
         async def run() -> T:
@@ -108,7 +109,10 @@ class _Sessions:
                     tell=tell,
                 )
                 async with session:
-                    return await main
+                    found = await main
+                if not (session.recorder.live or session.recorder.replayed):
+                    tell(f"[Nexum] session {name}: nothing was recorded: the script asked AutoGen for nothing")
+                return found
         finally:
             main.close()
 
@@ -177,7 +181,8 @@ def run_script(args: argparse.Namespace) -> int:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
     sys.path[0] = str(script.resolve().parent)
-    with _Sessions(session, args).installed():
+    sessions = _Sessions(session, args)
+    with sessions.installed():
         try:
             runpy.run_path(str(script), run_name="__main__")
         except NexumError as error:
@@ -186,6 +191,11 @@ def run_script(args: argparse.Namespace) -> int:
         except Exception as error:  # noqa: BLE001 - the script's own: shown as Python shows it
             _print_traceback(error, script)
             return 1
+    if not sessions.count:
+        tell(
+            "[Nexum] nothing was recorded: the script ran no main coroutine by asyncio.run, a Runner, or an event loop "
+            "of asyncio's own"
+        )
     return 0
 
 

@@ -12,6 +12,7 @@ from processes import run_script
 
 import crash_demo
 import demo
+from durable_autogen.__main__ import build_parser as durable_parser
 from nexum_engine.__main__ import build_parser as engine_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,7 @@ PARSERS = {
     "python demo.py": demo.build_parser,
     "python crash_demo.py": crash_demo.build_parser,
     "python -m nexum_engine": engine_parser,
+    "python -m durable_autogen": durable_parser,
 }
 
 
@@ -64,8 +66,13 @@ def test_every_command_is_one_that_its_script_takes() -> None:
     assert taken == set(PARSERS)
 
 
+def durable_run_help() -> str:
+    """The help of `python -m durable_autogen run`, which shows the options of `run` alone."""
+    return run_script(["-m", "durable_autogen", "run", "--help"], ROOT)[1]
+
+
 def test_every_option_that_is_named_is_one_of_a_script(tmp_path: Path) -> None:
     scripts = ["demo.py", "crash_demo.py", "worker.py", "pipeline_worker.py"]
     helps = [run_script([str(ROOT / script), "--help"], tmp_path)[1] for script in scripts]
-    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help()])))
+    known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help(), durable_run_help()])))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()

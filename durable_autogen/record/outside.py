@@ -1,9 +1,8 @@
 """What leaves a session by a way that isn't recorded, named by Python's own audit events.
 
 A connection or a process that the program starts inside a session and outside a recorded call is started again by every
-later run of that session. Connections that a library makes without
-Python's socket module (uvloop, gRPC) raise no audit event, and neither does a second request over a connection that is
-open already.
+later run of that session. Connections that a library makes without Python's socket module (uvloop, gRPC) raise no audit
+event, and neither does a second request over a connection that is open already.
 """
 
 from __future__ import annotations
