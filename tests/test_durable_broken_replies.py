@@ -1,0 +1,172 @@
+"""A reply that is no answer doesn't end a session for good, and what JSON lacks comes back as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.messages import TextMessage
+from autogen_core import FunctionCall
+from autogen_core.models import ChatCompletionTokenLogprob, CreateResult, ModelInfo, TopLogprob
+from autogen_ext.models.openai import OpenAIChatCompletionClient
+from durable_agents import QUESTION, Scripted, answer, asked, bench, inside, new_session, reply, run, texts, twice, word
+from harness import Server, nexum_server
+from openai_server import OpenAIServer
+from web_servers import LoopbackServer, page
+
+from durable_autogen import DriftError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole file: each test has sessions of its own."""
+    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
+        yield running
+
+
+CUT_OFF = reply([FunctionCall(id="1", name="note", arguments='{"text": "half')], finish_reason="length")
+
+
+@pytest.mark.parametrize("broken", [pytest.param("", id="empty"), pytest.param([], id="no call"), CUT_OFF])
+async def test_broken_reply_at_the_end_is_told_and_asked_again(server: Server, broken: Any) -> None:
+    happened: list[str] = []
+    lines: list[str] = []
+    session = new_session()
+
+    async def program() -> list[str]:
+        return [await asked(Scripted(happened)), await asked(Scripted(happened, *script))]
+
+    script = [broken]
+    first = await inside(server, program, session, tell=lines.append)
+    assert any("reply 2 of the program is empty or cut off" in line and "again" in line for line in lines)
+    script = []
+    lines.clear()
+    second = await inside(server, program, session, tell=lines.append)
+    assert second[0] == first[0]
+    assert second[1].startswith("word")
+    assert not any("cut off" in line for line in lines)
+    assert await inside(server, program, session, tell=lines.append) == second
+    assert happened == ["model"] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_empty_reply_after_which_the_program_continued_stays(server: Server, stream: bool) -> None:
+    happened: list[str] = []
+    lines: list[str] = []
+
+    async def program() -> TaskResult:
+        agent = AssistantAgent("a", Scripted(happened, "", word()), model_client_stream=stream)
+        await agent.run(task="Q")
+        return await agent.run(task="R")
+
+    await twice(server, program, happened, tell=lines.append)
+    assert happened == ["model"] * 2
+    assert not any("cut off" in line for line in lines)
+
+
+def openai(base_url: str) -> OpenAIChatCompletionClient:
+    info = ModelInfo(vision=False, function_calling=True, json_output=True, structured_output=True, family="unknown")
+    return OpenAIChatCompletionClient(
+        model="m", base_url=base_url, api_key="k", model_info=info, max_retries=0, timeout=10
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # AutoGen warns of the empty reply, and of the model's name
+@pytest.mark.parametrize("stream", [False, True])
+async def test_web_page_instead_of_a_reply_is_not_kept(server: Server, stream: bool) -> None:
+    happened: list[str] = []
+    session = new_session()
+
+    def build(base_url: str) -> AssistantAgent:
+        return AssistantAgent("a", openai(base_url), model_client_stream=stream)
+
+    login = page("<html><body>Please log in.</body></html>", "text/html")
+    with LoopbackServer({"/v1/chat/completions": login}) as proxy:
+        for number in range(2):
+            try:
+                said = texts(await run(server, lambda: build(f"http://127.0.0.1:{proxy.port}/v1"), session=session))[-1]
+            except DriftError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the client makes of it
+                said = f"failed: {error}"
+            assert not said or "failed" in said
+            assert proxy.connections > number
+            happened.append(said)
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, lambda: build(model.base_url), session=session)
+        assert texts(first)[-1].startswith("yes")
+        assert texts(await run(server, lambda: build(model.base_url), session=session)) == texts(first)
+        assert len(model.requests) == 1
+
+
+async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> None:
+    happened: list[str] = []
+
+    def note(text: str, more: dict[str, list[int]]) -> str:
+        """Note it."""
+        happened.append(f"{text} {more}")
+        return word()
+
+    async def program() -> TaskResult:
+        arguments: Any = {"text": "über", "more": {"x": [1, 2]}}
+        asks = [FunctionCall(id="1", name="note", arguments=arguments)]
+        return await AssistantAgent("a", Scripted(happened, asks), tools=[note]).run(task="Q")
+
+    await twice(server, program, happened)
+    assert happened == ["model", "über {'x': [1, 2]}"]
+
+
+async def test_infinite_logprobs_come_back_as_they_were(server: Server) -> None:
+    happened: list[str] = []
+    tops = [TopLogprob(logprob=-math.inf, bytes=[1]), TopLogprob(logprob=math.inf)]
+    logprobs = [ChatCompletionTokenLogprob(token="x", logprob=-math.inf, top_logprobs=tops, bytes=[2])]
+
+    async def program() -> CreateResult:
+        return await Scripted(happened, reply(logprobs=logprobs)).create(QUESTION)
+
+    assert (await twice(server, program, happened))["logprobs"] == reply(logprobs=logprobs).model_dump()["logprobs"]
+
+
+def nested(depth: int) -> str:
+    return '{"tree": ' + '{"a": ' * depth + "1" + "}" * depth + "}"
+
+
+@pytest.mark.parametrize("way", ["model", "tool"])
+async def test_arguments_nested_deeply_are_recorded(server: Server, way: str) -> None:
+    happened: list[str] = []
+
+    def climb(tree: dict[str, Any]) -> str:
+        """Climb it."""
+        here: Any = tree
+        depth = 0
+        while isinstance(here, dict):
+            depth, here = depth + 1, here["a"]
+        happened.append(f"climbed {depth}")
+        return word()
+
+    async def program() -> Any:
+        if way == "model":
+            asks = [FunctionCall(id="1", name="climb", arguments=nested(300))]
+            return await AssistantAgent("a", Scripted(happened, asks), tools=[climb]).run(task="Q")
+        return (await bench([climb]).call_tool("climb", json.loads(nested(300)))).to_text()
+
+    await twice(server, program, happened)
+    assert happened[-1] == "climbed 300"
+
+
+@pytest.mark.parametrize("is_message", [False, True])
+async def test_task_with_half_a_surrogate_pair_is_resumed_without_it(server: Server, is_message: bool) -> None:
+    happened: list[str] = []
+    session = new_session()
+    text = "half \ud83d of it"
+    task: Any = TextMessage(content=text, source="user") if is_message else text
+    first = await run(server, lambda: AssistantAgent("a", Scripted(happened)), task, session)
+    for again in (None, task):
+        found = await run(server, lambda: AssistantAgent("a", Scripted(happened)), again, session)
+        assert texts(found)[-1] == texts(first)[-1]
+    assert happened == ["model"]
