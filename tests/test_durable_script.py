@@ -1,0 +1,255 @@
+"""`python -m durable_autogen run SCRIPT` in real processes: the script runs as Python runs it, and survives crashes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from durable_agents import answer
+from harness import Server, environment, nexum_server, running
+from openai_server import OpenAIServer, Reply
+from processes import require_free_default_port
+
+from durable_autogen import list_sessions
+from nexum_engine.client import NexumClient
+
+AGENT = '''
+import asyncio, sys, time
+from pathlib import Path
+from autogen_agentchat.agents import AssistantAgent
+from autogen_ext.models.openai import OpenAIChatCompletionClient
+
+def note(text: str) -> str:
+    """Note it."""
+    with Path("log").open("a") as log:
+        log.write(text + "\\n")
+    if text == "second" and Path("hang").exists():
+        print("hanging", flush=True)
+        time.sleep(60)
+    return "noted"
+
+async def main(task):
+    client = OpenAIChatCompletionClient(model="gpt-4o")
+    agent = AssistantAgent("a", client, tools=[note], max_tool_iterations=3)
+    result = await agent.run(task=task)
+    print(result.messages[-1].to_text(), result.messages[-1].id)
+    await client.close()
+'''
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole file. A killed run's session is soon free again."""
+    with nexum_server(tmp_path_factory.mktemp("nexum"), lease=1.0) as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def model() -> Iterator[OpenAIServer]:
+    """A model that calls the tool twice, and then answers."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        done = sum(message["role"] == "tool" for message in body["messages"])
+        return answer("end") if done == 2 else Reply(calls=[("note", {"text": ("first", "second")[done]})])
+
+    with OpenAIServer(reply) as found:
+        yield found
+
+
+class Folder:
+    """A script in a folder of its own, and how it is run."""
+
+    def __init__(self, path: Path, server: Server | None, env: dict[str, str]) -> None:
+        self.path, self.server, self.env = path, server, env
+
+    def write(self, code: str, name: str = "script.py") -> None:
+        (self.path / name).write_text(code, encoding="utf-8")
+
+    def command(self, *arguments: str, session: str | None = "") -> list[str]:
+        """The command; by default in a session that is named after the folder."""
+        found = ["-m", "durable_autogen", "run", *(["--nexum", self.server.address] if self.server else [])]
+        session = self.path.name[-40:] if session == "" else session
+        return [*found, *(["--session", session] if session else []), "script.py", *arguments]
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.path,
+            env=environment(self.env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def durable(self, *arguments: str, session: str | None = "") -> subprocess.CompletedProcess[str]:
+        return self.run(self.command(*arguments, session=session))
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(["script.py", *arguments])
+
+    @property
+    def log(self) -> list[str]:
+        return (self.path / "log").read_text().split()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, server: Server, model: OpenAIServer) -> Folder:
+    return Folder(tmp_path, server, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
+
+
+def test_killed_script_continues_and_a_third_run_asks_nothing(folder: Folder, model: OpenAIServer) -> None:
+    folder.write(f"{AGENT}\nasyncio.run(main(sys.argv[1]))\n")
+    (folder.path / "hang").touch()
+    with running(folder.command("Q"), cwd=folder.path, env=folder.env) as process:
+        process.wait_for("hanging")
+        process.kill()
+    assert (len(model.requests), folder.log) == (2, ["first", "second"])
+    (folder.path / "hang").unlink()
+    second = folder.durable("Q")
+    assert second.returncode == 0, second.stderr
+    assert re.fullmatch(r"end [0-9.e-]+ [0-9a-f-]{36}\n", second.stdout)
+    assert (len(model.requests), folder.log) == (3, ["first", "second", "second"])
+    third = folder.durable("Q")
+    assert (third.returncode, third.stdout) == (0, second.stdout)
+    assert (len(model.requests), len(folder.log)) == (3, 3)
+    assert "3 model call(s)" in third.stderr
+    assert all(line.startswith("[Nexum] ") for line in third.stderr.splitlines())
+    other = folder.durable("another task")  # in the same session
+    assert other.returncode == 2
+    (line,) = (line for line in other.stderr.splitlines() if not line.startswith("[Nexum] "))
+    assert "it was 'Q'" in line
+    assert "now it is 'another task'" in line
+    assert (len(model.requests), len(folder.log)) == (3, 3)
+
+
+LOOKS = """
+import asyncio, sys, beside, __main__
+from pathlib import Path
+
+async def main():
+    print(__name__, Path(__file__).samefile("script.py"), sys.argv, Path(sys.path[0]).samefile("."), beside.NAME)
+    print(Path.cwd(), __main__.main is main, asyncio.current_task().get_name())
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_script_sees_what_python_gives_it_and_its_output_is_its_own(folder: Folder) -> None:
+    folder.write(LOOKS)
+    folder.write("NAME = 'beside it'", "beside.py")
+    arguments = ["--session", "its own", "-x", ""]
+    durable, plain = folder.durable(*arguments), folder.python(*arguments)
+    assert (durable.returncode, plain.returncode, plain.stderr) == (0, 0, "")
+    assert durable.stdout == plain.stdout
+    assert "beside it" in durable.stdout
+    assert "nothing was recorded" in durable.stderr
+
+
+ENDS = """
+import asyncio, sys
+
+async def main():
+    print("begun", flush=True)
+    {end}
+
+asyncio.run(main())
+{after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "after"),
+    [
+        ("sys.exit(3)", ""),
+        ("sys.exit('no more')", ""),
+        ("return", "sys.exit(4)"),
+        ("return", "raise LookupError('gone')"),
+        ("raise LookupError('gone')", ""),
+        ("return", ""),
+    ],
+)
+def test_script_ends_with_the_exit_code_that_python_gives(folder: Folder, end: str, after: str) -> None:
+    folder.write(ENDS.format(end=end, after=after))
+    durable, plain = folder.durable(), folder.python()
+    assert (durable.returncode, durable.stdout) == (plain.returncode, plain.stdout)
+    told = [line for line in durable.stderr.splitlines() if not line.startswith("[Nexum] ")]
+    if "raise" not in end + after:
+        assert told == plain.stderr.splitlines()
+        return
+    assert durable.returncode == 1
+    assert (told[0], told[-1]) == ("Traceback (most recent call last):", "LookupError: gone")
+    assert "script.py" in told[1]
+    assert [line for line in told if "runpy" in line] == []
+
+
+def test_interrupted_script_ends_as_python_ends_it(folder: Folder) -> None:
+    folder.write(ENDS.format(end="await asyncio.sleep(60)", after=""))
+    codes = []
+    for command in (folder.command(), ["script.py"]):
+        with running(command, cwd=folder.path, env=folder.env) as process:
+            process.wait_for("begun")
+            process.interrupt()
+            codes.append(process.wait())
+            assert process.output.splitlines()[-1] == "KeyboardInterrupt"
+    assert codes[0] == codes[1]
+
+
+def test_missing_script_is_told_in_one_line(folder: Folder) -> None:
+    done = folder.durable()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["error: there is no script script.py"]
+
+
+async def test_each_asyncio_run_has_a_session_of_its_own(folder: Folder, server: Server, model: OpenAIServer) -> None:
+    folder.write(
+        f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
+        "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"
+    )
+    first = folder.durable(session="both")
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.splitlines()) == 2
+    again = folder.durable(session="both")
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert (len(model.requests), folder.log) == (6, ["first", "second"] * 2)
+    async with NexumClient(server.address) as client:
+        found = {one.session: one.status for one in await list_sessions(client) if one.session.startswith("both")}
+    assert found == {"both": "finished", "both-2": "finished"}
+
+
+def test_session_without_a_name_is_told_and_follows_from_the_arguments(folder: Folder) -> None:
+    folder.write("import sys; print(sys.argv[1:])")
+
+    def told(*arguments: str) -> str:
+        done = folder.durable(*arguments, session=None)
+        assert (done.returncode, done.stdout) == (0, f"{list(arguments)}\n")
+        line = next(line for line in done.stderr.splitlines() if "[Nexum] session " in line)
+        return line.split()[2]
+
+    ids = [told("a", "b"), told("a b"), told("a", "b")]
+    assert ids[0] == ids[2] != ids[1]
+    assert all(one.startswith("script-") for one in ids)
+
+
+def test_embedded_server_is_started_and_not_left_behind(tmp_path: Path, model: OpenAIServer) -> None:
+    require_free_default_port()
+    folder = Folder(tmp_path, None, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
+    folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
+    (folder.path / "hang").touch()
+    with running(folder.command(), cwd=folder.path, env=folder.env) as process:
+        process.wait_for("started one for this run")
+        process.wait_for("hanging")
+        process.kill()
+    require_free_default_port()
+    (folder.path / "hang").unlink()
+    done = folder.durable()
+    assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second"])
+    assert len(model.requests) == 3
+    require_free_default_port()
