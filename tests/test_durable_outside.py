@@ -1,0 +1,220 @@
+"""What leaves a session by a way that isn't recorded is named, with its agent and its target; or it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import CancellationToken
+from autogen_core.tools import FunctionTool
+from durable_agents import Own, Scripted, asked, call, inside, new_session, run, twice, word
+from harness import Server, nexum_server
+from web_servers import LoopbackServer, page
+
+from durable_autogen import NotDurable
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole file: each test has sessions of its own."""
+    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
+        yield running
+
+
+class World:
+    """What is outside the record: a server, and a file that a process writes."""
+
+    def __init__(self, web: LoopbackServer, file: Path) -> None:
+        self.web, self.file = web, file
+        self.url = f"http://127.0.0.1:{web.port}/"
+        self.command = [sys.executable, "-c", "import sys; open(sys.argv[1], 'a').write('x')", str(file)]
+
+    @property
+    def touched(self) -> int:
+        return self.web.connections + (len(self.file.read_text()) if self.file.exists() else 0)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with LoopbackServer({"/": page("hello")}) as web:
+        yield World(web, tmp_path / "written")
+
+
+async def by_httpx(world: World) -> None:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        await client.get(world.url)
+
+
+async def by_urllib_in_a_thread(world: World) -> None:
+    def get() -> None:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(world.url).close()
+
+    await asyncio.to_thread(get)
+
+
+async def by_a_stream(world: World) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", world.web.port)
+    writer.write(b"GET / HTTP/1.0\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def by_a_process(world: World) -> None:
+    subprocess.run(world.command, check=True)  # noqa: ASYNC221 - a program may block
+
+
+async def by_an_asynchronous_process(world: World) -> None:
+    process = await asyncio.create_subprocess_exec(*world.command)
+    assert await process.wait() == 0
+
+
+Way = Callable[[World], Awaitable[None]]
+WAYS = [by_httpx, by_urllib_in_a_thread, by_a_stream, by_a_process, by_an_asynchronous_process]
+
+
+def target(way: Way, world: World) -> str:
+    return f"started {sys.executable} -c" if "process" in way.__name__ else f"connected to 127.0.0.1:{world.web.port}"
+
+
+def about_outside(lines: list[str]) -> list[str]:
+    return [line for line in lines if "outside the record" in line]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_way_out_is_named_once_when_it_happens_and_in_the_summary(server: Server, world: World, way: Way) -> None:
+    lines: list[str] = []
+    named: list[list[str]] = []
+
+    async def act(_: str) -> str:
+        for _turn in range(2):
+            await way(world)
+            named.append(about_outside(lines))
+        return word()
+
+    async def program() -> TaskResult:
+        return await RoundRobinGroupChat([Own("reporter", act)], max_turns=1).run(task="Q")
+
+    await inside(server, program, new_session(), tell=lines.append)
+    assert world.touched == 2
+    (line,) = named[0]
+    assert named[1] == [line]
+    assert line.startswith(f"[Nexum] reporter {target(way, world)}")
+    assert line.endswith("outside the record: a re-run does it again; make it a tool")
+    summary = about_outside(lines)[1:]
+    assert len(summary) == 1
+    assert f"outside the record: reporter {target(way, world)}" in summary[0]
+    assert summary[0].endswith("(2 times)")
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_way_out_is_stopped_before_it_is_made(server: Server, world: World, way: Way) -> None:
+    async def act(_: str) -> str:
+        await way(world)
+        return word()
+
+    async def survives(_: str) -> str:
+        try:
+            return await act("")
+        except Exception:  # noqa: BLE001 - the run ends although its agent takes the error
+            return word()
+
+    for acting in (act, survives):
+        with pytest.raises(NotDurable, match=f"reporter {target(way, world)}.*on_unrecorded='stop'"):
+            await run(server, lambda: Own("reporter", acting), session=new_session(), on_unrecorded="stop")  # noqa: B023
+    assert world.touched == 0
+
+
+async def test_program_itself_and_each_agent_are_named_apart(server: Server, world: World) -> None:
+    lines: list[str] = []
+
+    async def act(_: str) -> str:
+        await by_a_stream(world)
+        return word()
+
+    async def program() -> None:
+        await by_a_stream(world)
+        await RoundRobinGroupChat([Own("one", act), Own("two", act)], max_turns=2).run(task="Q")
+
+    await inside(server, program, new_session(), tell=lines.append)
+    connected = f"connected to 127.0.0.1:{world.web.port} outside the record"
+    named = [line for line in lines if connected in line]
+    assert [line.removeprefix("[Nexum] ").partition(" connected")[0] for line in named] == ["the program", "one", "two"]
+
+
+@pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
+async def test_nothing_within_a_recorded_call_or_outside_a_session_is_named(
+    server: Server, world: World, on_unrecorded: str
+) -> None:
+    happened: list[str] = []
+    lines: list[str] = []
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> str:
+        """Work."""
+        happened.append("worked")
+        for way in WAYS:
+            await way(world)
+        return word()
+
+    def block() -> str:
+        """Block."""
+        happened.append("blocked")
+        subprocess.run(world.command, check=True)
+        return word()
+
+    async def neighbour() -> None:
+        await begun.wait()
+        await work()
+        ended.set()
+
+    class Calls(Scripted):
+        async def create(self, *args: Any, **more: Any) -> Any:
+            await by_a_stream(world)
+            return await super().create(*args, **more)
+
+    async def program() -> Any:
+        begun.set()
+        await ended.wait()
+        model = Calls(happened, [call("work"), call("block")])
+        await AssistantAgent("a", model, tools=[work, block]).run(task="Q")
+        return await FunctionTool(work, "Work.").run_json({}, CancellationToken())
+
+    outside = asyncio.create_task(neighbour())  # started before the session, and at work during it
+    await twice(server, program, happened, tell=lines.append, on_unrecorded=on_unrecorded)
+    await outside
+    assert sorted(happened[1:]) == ["blocked", "model", "worked", "worked"]
+    assert about_outside(lines) == []
+
+
+async def test_answer_typed_at_the_console_is_recorded_and_not_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    lines: list[str] = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\nthird\nfourth\n"))
+
+    async def act(_: str) -> str:
+        return f"{input('in a turn? ')} {await asyncio.to_thread(input, 'in a thread? ')}"  # noqa: ASYNC250
+
+    async def program() -> Any:
+        said = input("before? ")  # noqa: ASYNC250
+        result = await RoundRobinGroupChat([Own("asker", act)], max_turns=1).run(task=said)
+        return [said, result.messages[-1].to_text(), await asked(Scripted(happened))]
+
+    before = input
+    said = await twice(server, program, happened, tell=lines.append, on_unrecorded="stop")
+    assert said[:2] == ["first", "second third"]
+    assert sys.stdin.readline() == "fourth\n"
+    assert about_outside(lines) == []
+    assert input is before
