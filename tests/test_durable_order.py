@@ -1,0 +1,222 @@
+"""A session's events are delivered when the session is idle, whatever else runs beside it; on asyncio and uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat
+from autogen_agentchat.tools import AgentTool
+from autogen_core import CancellationToken
+from autogen_core.tools import FunctionTool
+from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
+from harness import Server, nexum_server
+
+from durable_autogen.record.order import BUSY_PATIENCE
+
+T = TypeVar("T")
+OnLoop = Callable[[Coroutine[Any, Any, T]], T]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for the whole file: each test has sessions of its own."""
+    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
+        yield running
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop of each sort."""
+    if request.param == "uvloop":
+        uvloop = pytest.importorskip("uvloop", reason="uvloop isn't installed: there is none for Windows")
+        found: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    else:
+        found = asyncio.new_event_loop()
+    yield found
+    found.run_until_complete(found.shutdown_asyncgens())
+    found.run_until_complete(found.shutdown_default_executor())
+    found.close()
+
+
+def test_session_does_not_wait_for_a_neighbours_busy_task(
+    server: Server, loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    happened: list[str] = []
+    busy, over = asyncio.Event(), asyncio.Event()
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while not over.is_set():
+            ticks += 1
+            busy.set()
+            await asyncio.sleep(0)
+
+    async def neighbour() -> None:
+        await asyncio.create_task(tick())  # in its session
+
+    async def program() -> list[str]:
+        return [await asked(Scripted(happened)) for _ in range(10)]
+
+    async def main() -> float:
+        neighbours = [asyncio.create_task(inside(server, neighbour, new_session())), asyncio.create_task(tick())]
+        await busy.wait()
+        before, begun = ticks, time.monotonic()
+        await twice(server, program, happened)
+        seconds = time.monotonic() - begun
+        assert ticks > before
+        over.set()
+        await asyncio.gather(*neighbours)
+        return seconds
+
+    with caplog.at_level(logging.WARNING, logger="durable_autogen"):
+        assert loop.run_until_complete(main()) < BUSY_PATIENCE
+    assert "was busy" not in caplog.text
+
+
+def test_session_waits_for_its_work_in_threads(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    happened: list[str] = []
+
+    async def program() -> list[str]:
+        seen: list[str] = []
+        both = asyncio.Event()
+
+        async def answers() -> str:
+            if happened.count("model") >= 2:
+                both.set()
+            await both.wait()
+            return word()
+
+        async def branch(name: str) -> None:
+            await asked(Scripted(happened, answers))
+            seen.append(f"{name} begins")
+            await asyncio.to_thread(time.sleep, 0.05)  # the work itself
+            seen.append(f"{name} has worked")
+            await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.02)
+            await asked(Scripted(happened))
+            seen.append(f"{name} ends")
+
+        await asyncio.gather(branch("one"), branch("two"))
+        return seen
+
+    seen = loop.run_until_complete(twice(server, program, happened))
+    # The second reply is delivered when the first one's work is over.
+    first, second = seen[0].split()[0], seen[2].split()[0]
+    assert first != second
+    assert seen[:2] == [f"{first} begins", f"{first} has worked"]
+    assert seen[2] == f"{second} begins"
+
+
+def test_programs_own_executor_runs_its_functions_with_its_threads(
+    server: Server, loop: asyncio.AbstractEventLoop
+) -> None:
+    happened: list[str] = []
+    held = threading.local()
+    pool = ThreadPoolExecutor(6, "own", initializer=lambda: setattr(held, "connection", "open"))
+    loop.set_default_executor(pool)
+    together = threading.Barrier(6, timeout=10)
+
+    def block() -> str:
+        """Block until six run at once."""
+        together.wait()
+        happened.append(threading.current_thread().name.partition("_")[0])
+        return str(held.connection)
+
+    async def program() -> Any:
+        agent = AssistantAgent("a", Scripted(happened, [call("block") for _ in range(6)]), tools=[block])
+        said = await agent.run(task="Q")
+        return [said, await asyncio.to_thread(lambda: held.connection)]
+
+    async def main() -> Any:
+        found = await twice(server, program, happened)
+        after = await asyncio.to_thread(lambda: (threading.current_thread().name, held.connection))
+        assert after[0].startswith("own")
+        assert after[1] == "open"
+        return found
+
+    result, connection = loop.run_until_complete(main())
+    assert happened == ["model", *["own"] * 6]
+    assert [one["content"] for one in result["messages"][-2]["content"]] == ["open"] * 6
+    assert connection == "open"
+
+
+def fan_out(happened: list[str]) -> GraphFlow:
+    """A graph in which one branch streams an agent that is its tool, one calls a tool, and one streams."""
+
+    def note() -> str:
+        """Note it."""
+        happened.append("noted")
+        return word()
+
+    def says(*script: Any) -> Scripted:
+        """A model that takes its time."""
+
+        async def late(content: Any) -> Any:
+            await asyncio.sleep(random.random() * 0.01)
+            return content
+
+        return Scripted(happened, *(functools.partial(late, content) for content in (*script, word(), word())))
+
+    deep = AssistantAgent("deep", says(), description="deep", model_client_stream=True)
+    start, end = (AssistantAgent(name, says()) for name in ("start", "end"))
+    slow = AssistantAgent("slow", says([call("deep", task="x")]), tools=[AgentTool(deep)])
+    quick = AssistantAgent("quick", says([call("note")]), tools=[note], reflect_on_tool_use=True)
+    third = AssistantAgent("third", says(), model_client_stream=True)
+    graph = DiGraphBuilder()
+    for node in (start, slow, quick, third, end):
+        graph.add_node(node)
+    for node in (slow, quick, third):
+        graph.add_edge(start, node).add_edge(node, end)
+    return GraphFlow(graph.get_participants(), graph.build())
+
+
+def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
+    server: Server, loop: asyncio.AbstractEventLoop
+) -> None:
+    happened: list[str] = []
+
+    async def program() -> TaskResult:
+        return await fan_out(happened).run(task="Q")
+
+    async def main() -> None:
+        for _ in range(6):
+            await twice(server, program, happened)
+            assert sorted(happened) == ["model"] * 7 + ["noted"]
+
+    loop.run_until_complete(main())
+
+
+def test_race_and_team_are_the_same_again(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    happened: list[str] = []
+
+    def charge(amount: int) -> str:
+        """Charge."""
+        happened.append(f"charged {amount}")
+        return word()
+
+    async def act(_: str) -> str:
+        said = await asyncio.gather(*(asked(Scripted(happened, name="fan")) for _ in range(3)))
+        slow = asyncio.create_task(asked(Scripted(happened, asyncio.Event().wait, name="slow")))
+        await asyncio.wait({slow}, timeout=0.1)
+        slow.cancel()
+        charged = await FunctionTool(charge, "Charge.").run_json({"amount": 3}, CancellationToken())
+        return " ".join([*said, str(charged)])
+
+    async def program() -> TaskResult:
+        agents: list[Any] = [Own("doer", act), AssistantAgent("a", Scripted(happened))]
+        return await RoundRobinGroupChat(agents, max_turns=3).run(task="Q")
+
+    loop.run_until_complete(twice(server, program, happened))
+    assert happened.count("charged 3") == 2
+    assert happened.count("slow") == 2
