@@ -21,7 +21,7 @@ from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
-from durable_autogen.record.place import Place, at, steps_at
+from durable_autogen.record.place import Place, at, closing, steps_at
 
 
 class AtWork:
@@ -79,22 +79,19 @@ class AtWork:
 
     async def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Pass on the run of a team."""
-        async for item in self.run(steps_at(self.place, stream), task):
-            yield item
+        async with closing(self.run(steps_at(self.place, stream), task)) as items:
+            async for item in items:
+                yield item
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Pass on a run of an agent or a team."""
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()
-        try:
-            async for item in stream:
+        async with closing(stream) as items:
+            async for item in items:
                 await self._passes_on(item, task)
                 yield self._work.transcript.result(item) if is_programs_own and isinstance(item, TaskResult) else item
-        finally:
-            close: Any = getattr(stream, "aclose", None)
-            if close is not None:
-                await close()
 
     async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
         """Return the result of a run that isn't streamed."""

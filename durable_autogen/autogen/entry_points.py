@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ from durable_autogen.autogen.at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.work import Work, total
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import Place, at, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
@@ -93,8 +93,9 @@ def _streamed(recording: Recording) -> Callable[..., Any]:
             if place is None
             else recording(Calls(place, work_of(place.session)), self, original, _Given(args, kwargs))
         )
-        async for item in _closing(stream):
-            yield item
+        async with closing(stream) as items:
+            async for item in items:
+                yield item
 
     return wrapper
 
@@ -240,8 +241,9 @@ def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
         stream = original(*args, **kwargs)
         if working is not None:
             stream = getattr(working, method)(stream, _task_or_token(args, kwargs))
-        async for item in _closing(stream):
-            yield item
+        async with closing(stream) as items:
+            async for item in items:
+                yield item
 
     return wrapper
 
@@ -282,16 +284,6 @@ async def _send(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         while len(_sent) > MAX_SENT:
             _sent.pop(next(iter(_sent)))
     return await original(*args, **kwargs)
-
-
-async def _closing(stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    try:
-        async for item in stream:
-            yield item
-    finally:
-        close: Any = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------
@@ -434,8 +426,9 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
     if inspect.isasyncgenfunction(original):
 
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            async for item in _closing(wrapper(self, bound(self), *args, **kwargs)):
-                yield item
+            async with closing(wrapper(self, bound(self), *args, **kwargs)) as items:
+                async for item in items:
+                    yield item
 
         return functools.wraps(original)(stream)
     if inspect.iscoroutinefunction(original):

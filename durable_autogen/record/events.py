@@ -331,6 +331,10 @@ class Record:
     """How often the event of an address was revoked."""
     last_seq: int = 0
     """The highest number that an event has, whether it counts or not."""
+    ended_ms: dict[int, int] = field(default_factory=dict)
+    """When each event was recorded, by the server's clock."""
+    last_begun_ms: int = 0
+    """When the last call was begun that has no result, by the server's clock."""
 
 
 async def read_record(client: NexumClient, session: str) -> Record:
@@ -350,7 +354,9 @@ async def read_record(client: NexumClient, session: str) -> Record:
         for execution in page:
             if execution.status is ExecutionStatus.COMPLETED:
                 recorded.append(Event.model_validate_json(execution.outputs()["event"]))
+                found.ended_ms[recorded[-1].seq] = execution.ended_ms or 0
                 continue
+            found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
             input = EventInput.model_validate_json(execution.input_json)
             found.tried.add(input.address)
             if execution.status is ExecutionStatus.RUNNING:

@@ -59,6 +59,8 @@ class Journal:
         self._starting: set[asyncio.Task[Started]] = set()
         self._times_revoked: Counter[str] = Counter()
         self._other_programs: list[int] = []
+        self._trailing: list[Event] = []
+        """The events after which no call was begun."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -143,12 +145,14 @@ class Journal:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
+                # A run that began another call after a failure has survived it.
+                self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
     async def _revoke_trailing_failures(self) -> None:
         """Drop failures and broken replies that an unfinished session ends with: nothing depends on them yet."""
         trailing: list[Event] = []
-        for event in reversed(self.events):
+        for event in reversed(self._trailing):
             if not (
                 isinstance(event.content, Raised) or (isinstance(event.content, Returned) and event.content.is_broken)
             ):

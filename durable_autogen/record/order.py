@@ -123,6 +123,9 @@ async def idle(session: Session) -> None:
     Call it from a task of the session's: the caller is not counted.
     """
     loop = asyncio.get_running_loop()
+    ready = getattr(loop, "_ready", None)
+    if ready is not None and not session.activity.threads and id(session) not in _sessions_ready_to_run(ready):
+        return  # the usual case costs no turn of the loop
     watcher = _watchers.get(loop)
     if watcher is None:
         watcher = _watchers[loop] = _Watcher(loop)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -97,6 +97,17 @@ def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
     context = contextvars.copy_context()
     context.run(current.set, place)
     return context.run(asyncio.ensure_future, run())
+
+
+@asynccontextmanager
+async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], None]:
+    """Close the stream at the end of a `with`: a loop that is left in the middle leaves it open."""
+    try:
+        yield stream
+    finally:
+        close: Any = getattr(stream, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def steps_at(place: Place | None, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 OnDrift = Literal["stop", "continue"]
 
+GIVE_UP_PATIENCE = 1.0  # seconds for what was given up to end, before the next call is made
+
 _NOTHING: Any = object()
 
 
@@ -79,6 +81,8 @@ class _LiveCall:
     asker: asyncio.Task[Any] | None
     task: Task | None = None
     given_up: bool = False
+    went_on: bool = False
+    """Whether the task or the agent that gave it up has asked for something since."""
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -87,14 +91,15 @@ class _LiveCall:
 
 @dataclass(eq=False)
 class _Failed:
-    """A failure that the run has received, and whose agent has not finished its turn since."""
+    """A failure that the run has received, or a call that it gave up, whose agent has not finished its turn since."""
 
     event: Event
-    error: Exception
+    error: Exception | None
+    """What the call raised; None if it was given up."""
     asker: asyncio.Task[Any] | None
     """The task that received it."""
     survived: bool = False
-    """Whether that task has asked for something since."""
+    """Whether that task, the agent, or one that it works for has asked for something since."""
 
 
 class Recorder:
@@ -250,9 +255,12 @@ class Recorder:
         recorded = [one for one in self._failures if one.event in self.journal.events and not one.event.accepted]
         causes = _chain(error)
         # Python keeps the cause, where a team passes on only its text; a program may raise an error of its own.
-        ended_it = [one for one in recorded if one.error in causes]
-        ended_it = ended_it or [one for one in recorded if _repeats(error, one.error)][-1:]
-        ended_it = ended_it or [one for one in recorded if not self._survived(one)]
+        failures = [one for one in recorded if one.error is not None]
+        ended_it = [one for one in failures if one.error in causes]
+        ended_it = ended_it or [one for one in failures if _repeats(error, one.error)][-1:]
+        ended_it = ended_it or [one for one in failures if not self._survived(one)]
+        # A run that ends cancels the calls of those who work beside the one that failed.
+        ended_it += [one for one in recorded if one.error is None and not self._survived(one)]
         async with self._turnstile:
             await self._record_typed()
             if ended_it:
@@ -262,9 +270,7 @@ class Recorder:
         """Whether the task or the agent that got this failure has asked for something after it, or one it works for."""
         agent = failed.event.agent
         return failed.survived or any(
-            event.kind.is_asked_for
-            and event.asked_after >= failed.event.seq
-            and (not event.agent or f"{agent}/".startswith(f"{event.agent}/"))
+            event.kind.is_asked_for and event.asked_after >= failed.event.seq and _works_for(agent, event.agent)
             for event in self.journal.events
         )
 
@@ -306,7 +312,9 @@ class Recorder:
         self._check_not_failed()
         asker = asker or asyncio.current_task()
         for failed in self._failures:
-            failed.survived = failed.survived or failed.asker is asker
+            failed.survived = failed.survived or failed.asker is asker or _works_for(failed.event.agent, call.agent)
+        for live in (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
+            live.went_on = live.went_on or live.asker is asker or _works_for(live.call.agent, call.agent)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
@@ -377,9 +385,14 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            if self._typed:
+            # What the program has left behind, as a stream in the middle, is closed before it is idle.
+            await self._idle()
+            giving_up = [running for running, one in self._calls.items() if one.given_up]
+            if giving_up:
+                await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
+            if self._typed or self._given_up:
                 async with self._turnstile:
-                    await self._record_typed()
+                    await self._record_apart()
             live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
             live.task = await self.journal.begin(call)
             value, content, error = await self._performed(call, perform, live)
@@ -483,7 +496,8 @@ class Recorder:
             if live.task is None:
                 live.task = await self.journal.begin(live.call)
             try:
-                await self._record(live, GivenUp(streamed=live.streamed()))
+                event = await self._record(live, GivenUp(streamed=live.streamed()))
+                self._failures.append(_Failed(event, None, live.asker, live.went_on))
             finally:
                 # The caller may be cancelled while the server records it all the same.
                 if any(event.address == live.call.address for event in self.journal.events):
@@ -539,12 +553,17 @@ def _already_told(_: Content) -> None:
     """What is replayed was told when the call was asked for."""
 
 
+def _works_for(agent: str, other: str) -> bool:
+    """Whether an agent is the other one, or works for it; all work for the program itself."""
+    return not other or f"{agent}/".startswith(f"{other}/")
+
+
 def _is_within(agent: str, path: str) -> bool:
     return not path or agent == path or agent.startswith((f"{path}/", f"{path} ("))
 
 
-def _repeats(error: BaseException, cause: Exception) -> bool:
-    text = str(cause)
+def _repeats(error: BaseException, cause: Exception | None) -> bool:
+    text = "" if cause is None else str(cause)
     return error is not cause and bool(text) and text in str(error)
 
 
