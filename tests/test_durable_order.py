@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
-from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat
+from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
-from autogen_core import CancellationToken
-from autogen_core.tools import FunctionTool
-from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
+from durable_agents import Scripted, asked, call, inside, new_session, twice, word
 from harness import Server, nexum_server
 
 from durable_autogen.record.order import BUSY_PATIENCE
@@ -195,28 +193,3 @@ def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
             assert sorted(happened) == ["model"] * 7 + ["noted"]
 
     loop.run_until_complete(main())
-
-
-def test_race_and_team_are_the_same_again(server: Server, loop: asyncio.AbstractEventLoop) -> None:
-    happened: list[str] = []
-
-    def charge(amount: int) -> str:
-        """Charge."""
-        happened.append(f"charged {amount}")
-        return word()
-
-    async def act(_: str) -> str:
-        said = await asyncio.gather(*(asked(Scripted(happened, name="fan")) for _ in range(3)))
-        slow = asyncio.create_task(asked(Scripted(happened, asyncio.Event().wait, name="slow")))
-        await asyncio.wait({slow}, timeout=0.1)
-        slow.cancel()
-        charged = await FunctionTool(charge, "Charge.").run_json({"amount": 3}, CancellationToken())
-        return " ".join([*said, str(charged)])
-
-    async def program() -> TaskResult:
-        agents: list[Any] = [Own("doer", act), AssistantAgent("a", Scripted(happened))]
-        return await RoundRobinGroupChat(agents, max_turns=3).run(task="Q")
-
-    loop.run_until_complete(twice(server, program, happened))
-    assert happened.count("charged 3") == 2
-    assert happened.count("slow") == 2
