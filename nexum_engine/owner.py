@@ -112,7 +112,6 @@ class Owner:
             started = await start()
         if started.task is not None:
             self._heartbeat.held.add(started.task.task_id)
-            self._heartbeat.beat()
         elif not started.status.ended:
             # It ignored what it doesn't know and has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)

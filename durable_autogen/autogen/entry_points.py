@@ -354,9 +354,9 @@ def entry_points(session: Session) -> Iterator[None]:
     with _lock:
         _open_sessions += 1
         for base, methods in ENTRY_POINTS:
-            if _open_sessions == 1:
+            if _open_sessions == 1:  # classes that are defined later announce themselves
                 _watch_subclasses(base, methods)
-            _wrap_all(base, methods)
+                _wrap_all(base, methods)
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:

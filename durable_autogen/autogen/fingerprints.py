@@ -10,9 +10,10 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from autogen_core.models import ChatCompletionClient, LLMMessage, SystemMessage
+from autogen_core.models import ChatCompletionClient, FunctionExecutionResultMessage, LLMMessage, SystemMessage
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
@@ -36,8 +37,9 @@ class Conversation:
     def __init__(self) -> None:
         self._position = ""
         self._messages: list[LLMMessage] = []
-        self._contents: list[str | tuple[object, ...]] = []
-        self._prints: list[dict[str, str]] = []
+        self._seen: list[_Seen] = []
+        self._lists: list[_Seen] = []
+        """The messages whose content is a list."""
         self._chain: list[str] = []
         """The hash of all messages up to each one."""
         self._whole: dict[str, Any] = {}
@@ -75,41 +77,54 @@ class Conversation:
         if self._position:
             new["base"] = self._position
         new["same"] = same
-        new["messages"] = self._prints[same:]
+        new["messages"] = [one.print for one in self._seen[same:]]
         chain = self._chain[-1] if self._chain else ""
         new["hash"] = hashed_value([whole, chain])
-        prints = list(self._prints)
+        seen = list(self._seen)
         self._position, self._whole = position, whole
-        return new, lambda: {**whole, "messages": prints, "hash": new["hash"]}
+        return new, lambda: {**whole, "messages": [one.print for one in seen], "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Take over the messages; return how many are the same as in the request before."""
-        # A message's list of calls or results may grow in place; its texts can't change without being replaced.
-        contents: list[str | tuple[object, ...]] = [
-            one.content if isinstance(one.content, str) else tuple(one.content) for one in messages
-        ]
         limit = min(len(messages), len(self._messages))
+        # The usual case is a conversation that only grew: that is seen without a loop of Python's own.
+        is_grown = (
+            all(map(operator.is_, messages[:limit], self._messages))
+            and all(map(operator.is_, map(_CONTENT, messages[:limit]), map(_CONTENT, self._seen)))
+            and all(len(one.content) == one.length for one in self._lists)
+        )
         same = limit
-        # The usual case, a conversation that only grew, is two comparisons without a loop.
-        if not all(map(operator.is_, messages[:limit], self._messages)) or contents[:limit] != self._contents[:limit]:
-            same = 0
-            while messages[same] is self._messages[same] and contents[same] == self._contents[same]:
-                same += 1
-        known: dict[int, int] = {}
-        if same < len(self._messages):
-            known = {id(message): number for number, message in enumerate(self._messages)}
-        prints, chain = self._prints[:same], self._chain[:same]
-        for number in range(same, len(messages)):
-            at = known.get(id(messages[number]))
-            found = (
-                self._prints[at]
-                if at is not None and self._contents[at] == contents[number]
-                else _message(messages[number])
-            )
-            prints.append(found)
-            chain.append(_hash(f"{chain[-1] if chain else ''}{found['hash']}"))
-        self._messages, self._contents, self._prints, self._chain = list(messages), contents, prints, chain
+        if not is_grown:
+            same = next((n for n in range(limit) if not self._seen[n].is_still(messages[n])), limit)
+        known = {id(one.message): one for one in self._seen} if same < len(self._seen) else {}
+        del self._messages[same:], self._seen[same:], self._chain[same:]
+        for message in messages[same:]:
+            one = known.get(id(message))
+            if one is None or not one.is_still(message):
+                one = _Seen(message, message.content, len(message.content), _message(message))
+            self._messages.append(message)
+            self._seen.append(one)
+            self._chain.append(_hash(f"{self._chain[-1] if self._chain else ''}{one.print['hash']}"))
+        self._lists = [one for one in self._lists if one in self._seen[:same]] if not is_grown else self._lists
+        self._lists += [one for one in self._seen[same:] if isinstance(one.content, list)]
         return same
+
+
+@dataclass(eq=False)
+class _Seen:
+    """A message as it was fingerprinted. Its list of calls or results may grow in place."""
+
+    message: LLMMessage
+    content: Any
+    length: int
+    print: dict[str, str]
+
+    def is_still(self, message: LLMMessage) -> bool:
+        """Return whether the message is this one, unchanged."""
+        return message is self.message and message.content is self.content and len(message.content) == self.length
+
+
+_CONTENT = operator.attrgetter("content")
 
 
 def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,11 +214,16 @@ def _schema(tool: Tool | ToolSchema) -> ToolSchema:
 
 
 def _message(message: LLMMessage) -> dict[str, str]:
+    if isinstance(message, FunctionExecutionResultMessage):
+        # A result may be long: it is hashed as it is, and only its beginning is shown.
+        results = [[one.name, one.call_id, one.is_error, _hash(one.content)] for one in message.content]
+        shown = json.dumps([one.content[: 2 * EXCERPT] for one in message.content], ensure_ascii=False)
+        return {"from": "tool results", "hash": hashed_value(results), "text": _excerpt(shown)}
     dumped = message.model_dump(mode="json")
     content = dumped["content"]
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return {
-        "from": f"{type(message).__name__} of {dumped.get('source', 'the tools')}",
+        "from": f"{type(message).__name__} of {dumped.get('source', 'the program')}",
         "hash": hashed_value(dumped),
         "text": _excerpt(text),
     }
