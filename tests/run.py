@@ -23,9 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUPS = tuple(
     [f"tests/test_{name}.py" for name in group]
     for group in (
-        # The first four start embedded servers, which share one port: one after the other.
-        ("cli", "crash_demo", "demo", "demo_children", "crash_random", "crash_stages", "pipeline_worker"),
-        ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow"),
+        # Some of these start embedded servers, which share one port: one after the other.
+        (
+            *("cli", "crash_demo", "demo", "demo_children", "crash_random", "crash_stages", "pipeline_worker"),
+            "durable_script",
+        ),
+        ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow", "autogen_suite"),
     )
 )
 """They run beside each other and beside the rest: most of their time is waiting."""
@@ -36,6 +39,7 @@ OTHER_TESTS = tuple(
         *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
         *("submit_task", "worker", "tools_declare", "tools_run", "tools_page_text"),
         *("model_choice", "rehearsal", "pipeline_steps", "console", "docs", "durable_session", "durable_drift"),
+        *("durable_entry_points", "durable_given_up", "durable_order", "durable_outside"),
     )
 )
 """What may differ between Pythons; the rest runs on one."""
