@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
-from autogen_core import FunctionCall
+from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionTokenLogprob, CreateResult, ModelInfo, TopLogprob
+from autogen_core.tools import FunctionTool
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import QUESTION, Scripted, answer, asked, bench, inside, new_session, reply, run, texts, twice, word
 from harness import Server, nexum_server
@@ -135,8 +136,8 @@ def nested(depth: int) -> str:
     return '{"tree": ' + '{"a": ' * depth + "1" + "}" * depth + "}"
 
 
-@pytest.mark.parametrize("way", ["model", "tool"])
-async def test_arguments_nested_deeply_are_recorded(server: Server, way: str) -> None:
+@pytest.mark.parametrize("way", ["model", "workbench", "tool"])
+async def test_arguments_and_results_nested_deeply_are_recorded(server: Server, way: str) -> None:
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
@@ -148,11 +149,16 @@ async def test_arguments_nested_deeply_are_recorded(server: Server, way: str) ->
         happened.append(f"climbed {depth}")
         return word()
 
+    grown = json.loads(nested(300))["tree"]
+
     async def program() -> Any:
         if way == "model":
             asks = [FunctionCall(id="1", name="climb", arguments=nested(300))]
             return await AssistantAgent("a", Scripted(happened, asks), tools=[climb]).run(task="Q")
-        return (await bench([climb]).call_tool("climb", json.loads(nested(300)))).to_text()
+        if way == "workbench":
+            return (await bench([climb]).call_tool("climb", {"tree": grown})).to_text()
+        tree = FunctionTool(lambda: (climb(grown), grown)[1], "The tree.", name="tree")
+        return await tree.run_json({}, CancellationToken())
 
     await twice(server, program, happened)
-    assert happened[-1] == "climbed 300"
+    assert "climbed 300" in happened

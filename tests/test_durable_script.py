@@ -65,7 +65,7 @@ class Folder:
     """A script in a folder of its own, and how it is run."""
 
     def __init__(self, path: Path, server: Server | None, env: dict[str, str]) -> None:
-        self.path, self.server, self.env = path, server, env
+        self.path, self.server, self.env, self.script = path, server, env, "script.py"
 
     def write(self, code: str, name: str = "script.py") -> None:
         (self.path / name).write_text(code, encoding="utf-8")
@@ -74,7 +74,7 @@ class Folder:
         """The command; by default in a session that is named after the folder."""
         found = ["-m", "durable_autogen", "run", *(["--nexum", self.server.address] if self.server else [])]
         session = self.path.name[-40:] if session == "" else session
-        return [*found, *(["--session", session] if session else []), "script.py", *arguments]
+        return [*found, *(["--session", session] if session else []), self.script, *arguments]
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -92,7 +92,7 @@ class Folder:
         return self.run(self.command(*arguments, session=session))
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run(["script.py", *arguments])
+        return self.run([self.script, *arguments])
 
     @property
     def log(self) -> list[str]:
@@ -134,7 +134,7 @@ import asyncio, sys, beside, __main__
 from pathlib import Path
 
 async def main():
-    print(__name__, Path(__file__).samefile("script.py"), sys.argv, Path(sys.path[0]).samefile("."), beside.NAME)
+    print(__name__, Path(__file__).samefile(sys.argv[0]), sys.argv, Path(sys.path[0]).name, beside.NAME)
     print(Path.cwd(), __main__.main is main, asyncio.current_task().get_name())
 
 if __name__ == "__main__":
@@ -143,8 +143,10 @@ if __name__ == "__main__":
 
 
 def test_script_sees_what_python_gives_it_and_its_output_is_its_own(folder: Folder) -> None:
-    folder.write(LOOKS)
-    folder.write("NAME = 'beside it'", "beside.py")
+    (folder.path / "deeper").mkdir()
+    folder.script = "deeper/script.py"
+    folder.write(LOOKS, folder.script)
+    folder.write("NAME = 'beside it'", "deeper/beside.py")
     arguments = ["--session", "its own", "-x", ""]
     durable, plain = folder.durable(*arguments), folder.python(*arguments)
     assert (durable.returncode, plain.returncode, plain.stderr) == (0, 0, "")
