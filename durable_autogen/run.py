@@ -167,7 +167,7 @@ class _Run:
             try:
                 return await running
             except RuntimeError as error:
-                cause = recorder.cause_of(error)
+                cause = recorder.survival.cause_of(error)
                 if cause is not None:
                     raise cause from error
                 raise

@@ -105,7 +105,7 @@ class AtWork:
     async def _passes_on(self, item: Any, task: Any = None) -> None:
         self._work.transcript.settle(self._label, item, _given(task))
         if isinstance(item, (Response, TaskResult)):
-            self._recorder.turn_is_over(self._path)
+            self._recorder.survival.turn_is_over(self._path)
             if self._outer.ends_in_order:
                 # Members that work side by side end in the recorded order, whatever made one of them slow.
                 with at(self.place):

@@ -33,6 +33,7 @@ from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.order import idle
 from durable_autogen.record.place import current, started_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
+from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.model import Task
 
@@ -78,7 +79,7 @@ class _LiveCall:
     call: Call
     asked: Asked
     streamed: Callable[[], list[Any]]
-    asker: asyncio.Task[Any] | None
+    asker: Asker
     task: Task | None = None
     given_up: bool = False
     went_on: bool = False
@@ -87,19 +88,6 @@ class _LiveCall:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """The answer, or what the call raised: as a value, so that an error that nobody waits for is no noise."""
-
-
-@dataclass(eq=False)
-class _Failed:
-    """A failure that the run has received, or a call that it gave up, whose agent has not finished its turn since."""
-
-    event: Event
-    error: Exception | None
-    """What the call raised; None if it was given up."""
-    asker: asyncio.Task[Any] | None
-    """The task that received it."""
-    survived: bool = False
-    """Whether that task, the agent, or one that it works for has asked for something since."""
 
 
 class Recorder:
@@ -126,7 +114,7 @@ class Recorder:
         for event in journal.events:
             if event.kind is Kind.BEGIN:
                 self._delivered(event)
-        self._failures: list[_Failed] = []
+        self.survival = Survival()
         self._questions: Counter[str] = Counter()
         self._typed: list[tuple[Call, Returned, Asked]] = []
         """What was typed at the console and is not recorded yet."""
@@ -252,35 +240,10 @@ class Recorder:
 
     async def end_with(self, error: BaseException) -> None:
         """The run ended with an error: revoke the failures that it ended with, so that the next run calls again."""
-        recorded = [one for one in self._failures if one.event in self.journal.events and not one.event.accepted]
-        causes = _chain(error)
-        # Python keeps the cause, where a team passes on only its text; a program may raise an error of its own.
-        failures = [one for one in recorded if one.error is not None]
-        ended_it = [one for one in failures if one.error in causes]
-        ended_it = ended_it or [one for one in failures if _repeats(error, one.error)][-1:]
-        ended_it = ended_it or [one for one in failures if not self._survived(one)]
-        # A run that ends cancels the calls of those who work beside the one that failed.
-        ended_it += [one for one in recorded if one.error is None and not self._survived(one)]
         async with self._turnstile:
             await self._record_typed()
-            if ended_it:
-                await self.journal.revoke([one.event for one in ended_it], f"the run ended: {type(error).__name__}")
-
-    def _survived(self, failed: _Failed) -> bool:
-        """Whether the task or the agent that got this failure has asked for something after it, or one it works for."""
-        agent = failed.event.agent
-        return failed.survived or any(
-            event.kind.is_asked_for and event.asked_after >= failed.event.seq and _works_for(agent, event.agent)
-            for event in self.journal.events
-        )
-
-    def turn_is_over(self, path: str) -> None:
-        """An agent or a team has finished its turn: it, and whoever works for it, has survived its failures."""
-        self._failures = [one for one in self._failures if not _is_within(one.event.agent, path)]
-
-    def cause_of(self, error: BaseException) -> Exception | None:
-        """Return the failure whose text this error repeats: AutoGen's teams pass on only texts."""
-        return next((failed.error for failed in reversed(self._failures) if _repeats(error, failed.error)), None)
+            if ended_it := self.survival.ended_by(error, self.journal.events):
+                await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +262,7 @@ class Recorder:
         *,
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
-        asker: asyncio.Task[Any] | None = None,
+        asker: Asker = None,
         early: bool = False,
     ) -> Answer:
         """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
@@ -311,10 +274,9 @@ class Recorder:
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()
-        for failed in self._failures:
-            failed.survived = failed.survived or failed.asker is asker or _works_for(failed.event.agent, call.agent)
+        self.survival.asks(call, asker)
         for live in (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.went_on = live.went_on or live.asker is asker or _works_for(live.call.agent, call.agent)
+            live.went_on = live.went_on or continues(live.call.agent, live.asker, call, asker)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
@@ -328,7 +290,7 @@ class Recorder:
         return answer
 
     async def _replayed(
-        self, call: Call, on_replay: Callable[[Content], None], asker: asyncio.Task[Any] | None
+        self, call: Call, on_replay: Callable[[Content], None], asker: Asker
     ) -> Answer | Exception | None:
         if (event := self._replay.take_given_up(call)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay)
@@ -339,7 +301,7 @@ class Recorder:
         if not isinstance(event.content, Raised):
             return Answer(event.content, replayed=True, position=event.position)
         error = event.content.failure.again()
-        self._failures.append(_Failed(event, error, asker))
+        self.survival.add(event, error, asker)
         return error
 
     async def _made_live(
@@ -347,7 +309,7 @@ class Recorder:
         call: Call,
         perform: Callable[[], Awaitable[Performed]],
         streamed: Callable[[], list[Any]],
-        asker: asyncio.Task[Any] | None,
+        asker: Asker,
     ) -> Answer | Exception:
         live = _LiveCall(call, Asked(self.last_seq), streamed, asker)
         running = asyncio.create_task(self._live(live, perform))
@@ -403,7 +365,7 @@ class Recorder:
                 await self._idle()
                 self._delivered(event)
                 if error is not None:
-                    self._failures.append(_Failed(event, error, live.asker))
+                    self.survival.add(event, error, live.asker)
                 if not live.answer.done():
                     live.answer.set_result(
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
@@ -497,7 +459,7 @@ class Recorder:
                 live.task = await self.journal.begin(live.call)
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
-                self._failures.append(_Failed(event, None, live.asker, live.went_on))
+                self.survival.add(event, None, live.asker, survived=live.went_on)
             finally:
                 # The caller may be cancelled while the server records it all the same.
                 if any(event.address == live.call.address for event in self.journal.events):
@@ -551,30 +513,3 @@ class Recorder:
 
 def _already_told(_: Content) -> None:
     """What is replayed was told when the call was asked for."""
-
-
-def _works_for(agent: str, other: str) -> bool:
-    """Whether an agent is the other one, or works for it; all work for the program itself."""
-    return not other or f"{agent}/".startswith(f"{other}/")
-
-
-def _is_within(agent: str, path: str) -> bool:
-    return not path or agent == path or agent.startswith((f"{path}/", f"{path} ("))
-
-
-def _repeats(error: BaseException, cause: Exception | None) -> bool:
-    text = "" if cause is None else str(cause)
-    return error is not cause and bool(text) and text in str(error)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An exception with everything that caused it."""
-    found: list[BaseException] = []
-    ahead: list[BaseException | None] = [error]
-    while ahead:
-        one = ahead.pop()
-        if one is None or one in found:
-            continue
-        found.append(one)
-        ahead += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-    return found
