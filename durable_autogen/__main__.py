@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import builtins
 import functools
 import hashlib
 import inspect
 import os
 import re
-import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,7 @@ def run_script(args: argparse.Namespace) -> int:
     sessions = _Sessions(session, args)
     with sessions.installed():
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            _run_as_main(script.resolve())
         except NexumError as error:
             tell(f"error: {error}")
             return 2
@@ -199,12 +200,25 @@ def run_script(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_as_main(script: Path) -> None:
+    """Run a script as Python does. (runpy would name it by the same path in sys.argv and in __file__.)"""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
+    finally:
+        sys.modules["__main__"] = before
+
+
 def _print_traceback(error: Exception, script: Path) -> None:
-    """Print the error as `python SCRIPT` would: without the frames of this command that lie outside the script."""
-    shown = error.__traceback__
-    while shown is not None and shown.tb_frame.f_code.co_filename != str(script):
-        shown = shown.tb_next
-    traceback.print_exception(type(error), error, shown or error.__traceback__)
+    """Print the error as `python SCRIPT` would: without the frames of this command."""
+    told = traceback.TracebackException.from_exception(error)
+    paths = [frame.filename for frame in told.stack]
+    begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
+    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack[begin:] if frame.filename != __file__])
+    tell("".join(told.format()).rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

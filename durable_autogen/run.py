@@ -225,6 +225,7 @@ def _check_new(runnable: Runnable) -> None:
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     """Compare task and team with the session's, or record them; return the task to run."""
     journal = recorder.journal
+    task = _recordable(task)
     begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
     if begun is None:
         if task is None:
@@ -275,7 +276,14 @@ def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
 
 
 def _texts(task: Task) -> list[str]:
-    found: list[str] = representable(
-        [task] if isinstance(task, str) else [message.to_text() for message in messages_of(task)]
-    )
-    return found
+    return [task] if isinstance(task, str) else [message.to_text() for message in messages_of(task)]
+
+
+def _recordable(task: Task) -> Task:
+    """The task as it can be recorded: half a surrogate pair is replaced, and the run gets what a resumed one gets."""
+    texts = _texts(task)
+    if representable(texts) == texts:
+        return task
+    if isinstance(task, str):
+        return str(representable(task))
+    return [type(one).model_validate(representable(one.model_dump(mode="json"))) for one in messages_of(task)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
+from autogen_agentchat.messages import TextMessage
 from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionTokenLogprob, CreateResult, ModelInfo, TopLogprob
 from autogen_core.tools import FunctionTool
@@ -162,3 +163,16 @@ async def test_arguments_and_results_nested_deeply_are_recorded(server: Server, 
 
     await twice(server, program, happened)
     assert "climbed 300" in happened
+
+
+@pytest.mark.parametrize("is_message", [False, True])
+async def test_task_with_half_a_surrogate_pair_is_resumed_without_it(server: Server, is_message: bool) -> None:
+    happened: list[str] = []
+    session = new_session()
+    text = "half \ud83d of it"
+    task: Any = TextMessage(content=text, source="user") if is_message else text
+    first = await run(server, lambda: AssistantAgent("a", Scripted(happened)), task, session)
+    for again in (None, task):
+        found = await run(server, lambda: AssistantAgent("a", Scripted(happened)), again, session)
+        assert texts(found)[-1] == texts(first)[-1]
+    assert happened == ["model"]

@@ -36,6 +36,7 @@ from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.worker_calls import CallNotes, HearsOfReplays, call_notes, call_scope
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
 
+HOLD_FOR = 0.5  # seconds for which the newest piece of a stream is held back, as it may be the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the fingerprint of what was asked stands beside it
 
 
@@ -119,17 +120,33 @@ class Calls:
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
+        loop = asyncio.get_running_loop()
+
+        def release() -> None:
+            while held:
+                stream.items.put_nowait(held.pop())
 
         async def perform() -> Performed:
             result: CreateResult | None = None
-            async for piece in ask(messages):
-                if isinstance(piece, CreateResult):
-                    result = piece
-                    continue
-                if held:
-                    stream.items.put_nowait(held.pop())
-                held.append(piece)
-                stream.produced.append(piece)
+            releasing: asyncio.TimerHandle | None = None
+            try:
+                async for piece in ask(messages):
+                    if releasing is not None:
+                        releasing.cancel()
+                    if isinstance(piece, CreateResult):
+                        result = piece
+                        continue
+                    release()
+                    held.append(piece)
+                    stream.produced.append(piece)
+                    # It may be the last one, which is passed on when the reply is recorded, or the model takes a while.
+                    releasing = loop.call_later(HOLD_FOR, release)
+            except BaseException:
+                release()  # the stream broke: the agent gets what came
+                raise
+            finally:
+                if releasing is not None:
+                    releasing.cancel()
             if result is None:
                 raise RuntimeError("the model's stream ended without a result")
             written, result = written_reply(result)

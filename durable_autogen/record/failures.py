@@ -11,7 +11,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
 T = TypeVar("T")
@@ -74,21 +74,18 @@ class Failure(BaseModel):
 
     def _validation_error(self) -> Exception | None:
         with contextlib.suppress(Exception):  # an error of a type of the program's own
-            return ValidationError.from_exception_data(
-                (self.text.partition(" for ")[2] or "input").partition("\n")[0],
-                [
-                    InitErrorDetails(
-                        type=PydanticCustomError(one["type"], "{text}", {"text": one["msg"]}),
-                        loc=tuple(one["loc"]),
-                        input=one["input"],
-                    )
-                    if one["type"] not in _KNOWN_ERRORS
-                    else InitErrorDetails(
-                        type=one["type"], loc=tuple(one["loc"]), input=one["input"], ctx=one.get("ctx", {})
-                    )
-                    for one in self.validation or ()
-                ],
-            )
+            details: list[Any] = [
+                {
+                    "type": one["type"]
+                    if one["type"] in _KNOWN_ERRORS
+                    else PydanticCustomError(one["type"], "{text}", {"text": one["msg"]}),
+                    **{name: one[name] for name in ("input", "ctx") if name in one},
+                    "loc": tuple(one["loc"]),
+                }
+                for one in self.validation or ()
+            ]
+            title = (self.text.partition(" for ")[2] or "input").partition("\n")[0]
+            return ValidationError.from_exception_data(title, details)
         return None
 
     def _made_from_args(self, kind: type[Exception]) -> Exception | None:

@@ -60,6 +60,5 @@ def _word(value: Any) -> str:
 _WHAT = {
     "socket.connect": _connected,
     "subprocess.Popen": _started,
-    "os.posix_spawn": _started,
     "os.system": _ran,
 }
