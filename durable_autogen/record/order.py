@@ -56,6 +56,16 @@ class _Watcher:
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
+    def sees_at_once_that_it_is_idle(self, session: Session) -> bool:
+        """Return whether the session is idle, which then costs no turn of the loop. Nobody overtakes who waits."""
+        ready = getattr(self._loop, "_ready", None)
+        return (
+            ready is not None
+            and not session.activity.threads
+            and all(waiting.session is not session for waiting in self._waiting)
+            and id(session) not in _sessions_ready_to_run(ready)
+        )
+
     async def wait(self, session: Session) -> None:
         waiting = _Waiting(session, self._loop)
         self._waiting.append(waiting)
@@ -123,13 +133,11 @@ async def idle(session: Session) -> None:
     Call it from a task of the session's: the caller is not counted.
     """
     loop = asyncio.get_running_loop()
-    ready = getattr(loop, "_ready", None)
-    if ready is not None and not session.activity.threads and id(session) not in _sessions_ready_to_run(ready):
-        return  # the usual case costs no turn of the loop
     watcher = _watchers.get(loop)
     if watcher is None:
         watcher = _watchers[loop] = _Watcher(loop)
-    await watcher.wait(session)
+    if not watcher.sees_at_once_that_it_is_idle(session):
+        await watcher.wait(session)
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------

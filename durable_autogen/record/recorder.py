@@ -250,15 +250,12 @@ class Recorder:
     async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
         """Wait for the turn of an event that holds nothing but its place in the order."""
 
-        async def nothing() -> Performed:
-            return Performed(None, Returned())
-
-        await self.call(Call(kind, agent, position, request), nothing)
+        await self.call(Call(kind, agent, position, request), None)
 
     async def call(
         self,
         call: Call,
-        perform: Callable[[], Awaitable[Performed]],
+        perform: Callable[[], Awaitable[Performed]] | None,
         *,
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
@@ -307,7 +304,7 @@ class Recorder:
     async def _made_live(
         self,
         call: Call,
-        perform: Callable[[], Awaitable[Performed]],
+        perform: Callable[[], Awaitable[Performed]] | None,
         streamed: Callable[[], list[Any]],
         asker: Asker,
     ) -> Answer | Exception:
@@ -338,7 +335,7 @@ class Recorder:
             f"{event} was given up by the recorded run after {waited_ms / 1000:g} s, and this run waits for it",
         )
 
-    async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> None:
+    async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
         call = live.call
         try:
             # Make no live call before the whole record is replayed: drift may still be detected.
@@ -356,10 +353,16 @@ class Recorder:
                 async with self._turnstile:
                     await self._record_apart()
             live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
-            live.task = await self.journal.begin(call)
-            value, content, error = await self._performed(call, perform, live)
+            content: Content = Returned()
+            value, error = None, None
+            if perform is not None:
+                live.task = await self.journal.begin(call)
+                value, content, error = await self._performed(call, perform, live)
             async with self._turnstile:
                 self._check_not_failed()
+                if live.task is None:
+                    # A mark is begun here: marks that come at the same moment keep their order.
+                    live.task = await self.journal.begin(call)
                 await self._record_apart()
                 event = await self._record(live, content)
                 await self._idle()
