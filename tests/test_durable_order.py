@@ -17,7 +17,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
-from durable_agents import Scripted, asked, call, inside, new_session, twice, word
+from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import Server, nexum_server
 
 from durable_autogen.record.order import BUSY_PATIENCE
@@ -191,5 +191,33 @@ def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
         for _ in range(6):
             await twice(server, program, happened)
             assert sorted(happened) == ["model"] * 7 + ["noted"]
+
+    loop.run_until_complete(main())
+
+
+def test_agents_that_end_at_the_same_moment_keep_the_order_of_a_plain_run(
+    server: Server, loop: asyncio.AbstractEventLoop
+) -> None:
+    """Nobody overtakes an agent that waits until the session is idle."""
+
+    async def says(_: str) -> str:
+        return "at once"
+
+    def build() -> GraphFlow:
+        members = [Own(name, says) for name in "abcde"]
+        graph = DiGraphBuilder()
+        for member in members:
+            graph.add_node(member)
+        for middle in members[1:-1]:
+            graph.add_edge(members[0], middle).add_edge(middle, members[-1])
+        return GraphFlow(list(members), graph.build())
+
+    async def program() -> list[str]:
+        return [message.source for message in (await build().run(task="Q")).messages]
+
+    async def main() -> None:
+        plain = await program()
+        for _ in range(5):
+            assert await inside(server, program, new_session()) == plain
 
     loop.run_until_complete(main())
