@@ -15,9 +15,10 @@ from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChun
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, CreateResult
-from autogen_core.tools import FunctionTool
+from autogen_core.tools import BaseTool, FunctionTool
 from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_session, plain, reply, run, twice, word
 from harness import Server, nexum_server
+from pydantic import BaseModel
 
 GIVEN_UP_AFTER = 0.1  # seconds
 
@@ -39,6 +40,16 @@ async def hangs() -> str:
     """What a model does that never answers."""
     await asyncio.Event().wait()
     return "never"
+
+
+class Nothing(BaseModel):
+    """No arguments."""
+
+
+class Said(BaseModel):
+    """What a tool answers."""
+
+    words: str
 
 
 class Pieces(Scripted):
@@ -245,3 +256,28 @@ async def test_cancelled_session_records_nothing_as_given_up_and_asks_again(
     assert happened == expected
     assert await program() == whole
     assert happened == expected
+
+
+async def test_call_with_a_token_that_is_cancelled_already_is_for_the_tool_to_answer(
+    server: Server, happened: list[str]
+) -> None:
+    class Careful(BaseTool[Nothing, Said]):
+        """Answers although it is cancelled, as AutoGen's command-line executor does."""
+
+        def __init__(self) -> None:
+            super().__init__(Nothing, Said, "careful", "Answers.")
+
+        async def run(self, args: Nothing, cancellation_token: CancellationToken) -> Said:
+            happened.append("ran")
+            return Said(words="cancelled before it began" if cancellation_token.is_cancelled() else "done")
+
+    async def program() -> str:
+        token = CancellationToken()
+        token.cancel()
+        said: Said = await Careful().run_json({}, token)
+        return said.words
+
+    session = new_session()
+    for _ in range(2):
+        assert await inside(server, program, session) == "cancelled before it began"
+    assert happened == ["ran"]

@@ -470,29 +470,28 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Get the recorder's answer. While the call is being made, the token is the call's own to heed."""
-        more: Any = {"streamed": streamed, "on_replay": on_replay, "asker": self._task, "early": early}
-        if token is None:
-            return await self._recorder.call(call, perform, **more)
-        is_under_way = False
+        """Get the recorder's answer. A live call heeds the token itself; a replayed one is given up as it was."""
+        loop = asyncio.get_running_loop()
+
+        def give_up() -> None:
+            loop.call_soon_threadsafe(asking.cancel)
 
         async def performing() -> Performed:
-            nonlocal is_under_way
-            is_under_way = True
             try:
                 return await perform()
             except asyncio.CancelledError:
-                if token.is_cancelled():
+                if token is not None and token.is_cancelled():
                     asking.cancel()  # the call was given up, and did not fail
                 raise
 
-        def cancelled() -> None:
-            if not is_under_way:
-                loop.call_soon_threadsafe(asking.cancel)
+        def replayed(content: Content) -> None:
+            on_replay(content)
+            if isinstance(content, GivenUp) and token is not None:
+                token.add_callback(give_up)
 
-        loop = asyncio.get_running_loop()
-        asking = asyncio.ensure_future(self._recorder.call(call, performing, **more))
-        token.add_callback(cancelled)
+        asking = asyncio.ensure_future(
+            self._recorder.call(call, performing, streamed=streamed, on_replay=replayed, asker=self._task, early=early)
+        )
         return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
