@@ -16,10 +16,9 @@ own in any case. Without a model key it rehearses offline.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import argument_text, begin_script
+from support.console import begin_script
 
-    begin_script()  # before the slow imports
+begin_script(__name__)  # before the slow imports
 
 import argparse
 import asyncio
@@ -30,19 +29,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from console import complain, let_ctrl_c_cancel, log_to, run_script, say
-from graphflow.comparison import compare
-from launcher import NexumForRun
-from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
-from pipeline.disturbances import clear_leftovers
-from pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
-from pipeline.effects import EffectLog
-from pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
-from pipeline.page import page
-from pipeline.timeline import timeline
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
+from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say
+from support.graphflow.comparison import compare
+from support.launcher import NexumForRun
+from support.models import ModelChoice, ModelChoiceError, choose_model
+from support.pipeline.disturbances import clear_leftovers
+from support.pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
+from support.pipeline.effects import EffectLog
+from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
+from support.pipeline.page import page
+from support.pipeline.timeline import timeline
 
 QUERY = "Impact of Rust on systems programming"
 OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"

@@ -13,10 +13,9 @@ a model key it rehearses offline.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
+from support.console import begin_script
 
-    begin_script()  # before the slow imports
+begin_script(__name__)  # before the slow imports
 
 import argparse
 import asyncio
@@ -30,14 +29,14 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say
-from launcher import NexumForRun, kill_this_process
-from models import ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.report import age
-from session_file import SessionFile, check_session_id
 from submit_task import Origin, Session, ToolResult
+from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say
+from support.launcher import NexumForRun, kill_this_process
+from support.models import ModelChoice, ModelChoiceError, ModelFailed, choose_model
+from support.session_file import SessionFile, check_session_id
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def _researcher(
     from autogen_agentchat.agents import AssistantAgent
 
     from durable_autogen import DurableTool
-    from tools import TOOLS
+    from support.tools import TOOLS
 
     return AssistantAgent(
         name=name,

@@ -11,10 +11,9 @@ offline ones; without, offline ones alone.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
+from support.console import begin_script
 
-    begin_script()  # before the slow imports
+begin_script(__name__)  # before the slow imports
 
 import argparse
 import asyncio
@@ -28,16 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from console import complain, log_to, run_script, say
-from launcher import kill_this_process
-from models import ModelChoice, ModelChoiceError, choose_model
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import NexumError
-from nexum_engine.model import Task
-from nexum_engine.shutdown import stop_event
+from nexum_engine.records import Task
+from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
-from pipeline.effects import EffectLog
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput
+from support.console import complain, log_to, run_script, say
+from support.launcher import kill_this_process
+from support.models import ModelChoice, ModelChoiceError, choose_model
+from support.pipeline.effects import EffectLog
 
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
@@ -115,10 +114,10 @@ class Acting:
 def bindings(model: ModelChoice, acting: Acting) -> list[Binding]:
     """The workflows that this worker can serve with this model."""
     # Here, so that a wrong command line is told at once: they import AutoGen.
-    from pipeline.steps import PipelineSteps
-    from rehearsal.pipeline import pipeline_model
-    from rehearsal.web import RehearsalWeb
-    from tools.live_web import LiveWeb
+    from support.offline.pipeline import pipeline_model
+    from support.offline.web import RehearsalWeb
+    from support.pipeline.steps import PipelineSteps
+    from support.tools.web.live import LiveWeb
 
     pages = RehearsalWeb()
 

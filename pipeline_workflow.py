@@ -7,16 +7,8 @@ Each node depends on all before it: what it gets is their recorded output.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
-
-    begin_script()  # before the slow imports
-
-import argparse
-
 from pydantic import BaseModel, ConfigDict, Field
 
-from console import run_script, say
 from nexum_engine.workflow import Workflow, workflow
 
 
@@ -105,15 +97,3 @@ PIPELINE = _pipeline("research-pipeline")
 OFFLINE_PIPELINE = _pipeline("research-pipeline-offline")
 
 STEPS = tuple(node.node_id for node in PIPELINE.nodes)
-
-
-def main() -> int:
-    """Print the workflows as a server knows them; the exit code."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    for one in (PIPELINE, OFFLINE_PIPELINE):
-        say(str(one))
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -10,10 +10,9 @@ after a crash of any process, the same call is answered with the recorded result
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
+from support.console import begin_script
 
-    begin_script()  # before the slow imports
+begin_script(__name__)  # before the slow imports
 
 import argparse
 import asyncio
@@ -31,7 +30,6 @@ from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
-from console import complain, let_ctrl_c_cancel, run_script, say
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
@@ -41,9 +39,10 @@ from nexum_engine.errors import (
     WaitTimeout,
     WorkflowNotFound,
 )
-from nexum_engine.model import Execution, ExecutionStatus, NodeStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
-from session_file import SessionFile
+from support.console import complain, let_ctrl_c_cancel, run_script, say
+from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 BRIEFLY = 0.05  # seconds that starting a call may wait for its end

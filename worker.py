@@ -8,10 +8,9 @@ Needs a Nexum server (`python -m nexum_engine`), and waits for one. Start as man
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
+from support.console import begin_script
 
-    begin_script()  # before the slow imports
+begin_script(__name__)  # before the slow imports
 
 import argparse
 import asyncio
@@ -19,12 +18,12 @@ import logging
 import os
 import sys
 
-from console import complain, log_to, run_script
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import NexumError
-from nexum_engine.shutdown import stop_event
+from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
-from tools import ToolContext, Web, find_tool
+from support.console import complain, log_to, run_script
+from support.tools import ToolContext, Web, find_tool
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 
@@ -63,8 +62,8 @@ async def main(argv: list[str] | None = None) -> int:
     if not 1 <= args.concurrency <= 1000:
         parser.error(f"--concurrency is {args.concurrency}: give 1 to 1000")
 
-    from rehearsal.web import RehearsalWeb
-    from tools.live_web import LiveWeb
+    from support.offline.web import RehearsalWeb
+    from support.tools.web.live import LiveWeb
 
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
     try:

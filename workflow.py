@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from console import begin_script
-
-    begin_script()  # before the slow imports
-
-import argparse
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from console import run_script, say
 from nexum_engine.workflow import workflow
 
 
@@ -37,15 +30,3 @@ TOOL_CALL = workflow("tool-call", input=ToolCallInput).effect("tool_call", ToolC
 
 # A workflow of its own, so that an offline result is never served to a live run.
 OFFLINE_TOOL_CALL = workflow("tool-call-offline", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
-
-
-def main() -> int:
-    """Print the workflows as a server knows them; the exit code."""
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
-    for one in (TOOL_CALL, OFFLINE_TOOL_CALL):
-        say(str(one))
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 from nexum_engine.client import NexumClient  # noqa: E402 - the project is a folder of scripts, not a package
 from nexum_engine.worker import Binding, Worker  # noqa: E402
 from submit_task import Origin, Session  # noqa: E402
-from tools import tool  # noqa: E402
-from tools.live_web import LiveWeb  # noqa: E402
+from support.tools import tool  # noqa: E402
+from support.tools.web.live import LiveWeb  # noqa: E402
 from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL  # noqa: E402
 

@@ -12,7 +12,6 @@ from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
-from console import say
 from durable_autogen.autogen.entry_points import work_of
 from durable_autogen.autogen.fingerprints import compare, hashed
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
@@ -23,6 +22,7 @@ from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
+from support.console import say
 
 END_PATIENCE = 5.0  # seconds that a stopped team gets to end
 

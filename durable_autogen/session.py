@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from console import say
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.autogen.fingerprints import differences
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
+from support.console import say
 
 
 class DurableSession(Session):

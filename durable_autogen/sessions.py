@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from console import say
 from durable_autogen.errors import DriftError
 from durable_autogen.record.events import (
     AGENT_RUN,
@@ -25,7 +24,8 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.model import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
+from support.console import say
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from durable_autogen.record.events import WorkerResult
 from durable_autogen.worker_calls import call_notes, call_scope
 from submit_task import Origin, Session, ToolResult
-from tools import Tool
+from support.tools import Tool
 
 
 class DurableTool(BaseTool[BaseModel, BaseModel]):

@@ -29,7 +29,7 @@ from nexum_engine import DEFAULT_LISTEN, VERSION, report
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable, StoreLocked, StoreRefused
-from nexum_engine.model import Execution
+from nexum_engine.records import Execution
 from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
@@ -125,7 +125,7 @@ async def serve(args: argparse.Namespace) -> None:
     # The event loop and the store's thread take turns several times a call, and a turn lasts 5 ms by default.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import run_server
-    from nexum_engine.shutdown import stop_event
+    from nexum_engine.signals import stop_event
 
     def on_ready(address: str, database: str) -> None:
         _say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")

@@ -24,7 +24,7 @@ from nexum_engine.errors import (
     TaskNotFound,
     WorkflowNotFound,
 )
-from nexum_engine.model import (
+from nexum_engine.records import (
     Attempt,
     Compatibility,
     Execution,

@@ -21,7 +21,7 @@ from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import NexumError, ServerError, ServerNotReady, ServerUnavailable, WorkflowNotFound
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.model import Task
+from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from nexum_engine.model import Attempt, Execution
+from nexum_engine.records import Attempt, Execution
 
 WIDTH = 80
 _EXCERPT_LINES = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from nexum_engine.model import NodeStatus
+from nexum_engine.records import NodeStatus
 
 MAX_FAILED_ATTEMPTS = 4
 """Reported failures after which a node is FAILED."""

@@ -32,7 +32,7 @@ from nexum_engine.errors import (
     TaskNotFound,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.model import Task
+from nexum_engine.records import Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.model import Compatibility, NodeType
+from nexum_engine.records import Compatibility, NodeType
 
 MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000

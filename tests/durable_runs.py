@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # what pytest's settings do
+
 from harness import ROOT, environment, nexum_server
 from openai_server import OpenAIServer, Reply
 
@@ -109,7 +111,7 @@ class Programs:
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
         self._folder = folder
         self._serving = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "durable_program.py"), "--serve"],
+            [sys.executable, str(ROOT / "tests" / "programs" / "durable_program.py"), "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=folder,

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from durable_autogen.record.failures import Failure
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.model import Execution, ExecutionStatus
+from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting

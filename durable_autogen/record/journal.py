@@ -31,9 +31,9 @@ from durable_autogen.record.events import (
 )
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
-from nexum_engine.model import Execution, ExecutionStatus, Task
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
+from nexum_engine.records import Execution, ExecutionStatus, Task
 from nexum_engine.workflow import MAX_ID_LENGTH
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago

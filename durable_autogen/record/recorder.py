@@ -35,7 +35,7 @@ from durable_autogen.record.place import current, started_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
 from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
-from nexum_engine.model import Task
+from nexum_engine.records import Task
 
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session

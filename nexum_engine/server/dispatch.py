@@ -13,9 +13,9 @@ from functools import partial
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
-from nexum_engine.model import Execution, Task
+from nexum_engine.records import Execution, Task
 from nexum_engine.store import Store
-from nexum_engine.store.outcomes import Claim, ReadyTask
+from nexum_engine.store.results import Claim, ReadyTask
 
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""

@@ -10,7 +10,7 @@ from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.store import Store
-from nexum_engine.store.outcomes import Changed
+from nexum_engine.store.results import Changed
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 

@@ -15,11 +15,11 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
-from nexum_engine.model import Compatibility, Execution, Task
+from nexum_engine.records import Compatibility, Execution, Task
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
-from nexum_engine.store.outcomes import ReadyTask, Started
+from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import ANSWERED, status_of

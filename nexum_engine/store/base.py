@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from nexum_engine.model import Compatibility, Execution, WorkflowVersion
+from nexum_engine.records import Compatibility, Execution, WorkflowVersion
 from nexum_engine.store import executions, leases, tasks
 from nexum_engine.store.db import Db
-from nexum_engine.store.outcomes import Changed, Claim, Started, Swept
+from nexum_engine.store.results import Changed, Claim, Started, Swept
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from nexum_engine.errors import (
     VersionConflict,
     WorkflowNotFound,
 )
-from nexum_engine.model import (
+from nexum_engine.records import (
     Attempt,
     Compatibility,
     Execution,
@@ -31,7 +31,7 @@ from nexum_engine.model import (
     WorkflowVersion,
 )
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.outcomes import Changed, Started
+from nexum_engine.store.results import Changed, Started
 from nexum_engine.workflow import check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64

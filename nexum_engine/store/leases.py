@@ -7,9 +7,9 @@ expects and raises an error of `nexum_engine.errors` where it finds another; the
 from __future__ import annotations
 
 from nexum_engine import scheduling
-from nexum_engine.model import Outcome
+from nexum_engine.records import Outcome
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.outcomes import Changes, ReadyTask, Swept
+from nexum_engine.store.results import Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 1000

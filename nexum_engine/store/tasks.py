@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import Conflict, StaleTask, TaskNotFound
-from nexum_engine.model import ExecutionStatus, NodeStatus, Outcome, Task
+from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.executions import TASK_FRAME_BYTES, end_execution, start_execution
-from nexum_engine.store.outcomes import Changed, Changes, Claim, ReadyTask, Started
+from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000

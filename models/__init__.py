@@ -1,6 +1,0 @@
-"""Which model answers, and how it is reached. `choose_model` decides; AutoGen is imported when a client is made."""
-
-from models.choice import KEYLESS, ModelChoice, choose_model
-from models.vendors import VENDORS, ModelChoiceError, ModelFailed, Vendor
-
-__all__ = ["KEYLESS", "VENDORS", "ModelChoice", "ModelChoiceError", "ModelFailed", "Vendor", "choose_model"]

@@ -1,0 +1,171 @@
+"""The comparison: the same graph is interrupted at the same place twice, each half in processes of its own.
+
+First as AutoGen has it, with save_state and load_state, then as a durable run that is killed and run again
+(microsoft/autogen#7043). What is printed is what happened, on the AutoGen that is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexum_engine.client import NexumClient
+from support.console import complain, let_ctrl_c_cancel, say
+from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
+from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
+from support.launcher import NexumForRun, start_child
+from support.models import ModelChoice
+
+if TYPE_CHECKING:
+    from durable_autogen.record.events import Event
+
+PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process that has ended."""
+
+    pid: int
+    code: int
+    report: Mapping[str, Any]
+    asked: tuple[str, ...]
+    """Which agents called a model in it, in order."""
+
+
+class Stage:
+    """Runs the parts of one show."""
+
+    def __init__(self, graph: Graph, *, offline: bool, folder: Path) -> None:
+        self.graph, self._offline, self.folder = graph, offline, folder
+
+    async def part(self, half: str, name: str, *arguments: str) -> Part:
+        """One process, to its end; its own lines are passed on."""
+        command = ["-m", "support.graphflow.process", name, "--folder", str(self.folder), *arguments]
+        command += ["--cyclic"] if self.graph is CYCLIC else []
+        command += ["--offline"] if self._offline else []
+        child = await start_child(command, quiet=False)
+        found: dict[str, Any] = {}
+
+        async def read() -> None:
+            assert child.process.stdout is not None
+            async for raw in child.process.stdout:
+                line = raw.decode("utf-8", "replace").rstrip()
+                if line.startswith(REPORT):
+                    found.update(json.loads(line.removeprefix(REPORT)))
+                elif line:
+                    say(f"    {line}")
+
+        try:
+            await asyncio.wait_for(read(), PART_TIMEOUT)
+            code = await child.process.wait()
+        finally:
+            await child.end()
+        log = self.folder / half
+        calls = [line.split(" ", 1) for line in (log.read_text("utf-8").splitlines() if log.exists() else [])]
+        asked = tuple(agent for pid, agent in calls if pid == str(child.process.pid))
+        return Part(child.process.pid, code, found, asked)
+
+
+async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
+    """Both halves; the exit code is 0 if the durable one holds what it promises."""
+    let_ctrl_c_cancel()
+    graph = CYCLIC if cyclic else IN_A_ROW
+    say(f"[demo] AutoGen {version('autogen-agentchat')} as it is installed")
+    say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
+    with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
+        stage = Stage(graph, offline=model.offline, folder=Path(name))
+        await show_plain(stage)
+        return await show_durable(stage, nexum)
+
+
+async def show_plain(stage: Stage) -> bool:
+    """AutoGen's own half; whether it resumed."""
+    graph = stage.graph
+    say("\n=== AutoGen alone: save_state, load_state ===")
+    first = await stage.part(PLAIN, "plain-first")
+    say(f"[plain] process {first.pid}: {asked(first)}; {ended(first)}")
+    if not (stage.folder / STATE).exists():
+        say("[plain] the state was not saved, so there is nothing to resume")
+        return False
+    say("[plain] its state is saved; a new process loads it and runs the team")
+    second = await stage.part(PLAIN, "plain-resume")
+    answer = second.report.get("error") or second.report.get("stop_reason")
+    say(f"[plain] process {second.pid}: {asked(second)}; {ended(second)}")
+    say(f"[plain] AutoGen answers: {answer!r}")
+    cut_off = {graph.at_agent} if first.code else set()
+    had_a_say = (set(first.asked) - cut_off) | set(second.report.get("spoke", ()))
+    never = [agent for agent in graph.agents if agent not in had_a_say]
+    if never:
+        say(f"[plain] it did not resume: {', '.join(never)} never had a say, and the run counts as over")
+    else:
+        say(f"[plain] it resumed: after loading, {', '.join(second.report['spoke'])} spoke")
+    return not never
+
+
+async def show_durable(stage: Stage, nexum: str | None) -> int:
+    """The durable half, and what is wrong with it, if anything is."""
+    from durable_autogen.record.events import Kind, read_record
+
+    graph = stage.graph
+    session = f"graphflow-{secrets.token_hex(4)}"
+    say("\n=== The same as a durable run: killed there, and run again ===")
+    async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
+
+        async def replies() -> list[Event]:
+            return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]
+
+        where = ("--session", session, "--nexum", server.address)
+        first = await stage.part(DURABLE, "durable-first", *where)
+        before = await replies()
+        say(f"[durable] process {first.pid}: {asked(first)}; {ended(first)}")
+        say(f"[durable] recorded by then: {', '.join(str(event) for event in before) or 'nothing'}")
+        begun = time.monotonic()
+        second = await stage.part(DURABLE, "durable-again", *where)
+        say(f"[durable] process {second.pid}: {asked(second)}; {ended(second)}, {time.monotonic() - begun:.1f} s")
+        after = await replies()
+    wrong = []
+    if first.code == 0 or not before:
+        wrong.append("the first process was not killed after a recorded reply")
+    if second.code != 0:
+        wrong.append("the second process did not finish")
+    if [event.content for event in after[: len(before)]] != [event.content for event in before]:
+        wrong.append("a recorded reply has changed")
+    live = Counter(second.asked)
+    if live != Counter(event.agent for event in after[len(before) :]):
+        wrong.append(f"the second process made other calls than it recorded: {dict(live)}")
+    missing = [agent for agent in graph.agents if agent not in {event.agent for event in after}]
+    if missing:
+        wrong.append(f"{', '.join(missing)} never had a say")
+    for reason in wrong:
+        complain(f"error: {reason}")
+    if not wrong:
+        say(
+            f"[durable] it finished: {', '.join(second.report['spoke'])} spoke, in this order. {len(before)} recorded "
+            f"call(s) were replayed, none was repeated; {len(second.asked)} were made live "
+            f"(session {session})"
+        )
+    return 1 if wrong else 0
+
+
+def asked(part: Part) -> str:
+    """Which agents called their model, in words."""
+    if not part.asked:
+        return "no agent called its model"
+    return f"model calls by {', '.join(part.asked)}"
+
+
+def ended(part: Part) -> str:
+    """How the process ended, in words."""
+    if part.code == 0:
+        return "ended by itself"
+    return f"killed (exit {part.code})" if part.code < 0 or not part.report else f"failed (exit {part.code})"

@@ -1,0 +1,174 @@
+"""One process of the comparison: a team until its interruption, or after it.
+
+    python -m graphflow.part plain-first --folder FOLDER
+    python -m graphflow.part plain-resume --folder FOLDER
+    python -m graphflow.part durable-first --folder FOLDER --session ID --nexum HOST:PORT
+    python -m graphflow.part durable-again --folder FOLDER --session ID --nexum HOST:PORT
+
+FOLDER keeps the saved state, and which model calls were made. What became of the team is printed behind `REPORT `.
+"""
+
+from __future__ import annotations
+
+from support.console import begin_script
+
+begin_script(__name__)  # before the slow imports
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nexum_engine.errors import NexumError
+from support.console import complain, log_to, run_script, say
+from support.graphflow.graphs import CYCLIC, IN_A_ROW, TASK, Graph
+from support.launcher import kill_this_process
+from support.models import ModelChoice, choose_model
+
+if TYPE_CHECKING:
+    from autogen_core.models import ChatCompletionClient
+
+PLAIN, DURABLE = "plain", "durable"  # a half's name, and its log of model calls in the folder
+STATE = "state.json"
+REPORT = "REPORT "
+RESUME_TIMEOUT = 60.0  # seconds in which a resumed team has to end
+
+
+async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
+    """AutoGen's own way, until the interruption: the state is saved there."""
+    from autogen_agentchat.base import TaskResult
+    from autogen_agentchat.conditions import ExternalTermination
+    from autogen_agentchat.messages import BaseChatMessage
+
+    async def save() -> None:
+        (folder / STATE).write_text(json.dumps(await team.save_state()), encoding="utf-8")
+
+    async def save_and_die() -> None:
+        await save()
+        kill_this_process()
+
+    # A loop is stopped between two rounds, by its condition; a row in the middle of a reply, by a kill.
+    dies = save_and_die if graph is IN_A_ROW else None
+    stop = ExternalTermination()
+    team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)
+    result: TaskResult | None = None
+    async for item in team.run_stream(task=TASK):
+        if isinstance(item, TaskResult):
+            result = item
+        elif isinstance(item, BaseChatMessage) and item.source == "reviewer":
+            stop.set()
+    await save()
+    _report({"stop_reason": result.stop_reason if result else None})
+
+
+async def plain_resume(graph: Graph, model: ModelChoice, folder: Path) -> None:
+    """AutoGen's own way, afterwards: a new team, load_state, run."""
+    team = graph.team(_clients(graph, model, folder / PLAIN))
+    await team.load_state(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    try:
+        result = await asyncio.wait_for(team.run(), RESUME_TIMEOUT)
+    except Exception as error:  # noqa: BLE001 - whatever AutoGen answers is what is shown
+        _report({"error": f"{type(error).__name__}: {error}"})
+        return
+    spoke = [message.source for message in result.messages if message.source in graph.agents]
+    _report({"stop_reason": result.stop_reason, "spoke": spoke})
+
+
+async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, nexum: str, *, dies: bool) -> None:
+    """The same team as a durable run; with `dies` it is killed at the same place."""
+    from durable_autogen import run_durable
+
+    async def die() -> None:
+        kill_this_process()
+
+    clients = _clients(graph, model, folder / DURABLE, die if dies else None)
+    result = await run_durable(lambda: graph.team(clients), task=TASK, session_id=session, nexum=nexum)
+    spoke = [message.source for message in result.messages if message.source in graph.agents]
+    _report({"stop_reason": result.stop_reason, "spoke": spoke})
+
+
+def _clients(
+    graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
+) -> Callable[[str], ChatCompletionClient]:
+    """A watched model for each agent; the interruption comes before the graph's n-th reply of its agent."""
+    from support.graphflow.watched_model import WatchedModel
+
+    def client(agent: str) -> ChatCompletionClient:
+        async def before_reply(number: int) -> None:
+            if interruption is not None and (agent, number) == (graph.at_agent, graph.at_reply):
+                await interruption()
+
+        return WatchedModel(agent, model, log, before_reply)
+
+    return client
+
+
+def _report(what: Mapping[str, Any]) -> None:
+    say(f"{REPORT}{json.dumps(what)}")
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("part", choices=("plain-first", "plain-resume", "durable-first", "durable-again"))
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--session", metavar="ID")
+    parser.add_argument("--nexum", metavar="HOST:PORT")
+    parser.add_argument("--cyclic", action="store_true", help="the loop instead of the row")
+    parser.add_argument("--offline", action="store_true", help="rehearse without a model key")
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
+    )
+    return parser
+
+
+def end_with_parent() -> None:
+    """This process ends when standard input closes; at once, as nobody is left to see what it does."""
+
+    def wait() -> None:
+        with suppress(OSError):
+            while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the interpreter's end
+                pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+async def run(args: argparse.Namespace) -> None:
+    """Play the part."""
+    graph = CYCLIC if args.cyclic else IN_A_ROW
+    model = choose_model(os.environ, offline=args.offline)
+    if args.part == "plain-first":
+        await plain_first(graph, model, args.folder)
+    elif args.part == "plain-resume":
+        await plain_resume(graph, model, args.folder)
+    else:
+        await durable(graph, model, args.folder, args.session, args.nexum, dies=args.part == "durable-first")
+
+
+def main() -> int:
+    """Run the command line; the exit code."""
+    args = build_parser().parse_args()
+    if args.until_stdin_closes:
+        end_with_parent()
+    try:
+        asyncio.run(run(args))
+    except NexumError as error:
+        complain(f"error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    log_to(sys.stderr, logging.WARNING)
+    run_script(main)

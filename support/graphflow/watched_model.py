@@ -1,0 +1,61 @@
+"""The model of a graph's agent, live or rehearsed: each call is written down, and can be interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from autogen_core import FunctionCall
+from autogen_core.models import CreateResult, LLMMessage, SystemMessage
+
+from support.graphflow.graphs import APPROVED, REVISE, REVISIONS
+from support.models import ModelChoice
+from support.offline.model import RehearsalModel
+
+LATENCY = 0.05  # seconds that a rehearsed reply takes, as a model takes some
+_DRAFT = "Draft"
+_OPENINGS = {"author": _DRAFT, "planner": "Plan", "publisher": "Published"}
+
+
+class WatchedModel(RehearsalModel):
+    """`before_reply` is awaited with the number of the call, from 1; the call stands in the log by then."""
+
+    def __init__(
+        self, agent: str, model: ModelChoice, log: Path, before_reply: Callable[[int], Awaitable[None]]
+    ) -> None:
+        super().__init__()
+        self._agent = agent
+        self._live = None if model.offline else model.client()
+        self._log = log
+        self._before_reply = before_reply
+        self._calls = 0
+
+    async def create(self, messages: Sequence[LLMMessage], **options: Any) -> CreateResult:
+        """The reply, if it comes to that."""
+        self._calls += 1
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {self._agent}\n")
+        await self._before_reply(self._calls)
+        if self._live is not None:
+            return await self._live.create(messages, **options)
+        await asyncio.sleep(LATENCY)
+        return await super().create(messages, **options)
+
+    async def close(self) -> None:
+        """Close the live one."""
+        if self._live is not None:
+            await self._live.close()
+
+    def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
+        # No two replies are worded alike, so that a repeated call would show.
+        token = secrets.token_hex(3)
+        if self._agent == "reviewer":
+            said = [str(message.content) for message in messages if not isinstance(message, SystemMessage)]
+            drafts = sum(text.startswith(_DRAFT) for text in said)
+            return f"{REVISE}: shorter, please ({token})" if drafts <= REVISIONS else f"{APPROVED} ({token})"
+        opening = _OPENINGS.get(self._agent, f"The {self._agent}'s words")
+        return f"{opening} {token}: the same key, the same effect, once."

@@ -1,0 +1,151 @@
+"""Which model answers, decided from the environment alone.
+
+    GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
+    NEXUM_MODEL                                           a model by name; needs the key of its own vendor
+    OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
+    none of these, or offline                             the rehearsal: rule-based, no network
+
+A key is only ever sent to its own vendor, and OPENAI_API_KEY to OpenAI or to the server that OPENAI_BASE_URL names:
+address and key are always passed together, never left to a default.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+
+from support.models.vendors import GEMINI, OPENAI, VENDORS, ModelChoiceError, Vendor
+
+if TYPE_CHECKING:
+    from autogen_core.models import ChatCompletionClient
+
+KEYLESS = "no-key-needed"  # servers without authentication still get a header; the client insists on one
+
+
+class ModelChoice(BaseModel):
+    """A decided model. Its text forms never hold the key."""
+
+    model_config = ConfigDict(frozen=True)
+
+    vendor: str
+    model: str
+    base_url: str | None = None
+    api_key: SecretStr | None = Field(default=None, repr=False, exclude=True)
+    offline: bool = False
+    description: str
+
+    @property
+    def streams(self) -> bool:
+        """Whether replies are taken piece by piece. Not Gemini's: AutoGen 0.7.5 tells parallel calls in a stream apart
+        by their index alone, which that endpoint has been seen to leave out."""
+        return self.vendor != GEMINI.name
+
+    @property
+    def slug(self) -> str:
+        """Letters, digits and dashes that tell one choice from another; part of a derived session's name."""
+        if self.offline:
+            return "offline"
+        parts = [self.vendor, self.model]
+        if self.vendor not in {vendor.name for vendor in VENDORS}:
+            parts.append(self.base_url or "")
+        return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+    def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
+        """An AutoGen model client. `topics` is what the rehearsal says it knows, by default its own pages; `share` is
+        which part of a question's searches it takes: (1, 2) is the first of two."""
+        if self.offline:
+            from support.offline.model import RehearsalModel
+            from support.offline.web import RehearsalWeb
+
+            return RehearsalModel(RehearsalWeb().topics() if topics is None else topics, share)
+        from support.models.live import LiveModel
+
+        if self.base_url is None or self.api_key is None:
+            raise ModelChoiceError(f"{self.vendor} has no address or key; make a choice with choose_model()")
+        return LiveModel(
+            vendor=self.vendor, model=self.model, base_url=self.base_url, api_key=self.api_key.get_secret_value()
+        )
+
+
+def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Vendor] = VENDORS) -> ModelChoice:
+    """The model that `env` asks for; raises ModelChoiceError where it asks for one it has no key for."""
+    if offline:
+        return _rehearsal("asked for")
+    name = _setting(env, "NEXUM_MODEL")
+    server = _setting(env, "OPENAI_BASE_URL")
+    if server is not None:
+        return _compatible_server(server, name, _key(env, OPENAI.key_variable))
+    if name is not None:
+        return _named(name, env, vendors)
+    for vendor in vendors:
+        key = _key(env, vendor.key_variable)
+        if key is not None:
+            return _at(vendor, vendor.default_model, key)
+    return _rehearsal("no model key found")
+
+
+def _rehearsal(why: str) -> ModelChoice:
+    return ModelChoice(vendor="rehearsal", model="rules", offline=True, description=f"offline rehearsal ({why})")
+
+
+def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> ModelChoice:
+    try:
+        url = TypeAdapter(AnyHttpUrl).validate_python(server)
+    except ValidationError:  # its text repeats the value, which may hold a password
+        raise ModelChoiceError("OPENAI_BASE_URL is not a URL like http://localhost:11434/v1") from None
+    if name is None:
+        raise ModelChoiceError("OPENAI_BASE_URL needs NEXUM_MODEL: the name of a model on that server")
+    return ModelChoice(
+        vendor="OpenAI-compatible server",
+        model=name,
+        base_url=str(url),
+        api_key=key or SecretStr(KEYLESS),
+        description=f"OpenAI-compatible server at {url.host}{f':{url.port}' if url.port else ''}, {name}",
+    )
+
+
+def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> ModelChoice:
+    name = name.removeprefix("gemini/")  # how LiteLLM writes it
+    owner = next((vendor for vendor in vendors if name.startswith(vendor.prefixes)), None)
+    if owner is not None:
+        key = _key(env, owner.key_variable)
+        if key is None:
+            raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
+        return _at(owner, name, key)
+    # A name that is nobody's by its prefix may be a fine-tuned or new OpenAI model.
+    openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
+    key = _key(env, openai.key_variable)
+    if key is None:
+        raise ModelChoiceError(
+            f"NEXUM_MODEL={name} needs OPENAI_BASE_URL (the server that has it), or OPENAI_API_KEY if it is OpenAI's"
+        )
+    return _at(openai, name, key)
+
+
+def _at(vendor: Vendor, model: str, key: SecretStr) -> ModelChoice:
+    return ModelChoice(
+        vendor=vendor.name,
+        model=model,
+        base_url=vendor.base_url,
+        api_key=key,
+        description=f"{vendor.name}, {model}",
+    )
+
+
+def _setting(env: Mapping[str, str], variable: str) -> str | None:
+    """A variable's value without blanks around it; empty counts as not set."""
+    value = env.get(variable, "").strip()
+    if not value.isprintable():
+        raise ModelChoiceError(f"{variable} holds a control character or a line break")
+    return value or None
+
+
+def _key(env: Mapping[str, str], variable: str) -> SecretStr | None:
+    value = _setting(env, variable)
+    if value is None:
+        return None
+    # Caught here because the HTTP client's own error for such a header would print the key.
+    if not value.isascii() or " " in value:
+        raise ModelChoiceError(f"{variable} holds characters that no key has")
+    return SecretStr(value)

@@ -1,0 +1,136 @@
+"""AutoGen's OpenAI client, with what live models need beyond it. Imports AutoGen, so import it only when used."""
+
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+from autogen_core import CancellationToken
+from autogen_core.models import CreateResult, LLMMessage, ModelFamily, ModelInfo
+from autogen_core.tools import Tool, ToolSchema
+from autogen_ext.models.openai import OpenAIChatCompletionClient
+from openai import APIConnectionError, DefaultAsyncHttpxClient
+from pydantic import BaseModel
+
+from support.models.vendors import ANTHROPIC, GEMINI, OPENAI, ModelFailed
+from support.tools.clean_text import one_line
+
+# Gemini 3 and later answer 400 to a tool call that comes back without its "thought signature", and AutoGen 0.7.5
+# drops the signature (microsoft/autogen#7136). Google documents this value for calls that carry none.
+UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
+
+ERROR_LENGTH = 400  # characters of what a vendor says
+
+HEADERS_SENT = (
+    *("host", "accept", "accept-encoding", "connection", "user-agent"),
+    *("authorization", "content-type", "content-length"),
+)
+
+FAMILIES: Mapping[str, str] = {
+    GEMINI.name: ModelFamily.GEMINI_2_5_FLASH,
+    ANTHROPIC.name: ModelFamily.CLAUDE_4_SONNET,
+    OPENAI.name: ModelFamily.GPT_5,
+}
+
+
+class LiveModel(OpenAIChatCompletionClient):
+    """One model at one address with one key; nothing else is taken from the environment."""
+
+    def __init__(self, *, vendor: str, model: str, base_url: str, api_key: str) -> None:
+        self._who = f"{vendor}, {model}"
+        self._unsigned_calls = vendor == GEMINI.name
+        arguments: dict[str, Any] = {
+            "model": model,
+            "base_url": base_url,
+            "api_key": api_key,
+            "model_info": model_info(vendor),
+            # Only OpenAI is sure to know a message's `name`; some servers refuse fields that they don't know.
+            "include_name_in_message": vendor == OPENAI.name,
+            # The openai package lets OPENAI_CUSTOM_HEADERS replace the Authorization header, except one given here.
+            "default_headers": {"Authorization": f"Bearer {api_key}"},
+            # A redirect could carry the request to another host.
+            "http_client": DefaultAsyncHttpxClient(
+                follow_redirects=False,
+                event_hooks={"request": [] if vendor == OPENAI.name else [drop_openai_headers]},
+            ),
+        }
+        if vendor == OPENAI.name and refuses_tools_while_reasoning(model):
+            arguments["reasoning_effort"] = "none"
+        super().__init__(**cast(Any, arguments))
+        self._resolved_model = None  # AutoGen would warn at every call that an alias was answered by a real name
+
+    async def create(self, *args: Any, **kwargs: Any) -> CreateResult:
+        """As AutoGen's, but what goes wrong is a ModelFailed."""
+        try:
+            return await super().create(*args, **kwargs)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    async def create_stream(
+        self,
+        messages: Sequence[LLMMessage],
+        *,
+        tools: Sequence[Tool | ToolSchema] = (),
+        tool_choice: Tool | Literal["auto", "required", "none"] = "auto",
+        json_output: bool | type[BaseModel] | None = None,
+        extra_create_args: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+        max_consecutive_empty_chunk_tolerance: int = 0,
+        include_usage: bool | None = True,
+    ) -> AsyncGenerator[str | CreateResult, None]:
+        """The same, and it counts tokens: without `include_usage` a stream reports none."""
+        try:
+            async for piece in super().create_stream(
+                messages,
+                tools=tools,
+                tool_choice=tool_choice,
+                json_output=json_output,
+                extra_create_args=extra_create_args or {},
+                cancellation_token=cancellation_token,
+                max_consecutive_empty_chunk_tolerance=max_consecutive_empty_chunk_tolerance,
+                include_usage=include_usage,
+            ):
+                yield piece
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ModelFailed:
+        # A server that isn't one of this kind fails deep inside AutoGen, with any exception.
+        cause = f" ({error.__cause__})" if isinstance(error, APIConnectionError) and error.__cause__ else ""
+        why = one_line(f"{type(error).__name__}: {error}{cause}", ERROR_LENGTH)
+        return ModelFailed(f"the model gave no usable answer ({self._who}): {why}")
+
+    def _process_create_args(self, *args: Any, **kwargs: Any) -> Any:
+        params = super()._process_create_args(*args, **kwargs)
+        if self._unsigned_calls:
+            for message in cast(list[dict[str, Any]], params.messages):
+                for call in (message.get("tool_calls") or [])[:1]:  # of parallel calls Gemini signs only the first
+                    call["extra_content"] = UNSIGNED
+        return params
+
+
+def model_info(vendor: str) -> ModelInfo:
+    """What AutoGen is told about any model, so that it accepts names that it doesn't know."""
+    return ModelInfo(
+        vision=False,
+        function_calling=True,
+        json_output=True,
+        structured_output=vendor in FAMILIES,
+        family=FAMILIES.get(vendor, ModelFamily.UNKNOWN),
+        multiple_system_messages=vendor == OPENAI.name,
+    )
+
+
+def refuses_tools_while_reasoning(model: str) -> bool:
+    """From GPT-5.4 on, OpenAI's chat completions take function tools only with reasoning_effort "none"."""
+    version = re.match(r"gpt-(\d+)(?:\.(\d+))?", model)
+    return version is not None and (int(version[1]), int(version[2] or 0)) >= (5, 4)
+
+
+async def drop_openai_headers(request: Any) -> None:
+    """Removes what the openai package adds from OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS.
+
+    They belong to an OpenAI account and are nobody else's business.
+    """
+    for name in list(request.headers.keys()):
+        if name.lower() not in HEADERS_SENT:
+            del request.headers[name]

@@ -1,0 +1,295 @@
+"""The rehearsal's model: rules in the place of a language model, for runs without a key and for tests.
+
+It searches, reads the best pages and answers with sentences found word for word in what the tools returned. It keeps
+nothing between calls: what to do next follows from the messages alone, so a repeated run goes the same way.
+"""
+
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from autogen_core import CancellationToken, FunctionCall
+from autogen_core.models import (
+    AssistantMessage,
+    ChatCompletionClient,
+    CreateResult,
+    FunctionExecutionResult,
+    FunctionExecutionResultMessage,
+    LLMMessage,
+    ModelFamily,
+    ModelInfo,
+    RequestUsage,
+    SystemMessage,
+    UserMessage,
+)
+from autogen_core.tools import Tool, ToolSchema
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from support.offline.reading import choose_sentences, plan_searches, quoted
+from support.tools import SearchHit
+
+CONTEXT_WORDS = 1_000_000  # no real limit: rules forget nothing
+QUOTES_ALONE = 4  # for one subject
+QUOTES_EACH = 2  # for each of several
+_HITS = TypeAdapter(list[SearchHit])
+
+
+@dataclass
+class Turn:
+    """What has happened since the user last spoke."""
+
+    question: str
+    hits: dict[str, list[SearchHit]] = field(default_factory=dict)  # by query
+    pages: dict[str, str] = field(default_factory=dict)  # by URL
+    problems: list[str] = field(default_factory=list)
+    searched: bool = False
+    visited: bool = False
+
+
+class RehearsalModel(ChatCompletionClient):
+    """`topics` are the titles it lists when no page covers a question.
+
+    `share` is which part it takes of the searches that a question needs: (1, 2) is the first of two.
+    """
+
+    component_type = "model"
+    component_config_schema = BaseModel
+
+    def __init__(self, topics: Sequence[str] = (), share: tuple[int, int] = (1, 1)) -> None:
+        self._topics = list(topics)
+        self._share = share
+        self._last = RequestUsage(prompt_tokens=0, completion_tokens=0)
+        self._total = RequestUsage(prompt_tokens=0, completion_tokens=0)
+
+    async def create(
+        self,
+        messages: Sequence[LLMMessage],
+        *,
+        tools: Sequence[Tool | ToolSchema] = (),
+        tool_choice: Tool | Literal["auto", "required", "none"] = "auto",
+        json_output: bool | type[BaseModel] | None = None,
+        extra_create_args: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+    ) -> CreateResult:
+        """The next tool calls, or the answer."""
+        if json_output:
+            raise ValueError("the rehearsal's model answers in prose only; it has no JSON output")
+        offered = set() if tool_choice == "none" else {_name(tool) for tool in tools}
+        content = self._respond(messages, offered)
+        text = content if isinstance(content, str) else " ".join(call.arguments for call in content)
+        self._last = RequestUsage(prompt_tokens=self.count_tokens(messages), completion_tokens=len(text.split()))
+        self._total = RequestUsage(
+            prompt_tokens=self._total.prompt_tokens + self._last.prompt_tokens,
+            completion_tokens=self._total.completion_tokens + self._last.completion_tokens,
+        )
+        return CreateResult(
+            finish_reason="stop" if isinstance(content, str) else "function_calls",
+            content=content,
+            usage=self._last,
+            cached=False,
+        )
+
+    async def create_stream(
+        self,
+        messages: Sequence[LLMMessage],
+        *,
+        tools: Sequence[Tool | ToolSchema] = (),
+        tool_choice: Tool | Literal["auto", "required", "none"] = "auto",
+        json_output: bool | type[BaseModel] | None = None,
+        extra_create_args: Mapping[str, Any] | None = None,
+        cancellation_token: CancellationToken | None = None,
+    ) -> AsyncGenerator[str | CreateResult, None]:
+        """The answer word by word, then the whole."""
+        result = await self.create(messages, tools=tools, tool_choice=tool_choice, json_output=json_output)
+        if isinstance(result.content, str):
+            for piece in re.findall(r"\S+\s*|\s+", result.content):
+                yield piece
+        yield result
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+    def actual_usage(self) -> RequestUsage:
+        return self._last
+
+    def total_usage(self) -> RequestUsage:
+        return self._total
+
+    def count_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
+        """Words: the rehearsal has no other unit."""
+        return sum(len(_text(message).split()) for message in messages)
+
+    def remaining_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
+        return CONTEXT_WORDS - self.count_tokens(messages, tools=tools)
+
+    @property
+    def capabilities(self) -> ModelInfo:
+        """The deprecated name of the same."""
+        return self.model_info
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return ModelInfo(
+            vision=False,
+            function_calling=True,
+            json_output=False,
+            structured_output=False,
+            family=ModelFamily.UNKNOWN,
+            multiple_system_messages=True,
+        )
+
+    def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
+        turn = _read(messages)
+        if not turn.searched and "web_search" not in offered:
+            return _from_conversation(messages)
+        queries = self._share_of(plan_searches(turn.question))
+        earlier = sum(1 for message in messages if isinstance(message, AssistantMessage) and _calls(message))
+        if not turn.searched and queries:
+            return _calls_of(earlier + 1, "web_search", [{"query": query} for query in queries])
+        if not turn.visited and "visit_webpage" in offered:
+            best = _pages_to_visit(turn)
+            if best:
+                return _calls_of(earlier + 1, "visit_webpage", [{"url": url} for url in best])
+        return self._answer(turn)
+
+    def _share_of(self, queries: Sequence[str]) -> Sequence[str]:
+        number, of = self._share
+        return queries[number - 1 :: of] or queries
+
+    def _answer(self, turn: Turn) -> str:
+        sources: dict[str, str] = {}  # title by URL, in the order of citing
+        paragraphs: list[str] = []
+        quotes_each = QUOTES_ALONE if len(turn.hits) == 1 else QUOTES_EACH
+        said: set[str] = set()
+        for query, hits in turn.hits.items():
+            quotes: list[str] = []
+            for hit in hits:
+                wanted = quotes_each - len(quotes)
+                page = turn.pages.get(hit.href, "")
+                found = choose_sentences(query, page, wanted, title=hit.title) if wanted else []
+                for sentence in found:
+                    if sentence not in said:
+                        said.add(sentence)
+                        sources.setdefault(hit.href, hit.title)
+                        quotes.append(f'"{sentence}" [{list(sources).index(hit.href) + 1}]')
+            if quotes:
+                subject = f"On {query}: " if len(turn.hits) > 1 else ""
+                paragraphs.append(subject + " ".join(quotes))
+            elif hits:
+                paragraphs.append(f"On {query}: I found no sentence to quote in the pages that I could read.")
+            else:
+                paragraphs.append(f"On {query}: the search found no page.")
+        paragraphs += turn.problems
+        if not sources:
+            return self._not_covered(turn)
+        listed = "\n".join(f"[{number}] {title} - {url}" for number, (url, title) in enumerate(sources.items(), 1))
+        return "\n\n".join([*paragraphs, f"Sources:\n{listed}"])
+
+    def _not_covered(self, turn: Turn) -> str:
+        if turn.problems:
+            return "\n\n".join(["I have no answer, because the tools failed.", *turn.problems])
+        if any(turn.hits.values()):
+            return "I have no answer: the search found pages, but I could quote nothing from them."
+        said = "No page of the rehearsal covers this question, so I have no answer to it."
+        if not self._topics:
+            return said
+        return f"{said}\n\nThese are the topics that it has pages on:\n" + "\n".join(
+            f"- {topic}" for topic in self._topics
+        )
+
+
+def _read(messages: Sequence[LLMMessage]) -> Turn:
+    last = max((at for at, message in enumerate(messages) if isinstance(message, UserMessage)), default=-1)
+    turn = Turn(question=_text(messages[last]) if last >= 0 else "")
+    asked: dict[str, dict[str, Any]] = {}
+    for message in messages[last + 1 :]:
+        if isinstance(message, AssistantMessage):
+            asked.update({call.id: _arguments(call) for call in _calls(message)})
+        elif isinstance(message, FunctionExecutionResultMessage):
+            for result in message.content:
+                _take(turn, asked.get(result.call_id, {}), result)
+    return turn
+
+
+def _take(turn: Turn, arguments: Mapping[str, Any], result: FunctionExecutionResult) -> None:
+    if result.name == "web_search":
+        turn.searched = True
+        query = str(arguments.get("query", turn.question))
+        turn.hits.setdefault(query, [])
+        try:
+            if not result.is_error:
+                turn.hits[query] = _HITS.validate_json(result.content)
+                return
+        except ValidationError:
+            pass
+        turn.problems.append(f"The search for {query} failed: {_first_line(result.content)}")
+        del turn.hits[query]
+    elif result.name == "visit_webpage":
+        turn.visited = True
+        url = str(arguments.get("url", ""))
+        if result.is_error or not result.content.strip():
+            turn.problems.append(f"{url} could not be read: {_first_line(result.content) or 'it was empty'}")
+        else:
+            turn.pages[url] = result.content
+
+
+def _pages_to_visit(turn: Turn) -> list[str]:
+    """The best hit of each search; for a single search the two best. The same page is visited once."""
+    each = 2 if len(turn.hits) == 1 else 1
+    return list(dict.fromkeys(hit.href for hits in turn.hits.values() for hit in hits[:each]))
+
+
+def _from_conversation(messages: Sequence[LLMMessage]) -> str:
+    """Without tools, as in a team: the first message asks, and what the others said answers."""
+    said = [message for message in messages if not isinstance(message, SystemMessage)]
+    question = _text(said[0]) if said else ""
+    material = [sentence for message in said[1:] for sentence in quoted(_text(message))]
+    text = "\n\n".join(material or [_text(message) for message in said[1:]])
+    limit = QUOTES_EACH * max(1, len(plan_searches(question)))
+    chosen = list(dict.fromkeys(choose_sentences(question, text, limit)))
+    if not chosen:
+        return "I was given no tools, and the conversation holds nothing that I could answer from."
+    return "From the conversation: " + " ".join(f'"{sentence}"' for sentence in chosen)
+
+
+def _calls_of(round_number: int, tool: str, arguments: Sequence[Mapping[str, str]]) -> list[FunctionCall]:
+    return [
+        FunctionCall(id=f"call_{round_number}_{number}", name=tool, arguments=json.dumps(each, ensure_ascii=False))
+        for number, each in enumerate(arguments, 1)
+    ]
+
+
+def _calls(message: AssistantMessage) -> list[FunctionCall]:
+    return [] if isinstance(message.content, str) else message.content
+
+
+def _arguments(call: FunctionCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _name(tool: Tool | ToolSchema) -> str:
+    return tool.name if isinstance(tool, Tool) else tool["name"]
+
+
+def _text(message: LLMMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    parts: list[str] = []
+    for part in message.content:
+        if isinstance(part, str):
+            parts.append(part)
+        elif isinstance(part, FunctionCall):
+            parts.append(part.arguments)
+        elif isinstance(part, FunctionExecutionResult):
+            parts.append(part.content)
+    return "\n".join(parts)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]

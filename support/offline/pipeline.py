@@ -1,0 +1,84 @@
+"""The rehearsal's models for the pipeline's agents: rules for each step, in the forms that its prompt asks for.
+
+Like the model of the demo they find everything in the messages: the query, what the tools returned, or the JSON of
+claims, summary and sources that the step sends.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from autogen_core import FunctionCall
+from autogen_core.models import LLMMessage, UserMessage
+
+from support.offline.model import RehearsalModel, Turn
+from support.offline.reading import best_passage, choose_sentences, coverage
+
+QUOTES_EACH = 3  # from one page
+PASSAGE_LENGTH = 300  # characters, where a page has no sentence that says anything
+SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
+
+
+class RehearsalResearcher(RehearsalModel):
+    """Searches and reads as in the demo, and answers with claims instead of prose."""
+
+    def _answer(self, turn: Turn) -> str:
+        claims: dict[str, dict[str, str]] = {}  # by quote, so that no sentence comes twice
+        for query, hits in turn.hits.items():
+            for hit in hits:
+                page = turn.pages.get(hit.href, "")
+                quotes = choose_sentences(query, page, QUOTES_EACH, title=hit.title)
+                if page and not quotes and not claims:
+                    quotes = [best_passage(query, page, PASSAGE_LENGTH)]
+                for quote in quotes:
+                    statement = _uncited(quote)
+                    claims.setdefault(statement, {"statement": statement, "url": hit.href, "quote": quote})
+        note = "" if claims else self._not_covered(turn)
+        return json.dumps({"claims": list(claims.values()), "note": note}, ensure_ascii=False)
+
+
+class _Writer(RehearsalModel):
+    """Answers the JSON of the last message by a rule, without tools."""
+
+    def __init__(self, rule: Callable[[Mapping[str, Any]], str]) -> None:
+        super().__init__()
+        self._rule = rule
+
+    def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
+        asked = next((one.content for one in reversed(messages) if isinstance(one, UserMessage)), "")
+        return self._rule(json.loads(asked if isinstance(asked, str) else ""))
+
+
+def pipeline_model(step: str, topics: Sequence[str] = ()) -> RehearsalModel:
+    """The model of the step's agent. `topics` are what the researcher lists when no page covers a query."""
+    if step == "research":
+        return RehearsalResearcher(topics)
+    return _Writer({"validate": _judge, "summarize": _summarize, "report": _report}[step])
+
+
+def _judge(asked: Mapping[str, Any]) -> str:
+    """A quote supports a statement if it shares most of its words: a rule knows no more."""
+    verdicts = []
+    for claim in asked["claims"]:
+        supported = coverage(claim["statement"], claim["quote"]) >= SUPPORTED
+        reason = "" if supported else "they share too few words"
+        verdicts.append({"number": claim["number"], "supported": supported, "reason": reason})
+    return json.dumps({"verdicts": verdicts})
+
+
+def _summarize(asked: Mapping[str, Any]) -> str:
+    """One paragraph for each source, of its statements as they are."""
+    paragraphs: dict[int, list[str]] = {}
+    for claim in asked["claims"]:
+        paragraphs.setdefault(claim["source"], []).append(f"{claim['statement']} [{claim['source']}]")
+    return "\n\n".join(" ".join(sentences) for sentences in paragraphs.values())
+
+
+def _report(asked: Mapping[str, Any]) -> str:
+    return f"# {_uncited(asked['query'])}\n\n{asked['summary']}"
+
+
+def _uncited(text: str) -> str:
+    """On one line, without numbers in brackets, which would count as citations."""
+    return " ".join(re.sub(r"\[\d+(?:\s*,\s*\d+)*\]", "", text).split())

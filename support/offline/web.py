@@ -1,0 +1,140 @@
+"""The rehearsal's web: the pages of one folder, searched with a real ranking and served as a web server would.
+
+A Markdown or HTML file dropped into the folder is a page at once; its address is its name.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from nexum_engine.errors import FinalError
+from support.offline.reading import best_passage, words
+from support.tools import Page, SearchHit
+from support.tools.web import WebError
+from support.tools.web.page import page_to_markdown
+
+logger = logging.getLogger(__name__)
+
+HOST = "support.offline.example"  # RFC 2606 keeps .example free: no real site is ever meant
+PAGES = Path(__file__).parent / "pages"
+MAX_BODY = 2 * 1024 * 1024  # bytes, as for a live page
+EXCERPT_LENGTH = 300  # characters
+CONTENT_TYPES = {
+    ".md": "text/markdown; charset=utf-8",
+    ".markdown": "text/markdown; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".htm": "text/html; charset=utf-8",
+}
+
+# BM25's usual constants: how soon a repeated word stops counting, and how much a long page is held back.
+K1 = 1.2
+B = 0.75
+TITLE_WEIGHT = 4  # a word in the title counts as so many in the text
+
+COVERED = 0.66  # the share of a query, by the weight of its words, that a page must hold
+COVERED_LONG = 0.5  # the same for a query of many words, where a few are always beside the point
+LONG_QUERY = 5  # words
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    url: str
+    title: str
+    text: str
+    counts: Counter[str]
+    length: int
+
+
+class RehearsalWeb:
+    """The tools' `Web` over a folder. Files are read anew at each call, so that a dropped page counts at once."""
+
+    def __init__(self, folder: Path = PAGES) -> None:
+        self.folder = folder
+
+    def search(self, query: str, max_results: int) -> list[SearchHit]:
+        """The pages that cover the query, best first; an empty list if none does."""
+        index = self._index()
+        ranked = [(score, page) for page in index if (score := _score(query, page, index)) > 0]
+        ranked.sort(key=lambda entry: (-entry[0], entry[1].url))
+        return [
+            SearchHit(title=page.title, href=page.url, body=best_passage(query, page.text, EXCERPT_LENGTH))
+            for _, page in ranked[:max_results]
+        ]
+
+    def fetch(self, url: str) -> Page:
+        """The page at this address as its file holds it, or a 404."""
+        parts = urlsplit(url)
+        slug = unquote(parts.path).strip("/")
+        # Looked up among the listed files, never joined to the folder: no address leads out of it.
+        path = next((path for path in self._files() if path.stem == slug), None)
+        if parts.hostname != HOST or path is None:
+            return Page(url, 404, "text/plain; charset=utf-8", b"Not found\n")
+        return _page(url, path)
+
+    def topics(self) -> list[str]:
+        """The pages' titles, in the order of the alphabet."""
+        return sorted((page.title for page in self._index()), key=str.lower)
+
+    def _files(self) -> list[Path]:
+        try:
+            files = sorted(self.folder.iterdir())
+        except OSError as error:
+            raise WebError(f"the rehearsal's pages can't be read: {error.strerror}") from error
+        return [path for path in files if path.suffix.lower() in CONTENT_TYPES and not path.name.startswith(".")]
+
+    def _index(self) -> list[_Indexed]:
+        pages: dict[str, _Indexed] = {}
+        for path in self._files():
+            url = f"https://{HOST}/{quote(path.stem)}"
+            try:
+                text = page_to_markdown(_page(url, path))
+            except (OSError, FinalError) as error:
+                logger.warning("%s is left out: %s", path.name, error)
+                continue
+            title = _title(text) or path.stem.replace("-", " ")
+            counts = Counter(words(text))
+            for word in words(title):
+                counts[word] += TITLE_WEIGHT - 1  # the heading is in the text already
+            pages.setdefault(url, _Indexed(url, title, text, counts, counts.total()))
+        return list(pages.values())
+
+
+def _page(url: str, path: Path) -> Page:
+    with path.open("rb") as file:
+        body = file.read(MAX_BODY + 1)
+    return Page(url, 200, CONTENT_TYPES[path.suffix.lower()], body[:MAX_BODY], truncated=len(body) > MAX_BODY)
+
+
+def _title(markdown: str) -> str | None:
+    headings = (line for line in markdown.split("\n") if line.startswith("# "))
+    return next((heading[2:].strip() for heading in headings), None)
+
+
+def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
+    """Okapi BM25, or 0 for a page that doesn't cover the query.
+
+    Written out here because a library for it brings numpy along, and because coverage, ranking and the choice of
+    sentences must agree on what a word is.
+    """
+    asked = sorted(set(words(query)))
+    weights = {word: _weight(word, index) for word in asked}
+    held = [word for word in asked if page.counts[word]]
+    needed = COVERED if len(asked) < LONG_QUERY else COVERED_LONG
+    if not held or sum(weights[word] for word in held) < needed * sum(weights.values()):
+        return 0.0
+    mean_length = sum(other.length for other in index) / len(index)
+    held_back = K1 * (1 - B + B * page.length / mean_length)
+    return sum(
+        weights[word] * page.counts[word] * (K1 + 1) / (page.counts[word] + held_back)
+        for word in held  # sorted, so that the sum is the same in every process
+    )
+
+
+def _weight(word: str, index: Sequence[_Indexed]) -> float:
+    """Inverse document frequency: a rare word says more, and one that no page holds says most."""
+    holding = sum(1 for page in index if page.counts[word])
+    return math.log(1 + (len(index) - holding + 0.5) / (holding + 0.5))

@@ -1,0 +1,218 @@
+"""One drill: a pipeline whose first worker dies, and as many more workers as it takes to finish it.
+
+Everything that is printed about the pipeline comes from the server's records; the drill itself only starts workers and
+sees them end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import NexumError
+from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
+from nexum_engine.workflow import Workflow
+from pipeline_workflow import STEPS, PipelineInput
+from support.console import say
+from support.launcher import ROOT, Child, start_child
+from support.pipeline.disturbances import foreign_worker, new_key, refuse_foreign_workers
+from support.pipeline.effects import EffectLog
+from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
+
+WORKER = "pipeline_worker.py"
+LOOK_INTERVAL = 0.1  # seconds between looks at the record
+SAY_WAITING_EVERY = 10.0  # seconds
+SERVER_PATIENCE = 30.0  # seconds for a server that was killed to be there again
+MAX_WORKERS = 12  # whatever kills so many won't stop
+CANT_RUN = (1, 2)  # exit codes with which a worker gives up by itself
+
+
+class DrillFailed(NexumError):
+    """The drill could not be brought to an end."""
+
+
+class Drill:
+    """Use once."""
+
+    def __init__(
+        self,
+        client: NexumClient,
+        workflow: Workflow,
+        query: str,
+        point: CrashPoint,
+        effects: EffectLog,
+        *,
+        worker_options: Sequence[str] = (),
+    ) -> None:
+        self._client = client
+        self._workflow = workflow
+        self._query = query
+        self._point = point
+        self._effects = effects
+        self._worker_options = worker_options
+        self._workers: list[SeenWorker] = []
+        self._told: set[tuple[str, int]] = set()
+        self._execution_id = ""
+
+    async def run(self) -> PipelineRun:
+        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING.
+
+        The workflow has to be registered.
+        """
+        started = await self._client.start_execution(
+            self._workflow, PipelineInput(query=self._query), idempotency_key=new_key(), patience=SERVER_PATIENCE
+        )
+        self._execution_id = started.execution_id
+        try:
+            await refuse_foreign_workers(self._client, self._execution_id)
+            say(f'[demo] Pipeline {self._execution_id}: "{self._query}"')
+            while not await self._one_worker():
+                if len(self._workers) == MAX_WORKERS:
+                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other: giving up")
+        except BaseException:
+            await self._cancel()
+            raise
+        execution = await self._look()
+        effects = self._effects.of(self._execution_id)
+        return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects)
+
+    async def _one_worker(self) -> bool:
+        """Start a worker and follow it; True when the execution has ended, False when the worker has."""
+        number = len(self._workers) + 1
+        name, tag = f"worker-{number}", uuid.uuid4().hex[:6]
+        child = await start_child(
+            [
+                *(str(ROOT / WORKER), "--nexum", self._client.address, "--name", f"{name}-{tag}"),
+                *("--effects", str(self._effects.path), *self._worker_options),
+            ],
+            env=self._point.environment if number == 1 else NO_CRASH,
+        )
+        try:
+            self._workers.append(SeenWorker(name, tag, child.process.pid))
+            fate = f"to be killed {self._point.in_words}" if number == 1 else "in its place"
+            say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
+            execution = await self._follow(child)
+        except BaseException:
+            await self._cancel()  # before the worker ends, so that it takes no further step
+            raise
+        finally:
+            await _end(child)
+        if execution.status.ended:
+            return True
+        self._bury(name, child, execution)
+        return False
+
+    async def _follow(self, child: Child) -> Execution:
+        """Tell what is recorded as it is recorded, until the execution or the worker ends."""
+        loop = asyncio.get_running_loop()
+        said_at = loop.time()
+        ending = asyncio.ensure_future(child.process.wait())
+        while True:
+            child_ended = child.ended  # before the look, so that the look is the last word on what it left
+            execution = await self._look()
+            if self._tell(execution):
+                said_at = loop.time()
+            if execution.status.ended or child_ended:
+                return execution
+            if loop.time() - said_at > SAY_WAITING_EVERY:
+                said_at = loop.time()
+                say(f"  {_what_is_awaited(execution)}")
+            # Not wait_for: before Python 3.12 it forgets a Ctrl+C that comes in the moment in which the worker ends.
+            await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
+
+    async def _look(self) -> Execution:
+        """The record as it is. Raises Disturbed if a foreign worker is in it."""
+        observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
+        for node in observed.execution.nodes:
+            for attempt in node.attempts:
+                if not any(worker.owns(attempt.worker_id) for worker in self._workers):
+                    raise foreign_worker(attempt.worker_id, node.node_id)
+        return observed.execution
+
+    def _tell(self, execution: Execution) -> bool:
+        """Print every attempt that ended since the last look; whether there was one."""
+        ended = [
+            (attempt.ended_ms, STEPS.index(node.node_id), node, attempt)
+            for node in execution.nodes
+            for attempt in node.attempts
+            if attempt.ended_ms is not None and (node.node_id, attempt.attempt) not in self._told
+        ]
+        for ended_ms, _, node, attempt in sorted(ended, key=lambda entry: entry[:2]):
+            self._told.add((node.node_id, attempt.attempt))
+            say(f"  {node.node_id:<10} {_what_became_of(attempt, node, ended_ms - attempt.started_ms)}")
+        return bool(ended)
+
+    def _bury(self, name: str, child: Child, execution: Execution) -> None:
+        """Note a worker's death, and what was recorded then."""
+        code = child.process.returncode
+        if code in CANT_RUN:
+            raise DrillFailed(f"{name} gave up (exit {code}); see its error above")
+        self._workers[-1] = replace(self._workers[-1], death=_death(code), recorded=execution.outputs())
+        say(f"[demo] {name} is dead: {_death(code)}")
+        states = [f"{node.node_id} {_state(node)}" for node in execution.nodes]
+        say(f"[demo] On record: {', '.join(states)}")
+
+    async def _cancel(self) -> None:
+        try:
+            # It may have been cancelled already, where the worker was followed.
+            if not (await self._client.get_execution(self._execution_id)).execution.status.ended:
+                await self._client.cancel_execution(self._execution_id)
+                say(f"[demo] Cancelled {self._execution_id}")
+        except NexumError as error:
+            say(f"[demo] Could not cancel {self._execution_id}: {error}; the next run does")
+        except BrokenPipeError:
+            return  # it is cancelled, and nobody reads that
+
+
+async def _end(child: Child) -> None:
+    """End it, also when interrupted meanwhile, and don't forget that it was."""
+    ending = asyncio.ensure_future(child.end())
+    try:
+        await asyncio.wait({ending})
+    finally:
+        await ending
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    return f"exit {code}"
+
+
+def _state(node: Node) -> str:
+    match node.status:
+        case NodeStatus.COMPLETED:
+            return "recorded"
+        case NodeStatus.RUNNING:
+            return "handed out but not recorded"
+        case NodeStatus.READY:
+            return "queued"
+        case _:
+            return "waiting"
+
+
+def _what_became_of(attempt: Attempt, node: Node, took_ms: int) -> str:
+    which = f"attempt {attempt.attempt} " if attempt.attempt > 1 else ""
+    match attempt.outcome:
+        case Outcome.COMPLETED:
+            return f"{which}recorded after {took_ms / 1000:.2f} s: {result_in_words(node)}"
+        case Outcome.FAILED:
+            return f"attempt {attempt.attempt} failed: {attempt.error}"
+        case _:
+            return f"attempt {attempt.attempt} {attempt.outcome.value.lower()}: {attempt.error or 'no reason given'}"
+
+
+def _what_is_awaited(execution: Execution) -> str:
+    for node in execution.nodes:
+        if node.status is NodeStatus.RUNNING:
+            return f"{node.node_id:<10} still at work (attempt {len(node.attempts)})"
+        if node.status is NodeStatus.READY:
+            return f"{node.node_id:<10} waits: {node.error or 'no worker has taken it yet'}"
+    return "nothing is handed out"

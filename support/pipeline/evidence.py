@@ -1,0 +1,258 @@
+"""What one run of the pipeline left behind, and whether it shows what it is meant to show.
+
+The server's record is the evidence. Beside it stand what the demo saw itself (which workers it started, how they ended,
+what was recorded when one died) and the log of the steps' effects. Pure functions; nothing here talks to a server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
+from pipeline_workflow import STEPS
+from support.pipeline.effects import Effect
+
+
+@dataclass(frozen=True)
+class CrashPoint:
+    """Where worker 1 is killed: after a step's record, or between a step's effect and its record."""
+
+    step: str
+    within: bool = False
+
+    def __str__(self) -> str:
+        return f"{'during' if self.within else 'after'} {self.step}"
+
+    @property
+    def in_words(self) -> str:
+        """When the worker is killed."""
+        return f"within {self.step}, after its effect" if self.within else f"as soon as {self.step} is recorded"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes pipeline_worker.py crash there."""
+        return {"CRASH_AFTER": "" if self.within else self.step, "CRASH_DURING": self.step if self.within else ""}
+
+
+NO_CRASH = {"CRASH_AFTER": "", "CRASH_DURING": ""}
+
+
+@dataclass(frozen=True)
+class SeenWorker:
+    """A worker that the demo started."""
+
+    name: str
+    tag: str
+    """What makes its id in the records one that no other worker has."""
+    pid: int
+    death: str = ""
+    """How it died, "" if it didn't."""
+    recorded: Mapping[str, str] | None = None
+    """The outputs that the server had when it was dead."""
+
+    def owns(self, worker_id: str) -> bool:
+        # Not by the process id: where Python starts through a launcher, the demo sees the launcher's.
+        return worker_id.startswith(f"{self.name}-{self.tag}-pid")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attempt at one step."""
+
+    node: Node
+    attempt: Attempt
+    worker: SeenWorker | None
+    had_effect: bool
+
+    @property
+    def outcome(self) -> str:
+        """In words: what became of the attempt."""
+        if self.attempt.outcome is Outcome.COMPLETED:
+            return "recorded"
+        word: str = self.attempt.outcome.value.lower()
+        if not self.is_lost:
+            return word
+        return f"{word}, effect done" if self.had_effect else f"{word}, no effect"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its worker or its server vanished under it."""
+        return self.attempt.outcome in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """An execution with everything that is known about it."""
+
+    execution: Execution
+    query: str
+    point: CrashPoint
+    workers: Sequence[SeenWorker]
+    effects: Sequence[Effect]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every attempt, in the order of their starts."""
+        had_effect = {(effect.step, effect.attempt) for effect in self.effects}
+        rows = [
+            Row(node, attempt, self.worker_of(attempt), (node.node_id, attempt.attempt) in had_effect)
+            for node in self.execution.nodes
+            for attempt in node.attempts
+        ]
+        return sorted(rows, key=lambda row: (row.attempt.started_ms, STEPS.index(row.node.node_id)))
+
+    @property
+    def begun_ms(self) -> int:
+        """When the first attempt started: what a timeline counts from."""
+        rows = self.rows
+        return rows[0].attempt.started_ms if rows else self.execution.created_ms
+
+    def worker_of(self, attempt: Attempt) -> SeenWorker | None:
+        """Who had the attempt; None for a worker that the demo didn't start."""
+        return next((worker for worker in self.workers if worker.owns(attempt.worker_id)), None)
+
+    def steps_of(self, worker: SeenWorker) -> list[str]:
+        """The steps that the server recorded from a worker."""
+        return [
+            row.node.node_id for row in self.rows if row.worker is worker and row.attempt.outcome is Outcome.COMPLETED
+        ]
+
+    @property
+    def resumptions(self) -> list[tuple[SeenWorker, str]]:
+        """Each worker that took over from a dead one, with the first step that it took."""
+        found: list[tuple[SeenWorker, str]] = []
+        for worker in self.workers[1:]:
+            steps = [row.node.node_id for row in self.rows if row.worker is worker]
+            if steps:
+                found.append((worker, steps[0]))
+        return found
+
+    @property
+    def repeated(self) -> list[Node]:
+        """The steps that were handed out more than once."""
+        return [node for node in self.execution.nodes if len(node.attempts) > 1]
+
+    @property
+    def report(self) -> str:
+        """The Markdown; "" if the run didn't come that far."""
+        output = self.execution.outputs().get("report")
+        return str(json.loads(output)["markdown"]) if output is not None else ""
+
+
+def problems(run: PipelineRun) -> list[str]:
+    """Why the run doesn't show what it is meant to show; nothing if it does."""
+    execution = run.execution
+    if execution.status is not ExecutionStatus.COMPLETED:
+        why = next((node.error for node in execution.nodes if node.status is NodeStatus.FAILED), execution.error)
+        return [f"the execution is {execution.status.value}, not COMPLETED{f': {why}' if why else ''}"]
+    found: list[str] = []
+    for node in execution.nodes:
+        recorded = [attempt for attempt in node.attempts if attempt.outcome is Outcome.COMPLETED]
+        if len(recorded) != 1 or recorded[0] is not node.attempts[-1]:
+            found.append(f"{node.node_id} was recorded {len(recorded)} times in {len(node.attempts)} attempts")
+    found += [
+        f"{row.node.node_id} was taken by {row.attempt.worker_id}, which this demo did not start"
+        for row in run.rows
+        if row.worker is None
+    ]
+    return found + _recorded_steps_run_again(run) + _effects_amiss(run) + _crash_amiss(run)
+
+
+def _recorded_steps_run_again(run: PipelineRun) -> list[str]:
+    found: list[str] = []
+    for number, dead in enumerate(run.workers):
+        for step, output in (dead.recorded or {}).items():
+            if run.execution.outputs().get(step) != output:
+                found.append(f"the output of {step} changed after it was recorded")
+            again = [row for row in run.rows if row.node.node_id == step and row.worker in run.workers[number + 1 :]]
+            if again:
+                found.append(f"{step} was recorded when {dead.name} died, and ran again all the same")
+    return found
+
+
+def _effects_amiss(run: PipelineRun) -> list[str]:
+    found: list[str] = []
+    for row in run.rows:
+        mine = [one for one in run.effects if (one.step, one.attempt) == (row.node.node_id, row.attempt.attempt)]
+        if len(mine) > 1 or (row.attempt.outcome is Outcome.COMPLETED and not mine):
+            found.append(f"attempt {row.attempt.attempt} at {row.node.node_id} had its effect {len(mine)} times")
+    for node in run.execution.nodes:
+        if len({effect.idempotency_key for effect in run.effects if effect.step == node.node_id}) > 1:
+            found.append(f"the attempts at {node.node_id} had different idempotency keys")
+    return found
+
+
+def _crash_amiss(run: PipelineRun) -> list[str]:
+    first, step = run.workers[0], run.point.step
+    if not first.death:
+        return [f"{first.name} did not die: the crash {run.point} never came"]
+    if step in run.steps_of(first) and run.point.within:
+        return [f"{first.name} recorded {step} before it died"]
+    later = [row.node.node_id for row in run.rows if row.worker is first and _is_after(row.node.node_id, step)]
+    return [f"{first.name} took {later[0]} after {step} was recorded"] if later else []
+
+
+def _is_after(step: str, other: str) -> bool:
+    return STEPS.index(step) > STEPS.index(other)
+
+
+def remarks(run: PipelineRun) -> list[str]:
+    """What happened, in sentences: where the run was resumed, what ran again, and what was not as asked."""
+    said: list[str] = []
+    dead = [worker for worker in run.workers if worker.death]
+    if dead and run.resumptions:
+        kept = list((dead[0].recorded or {}).keys())
+        _, step = run.resumptions[0]
+        said.append(f"Recorded when {dead[0].name} died: {', '.join(kept) or 'nothing'}. Resumed at: {step}.")
+    if dead and not _died_as_asked(run):
+        said.append(f"{run.workers[0].name} was to die {run.point}, but something else ended it before that.")
+    for node in run.repeated:
+        said.append(_repetition(run, node))
+    if dead and not _recorded_steps_run_again(run):
+        said.append("No recorded step ran again." if run.repeated else "No step ran again.")
+    return said
+
+
+def _repetition(run: PipelineRun, node: Node) -> str:
+    """Which attempts a step took and what became of each."""
+    tried = "; ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in run.rows if row.node is node)
+    return f"Ran again: {node.node_id} ({tried}). Its effect happened {effect_times(run, node)}."
+
+
+def effect_times(run: PipelineRun, node: Node) -> str:
+    """How often a step's effect happened, in words."""
+    number = sum(effect.step == node.node_id for effect in run.effects)
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
+def _died_as_asked(run: PipelineRun) -> bool:
+    first, point = run.workers[0], run.point
+    if not point.within:
+        return point.step in (first.recorded or {})
+    return any(
+        row.node.node_id == point.step and row.worker is first and row.is_lost and row.had_effect for row in run.rows
+    )
+
+
+def result_in_words(node: Node) -> str:
+    """What a step's recorded output holds, for a line of progress."""
+    if node.output_json is None:
+        return ""
+    output: dict[str, Any] = json.loads(node.output_json)
+    match node.node_id:
+        case "research":
+            pages = len({claim["url"] for claim in output["claims"]})
+            return f"{_count(len(output['claims']), 'claim')} from {_count(pages, 'page')}"
+        case "validate":
+            return f"{_count(len(output['kept']), 'claim')} kept, {len(output['dropped'])} dropped"
+        case "summarize":
+            return _count(len(output["text"].split()), "word")
+        case _:
+            return f"{_count(len(output['markdown'].split()), 'word')} of Markdown"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,73 @@
+"""The tools that an agent can call, each declared once. Agent and worker both read this list.
+
+A third tool takes five lines:
+
+    @tool(time_limit=10)
+    def word_count(text: str) -> str:
+        \"\"\"Count the words of a text.\"\"\"
+        return str(len(text.split()))
+
+The name, the docstring and the type hints are what the model sees, and arguments are checked against the hints. A
+parameter `*, call: ToolContext` is hidden from the model: it brings the call's idempotency key, attempt and the web.
+Raise `FinalError` for what repeating can't mend; any other error is tried again, up to four attempts in all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from nexum_engine.errors import FinalError
+from support.tools.declare import REGISTRY, Tool, ToolContext, ToolTimeout, find_tool, tool
+from support.tools.web import Page, SearchHit, Web, WebError
+from support.tools.web.page import page_to_markdown
+from support.tools.web.url import checked_url
+
+__all__ = [
+    "TOOLS",
+    "Page",
+    "SearchHit",
+    "Tool",
+    "ToolContext",
+    "ToolTimeout",
+    "Web",
+    "WebError",
+    "find_tool",
+    "tool",
+    "visit_webpage",
+    "web_search",
+]
+
+
+@tool(time_limit=60)
+def web_search(
+    query: str,
+    max_results: Annotated[int, Field(ge=1, le=20, description="How many results to return at most")] = 5,
+    *,
+    call: ToolContext,
+) -> str:
+    """Search the web with DuckDuckGo.
+
+    Returns a JSON list of results, each with title, href (the address) and body (an excerpt). Read a promising result
+    with visit_webpage before relying on it.
+    """
+    if not query.strip():
+        raise FinalError("web_search: the query is empty; give the words to search for")
+    hits = call.web.search(query.strip(), max_results)
+    return json.dumps([hit.model_dump() for hit in hits[:max_results]], ensure_ascii=False)
+
+
+@tool(time_limit=60)
+def visit_webpage(url: str, *, call: ToolContext) -> str:
+    """Read a public web page and return its content as Markdown, without navigation and scripts.
+
+    Give a full http:// or https:// address, for instance the href of a search result. Long pages are cut, with a note
+    at the end that says so.
+    """
+    return page_to_markdown(call.web.fetch(checked_url(url)))
+
+
+TOOLS: Mapping[str, Tool] = REGISTRY

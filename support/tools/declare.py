@@ -1,0 +1,172 @@
+"""What a tool is: a function, its arguments as the model sees them, and its time limit."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from nexum_engine.errors import FinalError
+from support.tools.clean_text import shortened
+from support.tools.contain import StillRunning, run_contained
+from support.tools.web import Web
+
+DEFAULT_TIME_LIMIT = 60.0  # seconds
+
+
+class ToolTimeout(TimeoutError):
+    """A tool ran past its time limit: the attempt fails, another may succeed."""
+
+    def __init__(self, tool_name: str, time_limit: float) -> None:
+        super().__init__(f"{tool_name} ran longer than its time limit of {time_limit:g} s")
+        self.tool_name = tool_name
+        self.time_limit = time_limit
+
+
+@dataclass(frozen=True)
+class ToolContext:
+    """What one call brings along, beside the model's arguments."""
+
+    idempotency_key: str  # the same at every attempt, so that a target can recognise a repeat
+    attempt: int  # from 1
+    web: Web
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A declared tool. `arguments` forbids what the signature doesn't name, and coerces nothing."""
+
+    name: str
+    description: str
+    arguments: type[BaseModel]
+    time_limit: float  # seconds
+    function: Callable[..., object]
+    signature: str
+    context_parameter: str | None
+
+    @classmethod
+    def from_function(cls, function: Callable[..., object], *, time_limit: float = DEFAULT_TIME_LIMIT) -> Tool:
+        """Read a tool off a function. What the model couldn't be told is refused here, when the program starts."""
+        name = function.__name__
+        description = inspect.getdoc(function)
+        if not description:
+            raise TypeError(f"tool {name} needs a docstring: it is what the model sees")
+        if not time_limit > 0:
+            raise ValueError(f"tool {name}: time_limit must be above 0 seconds, not {time_limit!r}")
+        hints = typing.get_type_hints(function, include_extras=True)
+        context_parameter: str | None = None
+        fields: dict[str, Any] = {}
+        shown: list[str] = []
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name not in hints:
+                raise TypeError(f"tool {name}: parameter {parameter.name} needs a type hint")
+            hint = hints[parameter.name]
+            if hint is ToolContext:
+                if parameter.kind is not parameter.KEYWORD_ONLY:
+                    raise TypeError(f"tool {name}: write `*, {parameter.name}: ToolContext`, keyword-only")
+                context_parameter = parameter.name
+                continue
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise TypeError(f"tool {name}: parameter {parameter.name} can't be passed by name")
+            required = parameter.default is parameter.empty
+            fields[parameter.name] = (hint, ... if required else parameter.default)
+            default = "" if required else f" = {parameter.default!r}"
+            shown.append(f"{parameter.name}: {_type_name(hint)}{default}")
+        arguments = create_model(
+            f"{name}_arguments", __config__=ConfigDict(extra="forbid", strict=True, protected_namespaces=()), **fields
+        )
+        return cls(
+            name=name,
+            description=description,
+            arguments=arguments,
+            time_limit=float(time_limit),
+            function=function,
+            signature=f"{name}({', '.join(shown)})",
+            context_parameter=context_parameter,
+        )
+
+    def validate(self, arguments: object) -> dict[str, Any]:
+        """Check a model's arguments; what is wrong is said in one message that the model can act on."""
+        try:
+            if not isinstance(arguments, Mapping):
+                raise TypeError("the arguments must be a JSON object")
+            # By way of JSON, so that strictness is JSON's own: a list may fill a tuple, a text never an int.
+            text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
+            checked = self.arguments.model_validate_json(text)
+        except ValidationError as invalid:
+            causes = "; ".join(_cause(error) for error in invalid.errors(include_url=False))
+            raise self._wrong(causes) from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._wrong(f"{error} (given: {shortened(arguments)})") from None
+        return {name: getattr(checked, name) for name in self.arguments.model_fields}
+
+    def _wrong(self, causes: str) -> FinalError:
+        return FinalError(f"{self.name} was called with wrong arguments: {causes}. Call it as {self.signature}")
+
+    async def run(self, arguments: object, context: ToolContext) -> str:
+        """Check the arguments and run the function, within the time limit."""
+        keywords = self.validate(arguments)
+        if self.context_parameter is not None:
+            keywords[self.context_parameter] = context
+        try:
+            result = await run_contained(partial(self.function, **keywords), self.name, self.time_limit)
+        except StillRunning:
+            raise ToolTimeout(self.name, self.time_limit) from None
+        return self._as_text(result)
+
+    def _as_text(self, result: object) -> str:
+        if not isinstance(result, str):
+            try:
+                result = json.dumps(result, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                kind = type(result).__name__
+                raise FinalError(f"{self.name} returned a {kind}, which is neither text nor JSON ({error})") from error
+        # A lone surrogate can't be sent or stored.
+        return result.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+REGISTRY: dict[str, Tool] = {}
+
+
+def tool(*, time_limit: float = DEFAULT_TIME_LIMIT) -> Callable[[Callable[..., object]], Tool]:
+    """Declare the function below as a tool that agents may call."""
+
+    def declare(function: Callable[..., object]) -> Tool:
+        declared = Tool.from_function(function, time_limit=time_limit)
+        if declared.name in REGISTRY:
+            raise ValueError(f"two tools are named {declared.name}: rename one of them")
+        REGISTRY[declared.name] = declared
+        return declared
+
+    return declare
+
+
+def find_tool(name: str) -> Tool:
+    """The tool of this name; a model's invented one is a final error that names those that exist."""
+    if name not in REGISTRY:
+        raise FinalError(f"there is no tool named {shortened(name)}; the tools are {', '.join(sorted(REGISTRY))}")
+    return REGISTRY[name]
+
+
+def _type_name(hint: Any) -> str:
+    plain = hint.__origin__ if typing.get_origin(hint) is typing.Annotated else hint
+    return inspect.formatannotation(plain)
+
+
+def _cause(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "missing":
+            return f"{path} is missing"
+        case "extra_forbidden":
+            return f"there is no argument {shortened(path)}"
+        case _ if not path:
+            return str(error["msg"])
+        case _:
+            return f"{path}: {error['msg']} (given: {shortened(error['input'])})"

@@ -1,0 +1,143 @@
+"""Connections that only ever reach checked addresses, and end at one deadline.
+
+The host is resolved once and the connection goes to an address that was checked, so that a name can't answer publicly
+to the check and privately to the connection. TLS names and Host headers are not touched by this.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import ip_address
+from typing import Any, TypeAlias
+
+import httpcore2
+
+from nexum_engine.errors import FinalError
+from support.tools.web import WebError
+from support.tools.web.addresses import Address, literal_address
+
+Resolver: TypeAlias = Callable[[str], Sequence[Address]]
+AddressPolicy: TypeAlias = Callable[[Address], bool]
+
+
+def system_resolver(host: str) -> list[Address]:
+    """The addresses that the system knows for the host."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    # dict, not set: the system's order says which one works best from here.
+    return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
+
+
+class Deadline:
+    """One moment for everything that a fetch does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds until then; past it, the timeout that the HTTP client knows."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise httpcore2.ReadTimeout("deadline")
+        return left
+
+
+class CheckedBackend(httpcore2.NetworkBackend):
+    """Resolves, checks every address, connects to one of them."""
+
+    def __init__(self, resolver: Resolver, policy: AddressPolicy, deadline: Deadline) -> None:
+        self._resolver = resolver
+        self._policy = policy
+        self._deadline = deadline
+        self._sockets = httpcore2.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.NetworkStream:
+        addresses = self._checked_addresses(host)
+        failure: Exception | None = None
+        for tried, address in enumerate(addresses):
+            # A fair share of what is left: a dead first address must not use up the others' time.
+            share = self._deadline.left() / (len(addresses) - tried)
+            try:
+                stream = self._sockets.connect_tcp(str(address), port, share, local_address, socket_options)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failure = error
+            else:
+                return _DeadlineStream(stream, self._deadline)
+        assert failure is not None
+        raise failure
+
+    def _checked_addresses(self, host: str) -> Sequence[Address]:
+        literal = literal_address(host)
+        addresses = [literal] if literal is not None else self._resolved(host)
+        if not addresses:
+            raise WebError(f"the host {host} has no address")
+        # All of them: a name that mixes public and internal addresses is an attack, or a mistake that looks like one.
+        if not all(self._policy(address) for address in addresses):
+            raise FinalError(f"{host} is not a public address; only pages on the public internet can be visited")
+        return addresses
+
+    def _resolved(self, host: str) -> Sequence[Address]:
+        answers: queue.SimpleQueue[Sequence[Address] | Exception] = queue.SimpleQueue()
+
+        def resolve() -> None:
+            try:
+                answers.put(self._resolver(host))
+            except Exception as error:  # noqa: BLE001  (raised in the waiting thread)
+                answers.put(error)
+
+        # The system's resolver knows no timeout, so it gets a thread that may be left behind.
+        threading.Thread(target=resolve, name=f"resolve {host}", daemon=True).start()
+        try:
+            answer = answers.get(timeout=self._deadline.left())
+        except queue.Empty:
+            raise httpcore2.ConnectTimeout("deadline") from None
+        if isinstance(answer, UnicodeError):  # a label over 63 characters
+            raise FinalError(f"the host {host} is not a valid name") from answer
+        if isinstance(answer, OSError):
+            raise WebError(f"the host {host} was not found ({answer.strerror or answer})") from answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class _DeadlineStream(httpcore2.NetworkStream):
+    """A timeout per read starts anew with each byte; this one doesn't."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, deadline: Deadline) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, self._deadline.left())
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._deadline.left())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        try:
+            stream = self._stream.start_tls(ssl_context, server_hostname, self._deadline.left())
+        except httpcore2.ConnectError as error:
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                raise FinalError(f"its certificate is not valid ({error.__cause__.verify_message})") from error
+            raise
+        return _DeadlineStream(stream, self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

@@ -1,0 +1,68 @@
+"""Read a response's body within bounds, as it came and decompressed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+from nexum_engine.errors import FinalError
+from support.tools.web import WebError
+
+ACCEPTED_ENCODINGS = "gzip, deflate"
+BOMB_RATIO = 250  # pages compress to a tenth, rarely to a hundredth; zlib's limit is about 1 : 1030
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def read_body(chunks: Iterable[bytes], encoding: str, max_bytes: int) -> tuple[bytes, bool]:
+    """The decompressed body and whether it goes on past the limit."""
+    match encoding.strip().lower():
+        case "" | "identity":
+            return _plain(chunks, max_bytes)
+        case "gzip" | "x-gzip":
+            return _inflated(chunks, max_bytes, zlib.MAX_WBITS | 16)
+        case "deflate":
+            return _inflated(chunks, max_bytes, zlib.MAX_WBITS)
+        case other:
+            raise FinalError(f"the server sent the page in an encoding that was not asked for ({other[:40]!r})")
+
+
+def _plain(chunks: Iterable[bytes], max_bytes: int) -> tuple[bytes, bool]:
+    body = bytearray()
+    for chunk in chunks:
+        body += chunk
+        if len(body) > max_bytes:
+            return bytes(body[:max_bytes]), True
+    return bytes(body), False
+
+
+def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tuple[bytes, bool]:
+    body = bytearray()
+    received = 0
+    inflater = zlib.decompressobj(window_bits)
+    for chunk in chunks:
+        received += len(chunk)
+        # Servers send "deflate" with and without zlib's header; the first byte tells.
+        if received == len(chunk) and window_bits == zlib.MAX_WBITS and chunk and chunk[0] & 0x0F != 8:
+            inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = chunk
+        while data:
+            try:
+                body += inflater.decompress(data, max_bytes + 1 - len(body))
+            except zlib.error as error:
+                raise WebError(f"the page's compressed data is broken ({error})") from error
+            if len(body) > max_bytes:
+                used = received - len(inflater.unconsumed_tail)
+                if len(body) > BOMB_RATIO * used:
+                    raise FinalError(f"the page is a compression bomb: {used:,} bytes hold more than {max_bytes:,}")
+                return bytes(body[:max_bytes]), True
+            data = inflater.unconsumed_tail
+            if inflater.eof:
+                data = inflater.unused_data
+                if not data.startswith(_GZIP_MAGIC):
+                    return bytes(body), False
+                inflater = zlib.decompressobj(window_bits)  # gzip allows one member after another
+        if received > max_bytes:
+            return bytes(body), True
+    if received and not inflater.eof:
+        raise WebError("the page's compressed data ended too early")
+    return bytes(body), False

@@ -1,0 +1,121 @@
+"""Fetch a page from the public internet, and from nowhere else, within bounds of time and bytes.
+
+Environment proxies are not used: a proxy would connect to addresses that were not checked here.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from urllib.parse import urldefrag, urljoin
+
+import httpcore2
+
+from nexum_engine.errors import FinalError
+from support.tools.clean_text import shortened
+from support.tools.web import Page, WebError
+from support.tools.web.addresses import is_public
+from support.tools.web.charset import is_readable
+from support.tools.web.connector import AddressPolicy, CheckedBackend, Deadline, Resolver, system_resolver
+from support.tools.web.decompress import ACCEPTED_ENCODINGS, read_body
+from support.tools.web.url import checked_url, parse_url
+
+DEADLINE = 30.0  # seconds, from the first look-up to the last byte
+MAX_BYTES = 2 * 1024 * 1024  # of a body, as it came and decompressed
+MAX_REDIRECTS = 5
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = {
+    "User-Agent": "Mozilla/5.0 (compatible; nexum-visit-webpage)",
+    "Accept": "text/html, application/xhtml+xml, text/plain;q=0.9, application/json;q=0.9, */*;q=0.5",
+    "Accept-Encoding": ACCEPTED_ENCODINGS,
+    "Accept-Language": "en, *;q=0.5",
+    "Connection": "close",
+}
+
+
+class GuardedFetcher:
+    """Resolver and policy can be replaced here and nowhere else: no setting widens what may be reached."""
+
+    def __init__(
+        self,
+        *,
+        resolver: Resolver = system_resolver,
+        address_policy: AddressPolicy = is_public,
+        ssl_context: ssl.SSLContext | None = None,
+        deadline: float = DEADLINE,
+        max_bytes: int = MAX_BYTES,
+        max_redirects: int = MAX_REDIRECTS,
+    ) -> None:
+        self._resolver = resolver
+        self._address_policy = address_policy
+        self._given_ssl_context = ssl_context
+        self._deadline = deadline
+        self._max_bytes = max_bytes
+        self._max_redirects = max_redirects
+
+    def fetch(self, url: str) -> Page:
+        """The response at the address, after redirects. A body that can't be read as text is left unread."""
+        first = current = checked_url(url)
+        deadline = Deadline(self._deadline)
+        with _errors_in_words(first, deadline):
+            for _ in range(self._max_redirects + 1):
+                answer = self._request(current, deadline)
+                if isinstance(answer, Page):
+                    return answer
+                current = _redirected(current, answer)
+        raise FinalError(f"{shortened(first)} was not read: it redirects more than {self._max_redirects} times")
+
+    @cached_property
+    def _ssl_context(self) -> ssl.SSLContext:
+        return self._given_ssl_context or httpcore2.default_ssl_context()
+
+    def _request(self, url: str, deadline: Deadline) -> Page | bytes:
+        """The page, or where it has moved to."""
+        backend = CheckedBackend(self._resolver, self._address_policy, deadline)
+        target = urldefrag(url).url
+        with (
+            httpcore2.ConnectionPool(ssl_context=self._ssl_context, network_backend=backend) as connections,
+            connections.stream("GET", target, headers=_HEADERS) as response,
+        ):
+            headers = {name.lower(): value for name, value in response.headers}
+            location: bytes | None = headers.get(b"location")
+            if response.status in _REDIRECTS and location is not None:
+                return location
+            content_type = headers.get(b"content-type", b"").decode("latin-1")
+            body, truncated = b"", False
+            if 200 <= response.status < 300 and is_readable(content_type):
+                encoding = headers.get(b"content-encoding", b"").decode("latin-1")
+                body, truncated = read_body(response.iter_stream(), encoding, self._max_bytes)
+            return Page(url, response.status, content_type, body, truncated)
+
+
+def _redirected(current: str, location: bytes) -> str:
+    try:
+        target = location.decode()
+    except UnicodeDecodeError:
+        target = location.decode("latin-1")  # HTTP's own charset, before everybody used UTF-8
+    try:
+        return parse_url(urljoin(current, target.strip()))
+    except ValueError as error:
+        raise FinalError(f"it redirects to {shortened(target)}, which was not visited: {error}") from None
+
+
+@contextmanager
+def _errors_in_words(url: str, deadline: Deadline) -> Iterator[None]:
+    """Every failure names the address that was asked for, and says whether another attempt makes sense by its type."""
+    name = shortened(url)
+    try:
+        yield
+    except FinalError as error:
+        raise FinalError(f"{name} was not read: {error}") from error
+    except WebError as error:
+        raise WebError(f"{name} could not be read: {error}") from error
+    except httpcore2.TimeoutException as error:
+        raise WebError(f"{name} could not be read: it took longer than {deadline.seconds:g} s") from error
+    except httpcore2.ConnectError as error:
+        raise WebError(f"{name} could not be read: connecting failed ({error})") from error
+    except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
+        raise WebError(f"{name} could not be read: {error or type(error).__name__}") from error

@@ -1,0 +1,32 @@
+"""The web itself, as the tools' `Web`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from support.tools.web import Page, SearchHit
+
+if TYPE_CHECKING:
+    from support.tools.web.fetch import GuardedFetcher
+
+
+class LiveWeb:
+    """Searches with ddgs and fetches public pages. Both libraries are imported when first used."""
+
+    def __init__(self, fetcher: GuardedFetcher | None = None) -> None:
+        self._given_fetcher = fetcher
+
+    @cached_property
+    def _fetcher(self) -> GuardedFetcher:
+        from support.tools.web.fetch import GuardedFetcher
+
+        return self._given_fetcher or GuardedFetcher()
+
+    def search(self, query: str, max_results: int) -> list[SearchHit]:
+        from support.tools.web.search import search
+
+        return search(query, max_results)
+
+    def fetch(self, url: str) -> Page:
+        return self._fetcher.fetch(url)

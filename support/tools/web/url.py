@@ -1,0 +1,44 @@
+"""Which addresses can be visited at all, by their form. Where they lead is checked when they are connected to."""
+
+from __future__ import annotations
+
+from pydantic import HttpUrl, TypeAdapter, ValidationError
+
+from nexum_engine.errors import FinalError
+from support.tools.clean_text import shortened
+
+_HTTP_URL = TypeAdapter(HttpUrl)
+
+
+def parse_url(text: str) -> str:
+    """The address as a browser reads it: lower-case ASCII host, encoded path. ValueError says what is wrong."""
+    text = text.strip()
+    try:
+        url = _HTTP_URL.validate_python(text)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+        match error["type"]:
+            case "url_scheme":
+                raise ValueError("only http:// and https:// addresses can be visited") from None
+            case "url_parsing" if "relative" in error["msg"]:
+                raise ValueError("it has no scheme; write the full address, beginning with https://") from None
+            case _:
+                raise ValueError(f"it is not a web address ({error['msg']})") from None
+    if url.username is not None or url.password is not None:
+        raise ValueError("it holds a user name or password; write it without")
+    if url.port == 0:
+        raise ValueError("its port is 0")
+    host = (url.host or "").rstrip(".")
+    if not host or ".." in host or host.startswith("."):
+        raise ValueError("it has no valid host name")
+    if host == "localhost" or host.endswith(".localhost"):
+        raise ValueError("its host is this computer; only public addresses can be visited")
+    return str(url)
+
+
+def checked_url(text: str) -> str:
+    """The same for a tool's argument: what is wrong with it can't be mended by repeating."""
+    try:
+        return parse_url(text)
+    except ValueError as error:
+        raise FinalError(f"{shortened(text)} was not visited: {error}") from None

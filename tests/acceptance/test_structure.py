@@ -1,0 +1,215 @@
+"""Where things live, and who may import whom, read from the sources themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from harness import ROOT, environment
+
+SKIPPED = {"tests", "benchmarks"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its name."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] in SKIPPED or any(part.startswith(".") or part in ("venv", "__pycache__") for part in parts):
+            continue
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path, *, at_import_time: bool = False) -> set[str]:
+    """The modules that a file imports, by full name; also within functions unless `at_import_time`."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            # `from package import module` and `from module import name` look the same.
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else str(node.module)
+                for a in node.names
+            }
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+        elif not (at_import_time and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+IMPORTS = {name: imported(path) for name, path in MODULES.items()}
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def importers(*packages: str) -> set[str]:
+    return {name for name, targets in IMPORTS.items() if any(within(target, *packages) for target in targets)}
+
+
+def test_the_walk_sees_what_it_should() -> None:
+    """Else every test here would pass for the wrong reason."""
+    assert {"demo", "worker", "nexum_engine", "nexum_engine.store.sqlite", "nexum_engine.wire.nexum_pb2"} <= set(
+        MODULES
+    )
+    assert "nexum_engine.store.sqlite" in IMPORTS["nexum_engine.store"]
+    assert "nexum_engine.server" in IMPORTS["nexum_engine.__main__"]
+    assert "nexum_engine.server" not in imported(MODULES["nexum_engine.__main__"], at_import_time=True)
+
+
+# Who may import whom in the engine, each line may use itself and what stands to its right.
+ENGINE = {
+    "errors": (),
+    "clock": (),
+    "signals": (),
+    "records": (),
+    "jsontext": ("errors",),
+    "workflow": ("jsontext", "records", "errors"),
+    "scheduling": ("workflow", "records"),
+    "report": ("records",),
+    "wire": ("errors",),
+    "store": ("scheduling", "workflow", "jsontext", "records", "errors", "clock"),
+    "server": ("store", "wire", "workflow", "jsontext", "records", "errors", "clock"),
+    "client": ("wire", "workflow", "jsontext", "records", "errors"),
+    "heartbeat": ("client", "wire", "errors"),
+    "worker": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
+    "embedded": ("client", "errors"),
+    "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
+}
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_every_part_of_the_engine_has_its_place() -> None:
+    parts = {part(name) for name in MODULES if within(name, "nexum_engine")}
+    assert parts == {*ENGINE, "__main__", ""}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if within(name, "nexum_engine")))
+def test_the_engine_imports_downward_only(name: str) -> None:
+    ours = {target for target in IMPORTS[name] if target.split(".")[0] in {one.split(".")[0] for one in MODULES}}
+    assert {target for target in ours if not within(target, "nexum_engine")} == set(), "the engine knows no script"
+    if part(name) == "__main__":
+        return
+    allowed = {*ENGINE.get(part(name), ()), part(name), ""}
+    assert {target for target in ours if part(target) not in allowed} == set()
+
+
+def test_only_what_knows_autogen_imports_it() -> None:
+    for name in (name for name in MODULES if within(name, "durable_autogen.record")):
+        assert {target for target in IMPORTS[name] if target.split(".")[0].startswith("autogen")} == set(), name
+        ours = {target for target in IMPORTS[name] if within(target, "durable_autogen")}
+        assert {one for one in ours if not within(one, "durable_autogen.record", "durable_autogen.errors")} == set()
+
+
+def test_client_and_server_know_nothing_of_each_other() -> None:
+    assert not importers("nexum_engine.server") & {"nexum_engine.client", "nexum_engine.worker"}
+    assert {
+        name for name in importers("nexum_engine.client", "nexum_engine.worker") if part(name) in ("server", "store")
+    } == set()
+    outside = {name for name in importers("nexum_engine.server") if part(name) != "server"}
+    assert outside == {"nexum_engine.__main__"}
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("sqlite3", {"nexum_engine.store.sqlite"}),
+        ("psycopg", {"nexum_engine.store.postgresql"}),
+        ("asyncpg", {"nexum_engine.store.postgresql"}),
+        ("grpc_tools", {"nexum_engine.wire.generate"}),
+        ("ddgs", {"support.tools.web.search"}),
+        ("markdownify", {"support.tools.web.markdown"}),
+        ("bs4", {"support.tools.web.markdown"}),
+        ("openai", {"support.models.live"}),
+    ],
+)
+def test_a_package_is_imported_in_its_own_place_and_nowhere_else(package: str, homes: set[str]) -> None:
+    assert importers(package) <= homes
+
+
+def test_the_engine_and_the_tools_know_nothing_of_autogen() -> None:
+    agents = importers("autogen_agentchat", "autogen_core", "autogen_ext")
+    assert agents, "nobody imports AutoGen: the names have changed"
+    assert {
+        name for name in agents if within(name, "nexum_engine", "support.tools", "submit_task", "worker", "workflow")
+    } == set()
+
+
+SCRIPTS = {
+    *("demo", "worker", "submit_task", "workflow"),
+    *("crash_demo", "pipeline_worker", "pipeline_workflow"),
+}
+LIBRARIES = {"durable_autogen", "nexum_engine"}
+
+
+def test_top_level_holds_the_scripts_their_support_and_two_libraries() -> None:
+    assert {name.partition(".")[0] for name in MODULES} == {*SCRIPTS, "support", *LIBRARIES}
+
+
+def test_a_library_imports_no_script_and_nothing_that_scripts_share() -> None:
+    ours = {*SCRIPTS, "support", *LIBRARIES}
+    for library, others in (("durable_autogen", {"nexum_engine"}), ("nexum_engine", set[str]())):
+        targets = {target for name in MODULES if within(name, library) for target in IMPORTS[name]}
+        assert {target.partition(".")[0] for target in targets} & ours <= {library, *others}, library
+
+
+def test_support_imports_no_script_but_the_workflow_data() -> None:
+    known = {target for name in MODULES if within(name, "support") for target in IMPORTS[name]}
+    assert known & SCRIPTS <= {"pipeline_workflow"}
+
+
+def test_tools_and_offline_twins_know_no_agent_library() -> None:
+    known = {target for name in MODULES if within(name, "support.tools", "support.offline") for target in IMPORTS[name]}
+    assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
+    # The offline web stands in for the live one, so it uses the tools' own path; the tools know nothing of it.
+    assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()
+    # Choosing a model loads none: what makes one is imported when it is made.
+    assert imported(MODULES["support.models.choice"], at_import_time=True) & {*MODULES} == {"support.models.vendors"}
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    graph = {
+        name: {target for target in imported(path, at_import_time=True) if target in MODULES and target != name}
+        for name, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from None
+
+
+@pytest.mark.parametrize(
+    "script", ["demo.py", "worker.py", "crash_demo.py", "pipeline_worker.py", "support/graphflow/process.py"]
+)
+def test_help_comes_without_autogen_ddgs_and_openai(script: str) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({script!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = ('autogen', 'ddgs', 'openai', 'markdownify')\n"
+        "    print('HEAVY', sorted(name for name in sys.modules if name.split('_')[0].split('.')[0] in heavy))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert (run.returncode, "usage:" in run.stdout) == (0, True), run.stderr
+    assert run.stdout.splitlines()[-1] == "HEAVY []"

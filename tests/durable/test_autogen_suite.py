@@ -1,0 +1,92 @@
+"""Tests of AutoGen's own, inside durable sessions: live and replayed they end as they do without one.
+
+They come from AutoGen's source distribution, which is fetched for the test; nothing of it is kept here. Where the
+package index can't be reached, the test is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Server, environment
+
+FILES = (
+    "test_group_chat_graph",
+    "test_society_of_mind_agent",
+    "test_task_runner_tool",
+    "test_termination_condition",
+    "test_userproxy_agent",
+)
+
+
+@pytest.fixture(scope="module")
+def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of AgentChat's own tests, of the version that is installed."""
+    folder = tmp_path_factory.mktemp("autogen")
+    version = importlib.metadata.version("autogen-agentchat")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    done = subprocess.run(
+        [*command, f"autogen-agentchat=={version}"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    archives = list(folder.glob("*.tar.gz"))
+    if not archives:
+        pytest.skip(f"the package index did not give AutoGen's source distribution: {done.stderr.strip()[-200:]}")
+    with tarfile.open(archives[0]) as archive:
+        # The filter is the default from Python 3.14 on, and not there in early releases of 3.10 and 3.11.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # type: ignore[arg-type]
+    (found,) = folder.glob("*/tests")
+    return found
+
+
+def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]:
+    """Each test's outcome by its name, and how many model calls were made live."""
+    env = environment({"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))), **more})
+    files = [str(tests / f"{name}.py") for name in FILES]
+    options = [
+        "-q",
+        "-rA",
+        "-p",
+        "autogen_suite",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "asyncio_mode=auto",
+        "--timeout",
+        "60",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=tests.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = {
+        name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE)
+    }
+    asked = re.search(r"asked live: (\d+)", done.stdout)
+    assert asked is not None, done.stdout + done.stderr
+    return found, int(asked[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_autogens_own_tests_end_the_same_in_a_session_and_replayed(server: Server, autogen_tests: Path) -> None:
+    plain, asked = outcomes(autogen_tests, {})
+    assert (len(plain) > 100, asked > 50) == (True, True)
+    inside = {"NEXUM_ADDRESS": server.address, "SESSIONS": "suite"}
+    live, asked_live = outcomes(autogen_tests, inside)
+    assert {name: outcome for name, outcome in live.items() if plain[name] != outcome} == {}
+    assert asked_live == asked
+    replayed, asked_again = outcomes(autogen_tests, inside)
+    assert {name: outcome for name, outcome in replayed.items() if plain[name] != outcome} == {}
+    assert asked_again == 0

@@ -1,0 +1,339 @@
+"""Durable runs whose program is not the recorded one any more, and sessions that begin as another's copy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.base import Team
+from autogen_agentchat.conditions import ExternalTermination
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import CancellationToken
+from autogen_core.models import UserMessage
+from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
+from durable_autogen.record.recorder import OnDrift
+from nexum_engine.client import NexumClient
+from nexum_engine.owner import Owner
+from support.models import ModelFailed
+
+# ---- What is next on record, and nobody asks for ---------------------------------------------------------------------
+
+
+async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_flight(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    loop = asyncio.get_running_loop()
+    asked, hold = asyncio.Event(), threading.Event()
+    lines: list[str] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "b" and not hold.is_set():
+            loop.call_soon_threadsafe(asked.set)
+            hold.wait(TIMEOUT)
+        return answer(body["model"])
+
+    async def program(*names: str, on_drift: OnDrift = "stop") -> str:
+        async with DurableSession("s", nexum=server.address, on_drift=on_drift, tell=lines.append):
+            results = [await agent(model, name).run(task="Q") for name in names]
+            return texts(results[-1])[-1]
+
+    with OpenAIServer(reply) as model:
+        first = asyncio.create_task(program("a", "b"))
+        await asyncio.wait_for(asked.wait(), TIMEOUT)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        hold.set()
+        with pytest.raises(DriftError, match=r"nobody asked for it; the run asks for reply 1 of b"):
+            await asyncio.wait_for(program("b"), TIMEOUT)
+        assert any("] reply 1 of a is next on record: waiting up to " in line for line in lines)
+        said = await asyncio.wait_for(program("b", on_drift="continue"), TIMEOUT)
+        assert await asyncio.wait_for(program("b"), TIMEOUT) == said
+
+
+async def test_a_call_that_was_given_up_is_not_what_the_run_waits_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.3)
+
+    async def program(*, more: bool) -> str:
+        async with DurableSession("s", nexum=server.address):
+            if more:
+                other = named(client(model), "b")
+                with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+                    await asyncio.wait_for(other.create([UserMessage(content="Q", source="user")]), 0.1)
+                await asyncio.sleep(1)  # the program's own work, for longer than drift may take
+            result = await named(client(model), "a").create([UserMessage(content="Q", source="user")])
+            return str(result.content)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        assert await program(more=False) == await program(more=True)
+
+
+# ---- Forks -----------------------------------------------------------------------------------------------------------
+
+
+def said_by_the_user(body: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in body["messages"] if message["role"] == "user"]
+
+
+def alone(model: OpenAIServer, name: str = "a") -> Team:
+    return RoundRobinGroupChat([agent(model, name)], max_turns=3)
+
+
+async def test_the_same_words_can_be_added_to_a_fork_of_a_fork(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: alone(model))
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 1, "f1", "Shorter")
+            await run(server, lambda: alone(model), session="f1")
+            await fork_session(nexum, "f1", 2, "f2", "Shorter")
+            await fork_session(nexum, "f1", 2, "f2", "Shorter")  # as by the same command again
+            first = await run(server, lambda: alone(model), session="f2")
+            await fork_session(nexum, "f1", 2, "f2", "Shorter")
+        assert said_by_the_user(model.requests[-1].body).count("Shorter") == 2
+        asked = len(model.requests)
+        assert asked == 3 + 2 + 1
+        assert texts(await run(server, lambda: alone(model), session="f2")) == texts(first)
+        assert len(model.requests) == asked
+
+
+async def test_what_the_user_says_in_a_fork_is_said_although_the_program_is_another_one(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: alone(model))
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 2, "f", "Shorter")
+            first = await run(server, lambda: alone(model, "other"), task="R", session="f", on_drift="continue")
+            assert said_by_the_user(model.requests[-1].body).count("Shorter") == 1
+            asked = len(model.requests)
+            await fork_session(nexum, "s", 2, "f", "Shorter")
+            assert texts(await run(server, lambda: alone(model, "other"), task="R", session="f")) == texts(first)
+            assert len(model.requests) == asked
+            listed = {one.session: one for one in await list_sessions(nexum)}
+            assert listed["f"].question == "R / Shorter"
+            assert listed["f"].status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "message", "said"),
+    [
+        ("s", 2, "", "session f has something else on record than s"),
+        ("s", 0, "", "session f has something else on record than s"),
+        ("r", 1, "", "session f has something else on record than r"),
+        ("s", 1, "Longer", "session f has continued already, without this message"),
+    ],
+)
+async def test_a_fork_that_is_another_one_is_refused(
+    server: Server, source: str, count: int, message: str, said: str
+) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for session in ("s", "r"):
+            await run(server, lambda: alone(model), session=session)
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 1, "f")
+            await run(server, lambda: alone(model), session="f")
+            await fork_session(nexum, "s", 1, "f")
+            with pytest.raises(DriftError, match=said):
+                await fork_session(nexum, source, count, "f", message)
+
+
+# ---- Cut off ---------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Holds an owner back when it has recorded the event of a position, and before it knows that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
+        self.recorded, self.go = asyncio.Event(), asyncio.Event()
+        complete = Owner.complete
+
+        async def held(owner: Owner, task: Any, output: Any, **more: Any) -> None:
+            await complete(owner, task, output, **more)
+            if getattr(output, "position", "") == position and not self.recorded.is_set():
+                self.recorded.set()
+                await self.go.wait()
+
+        monkeypatch.setattr(Owner, "complete", held)
+
+    async def cancel(self, asking: asyncio.Task[Any]) -> None:
+        """Cancel who asks while it is held."""
+        await asyncio.wait_for(self.recorded.wait(), TIMEOUT)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        self.go.set()
+
+
+QUESTION = [UserMessage(content="Q", source="user")]
+
+
+async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_given_up_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "durable_autogen.record.replay.DRIFT_PATIENCE", 0.1
+    )  # the given-up call is none that nobody tried
+
+    async def program(held: Held | None = None) -> str:
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "a")
+            if held is not None:
+                await held.cancel(asyncio.create_task(durable.create(QUESTION)))
+            else:
+                with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+                    await asyncio.wait_for(durable.create(QUESTION), 0.5)
+            return str((await durable.create(QUESTION)).content)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        said = await program(Held(monkeypatch, "reply/1"))
+        async with NexumClient(server.address) as nexum:
+            (listed,) = await list_sessions(nexum)
+        assert listed.status == "finished"
+        assert await asyncio.wait_for(program(), TIMEOUT) == said
+        assert len(model.requests) == 2
+
+
+async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_given_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter([Reply(status=400), answer("given up"), answer("yes")])
+    held = Held(monkeypatch, "reply/2")
+
+    async def program(*, first: bool) -> str:
+        async with DurableSession("s", nexum=server.address):
+            durable = named(client(model), "a")
+            with pytest.raises(ModelFailed):
+                await durable.create(QUESTION)
+            if first:
+                await held.cancel(asyncio.create_task(durable.create(QUESTION)))
+            else:
+                with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+                    await asyncio.wait_for(durable.create(QUESTION), 0.5)
+            return str((await durable.create(QUESTION)).content)
+
+    with OpenAIServer(lambda _: next(replies)) as model:
+        said = await program(first=True)
+        assert await asyncio.wait_for(program(first=False), TIMEOUT) == said
+        assert len(model.requests) == 3
+
+
+async def test_the_time_that_an_answer_took_is_no_reason_to_wait_for_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
+    lines: list[str] = []
+
+    async def program(*names: str) -> None:
+        async with DurableSession("s", nexum=server.address, tell=lines.append):
+            for name in names:
+                await named(client(model), name).create(QUESTION)
+
+    def reply(_: dict[str, Any]) -> Reply:
+        hold.wait(3)
+        return answer("yes")
+
+    hold = threading.Event()
+    with OpenAIServer(reply) as model:
+        await program("a")  # it took 3 s
+        hold.set()
+        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+            await asyncio.wait_for(program("b"), 2)
+
+
+async def test_a_fork_keeps_an_end_that_came_from_outside(server: Server) -> None:
+    def build() -> Team:
+        stopped = ExternalTermination()
+        stopped.set()
+        inner = RoundRobinGroupChat([agent(model, "i")], termination_condition=stopped, max_turns=3, name="inner")
+        return RoundRobinGroupChat([inner, agent(model, "o")], max_turns=2)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, build)
+        asked = len(model.requests)
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", asked, "f")
+        assert texts(await run(server, build, session="f")) == texts(first)
+        assert len(model.requests) == asked
+
+
+@pytest.mark.parametrize("is_team", [False, True])
+async def test_a_model_call_that_the_programs_token_cancels_ends_in_the_same_way_in_a_replay(
+    server: Server, is_team: bool
+) -> None:
+    answers = threading.Event()
+
+    def reply(_: dict[str, Any]) -> Reply:
+        if len(model.requests) == 1:
+            answers.wait(TIMEOUT)
+        return answer("yes")
+
+    async def program() -> list[str]:
+        ends = []
+        async with DurableSession("s", nexum=server.address):
+            runnable = alone(model) if is_team else agent(model, "a")
+            token = CancellationToken()
+            asyncio.get_running_loop().call_later(0.7, token.cancel)
+            try:
+                await runnable.run(task="Q", cancellation_token=token)
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+            other = agent(model, "b")
+            ends += texts(await other.run(task="Q"))
+        return ends
+
+    with OpenAIServer(reply) as model:
+        first = await asyncio.wait_for(program(), TIMEOUT)
+        assert first[0] == "cancelled"
+        answers.set()
+        assert await asyncio.wait_for(program(), TIMEOUT) == first
+        assert len(model.requests) == 2
+
+
+async def test_a_tool_that_the_program_cancels_is_run_again(server: Server) -> None:
+    begun: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
+    runs = 0
+
+    async def slow() -> str:
+        """Take its time."""
+        nonlocal runs
+        runs += 1
+        begun[runs - 1].set()
+        if runs == 1:
+            await asyncio.Event().wait()
+        return "done"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("slow", {})])
+
+    async def program(token: CancellationToken | None = None) -> list[str]:
+        async with DurableSession("s", nexum=server.address):
+            one = AssistantAgent("one", client(model), tools=[slow], max_tool_iterations=3)
+            return texts(await one.run(task="Q", cancellation_token=token))
+
+    with OpenAIServer(reply) as model:
+        token = CancellationToken()
+        running = asyncio.create_task(program(token))
+        await asyncio.wait_for(begun[0].wait(), TIMEOUT)
+        token.cancel()
+        await asyncio.wait({running}, timeout=TIMEOUT)
+        assert running.cancelled() or running.exception() is not None
+        said = await asyncio.wait_for(program(), TIMEOUT)
+        assert runs == 2
+        assert "done" in said[2]
+        assert await asyncio.wait_for(program(), TIMEOUT) == said
+        assert runs == 2
+
+
+def test_a_token_may_be_cancelled_after_the_run(server: Server) -> None:
+    token = CancellationToken()
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        asyncio.run(run(server, lambda: agent(model, "a"), cancellation_token=token))
+    token.cancel()
+    assert token.is_cancelled()

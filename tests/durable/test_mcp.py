@@ -1,0 +1,94 @@
+"""MCP tools through AutoGen's McpWorkbench, where the optional `mcp` package is installed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.messages import ToolCallExecutionEvent
+from harness import ROOT, Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DurableSession
+from support.models.live import LiveModel
+
+pytest.importorskip("mcp")
+
+
+@contextmanager
+def mcp_server(log: Path, transport: str) -> Iterator[Any]:
+    """An MCP server behind this transport; how a workbench reaches it."""
+    from autogen_ext.tools.mcp import SseServerParams, StdioServerParams, StreamableHttpServerParams
+
+    program = [str(ROOT / "tests" / "programs" / "mcp_server.py"), str(log)]
+    if transport == "stdio":
+        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes little of its environment on
+        yield StdioServerParams(command=sys.executable, args=program, env=env)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, *program, transport, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if transport == "sse":
+            yield SseServerParams(url=f"http://127.0.0.1:{port}/sse")
+        else:
+            yield StreamableHttpServerParams(url=f"http://127.0.0.1:{port}/mcp")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("transport", ["stdio", "sse", "http"])
+@pytest.mark.parametrize("is_opened_inside", [False, True])
+async def test_an_mcp_tool_is_executed_once_and_its_failure_replayed_as_it_was(
+    server: Server, tmp_path: Path, transport: str, is_opened_inside: bool
+) -> None:
+    from autogen_ext.tools.mcp import McpWorkbench
+
+    log = tmp_path / "log"
+    lines: list[str] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][-1]["role"] == "tool":
+            return Reply("end")
+        return Reply(calls=[("note", {"text": "x"}), ("note", {"text": "x"}), ("note", {"text": "bad"})])
+
+    async def run(parameters: Any) -> list[tuple[str, bool | None]]:
+        client = LiveModel(vendor="OpenAI-compatible server", model="m", base_url=model.base_url, api_key="k")
+        async with AsyncExitStack() as stack:
+            sessions = DurableSession("s", nexum=server.address, tell=lines.append)
+            if is_opened_inside:
+                await stack.enter_async_context(sessions)
+            workbench = await stack.enter_async_context(McpWorkbench(parameters))
+            if not is_opened_inside:
+                await stack.enter_async_context(sessions)
+            agent = AssistantAgent("writer", client, workbench=workbench, max_tool_iterations=3)
+            result = await agent.run(task="Q")
+        (event,) = (message for message in result.messages if isinstance(message, ToolCallExecutionEvent))
+        return [(one.content, one.is_error) for one in event.content]
+
+    with OpenAIServer(reply) as model, mcp_server(log, transport) as parameters:
+        first = await run(parameters)
+        assert await run(parameters) == first
+        assert len(model.requests) == 2
+    assert not any("outside the record" in line for line in lines)
+    assert sorted(log.read_text().split()) == ["bad", "x", "x"]
+    assert [is_error for _, is_error in first] == [False, False, True]
+    assert first[0] != first[1]

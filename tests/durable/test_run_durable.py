@@ -1,0 +1,528 @@
+"""`run_durable` in this process: what is replayed, what is refused, and how it ends when it can't go on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent, CodeExecutorAgent
+from autogen_agentchat.base import TaskResult
+from autogen_agentchat.conditions import MaxMessageTermination, TimeoutTermination
+from autogen_agentchat.messages import ModelClientStreamingChunkEvent, ToolCallExecutionEvent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.tools import AgentTool
+from autogen_core import CancellationToken
+from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
+from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
+from autogen_ext.agents.openai import OpenAIAgent
+from durable_agents import TIMEOUT, answer, client, run, texts
+from harness import Server, tool_worker
+from openai import AsyncOpenAI
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import (
+    DriftError,
+    DurableTool,
+    NotDurable,
+    RunCancelled,
+    SessionBusy,
+    run_durable,
+    run_durable_stream,
+)
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest, ServerUnavailable
+from submit_task import Session
+from support.tools import TOOLS
+from workflow import OFFLINE_TOOL_CALL
+
+
+def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer", **more: Any) -> AssistantAgent:
+    arguments = {"system_message": "Be brief.", "max_tool_iterations": 5, **more}
+    if tools:
+        arguments["tools"] = list(tools)
+    return AssistantAgent(name, arguments.pop("model_client", None) or client(model), **arguments)
+
+
+async def test_a_finished_session_is_replayed_without_a_live_call(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def note(text: str) -> str:
+        """Note it."""
+        done.append(text)
+        return f"noted {random.random()}"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("note", {"text": "x"})] * 2)
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, lambda: agent(model, [note]))
+        capsys.readouterr()
+        again = await run(server, lambda: agent(model, [note]))
+    assert texts(again) == texts(first)
+    assert len(model.requests) == 2
+    assert done == ["x", "x"]  # the same call twice, on purpose
+    printed = capsys.readouterr().out
+    assert "reply 1 of writer: replayed" in printed
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in printed
+
+
+async def test_the_question_can_be_left_out_where_the_session_has_one(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, lambda: agent(model))
+        assert texts(await run(server, lambda: agent(model), None)) == texts(first)
+        with pytest.raises(InvalidRequest, match="give it a task"):
+            await run(server, lambda: agent(model), None, "other")
+
+
+async def test_a_failure_that_the_model_saw_is_replayed_as_that_failure(server: Server) -> None:
+    count = 0
+
+    def fails() -> str:
+        """Fail."""
+        nonlocal count
+        count += 1
+        raise ValueError(f"no {count}")
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("fails", {})])
+
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            result = await run(server, lambda: agent(model, [fails]))
+            (event,) = (m for m in result.messages if isinstance(m, ToolCallExecutionEvent))
+            assert event.content[0].is_error
+            assert event.content[0].content == "no 1"
+    assert count == 1
+
+
+@pytest.mark.parametrize(
+    ("result", "why"), [("a\udc80", "surrogates not allowed"), ("x" * 9_000_000, "the limit is 8")]
+)
+async def test_a_result_that_cant_be_recorded_is_a_recorded_failure(server: Server, result: str, why: str) -> None:
+    count = 0
+
+    def returns() -> str:
+        """Return it."""
+        nonlocal count
+        count += 1
+        return result
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("returns", {})])
+
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            ended = await run(server, lambda: agent(model, [returns]))
+            (event,) = (m for m in ended.messages if isinstance(m, ToolCallExecutionEvent))
+            assert event.content[0].is_error
+            assert "returns ran, but its result can't be recorded" in event.content[0].content
+            assert why in event.content[0].content
+    assert count == 1
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_whatever_ends_a_tool_is_an_error_and_never_a_hang(
+    server: Server, error: type[BaseException], is_async: bool
+) -> None:
+    async def in_the_loop() -> str:
+        """End."""
+        raise error
+
+    def in_a_thread() -> str:
+        """End."""
+        raise error
+
+    chosen: Callable[..., Any] = in_the_loop if is_async else in_a_thread
+    ends = FunctionTool(chosen, "End.", name="ends")
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("ends", {})])
+
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            result = await run(server, lambda: agent(model, [ends]))
+            (event,) = (m for m in result.messages if isinstance(m, ToolCallExecutionEvent))
+            assert event.content[0].is_error
+            assert error.__name__ in event.content[0].content
+    assert len(model.requests) == 2
+
+
+@pytest.mark.parametrize("place", ["tool", "model"])
+async def test_a_cancelled_run_ends_at_once_and_goes_on_later(server: Server, place: str) -> None:
+    token = CancellationToken()
+    begun = asyncio.Event()
+    slow = True
+
+    async def wait() -> str:
+        """Wait."""
+        begun.set()
+        await asyncio.sleep(3600 if slow else 0)
+        return "waited"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][-1]["role"] == "tool":
+            return answer("end")
+        if place == "model" and slow:
+            loop.call_soon_threadsafe(begun.set)
+            time.sleep(1)
+        return Reply(calls=[("wait", {})])
+
+    loop = asyncio.get_running_loop()
+    with OpenAIServer(reply) as model:
+        running = asyncio.ensure_future(
+            run(server, lambda: RoundRobinGroupChat([agent(model, [wait])], max_turns=1), cancellation_token=token)
+        )
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        token.cancel()
+        with pytest.raises(RunCancelled):
+            await running
+        slow = False
+        assert "end" in texts(await run(server, lambda: RoundRobinGroupChat([agent(model, [wait])], max_turns=1)))[-1]
+
+
+async def test_a_cancelled_task_ends_at_once(server: Server) -> None:
+    begun = asyncio.Event()
+
+    async def wait() -> str:
+        """Wait."""
+        begun.set()
+        await asyncio.sleep(3600)
+        return ""
+
+    with OpenAIServer([Reply(calls=[("wait", {})])]) as model:
+        running = asyncio.ensure_future(run(server, lambda: RoundRobinGroupChat([agent(model, [wait])], max_turns=1)))
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running, TIMEOUT)
+
+
+async def test_a_failed_model_call_is_not_recorded_and_asked_again(server: Server) -> None:
+    with OpenAIServer([Reply(status=400), answer("better")]) as model:
+        with pytest.raises(Exception, match="the model gave no usable answer"):
+            await run(server, lambda: agent(model))
+        assert "better" in texts(await run(server, lambda: agent(model)))[-1]
+
+
+async def test_a_stream_is_recorded_whole_and_replayed(server: Server) -> None:
+    async def streamed() -> tuple[list[str], str]:
+        pieces, last = [], ""
+        stream = run_durable_stream(
+            lambda: agent(model, model_client_stream=True), task="Q", session_id="s", nexum=server.address
+        )
+        async for item in stream:
+            if isinstance(item, ModelClientStreamingChunkEvent):
+                pieces.append(item.content)
+            elif isinstance(item, TaskResult):
+                last = item.messages[-1].to_text()
+        return pieces, last
+
+    with OpenAIServer([Reply("one two three")]) as model:
+        pieces, last = await streamed()
+        assert len(pieces) > 1
+        assert "".join(pieces) == last
+        assert await streamed() == (pieces, last)  # a replay has the same pieces
+    assert len(model.requests) == 1
+
+
+CHANGES: list[tuple[str, dict[str, Any], str]] = [
+    ("Q", {"system_message": "Be long."}, "the system message was 'Be brief.', now it is 'Be long.'"),
+    ("Q", {"name": "editor"}, "the team was AssistantAgent: writer, now it is AssistantAgent: editor"),
+    ("Q", {"tools": ["other"]}, "the tools: note is gone; other is new"),
+    ("Q", {"tools": ["described"]}, "the tools: note has another description or other parameters"),
+    ("Q", {"model": "n"}, "the model was m, now it is n"),
+    ("Q?", {}, "the question was 'Q', now it is 'Q?'"),
+]
+
+
+@pytest.mark.parametrize(("question", "change", "said"), CHANGES)
+@pytest.mark.parametrize("on_drift", ["stop", "continue"])
+async def test_another_program_is_told_what_differs(
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    question: str,
+    change: dict[str, Any],
+    said: str,
+    on_drift: str,
+) -> None:
+    def tool(kind: str) -> FunctionTool:
+        def note() -> str:
+            return "noted"
+
+        return FunctionTool(
+            note, "Note more." if kind == "described" else "Note.", name="other" if kind == "other" else "note"
+        )
+
+    def build() -> AssistantAgent:
+        more = {key: value for key, value in change.items() if key not in ("tools", "model")}
+        tools = [tool(kind) for kind in change.get("tools", ["note"])]
+        return agent(model, tools, model_client=client(model, change.get("model", "m")), **more)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: agent(model, [tool("note")]))
+        if on_drift == "stop":
+            with pytest.raises(DriftError) as error:
+                await run(server, build, question)
+            assert said in str(error.value)
+            assert len(model.requests) == 1
+            return
+        changed = await run(server, build, question, on_drift="continue")
+        assert said in capsys.readouterr().out
+        assert len(model.requests) == 2
+        # From now on that is the session's run.
+        assert texts(await run(server, build, question)) == texts(changed)
+        assert len(model.requests) == 2
+
+
+async def test_a_run_that_asks_for_less_is_told_so(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
+        with pytest.raises(DriftError, match="the run ended before anybody asked for reply 2 of writer"):
+            await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
+
+
+async def test_a_run_that_asks_for_more_than_the_recorded_one_is_told_so(server: Server) -> None:
+    def build(turns: int) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model)], max_turns=turns)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: build(1))
+        with pytest.raises(
+            DriftError, match=r"was over \(Maximum number of turns 1 reached.\), and this one asks for reply 2"
+        ):
+            await run(server, lambda: build(2))
+        assert len(model.requests) == 1
+        longer = await run(server, lambda: build(2), on_drift="continue")
+        assert texts(await run(server, lambda: build(2))) == texts(longer)
+        assert len(model.requests) == 2
+
+
+async def test_a_time_limit_ends_a_replay_where_it_has_ended_the_run(server: Server) -> None:
+    async def wait() -> str:
+        """Wait."""
+        await asyncio.sleep(0.5)
+        return "waited"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("on") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("wait", {})])
+
+    def build() -> RoundRobinGroupChat:
+        limit = TimeoutTermination(1.2) | MaxMessageTermination(100)
+        return RoundRobinGroupChat([agent(model, [wait])], termination_condition=limit)
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        asked = len(model.requests)
+        assert "Timeout of 1.2 seconds reached" in str(first.stop_reason)
+        again = await run(server, build)
+        assert (texts(again), again.stop_reason) == (texts(first), first.stop_reason)
+        assert len(model.requests) == asked
+
+
+async def test_a_time_limit_does_not_count_the_time_in_which_nobody_was_at_work(server: Server) -> None:
+    count = 0
+
+    def reply(body: dict[str, Any]) -> Reply:
+        nonlocal count
+        count += 1
+        return Reply(status=400) if count == 2 else answer("on")
+
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model)], max_turns=3, termination_condition=TimeoutTermination(1.5))
+
+    with OpenAIServer(reply) as model:
+        with pytest.raises(Exception, match="no usable answer"):
+            await run(server, build)
+        await asyncio.sleep(1.6)  # the time of which the limit must know nothing
+        ended = await run(server, build)
+        assert ended.stop_reason == "Maximum number of turns 3 reached."
+
+
+async def test_a_second_process_is_refused_and_told_which_one_runs_the_session(server: Server) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> str:
+        """Wait."""
+        begun.set()
+        await go_on.wait()
+        return "waited"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=[("wait", {})])
+
+    with OpenAIServer(reply) as model:
+        running = asyncio.ensure_future(run(server, lambda: agent(model, [wait])))
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        with pytest.raises(SessionBusy, match=f"session s is being run: .*-{os.getpid()}-.*is at work on it"):
+            await run(server, lambda: agent(model, [wait]))
+        go_on.set()
+        await running
+
+
+class Mailbox(Workbench):
+    """A workbench of one's own, with state."""
+
+    component_type = "workbench"
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    async def list_tools(self) -> list[ToolSchema]:
+        parameters: Any = {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]}
+        return [ToolSchema(name="send", description="Send.", parameters=parameters)]
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: Any = None,
+        cancellation_token: CancellationToken | None = None,
+        call_id: str | None = None,
+    ) -> ToolResult:
+        self.sent.append(arguments["to"])
+        return ToolResult(name=name, result=[TextResultContent(content=f"sent {len(self.sent)}")])
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def reset(self) -> None: ...
+    async def save_state(self) -> dict[str, Any]:
+        return {}
+
+    async def load_state(self, state: Any) -> None: ...
+
+
+async def test_a_workbench_of_ones_own_is_durable(server: Server) -> None:
+    mailbox = Mailbox()
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return (
+            answer("end")
+            if body["messages"][-1]["role"] == "tool"
+            else Reply(calls=[("send", {"to": "a"}), ("send", {"to": "b"})])
+        )
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, lambda: agent(model, workbench=mailbox))
+        assert texts(await run(server, lambda: agent(model, workbench=mailbox))) == texts(first)
+    assert sorted(mailbox.sent) == ["a", "b"]  # calls of one reply run at the same time
+
+
+async def test_an_agent_used_as_a_tool_is_durable_within(server: Server) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
+            return Reply(calls=[("helper", {"task": "help"})])
+        return answer(body["model"])
+
+    def build() -> AssistantAgent:
+        helper = agent(model, name="helper", model_client=client(model, "inner"), description="Helps.")
+        return agent(model, [AgentTool(helper)], model_client=client(model, "outer"))
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        assert len(model.requests) == 3
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 3
+
+
+class Shell(CodeExecutor):
+    """Notes the code instead of running it."""
+
+    component_type = "code_executor"
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+
+    async def execute_code_blocks(
+        self, code_blocks: list[CodeBlock], cancellation_token: CancellationToken
+    ) -> CodeResult:
+        self.ran += [block.code for block in code_blocks]
+        return CodeResult(exit_code=0, output=f"ran {random.random()}")
+
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+    async def restart(self) -> None: ...
+
+
+async def test_executed_code_is_recorded(server: Server) -> None:
+    shell = Shell()
+    task = "```python\nprint(1)\n```"
+
+    def build() -> CodeExecutorAgent:
+        return CodeExecutorAgent("coder", code_executor=shell)
+
+    first = await run(server, build, task)
+    again = await run(server, build, task)
+    assert again.model_dump() == first.model_dump()
+    assert [code.strip() for code in shell.ran] == ["print(1)"]
+
+
+@pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
+async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unrecorded: Any) -> None:
+    lines: list[str] = []
+
+    def build() -> OpenAIAgent:
+        vendor = AsyncOpenAI(api_key="k", base_url=model.base_url, max_retries=0)
+        return OpenAIAgent("own", "acts on its own", vendor, "m", "Be brief.")
+
+    async def running() -> None:
+        await run(server, build, tell=lines.append, on_unrecorded=on_unrecorded)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        target = model.base_url.partition("//")[2].partition("/")[0]
+        named = f"own connected to {target} outside the record: a re-run does it again; make it a tool"
+        if on_unrecorded == "stop":
+            with pytest.raises(NotDurable) as error:
+                await running()
+            assert named in str(error.value)
+            assert not model.requests
+            return
+        with contextlib.suppress(Exception):  # the local server doesn't speak this agent's protocol
+            await running()
+        assert f"[Nexum] {named}" in lines
+        assert any(line.startswith("[Nexum] session s: outside the record: own connected to") for line in lines)
+
+
+async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        plain = agent(model)
+        before = dict(vars(plain))
+        await run(server, lambda: plain)
+        assert {name: vars(plain)[name] for name in ("_model_client", "_workbench")} == {
+            name: before[name] for name in ("_model_client", "_workbench")
+        }
+
+
+async def test_without_a_server_it_says_how_to_start_one() -> None:
+    with pytest.raises(ServerUnavailable, match="python -m nexum_engine"):
+        await run_durable(lambda: None, task="Q", session_id="s", nexum="127.0.0.1:1")  # type: ignore[arg-type, return-value]
+
+
+async def test_the_same_call_made_twice_on_purpose_runs_twice_in_the_worker(server: Server, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        searches = [("web_search", {"query": "Tokyo"})] * 2
+        return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=searches)
+
+    async def searched() -> list[str]:
+        session = Session("s", nexum=server.address, workflow=OFFLINE_TOOL_CALL)
+        try:
+            return texts(await run(server, lambda: agent(model, [DurableTool(TOOLS["web_search"], session)])))
+        finally:
+            await session.close()
+
+    with tool_worker(tmp_path, server.address), OpenAIServer(reply) as model:
+        assert await searched() == await searched()
+    async with NexumClient(server.address) as nexum:
+        executions = await nexum.list_executions(workflow_id=OFFLINE_TOOL_CALL.workflow_id)
+    assert sorted(one.idempotency_key.rpartition(":")[2] for one in executions) == [
+        "writer/reply/1/tool/1",
+        "writer/reply/1/tool/2",
+    ]

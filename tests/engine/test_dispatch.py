@@ -1,0 +1,796 @@
+"""Handing out: whoever waits is woken, whoever is gone loses nothing, and nobody is asked twice.
+
+In one process, on a real store: here the order of events can be chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from nexum_engine.clock import Clock, ManualClock, SystemClock
+from nexum_engine.errors import StoreUnavailable
+from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
+from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
+from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.store import Store, open_store
+from nexum_engine.store.results import ReadyTask
+from nexum_engine.wire import nexum_pb2 as pb
+
+LEASE_MS = 30_000
+LONG_MS = 25_000  # longer than a test may take: who waits that long was not woken
+SOON = 10.0  # seconds; much less than any lease or poll
+LARGE = 2**40
+
+
+class Call:
+    """A gRPC context as far as the servicer uses one."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object = ()) -> None:
+        raise AssertionError(f"{code}: {details}")
+
+
+class Engine:
+    """A server without its socket."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.store = store
+        self.dispatch = Dispatch(store, clock, LEASE_MS)
+        self.liveness = Liveness(store, self.dispatch, clock, LEASE_MS)
+        self.servicer = NexumServicer(store, self.dispatch, self.liveness)
+        store.on_unknown = self.dispatch.look_again
+        self.claims = 0
+        submit = store.claim
+
+        def counted(*args: Any) -> Awaitable[Any]:
+            self.claims += 1
+            return submit(*args)
+
+        store.claim = counted  # type: ignore[method-assign,assignment]
+
+    async def register(self, nodes: dict[str, list[str]], version: str = "v1") -> None:
+        ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
+        await self.store.register_workflow("w", version, json.dumps(ir))
+
+    async def start(self, version: str = "v1", input_json: str = "{}") -> str:
+        request = pb.StartRequest(workflow_id="w", version_hash=version, input_json=input_json)
+        answer = await self.servicer.StartExecution(request, Call())  # type: ignore[arg-type]
+        return str(answer.execution_id)
+
+    async def complete(self, task: Task) -> None:
+        request = pb.CompleteRequest(task_id=task.task_id, output_json="1")
+        await self.servicer.CompleteTask(request, Call())  # type: ignore[arg-type]
+
+    def poll(
+        self,
+        worker_id: str = "w1",
+        *,
+        wait_ms: int = LONG_MS,
+        max_bytes: int = LARGE,
+        version: str = "v1",
+        slot: str = "",
+    ) -> asyncio.Task[Task | None]:
+        return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
+
+    async def attempts(self, execution_id: str) -> int:
+        (node,) = (await self.store.get_execution(execution_id, True)).nodes
+        return len(node.attempts)
+
+    async def task(self, poll: Awaitable[Task | None]) -> Task:
+        task = await asyncio.wait_for(poll, SOON)
+        assert task is not None
+        return task
+
+
+Make = Callable[[Clock], Awaitable[Engine]]
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Make]:
+    engines: list[Engine] = []
+
+    async def engine_on(clock: Clock) -> Engine:
+        engine = Engine(await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock), clock)
+        engines.append(engine)
+        await engine.liveness.start()
+        return engine
+
+    yield engine_on
+    for engine in engines:
+        await engine.dispatch.stop()
+        await engine.liveness.stop()
+        await engine.store.close()
+
+
+@pytest.fixture
+async def engine(make: Make) -> Engine:
+    return await make(SystemClock())
+
+
+async def turns(count: int = 50) -> None:
+    """Let everything run that is ready to."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
+    """Until the polls wait, and none of them still asks the store."""
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    assert not any(poll.done() for poll in polls)
+
+
+# ---- Waking ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_waiting_poll_gets_a_task_with_its_start(engine: Engine) -> None:
+    await engine.register({"a": []})
+    poll = engine.poll()
+    await until_idle(engine, poll)
+    execution_id = await engine.start()
+    assert (await engine.task(poll)).execution_id == execution_id
+
+
+async def test_every_root_of_a_workflow_wakes_a_poll_of_its_own(engine: Engine) -> None:
+    await engine.register({"a": [], "b": [], "c": []})
+    polls = [engine.poll(f"w{n}") for n in range(3)]
+    await until_idle(engine, *polls)
+    await engine.start()
+    assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b", "c"}
+
+
+async def test_every_root_of_a_workflow_is_found_by_polls_that_come_later(engine: Engine) -> None:
+    await engine.register({"a": [], "b": []})
+    assert await engine.poll(wait_ms=0) is None
+    await engine.start()
+    assert {(await engine.task(engine.poll(wait_ms=0))).node_id for _ in range(2)} == {"a", "b"}
+
+
+async def test_every_node_that_a_result_makes_ready_wakes_a_poll(engine: Engine) -> None:
+    await engine.register({"a": [], "b": ["a"], "c": ["a"]})
+    await engine.start()
+    first = await engine.task(engine.poll())
+    polls = [engine.poll(f"w{n}") for n in range(2)]
+    await until_idle(engine, *polls)
+    await engine.complete(first)
+    assert {(await engine.task(poll)).node_id for poll in polls} == {"b", "c"}
+
+
+@pytest.mark.parametrize("hops", range(4))
+async def test_a_worker_that_dies_while_its_result_is_stored_does_not_hold_up_what_follows(
+    engine: Engine, hops: int
+) -> None:
+    await engine.register({"a": [], "b": ["a"]})
+    execution_id = await engine.start()
+    first = await engine.task(engine.poll())
+    assert await engine.poll("w2", wait_ms=0) is None
+    waiting = engine.poll("w2")
+    await until_idle(engine, waiting)
+    report = asyncio.create_task(engine.complete(first))
+    await turns(1 + hops)
+    assert not report.done(), "the worker died too late to be of interest"
+    report.cancel()
+    assert (await engine.task(waiting)).node_id == "b"
+    assert (await engine.store.get_execution(execution_id)).outputs() == {"a": "1"}
+
+
+async def test_a_canceller_that_dies_meanwhile_still_ends_the_wait_for_the_execution(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
+    await turns()
+    cancelling = asyncio.create_task(
+        engine.servicer.CancelExecution(pb.CancelRequest(execution_id=execution_id), Call())  # type: ignore[arg-type]
+    )
+    await turns(1)
+    assert not cancelling.done()
+    cancelling.cancel()
+    assert (await asyncio.wait_for(waiting, SOON)).status == "CANCELLED"
+
+
+async def test_a_starter_that_dies_meanwhile_leaves_a_task_that_is_handed_out(engine: Engine) -> None:
+    await engine.register({"a": [], "b": []})
+    polls = [engine.poll(f"w{n}") for n in range(2)]
+    await until_idle(engine, *polls)
+    start = asyncio.create_task(engine.start())
+    await turns(1)
+    assert not start.done()
+    start.cancel()
+    assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b"}
+
+
+async def test_a_retry_reaches_a_waiting_poll_when_it_is_due(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    first = await engine.task(engine.poll())
+    await engine.servicer.FailTask(pb.FailRequest(task_id=first.task_id, error_message="no"), Call())  # type: ignore[arg-type]
+    assert await engine.poll(wait_ms=0) is None
+    assert (await engine.task(engine.poll())).attempt == 2
+
+
+# ---- Polls that are given up -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hops", range(12))
+async def test_a_poll_given_up_at_any_moment_leaves_its_task_to_the_next(engine: Engine, hops: int) -> None:
+    await engine.register({"a": []})
+    given_up, waiting = engine.poll("w1"), engine.poll("w2")
+    await until_idle(engine, given_up, waiting)
+    start = asyncio.create_task(engine.start())
+    await turns(hops)
+    given_up.cancel()
+    execution_id = await start
+    tasks = [await engine.task(waiting)] if not _has_task(given_up) else []
+    await asyncio.gather(given_up, return_exceptions=True)
+    tasks += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
+    assert [task.execution_id for task in tasks] == [execution_id]
+    waiting.cancel()
+
+
+def _has_task(poll: asyncio.Task[Task | None]) -> bool:
+    return poll.done() and not poll.cancelled() and poll.result() is not None
+
+
+async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_next(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    call = Call()
+    call.gone = True
+    request = pb.PollRequest(worker_id="w1", version_hash="v1")
+    answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
+    assert answer.has_task
+    assert (await engine.task(engine.poll("w2"))).attempt == 2
+
+
+# ---- Answers that are lost -------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_whose_answer_was_lost_is_handed_the_same_task_at_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    lost = await engine.task(engine.poll(slot="s1"))
+    assert await engine.poll(slot="s2", wait_ms=0) is None
+    assert await engine.poll("w2", slot="s1", wait_ms=0) is None
+    assert await engine.task(engine.poll(slot="s1")) == lost
+    await engine.complete(lost)
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_after_a_report_a_slot_costs_the_store_no_more_than_before(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    await engine.complete(await engine.task(engine.poll(slot="s1")))
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    before = engine.claims
+    assert await engine.poll(slot="s1", wait_ms=0) is None
+    assert engine.claims == before
+
+
+@pytest.mark.parametrize("hops", range(12))
+async def test_a_call_that_dies_late_does_not_take_the_task_away_from_the_slots_next_call(
+    engine: Engine, hops: int
+) -> None:
+    """The connection breaks and the worker asks again before the server has noticed."""
+    await engine.register({"a": []})
+    dying = engine.poll(slot="s1")
+    await until_idle(engine, dying)
+    start = asyncio.create_task(engine.start())
+    await turns(hops)
+    again = engine.poll(slot="s1")
+    await turns(1)
+    dying.cancel()
+    execution_id = await start
+    task = await engine.task(again)
+    await asyncio.gather(dying, return_exceptions=True)
+    # Whatever the dead call has begun is done by now.
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    await engine.store.list_executions("", "", 1)
+    (attempt,) = [
+        one
+        for one in (await engine.store.get_execution(execution_id, True)).nodes[0].attempts
+        if one.outcome is not Outcome.INTERRUPTED
+    ]
+    assert (attempt.outcome, attempt.attempt) == (Outcome.RUNNING, task.attempt)
+    await engine.complete(task)
+
+
+async def test_a_call_that_dies_with_its_task_in_hand_gives_nothing_back_that_its_slot_has_asked_for_since(
+    engine: Engine,
+) -> None:
+    """The narrowest case: the call is cancelled after its claim is stored and before it has seen it."""
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    again: list[asyncio.Task[Task | None]] = []
+    submit = engine.store.claim
+
+    def break_the_connection() -> None:
+        again.append(engine.poll(slot="s1"))
+        dying.cancel()
+
+    def claim(*args: Any) -> Awaitable[Any]:
+        engine.store.claim = submit  # type: ignore[method-assign]
+        claiming = asyncio.ensure_future(submit(*args))
+        claiming.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(break_the_connection))
+        return claiming
+
+    engine.store.claim = claim  # type: ignore[method-assign,assignment]
+    dying = engine.poll(slot="s1")
+    with pytest.raises(asyncio.CancelledError):
+        await dying
+    task = await engine.task(again[0])
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    assert await engine.poll("w2", wait_ms=0) is None
+    await engine.complete(task)
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_a_dead_call_that_is_handed_the_task_again_does_not_give_it_back(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll(slot="s1"))
+    call = Call()
+    call.gone = True
+    request = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1")
+    answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
+    assert answer.task_id == task.task_id
+    await engine.store.list_executions("", "", 1)
+    await turns()
+    assert await engine.poll("w2", wait_ms=0) is None
+    await engine.complete(task)
+    assert await engine.attempts(execution_id) == 1
+
+
+async def test_a_slot_that_asks_again_ends_its_earlier_call_which_takes_nothing_more(engine: Engine) -> None:
+    await engine.register({"a": []})
+    dead = engine.poll(slot="s1")
+    await until_idle(engine, dead)
+    alive = engine.poll(slot="s1")
+    assert await asyncio.wait_for(dead, SOON) is None
+    execution_id = await engine.start()
+    assert (await engine.task(alive)).execution_id == execution_id
+
+
+async def test_a_task_that_woke_a_slot_which_takes_its_lost_one_wakes_another(engine: Engine) -> None:
+    await engine.register({"a": []})
+    dead = engine.poll(slot="s1")
+    await until_idle(engine, dead)
+    first = asyncio.create_task(engine.start())  # it wakes the dead call
+    await turns(1)
+    alive, other = engine.poll(slot="s1"), engine.poll("w2")
+    lost = await engine.task(dead)
+    assert lost.execution_id == await first
+    await until_idle(engine, alive, other)
+    second = await engine.start()
+    assert await engine.task(alive) == lost
+    assert (await engine.task(other)).execution_id == second
+
+
+async def test_the_next_task_of_a_lost_report_answer_is_in_the_answer_to_the_same_report(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start()
+    second = await engine.start()
+    first = await engine.task(engine.poll(slot="s1"))
+    ask = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1", max_task_bytes=LARGE)
+    request = pb.CompleteRequest(task_id=first.task_id, output_json="1", next=ask)
+    answers = [await engine.servicer.CompleteTask(request, Call()) for _ in range(2)]  # type: ignore[arg-type]
+    assert answers[0] == answers[1]
+    assert answers[0].next.execution_id == second
+    assert await engine.attempts(second) == 1
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_poll_too_small_for_what_is_due_answers_at_once_and_asks_the_store_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    await engine.start(input_json=json.dumps("x" * 5000))
+    before = engine.claims
+    assert await asyncio.wait_for(engine.poll(wait_ms=0, max_bytes=1000), SOON) is None
+    assert engine.claims == before + 1
+
+
+async def test_a_waiting_poll_that_is_too_small_waits_and_the_large_one_beside_it_gets_the_task(engine: Engine) -> None:
+    await engine.register({"a": []})
+    small, large = engine.poll("small", max_bytes=1000), engine.poll("large")
+    await until_idle(engine, small, large)
+    await engine.start(input_json=json.dumps("x" * 5000))
+    assert len((await engine.task(large)).input_json) > 5000
+    before = engine.claims
+    await until_idle(engine, small)
+    assert engine.claims == before
+    execution_id = await engine.start()
+    assert (await engine.task(small)).execution_id == execution_id
+
+
+async def test_a_task_that_is_just_too_large_with_its_frame_is_passed_on(engine: Engine) -> None:
+    """The start announces the input alone; what is handed out is a little larger."""
+    await engine.register({"a": []})
+    small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
+    await until_idle(engine, small, large)
+    await engine.start(input_json=json.dumps("x" * 1000))
+    assert (await engine.task(large)).node_id == "a"
+    small.cancel()
+
+
+# ---- What is remembered ----------------------------------------------------------------------------------------------
+
+
+async def test_clients_that_name_ever_new_versions_do_not_make_the_server_remember_them_all(make: Make) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    for n in range(2 * MAX_REMEMBERED_VERSIONS):
+        clock.advance(0.01)
+        engine.dispatch.task_ready(ReadyTask(f"started {n}", 0))
+        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
+        assert claim is not None
+        if n % 100 == 99:
+            await claim
+    await turns()
+    sizes = {name: len(value) for name, value in vars(engine.dispatch).items() if isinstance(value, Sized)}
+    assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
+    assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
+
+
+async def test_of_many_slots_the_latest_are_remembered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexum_engine.server.dispatch.MAX_REMEMBERED_SLOTS", 3)
+    await engine.register({"a": []})
+    for _ in range(5):
+        await engine.start()
+    tasks = [await engine.task(engine.poll(slot=f"slot {n}")) for n in range(5)]
+    again = [await engine.poll(slot=f"slot {n}", wait_ms=0) for n in range(5)]
+    assert again == [None, None, *tasks[2:]]
+    handed_out = vars(engine.dispatch)["_handed_out"]
+    assert {len(value) for value in vars(handed_out).values()} == {3}
+
+
+async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
+    await engine.register({"a": []})
+    claim = engine.dispatch.take_due("w1", ("v1",), LARGE)
+    assert claim is not None
+    start = asyncio.create_task(engine.start())
+    await turns(1)
+    assert not claim.done()
+    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    execution_id = await start
+    assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
+
+
+async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version_was_forgotten_since(
+    engine: Engine,
+) -> None:
+    await engine.register({"a": []})
+    poll = engine.poll()
+    await turns(1)
+    assert engine.claims == 1, "the poll does not ask yet"
+    start = asyncio.create_task(engine.start())
+    await turns(1)
+    assert not start.done()
+    for n in range(MAX_REMEMBERED_VERSIONS + 1):
+        engine.dispatch.task_ready(ReadyTask(f"other {n}", 0))
+    assert (await engine.task(poll)).execution_id == await start
+    assert engine.claims == 2, "the first one saw the task: nothing was proven"
+
+
+# ---- Streams ---------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A worker's end of a WorkerStream."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._sent: asyncio.Queue[pb.WorkerBeat | None] = asyncio.Queue()
+        self._acks: asyncio.Queue[int] = asyncio.Queue()
+        self._running = asyncio.create_task(self._run(engine))
+
+    async def _beats(self) -> AsyncIterator[pb.WorkerBeat]:
+        while (beat := await self._sent.get()) is not None:
+            yield beat
+
+    async def _run(self, engine: Engine) -> None:
+        async for ack in engine.liveness.beats(self._beats()):
+            self._acks.put_nowait(ack.lease_ms)
+
+    def beat(self, *task_ids: str, worker_id: str = "w1", draining: bool = False) -> None:
+        self._sent.put_nowait(pb.WorkerBeat(worker_id=worker_id, task_ids=task_ids, draining=draining))
+
+    def breaks(self) -> None:
+        self._sent.put_nowait(None)
+
+    async def acked(self) -> None:
+        assert await asyncio.wait_for(self._acks.get(), SOON) == LEASE_MS
+
+    async def ended(self) -> None:
+        await asyncio.wait_for(self._running, SOON)
+
+
+async def swept(engine: Engine) -> int:
+    """How many attempts ran out by now."""
+    return len((await engine.store.sweep(2**60)).changed.ready)
+
+
+@pytest.mark.parametrize("hops", range(8))
+async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_its_task(make: Make, hops: int) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    await engine.register({"a": []})
+    await engine.start()
+    old, new = Stream(engine), Stream(engine)
+    old.beat()
+    await old.acked()
+    task = await engine.task(engine.poll())
+    old.breaks()
+    await turns(hops)
+    new.beat(task.task_id)
+    await new.acked()
+    await old.ended()
+    await engine.store.list_executions("", "", 1)
+    clock.advance(RECONNECT_GRACE_MS / 1000)
+    assert await swept(engine) == 0
+    clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
+    assert await swept(engine) == 1  # it was silent since
+
+
+async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back_on_a_new_one(make: Make) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    await engine.register({"a": []})
+    await engine.start()
+    old, new = Stream(engine), Stream(engine)
+    old.beat()
+    await old.acked()
+    task = await engine.task(engine.poll())
+    new.beat(task.task_id)
+    await new.acked()
+    old.breaks()
+    await old.ended()
+    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    await engine.store.list_executions("", "", 1)
+    clock.advance(RECONNECT_GRACE_MS / 1000)
+    assert await swept(engine) == 0
+
+
+async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(make: Make) -> None:
+    clock = ManualClock()
+    engine = await make(clock)
+    await engine.register({"a": []})
+    await engine.start()
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    await engine.task(engine.poll())
+    stream.breaks()
+    await stream.ended()
+    await engine.store.list_executions("", "", 1)
+    clock.advance((RECONNECT_GRACE_MS - 1) / 1000)
+    assert await swept(engine) == 0
+    clock.advance(0.001)
+    assert await swept(engine) == 1
+
+
+async def test_a_draining_worker_has_its_polls_answered_and_gets_no_more(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    leaving, other = engine.poll("w1"), engine.poll("w2")
+    await until_idle(engine, leaving, other)
+    stream.beat(draining=True)
+    assert await asyncio.wait_for(leaving, SOON) is None
+    assert await asyncio.wait_for(engine.poll("w1"), SOON) is None
+    await engine.start()
+    await engine.task(other)
+    stream.breaks()
+    await stream.ended()
+    # A worker of that name that comes back is a new one.
+    back = engine.poll("w1")
+    await until_idle(engine, back)
+    await engine.start()
+    await engine.task(back)
+
+
+async def test_a_worker_that_drained_and_comes_back_before_its_old_stream_has_ended_gets_tasks(engine: Engine) -> None:
+    await engine.register({"a": []})
+    old, new = Stream(engine), Stream(engine)
+    old.beat(draining=True)
+    await old.acked()
+    new.beat()
+    await new.acked()
+    old.breaks()
+    await old.ended()
+    back = engine.poll("w1")
+    await until_idle(engine, back)
+    execution_id = await engine.start()
+    assert (await engine.task(back)).execution_id == execution_id
+
+
+async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_once(engine: Engine) -> None:
+    async def beats() -> AsyncIterator[pb.WorkerBeat]:
+        yield pb.WorkerBeat(worker_id="w1")
+        await asyncio.Event().wait()
+
+    call = engine.servicer.WorkerStream(beats(), Call())  # type: ignore[arg-type]
+    await anext(call)
+    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    await call.aclose()
+    assert engine.dispatch.lease_of("w1") == (2 * LEASE_MS, False)
+
+
+@pytest.mark.parametrize("hops", range(8))
+async def test_a_task_that_becomes_due_while_a_worker_drains_is_not_lost(engine: Engine, hops: int) -> None:
+    await engine.register({"a": []})
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    leaving, other = engine.poll("w1"), engine.poll("w2")
+    await until_idle(engine, leaving, other)
+    stream.beat(draining=True)
+    await turns(hops)
+    execution_id = await engine.start()
+    given = await asyncio.wait_for(leaving, SOON) or await engine.task(other)
+    assert given.execution_id == execution_id
+    other.cancel()
+
+
+# ---- The end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    await engine.task(engine.poll())
+    poll = engine.poll()
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    await until_idle(engine, poll)
+    await engine.dispatch.stop()
+    await engine.liveness.stop()
+    assert await asyncio.wait_for(poll, SOON) is None
+    assert (await asyncio.wait_for(waiting, SOON)).status == "RUNNING"
+    await stream.ended()
+    # Also what comes in at the last moment.
+    late = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
+    assert (await asyncio.wait_for(late, SOON)).status == "RUNNING"
+    assert await asyncio.wait_for(engine.poll(), SOON) is None
+
+
+async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engine) -> None:
+    await engine.register({"a": []})
+    poll = engine.poll()
+    await until_idle(engine, poll)
+    # A start that was stored although its caller, and the dispatch, were told that nobody knows.
+    await engine.store.start_execution("w", "v1", "{}")
+    await until_idle(engine, poll)
+    engine.dispatch.look_again()
+    await engine.task(poll)
+
+
+async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_all_the_same(engine: Engine) -> None:
+    await engine.register({"a": []})
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll())
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
+    await turns()
+    await engine.store.complete_task(task.task_id, "1")
+    engine.dispatch.look_again()
+    assert (await asyncio.wait_for(waiting, SOON)).status == "COMPLETED"
+    later = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
+    assert (await asyncio.wait_for(later, SOON)).status == "COMPLETED"
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("unknown"), RuntimeError("a bug")], ids=["unknown", "a bug"])
+async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
+    engine: Engine, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    await engine.register({"a": []})
+
+    def unavailable(*_: Any) -> Awaitable[Any]:
+        failing: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        failing.set_exception(error)
+        return failing
+
+    kept, engine.store.claim = engine.store.claim, unavailable  # type: ignore[method-assign,assignment]
+    with pytest.raises(type(error)):
+        await engine.poll()
+    engine.store.claim = kept  # type: ignore[method-assign]
+    await turns()
+    await engine.start()
+    await engine.task(engine.poll())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+# ---- All at once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random(engine: Engine, seed: int) -> None:
+    """Nothing here waits for a lease or for the next poll: who isn't woken waits for longer than the test."""
+    chance = random.Random(seed)
+    graphs: dict[str, dict[str, list[str]]] = {
+        "one": {"a": []},
+        "chain": {"a": [], "b": ["a"], "c": ["b"]},
+        "fan": {"a": [], "b": [], "c": ["a", "b"], "d": ["a"]},
+    }
+    for version, nodes in graphs.items():
+        await engine.register(nodes, version)
+    died = {"polls": 0, "reports": 0, "starts": 0}
+    runs: dict[tuple[str, str], int] = {}
+    stop = asyncio.Event()
+
+    async def die_sometimes(what: str, work: asyncio.Task[Any], share: float) -> Any:
+        if chance.random() < share:
+            await turns(1 + chance.randrange(30))  # after the first it is submitted
+            if not work.done():
+                died[what] += 1
+                work.cancel()
+        return (await asyncio.gather(work, return_exceptions=True))[0]
+
+    async def worker(name: str) -> None:
+        versions = tuple(chance.sample(list(graphs), chance.randint(1, 3)))
+        while not stop.is_set():
+            polling = asyncio.create_task(engine.dispatch.next_task(name, versions, LARGE, LONG_MS))
+            task = await die_sometimes("polls", polling, 0.3)
+            if not isinstance(task, Task):
+                continue
+            key = (task.execution_id, task.node_id)
+            runs[key] = runs.get(key, 0) + 1
+            await turns(chance.randrange(10))
+            await die_sometimes("reports", asyncio.create_task(engine.complete(task)), 0.3)
+
+    async def starter() -> None:
+        for _ in range(40):
+            version = chance.choice(list(graphs))
+            await die_sometimes("starts", asyncio.create_task(engine.start(version)), 0.2)
+            await turns(chance.randrange(20))
+
+    # One worker for everything, so that no version is without one.
+    workers = [asyncio.create_task(worker(f"w{n}")) for n in range(8)]
+    everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
+    await asyncio.gather(*(starter() for _ in range(4)))
+    try:
+        for execution in await engine.store.list_executions("", "", 1000):
+            with engine.dispatch.watch(execution.execution_id) as ended:
+                current = await engine.store.get_execution(execution.execution_id)
+                if current.status is ExecutionStatus.RUNNING:
+                    await asyncio.wait_for(ended, SOON)
+    finally:
+        stop.set()
+        everything.cancel()
+        await engine.dispatch.stop()
+        await asyncio.gather(everything, *workers, return_exceptions=True)
+    executions = await engine.store.list_executions("", "", 1000)
+    assert {one.status for one in executions} == {ExecutionStatus.COMPLETED}
+    assert len(executions) > 100
+    assert set(runs.values()) == {1}, "a task was delivered twice"
+    assert min(died.values()) > 5, died
+
+
+async def _complete_all(engine: Engine, versions: tuple[str, ...], runs: dict[tuple[str, str], int]) -> None:
+    while True:
+        task = await engine.dispatch.next_task("steady", versions, LARGE, LONG_MS)
+        if task is not None:
+            runs[task.execution_id, task.node_id] = runs.get((task.execution_id, task.node_id), 0) + 1
+            await engine.complete(task)

@@ -1,0 +1,281 @@
+"""The connection of a worker or an owner: opened again whenever it breaks, is refused or falls silent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from engine_server import EngineServer, engine_server, hangs, is_full, raises
+
+from nexum_engine import heartbeat
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import (
+    InvalidRequest,
+    NexumError,
+    ServerError,
+    ServerFault,
+    ServerNotReady,
+    ServerUnavailable,
+)
+from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, Heartbeat
+from nexum_engine.owner import Owner
+from nexum_engine.records import ExecutionStatus, Outcome
+from nexum_engine.worker import Binding, TaskContext, Worker
+from nexum_engine.workflow import workflow
+
+SOON = 15.0  # seconds; less than half a lease
+ONE = workflow("one").effect("a").build()
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
+    async with engine_server(tmp_path) as running:
+        yield running
+
+
+class Beating:
+    """A heartbeat that runs."""
+
+    def __init__(self, client: NexumClient, worker_id: str = "w1") -> None:
+        self.lost: list[NexumError] = []
+        self.heart = Heartbeat(client, worker_id, on_lost=self.lost.append)
+        self.run = asyncio.create_task(self.heart.run())
+
+    async def connected(self) -> None:
+        await asyncio.wait_for(self.heart.connected.wait(), SOON)
+
+
+@asynccontextmanager
+async def beating(address: str, worker_id: str = "w1") -> AsyncIterator[Beating]:
+    async with NexumClient(address) as client:
+        running = Beating(client, worker_id)
+        try:
+            yield running
+        finally:
+            running.run.cancel()
+            await asyncio.gather(running.run, return_exceptions=True)
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    deadline = asyncio.get_running_loop().time() + SOON
+    while not happened():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server: EngineServer) -> None:
+    server.watch("renew", raises, raises)
+    async with beating(server.address) as beats:
+        await beats.connected()
+        assert server.calls["renew"] > 2
+        # Twice the same is told once.
+        assert [type(error) for error in beats.lost] == [ServerFault]
+        assert "its log has it under" in str(beats.lost[0])
+
+
+async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
+    server: EngineServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.watch("renew", is_full)
+    stop = asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        return "done"
+
+    async with NexumClient(server.address) as client:
+        worker = asyncio.create_task(Worker(client, [Binding(ONE, {"a": handler})]).run(stop))
+        await client.register_workflow(ONE)
+        assert (await client.start_execution(ONE, {}, wait=SOON)).ended is not None
+        stop.set()
+        await asyncio.wait_for(worker, SOON)
+        server.watch("list_executions", is_full, is_full)
+        with pytest.raises(ServerNotReady, match="can't do it now: the database could not confirm"):
+            await client.list_executions()
+        assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
+        assert server.calls["list_executions"] == 3
+    (line,) = [one.getMessage() for one in caplog.records if one.name == "nexum_engine.worker"]
+    assert line.startswith(
+        f"not connected to {server.address}, trying again: the Nexum server on {server.address} can't"
+    )
+
+
+async def test_an_id_that_the_server_refuses_ends_it_with_the_servers_reason(server: EngineServer) -> None:
+    async with beating(server.address, "x" * 300) as beats:
+        with pytest.raises(InvalidRequest, match="worker_id has 300 characters; the limit is 200"):
+            await asyncio.wait_for(beats.run, SOON)
+
+
+async def test_a_stream_that_gets_no_first_answer_is_opened_again(
+    server: EngineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.2)
+    server.watch("renew", hangs)
+    async with beating(server.address) as beats:
+        await beats.connected()
+        assert server.calls["renew"] >= 2
+        assert [str(error) for error in beats.lost] == [
+            f"the server on {server.address} did not answer a sign of life within 0.2 s"
+        ]
+
+
+async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease_runs_out(tmp_path: Path) -> None:
+    async with engine_server(tmp_path, lease=4.5) as server, beating(server.address) as beats:
+        await beats.connected()
+        server.watch("renew", hangs)
+        beats.heart.beat()
+        await until(lambda: server.calls["renew"] >= 2)
+        await beats.connected()
+        assert [type(error) for error in beats.lost] == [ServerError]
+        assert "within 1.5 s" in str(beats.lost[0])
+
+
+async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent(tmp_path: Path) -> None:
+    """A handler that blocks: the answer is there, and only has to be read."""
+    asked = asyncio.Event()
+
+    async def slowly() -> None:
+        asked.set()
+        await asyncio.sleep(0.01)
+
+    async with engine_server(tmp_path, lease=1.5) as server, beating(server.address) as beats:
+        await beats.connected()
+        server.watch("renew", slowly)
+        beats.heart.beat()
+        await asyncio.wait_for(asked.wait(), SOON)
+        time.sleep(2 * MIN_ACK_TIMEOUT)  # noqa: ASYNC251 - it is what a handler that blocks does
+        await until(lambda: server.calls["renew"] >= 3)
+        assert beats.lost == []
+
+
+async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(tmp_path: Path) -> None:
+    async with engine_server(tmp_path, lease=0.4) as server, NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        started = await client.start_execution(ONE, {})
+        async with beating(server.address) as beats:
+            await beats.connected()
+            task = await client.poll_task("w1", [ONE.version_hash], wait=1)
+            assert task is not None
+            beats.heart.held.add(task.task_id)
+            server.watch("renew")
+            await until(lambda: server.calls["renew"] >= 8)
+            execution = (await client.get_execution(started.execution_id, with_attempts=True)).execution
+            assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
+
+
+async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path: Path) -> None:
+    async with (
+        engine_server(tmp_path, lease=0.4) as server,
+        NexumClient(server.address) as client,
+        Owner(client) as owner,
+    ):
+        owned = await owner.start(ONE, {}, idempotency_key="k")
+        assert owned.task is not None
+        server.watch("renew")
+        await until(lambda: server.calls["renew"] >= 8)
+        execution = (await client.get_execution(owned.execution_id, with_attempts=True)).execution
+        assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
+        await owner.complete(owned.task, {"done": True})
+        assert (await client.get_execution(owned.execution_id)).execution.status is ExecutionStatus.COMPLETED
+
+
+async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_lease_is_over(
+    server: EngineServer,
+) -> None:
+    server.watch("renew")
+    async with beating(server.address) as beats:
+        await beats.connected()
+        await asyncio.wait_for(until(lambda: server.calls["renew"] >= 2), 5)
+
+
+async def test_where_no_server_is_that_is_told_and_a_server_that_comes_is_found(tmp_path: Path) -> None:
+    async with engine_server(tmp_path) as server:
+        address = server.address
+    async with beating(address) as beats:
+        await until(lambda: bool(beats.lost))
+        assert [type(error) for error in beats.lost] == [ServerUnavailable]
+        assert not beats.heart.connected.is_set()
+
+
+async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_their_work(
+    server: EngineServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.2)
+    server.watch("renew", hangs, hangs)
+
+    async def handler(task: TaskContext) -> str:
+        return "done"
+
+    async with NexumClient(server.address) as client, Owner(client) as owner:
+        assert server.calls["renew"] > 2
+        owned = await owner.start(workflow("owned").effect("a").build(), {}, idempotency_key="k")
+        assert owned.task is not None
+        server.watch("renew", hangs)
+        stop = asyncio.Event()
+        worker = asyncio.create_task(Worker(client, [Binding(ONE, {"a": handler})], worker_id="w1").run(stop))
+        await client.register_workflow(ONE)
+        started = await client.start_execution(ONE, {}, wait=SOON)
+        assert started.ended is not None
+        assert started.ended.outputs() == {"a": '"done"'}
+        stop.set()
+        await asyncio.wait_for(worker, SOON)
+    assert "did not answer a sign of life" in caplog.text
+
+
+async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with engine_server(tmp_path, lease=0.2) as server, NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        await client.start_execution(ONE, {})
+        server.watch("sweep", raises)
+        assert await client.poll_task("dies", [ONE.version_hash], wait=1) is not None
+        task = await client.poll_task("w1", [ONE.version_hash], wait=SOON)
+        assert server.calls["sweep"] > 1
+    assert task is not None
+    assert task.attempt == 2
+    assert "could not sweep the leases" in caplog.text
+    assert "RuntimeError: a bug" in caplog.text
+
+
+@asynccontextmanager
+async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
+    """An address on which everything that the server sends arrives `delay` seconds later."""
+    pumps: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait: float) -> None:
+        try:
+            while data := await reader.read(65536):
+                await asyncio.sleep(wait)
+                writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def both() -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.gather(pump(reader, back, 0), pump(there, writer, delay))
+
+        pumps.add(asyncio.create_task(both()))
+
+    listening = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        listening.close()
+        for one in pumps:
+            one.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def test_a_server_that_takes_a_second_to_take_up_a_connection_is_reached(server: EngineServer) -> None:
+    """A busy machine, or a far one through a tunnel."""
+    async with slow_line(int(server.address.rpartition(":")[2]), 1.0) as address, NexumClient(address) as client:
+        await client.ping(patience=SOON)

@@ -1,0 +1,46 @@
+"""The contract: our code is generated from proto/nexum.proto, and the published contract is all in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+from published_protocol import FIRST_ADDED_NUMBER, PUBLISHED_MESSAGES, PUBLISHED_RPCS, REPEATED
+
+from nexum_engine.wire import nexum_pb2
+from nexum_engine.wire.generate import GENERATED, HERE, generate
+
+
+@pytest.mark.parametrize("message", PUBLISHED_MESSAGES)
+def test_a_published_message_has_its_fields_and_what_is_added_is_numbered_from_100(message: str) -> None:
+    ours = nexum_pb2.DESCRIPTOR.message_types_by_name[message]
+    fields = {field.name: (field.number, field.type) for field in ours.fields}
+    published = PUBLISHED_MESSAGES[message]
+    assert {name: fields.get(name) for name in published} == published
+    added = {name: number for name, (number, _) in fields.items() if name not in published}
+    assert [name for name, number in added.items() if number < FIRST_ADDED_NUMBER] == []
+    if message in REPEATED:
+        (field,) = ours.fields
+        assert field.message_type is not None
+        assert field.message_type.name == REPEATED[message]
+        assert len(getattr(getattr(nexum_pb2, message)(), field.name)) == 0  # a list
+
+
+def test_the_published_rpcs_are_there_under_their_names() -> None:
+    assert nexum_pb2.DESCRIPTOR.package == "nexum"
+    service = nexum_pb2.DESCRIPTOR.services_by_name["NexumService"]
+    ours = {method.name: (method.input_type.name, method.output_type.name) for method in service.methods}
+    assert {name: ours.get(name) for name in PUBLISHED_RPCS} == PUBLISHED_RPCS
+    assert set(ours) - set(PUBLISHED_RPCS) == {"GetExecution", "WorkerStream"}
+
+
+def test_the_generated_code_is_what_the_contract_generates_today(tmp_path: Path) -> None:
+    generate(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
+    stale = [name for name in GENERATED if (tmp_path / name).read_bytes() != (HERE / name).read_bytes()]
+    assert stale == [], "run: python -m nexum_engine.wire.generate"
+
+
+def test_the_folder_of_the_contract_holds_no_python() -> None:
+    assert [path.name for path in (ROOT / "proto").iterdir() if path.name != "__pycache__"] == ["nexum.proto"]

@@ -1,0 +1,181 @@
+"""An existing Nexum server, as far as one can be had: ours behind a proxy that speaks the published contract alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from harness import ROOT, Server, running
+from published_protocol import FIRST_ADDED_NUMBER, PUBLISHED_RPCS
+
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import ExecutionNotFound
+from nexum_engine.records import ExecutionStatus
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.worker import Binding, TaskContext, Worker
+from nexum_engine.workflow import workflow
+
+CHAIN = workflow("chain").effect("a").effect("b").build()
+SOON = 20.0  # seconds
+
+
+def published(message: Message) -> Message:
+    """The message without what this project added to it."""
+    for field, _ in message.ListFields():
+        if field.number >= FIRST_ADDED_NUMBER:
+            message.ClearField(field.name)
+    message.DiscardUnknownFields()
+    return message
+
+
+class Proxy:
+    """The published server's calls, passed on to a real one; every other call is UNIMPLEMENTED."""
+
+    def __init__(self, behind: str) -> None:
+        self.calls: Counter[str] = Counter()
+        self._guard = threading.Lock()
+        self._channel = grpc.insecure_channel(behind)
+        self._server = grpc.server(ThreadPoolExecutor(16))
+        handlers = {name: self._handler(name, *types) for name, types in PUBLISHED_RPCS.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("nexum.NexumService", handlers),))
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{self.port}"
+        self._server.start()
+
+    def _handler(self, name: str, request_type: str, response_type: str) -> grpc.RpcMethodHandler[Any, Any]:
+        ask, answer = getattr(pb, request_type), getattr(pb, response_type)
+        forward: Callable[..., Message] = self._channel.unary_unary(
+            f"/nexum.NexumService/{name}",
+            request_serializer=ask.SerializeToString,
+            response_deserializer=answer.FromString,
+        )
+
+        def handle(request: Message, context: grpc.ServicerContext) -> Message:
+            with self._guard:
+                self.calls[name] += 1
+            try:
+                return published(forward(published(request), timeout=10))
+            except grpc.RpcError as error:
+                context.abort(error.code(), error.details() or "")
+
+        return grpc.unary_unary_rpc_method_handler(
+            handle, request_deserializer=ask.FromString, response_serializer=answer.SerializeToString
+        )
+
+    def close(self) -> None:
+        self._server.stop(None).wait()
+        self._channel.close()
+
+
+@contextmanager
+def proxied(address: str) -> Iterator[Proxy]:
+    proxy = Proxy(address)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+@pytest.fixture
+def old(server: Server) -> Iterator[Proxy]:
+    with proxied(server.address) as proxy:
+        yield proxy
+
+
+def test_the_proxy_speaks_nothing_but_the_published_contract(old: Proxy) -> None:
+    """Else the tests below prove nothing."""
+    start = published(pb.StartRequest(workflow_id="w", idempotency_key="k", wait_ms=5))
+    assert start == pb.StartRequest(workflow_id="w")
+    with grpc.insecure_channel(old.address) as channel:
+        for name in ("GetExecution", "WorkerStream"):
+            call: Any = channel.unary_unary(f"/nexum.NexumService/{name}")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"", timeout=SOON)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_our_client_and_worker_run_a_workflow_on_an_existing_server(
+    old: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    seen: list[tuple[str, Any, int]] = []
+
+    async def handle(task: TaskContext) -> str:
+        seen.append((task.node_id, dict(task.deps), task.attempt))
+        return f"from {task.node_id}"
+
+    async with NexumClient(old.address) as client, NexumClient(old.address) as for_worker:
+        stop = asyncio.Event()
+        worker = asyncio.create_task(
+            Worker(for_worker, [Binding(CHAIN, {"a": handle, "b": handle})], concurrency=2).run(stop)
+        )
+        await client.register_workflow(CHAIN)
+        started = await client.start_execution(CHAIN, {"q": 1}, idempotency_key="k", wait=0.2)
+        observed = await client.get_execution(started.execution_id, wait=SOON)
+        assert observed.execution.status is ExecutionStatus.COMPLETED
+        assert observed.execution.outputs() == {"a": '"from a"', "b": '"from b"'}
+        assert observed.has_poller is None
+        stop.set()
+        await asyncio.wait_for(worker, SOON)
+        listed = await client.list_executions()
+    assert [one.execution_id for one in listed] == [started.execution_id]
+    assert seen == [("a", {}, 1), ("b", {"a": "from a"}, 1)]
+    assert old.calls["GetStatus"] > 0
+    assert caplog.text.count("has no GetExecution") == 1
+    assert caplog.text.count("has no WorkerStream") == 1
+
+
+async def test_calls_that_find_out_together_all_fall_back_and_one_line_says_so(
+    old: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with NexumClient(old.address) as client:
+        await client.register_workflow(CHAIN)
+        ids = [(await client.start_execution(CHAIN, {})).execution_id for _ in range(10)]
+        observed = await asyncio.gather(*(client.get_execution(one) for one in ids))
+        assert [one.execution.status for one in observed] == [ExecutionStatus.RUNNING] * 10
+        with pytest.raises(ExecutionNotFound):
+            await client.get_execution("exec-nowhere")
+    assert caplog.text.count("has no GetExecution") == 1
+
+
+async def test_the_fallback_waits_no_longer_than_it_was_asked_to(old: Proxy) -> None:
+    async with NexumClient(old.address) as client:
+        await client.register_workflow(CHAIN)
+        started = await client.start_execution(CHAIN, {})
+        await client.get_execution(started.execution_id)
+        before = asyncio.get_running_loop().time()
+        assert (await client.get_execution(started.execution_id, wait=0.5)).execution.status is ExecutionStatus.RUNNING
+        assert 0.5 <= asyncio.get_running_loop().time() - before < 3
+
+
+async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_reason(
+    server: Server, old: Proxy
+) -> None:
+    async with NexumClient(old.address) as client, NexumClient(server.address) as worker:
+        await client.register_workflow(CHAIN)
+        started = await client.start_execution(CHAIN, {})
+        task = await client.poll_task("w", [CHAIN.version_hash], wait=1)
+        assert task is not None
+        await worker.fail_task(task.task_id, "no", final=True)
+        failed = (await client.get_execution(started.execution_id, wait=1)).execution
+        assert (failed.status, failed.error) == (ExecutionStatus.FAILED, "the server did not say why")
+        cancelled = (await client.start_execution(CHAIN, {})).execution_id
+        await client.cancel_execution(cancelled)
+        assert (await client.get_execution(cancelled, wait=1)).execution.status is ExecutionStatus.CANCELLED
+
+
+def test_a_real_worker_process_drains_on_an_existing_server(old: Proxy, tmp_path: Path) -> None:
+    with running([str(ROOT / "worker.py"), "--nexum", old.address], cwd=tmp_path) as worker:
+        worker.wait_for("has no WorkerStream")
+        worker.interrupt()
+        assert worker.wait(SOON) == 0

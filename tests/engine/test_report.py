@@ -1,0 +1,96 @@
+"""What ps and show print: 80 columns for a person, all of it as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+from nexum_engine import report
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
+
+START = 1_700_000_000_000
+LONG = "a word and averyveryverylongwordwithoutaspace" * 60
+
+EXECUTION = Execution(
+    execution_id="exec-01234567-89ab-cdef-0123-456789abcdef",
+    workflow_id="w" * 200,
+    version_hash=f"sha256:{'f' * 64}",
+    status=ExecutionStatus.FAILED,
+    input_json=json.dumps({"query": LONG}),
+    idempotency_key="k" * 200,
+    created_ms=START,
+    ended_ms=START + 61_250,
+    error=f"fetch: {LONG}\nsecond line\x1b[31m",
+    nodes=(
+        Node(
+            "n" * 200,
+            "COMPUTE",
+            NodeStatus.FAILED,
+            None,
+            LONG,
+            tuple(
+                Attempt(n, f"host-{'x' * 300}", START, START + 1234, outcome, LONG)
+                for n, outcome in enumerate(Outcome, start=1)
+            ),
+        ),
+        Node("done", "EFFECT", NodeStatus.COMPLETED, json.dumps(LONG), ""),
+        Node("now", "EFFECT", NodeStatus.RUNNING, None, "", (Attempt(1, "w1", START, None, Outcome.RUNNING, ""),)),
+        Node("big", "EFFECT", NodeStatus.READY, None, "the task is 5,000,000 bytes"),
+    ),
+)
+
+
+def test_everything_fits_80_columns_however_long_the_names_are() -> None:
+    lines = f"{report.details(EXECUTION)}\n{report.table([EXECUTION], START + 5000)}".split("\n")
+    assert [line for line in lines if len(line) > report.WIDTH] == []
+
+
+def test_show_says_who_ran_what_when_and_why_it_failed() -> None:
+    text = report.details(EXECUTION)
+    for outcome in Outcome:
+        assert re.search(rf"attempt \d +{outcome.value} +2023-11-14 22:13:20.000 UTC +1.23 s", text)
+    assert "worker host-xxx" in text
+    assert "took 61.25 s" in text
+    assert "still running" in text
+    assert "note     the task is 5,000,000 bytes" in text
+    assert f"({len(EXECUTION.input_json):,} characters; --json has them all)" in text
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in report.details(EXECUTION)
+
+
+def test_no_name_steers_the_terminal_whatever_server_it_came_from() -> None:
+    name = "a\x1b[2J\x9b\x07b"
+    attempt = Attempt(1, name, START, None, Outcome.RUNNING, name)
+    node = Node(name, name, NodeStatus.READY, None, name, (attempt,))
+    names = ("execution_id", "workflow_id", "version_hash", "input_json", "idempotency_key", "error")
+    changed: dict[str, Any] = {**dict.fromkeys(names, name), "nodes": (node,)}
+    execution = replace(EXECUTION, **changed)
+    for text in (report.details(execution), report.table([execution], START), report.as_json(execution)):
+        assert text.replace("\n", "").isprintable()
+
+
+def test_json_has_everything_and_reads_back() -> None:
+    one = json.loads(report.as_json(EXECUTION))
+    assert one["error"] == EXECUTION.error
+    assert one["nodes"][0]["attempts"][3]["outcome"] == "LOST"
+    assert report.as_json([EXECUTION]).isascii()
+    assert json.loads(report.as_json([EXECUTION])) == [one]
+
+
+def test_ages_are_told_in_their_largest_unit() -> None:
+    assert [report.age(s * 1000) for s in (0, 59, 60, 3599, 3600, 86_400 * 3)] == [
+        "0 s ago",
+        "59 s ago",
+        "1 min ago",
+        "59 min ago",
+        "1 h ago",
+        "3 d ago",
+    ]
+
+
+def test_an_empty_list_says_so() -> None:
+    assert report.table([], START) == "no executions"

@@ -1,0 +1,612 @@
+"""The worker runtime under handlers that misbehave, servers that vanish, and signals at the wrong moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+from engine_server import engine_server, raises
+from google.protobuf.message import Message
+from harness import ROOT, Server, free_port, nexum_server, running
+from pydantic import BaseModel
+
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
+from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
+from nexum_engine.workflow import Workflow, workflow
+
+SOON = 15.0  # seconds
+T = TypeVar("T")
+
+
+class Number(BaseModel):
+    value: float
+
+
+ONE = workflow("one").effect("a").build()
+TYPED = workflow("typed").effect("a", Number).build()
+CHAIN = workflow("chain").effect("a").effect("b").build()
+
+
+@pytest.fixture
+def address(server: Server) -> str:
+    return server.address
+
+
+@pytest.fixture
+async def client(address: str) -> AsyncIterator[NexumClient]:
+    async with NexumClient(address) as connected:
+        yield connected
+
+
+class Running:
+    """A worker that runs until its test ends or it is stopped."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._stop = asyncio.Event()
+        self.run = asyncio.create_task(worker.run(self._stop))
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.wait_for(self.run, SOON)
+
+
+@asynccontextmanager
+async def working(
+    address: str, handlers: Mapping[Workflow, Mapping[str, Handler]], **options: Any
+) -> AsyncIterator[Running]:
+    async with NexumClient(address) as connected:
+        bindings = [Binding(built, work) for built, work in handlers.items()]
+        running = Running(Worker(connected, bindings, **options))
+        try:
+            yield running
+        finally:
+            running.run.cancel()
+            await asyncio.gather(running.run, return_exceptions=True)
+
+
+async def begin(client: NexumClient, built: Workflow, input: Mapping[str, Any] | None = None) -> str:
+    # Channels of one process share what they know of an address, a refused connection included.
+    await client.register_workflow(built, patience=SOON)
+    return (await client.start_execution(built, input or {})).execution_id
+
+
+async def ended(client: NexumClient, execution_id: str) -> Execution:
+    execution = (await client.get_execution(execution_id, wait=SOON, with_attempts=True)).execution
+    assert execution.status.ended, f"{execution_id} is {execution.status.value} still"
+    return execution
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    """Returns as soon as it has; fails the test if it never does."""
+    deadline = asyncio.get_running_loop().time() + SOON
+    while not happened():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def nobody_polls(client: NexumClient, execution_id: str) -> None:
+    deadline = asyncio.get_running_loop().time() + SOON
+    while (await client.get_execution(execution_id)).has_poller:
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.05)
+
+
+# ---- Handlers that misbehave -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        asyncio.CancelledError(),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        BaseException("odd"),
+        ValueError("no"),
+    ],
+    ids=lambda raised: type(raised).__name__,
+)
+async def test_whatever_a_handler_raises_costs_one_attempt_and_not_the_worker(
+    address: str, client: NexumClient, raised: BaseException
+) -> None:
+    async def handler(task: TaskContext) -> str:
+        if task.attempt == 1:
+            raise raised
+        return "at last"
+
+    execution_id = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}) as worker:
+        execution = await ended(client, execution_id)
+        assert not worker.run.done()
+    first, second = execution.nodes[0].attempts
+    assert (first.outcome, second.outcome) == (Outcome.FAILED, Outcome.COMPLETED)
+    wanted = "cancelled itself" if isinstance(raised, asyncio.CancelledError) else type(raised).__name__
+    assert wanted in first.error
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+class HugeError(Exception):
+    def __str__(self) -> str:
+        return "é" * 30_000_000
+
+
+@pytest.mark.parametrize(
+    "raised", [Unprintable(), HugeError(), ValueError("\ud800 alone")], ids=["unprintable", "huge", "surrogate"]
+)
+async def test_an_exception_that_can_not_be_told_is_still_a_failed_attempt(
+    address: str, client: NexumClient, raised: Exception
+) -> None:
+    async def handler(task: TaskContext) -> str:
+        if task.attempt == 1:
+            raise raised
+        return "at last"
+
+    execution_id = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}) as worker:
+        execution = await ended(client, execution_id)
+        assert not worker.run.done()
+    assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.FAILED, Outcome.COMPLETED]
+    assert type(raised).__name__ in execution.nodes[0].attempts[0].error
+
+
+async def test_a_final_error_is_not_retried_and_its_reason_is_kept(address: str, client: NexumClient) -> None:
+    async def handler(task: TaskContext) -> None:
+        raise FinalError("no such tool: web_serch")
+
+    execution_id = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}):
+        execution = await ended(client, execution_id)
+    assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "a: no such tool: web_serch")
+    assert len(execution.nodes[0].attempts) == 1
+
+
+@pytest.mark.parametrize(
+    ("built", "result", "reason"),
+    [
+        (ONE, float("nan"), "can't be written as JSON"),
+        (ONE, {"x": [float("inf")]}, "can't be written as JSON"),
+        (ONE, object(), "can't be written as JSON"),
+        (ONE, "\ud800", "can't be written as JSON"),
+        (TYPED, Number(value=float("nan")), "can't be written as JSON"),
+        (TYPED, {"value": "many"}, "returned no Number"),
+        (ONE, "x" * (16 * 1024 * 1024), "the limit is 16,777,216 bytes"),
+        (ONE, json.loads("[" * 500 + "]" * 500), "recursion limit"),
+    ],
+    ids=["nan", "infinity", "an object", "a lone surrogate", "nan in a model", "another type", "too large", "too deep"],
+)
+async def test_a_result_that_can_not_be_stored_is_a_final_failure_with_its_reason(
+    address: str, client: NexumClient, built: Workflow, result: Any, reason: str
+) -> None:
+    async def handler(task: TaskContext) -> Any:
+        return result
+
+    execution_id = await begin(client, built)
+    async with working(address, {built: {"a": handler}}) as worker:
+        execution = await ended(client, execution_id)
+        assert not worker.run.done()
+    assert execution.status is ExecutionStatus.FAILED
+    assert reason in execution.error
+    assert len(execution.nodes[0].attempts) == 1
+
+
+async def test_the_largest_and_the_deepest_payloads_travel_through_every_node(
+    address: str, client: NexumClient
+) -> None:
+    async def first(task: TaskContext) -> Any:
+        assert json.dumps(task.input).count("[") == 198
+        return "x" * (16 * 1024 * 1024 - 2)
+
+    async def second(task: TaskContext) -> Any:
+        return [len(task.deps["a"]), json.loads("[" * 199 + "]" * 199)]
+
+    execution_id = await begin(client, CHAIN, {"deep": json.loads("[" * 198 + "]" * 198)})
+    async with working(address, {CHAIN: {"a": first, "b": second}}) as worker:
+        execution = await ended(client, execution_id)
+        assert not worker.run.done()
+    assert execution.status is ExecutionStatus.COMPLETED, execution.error
+    assert execution.outputs()["b"].startswith("[16777214,[[")
+
+
+async def test_a_handler_that_hangs_holds_its_own_slot_and_no_other(address: str, client: NexumClient) -> None:
+    hung = asyncio.Event()
+
+    async def hangs(task: TaskContext) -> None:
+        hung.set()
+        await asyncio.Event().wait()
+
+    async with working(address, {ONE: {"a": hangs}, TYPED: {"a": _number}}, concurrency=2):
+        await begin(client, ONE)
+        await asyncio.wait_for(hung.wait(), SOON)
+        for _ in range(5):
+            assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
+
+
+async def _number(task: TaskContext) -> Number:
+    return Number(value=1)
+
+
+async def _one(task: TaskContext) -> int:
+    return 1
+
+
+async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sent(client: NexumClient) -> None:
+    built = workflow("numbers", input=Number).effect("a").build()
+    with pytest.raises(InvalidRequest, match="the input is no Number"):
+        await client.start_execution(built, {"value": "many"})
+
+
+# ---- Draining --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_is_stopped_finishes_what_it_holds_and_takes_nothing_more(
+    address: str, client: NexumClient
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "finished"
+
+    first = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}) as worker:
+        await asyncio.wait_for(begun.wait(), SOON)
+        stopping = asyncio.create_task(worker.stop())
+        # Its other slots leave once the server has heard of it; then nobody polls.
+        await nobody_polls(client, first)
+        second = await begin(client, ONE)
+        assert not stopping.done()
+        go_on.set()
+        await stopping
+    assert (await ended(client, first)).outputs() == {"a": '"finished"'}
+    assert (await client.get_execution(second, with_attempts=True)).execution.nodes[0].attempts == ()
+
+
+async def test_an_idle_worker_stops_at_once(address: str, client: NexumClient) -> None:
+    await client.register_workflow(ONE)
+    execution_id = await begin(client, TYPED)
+    async with working(address, {ONE: {"a": _number}, TYPED: {"a": _number}}) as worker:
+        await ended(client, execution_id)
+        began = asyncio.get_running_loop().time()
+        await worker.stop()
+        assert asyncio.get_running_loop().time() - began < 2
+
+
+@pytest.mark.parametrize("order", ["the server first", "both at once", "the worker first"])
+async def test_an_idle_worker_stops_also_when_its_server_stops_with_it(tmp_path: Path, order: str) -> None:
+    """One Ctrl+C in a terminal reaches both."""
+    with nexum_server(tmp_path) as server:
+        async with NexumClient(server.address) as client, working(server.address, {TYPED: {"a": _number}}) as worker:
+            await ended(client, await begin(client, TYPED))
+            if order == "the server first":
+                server.process.terminate()
+                assert await asyncio.to_thread(server.process.wait) == 0
+                stopping = asyncio.create_task(worker.stop())
+            else:
+                stopping = asyncio.create_task(worker.stop())
+                if order == "the worker first":
+                    await asyncio.sleep(0)
+                server.process.terminate()
+            await asyncio.wait_for(stopping, SOON)
+
+
+async def test_a_worker_that_is_stopped_does_not_wait_for_a_server_that_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "made in between"
+
+    with nexum_server(tmp_path) as server:
+        async with working(server.address, {ONE: {"a": handler}}, worker_id="w1") as worker:
+            async with NexumClient(server.address) as client:
+                execution_id = await begin(client, ONE)
+            await asyncio.wait_for(begun.wait(), SOON)
+            server.process.kill()
+            await until(lambda: "the Nexum server is gone" in caplog.text)
+            go_on.set()
+            began = asyncio.get_running_loop().time()
+            await worker.stop()
+            assert asyncio.get_running_loop().time() - began < STOP_PATIENCE + 2
+    (line,) = [one.getMessage() for one in caplog.records if "not reported" in one.getMessage()]
+    assert line.startswith(f"finished a, execution {execution_id}, attempt 1, ")
+    assert "not reported, it will be run again: no answer from" in line
+
+
+async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancelled(
+    address: str, client: NexumClient
+) -> None:
+    reporting, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(NexumClient):
+        async def complete_task(self, task_id: str, output_json: str, **options: Any) -> Task | None:
+            reporting.set()
+            await go_on.wait()
+            return await super().complete_task(task_id, output_json, **options)
+
+    async with Slow(address) as slow:
+        running = Running(Worker(slow, [Binding(TYPED, {"a": _number})]))
+        execution_id = await begin(client, TYPED)
+        await asyncio.wait_for(reporting.wait(), SOON)
+        running.run.cancel()
+        await asyncio.sleep(0)  # the cancellation arrives
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running.run, SOON)
+    assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
+
+
+async def test_a_handler_that_ends_with_its_cancelled_worker_has_not_failed(address: str, client: NexumClient) -> None:
+    begun = asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await asyncio.Event().wait()
+        return "never"
+
+    async with working(address, {ONE: {"a": handler}}) as running:
+        execution_id = await begin(client, ONE)
+        await asyncio.wait_for(begun.wait(), SOON)
+        running.run.cancel()
+        await asyncio.wait({running.run}, timeout=SOON)
+        assert running.run.cancelled()
+    execution = (await client.get_execution(execution_id, with_attempts=True)).execution
+    assert execution.nodes[0].attempts[0].outcome in (Outcome.RUNNING, Outcome.LOST)
+
+
+WAITS = """
+import asyncio, sys
+sys.path.insert(0, {root!r})
+from nexum_engine.signals import stop_event
+
+async def main():
+    stop = stop_event()
+    print("READY", flush=True)
+    await stop.wait()
+    print("STOPPING", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("first", ["Ctrl+C", "SIGTERM"])
+def test_a_second_signal_ends_the_process_at_once_also_if_it_is_the_other_one(tmp_path: Path, first: str) -> None:
+    with running(["-c", WAITS.format(root=str(ROOT))], cwd=tmp_path) as process:
+        process.wait_for("READY")
+        signals = [process.interrupt, process.terminate]
+        for send in signals if first == "Ctrl+C" else signals[::-1]:
+            send()
+            if "STOPPING" not in process.output:
+                process.wait_for("STOPPING")
+        assert process.wait(10) != 0
+
+
+async def test_what_after_report_raises_ends_the_worker_also_while_it_drains(address: str, client: NexumClient) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "finished"
+
+    class Crash(Exception):
+        pass
+
+    def crash(_: object) -> None:
+        raise Crash
+
+    execution_id = await begin(client, ONE)
+    async with working(address, {ONE: {"a": handler}}, after_report=crash) as worker:
+        await asyncio.wait_for(begun.wait(), SOON)
+        stopping = asyncio.create_task(worker.stop())
+        await nobody_polls(client, execution_id)
+        go_on.set()
+        with pytest.raises(Crash):
+            await stopping
+
+
+# ---- The server ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_waits_for_a_server_that_is_not_up_yet_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    async with working(address, {TYPED: {"a": _number}}):
+        await until(lambda: "no Nexum server on" in caplog.text)
+        with nexum_server(tmp_path, port=port):
+            async with NexumClient(address) as client:
+                assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
+    assert caplog.text.count("no Nexum server on") == 1
+    assert f"connected to {address} as worker" in caplog.text
+
+
+async def test_a_result_that_was_made_while_the_server_was_away_is_recorded_when_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.set()
+        await go_on.wait()
+        return "made in between"
+
+    async with working(address, {ONE: {"a": handler}}):
+        with nexum_server(tmp_path, port=port):
+            async with NexumClient(address) as client:
+                execution_id = await begin(client, ONE)
+                await asyncio.wait_for(begun.wait(), SOON)
+        await until(lambda: "the Nexum server is gone" in caplog.text)
+        go_on.set()
+        with nexum_server(tmp_path, port=port):
+            async with NexumClient(address) as client:
+                await client.register_workflow(ONE, patience=SOON)
+                execution = await ended(client, execution_id)
+            await until(lambda: "connected again to" in caplog.text)
+    assert execution.outputs() == {"a": '"made in between"'}
+    assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.COMPLETED]
+
+
+class Lossy(NexumClient):
+    """Loses the first answer of a kind that has a task in it, as a connection does that breaks."""
+
+    def __init__(self, address: str, kind: type[Message]) -> None:
+        super().__init__(address)
+        self._kind = kind
+        self.lost: list[str] = []
+
+    async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
+        async def lossy(timeout: float) -> T:
+            answer = await send(timeout)
+            handed: Any = answer.next if isinstance(answer, pb.AckResponse) else answer
+            has_task = isinstance(handed, pb.PollResponse) and handed.has_task
+            if has_task and isinstance(answer, self._kind) and not self.lost:
+                self.lost.append(handed.execution_id)
+                raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+            return answer
+
+        return await super()._call(lossy, wait=wait, patience=patience)
+
+
+@pytest.mark.parametrize("kind", [pb.PollResponse, pb.AckResponse], ids=["a poll", "a report"])
+async def test_a_task_whose_answer_was_lost_is_run_at_once_and_not_when_its_lease_is_over(
+    address: str, client: NexumClient, kind: type[Message]
+) -> None:
+    runs: list[str] = []
+
+    async def handler(task: TaskContext) -> str:
+        runs.append(task.execution_id)
+        return "done"
+
+    ids = [await begin(client, ONE) for _ in range(3)]
+    lossy = Lossy(address, kind)
+    async with lossy:
+        running = Running(Worker(lossy, [Binding(ONE, {"a": handler})], concurrency=1))
+        executions = [await ended(client, one) for one in ids]
+        await running.stop()
+    assert lossy.lost, "no answer was lost"
+    assert [len(one.nodes[0].attempts) for one in executions] == [1, 1, 1]
+    assert runs == ids
+
+
+async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A slot that asked for it again would run the same attempt for ever."""
+    async with engine_server(tmp_path, lease=0.5) as faulty, NexumClient(faulty.address) as client:
+        faulty.watch("complete_task", raises)
+        async with working(faulty.address, {ONE: {"a": _one}}, concurrency=1):
+            execution = await ended(client, await begin(client, ONE))
+    assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.EXPIRED, Outcome.COMPLETED]
+    assert "not reported, it will be run again" in caplog.text
+
+
+async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_worker(
+    address: str, client: NexumClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(NexumClient):
+        faults = 0
+
+        async def complete_task(self, task_id: str, output_json: str, **options: Any) -> Task | None:
+            if not Faulty.faults:
+                Faulty.faults += 1
+                raise ServerFault("the server had a fault; its log has it under 1234abcd")
+            return await super().complete_task(task_id, output_json, **options)
+
+    caplog.set_level(logging.INFO)
+    await begin(client, TYPED)
+    async with Faulty(address) as faulty:
+        running = Running(Worker(faulty, [Binding(TYPED, {"a": _number})]))
+        await until(lambda: Faulty.faults > 0)
+        assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
+        await running.stop()
+    assert "not reported, it will be run again" in caplog.text
+
+
+async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.05)
+    async with engine_server(tmp_path) as faulty, NexumClient(faulty.address) as client:
+        faulty.watch("claim", raises, raises)
+        async with working(faulty.address, {TYPED: {"a": _number}}, concurrency=1) as worker:
+            assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
+            await worker.stop()
+        assert faulty.calls["claim"] > 2
+    assert caplog.text.count(f"no task from {faulty.address}, asking again: the server had a fault") == 2
+
+
+async def test_a_task_that_the_worker_has_no_handler_for_fails_with_that_reason(
+    address: str, client: NexumClient
+) -> None:
+    """Version hashes are the clients' own, and two workflows of one hash share their tasks."""
+    other = Workflow("other", ONE.version_hash, '{"nodes":{"b":{"type":"EFFECT","dependencies":[]}}}', ())
+    execution_id = await begin(client, other)
+    async with working(address, {ONE: {"a": _one}}, worker_id="w1"):
+        assert (await ended(client, await begin(client, ONE))).status is ExecutionStatus.COMPLETED
+        execution = (await client.get_execution(execution_id, with_attempts=True)).execution
+    first = execution.nodes[0].attempts[0]
+    assert (first.outcome, first.error) == (
+        Outcome.FAILED,
+        f"worker w1 has no handler for node 'b' of version {ONE.version_hash!r}",
+    )
+
+
+async def test_what_after_report_raises_ends_the_worker(address: str, client: NexumClient) -> None:
+    """It is how a pipeline crashes after a step: the result is recorded by then."""
+
+    class Crash(Exception):
+        pass
+
+    def crash(_: object) -> None:
+        raise Crash
+
+    execution_id = await begin(client, TYPED)
+    async with working(address, {TYPED: {"a": _number}}, after_report=crash) as worker:
+        with pytest.raises(Crash):
+            await asyncio.wait_for(worker.run, SOON)
+    assert (await ended(client, execution_id)).status is ExecutionStatus.COMPLETED
+
+
+async def test_a_version_that_means_something_else_to_the_server_ends_the_worker(
+    address: str, client: NexumClient
+) -> None:
+    await client.register_workflow(ONE)
+    other = Workflow("one", ONE.version_hash, CHAIN.ir_json, CHAIN.nodes)
+    async with working(address, {other: {"a": _number, "b": _number}}) as worker:
+        with pytest.raises(Conflict, match="registered with another definition"):
+            await asyncio.wait_for(worker.run, SOON)
+
+
+def test_bindings_without_a_handler_for_each_node_are_refused() -> None:
+    client: Any = None
+    with pytest.raises(InvalidRequest, match=r"has the nodes \['a', 'b'\], its handlers are for \['a'\]"):
+        Worker(client, [Binding(CHAIN, {"a": _number})])
+    with pytest.raises(InvalidRequest, match="at least 1 slot"):
+        Worker(client, [Binding(ONE, {"a": _number})], concurrency=0)

@@ -1,0 +1,206 @@
+"""Workflows as data: what the builder and the IR refuse, what a version is, and what may run when."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from harness import ROOT, environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexum_engine.errors import InvalidRequest, TooLarge
+from nexum_engine.records import Compatibility, NodeStatus
+from nexum_engine.scheduling import MAX_FAILED_ATTEMPTS, ready_nodes, retry_delay_ms
+from nexum_engine.workflow import MAX_NODES, compatibility, parse_ir, workflow
+
+
+def ir(**dependencies: list[str]) -> str:
+    return json.dumps({"nodes": {node: {"type": "EFFECT", "dependencies": d} for node, d in dependencies.items()}})
+
+
+# ---- The builder -----------------------------------------------------------------------------------------------------
+
+
+def test_a_node_depends_on_every_node_before_it_unless_it_says_otherwise() -> None:
+    built = workflow("w").effect("a").compute("b").effect("c", depends_on=["a"]).effect("d", depends_on=[]).build()
+    assert json.loads(built.ir_json) == {
+        "nodes": {
+            "a": {"type": "EFFECT", "dependencies": []},
+            "b": {"type": "COMPUTE", "dependencies": ["a"]},
+            "c": {"type": "EFFECT", "dependencies": ["a"]},
+            "d": {"type": "EFFECT", "dependencies": []},
+        }
+    }
+
+
+def test_the_version_is_the_same_in_every_process() -> None:
+    program = (
+        "from nexum_engine.workflow import workflow; print(workflow('w').effect('a').effect('é').build().version_hash)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment({"PYTHONHASHSEED": "7"}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = workflow("w").effect("a").effect("é").build().version_hash
+    assert run.stdout.strip() == here
+    # A constant: a change of the canonical form would orphan every execution that is under way.
+    assert here == "sha256:2bb89341dfd079141b2a7bf7e4470ad8c9227a33f0d68aa4bb3415612e29d5a4"
+
+
+def test_two_workflows_of_one_shape_are_two_versions() -> None:
+    one, other = (workflow(name).effect("a").build() for name in ("one", "other"))
+    assert one.ir_json == other.ir_json
+    assert one.version_hash != other.version_hash
+
+
+def test_a_change_of_a_node_is_a_new_version() -> None:
+    hashes = {
+        workflow("w").effect("a").effect("b").build().version_hash,
+        workflow("w").effect("a").compute("b").build().version_hash,
+        workflow("w").effect("a").effect("c").build().version_hash,
+        workflow("w").effect("a").effect("b", depends_on=[]).build().version_hash,
+    }
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\x00b"], ids=["empty", "long", "newline", "nul"])
+def test_names_that_can_not_name_anything_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="workflow_id"):
+        workflow(name)
+    with pytest.raises(InvalidRequest, match="a node's name"):
+        workflow("w").effect(name).build()
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"two nodes of one name: \['a', 'a'\]"):
+        workflow("w").effect("a").effect("a").build()
+
+
+def test_a_workflow_without_nodes_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no nodes"):
+        workflow("w").build()
+
+
+# ---- The IR ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cycle_is_refused_and_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"cycle: .*(a -> b|b -> a)"):
+        parse_ir(ir(a=["b"], b=["a"]))
+    with pytest.raises(InvalidRequest, match="cycle: a -> a"):
+        parse_ir(ir(a=["a"]))
+
+
+def test_an_unknown_dependency_is_refused_with_both_names() -> None:
+    with pytest.raises(InvalidRequest, match="'b' depends on 'nowhere'"):
+        parse_ir(ir(a=[], b=["nowhere"]))
+
+
+@pytest.mark.parametrize("kind", ["HUMAN_APPROVAL", "TIMER", "ROUTER", "MAP", "SUBWORKFLOW", "effect", ""])
+def test_a_node_type_that_does_not_run_here_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"node 'a' is of type '{kind}'.*EFFECT and COMPUTE"):
+        parse_ir(json.dumps({"nodes": {"a": {"type": kind}}}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        '"nodes"',
+        "{}",
+        '{"nodes": []}',
+        '{"nodes": {"a": 1}}',
+        '{"nodes": {"a": {}}}',
+        '{"nodes": {"a": {"type": "EFFECT", "dependencies": null}}}',
+        '{"nodes": {"a": {"type": "EFFECT", "dependencies": [1]}}}',
+        '{"nodes": {"a": {"type": "EFFECT", "weight": NaN}}}',
+    ],
+)
+def test_an_ir_of_another_form_is_refused_in_one_short_line(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="ir_json") as caught:
+        parse_ir(text)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)
+
+
+def test_an_ir_of_endless_depth_or_size_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="recursion limit"):
+        parse_ir("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(TooLarge, match="the limit is 1,048,576 bytes"):
+        parse_ir(" " * 1024 * 1024 + "{}")
+    with pytest.raises(InvalidRequest, match="1,001 nodes; the limit is 1,000"):
+        parse_ir(ir(**{f"n{n}": [] for n in range(MAX_NODES + 1)}))
+
+
+def test_what_a_published_builder_adds_to_a_node_is_ignored() -> None:
+    text = '{"nodes": {"a": {"type": "EFFECT", "dependencies": [], "retry": {"max": 3}}}, "version": 1}'
+    assert list(parse_ir(text)) == ["a"]
+
+
+# ---- Compatibility ---------------------------------------------------------------------------------------------------
+
+BASE = ir(a=[], b=["a"], c=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        (BASE, Compatibility.IDENTICAL),
+        (ir(a=[], b=["a"], c=["b", "a"]), Compatibility.IDENTICAL),
+        (ir(c=["a", "b", "a"], b=["a"], a=[]), Compatibility.IDENTICAL),
+        (ir(a=[], b=["a"], c=["a", "b"], d=["c"]), Compatibility.SAFE),
+        (ir(a=[], b=["a"]), Compatibility.BREAKING),
+        (ir(a=[], b=[], c=["a", "b"]), Compatibility.BREAKING),
+        (ir(a=[], b=["a"], c=["a", "b", "d"], d=[]), Compatibility.BREAKING),
+        (BASE.replace("EFFECT", "COMPUTE", 1), Compatibility.BREAKING),
+    ],
+    ids=["same", "reordered", "repeated", "added", "removed", "dependency gone", "dependency added", "type"],
+)
+def test_compatibility_says_what_a_new_version_means_for_the_old(new: str, expected: Compatibility) -> None:
+    assert compatibility(parse_ir(BASE), parse_ir(new)) is expected
+
+
+# ---- Scheduling ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def _graphs(draw: st.DrawFn) -> dict[str, list[str]]:
+    names = [f"n{n}" for n in range(draw(st.integers(1, 12)))]
+    graph = {
+        name: draw(st.lists(st.sampled_from(names[:at]), unique=True)) if at else [] for at, name in enumerate(names)
+    }
+    order = draw(st.permutations(names))
+    return {name: graph[name] for name in order}
+
+
+@settings(max_examples=100, deadline=None)
+@given(graph=_graphs(), data=st.data())
+def test_every_graph_runs_to_its_end_and_no_node_before_its_dependencies(
+    graph: dict[str, list[str]], data: st.DataObject
+) -> None:
+    definition = parse_ir(ir(**graph))
+    dependencies = {name: node.dependencies for name, node in definition.items()}
+    status = dict.fromkeys(definition, NodeStatus.PENDING)
+    done: list[str] = []
+    while len(done) < len(graph):
+        ready = ready_nodes(dependencies, status)
+        assert ready, f"nothing is ready after {done}"
+        chosen = data.draw(st.sampled_from(ready))
+        assert set(graph[chosen]) <= set(done)
+        status[chosen] = NodeStatus.COMPLETED
+        done.append(chosen)
+    assert ready_nodes(dependencies, status) == []
+
+
+def test_four_attempts_with_one_two_and_four_seconds_between() -> None:
+    assert [retry_delay_ms(n) for n in range(1, MAX_FAILED_ATTEMPTS + 1)] == [1000, 2000, 4000, None]

@@ -1,0 +1,116 @@
+"""worker.py with tools for tests: they write down each effect, wait at a gate, hang or fail on demand.
+
+An effect is one line of a file: time in ms, attempt, process, idempotency key. A gate is a file: open once it exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import worker
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import FinalError
+from nexum_engine.signals import stop_event
+from nexum_engine.worker import Binding, Worker
+from support.offline.web import RehearsalWeb
+from support.tools import ToolContext, tool
+from workflow import TOOL_CALL
+
+
+def write_down(log: str, call: ToolContext) -> None:
+    line = f"{time.time_ns() // 1_000_000} {call.attempt} {os.getpid()} {call.idempotency_key}\n"
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
+
+
+def wait_at(gate: str) -> None:
+    while not Path(gate).exists():
+        time.sleep(0.005)
+
+
+@tool()
+def count_effect(log: str, number: int, *, call: ToolContext) -> str:
+    """Write the effect down; no two executions return the same."""
+    time.sleep(0.02)
+    write_down(log, call)
+    time.sleep(0.02)
+    return f"{number} {uuid.uuid4()}"
+
+
+@tool()
+def count_behind_gate(log: str, gate: str, number: int, *, call: ToolContext) -> str:
+    """The same, once the gate is open."""
+    wait_at(gate)
+    time.sleep(0.02)
+    write_down(log, call)
+    time.sleep(0.02)
+    return f"{number} {uuid.uuid4()}"
+
+
+@tool()
+def gate_then_effect(arrivals: str, gate: str, log: str, *, call: ToolContext) -> str:
+    """Write the arrival down, wait, then write the effect down."""
+    write_down(arrivals, call)
+    wait_at(gate)
+    write_down(log, call)
+    return f"attempt {call.attempt}"
+
+
+@tool()
+def effect_then_gate(log: str, gate: str, *, call: ToolContext) -> str:
+    """Write the effect down, then wait."""
+    write_down(log, call)
+    wait_at(gate)
+    return f"attempt {call.attempt}"
+
+
+@tool(time_limit=0.3)
+def hang_once(log: str, *, call: ToolContext) -> str:
+    """Hang past the limit at the first attempt."""
+    write_down(log, call)
+    if call.attempt == 1:
+        time.sleep(3600)
+    return f"attempt {call.attempt}"
+
+
+@tool()
+def fail_until(log: str, gate: str, *, call: ToolContext) -> str:
+    """Fail for good while the gate is closed."""
+    write_down(log, call)
+    if not Path(gate).exists():
+        raise FinalError("the gate is closed ✗")
+    return "the gate is open"
+
+
+@tool()
+def fail_then_gate(gate: str, *, call: ToolContext) -> str:
+    """Fail at the first attempt, for a reason of several lines, then wait."""
+    if call.attempt == 1:
+        raise RuntimeError("the page was\nnot there" + "!" * 300)
+    wait_at(gate)
+    return f"attempt {call.attempt}"
+
+
+async def main(address: str) -> None:
+    """Serve the live workflow with the rehearsal's pages, so that no test needs the web."""
+    stop = stop_event()
+    async with NexumClient(address) as client:
+        handler = worker.tool_call_handler(RehearsalWeb())
+        await Worker(client, [Binding(TOOL_CALL, {"tool_call": handler})], concurrency=4, describe=worker.describe).run(
+            stop
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    try:
+        asyncio.run(main(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)

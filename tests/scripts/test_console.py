@@ -1,0 +1,212 @@
+"""What every script shares: output that can't control a terminal, Ctrl+C at any moment, a pipe that nobody reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Server, environment, running, tool_worker
+from openai_server import OpenAIServer, Reply
+from processes import answer, read_one_line, run_demo, run_script, submitter
+
+from support.console import printable, say
+
+CLEAR = "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
+SHOWN = r"\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+# ---- Control characters ----------------------------------------------------------------------------------------------
+
+
+def test_control_characters_are_shown_and_newlines_and_tabs_stay() -> None:
+    everything = "".join(map(chr, range(0x100)))
+    assert CONTROLS.sub("", printable(everything)) == printable(everything)
+    assert printable("a\tb\nc\r\nd\re ✓ 東京") == "a\tb\nc\nd\\x0de ✓ 東京"
+    assert printable(CLEAR) == SHOWN
+
+
+def test_what_a_model_says_can_not_control_the_terminal(server: Server, tmp_path: Path) -> None:
+    replies = [Reply(calls=[(f"no_such_tool{CLEAR}", {})]), Reply(f"An answer.{CLEAR}\nWith a second line.")]
+    with OpenAIServer(replies) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
+        code, output = run_demo(tmp_path, "--nexum", server.address, env=env)
+    assert code == 0, output
+    assert f"calls no_such_tool{SHOWN}" in output
+    assert answer(output).strip() == f"An answer.{SHOWN}\nWith a second line."
+    assert CONTROLS.findall(output.replace("\n", "")) == []
+
+
+def test_what_a_team_says_can_not_control_the_terminal(server: Server, tmp_path: Path) -> None:
+    # Its replies come in one piece, a single agent's as a stream.
+    with OpenAIServer([Reply(f"A report.{CLEAR}")]) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
+        code, output = run_demo(tmp_path, "--nexum", server.address, "--team", env=env)
+    assert code == 0, output
+    assert output.count(f"A report.{SHOWN}") == 3
+    assert CONTROLS.findall(output.replace("\n", "")) == []
+
+
+def test_what_comes_over_the_wire_can_not_control_the_terminal_of_a_caller_or_a_worker(
+    server: Server, tmp_path: Path
+) -> None:
+    with tool_worker(tmp_path, server.address) as worker:
+        with submitter(tmp_path, server.address, f"no{CLEAR}", {"x": 1}) as caller:
+            assert caller.wait() == 1
+        worker.wait_for("failed")
+    assert "Submitted exec-" in caller.output
+    assert f"(no{SHOWN})" in caller.output
+    assert f"no{SHOWN}, execution" in worker.output
+    assert CONTROLS.findall((caller.output + worker.output).replace("\n", "")) == []
+
+
+def test_what_stands_in_a_log_record_or_a_warning_can_not_control_the_terminal(tmp_path: Path) -> None:
+    program = (
+        "import logging, sys, warnings; from console import log_to; log_to(sys.stderr, logging.WARNING)\n"
+        f"logging.getLogger('x').warning('logged %s', {CLEAR!r}); warnings.warn({CLEAR!r})"
+    )
+    code, output = run_script(["-c", program], tmp_path)
+    assert code == 0
+    assert f"logged {SHOWN}" in output
+    assert f"UserWarning: {SHOWN}" in output
+    assert CONTROLS.findall(output.replace("\n", "")) == []
+
+
+# ---- Ctrl+C ----------------------------------------------------------------------------------------------------------
+
+INTERRUPTER = """
+import os, signal, sys
+
+class Interrupter:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPT_AT"]:
+            sys.meta_path.remove(self)
+            os.write(1, b"PRESSED\\n")
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+"""
+"""Python imports `sitecustomize` before all else. This one sends a real SIGINT as the import of a module begins."""
+
+AT_ONCE = {
+    "demo.py": (
+        "argparse",
+        "asyncio",
+        "grpc",
+        "grpc._cython",
+        "pydantic",
+        "nexum_engine.client",
+        "support.session_file",
+    ),
+    "worker.py": ("argparse", "grpc", "pydantic_core", "support.tools", "workflow"),
+    "submit_task.py": ("asyncio", "grpc", "support.session_file", "workflow"),
+    "crash_demo.py": ("argparse", "grpc", "support.graphflow.comparison", "support.models", "support.pipeline.page"),
+    "pipeline_worker.py": ("argparse", "socket", "grpc", "support.models", "pipeline_workflow"),
+}
+
+
+def interrupt(script: str, moment: str, folder: Path, *arguments: str) -> tuple[int, str]:
+    (folder / "sitecustomize.py").write_text(INTERRUPTER)
+    env = {"INTERRUPT_AT": moment, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    code, output = run_script([str(ROOT / script), *arguments], folder, env)
+    assert output.count("PRESSED") == 1, f"{moment} was never imported"
+    return code, output
+
+
+@pytest.mark.parametrize(("script", "moment"), [(script, one) for script, all_ in AT_ONCE.items() for one in all_])
+def test_ctrl_c_while_a_script_imports_ends_it_at_once_and_without_a_word(
+    tmp_path: Path, script: str, moment: str
+) -> None:
+    assert interrupt(script, moment, tmp_path) == (130, "PRESSED")
+
+
+@pytest.mark.parametrize("moment", ["durable_autogen", "autogen_core", "autogen_agentchat.agents"])
+def test_ctrl_c_while_the_demo_loads_autogen_ends_it_with_a_word(tmp_path: Path, moment: str) -> None:
+    code, output = interrupt("demo.py", moment, tmp_path)
+    assert code == 130
+    assert output.splitlines()[-1] == "interrupted; the same command continues from what is recorded"
+
+
+def test_ctrl_c_while_a_worker_loads_its_tools_ends_it(tmp_path: Path) -> None:
+    assert interrupt("worker.py", "support.offline.web", tmp_path) == (130, "PRESSED")
+
+
+def test_ctrl_c_while_a_pipeline_worker_loads_autogen_stops_it_in_good_order(tmp_path: Path) -> None:
+    code, output = interrupt("pipeline_worker.py", "autogen_core", tmp_path, "--nexum", "127.0.0.1:1")
+    assert (code, output.splitlines()[-1]) == (0, "PRESSED")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT that a shell can switch off")
+def test_a_script_that_was_started_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTER)
+    env = {"INTERRUPT_AT": "pydantic", "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    ignoring = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    code, output = run_script(["-c", ignoring, sys.executable, str(ROOT / "submit_task.py"), "--help"], tmp_path, env)
+    pressed, *help_text = output.splitlines()
+    assert (code, pressed) == (0, "PRESSED")
+    assert help_text[0].startswith("usage: submit_task.py")
+
+
+# ---- A pipe that nobody reads, a full disk ---------------------------------------------------------------------------
+
+
+def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed:
+        encoding = "cp1252"
+
+        def write(self, _: str) -> int:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        say("✓")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("script", ["demo.py", "crash_demo.py"])
+def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, script: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [sys.executable, str(ROOT / script)], cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
+        )
+    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
+def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_path: Path) -> None:
+    # Its first line names the connection; what it writes of a task is the first that nobody reads.
+    with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
+        reader.wait_for("CLOSED")
+        with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:
+            assert caller.wait() == 1
+        assert reader.wait() == 0
+    assert reader.lines[-1] == "0 ''"
+
+
+READER = """
+import subprocess, sys
+
+worker = subprocess.Popen(
+    [sys.executable, {worker!r}, "--nexum", {address!r}], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+)
+assert "connected to" in worker.stdout.readline()
+worker.stdout.close()
+print("CLOSED", flush=True)
+print(worker.wait(30), repr(worker.stderr.read()))
+"""
+
+
+@pytest.mark.parametrize("script", [one for one in AT_ONCE if one != "submit_task.py"])
+def test_help_whose_first_line_is_enough_is_no_error_to_complain_about(tmp_path: Path, script: str) -> None:
+    line, code, errors = read_one_line([str(ROOT / script), "--help"], tmp_path)
+    assert line.startswith("usage: ")
+    assert code in (0, 1)
+    assert errors == ""

@@ -1,0 +1,375 @@
+"""crash_demo.py as a stranger and as a checker runs it: what it prints is what the server has recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, Server, running
+from openai_server import OpenAIServer, Reply
+from pipelines import (
+    CRASH_DEMO,
+    PIPELINE_WORKER,
+    assert_no_worker_is_left,
+    attempts,
+    cancel,
+    has_poller,
+    output_of,
+    pipelines,
+    run_crash_demo,
+    start_pipeline,
+)
+from processes import children, is_alive, read_one_line, require_free_default_port, run_script, send, wait_until
+
+from pipeline_workflow import STEPS
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+ROW = re.compile(
+    r"^(research|validate|summarize|report) +(\d+) +(\S+) +\+(\d+\.\d\d) +(\d+\.\d\d)  (\S.*)$", re.MULTILINE
+)
+
+
+def as_planned(crash_after: str) -> list[tuple[str, int, str, str]]:
+    """The attempts of a run in which nothing was repeated."""
+    last = STEPS.index(crash_after)
+    return [(step, 1, "worker-1" if at <= last else "worker-2", "COMPLETED") for at, step in enumerate(STEPS)]
+
+
+def assert_timeline_is_the_record(output: str, execution: dict[str, Any]) -> None:
+    """Every row of the printed timeline, and there are no others."""
+    recorded = sorted(
+        (
+            (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
+            for node in execution["nodes"]
+            for attempt in node["attempts"]
+        ),
+        key=lambda row: row[:2],
+    )
+    begun = recorded[0][0]
+    expected = [
+        (
+            step,
+            str(attempt["attempt"]),
+            attempt["worker_id"],
+            f"{(attempt['started_ms'] - begun) / 1000:.2f}",
+            f"{(attempt['ended_ms'] - attempt['started_ms']) / 1000:.2f}",
+        )
+        for _, _, step, attempt in recorded
+    ]
+    assert [row[:5] for row in ROW.findall(output)] == expected
+    assert output_of(execution, "report")["markdown"].strip() in output
+
+
+# ---- Crash points ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", STEPS[:-1])
+def test_worker_2_runs_exactly_the_remaining_steps_and_every_step_is_recorded_once(
+    server: Server, tmp_path: Path, step: str
+) -> None:
+    code, output = run_crash_demo(tmp_path, "--crash-after", step, "--nexum", server.address)
+    assert code == 0, output
+    (execution,) = pipelines(tmp_path, server.address)
+    assert execution["status"] == "COMPLETED"
+    assert attempts(execution) == as_planned(step)
+    assert_timeline_is_the_record(output, execution)
+    upto = ", ".join(STEPS[: STEPS.index(step) + 1])
+    following = STEPS[STEPS.index(step) + 1]
+    assert "worker-1 is dead: killed by SIGKILL" in output or sys.platform == "win32"
+    assert f"Recorded when worker-1 died: {upto}. Resumed at: {following}.\nNo step ran again." in output
+    assert f"--- worker-2 resumes at {following} ---" in output
+    assert_no_worker_is_left(output)
+
+
+@pytest.mark.parametrize("step", ["research", "report"])
+def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: Path, step: str) -> None:
+    code, output = run_crash_demo(tmp_path, "--crash-during", step, "--nexum", server.address)
+    assert code == 0, output
+    (execution,) = pipelines(tmp_path, server.address)
+    before, after = STEPS[: STEPS.index(step)], STEPS[STEPS.index(step) + 1 :]
+    assert attempts(execution) == [
+        *((one, 1, "worker-1", "COMPLETED") for one in before),
+        (step, 1, "worker-1", "LOST"),
+        (step, 2, "worker-2", "COMPLETED"),
+        *((one, 1, "worker-2", "COMPLETED") for one in after),
+    ]
+    assert_timeline_is_the_record(output, execution)
+    assert f"Ran again: {step} (attempt 1 lost, effect done; attempt 2 recorded). Its effect happened twice." in output
+    assert_no_worker_is_left(output)
+
+
+@pytest.mark.slow
+def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_path: Path) -> None:
+    code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
+    assert code == 0, output
+    verdicts = output.partition("crash points, from the server's records:\n")[2].splitlines()
+    assert verdicts == [
+        "after research    ok: worker-1 ran research; worker-2 ran validate, summarize, report",
+        "after validate    ok: worker-1 ran research, validate; worker-2 ran summarize, report",
+        "after summarize   ok: worker-1 ran research, validate, summarize; worker-2 ran report",
+        "during summarize  ok: worker-1 ran research, validate; worker-2 ran summarize, report; summarize took 2 "
+        "attempts, its effect happened twice",
+    ]
+    executions = pipelines(tmp_path, server.address)
+    assert [attempts(one) for one in executions[:3]] == [as_planned(step) for step in STEPS[:-1]]
+    assert [one["status"] for one in executions] == ["COMPLETED"] * 4
+    assert_no_worker_is_left(output)
+
+
+@on_linux
+def test_without_a_server_it_brings_its_own_takes_less_than_30_s_and_leaves_nothing(tmp_path: Path) -> None:
+    require_free_default_port()
+    begun = time.monotonic()
+    with running([CRASH_DEMO], cwd=tmp_path, env={"CRASH_AFTER": "report", "CRASH_DURING": "report"}) as demo:
+        demo.wait_for("worker-1 started")
+        server = children(demo.popen.pid)["server"]
+        assert demo.wait() == 0, demo.output
+    assert time.monotonic() - begun < 30
+    assert not is_alive(server)
+    assert_no_worker_is_left(demo.output)
+    (execution,) = pipelines(tmp_path)
+    # Validate is the default, and what the environment says to a worker by hand is not for the demo's.
+    assert attempts(execution) == as_planned("validate")
+    assert_timeline_is_the_record(demo.output, execution)
+
+
+def test_a_page_that_was_dropped_into_the_rehearsal_is_found_and_cited(server: Server, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__"))
+    fact = "The zorblax turbine was invented in 1987 by Mira Tannhauser, who ran it on rainwater."
+    page = project / "support" / "offline" / "pages" / "zorblax-turbines.md"
+    page.write_text(f"# Zorblax turbines\n\n{fact}\n\nIts blades are made of glass.\n", encoding="utf-8")
+    command = [str(project / "crash_demo.py"), "--query", "Who invented the zorblax turbine?", "--nexum"]
+    code, output = run_script([*command, server.address], tmp_path, {"PYTHONPATH": str(project)})
+    assert code == 0, output
+    report = output_of(pipelines(tmp_path, server.address)[0], "report")["markdown"]
+    assert f"{fact} [1]" in report
+    assert "1. Zorblax turbines. <https://rehearsal.example/zorblax-turbines>" in report
+    assert report.strip() in output
+
+
+# ---- What would disturb it -------------------------------------------------------------------------------------------
+
+
+def test_a_leftover_of_a_killed_demo_is_cancelled_by_name(server: Server, tmp_path: Path) -> None:
+    with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
+        demo.wait_for("validate   recorded")
+        demo.kill()
+    (leftover,) = pipelines(tmp_path, server.address)
+    assert leftover["status"] == "RUNNING"
+    code, output = run_crash_demo(tmp_path, "--nexum", server.address)
+    assert code == 0, output
+    assert f"Cancelled {leftover['execution_id']}, which an earlier crash_demo left RUNNING" in output
+    assert [one["status"] for one in pipelines(tmp_path, server.address)] == ["CANCELLED", "COMPLETED"]
+
+
+def test_somebody_elses_pipeline_is_refused_by_name_and_left_alone(server: Server, tmp_path: Path) -> None:
+    execution_id = start_pipeline(server.address)
+    code, output = run_crash_demo(tmp_path, "--nexum", server.address)
+    assert code == 2
+    assert f"{execution_id} of research-pipeline-offline is RUNNING" in output
+    assert f"python -m nexum_engine cancel {execution_id} --nexum {server.address}" in output
+    (execution,) = pipelines(tmp_path, server.address)
+    assert execution["status"] == "RUNNING"
+    assert attempts(execution) == []
+
+
+def test_somebody_elses_worker_is_refused_by_name(server: Server, tmp_path: Path) -> None:
+    with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "stranger"], cwd=tmp_path) as stranger:
+        stranger.wait_for("connected to")
+        code, output = run_crash_demo(tmp_path, "--nexum", server.address)
+        assert code == 2
+        assert re.search(rf"pipeline worker stranger-pid{stranger.popen.pid}, which this demo did not", output)
+        assert "worker-1 started" not in output
+    wait_until(lambda: pipelines(tmp_path, server.address)[-1]["status"] == "CANCELLED", "its execution is cancelled")
+
+
+def test_a_worker_that_has_just_gone_is_no_reason_to_refuse(server: Server, tmp_path: Path) -> None:
+    ended = start_pipeline(server.address)
+    cancel(server.address, ended)
+    with running([PIPELINE_WORKER, "--nexum", server.address], cwd=tmp_path):
+        wait_until(lambda: has_poller(server.address, ended), "its poll has arrived")
+    assert has_poller(server.address, ended), "the server has forgotten it already"
+    code, output = run_crash_demo(tmp_path, "--nexum", server.address)
+    assert code == 0, output
+
+
+@pytest.mark.slow
+def test_a_second_demo_leaves_the_first_ones_pipeline_alone(server: Server, tmp_path: Path) -> None:
+    with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as first:
+        first.wait_for("worker-1 started")
+        code, output = run_crash_demo(tmp_path, "--nexum", server.address)
+        assert first.wait() == 0, first.output
+    assert code == 0, output
+    executions = pipelines(tmp_path, server.address)
+    assert [one["status"] for one in executions] == ["COMPLETED"] * 2
+    assert [attempts(one) for one in executions] == [as_planned("validate")] * 2
+
+
+# ---- Kills from outside ----------------------------------------------------------------------------------------------
+
+
+def assert_true_account(output: str, execution: dict[str, Any]) -> None:
+    """What the demo says was repeated is what the record says, and nothing recorded was handed out again."""
+    assert execution["status"] == "COMPLETED"
+    assert_timeline_is_the_record(output, execution)
+    for node in execution["nodes"]:
+        outcomes = [attempt["outcome"] for attempt in node["attempts"]]
+        assert outcomes.count("COMPLETED") == 1
+        assert outcomes[-1] == "COMPLETED"
+        assert (f"Ran again: {node['node_id']} (" in output) == (len(outcomes) > 1)
+
+
+@pytest.mark.slow
+@on_linux
+@pytest.mark.parametrize("seed", range(4))
+def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
+    # A moment that came too late, when the worker was gone by itself, is followed by an earlier one.
+    moment = random.Random(seed).uniform(0.0, 1.2)
+    name = f"worker-{1 + seed % 2}"
+    for _ in range(6):
+        output = run_with_a_kill(server, tmp_path, name, moment)
+        execution = pipelines(tmp_path, server.address)[-1]
+        assert_true_account(output, execution)
+        assert_no_worker_is_left(output)
+        planned = name == "worker-1" and (STEPS[1], 1, name, "COMPLETED") in attempts(execution)
+        if f"{name} is dead: killed by SIGKILL" in output and not planned:
+            return
+        moment /= 2
+    raise AssertionError(f"seed {seed}: no kill hit {name}")
+
+
+def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> str:
+    """A run whose worker of this name is sent a SIGKILL so many seconds after its start; its output."""
+    with running([CRASH_DEMO, "--nexum", server.address], cwd=folder) as demo:
+        line = demo.wait_for(f"{name} started")
+        time.sleep(moment)  # nothing waits for this: it is what is tried out
+        send(int(line.partition("(pid ")[2].partition(")")[0]), signal.SIGKILL)
+        assert demo.wait() == 0, f"{name}, {moment:.2f} s: {demo.output}"
+    return demo.output
+
+
+@pytest.mark.slow
+@on_linux
+@pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
+def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, moment: str) -> None:
+    require_free_default_port()
+    with running([CRASH_DEMO], cwd=tmp_path) as demo:
+        demo.wait_for(moment)
+        os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
+        assert demo.wait() == 0, demo.output
+    assert "the server is gone (exit -9)" in demo.output
+    assert_true_account(demo.output, pipelines(tmp_path)[0])
+
+
+@pytest.mark.slow
+@on_linux
+def test_workers_that_are_killed_again_and_again_are_given_up(server: Server, tmp_path: Path) -> None:
+    killed: set[int] = set()
+    with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
+
+        def kill_and_look() -> bool:
+            for pid in filter(is_alive, children(demo.popen.pid).values()):
+                send(pid, signal.SIGKILL)
+                killed.add(pid)
+            return demo.popen.poll() is not None
+
+        wait_until(kill_and_look, "it gives up", timeout=60)
+        assert demo.wait() == 1
+    assert len(killed) == 12
+    assert "error: 12 workers died one after the other: giving up" in demo.output
+    (execution,) = pipelines(tmp_path, server.address)
+    assert execution["status"] == "CANCELLED"
+
+
+# ---- Ctrl+C ----------------------------------------------------------------------------------------------------------
+
+
+@on_linux
+@pytest.mark.parametrize("moment", ["worker-1 started", "research   recorded", "worker-2 started"])
+def test_ctrl_c_cancels_its_execution_and_leaves_no_process(server: Server, tmp_path: Path, moment: str) -> None:
+    with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
+        demo.wait_for(moment)
+        demo.interrupt()
+        assert demo.wait() == 130
+    assert "Traceback" not in demo.output
+    (execution,) = pipelines(tmp_path, server.address)
+    assert execution["status"] == "CANCELLED"
+    assert f"Cancelled {execution['execution_id']}" in demo.output
+    assert_no_worker_is_left(demo.output)
+
+
+# ---- When it doesn't hold, and when it can't run ---------------------------------------------------------------------
+
+
+def test_a_pipeline_that_fails_ends_in_exit_1_with_the_reason(server: Server, tmp_path: Path) -> None:
+    with OpenAIServer([Reply(status=401)]) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
+        code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
+    assert code == 1
+    assert "research   attempt 1 failed: the model gave no usable answer" in output
+    assert "error: crash after validate: the execution is FAILED, not COMPLETED: the model gave no usable" in output
+    assert_no_worker_is_left(output)
+
+
+def test_a_live_model_goes_through_the_same_four_steps(server: Server, tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["messages"][-1]["role"] == "user":
+            return Reply(calls=[("visit_webpage", {"url": "http://10.0.0.1/"})])
+        claim = {"statement": "It is so.", "url": "http://10.0.0.1/", "quote": "It is so."}
+        return Reply(json.dumps({"claims": [claim]}))
+
+    with OpenAIServer(reply) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
+        code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
+    assert code == 0, output
+    # The guarded fetch refuses the address, so the claim can't be proved.
+    assert "validate   recorded after" in output
+    assert "0 claims kept, 1 dropped" in output
+    assert "10.0.0.1 is not a public address" in output
+    assert pipelines(tmp_path, server.address) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--crash-after", "report"], "argument --crash-after: invalid choice: 'report'"),
+        (["--crash-after", "publish"], "argument --crash-after: invalid choice"),
+        (["--crash-after", "research", "--all"], "not allowed with argument"),
+        (["--query", " "], "the query is empty"),
+        (["--html", "no-such-folder/page.html"], "give a file in a folder that exists"),
+        (["--nexum", "nowhere"], "'nowhere' is not the address of a server"),
+        (["--nexum", "127.0.0.1:1"], "no Nexum server answers on 127.0.0.1:1"),
+    ],
+)
+def test_what_cant_be_shown_is_refused_with_exit_2(tmp_path: Path, arguments: list[str], told: str) -> None:
+    code, output = run_crash_demo(tmp_path, *arguments)
+    assert code == 2
+    assert told in output
+
+
+def test_a_model_without_its_key_is_refused(tmp_path: Path) -> None:
+    code, output = run_crash_demo(tmp_path, env={"NEXUM_MODEL": "gpt-x"})
+    assert code == 2
+    assert "NEXUM_MODEL=gpt-x needs OPENAI_API_KEY" in output
+
+
+def test_asked_to_be_offline_it_needs_no_key(server: Server, tmp_path: Path) -> None:
+    code, output = run_crash_demo(tmp_path, "--offline", "--nexum", server.address, env={"NEXUM_MODEL": "gpt-x"})
+    assert code == 0, output
+
+
+def test_a_reader_who_has_seen_enough_ends_it_without_a_traceback(server: Server, tmp_path: Path) -> None:
+    line, code, errors = read_one_line([CRASH_DEMO, "--nexum", server.address], tmp_path)
+    assert line.startswith("[demo] Model")
+    assert (code, errors) == (1, "")
+    assert [one["status"] for one in pipelines(tmp_path, server.address)] in ([], ["CANCELLED"])

@@ -1,0 +1,339 @@
+"""demo.py as a stranger runs it: no key, no server, then again, and with every wrong argument."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import grpc
+import pytest
+from filelock import FileLock
+from harness import free_port, running
+from processes import (
+    DEMO,
+    QUESTION,
+    answer,
+    attempts,
+    call_of,
+    demo,
+    read_one_line,
+    recorded,
+    require_free_default_port,
+    result_of,
+    run_demo,
+    run_script,
+)
+
+
+@pytest.fixture(autouse=True)
+def _default_port() -> None:
+    require_free_default_port()
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the README's question was asked once, and what the demo printed."""
+    require_free_default_port()
+    folder = tmp_path_factory.mktemp("first")
+    code, output = run_demo(folder, QUESTION)
+    assert code == 0, output
+    return folder, output
+
+
+# ---- The main job ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_run_names_its_model_first_and_answers_about_both_cities(first_run: tuple[Path, str]) -> None:
+    _, output = first_run
+    assert output.startswith("[demo] Model: offline rehearsal (no model key found)")
+    assert "Tokyo" in answer(output)
+    assert "New York" in answer(output)
+    assert "Tool calls: 4 executed, 0 cached, 0 attached" in output
+
+
+def test_every_quote_and_every_source_of_the_answer_is_in_a_recorded_visit(first_run: tuple[Path, str]) -> None:
+    folder, output = first_run
+    calls = [(call_of(one), result_of(one)) for one in recorded(folder)]
+    visits = {arguments["url"]: text for (name, arguments), text in calls if name == "visit_webpage"}
+    quotes = re.findall(r'"([^"]+)"', answer(output))
+    sources = re.findall(r"https?://\S+", answer(output))
+    assert len(quotes) >= 2
+    assert len(sources) >= 2
+    assert all(any(quote in text for text in visits.values()) for quote in quotes)
+    assert set(sources) <= set(visits)
+
+
+def test_each_call_of_the_first_run_took_one_attempt(first_run: tuple[Path, str]) -> None:
+    folder, _ = first_run
+    assert [len(attempts(one)) for one in recorded(folder)] == [1, 1, 1, 1]
+
+
+def test_asked_again_it_gives_the_same_answer_from_the_record_alone(first_run: tuple[Path, str]) -> None:
+    folder, output = first_run
+    before = recorded(folder)
+    code, again = run_demo(folder)
+    assert code == 0
+    assert f"[demo] No question given; asking the README's: {QUESTION}" in again
+    assert re.search(r"Session: \w+, begun \d+ (s|min) ago: continuing it \(--new-session", again)
+    assert again.count("already COMPLETED (cached) ✓") == 4
+    assert "Submitted" not in again
+    assert answer(again) == answer(output)
+    assert recorded(folder) == before
+
+
+def test_a_truncated_session_file_is_set_aside_and_the_keys_still_find_every_execution(
+    first_run: tuple[Path, str],
+) -> None:
+    folder, output = first_run
+    before = recorded(folder)
+    (session,) = folder.glob(".session-*.json")
+    whole = session.read_bytes()
+    session.write_bytes(whole[:-20])
+    code, again = run_demo(folder, QUESTION)
+    assert code == 0
+    assert f"{session.name} is corrupt" in again
+    (aside,) = folder.glob(".session-*.json.corrupt-*")
+    assert aside.read_bytes() == whole[:-20]
+    assert "Tool calls: 0 executed, 4 cached, 0 attached" in again
+    assert answer(again) == answer(output)
+    assert recorded(folder) == before
+    assert '"executions"' in session.read_text()
+    aside.unlink()
+
+
+def test_a_new_session_has_an_id_of_its_own_under_which_it_goes_on(tmp_path: Path) -> None:
+    code, output = run_demo(tmp_path, QUESTION, "--new-session")
+    assert code == 0
+    assert "Tool calls: 4 executed, 0 cached" in output
+    match = re.search(r"Session: (\w+) \(new; continue it with --session-id \1\)", output)
+    assert match
+    code, output = run_demo(tmp_path, QUESTION, "--session-id", match[1])
+    assert code == 0
+    assert "Tool calls: 0 executed, 4 cached" in output
+    code, output = run_demo(tmp_path, QUESTION)
+    assert code == 0
+    assert "Tool calls: 4 executed, 0 cached" in output
+
+
+def test_a_question_that_no_page_covers_is_answered_with_the_topics(tmp_path: Path) -> None:
+    code, output = run_demo(tmp_path, "How tall is Mount Everest's twin?", "--offline")
+    assert code == 0
+    assert "(asked for)" in output
+    assert "- Durable execution" in answer(output)
+
+
+# ---- A crash, and the run after it -----------------------------------------------------------------------------------
+
+
+def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -> None:
+    code, crashed = run_demo(tmp_path, QUESTION, "--crash-after-step", "1")
+    assert code not in (0, 1, 2)
+    # Its last word; its children may have one more.
+    assert crashed.rpartition("[demo] ")[2].startswith("step 1 is recorded; crashing now")
+    (done,) = re.findall(r"(exec-\S+)\.\.\. \(\w+\) done ✓", crashed)
+
+    # At once: the dying server still has its port and its lock.
+    code, output = run_demo(tmp_path, QUESTION)
+    assert code == 0
+    assert re.search(rf"{done}\S* \(web_search\) already COMPLETED \(cached\) ✓", output)
+    (before,) = [one for one in recorded(tmp_path) if one["execution_id"].startswith(done)]
+    assert [one["outcome"] for one in attempts(before)] == ["COMPLETED"]
+    assert len(recorded(tmp_path)) == 4
+
+    # A step that is never reached is said.
+    code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
+    assert code == 0
+    assert output.splitlines()[-1] == "[demo] No crash: the run executed 0 call(s) of its own, not 3"
+
+
+def test_it_crashes_at_the_step_that_was_asked_for(tmp_path: Path) -> None:
+    code, _ = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
+    assert code not in (0, 1, 2)
+    assert sum(one["status"] == "COMPLETED" for one in recorded(tmp_path)) >= 3
+
+
+def test_a_run_waits_for_the_database_of_a_dying_server_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".nexum").mkdir()
+    lock = FileLock(tmp_path / ".nexum" / "local.db.lock")
+    with lock, demo(tmp_path, QUESTION) as process:
+        process.wait_for("still waits for localhost:50051 or its database")
+        lock.release()
+        assert process.wait() == 0
+        assert "Tool calls: 4 executed" in process.output
+
+
+# ---- What can't work -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--crash-after-step", "0"], "--crash-after-step is 0: give 1 or more"),
+        (["--crash-after-step", "-2"], "--crash-after-step is -2: give 1 or more"),
+        (["--crash-after-step", "one"], "invalid int value: 'one'"),
+        ([""], "the question is empty"),
+        (["  \n"], "the question is empty"),
+        (["--session-id", "../x"], "session id '../x' can't be used"),
+        (["--session-id", "a/../../b"], "can't be used"),
+        (["--session-id", "x" * 65], "can't be used"),
+        (["--session-id", "x\n"], "can't be used"),
+        (["--session-id", ""], "session id '' can't be used"),
+        (["--session-id", "a", "--new-session"], "not allowed with"),
+        (["--nexum", "nonsense"], "'nonsense' is not the address of a server: give HOST:PORT"),
+        (["--nexum", "localhost:99999"], "is not the address of a server"),
+        (["--nexum", "localhost:{free}"], "error: no Nexum server answers on localhost:{free}"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+    port = str(free_port())
+    code, output = run_demo(tmp_path, *(one.replace("{free}", port) for one in arguments))
+    assert code == 2
+    assert "error: " in output.splitlines()[-1]
+    assert said.replace("{free}", port) in output.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_in_the_environment_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    code, output = run_demo(tmp_path, env={"NEXUM_ADDRESS": address})
+    assert code == 2
+    assert output.splitlines()[-1].startswith(f"error: no Nexum server answers on {address}")
+
+
+def test_a_database_that_is_none_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".nexum").mkdir()
+    database = tmp_path / ".nexum" / "local.db"
+    database.write_bytes(b"dear diary" * 100)
+    code, output = run_demo(tmp_path)
+    assert code == 2
+    assert f"error: {database} is not a database: it was left untouched" in output
+    assert output.splitlines()[-1] == "error: the embedded server did not start; see its error above"
+    assert database.read_bytes() == b"dear diary" * 100
+
+
+def test_a_session_file_that_can_not_be_read_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / ".session-s.json").mkdir()
+    code, output = run_demo(tmp_path, "--session-id", "s")
+    assert code == 2
+    assert output.splitlines()[-1].startswith(f"error: the session file {tmp_path}/.session-s.json can't be read")
+
+
+@contextmanager
+def web_server() -> Iterator[None]:
+    """An HTTP server on Nexum's default port."""
+    with ThreadingHTTPServer(("127.0.0.1", 50051), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+
+
+@contextmanager
+def silent_server() -> Iterator[None]:
+    """Something on that port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 50051)) as listener:
+        yield
+        listener.setblocking(False)
+        listener.accept()[0].close()  # somebody had come
+
+
+@pytest.mark.parametrize("other", [web_server, silent_server])
+@pytest.mark.parametrize("arguments", [[], ["--nexum", "localhost:50051"]], ids=["by default", "named"])
+def test_a_port_that_something_else_has_is_a_clear_error_and_soon(
+    tmp_path: Path, other: Callable[[], AbstractContextManager[None]], arguments: list[str]
+) -> None:
+    with other(), demo(tmp_path, *arguments) as process:
+        process.wait_for("Session: ")  # all is imported
+        begun = time.monotonic()
+        assert process.wait() == 2
+        took = time.monotonic() - begun
+    assert process.lines[-1] == (
+        "error: what listens on localhost:50051 does not answer as a Nexum server: end it, or name a running server "
+        "with --nexum HOST:PORT"
+    )
+    assert took < 4  # two seconds are for a server that is just ending
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_grpc_server_on_the_default_port_is_named_as_such(tmp_path: Path) -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    assert server.add_insecure_port("127.0.0.1:50051") == 50051
+    server.start()
+    try:
+        code, output = run_demo(tmp_path)
+    finally:
+        server.stop(None).wait()
+    assert code == 2
+    assert output.splitlines()[-1].startswith("error: what answers on localhost:50051 is not a Nexum server")
+
+
+# ---- Consoles --------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_neither_autogen_nor_the_search(tmp_path: Path) -> None:
+    code, output = run_script(["-X", "importtime", DEMO, "--help"], tmp_path)
+    assert code == 0
+    assert "--crash-after-step N" in output
+    imported = {line.rpartition("|")[2].strip() for line in output.splitlines() if "|" in line}
+    assert "nexum_engine" in imported
+    heavy = {"autogen_core", "autogen_agentchat", "autogen_ext", "openai", "ddgs", "lxml", "support.offline"}
+    assert not imported & heavy
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"PYTHONIOENCODING": "cp1252"},
+        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=["cp1252", "ascii", "C locale"],
+)
+def test_a_console_that_can_not_show_a_character_shows_another(tmp_path: Path, env: dict[str, str]) -> None:
+    code, output = run_demo(tmp_path, "東京 ✓", env=env)
+    assert code == 0, output
+    assert "(web_search) done ?" in output
+    assert "- Durable execution" in answer(output)
+
+
+def test_the_same_question_is_the_same_session_whatever_the_locale(tmp_path: Path) -> None:
+    run_demo(tmp_path, "Bevölkerung Tokyo")
+    code, output = run_demo(
+        tmp_path, "Bevölkerung Tokyo", env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    )
+    assert code == 0
+    assert "continuing it" in output
+    assert "Tool calls: 0 executed" in output
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+    line, code, errors = read_one_line([DEMO], tmp_path)
+    assert line.startswith("[demo] Model")
+    assert (code, errors) == (1, "")
+
+
+def test_a_foreign_file_in_the_place_of_the_session_is_kept(tmp_path: Path) -> None:
+    (tmp_path / ".session-s.json").write_text('{"mine": "not yours"}')
+    with running([DEMO, "--session-id", "s", "Tokyo"], cwd=tmp_path) as process:
+        assert process.wait() == 0
+    (aside,) = tmp_path.glob(".session-s.json.corrupt-*")
+    assert aside.read_text() == '{"mine": "not yours"}'
+
+
+def test_a_session_file_that_can_not_be_written_costs_the_run_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".session-s.json.tmp").mkdir()
+    code, output = run_demo(tmp_path, "--session-id", "s")
+    assert code == 0
+    assert ".session-s.json can't be written" in output
+    assert "Tool calls: 4 executed" in output
+    code, output = run_demo(tmp_path, "--session-id", "s")
+    assert code == 0
+    assert "Tool calls: 0 executed, 4 cached" in output

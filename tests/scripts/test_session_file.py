@@ -1,0 +1,221 @@
+"""The session file: an index that stays whole whoever writes it, and never leaves its folder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from harness import running
+
+from nexum_engine.errors import InvalidRequest
+from support.session_file import SessionFile, SessionFileError, SessionRecord, check_session_id
+
+WRITER = """
+import asyncio, sys
+from support.session_file import SessionFile
+
+async def main(name):
+    file = SessionFile("shared")
+    for n in range(50):
+        file.record("w", f"{name}-{n}", f"exec-{name}-{n}")
+    await file.written()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def names(folder: Path, pattern: str = "*") -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+@pytest.mark.parametrize("session_id", ["a", "A-1_b", "0" * 64])
+def test_an_id_of_letters_digits_and_dashes_is_accepted(session_id: str) -> None:
+    assert check_session_id(session_id) == session_id
+
+
+@pytest.mark.parametrize(
+    "session_id", ["", "..", "../x", "a/b", "a\\b", "-a", "_a", ".a", "a.b", "a b", "é", "a\n", "a\0", "0" * 65]
+)
+def test_an_id_that_could_leave_the_folder_or_hide_is_refused(session_id: str) -> None:
+    with pytest.raises(InvalidRequest, match="can't be used"):
+        SessionFile(session_id)
+
+
+async def test_what_is_recorded_is_found_by_another_instance(tmp_path: Path) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "key", "exec-1"))
+    other = SessionFile("s", tmp_path)
+    assert await other.find("w", "key") == "exec-1"
+    assert await other.find("w", "other key") is None
+    assert await other.find("other workflow", "key") is None
+
+
+async def test_what_another_process_records_later_is_found(tmp_path: Path) -> None:
+    one, other = SessionFile("s", tmp_path), SessionFile("s", tmp_path)
+    await asyncio.wrap_future(one.record("w", "a", "exec-a"))
+    await asyncio.wrap_future(other.record("w", "b", "exec-b"))
+    assert await one.find("w", "b") == "exec-b"
+    await asyncio.wrap_future(one.record("w", "c", "exec-c"))
+    record = SessionFile("s", tmp_path).load()
+    assert record is not None
+    assert record.executions == {"w": {"a": "exec-a", "b": "exec-b", "c": "exec-c"}}
+
+
+async def test_what_is_written_right_after_a_look_is_found_by_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = SessionFile("s", tmp_path), SessionFile("s", tmp_path)
+    await asyncio.wrap_future(one.record("w", "a", "exec-a"))
+    load = other.load
+
+    def load_and_lag() -> SessionRecord | None:
+        record = load()
+        one._merge({("w", "b"): "exec-b"})
+        return record
+
+    with monkeypatch.context() as patched:
+        patched.setattr(other, "load", load_and_lag)
+        assert await other.find("w", "b") is None
+    assert await other.find("w", "b") == "exec-b"
+
+
+async def test_what_is_recorded_during_a_write_is_written_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SessionFile("s", tmp_path)
+    write = file._write
+
+    def write_and_record(text: str) -> None:
+        write(text)
+        monkeypatch.undo()
+        file.record("w", "k", "exec-2")
+
+    monkeypatch.setattr(file, "_write", write_and_record)
+    await asyncio.wrap_future(file.record("w", "k", "exec-1"))
+    await file.written()
+    assert await SessionFile("s", tmp_path).find("w", "k") == "exec-2"
+
+
+async def test_a_reader_waits_for_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "k", "exec-1"))
+    monkeypatch.setattr("support.session_file._LOCK_TIMEOUT", 0.05)
+    reader = SessionFile("s", tmp_path)
+    with FileLock(f"{reader.path}.lock"), pytest.raises(SessionFileError, match="can't be read"):
+        reader.load()
+    assert await reader.find("w", "k") == "exec-1"
+
+
+async def test_the_age_of_a_session_is_that_of_its_first_call(tmp_path: Path) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "a", "exec-a"))
+    first = SessionFile("s", tmp_path).load()
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "b", "exec-b"))
+    second = SessionFile("s", tmp_path).load()
+    assert first is not None
+    assert second is not None
+    assert second.created_at == first.created_at
+    assert second.calls == 2
+
+
+async def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    file = SessionFile("s", tmp_path)
+    await asyncio.wrap_future(file.record("w", "key", "exec-1"))
+    assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
+    assert names(tmp_path) == [".session-s.json", ".session-s.json.lock"]
+
+
+def test_two_processes_that_record_fifty_calls_each_lose_none(tmp_path: Path) -> None:
+    with running(["-c", WRITER, "a"], cwd=tmp_path) as one, running(["-c", WRITER, "b"], cwd=tmp_path) as other:
+        assert one.wait() == 0
+        assert other.wait() == 0
+    record = SessionFile("shared", tmp_path).load()
+    assert record is not None
+    assert record.executions["w"] == {f"{name}-{n}": f"exec-{name}-{n}" for name in "ab" for n in range(50)}
+    assert names(tmp_path) == [".session-shared.json", ".session-shared.json.lock"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'{"created_at": 1.0, "executions": {"w": {"k": "exec-1"',
+        b"\xff\xfe\x00",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"executions": {}}',
+        b'{"created_at": 1.0, "executions": {"w": {"k": 5}}}',
+        b'{"created_at": 1.0, "executions": {}, "more": 1}',
+        b"[" * 100_000,
+    ],
+    ids=lambda content: repr(content[:24]),
+)
+async def test_a_corrupt_or_foreign_file_is_set_aside_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    file = SessionFile("s", tmp_path)
+    file.path.write_bytes(content)
+    assert await file.find("w", "k") is None
+    assert "[Nexum] .session-s.json is corrupt (" in capsys.readouterr().out
+    (aside,) = names(tmp_path, "*.corrupt-*")
+    assert (tmp_path / aside).read_bytes() == content
+    await asyncio.wrap_future(file.record("w", "k", "exec-2"))
+    assert await SessionFile("s", tmp_path).find("w", "k") == "exec-2"
+
+
+async def test_a_file_that_becomes_corrupt_between_two_calls_is_set_aside_too(tmp_path: Path) -> None:
+    file = SessionFile("s", tmp_path)
+    await asyncio.wrap_future(file.record("w", "a", "exec-a"))
+    file.path.write_bytes(b"{")
+    await asyncio.wrap_future(file.record("w", "b", "exec-b"))
+    assert len(names(tmp_path, ".session-s.json.corrupt-*")) == 1
+    assert json.loads(file.path.read_text())["executions"] == {"w": {"b": "exec-b"}}
+
+
+async def test_a_file_that_can_not_be_read_stays_and_is_said_once_and_costs_no_call(
+    tmp_path: Path,
+) -> None:
+    told: list[str] = []
+    file = SessionFile("s", tmp_path, tell=told.append)
+    file.path.mkdir()
+    with pytest.raises(SessionFileError, match="can't be read"):
+        file.load()
+    for _ in range(2):
+        assert await file.find("w", "key") is None
+    (line,) = told
+    assert line.startswith(f"[Nexum] the session file {file.path} can't be read (")
+    assert line.endswith("; the server still has this session's results")
+    file.record("w", "key", "exec-1")
+    await file.written()
+    assert f"{file.path} can't be written" in told[1]
+    assert file.path.is_dir()
+    assert await file.find("w", "key") is None
+
+
+async def test_a_file_that_could_not_be_read_for_a_moment_loses_nothing_by_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.wrap_future(SessionFile("s", tmp_path).record("w", "a", "exec-a"))
+    file = SessionFile("s", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(file, "_read", busy)
+        assert await file.find("w", "a") is None
+    await asyncio.wrap_future(file.record("w", "b", "exec-b"))
+    assert await file.find("w", "a") == "exec-a"
+
+
+def busy() -> None:
+    raise PermissionError(13, "in use")  # what Windows says of a file that another program has open
+
+
+async def test_a_file_that_can_not_be_written_costs_no_call_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = SessionFile("s", tmp_path)
+    (tmp_path / ".session-s.json.tmp").mkdir()
+    file.record("w", "a", "exec-a")
+    file.record("w", "b", "exec-b")
+    await file.written()
+    assert "can't be written" in capsys.readouterr().out
+    assert not file.path.exists()

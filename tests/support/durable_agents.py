@@ -1,0 +1,232 @@
+"""What the tests of durable runs in this process share: models that word each reply differently, and how to run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
+from autogen_agentchat.base import Response, TaskResult
+from autogen_agentchat.messages import BaseChatMessage, TextMessage
+from autogen_core import CancellationToken, FunctionCall
+from autogen_core.models import ChatCompletionClient, CreateResult, ModelInfo, RequestUsage, UserMessage
+from autogen_core.tools import BaseTool, FunctionTool, StaticStreamWorkbench
+from harness import Server
+from openai_server import OpenAIServer, Reply
+from pydantic import BaseModel
+
+from durable_autogen import DurableSession, run_durable
+from durable_autogen.record.place import Place, at, current, steps_at
+from durable_autogen.record.session import Session
+from support.models.live import LiveModel
+
+TIMEOUT = 20  # seconds in which everything here has ended, or hangs
+
+
+def answer(text: str) -> Reply:
+    """A reply that is never the same twice."""
+    return Reply(f"{text} {random.random()}")
+
+
+def client(model: OpenAIServer, name: str = "m") -> LiveModel:
+    """The real client, pointed at the local server."""
+    return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
+
+
+async def run(server: Server, build: Callable[[], Any], task: Any = "Q", session: str = "s", **more: Any) -> TaskResult:
+    """`run_durable`, which may not hang."""
+    return await asyncio.wait_for(
+        run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
+    )
+
+
+def texts(result: TaskResult) -> list[str]:
+    """What was said."""
+    return [message.to_text() for message in result.messages]
+
+
+def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any) -> AssistantAgent:
+    """An agent whose name is its model's, too."""
+    return AssistantAgent(
+        name,
+        client(model, name),
+        description=name,
+        tools=list(tools) or None,
+        max_tool_iterations=5,
+        **more,
+    )
+
+
+def is_after_a_tool(body: dict[str, Any]) -> bool:
+    """Whether the model is told a tool's result."""
+    return bool(body["messages"][-1]["role"] == "tool")
+
+
+class Own(BaseChatAgent):
+    """An agent of the program's own."""
+
+    def __init__(self, name: str, act: Callable[[str], Awaitable[str]]) -> None:
+        super().__init__(name, "of one's own")
+        self.act = act
+
+    @property
+    def produced_message_types(self) -> Sequence[type[BaseChatMessage]]:
+        return (TextMessage,)
+
+    async def on_messages(self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken) -> Response:
+        said = await self.act(messages[-1].to_text() if messages else "")
+        return Response(chat_message=TextMessage(content=said, source=self.name))
+
+    async def on_reset(self, cancellation_token: CancellationToken) -> None: ...
+
+
+class Named:
+    """A client that an agent of this name asks: for a test that plays the agent itself."""
+
+    def __init__(self, client: ChatCompletionClient, name: str) -> None:
+        self.client = client
+        self.place = Place(session(), agent=name, path=name)
+
+    async def create(self, *args: Any, **more: Any) -> CreateResult:
+        with at(self.place):
+            return await self.client.create(*args, **more)
+
+    async def create_stream(self, *args: Any, **more: Any) -> AsyncGenerator[str | CreateResult, None]:
+        async for piece in steps_at(self.place, self.client.create_stream(*args, **more)):
+            yield piece
+
+
+def named(client: ChatCompletionClient, name: str) -> Any:
+    """The client as an agent of this name asks it."""
+    return Named(client, name)
+
+
+def session() -> Session:
+    """The session that is open here."""
+    place = current.get()
+    assert place is not None
+    return place.session
+
+
+def bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> StaticStreamWorkbench:
+    """Tools and plain functions as a workbench."""
+    return StaticStreamWorkbench(
+        [tool if isinstance(tool, BaseTool) else FunctionTool(tool, description=tool.__doc__ or "") for tool in tools]
+    )
+
+
+# ---- Without HTTP ----------------------------------------------------------------------------------------------------
+
+QUESTION = [UserMessage(content="what now?", source="user")]
+
+
+def word() -> str:
+    """A text that is never the same twice."""
+    return f"word {uuid.uuid4().hex[:8]}"
+
+
+def call(name: str, **arguments: Any) -> FunctionCall:
+    """A tool call as a model asks for it."""
+    return FunctionCall(id=uuid.uuid4().hex, name=name, arguments=json.dumps(arguments))
+
+
+def reply(content: Any = None, **more: Any) -> CreateResult:
+    """A model's result: a text or a list of tool calls; without one, a text that is never the same twice."""
+    content = word() if content is None else content
+    reason = "stop" if isinstance(content, str) else "function_calls"
+    usage = RequestUsage(prompt_tokens=2, completion_tokens=3)
+    return CreateResult(**{"finish_reason": reason, "content": content, "usage": usage, "cached": False, **more})
+
+
+class Scripted(ChatCompletionClient):
+    """A model in this process: answers from its script, then with something new each time, and notes each request.
+
+    An entry of the script is a text, tool calls, a whole result, an error to raise, or an async function to call.
+    """
+
+    component_type = "model"
+    component_config_schema = BaseModel
+
+    def __init__(self, happened: list[str], *script: Any, name: str = "model") -> None:
+        self.happened, self.script, self.name, self.requests = happened, list(script), name, 0
+
+    async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
+        self.happened.append(self.name)
+        self.requests += 1
+        said = self.script.pop(0) if self.script else None
+        if callable(said):
+            said = await said()
+        if isinstance(said, Exception):
+            raise said
+        return said if isinstance(said, CreateResult) else reply(said)
+
+    async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[str | CreateResult, None]:
+        result = await self.create(messages)
+        for piece in result.content.split() if isinstance(result.content, str) else []:
+            yield f"{piece} "
+        yield result
+
+    async def close(self) -> None: ...
+
+    def actual_usage(self) -> RequestUsage:
+        return RequestUsage(prompt_tokens=2 * self.requests, completion_tokens=3 * self.requests)
+
+    total_usage = actual_usage
+
+    def count_tokens(self, messages: Any, *, tools: Any = ()) -> int:
+        return 1
+
+    def remaining_tokens(self, messages: Any, *, tools: Any = ()) -> int:
+        return 1000
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return ModelInfo(vision=True, function_calling=True, json_output=True, structured_output=True, family="unknown")
+
+    @property
+    def capabilities(self) -> Any:
+        return self.model_info
+
+
+async def asked(client: ChatCompletionClient) -> str:
+    """What a model says when it is asked directly."""
+    return str((await client.create(QUESTION)).content)
+
+
+def new_session() -> str:
+    """A session id that nobody has used."""
+    return f"s-{uuid.uuid4().hex[:12]}"
+
+
+async def inside(server: Server, program: Callable[[], Awaitable[Any]], session: str, **more: Any) -> Any:
+    """Run a program in a session; return what it returns, as plain values."""
+
+    async def body() -> Any:
+        async with DurableSession(session, nexum=server.address, **more):
+            return plain(await program())
+
+    return await asyncio.wait_for(body(), TIMEOUT)
+
+
+async def twice(server: Server, program: Callable[[], Awaitable[Any]], happened: list[str], **more: Any) -> Any:
+    """Run a program twice in one new session: the second run returns the same, and nothing happens in it."""
+    session = new_session()
+    happened.clear()
+    first = await inside(server, program, session, **more)
+    before = list(happened)
+    assert before, "nothing happened: this program tests nothing"
+    again = await inside(server, program, session, **more)
+    assert happened == before
+    assert again == first
+    return first
+
+
+def plain(value: Any) -> Any:
+    """AutoGen's results as plain values that can be compared, with their ids and times."""
+    if type(value) in (list, tuple):
+        return type(value)(plain(one) for one in value)
+    return value.model_dump() if isinstance(value, (TaskResult, CreateResult)) else value

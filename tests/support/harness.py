@@ -1,0 +1,153 @@
+"""Real processes for the tests: servers, workers and scripts, each ended by the test that started it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    # What pytest's settings do, for what is run as a script.
+    sys.path.insert(0, str(ROOT))
+MODEL_VARIABLES = (
+    *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
+    *("NEXUM_ADDRESS", "DATABASE_URL", "CRASH_AFTER"),
+)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without what would choose a model, a server or a database, and with `changes`."""
+    base = {name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES}
+    return {**base, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(changes or {})}
+
+
+class Process:
+    """A child whose output is read as it comes."""
+
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environment(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self.lines: list[str] = []
+        self._new: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._new.put(line.rstrip("\n"))
+        self._new.put(None)
+
+    def wait_for(self, text: str, *, timeout: float = 30) -> str:
+        """The next line that contains `text`; fails the test if the process ends or the time is up before."""
+        while True:
+            try:
+                line = self._new.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"no {text!r} within {timeout:g} s in:\n{self.output}") from None
+            if line is None:
+                self._new.put(None)
+                raise AssertionError(f"the process ended without {text!r}:\n{self.output}")
+            self.lines.append(line)
+            if text in line:
+                return line
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code, with all output read."""
+        code = self.popen.wait(timeout)
+        while (line := self._new.get(timeout=10)) is not None:
+            self.lines.append(line)
+        self._new.put(None)
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL (TerminateProcess on Windows)."""
+        self.popen.kill()
+        self.popen.wait(10)
+
+    def interrupt(self) -> None:
+        """Ctrl+C."""
+        self.popen.send_signal(signal.SIGINT)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.popen.terminate()
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        if self.popen.poll() is None:
+            self.kill()
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
+
+
+@contextmanager
+def running(command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+    """A process for the length of a `with`."""
+    process = Process(command, cwd=cwd, env=env)
+    try:
+        yield process
+    finally:
+        process.end()
+
+
+@contextmanager
+def nexum_server(
+    folder: Path, *, port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
+) -> Iterator[Server]:
+    """A real server on `folder`/nexum.db, ready for calls."""
+    command = [
+        *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port or free_port()}", "--lease", str(lease)),
+        *("--database-url", f"sqlite:///{folder / 'nexum.db'}", *arguments),
+    ]
+    with running(command, cwd=folder) as process:
+        line = process.wait_for("Nexum engine")
+        yield Server(process, line.split(" on ")[1].split(",")[0])
+
+
+class Server:
+    """A running server process and its address."""
+
+    def __init__(self, process: Process, address: str) -> None:
+        self.process = process
+        self.address = address
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+
+@contextmanager
+def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) -> Iterator[Process]:
+    """A real worker.py, connected."""
+    with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:
+        process.wait_for("connected to")
+        yield process

@@ -1,0 +1,219 @@
+"""What the tests of the pipeline share: its scripts as processes, and its records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
+from harness import ROOT
+from processes import command_line, is_alive, run_script
+
+from nexum_engine.__main__ import look
+from nexum_engine.client import NexumClient
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
+from nexum_engine.worker import TaskContext
+from pipeline_workflow import OFFLINE_PIPELINE, STEPS, PipelineInput
+from support.offline.model import RehearsalModel
+from support.pipeline.effects import Effect
+from support.pipeline.evidence import CrashPoint, PipelineRun, SeenWorker
+
+CRASH_DEMO = str(ROOT / "crash_demo.py")
+PIPELINE_WORKER = str(ROOT / "pipeline_worker.py")
+QUERY = "Impact of Rust on systems programming"
+RUST_PAGE = "https://rehearsal.example/rust-in-systems-programming"
+RUST_QUOTE = "The Rust Foundation has looked after the language since 2021."
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+
+
+def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    return run_script([CRASH_DEMO, *arguments], folder, env)
+
+
+def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
+    """The recorded offline pipelines with nodes and attempts, oldest first; from the server or the demo's database."""
+    where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
+    listing = command_line("ps", "--json", "--limit", "1000", "--workflow", OFFLINE_PIPELINE.workflow_id, *where)
+    ids = [one["execution_id"] for one in reversed(json.loads(asyncio.run(look(listing))))]
+    return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
+
+
+def attempts(execution: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
+    """Step, attempt, the worker's name in the demo, and outcome; in the order of their starts."""
+    rows = [
+        (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
+        for node in execution["nodes"]
+        for attempt in node["attempts"]
+    ]
+    return [
+        (step, attempt["attempt"], re.sub(r"(-[0-9a-f]{6})?-pid\d+$", "", attempt["worker_id"]), attempt["outcome"])
+        for _, _, step, attempt in sorted(rows, key=lambda row: row[:2])
+    ]
+
+
+def output_of(execution: Mapping[str, Any], step: str) -> dict[str, Any]:
+    text = next(node["output_json"] for node in execution["nodes"] if node["node_id"] == step)
+    output: dict[str, Any] = json.loads(text)
+    return output
+
+
+def assert_no_worker_is_left(output: str) -> None:
+    """None of the workers that the demo says it started is alive."""
+    pids = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", output)]
+    assert pids
+    assert [pid for pid in pids if is_alive(pid)] == []
+
+
+def start_pipeline(address: str, query: str = QUERY) -> str:
+    """Start an offline pipeline as somebody else would; its execution id."""
+
+    async def start() -> str:
+        async with NexumClient(address) as client:
+            await client.register_workflow(OFFLINE_PIPELINE, patience=10)
+            return (await client.start_execution(OFFLINE_PIPELINE, PipelineInput(query=query))).execution_id
+
+    return asyncio.run(start())
+
+
+def has_poller(address: str, execution_id: str) -> bool:
+    """Whether the server has seen a worker poll for the execution's workflow just now."""
+
+    async def ask() -> bool | None:
+        async with NexumClient(address) as client:
+            return (await client.get_execution(execution_id)).has_poller
+
+    return bool(asyncio.run(ask()))
+
+
+def cancel(address: str, execution_id: str) -> None:
+    """End an execution as somebody else would."""
+
+    async def ask() -> None:
+        async with NexumClient(address) as client:
+            await client.cancel_execution(execution_id)
+
+    asyncio.run(ask())
+
+
+def record_research(address: str, execution_id: str, claims: Sequence[Mapping[str, str]]) -> None:
+    """Take the research step as a worker would, and record these claims as its result."""
+
+    async def record() -> None:
+        async with NexumClient(address) as client:
+            task = await client.poll_task("planter", [OFFLINE_PIPELINE.version_hash], wait=5)
+            assert task is not None
+            assert (task.execution_id, task.node_id) == (execution_id, "research")
+            await client.complete_task(task.task_id, json.dumps({"claims": list(claims), "note": ""}))
+
+    asyncio.run(record())
+
+
+# ---- Steps -----------------------------------------------------------------------------------------------------------
+
+
+def task(step: str, deps: Mapping[str, Any] | None = None, *, query: str = QUERY, attempt: int = 1) -> TaskContext:
+    return TaskContext({"query": query}, deps or {}, "exec-1", step, attempt, f"key-{step}")
+
+
+class ScriptedModel(RehearsalModel):
+    """Replies in order, the last one again and again, and keeps what it was sent. An exception is raised."""
+
+    def __init__(self, *replies: str | Exception) -> None:
+        super().__init__()
+        self.replies = replies
+        self.sent: list[list[LLMMessage]] = []
+
+    async def create(self, messages: Sequence[LLMMessage], **_: Any) -> CreateResult:
+        self.sent.append(list(messages))
+        reply = self.replies[min(len(self.sent), len(self.replies)) - 1]
+        if isinstance(reply, Exception):
+            raise reply
+        return CreateResult(finish_reason="stop", content=reply, usage=self.actual_usage(), cached=False)
+
+
+def always(model: ChatCompletionClient) -> Callable[[str], ChatCompletionClient]:
+    """The same model for every step."""
+    return lambda step: model
+
+
+# ---- Records made by hand --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Try:
+    """One attempt of a made-up record; times in milliseconds since the execution's start."""
+
+    step: str
+    worker: str
+    start: int
+    end: int
+    outcome: Outcome = Outcome.COMPLETED
+    effect: bool = True
+
+
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "research": {"claims": [], "note": "nothing"},
+    "validate": {"sources": [], "kept": [], "dropped": []},
+    "summarize": {"text": "It is so. [1]"},
+    "report": {"markdown": "# It is so\n"},
+}
+BEGUN_MS = 1_700_000_000_000
+ONE, TWO = SeenWorker("worker-1", "aaaaaa", 11), SeenWorker("worker-2", "bbbbbb", 22)
+
+
+def recorded_outputs(*steps: str) -> dict[str, str]:
+    return {step: json.dumps(OUTPUTS[step]) for step in steps}
+
+
+def made_run(
+    tries: Sequence[Try],
+    workers: Sequence[SeenWorker],
+    point: CrashPoint,
+    *,
+    status: ExecutionStatus = ExecutionStatus.COMPLETED,
+    query: str = QUERY,
+) -> PipelineRun:
+    """A run as the server would have recorded it."""
+    nodes: list[Node] = []
+    effects: list[Effect] = []
+    for step in STEPS:
+        made: list[Attempt] = []
+        for one in (each for each in tries if each.step == step):
+            number = len(made) + 1
+            worker = next((each for each in workers if each.name == one.worker), None)
+            worker_id = f"{one.worker}-{worker.tag}-pid{worker.pid}" if worker else f"{one.worker}-pid99"
+            made.append(Attempt(number, worker_id, BEGUN_MS + one.start, BEGUN_MS + one.end, one.outcome, ""))
+            if one.effect:
+                effects.append(
+                    Effect(
+                        execution_id="exec-1",
+                        step=step,
+                        attempt=number,
+                        idempotency_key=f"key-{step}",
+                        pid=worker.pid if worker else 99,
+                        at_ms=BEGUN_MS + one.end,
+                    )
+                )
+        done = any(attempt.outcome is Outcome.COMPLETED for attempt in made)
+        nodes.append(
+            Node(
+                step,
+                "EFFECT",
+                NodeStatus.COMPLETED if done else NodeStatus.FAILED,
+                json.dumps(OUTPUTS[step]) if done else None,
+                "",
+                tuple(made),
+            )
+        )
+    end = BEGUN_MS + max((one.end for one in tries), default=0)
+    execution = Execution(
+        "exec-1", "research-pipeline-offline", "sha256:0", status, "{}", "", BEGUN_MS, end, "", tuple(nodes)
+    )
+    return PipelineRun(execution, query, point, tuple(workers), tuple(effects))

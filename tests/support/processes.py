@@ -1,0 +1,216 @@
+"""What the tests of whole processes share: the scripts, their children, what is recorded and what was done."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ROOT, Process, environment, running
+
+from nexum_engine.__main__ import build_parser, look
+from nexum_engine.client import DEFAULT_ADDRESS
+
+DEMO = str(ROOT / "demo.py")
+QUESTION = "What is the population of Tokyo vs New York?"
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 20) -> None:
+    """Return as soon as it is so; fail the test if it isn't within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} s: {what}")
+        time.sleep(0.005)
+
+
+# ---- Scripts ---------------------------------------------------------------------------------------------------------
+
+
+def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run it to its end; exit code and output, in which no traceback is ever wanted."""
+    with running(command, cwd=folder, env=env) as process:
+        code = process.wait()
+    assert "Traceback" not in process.output, process.output
+    return code, process.output
+
+
+def read_one_line(command: list[str], folder: Path) -> tuple[str, int, str]:
+    """What `COMMAND | head -1` sees: the line; then the exit code and what stands on standard error."""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        return line, process.wait(30), errors
+
+
+def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    return run_script([DEMO, *arguments], folder, env)
+
+
+@contextmanager
+def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+    """A running demo; what is left of its children is ended with it."""
+    with running([DEMO, *arguments], cwd=folder, env=env) as process:
+        try:
+            yield process
+        finally:
+            for pid in children(process.popen.pid).values():
+                send(pid, signal.SIGCONT)
+
+
+def answer(output: str) -> str:
+    """What the demo's agent said in the end."""
+    return output.partition("\n\n")[2].partition("\n[Nexum] session ")[0]
+
+
+@contextmanager
+def counting_worker(folder: Path, address: str) -> Iterator[Process]:
+    """tests/programs/counting_worker.py, connected."""
+    with running([str(ROOT / "tests" / "programs" / "counting_worker.py"), address], cwd=folder) as process:
+        process.wait_for("connected to")
+        yield process
+
+
+@contextmanager
+def submitter(
+    folder: Path, address: str, tool_name: str, *calls: Mapping[str, Any], session: str = "s", timeout: float = 60
+) -> Iterator[Process]:
+    """tests/programs/submitter.py at work."""
+    program = str(ROOT / "tests" / "programs" / "submitter.py")
+    command = [
+        program,
+        session,
+        str(timeout),
+        tool_name,
+        *map(json.dumps, calls),
+    ]
+    with running(command, cwd=folder, env={"NEXUM_ADDRESS": address}) as process:
+        yield process
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+
+
+def children(pid: int) -> dict[str, int]:
+    """The processes that the process started and that run by now, `server` and `worker`."""
+    found: dict[str, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                parent = int(stat(int(folder.name))[1])
+                command = (folder / "cmdline").read_bytes()
+            except (OSError, IndexError):
+                continue
+            # Between its fork and its exec a child has its parent's command line: not yet.
+            for name, part in (("server", b"nexum_engine"), ("worker", b"worker.py")):
+                if parent == pid and part in command:
+                    found[name] = int(folder.name)
+    return found
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and the rest of a process's line in /proc."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs, or could: a zombie doesn't."""
+    try:
+        return stat(pid)[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def send(pid: int, number: int) -> None:
+    """A signal, to a process that may be gone."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def require_free_default_port() -> None:
+    """The tests of the embedded server need the default address to themselves."""
+    host, _, port = DEFAULT_ADDRESS.rpartition(":")
+
+    def free() -> bool:
+        from socket import create_connection
+
+        try:
+            create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            return True
+        return False
+
+    try:
+        wait_until(free, f"{DEFAULT_ADDRESS} is free", timeout=5)
+    except AssertionError:
+        pytest.fail(f"something listens on {DEFAULT_ADDRESS}: end it, these tests need that address")
+
+
+# ---- Records and effects ---------------------------------------------------------------------------------------------
+
+
+def command_line(*arguments: str) -> argparse.Namespace:
+    return build_parser().parse_args(list(arguments))
+
+
+def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
+    """Every tool call's execution with its nodes and attempts, oldest first, from the server or else from the demo's
+    database. What a durable run records of itself is left out."""
+    where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
+    listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
+    ids = [one["execution_id"] for one in reversed(listed) if not one["workflow_id"].startswith("agent-")]
+    return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
+
+
+def attempts(execution: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = execution["nodes"][0]["attempts"]
+    return found
+
+
+def call_of(execution: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Tool and arguments."""
+    call = json.loads(execution["input_json"])
+    return call["tool_name"], call["tool_args"]
+
+
+def result_of(execution: Mapping[str, Any]) -> str:
+    result: str = json.loads(execution["nodes"][0]["output_json"])["result"]
+    return result
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One line of a tool's log."""
+
+    at_ms: int
+    attempt: int
+    pid: int
+    key: str
+
+
+def effects(log: Path) -> list[Effect]:
+    if not log.exists():
+        return []
+    parts = [line.split(" ", 3) for line in log.read_text().splitlines()]
+    return [Effect(int(at), int(attempt), int(pid), key) for at, attempt, pid, key in parts]

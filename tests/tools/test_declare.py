@@ -1,0 +1,235 @@
+"""How a tool is declared, how it checks its arguments, and what it returns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from planned_web import PlannedWeb, context
+from pydantic import BaseModel, Field
+
+from nexum_engine.errors import FinalError
+from support.tools import TOOLS, Page, SearchHit, Tool, ToolContext, find_tool, tool, web_search
+from support.tools.declare import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Place(BaseModel):
+    city: str
+
+
+def everything(
+    text: str,
+    count: Annotated[int, Field(ge=1, le=9, description="how many")] = 3,
+    share: float = 0.5,
+    exact: bool = False,
+    tags: list[str] | None = None,
+    pair: tuple[int, int] = (1, 2),
+    mode: Literal["a", "b"] = "a",
+    place: Place | None = None,
+    *,
+    call: ToolContext,
+) -> str:
+    """Show what was given.
+
+    Twice.
+    """
+    return repr((text, count, share, exact, tags, pair, mode, place, call.idempotency_key, call.attempt))
+
+
+EVERYTHING = Tool.from_function(everything, time_limit=5)
+
+
+def test_a_tool_is_read_off_its_function() -> None:
+    assert EVERYTHING.name == "everything"
+    assert EVERYTHING.description == "Show what was given.\n\nTwice."
+    assert EVERYTHING.time_limit == 5.0
+    assert EVERYTHING.signature.startswith(
+        "everything(text: str, count: int = 3, share: float = 0.5, exact: bool = False"
+    )
+    schema = EVERYTHING.arguments.model_json_schema()
+    assert schema["required"] == ["text"]
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["count"]["description"] == "how many"
+    assert "call" not in schema["properties"]
+
+
+async def test_arguments_and_context_reach_the_function() -> None:
+    given = {"text": "t", "count": 9, "share": 1, "exact": True, "tags": ["x"], "pair": [3, 4], "place": {"city": "C"}}
+    expected = ("t", 9, 1.0, True, ["x"], (3, 4), "a", Place(city="C"), "key-1", 2)
+    assert await EVERYTHING.run(given, context()) == repr(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "text is missing"),
+        ({"text": 5}, "text: Input should be a valid string (given: 5)"),
+        ({"text": None}, "text: Input should be a valid string (given: None)"),
+        ({"text": "t", "count": "5"}, "count: Input should be a valid integer (given: '5')"),
+        ({"text": "t", "count": 2.5}, "count: Input should be a valid integer"),
+        ({"text": "t", "count": True}, "count: Input should be a valid integer"),
+        ({"text": "t", "count": 10}, "count: Input should be less than or equal to 9 (given: 10)"),
+        ({"text": "t", "exact": "yes"}, "exact: Input should be a valid boolean"),
+        ({"text": "t", "tags": ["x", 1]}, "tags.1: Input should be a valid string (given: 1)"),
+        ({"text": "t", "mode": "c"}, "mode: Input should be 'a' or 'b' (given: 'c')"),
+        ({"text": "t", "max": 1}, "there is no argument 'max'"),
+        ({"text": "t", "call": {}}, "there is no argument 'call'"),
+        ({"count": 0}, "text is missing; count: Input should be greater than or equal to 1"),
+        ({"text": "t", "share": float("nan")}, "Out of range float values"),
+        ({"text": "\ud800"}, "surrogate"),
+        ({"text": object()}, "not JSON serializable"),
+        (["t"], "the arguments must be a JSON object (given: ['t'])"),
+        (None, "the arguments must be a JSON object"),
+        ("text", "the arguments must be a JSON object"),
+    ],
+)
+async def test_a_wrong_argument_is_a_final_error_that_says_what_to_do(arguments: object, words: str) -> None:
+    with pytest.raises(FinalError) as refused:
+        await EVERYTHING.run(arguments, context())
+    assert words in str(refused.value)
+    assert str(refused.value).endswith(f"Call it as {EVERYTHING.signature}")
+
+
+def test_a_deeply_nested_argument_is_refused() -> None:
+    nested: Any = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(FinalError, match="wrong arguments"):
+        EVERYTHING.validate({"text": "t", "tags": nested})
+
+
+def test_a_long_wrong_value_is_shortened() -> None:
+    with pytest.raises(FinalError) as refused:
+        EVERYTHING.validate({"text": "t", "count": "x" * 100_000})
+    assert len(str(refused.value)) < 1000
+
+
+def without_docstring(text: str) -> str:
+    return text
+
+
+def without_hint(text) -> str:  # type: ignore[no-untyped-def]
+    """D."""
+    return str(text)
+
+
+def with_the_rest(*texts: str) -> str:
+    """D."""
+    return "".join(texts)
+
+
+def with_positional_context(call: ToolContext) -> str:
+    """D."""
+    return call.idempotency_key
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (without_docstring, "needs a docstring"),
+        (without_hint, "parameter text needs a type hint"),
+        (with_the_rest, "can't be passed by name"),
+        (with_positional_context, "keyword-only"),
+    ],
+)
+def test_a_function_that_no_model_could_call_is_refused(function: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        Tool.from_function(function)
+
+
+def test_a_time_limit_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        Tool.from_function(everything, time_limit=0)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """What a test declares is gone afterwards."""
+    before = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+@pytest.mark.usefixtures("registry")
+async def test_a_third_tool_takes_five_lines_and_is_found_by_name() -> None:
+    @tool(time_limit=10)
+    def word_count(text: str) -> str:
+        """Count the words of a text."""
+        return str(len(text.split()))
+
+    assert TOOLS["word_count"] is find_tool("word_count") is word_count
+    assert await find_tool("word_count").run({"text": "a b c"}, context()) == "3"
+    with pytest.raises(ValueError, match="two tools are named word_count"):
+        tool()(word_count.function)
+
+
+def test_an_unknown_tool_is_a_final_error_that_names_the_known_ones() -> None:
+    with pytest.raises(FinalError, match="no tool named 'rm'; the tools are visit_webpage, web_search"):
+        find_tool("rm")
+
+
+def returning(value: object) -> Tool:
+    def give() -> object:
+        """Give."""
+        return value
+
+    return Tool.from_function(give)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [("é", "é"), ({"a": [1, None, "é"]}, '{"a": [1, null, "é"]}'), (None, "null"), ("a\ud800b", "a\ufffdb"), ("", "")],
+)
+async def test_a_result_is_text_or_becomes_json(value: object, text: str) -> None:
+    result = await returning(value).run({}, context())
+    assert result == text
+    result.encode()
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), {1, 2}, b"bytes"])
+async def test_a_result_that_is_neither_text_nor_json_is_a_final_error(value: object) -> None:
+    with pytest.raises(FinalError, match=r"give returned a .*, which is neither text nor JSON"):
+        await returning(value).run({}, context())
+
+
+def test_importing_the_tools_imports_none_of_the_libraries_that_they_use() -> None:
+    program = (
+        "import support.tools, support.tools.web.live, sys;"
+        "used = {'ddgs', 'primp', 'httpx2', 'httpcore2', 'bs4', 'lxml', 'markdownify', 'autogen_core'};"
+        "print(sorted(used & set(sys.modules)), 'pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[] True\n", done.stderr
+
+
+async def test_web_search_returns_the_webs_hits_as_json() -> None:
+    web = PlannedWeb(*(SearchHit(title=f"T{n}", href=f"https://example.org/{n}", body="ü") for n in range(3)))
+    result = await web_search.run({"query": " q ", "max_results": 2}, context(web))
+    assert web.asked == [("q", 2)]
+    assert result == (
+        '[{"title": "T0", "href": "https://example.org/0", "body": "ü"}, '
+        '{"title": "T1", "href": "https://example.org/1", "body": "ü"}]'
+    )
+
+
+async def test_visit_webpage_checks_the_address_before_it_asks_the_web() -> None:
+    web = PlannedWeb(page=Page("https://example.org/", 200, "text/plain", b"hello"))
+    visit = find_tool("visit_webpage")
+    assert await visit.run({"url": " https://EXAMPLE.org "}, context(web)) == "hello"
+    for url in ("file:///etc/hostname", "example.org", "http://localhost/"):
+        with pytest.raises(FinalError, match="was not visited"):
+            await visit.run({"url": url}, context(web))
+    assert web.asked == ["https://example.org/"]
+
+
+@pytest.mark.parametrize("href", ["javascript:alert(1)", "/x", "ftp://example.org/", "http://localhost/", ""])
+def test_a_search_hit_has_an_address_that_can_be_visited(href: str) -> None:
+    with pytest.raises(ValueError, match="href"):
+        SearchHit(title="t", href=href, body="b")
