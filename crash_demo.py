@@ -4,7 +4,7 @@
                                                     ^ worker 2 resumes here
 
 Needs nothing else running: without a Nexum server on localhost:50051 it starts one for the run, and the workers are its
-own in any case. Without a model key it rehearses offline.
+own in any case. Without a model key it answers offline.
 
     python crash_demo.py                                # killed after validate
     python crash_demo.py --crash-after research
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--cyclic", action="store_true", help="the same for a GraphFlow with a loop")
     parser.add_argument("--query", default=QUERY, metavar="TEXT", help="what to find out about (default: %(default)s)")
-    parser.add_argument("--offline", action="store_true", help="rehearse without a model key and without the web")
+    parser.add_argument("--offline", action="store_true", help="run without a model key and without the web")
     parser.add_argument(
         "--nexum",
         metavar="HOST:PORT",

@@ -115,16 +115,16 @@ def bindings(model: ModelChoice, acting: Acting) -> list[Binding]:
     """The workflows that this worker can serve with this model."""
     # Here, so that a wrong command line is told at once: they import AutoGen.
     from support.offline.pipeline import pipeline_model
-    from support.offline.web import RehearsalWeb
+    from support.offline.web import OfflineWeb
     from support.pipeline.steps import PipelineSteps
     from support.tools.web.live import LiveWeb
 
-    pages = RehearsalWeb()
+    pages = OfflineWeb()
 
-    def rehearsing(step: str) -> ChatCompletionClient:
+    def offline_client(step: str) -> ChatCompletionClient:
         return pipeline_model(step, pages.topics())
 
-    served = [(OFFLINE_PIPELINE, PipelineSteps(pages, rehearsing))]
+    served = [(OFFLINE_PIPELINE, PipelineSteps(pages, offline_client))]
     if not model.offline:
         served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
     return [

@@ -370,7 +370,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("tool", help="the tool's name: web_search, visit_webpage, or one of your own")
     parser.add_argument("arguments", nargs="?", default="{}", help='as a JSON object: {"query": "Tokyo"}')
     parser.add_argument("--session-id", metavar="ID", default="default", help="default: %(default)s")
-    parser.add_argument("--offline", action="store_true", help="on the rehearsal's pages instead of the web")
+    parser.add_argument("--offline", action="store_true", help="on the offline pages instead of the web")
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=120.0, help="how long to wait for the result (%(default)g)"
     )

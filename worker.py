@@ -62,7 +62,7 @@ async def main(argv: list[str] | None = None) -> int:
     if not 1 <= args.concurrency <= 1000:
         parser.error(f"--concurrency is {args.concurrency}: give 1 to 1000")
 
-    from support.offline.web import RehearsalWeb
+    from support.offline.web import OfflineWeb
     from support.tools.web.live import LiveWeb
 
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
@@ -72,7 +72,7 @@ async def main(argv: list[str] | None = None) -> int:
                 client,
                 [
                     Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())}),
-                    Binding(OFFLINE_TOOL_CALL, {"tool_call": tool_call_handler(RehearsalWeb())}),
+                    Binding(OFFLINE_TOOL_CALL, {"tool_call": tool_call_handler(OfflineWeb())}),
                 ],
                 concurrency=args.concurrency,
                 describe=describe,

@@ -201,7 +201,7 @@ class Program:
             return
         from durable_autogen import DurableSession
 
-        async with DurableSession(f"{self._session}-{number}", nexum=self._nexum, tell=_say_nothing):
+        async with DurableSession(f"{self._session}-{number}", nexum=self._nexum):
             yield
 
     def saw(self, item: object) -> None:
@@ -273,10 +273,6 @@ class Program:
             asyncio.get_running_loop().set_default_executor(executor)
             async with self.session():
                 await agent(script, block).run(task="the task")
-
-
-def _say_nothing(_: str) -> None:
-    """What a session tells is not measured."""
 
 
 def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Measured:

@@ -10,7 +10,7 @@ replayed; nothing that is recorded is paid for or executed again. A Nexum server
 
 `run_durable` and `run_durable_stream` are the same with a task and a result, and
 `python -m durable_autogen run their_script.py` makes a script durable that knows nothing of this package. Tools run in
-the program's process, and a `DurableTool` in a worker.
+the program's process. The loggers `durable_autogen` and `nexum_engine` say what a person should read.
 
 The folder `record` records and replays, and imports nothing of AutoGen; the folder `autogen` says which of AutoGen's
 methods record, and how.
@@ -18,36 +18,24 @@ methods record, and how.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.record.place import call_id
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession
-from durable_autogen.sessions import SessionInfo, fork_session, list_sessions, question_of
-
-if TYPE_CHECKING:
-    from durable_autogen.tools import DurableTool
+from durable_autogen.sessions import SessionInfo, fork_session, fork_source, list_sessions, question_of
 
 __all__ = [
     "DriftError",
     "DurableSession",
-    "DurableTool",
     "NotDurable",
     "RunCancelled",
     "SessionBusy",
     "SessionInfo",
+    "call_id",
     "fork_session",
+    "fork_source",
     "list_sessions",
     "question_of",
     "run_durable",
     "run_durable_stream",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Only who runs tools in a worker needs the modules of theirs, whose names a program may have taken for its own.
-    if name == "DurableTool":
-        from durable_autogen.tools import DurableTool
-
-        return DurableTool
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

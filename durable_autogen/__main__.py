@@ -1,50 +1,44 @@
-"""The command line: `python -m durable_autogen run [--session ID] SCRIPT [ARGUMENTS]`."""
+"""The command line: durable runs of scripts, and what sessions have recorded."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import builtins
-import functools
-import hashlib
-import inspect
+import logging
 import os
-import re
 import sys
-import traceback
-import types
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
-from durable_autogen.record.session import check_session_id
+from durable_autogen.script import complain, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
-
-T = TypeVar("T")
-MAX_STEM = 40  # characters of a script's name in a session id
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m durable_autogen", description="Make an AutoGen script durable without changing it."
+        prog="python -m durable_autogen",
+        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        default=os.environ.get("NEXUM_ADDRESS") or None,
+        help="address of a running server (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+    )
     run = commands.add_parser(
         "run",
+        parents=[server],
         help="run a script so that it survives crashes",
         description="Run SCRIPT as `python SCRIPT` would, with everything that it asks AutoGen for on record. After a "
         "crash, run the same command again: the script continues where it stopped. Each further asyncio.run of the "
         "script has a session of its own (ID-2, ID-3, ...).",
     )
     run.add_argument("--session", metavar="ID", help="the session (default: from the script's path and arguments)")
-    run.add_argument(
-        "--nexum",
-        metavar="HOST:PORT",
-        default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="address of a running server (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
-    )
     run.add_argument(
         "--on-drift",
         choices=("stop", "continue"),
@@ -58,177 +52,91 @@ def build_parser() -> argparse.ArgumentParser:
         help="if the script connects to something or starts a process outside a recorded call: tell, or stop",
     )
     run.add_argument("script", type=Path, metavar="SCRIPT")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments")
+    arguments = run.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
+    )
+    arguments.required = False  # argparse of Python 3.10 to 3.12 asks for them if SCRIPT is missing
+    ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
+    ls.add_argument("--json", action="store_true", help="print JSON")
+    show = commands.add_parser(
+        "show",
+        parents=[server],
+        help="show what a session has recorded",
+        description="Show the events of SESSION in their order. The number before an event is the N of `fork`.",
+    )
+    show.add_argument("session", metavar="SESSION")
+    show.add_argument("--json", action="store_true", help="print every event whole, as JSON")
+    fork = commands.add_parser(
+        "fork",
+        parents=[server],
+        help="begin a session with the first events of another",
+        description="Begin the session NEW with the first N events of SESSION. Run your program in NEW: it replays "
+        "these, and continues live.",
+    )
+    fork.add_argument("source", metavar="SESSION@N")
+    fork.add_argument("new", metavar="NEW")
+    fork.add_argument("--message", metavar="TEXT", default="", help="what the user says after these events")
     return parser
 
 
-def default_session(script: Path, arguments: Sequence[str]) -> str:
-    """Return the session id that a script with these arguments always has."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", script.stem).strip("-_") or "script"
-    told = "\0".join([str(script.resolve()), *arguments])
-    return f"{stem[:MAX_STEM]}-{hashlib.sha256(told.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+async def look(args: argparse.Namespace) -> str:
+    """Do what `ls`, `show` or `fork` ask for; return what to print."""
+    from durable_autogen import report
+    from durable_autogen.sessions import fork_session, fork_source, list_sessions, show_session
+    from nexum_engine.client import NexumClient
+    from nexum_engine.embedded import EmbeddedNexum
 
-
-def tell(text: str) -> None:
-    """Print a line for a person, apart from what the script prints."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
-
-
-class _Sessions:
-    """Runs each main coroutine of a script in a session of its own."""
-
-    def __init__(self, session: str, args: argparse.Namespace) -> None:
-        self._session = session
-        self._args = args
-        self.count = 0
-        """How many main coroutines the script has run."""
-        self._is_inside = False
-
-    def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the next session."""
-        self.count += 1
-        name = self._session if self.count == 1 else f"{self._session}-{self.count}"
-
-        @functools.wraps(self._run)
-        async def run() -> T:
-            return await self._run(name, main)
-
-        return run()
-
-    async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
-        from durable_autogen.session import DurableSession
-        from nexum_engine.embedded import EmbeddedNexum
-
-        try:
-            async with EmbeddedNexum(self._args.nexum, tell=tell) as nexum:
-                session = DurableSession(
-                    name,
-                    nexum=nexum.address,
-                    on_drift=self._args.on_drift,
-                    on_unrecorded=self._args.on_unrecorded,
-                    tell=tell,
-                )
-                async with session:
-                    found = await main
-                if not (session.recorder.live or session.recorder.replayed):
-                    tell(f"[Nexum] session {name}: nothing was recorded: the script asked AutoGen for nothing")
-                return found
-        finally:
-            main.close()
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Give each main coroutine that an event loop runs its session, for the length of a `with`."""
-        replaced: list[tuple[Any, str, Any]] = []
-
-        def replace(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-            original = getattr(owner, name)
-            replaced.append((owner, name, original))
-            setattr(owner, name, functools.wraps(original)(wrapper(original)))
-
-        if sys.version_info >= (3, 11):
-            replace(asyncio.Runner, "run", self._runner_run)
-        else:
-            replace(asyncio.runners, "run", self._run_function)
-            replaced.append((asyncio, "run", asyncio.run))
-            asyncio.run = asyncio.runners.run
-        replace(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete)
-        try:
-            yield
-        finally:
-            for owner, name, original in reversed(replaced):
-                setattr(owner, name, original)
-
-    def _runner_run(self, original: Any) -> Any:
-        def run(runner: Any, main: Any, **options: Any) -> Any:
-            return original(runner, self.inside(main) if inspect.iscoroutine(main) else main, **options)
-
-        return run
-
-    def _run_function(self, original: Any) -> Any:
-        def run(main: Any, **options: Any) -> Any:
-            before, self._is_inside = self._is_inside, True
-            try:
-                return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
-            finally:
-                self._is_inside = before
-
-        return run
-
-    def _run_until_complete(self, original: Any) -> Any:
-        def run_until_complete(loop: Any, future: Any) -> Any:
-            # A Runner hands over a task. What remains is a script that drives its loop by hand, and the loop's own.
-            is_main = (
-                inspect.iscoroutine(future)
-                and not self._is_inside
-                and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
-            )
-            return original(loop, self.inside(future) if is_main else future)
-
-        return run_until_complete
-
-
-def run_script(args: argparse.Namespace) -> int:
-    """Run the script; return its exit code."""
-    script: Path = args.script
-    if not script.is_file():
-        tell(f"error: there is no script {script}")
-        return 2
-    if args.session is None:
-        session = default_session(script, args.arguments)
-        tell(f"[Nexum] session {session} (from the script's path and arguments; --session names another)")
-    else:
-        session = check_session_id(args.session)
-    sys.argv = [str(script), *args.arguments]
-    sys.path[0] = str(script.resolve().parent)
-    sessions = _Sessions(session, args)
-    with sessions.installed():
-        try:
-            _run_as_main(script.resolve())
-        except NexumError as error:
-            tell(f"error: {error}")
-            return 2
-        except Exception as error:  # noqa: BLE001 - the script's own: shown as Python shows it
-            _print_traceback(error, script)
-            return 1
-    if not sessions.count:
-        tell(
-            "[Nexum] nothing was recorded: the script ran no main coroutine by asyncio.run, a Runner, or an event loop "
-            "of asyncio's own"
-        )
-    return 0
-
-
-def _run_as_main(script: Path) -> None:
-    """Run a script as Python does. (runpy would name it by the same path in sys.argv and in __file__.)"""
-    module = types.ModuleType("__main__")
-    module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
-    before = sys.modules["__main__"]
-    sys.modules["__main__"] = module
-    try:
-        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
-    finally:
-        sys.modules["__main__"] = before
-
-
-def _print_traceback(error: Exception, script: Path) -> None:
-    """Print the error as `python SCRIPT` would: without the frames of this command."""
-    told = traceback.TracebackException.from_exception(error)
-    paths = [frame.filename for frame in told.stack]
-    begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
-    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack[begin:] if frame.filename != __file__])
-    tell("".join(told.format()).rstrip())
+    async with EmbeddedNexum(args.nexum, tell=lambda _: None) as nexum, NexumClient(nexum.address) as client:
+        if args.command == "ls":
+            sessions = await list_sessions(client)
+            return report.sessions_as_json(sessions) if args.json else report.table(sessions, time.time())
+        if args.command == "show":
+            shown = await show_session(client, args.session)
+            return report.events_as_json(shown) if args.json else report.details(shown, time.time())
+        source, count = fork_source(args.source)
+        await fork_session(client, source, count, args.new, args.message)
+        return f"session {args.new} begins with the first {count} event(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: the script's own, or 2 if it can't be run as requested."""
     args = build_parser().parse_args(argv)
     try:
-        return run_script(args)
-    except InvalidRequest as error:
-        tell(f"error: {error}")
+        if args.command == "run":
+            _print_what_is_logged()
+            return run_script(args)
+        _print(asyncio.run(look(args)))
+    except (InvalidRequest, NexumError) as error:
+        complain(f"error: {error}")
         return 2
+    except BrokenPipeError:
+        with suppress(OSError):  # nobody reads: what is left in the buffer goes nowhere, without a complaint at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _print(text: str) -> None:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+class _Lines(logging.Handler):
+    """Prints what is logged for a person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # nobody reads them: the script goes on
+            complain(f"[Nexum] {record.getMessage()}")
+
+
+def _print_what_is_logged() -> None:
+    for name in ("durable_autogen", "nexum_engine"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Lines())
+        logger.propagate = False  # the script's own logging shows what the script logs
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +23,8 @@ from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
-from support.console import say
+
+_log = logging.getLogger(__name__)
 
 END_PATIENCE = 5.0  # seconds that a stopped team gets to end
 
@@ -42,7 +44,6 @@ async def run_durable(
     on_unrecorded: OnUnrecorded = "tell",
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
-    tell: Callable[[str], None] = say,
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
@@ -63,7 +64,6 @@ async def run_durable(
         on_unrecorded=on_unrecorded,
         cancellation_token=cancellation_token,
         output_task_messages=output_task_messages,
-        tell=tell,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -81,10 +81,9 @@ async def run_durable_stream(
     on_unrecorded: OnUnrecorded = "tell",
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
-    tell: Callable[[str], None] = say,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result, as AutoGen's `run_stream`."""
-    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell)
+    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded)
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():
         yield item
@@ -150,9 +149,9 @@ class _Run:
                 _at_work.pop(runnable, None)
             session.stop_reason = result.stop_reason or ""
             if not (recorder.live or recorder.replayed):
-                session.tell(
-                    f"[Nexum] session {session.session_id}: nothing was recorded: the run asked no model, tool or "
-                    "person through AutoGen"
+                _log.warning(
+                    "session %s: nothing was recorded: the run asked no model, tool or person through AutoGen",
+                    session.session_id,
                 )
         self._items.put_nowait(result)
 

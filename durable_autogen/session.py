@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.autogen.fingerprints import differences
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
-from support.console import say
 
 
 class DurableSession(Session):
@@ -25,7 +23,7 @@ class DurableSession(Session):
 
     A connection or a process that the program starts outside a recorded call is told (`on_unrecorded="tell"`), or ends
     the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then
-    localhost:50051. `tell` takes the lines that a person should read; by default they are printed.
+    localhost:50051. What a person should read is logged by the logger `durable_autogen`.
 
     Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside, and leaving,
     raise DriftError, NotDurable, and what the server answers. A session can be entered once.
@@ -38,14 +36,12 @@ class DurableSession(Session):
         nexum: str | None = None,
         on_drift: OnDrift = "stop",
         on_unrecorded: OnUnrecorded = "tell",
-        tell: Callable[[str], None] = say,
     ) -> None:
         super().__init__(
             session_id,
             nexum=nexum,
             on_drift=on_drift,
             on_unrecorded=on_unrecorded,
-            tell=tell,
             compare=differences,
         )
 

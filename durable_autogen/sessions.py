@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
-from support.console import say
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,33 @@ async def _info(
     )
 
 
+@dataclass(frozen=True)
+class ShownSession:
+    """One session with its events."""
+
+    info: SessionInfo
+    events: tuple[Event, ...]
+    """In recorded order, without what was revoked."""
+
+
+async def show_session(client: NexumClient, session: str) -> ShownSession:
+    """Return a session with its events. Raises InvalidRequest if the server has none of this id."""
+    for info in await list_sessions(client):
+        if info.session == session:
+            return ShownSession(info, tuple((await read_record(client, session)).events))
+    raise InvalidRequest(
+        f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
+    )
+
+
+def fork_source(text: str) -> tuple[str, int]:
+    """Read `SESSION@N`. Raises InvalidRequest."""
+    session, _, count = text.rpartition("@")
+    if not session or not count.isdecimal():
+        raise InvalidRequest(f"{text!r} must be SESSION@N, for example demo1@2")
+    return check_session_id(session), int(count)
+
+
 async def question_of(client: NexumClient, session: str) -> str | None:
     """Return the task of a session; None if it has not begun."""
     events = (await read_record(client, session)).events
@@ -107,12 +133,10 @@ async def fork_session(
     count: int,
     session: str,
     message: str = "",
-    *,
-    tell: Callable[[str], None] = say,
 ) -> list[Event]:
     """Begin a session with the first `count` recorded calls of another, which are accepted as recorded.
 
-    `message` is what the user says there, and `tell` takes what a person should read. Doing it again changes nothing.
+    `message` is what the user says there. Doing it again changes nothing.
     Returns the copied events. Raises InvalidRequest, and DriftError if the new session has something else on record.
     """
     check_session_id(session)
@@ -121,7 +145,9 @@ async def fork_session(
     events = (await read_record(client, source)).events
     calls = [event for event in events if event.kind.is_call]
     if not events:
-        raise InvalidRequest(f"session {source!r} has nothing on record here; --sessions lists those that have")
+        raise InvalidRequest(
+            f"session {source!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
+        )
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
             f"session {source!r} has {len(calls)} recorded event(s): give 0 to {len(calls)}, not {count}"
@@ -132,7 +158,7 @@ async def fork_session(
         *begin,
         *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
     ]
-    async with Journal(client, session, tell) as journal:
+    async with Journal(client, session) as journal:
         copied = [event for event in journal.events if event.accepted]
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -94,11 +95,13 @@ class Observed:
 class NexumClient:
     """Calls one server. Use as an async context manager, or call `close`.
 
+    `address` is HOST:PORT; it defaults to NEXUM_ADDRESS, then localhost:50051.
     `patience` in a method is for how long, in seconds, it tries again while no server answers; then it raises
     ServerUnavailable. Every method can raise NotANexumServer, ServerFault, and the server's own refusals.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str | None = None) -> None:
+        address = address or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
             raise InvalidRequest(f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}")

@@ -42,6 +42,11 @@ def say(text: str, *, end: str = "\n") -> None:
     _print(text + end, sys.stdout)
 
 
+def say_or_stop(text: str) -> None:
+    """Print one line at once. If nobody reads standard output, stop this process instead of raising an error."""
+    _print_or_stop(f"{text}\n", sys.stdout)
+
+
 def complain(text: str) -> None:
     """Print one line to standard error, in the same way."""
     _print(f"{text}\n", sys.stderr)
@@ -55,6 +60,19 @@ def log_to(stream: TextIO, level: int, format: str = "%(message)s") -> None:
     logging.captureWarnings(True)
 
 
+def say_what_is_logged(*names: str) -> None:
+    """Print what these loggers have for a person on standard output, with `[Nexum]` before it."""
+    import logging
+
+    handler = logging.StreamHandler(_Log(sys.stdout))
+    handler.setFormatter(logging.Formatter("[Nexum] %(message)s"))
+    for name in names:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 class _Log:
     """What logging takes for a stream."""
 
@@ -62,12 +80,8 @@ class _Log:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        try:
-            _print(text, self._stream)
-        except BrokenPipeError:
-            # Raised, it would end whatever was logging, and look like a failure of that.
-            _abandon_output()
-            signal.raise_signal(signal.SIGTERM)
+        # Don't raise here: the exception would surface in whatever code was logging.
+        _print_or_stop(text, self._stream)
 
 
 def _print(text: str, stream: TextIO) -> None:
@@ -80,6 +94,26 @@ def _print(text: str, stream: TextIO) -> None:
             raise
         # What Windows says of a pipe that nobody reads.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
+
+
+_nobody_reads = False
+
+
+def _print_or_stop(text: str, stream: TextIO) -> None:
+    """Print, or stop this process: in good order if it has a way to, as a worker has, else as after Ctrl+C."""
+    global _nobody_reads
+    try:
+        _print(text, stream)
+        return
+    except BrokenPipeError:
+        _abandon_output()
+        _nobody_reads = True
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        signal.raise_signal(signal.SIGTERM)
+    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.raise_signal(signal.SIGINT)
+    else:
+        os._exit(1)
 
 
 def _abandon_output() -> None:
@@ -136,6 +170,8 @@ def _exit_code(main: Callable[[], int], interrupted: str) -> int:
     except (KeyboardInterrupt, CancelledError):
         if began_here:
             signal.signal(signal.SIGINT, _end_at_once)
+        if _nobody_reads:
+            return 1
         if interrupted:
             complain(f"\ninterrupted; {interrupted}")
         return INTERRUPTED

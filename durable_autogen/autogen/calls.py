@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,11 @@ from durable_autogen.autogen.values import (
 from durable_autogen.autogen.work import Asker, Work
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
 from durable_autogen.record.failures import in_a_task, ordinary
-from durable_autogen.record.place import Place, current, started_at
+from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
-from durable_autogen.worker_calls import CallNotes, HearsOfReplays, call_notes, call_scope
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
+
+_log = logging.getLogger(__name__)
 
 HOLD_FOR = 0.5  # seconds for which the newest piece of a stream is held back, as it may be the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the fingerprint of what was asked stands beside it
@@ -106,7 +108,7 @@ class Calls:
 
         answer = await self._answer(call, perform, options.get("cancellation_token"))
         if answer.replayed:
-            self._tell_replayed(call)
+            self._log_replayed(call)
         return self._received(client, answer)
 
     async def streamed_reply(
@@ -158,7 +160,7 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if isinstance(content, Returned):
-                self._tell_replayed(call)  # before its pieces, which a program may print
+                self._log_replayed(call)  # before its pieces, which a program may print
                 held[:] = pieces_again(content.streamed, reply_again(content.value))
             elif isinstance(content, (Raised, GivenUp)):
                 held[:] = content.streamed
@@ -237,9 +239,6 @@ class Calls:
                 raise
             return failed_result(made.name, error)
         result: ToolResult = self._value(answer, ToolResult)
-        if answer.replayed:
-            tools = workbench._tools if isinstance(workbench, StaticWorkbench) else []
-            self._tell_tool_replayed(made.name, result.to_text(), answer, tools)
         return result
 
     def workbench_tool_stream(
@@ -270,10 +269,7 @@ class Calls:
     ) -> Any:
         """Return the recorded value of a tool that is called directly, or the tool's, recorded."""
         answer = await self._tool(run, made, tool.return_type(), stream)
-        value = self._value(answer, tool.return_type())
-        if answer.replayed:
-            self._tell_tool_replayed(tool.name, value if isinstance(value, str) else str(value), answer, [tool])
-        return value
+        return self._value(answer, tool.return_type())
 
     def tool_stream(
         self, tool: BaseTool[Any, Any], run: Callable[[], AsyncIterator[Any]], made: ToolCall
@@ -303,33 +299,25 @@ class Calls:
         name, token = made.name, made.token
         position = self._asker.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
-        notes = CallNotes()
         is_result = declared is ToolResult
 
         async def perform() -> Performed:
-            call_scope.set(self._recorder.journal.scope_of(call.address))
-            call_notes.set(notes)
+            journal = self._recorder.journal
+            recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
             streamed = [] if stream is None else stream.produced
             # In a task of its own: so a tool that ends as cancelled is told from a caller that is cancelled.
             running = started_at(current.get(), ordinary(run(), name))
             try:
                 value = await in_a_task(running, name)
-                if notes.stop is None:
-                    return Performed(value, self._checked(name, value, declared, notes, streamed))
-                error: Exception = notes.stop
-            except Exception as failure:
+                return Performed(value, self._checked(name, value, declared, streamed))
+            except Exception as error:
                 if running.cancelled() and token is not None and token.is_cancelled():
-                    raise asyncio.CancelledError from failure
-                if notes.stop is None and not (is_result and self._place.must_not_raise):
+                    raise asyncio.CancelledError from error
+                if not (is_result and self._place.must_not_raise):
                     raise
-                error = notes.stop or failure
-            if notes.stop is not None:
-                # The tool did not fail: nobody reads what it tells, and that ends the run.
-                self._recorder.stop(notes.stop)
-                raise notes.stop
-            # It ran: as a result that tells of the error, it does not run again when the session is continued.
-            failed = failed_result(name, error)
-            return Performed(failed, self._checked(name, failed, declared, notes, []))
+                # It ran: as a result that tells of the error, it does not run again when the session is continued.
+                failed = failed_result(name, error)
+                return Performed(failed, self._checked(name, failed, declared, []))
 
         def replayed(content: Content) -> None:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
@@ -342,9 +330,9 @@ class Calls:
             return [] if stream is None else [written_value(item) for item in stream.passed_on]
 
         answer = await self._answer(call, perform, token, streamed=got, on_replay=replayed)
-        assert isinstance(answer.content, Returned)
-        worker = answer.content.worker
-        self._count(answer.replayed or (worker is not None and worker.was_recorded), "tool calls")
+        self._count(answer.replayed, "tool calls")
+        if answer.replayed:
+            _log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
         return answer
 
     def _streams(self, stream: _Stream, item: Any) -> None:
@@ -353,32 +341,23 @@ class Calls:
         stream.produced.append(item)
         stream.items.put_nowait(item)
 
-    def _checked(self, name: str, value: Any, declared: Any, notes: CallNotes, streamed: Sequence[Any]) -> Returned:
+    def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
         """Write down what a tool gave. Raises ValueError if that can't be recorded."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
-            self._recorder.tell(
-                f"[Nexum] {name} returned a {type(value).__name__}, which can't be recorded: a replay will stop here"
+            _log.warning(
+                "%s returned a %s, which can't be recorded: a replay will stop here", name, type(value).__name__
             )
             written = unrecorded_value(value)
         try:
-            content = Returned(value=written, worker=notes.worker, streamed=[written_value(item) for item in streamed])
+            content = Returned(value=written, streamed=[written_value(item) for item in streamed])
             check_size(dump(content.model_dump(mode="json"), "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
             raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
         return content
-
-    def _tell_tool_replayed(self, name: str, text: str, answer: Answer, tools: Sequence[BaseTool[Any, Any]]) -> None:
-        assert isinstance(answer.content, Returned)
-        worker = answer.content.worker
-        for tool in tools:
-            if tool.name == name and worker is not None and isinstance(tool, HearsOfReplays):
-                self._recorder.tell(tool.replayed(text, worker))
-                return
-        self._recorder.tell(f"[Nexum] {name} for {self._agent or 'the program'}: replayed from the record ✓")
 
     def agent_as_tool(self, made: ToolCall) -> Place:
         """Note that the reply's call of an agent or team was made, and return the place at which that works.
@@ -417,7 +396,7 @@ class Calls:
                 asking.cancel()
         self._count(answer.replayed, "inputs")
         if answer.replayed:
-            self._tell_replayed(call)
+            self._log_replayed(call)
         return str(self._value(answer, str))
 
     async def code(
@@ -503,8 +482,8 @@ class Calls:
     def _count(self, replayed: bool, what: str, number: int = 1) -> None:
         (self._recorder.replayed if replayed else self._recorder.live)[what] += number
 
-    def _tell_replayed(self, call: Call) -> None:
-        self._recorder.tell(f"[Nexum] {call}: replayed from the record ✓")
+    def _log_replayed(self, call: Call) -> None:
+        _log.info("%s: replayed from the record ✓", call)
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:

@@ -229,3 +229,14 @@ def failed_result(name: str, error: BaseException) -> ToolResult:
     """Build a tool's result that tells of an error."""
     text = representable(str(error) or type(error).__name__)
     return ToolResult(name=name, result=[TextResultContent(content=text)], is_error=True)
+
+
+def without_classes(written: Any) -> Any:
+    """Return what `written_value` wrote without the names of classes, to show it to a person."""
+    if isinstance(written, list):
+        return [without_classes(one) for one in written]
+    if isinstance(written, dict):
+        if written.keys() == {_CLASS, _VALUE}:
+            return without_classes(written[_VALUE])
+        return {key: without_classes(one) for key, one in written.items()}
+    return written

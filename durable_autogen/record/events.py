@@ -75,14 +75,6 @@ class _Frozen(BaseModel):
 # ---- What an event holds ---------------------------------------------------------------------------------------------
 
 
-class WorkerResult(_Frozen):
-    """Where the result of a tool that ran in a worker is recorded."""
-
-    execution_id: str
-    was_recorded: bool
-    """Whether the worker's result was there before this session asked: nothing was executed for it again."""
-
-
 class Returned(_Frozen):
     """What a call returned."""
 
@@ -91,7 +83,6 @@ class Returned(_Frozen):
     """The value as `encoded` writes it."""
     streamed: list[Any] = []
     """What a stream passed on before its result."""
-    worker: WorkerResult | None = None
     is_broken: bool = False
     """Whether a model's reply is empty or cut off: as a run's last one it is asked for again by the next run."""
 

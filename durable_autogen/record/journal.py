@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from durable_autogen.errors import SessionBusy
 from durable_autogen.record.events import (
@@ -36,6 +37,8 @@ from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
 from nexum_engine.workflow import MAX_ID_LENGTH
 
+_log = logging.getLogger(__name__)
+
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
 LOOK_INTERVAL = 0.1  # seconds
 
@@ -43,16 +46,15 @@ LOOK_INTERVAL = 0.1  # seconds
 class Journal:
     """One session's record, owned by this process for the length of an `async with`. Raises SessionBusy."""
 
-    def __init__(self, client: NexumClient, session: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, client: NexumClient, session: str) -> None:
         self.session = session
-        self.tell = tell
         """Takes the lines that a person should read."""
         self.events: list[Event] = []
         """The events that count, in order."""
         self.ended: RunSummary | None = None
         """What the session's run did, if the session is finished."""
         self._client = client
-        self._owner = Owner(client, on_lost=lambda error: tell(f"[Nexum] {error}; trying for {OWNER_PATIENCE:g} s"))
+        self._owner = Owner(client, on_lost=lambda error: _log.warning("%s; trying for %g s", error, OWNER_PATIENCE))
         self._run: Task | None = None
         self.next_seq = 1
         """The number that the next event gets."""
@@ -88,7 +90,7 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
         except NexumError as ending:
-            self.tell(f"[Nexum] the end of this run of session {self.session} could not be recorded: {ending}")
+            _log.warning("the end of this run of session %s could not be recorded: %s", self.session, ending)
         finally:
             await self._owner.__aexit__()
 
@@ -107,15 +109,16 @@ class Journal:
                 if loop.time() >= give_up:
                     raise SessionBusy(f"session {self.session} is being run: {conflict}") from conflict
                 if not said:
-                    self.tell(
-                        f"[Nexum] session {self.session} is in use by another run. If that run was killed, the server "
-                        f"will notice within {TAKE_OVER_PATIENCE:g} s"
+                    _log.warning(
+                        "session %s is in use by another run. If that run was killed, the server will notice within "
+                        "%g s",
+                        *(self.session, TAKE_OVER_PATIENCE),
                     )
                     said = True
             else:
                 if started.task is not None:
                     if started.task.attempt > 1:
-                        self.tell(f"[Nexum] session {self.session}: the previous run died; taking over")
+                        _log.info("session %s: the previous run died; taking over", self.session)
                     return started.task
             await asyncio.sleep(LOOK_INTERVAL)
 
@@ -201,9 +204,8 @@ class Journal:
             await self._client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
             return False
         except ExecutionNotFound:
-            self.tell(
-                f"[Nexum] session {self.session} is unknown to this server: recording its {len(self.events)} event(s) "
-                "again"
+            _log.warning(
+                "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
             )
         self._open.clear()
         self._inherited.clear()

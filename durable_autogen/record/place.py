@@ -51,6 +51,16 @@ class Place:
 
 
 current: ContextVar[Place | None] = ContextVar("durable_place", default=None)
+recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
+
+
+def call_id() -> str:
+    """Return the id of the recorded tool call that is being made; empty outside one.
+
+    No other call has this id, in this session or another; a re-run that makes the call again has the same one. Use it
+    as an idempotency key.
+    """
+    return recorded_call.get()
 
 
 def recording_place() -> Place | None:

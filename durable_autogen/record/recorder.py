@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,6 +37,8 @@ from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_
 from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session
@@ -133,13 +136,6 @@ class Recorder:
     async def _idle(self) -> None:
         await idle(self._session)
 
-    def tell(self, text: str) -> None:
-        """Tell a person. If that fails, the run ends: AutoGen would wait for ever for the agent that tells it."""
-        try:
-            self.journal.tell(text)
-        except Exception as error:  # noqa: BLE001 - the program's own function, or a console that is gone
-            self.stop(error)
-
     async def close(self) -> None:
         """Stop what is under way; record nothing more."""
         self.stop(NexumError("the run is over"))
@@ -222,9 +218,9 @@ class Recorder:
             if broken:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
         for event in broken:
-            self.tell(
-                f"[Nexum] {event} is empty or cut off, and nothing came after it: it is not kept. Run the session "
-                "again to ask again"
+            _log.warning(
+                "%s is empty or cut off, and nothing came after it: it is not kept. Run the session again to retry",
+                event,
             )
         await self.journal.end(
             stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
@@ -432,7 +428,7 @@ class Recorder:
                 raise DriftError(self._drifted(f"{event} asked {was!r}, now it asks {now!r}"))
             return None
         self.replayed["inputs"] += 1
-        self.tell(f"[Nexum] {event}: replayed from the record ✓")
+        _log.info("%s: replayed from the record ✓", event)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
@@ -507,9 +503,9 @@ class Recorder:
         if self.on_drift == "stop":
             raise DriftError(self._drifted(what))
         self.ended = None
-        self.tell(f"[Nexum] {what}")
+        _log.warning("%s", what)
         left = len(self._replay.ahead)
-        self.tell(f"[Nexum] session {session} continues live from here; {left} recorded event(s) are dropped")
+        _log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
         await self.journal.revoke_after(after, what)
         self._replay.leave()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
+
+_log = logging.getLogger(__name__)
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
 CHOICE_HINT = (
@@ -205,9 +208,7 @@ class Replay:
     def _tell_waiting(self, event: Event, late: float) -> None:
         if (patience := self._patience()) is not None:
             limit = patience + late
-            self._journal.tell(
-                f"[Nexum] {event} is next on record: waiting up to {limit:g} s for the run to ask for it"
-            )
+            _log.warning("%s is next on record: waiting up to %g s for the run to ask for it", event, limit)
 
     def _patience(self) -> float | None:
         """How long the run may go without asking for what is recorded next, in seconds.

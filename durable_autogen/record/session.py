@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, get_args
@@ -20,6 +21,8 @@ from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
+
+_log = logging.getLogger(__name__)
 
 FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
 
@@ -48,7 +51,6 @@ class Session:
         nexum: str | None,
         on_drift: OnDrift,
         on_unrecorded: OnUnrecorded,
-        tell: Callable[[str], None],
         compare: Compare = same_request,
     ) -> None:
         for name, value, choices in (
@@ -65,8 +67,6 @@ class Session:
         self._address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
         self._on_drift: OnDrift = on_drift
         self._on_unrecorded: OnUnrecorded = on_unrecorded
-        self.tell = tell
-        """Takes the lines that a person should read."""
         self._compare = compare
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
@@ -120,7 +120,7 @@ class Session:
                     await client.ping(patience=FIRST_PATIENCE)
                 except ServerUnavailable as error:
                     raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
-                journal = await stack.enter_async_context(Journal(client, self.session_id, self.tell))
+                journal = await stack.enter_async_context(Journal(client, self.session_id))
             self._loop = asyncio.get_running_loop()
             outside.watch()
             stack.enter_context(watched_threads())
@@ -142,7 +142,7 @@ class Session:
                 if failure is None:
                     await recorder.end_with(error)
             except NexumError as ending:
-                self.tell(f"[Nexum] session {self.session_id}: the failure could not be revoked: {ending}")
+                _log.warning("session %s: the failure could not be revoked: %s", self.session_id, ending)
             finally:
                 await self._stack.__aexit__(kind, error, traceback)
             return
@@ -154,7 +154,7 @@ class Session:
     async def _close(self) -> None:
         self.is_over = True
         await self.recorder.close()
-        self._tell_counts()
+        self._log_counts()
 
     # ---- What leaves the record --------------------------------------------------------------------------------------
 
@@ -168,21 +168,16 @@ class Session:
             self.loop.call_soon_threadsafe(self.recorder.stop, error)
             raise error
         if self._left[f"{who} {what}"] == 1:
-            try:
-                self.tell(f"[Nexum] {line}")
-            except Exception as error:  # noqa: BLE001 - it must not look like a failure of the connection
-                self.loop.call_soon_threadsafe(self.recorder.stop, error)
+            _log.warning("%s", line)
 
-    def _tell_counts(self) -> None:
+    def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live or recorder.replayed:
-            self.tell(
-                f"[Nexum] session {self.session_id}: {_counts(recorder.live)} live, "
-                f"{_counts(recorder.replayed)} replayed from the record"
-            )
+            counts = (self.session_id, _counts(recorder.live), _counts(recorder.replayed))
+            _log.info("session %s: %s live, %s replayed from the record", *counts)
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
-            self.tell(f"[Nexum] session {self.session_id}: outside the record: {times}")
+            _log.warning("session %s: outside the record: %s", self.session_id, times)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--session", metavar="ID")
     parser.add_argument("--nexum", metavar="HOST:PORT")
     parser.add_argument("--cyclic", action="store_true", help="the loop instead of the row")
-    parser.add_argument("--offline", action="store_true", help="rehearse without a model key")
+    parser.add_argument("--offline", action="store_true", help="run without a model key")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
     )

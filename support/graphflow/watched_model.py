@@ -1,4 +1,4 @@
-"""The model of a graph's agent, live or rehearsed: each call is written down, and can be interrupted."""
+"""The model of a graph's agent, live or offline: each call is written down, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autogen_core.models import CreateResult, LLMMessage, SystemMessage
 
 from support.graphflow.graphs import APPROVED, REVISE, REVISIONS
 from support.models import ModelChoice
-from support.offline.model import RehearsalModel
+from support.offline.model import OfflineModel
 
-LATENCY = 0.05  # seconds that a rehearsed reply takes, as a model takes some
+LATENCY = 0.05  # seconds that an offline reply takes, as a model takes some
 _DRAFT = "Draft"
 _OPENINGS = {"author": _DRAFT, "planner": "Plan", "publisher": "Published"}
 
 
-class WatchedModel(RehearsalModel):
+class WatchedModel(OfflineModel):
     """`before_reply` is awaited with the number of the call, from 1; the call stands in the log by then."""
 
     def __init__(

@@ -3,7 +3,7 @@
     GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
     NEXUM_MODEL                                           a model by name; needs the key of its own vendor
     OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
-    none of these, or offline                             the rehearsal: rule-based, no network
+    none of these, or offline                             offline: rule-based, no network
 
 A key is only ever sent to its own vendor, and OPENAI_API_KEY to OpenAI or to the server that OPENAI_BASE_URL names:
 address and key are always passed together, never left to a default.
@@ -52,13 +52,13 @@ class ModelChoice(BaseModel):
         return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
     def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
-        """An AutoGen model client. `topics` is what the rehearsal says it knows, by default its own pages; `share` is
+        """An AutoGen model client. `topics` is what the offline model says it knows (its own pages); `share` is
         which part of a question's searches it takes: (1, 2) is the first of two."""
         if self.offline:
-            from support.offline.model import RehearsalModel
-            from support.offline.web import RehearsalWeb
+            from support.offline.model import OfflineModel
+            from support.offline.web import OfflineWeb
 
-            return RehearsalModel(RehearsalWeb().topics() if topics is None else topics, share)
+            return OfflineModel(OfflineWeb().topics() if topics is None else topics, share)
         from support.models.live import LiveModel
 
         if self.base_url is None or self.api_key is None:
@@ -71,7 +71,7 @@ class ModelChoice(BaseModel):
 def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Vendor] = VENDORS) -> ModelChoice:
     """The model that `env` asks for; raises ModelChoiceError where it asks for one it has no key for."""
     if offline:
-        return _rehearsal("asked for")
+        return _offline("asked for")
     name = _setting(env, "NEXUM_MODEL")
     server = _setting(env, "OPENAI_BASE_URL")
     if server is not None:
@@ -82,11 +82,11 @@ def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Ven
         key = _key(env, vendor.key_variable)
         if key is not None:
             return _at(vendor, vendor.default_model, key)
-    return _rehearsal("no model key found")
+    return _offline("no model key found")
 
 
-def _rehearsal(why: str) -> ModelChoice:
-    return ModelChoice(vendor="rehearsal", model="rules", offline=True, description=f"offline rehearsal ({why})")
+def _offline(why: str) -> ModelChoice:
+    return ModelChoice(vendor="offline", model="rules", offline=True, description=f"offline ({why})")
 
 
 def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> ModelChoice:

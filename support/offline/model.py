@@ -1,4 +1,4 @@
-"""The rehearsal's model: rules in the place of a language model, for runs without a key and for tests.
+"""The offline model: rules in the place of a language model, for runs without a key and for tests.
 
 It searches, reads the best pages and answers with sentences found word for word in what the tools returned. It keeps
 nothing between calls: what to do next follows from the messages alone, so a repeated run goes the same way.
@@ -48,7 +48,7 @@ class Turn:
     visited: bool = False
 
 
-class RehearsalModel(ChatCompletionClient):
+class OfflineModel(ChatCompletionClient):
     """`topics` are the titles it lists when no page covers a question.
 
     `share` is which part it takes of the searches that a question needs: (1, 2) is the first of two.
@@ -75,7 +75,7 @@ class RehearsalModel(ChatCompletionClient):
     ) -> CreateResult:
         """The next tool calls, or the answer."""
         if json_output:
-            raise ValueError("the rehearsal's model answers in prose only; it has no JSON output")
+            raise ValueError("the offline model answers in prose only; it has no JSON output")
         offered = set() if tool_choice == "none" else {_name(tool) for tool in tools}
         content = self._respond(messages, offered)
         text = content if isinstance(content, str) else " ".join(call.arguments for call in content)
@@ -118,7 +118,7 @@ class RehearsalModel(ChatCompletionClient):
         return self._total
 
     def count_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
-        """Words: the rehearsal has no other unit."""
+        """Words: there is no other unit."""
         return sum(len(_text(message).split()) for message in messages)
 
     def remaining_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
@@ -192,7 +192,7 @@ class RehearsalModel(ChatCompletionClient):
             return "\n\n".join(["I have no answer, because the tools failed.", *turn.problems])
         if any(turn.hits.values()):
             return "I have no answer: the search found pages, but I could quote nothing from them."
-        said = "No page of the rehearsal covers this question, so I have no answer to it."
+        said = "No offline page covers this question, so I have no answer to it."
         if not self._topics:
             return said
         return f"{said}\n\nThese are the topics that it has pages on:\n" + "\n".join(

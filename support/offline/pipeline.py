@@ -1,4 +1,4 @@
-"""The rehearsal's models for the pipeline's agents: rules for each step, in the forms that its prompt asks for.
+"""The offline models for the pipeline's agents: rules for each step, in the forms that its prompt asks for.
 
 Like the model of the demo they find everything in the messages: the query, what the tools returned, or the JSON of
 claims, summary and sources that the step sends.
@@ -12,7 +12,7 @@ from typing import Any
 from autogen_core import FunctionCall
 from autogen_core.models import LLMMessage, UserMessage
 
-from support.offline.model import RehearsalModel, Turn
+from support.offline.model import OfflineModel, Turn
 from support.offline.reading import best_passage, choose_sentences, coverage
 
 QUOTES_EACH = 3  # from one page
@@ -20,7 +20,7 @@ PASSAGE_LENGTH = 300  # characters, where a page has no sentence that says anyth
 SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
 
 
-class RehearsalResearcher(RehearsalModel):
+class OfflineResearcher(OfflineModel):
     """Searches and reads as in the demo, and answers with claims instead of prose."""
 
     def _answer(self, turn: Turn) -> str:
@@ -38,7 +38,7 @@ class RehearsalResearcher(RehearsalModel):
         return json.dumps({"claims": list(claims.values()), "note": note}, ensure_ascii=False)
 
 
-class _Writer(RehearsalModel):
+class _Writer(OfflineModel):
     """Answers the JSON of the last message by a rule, without tools."""
 
     def __init__(self, rule: Callable[[Mapping[str, Any]], str]) -> None:
@@ -50,10 +50,10 @@ class _Writer(RehearsalModel):
         return self._rule(json.loads(asked if isinstance(asked, str) else ""))
 
 
-def pipeline_model(step: str, topics: Sequence[str] = ()) -> RehearsalModel:
+def pipeline_model(step: str, topics: Sequence[str] = ()) -> OfflineModel:
     """The model of the step's agent. `topics` are what the researcher lists when no page covers a query."""
     if step == "research":
-        return RehearsalResearcher(topics)
+        return OfflineResearcher(topics)
     return _Writer({"validate": _judge, "summarize": _summarize, "report": _report}[step])
 
 

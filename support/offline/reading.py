@@ -1,4 +1,4 @@
-"""How the rehearsal reads: words, sentences, what a question asks for. Pure functions; nothing here knows a model."""
+"""How the offline model reads: words, sentences, what a question asks for. Pure functions that know no model."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The rehearsal's web: the pages of one folder, searched with a real ranking and served as a web server would.
+"""The offline web: the pages of one folder, searched with a real ranking and served as a web server would.
 
 A Markdown or HTML file dropped into the folder is a page at once; its address is its name.
 """
@@ -19,7 +19,7 @@ from support.tools.web.page import page_to_markdown
 
 logger = logging.getLogger(__name__)
 
-HOST = "support.offline.example"  # RFC 2606 keeps .example free: no real site is ever meant
+HOST = "offline.example"  # RFC 2606 keeps .example free: no real site is ever meant
 PAGES = Path(__file__).parent / "pages"
 MAX_BODY = 2 * 1024 * 1024  # bytes, as for a live page
 EXCERPT_LENGTH = 300  # characters
@@ -49,7 +49,7 @@ class _Indexed:
     length: int
 
 
-class RehearsalWeb:
+class OfflineWeb:
     """The tools' `Web` over a folder. Files are read anew at each call, so that a dropped page counts at once."""
 
     def __init__(self, folder: Path = PAGES) -> None:
@@ -83,7 +83,7 @@ class RehearsalWeb:
         try:
             files = sorted(self.folder.iterdir())
         except OSError as error:
-            raise WebError(f"the rehearsal's pages can't be read: {error.strerror}") from error
+            raise WebError(f"the offline pages can't be read: {error.strerror}") from error
         return [path for path in files if path.suffix.lower() in CONTENT_TYPES and not path.name.startswith(".")]
 
     def _index(self) -> list[_Indexed]:

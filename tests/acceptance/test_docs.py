@@ -1,4 +1,4 @@
-"""The programs in docs/ run as they are printed, with nothing but what the text says to copy."""
+"""The programs in docs/ run as they are printed, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness import ROOT, Process, Server
@@ -19,7 +21,7 @@ DURABLE_RUNS = (ROOT / "docs" / "durable-runs.md").read_text(encoding="utf-8")
 PAYMENTS = """
 import pathlib
 
-def charge(customer, cents, idempotency_key):
+def charge_card(customer, cents, idempotency_key):
     with (pathlib.Path(__file__).parent / "charged").open("a") as log:
         log.write(f"{customer} {cents} {idempotency_key}\\n")
     return f"receipt for {customer}"
@@ -53,46 +55,60 @@ def programs(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def copy_what_it_says(page: str, folder: Path) -> None:
-    """Copy the files and folders that the page tells to copy."""
-    sentence = re.search(r"Copy (.*?) beside your code", page, re.DOTALL)
-    assert sentence is not None
-    for name in re.findall(r"`([\w./]+)`", sentence[1]):
-        copy = shutil.copytree if name.endswith("/") else shutil.copy
-        copy(ROOT / name, folder / name)
+def libraries(server: Server) -> dict[str, str]:
+    """The environment of a program that has the libraries installed, and this server."""
+    return {"NEXUM_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
 
 
-def test_an_agent_of_ones_own_runs_from_the_copied_files(server: Server, tmp_path: Path) -> None:
-    charge, agent, without_an_agent = programs(OWN_AGENT)
-    own = tmp_path / "own"
-    own.mkdir()
-    copy_what_it_says(OWN_AGENT, own)
-    (own / "payments.py").write_text(PAYMENTS)
-    with (own / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
-        tools.write(f"\nimport payments\n{charge}")
+def run_twice(folder: Path, env: dict[str, str], *expected: str) -> None:
+    for _ in range(2):
+        run = Process(["program.py"], cwd=folder, env=env)
+        assert run.wait() == 0, run.output
+        assert [line for line in expected if line not in run.output] == [], run.output
+    assert len((folder / "charged").read_text().splitlines()) == 1
+
+
+@contextmanager
+def worker_of(folder: Path, env: dict[str, str]) -> Iterator[None]:
+    worker = Process(["worker.py"], cwd=folder, env=env)
+    try:
+        yield
+    finally:
+        worker.popen.terminate()
+        assert worker.wait() == 0, worker.output
+
+
+def test_tool_in_a_worker_of_ones_own_is_executed_once(server: Server, tmp_path: Path) -> None:
+    shop, worker, agent, _, _ = programs(OWN_AGENT)
     given = agent.replace(
         "model_client=...", 'model_client=model(("charge", \'{"customer": "c-17", "cents": 990}\'), "ok")'
     )
     assert given != agent
+    for name, text in (("shop", shop), ("payments", PAYMENTS), ("worker", worker)):
+        (tmp_path / f"{name}.py").write_text(text)
+    imports, _, body = given.partition("\n\n\n")
+    (tmp_path / "program.py").write_text(
+        f"{MODEL}\n{imports}\nasync def main():\n{textwrap.indent(body, '    ')}\n"
+        "    print('AGENT', result.messages[-1].content, result.messages[-2].content)\n"
+        "asyncio.run(main())\n"
+    )
+    with worker_of(tmp_path, libraries(server)):
+        run_twice(tmp_path, libraries(server), "AGENT ok", "receipt for c-17")
+
+
+def test_tool_that_is_added_to_this_folder_is_executed_once(server: Server, tmp_path: Path) -> None:
+    _, _, _, tool, without_an_agent = programs(OWN_AGENT)
+    own = tmp_path / "own"
+    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
+    (own / "payments.py").write_text(PAYMENTS)
+    with (own / "support" / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
+        tools.write(f"\nfrom payments import charge_card\n{tool}")
     (own / "program.py").write_text(
-        f"{MODEL}\nfrom durable_autogen import DurableTool\nfrom submit_task import Session, submit_tool_call\n"
-        f"from tools import TOOLS\nasync def main():\n{textwrap.indent(given, '    ')}\n"
-        "    print('AGENT', result.messages[-1].content)\n"
-        f"asyncio.run(main())\n{without_an_agent}\nprint('TEXT', text)\n"
+        f"from submit_task import submit_tool_call\n{without_an_agent}\nprint('TEXT', text)\n"
     )
     env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
-    with_worker = Process(["worker.py"], cwd=own, env=env)
-    try:
-        with_worker.wait_for("connected")
-        for _ in range(2):
-            run = Process(["program.py"], cwd=own, env=env)
-            assert run.wait() == 0, run.output
-            assert "AGENT ok" in run.output
-            assert "TEXT receipt for c-17" in run.output
-    finally:
-        with_worker.popen.terminate()
-        with_worker.wait()
-    assert len((own / "charged").read_text().splitlines()) == 1
+    with worker_of(own, env):
+        run_twice(own, env, "TEXT receipt for c-17")
 
 
 TEAM = """
@@ -112,7 +128,6 @@ def build_team():
 
 def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
     one_line, with_result, branches = programs(DURABLE_RUNS)
-    copy_what_it_says(DURABLE_RUNS, tmp_path)
     (tmp_path / "program.py").write_text(
         f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
         "async def main():\n"
@@ -124,7 +139,7 @@ def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path)
     )
     news = set()
     for _ in range(2):
-        run = Process(["program.py"], cwd=tmp_path, env={"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""})
+        run = Process(["program.py"], cwd=tmp_path, env=libraries(server))
         assert run.wait() == 0, run.output
         lines = run.output.splitlines()
         assert "ONE LINE receipt for c-17" in lines
@@ -137,7 +152,6 @@ def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path)
 
 def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_path: Path) -> None:
     command = next(one for one in durable_commands() if one[:2] == ["run", "--session"])
-    copy_what_it_says(DURABLE_RUNS, tmp_path)
     script = f"{MODEL}\n{TEAM}".replace("from durable_autogen import DurableSession, run_durable\n", "")
     assert "durable" not in script
     (tmp_path / command[-1]).write_text(
@@ -151,8 +165,7 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
         "asyncio.run(main())\n"
     )
     for code in (9, 0, 0):
-        env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
-        run = Process(["-m", "durable_autogen", *command], cwd=tmp_path, env=env)
+        run = Process(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server))
         assert run.wait() == code, run.output
         assert ("SAID receipt for c-17" in run.output) == (code == 0)
     assert (tmp_path / "charged").read_text() == "c-17"
@@ -173,5 +186,5 @@ def test_durable_autogen_takes_every_printed_command() -> None:
     assert commands
     for command in commands:
         args = build_parser().parse_args(command)
-        assert args.script.suffix == ".py"
-        assert args.arguments == []
+        if args.command == "run":
+            assert (args.script.suffix, args.arguments) == (".py", [])

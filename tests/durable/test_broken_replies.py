@@ -43,15 +43,15 @@ async def test_broken_reply_at_the_end_is_told_and_asked_again(server: Server, b
         return [await asked(Scripted(happened)), await asked(Scripted(happened, *script))]
 
     script = [broken]
-    first = await inside(server, program, session, tell=lines.append)
+    first = await inside(server, program, session, logs=lines)
     assert any("reply 2 of the program is empty or cut off" in line and "again" in line for line in lines)
     script = []
     lines.clear()
-    second = await inside(server, program, session, tell=lines.append)
+    second = await inside(server, program, session, logs=lines)
     assert second[0] == first[0]
     assert second[1].startswith("word")
     assert not any("cut off" in line for line in lines)
-    assert await inside(server, program, session, tell=lines.append) == second
+    assert await inside(server, program, session, logs=lines) == second
     assert happened == ["model"] * 3
 
 
@@ -65,7 +65,7 @@ async def test_empty_reply_after_which_the_program_continued_stays(server: Serve
         await agent.run(task="Q")
         return await agent.run(task="R")
 
-    await twice(server, program, happened, tell=lines.append)
+    await twice(server, program, happened, logs=lines)
     assert happened == ["model"] * 2
     assert not any("cut off" in line for line in lines)
 

@@ -123,7 +123,7 @@ async def test_a_run_that_records_nothing_says_so(server: Server) -> None:
         return "said by itself"
 
     lines: list[str] = []
-    await run(server, lambda: Own("own", nothing), tell=lines.append)
+    await run(server, lambda: Own("own", nothing), logs=lines)
     assert "nothing was recorded" in lines[-1]
 
 
@@ -873,34 +873,13 @@ async def test_a_misspelt_on_drift_is_refused(server: Server) -> None:
         await run(server, lambda: None, on_drift="Stop")
 
 
-@pytest.mark.parametrize("line", ["note for one: replayed", "reply 1 of one: replayed", "reply 2 of one: replayed"])
-async def test_where_nobody_reads_what_it_says_the_run_ends(server: Server, line: str) -> None:
-    def note() -> str:
-        """Note it."""
-        return "noted"
-
-    def tell(text: str) -> None:
-        if line in text:
-            raise BrokenPipeError
-
-    def reply(body: dict[str, Any]) -> Reply:
-        return answer("end") if is_after_a_tool(body) else Reply(calls=[("note", {})])
-
-    with OpenAIServer(reply) as model:
-        first = await run(server, lambda: agent(model, "one", [note]))
-        with pytest.raises(BrokenPipeError):
-            await run(server, lambda: agent(model, "one", [note]), tell=tell)
-        assert texts(await run(server, lambda: agent(model, "one", [note]))) == texts(first)
-        assert len(model.requests) == 2
-
-
-async def test_what_it_says_goes_where_the_program_wants_it(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     with OpenAIServer(lambda _: answer("yes")) as model:
         for _ in range(2):
-            await run(server, lambda: agent(model, "one"), tell=lines.append)
+            await run(server, lambda: agent(model, "one"), logs=lines)
     assert capsys.readouterr().out == ""
-    assert "[Nexum] reply 1 of one: replayed from the record ✓" in lines
+    assert "reply 1 of one: replayed from the record ✓" in lines
 
 
 # ---- Owners ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.messages import ToolCallExecutionEvent
+from durable_agents import logged
 from harness import ROOT, Server
 from openai_server import OpenAIServer, Reply
 
@@ -73,7 +74,8 @@ async def test_an_mcp_tool_is_executed_once_and_its_failure_replayed_as_it_was(
     async def run(parameters: Any) -> list[tuple[str, bool | None]]:
         client = LiveModel(vendor="OpenAI-compatible server", model="m", base_url=model.base_url, api_key="k")
         async with AsyncExitStack() as stack:
-            sessions = DurableSession("s", nexum=server.address, tell=lines.append)
+            sessions = DurableSession("s", nexum=server.address)
+            stack.enter_context(logged(lines))
             if is_opened_inside:
                 await stack.enter_async_context(sessions)
             workbench = await stack.enter_async_context(McpWorkbench(parameters))

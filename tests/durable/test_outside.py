@@ -106,11 +106,11 @@ async def test_way_out_is_named_once_when_it_happens_and_in_the_summary(server: 
     async def program() -> TaskResult:
         return await RoundRobinGroupChat([Own("reporter", act)], max_turns=1).run(task="Q")
 
-    await inside(server, program, new_session(), tell=lines.append)
+    await inside(server, program, new_session(), logs=lines)
     assert world.touched == 2
     (line,) = named[0]
     assert named[1] == [line]
-    assert line.startswith(f"[Nexum] reporter {target(way, world)}")
+    assert line.startswith(f"reporter {target(way, world)}")
     assert line.endswith("outside the record: a re-run does it again; make it a tool")
     summary = about_outside(lines)[1:]
     assert len(summary) == 1
@@ -147,10 +147,10 @@ async def test_program_itself_and_each_agent_are_named_apart(server: Server, wor
         await by_a_stream(world)
         await RoundRobinGroupChat([Own("one", act), Own("two", act)], max_turns=2).run(task="Q")
 
-    await inside(server, program, new_session(), tell=lines.append)
+    await inside(server, program, new_session(), logs=lines)
     connected = f"connected to 127.0.0.1:{world.web.port} outside the record"
     named = [line for line in lines if connected in line]
-    assert [line.removeprefix("[Nexum] ").partition(" connected")[0] for line in named] == ["the program", "one", "two"]
+    assert [line.partition(" connected")[0] for line in named] == ["the program", "one", "two"]
 
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
@@ -192,7 +192,7 @@ async def test_nothing_within_a_recorded_call_or_outside_a_session_is_named(
         return await FunctionTool(work, "Work.").run_json({}, CancellationToken())
 
     outside = asyncio.create_task(neighbour())  # started before the session, and at work during it
-    await twice(server, program, happened, tell=lines.append, on_unrecorded=on_unrecorded)
+    await twice(server, program, happened, logs=lines, on_unrecorded=on_unrecorded)
     await outside
     assert sorted(happened[1:]) == ["blocked", "model", "worked", "worked"]
     assert about_outside(lines) == []
@@ -214,7 +214,7 @@ async def test_answer_typed_at_the_console_is_recorded_and_not_named(
         return [said, result.messages[-1].to_text(), await asked(Scripted(happened))]
 
     before = input
-    said = await twice(server, program, happened, tell=lines.append, on_unrecorded="stop")
+    said = await twice(server, program, happened, logs=lines, on_unrecorded="stop")
     assert said[:2] == ["first", "second third"]
     assert sys.stdin.readline() == "fourth\n"
     assert about_outside(lines) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage, UserMessage
 from autogen_core.tools import ToolResult
-from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, named, run, texts
+from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, logged, named, run, texts
 from harness import Server, nexum_server
 from openai_server import OpenAIServer, Reply
 
@@ -202,7 +202,7 @@ async def test_a_program_that_goes_on_live_is_told_so_once(server: Server) -> No
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: build("Be brief."))
-        changed = await run(server, lambda: build("Be long."), on_drift="continue", tell=lines.append)
+        changed = await run(server, lambda: build("Be long."), on_drift="continue", logs=lines)
         assert ["continues live from here" in line for line in lines].count(True) == 1
         assert texts(await run(server, lambda: build("Be long."))) == texts(changed)
         assert len(model.requests) == 6
@@ -303,10 +303,10 @@ async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
 
 
 async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(server: Server) -> None:
-    async with NexumClient(server.address) as nexum, Journal(nexum, "s", tell=lambda _: None) as dead:
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
         await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
         await dead._owner.__aexit__()  # no sign of life from it any more
-        async with Journal(nexum, "s", tell=lambda _: None) as journal:
+        async with Journal(nexum, "s") as journal:
             await journal.end("done", live={}, replayed={})
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
         assert left.error == "event: the run that asked for it died, and a later one did not ask again"
@@ -331,7 +331,7 @@ async def test_a_run_goes_on_although_its_server_was_replaced_by_an_empty_one(tm
         stack.enter_context(nexum_server(folders[1], port=server.port))
 
     async def program() -> list[str]:
-        async with DurableSession("s", nexum=server.address, tell=lines.append):
+        async with DurableSession("s", nexum=server.address):
             llm = named(client(model), "a")
             first = await ask(llm)
             if when == "between calls" and not moved:
@@ -343,9 +343,10 @@ async def test_a_run_goes_on_although_its_server_was_replaced_by_an_empty_one(tm
 
     with ExitStack() as stack, OpenAIServer(reply) as model:
         server = stack.enter_context(nexum_server(folders[0]))
-        live = await whole(program)
+        with logged(lines):
+            live = await whole(program)
         number = 3 if when == "before the end" else 1
-        assert f"[Nexum] session s is unknown to this server: recording its {number} event(s) again" in lines
+        assert f"session s is unknown to this server: recording its {number} event(s) again" in lines
         async with NexumClient(server.address) as nexum:
             assert not (await read_record(nexum, "s")).begun
             assert [one.status for one in await list_sessions(nexum)] == ["finished"]
@@ -402,9 +403,9 @@ async def test_what_the_user_has_added_keeps_its_order_where_the_agent_forgets(s
     with OpenAIServer(lambda _: answer("yes")) as model:
         await whole(lambda: program("s"))
         async with NexumClient(server.address) as nexum:
-            await fork_session(nexum, "s", 1, "f1", "A", tell=lambda _: None)
+            await fork_session(nexum, "s", 1, "f1", "A")
             await whole(lambda: program("f1"))
-            await fork_session(nexum, "f1", 2, "f2", "B", tell=lambda _: None)
+            await fork_session(nexum, "f1", 2, "f2", "B")
             await whole(lambda: program("f2"))
         prompts = ["".join(one["content"] for one in request.body["messages"]) for request in model.requests]
         assert prompts == [*("1", "12", "123", "4"), *("12A", "12A3", "4A"), *("12A3B", "4AB")]
@@ -417,7 +418,7 @@ async def test_what_the_user_has_added_is_said_to_another_program_from_its_begin
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, build)
         async with NexumClient(server.address) as nexum:
-            await fork_session(nexum, "s", 2, "f", "Shorter", tell=lambda _: None)
+            await fork_session(nexum, "s", 2, "f", "Shorter")
         changed = await run(server, build, "R", "f", on_drift="continue")
         heard = [[one["content"] for one in request.body["messages"]].count("Shorter") for request in model.requests]
         assert heard == [0, 0, 1, 1]
@@ -438,7 +439,9 @@ async def test_what_was_paid_for_and_what_was_replayed_are_counted_apart(server:
 
     async def program() -> tuple[list[RequestUsage], str]:
         lines: list[str] = []
-        async with DurableSession("s", nexum=server.address, tell=lines.append):
+        async with AsyncExitStack() as stack:
+            stack.enter_context(logged(lines))
+            await stack.enter_async_context(DurableSession("s", nexum=server.address))
             user = UserProxyAgent("user", input_func=lambda _: "on")
             inner = client(model)
             one = AssistantAgent("one", inner, tools=[note], max_tool_iterations=3)
@@ -454,10 +457,10 @@ async def test_what_was_paid_for_and_what_was_replayed_are_counted_apart(server:
         assert (paid == total, paid.prompt_tokens > 0, paid.completion_tokens > 0) == (True, True, True)
         did = f"2 model call(s) ({tokens} tokens), 2 tool call(s), 1 input(s)"
         did_not = "0 model call(s) (0 tokens), 0 tool call(s)"
-        assert line == f"[Nexum] session s: {did} live, {did_not} replayed from the record"
+        assert line == f"session s: {did} live, {did_not} replayed from the record"
         again, line = await whole(program)
         assert again == [paid, total]  # a program may decide by it: it is the same in a replay
-        assert line == f"[Nexum] session s: {did_not} live, {did} replayed from the record"
+        assert line == f"session s: {did_not} live, {did} replayed from the record"
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from harness import Server, tool_worker
 from openai import AsyncOpenAI
 from openai_server import OpenAIServer, Reply
 
+import demo
 from durable_autogen import (
     DriftError,
-    DurableTool,
     NotDurable,
     RunCancelled,
     SessionBusy,
@@ -39,7 +39,6 @@ from durable_autogen import (
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, ServerUnavailable
 from submit_task import Session
-from support.tools import TOOLS
 from workflow import OFFLINE_TOOL_CALL
 
 
@@ -474,7 +473,7 @@ async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unr
         return OpenAIAgent("own", "acts on its own", vendor, "m", "Be brief.")
 
     async def running() -> None:
-        await run(server, build, tell=lines.append, on_unrecorded=on_unrecorded)
+        await run(server, build, logs=lines, on_unrecorded=on_unrecorded)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         target = model.base_url.partition("//")[2].partition("/")[0]
@@ -487,8 +486,8 @@ async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unr
             return
         with contextlib.suppress(Exception):  # the local server doesn't speak this agent's protocol
             await running()
-        assert f"[Nexum] {named}" in lines
-        assert any(line.startswith("[Nexum] session s: outside the record: own connected to") for line in lines)
+        assert named in lines
+        assert any(line.startswith("session s: outside the record: own connected to") for line in lines)
 
 
 async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:
@@ -514,7 +513,8 @@ async def test_the_same_call_made_twice_on_purpose_runs_twice_in_the_worker(serv
     async def searched() -> list[str]:
         session = Session("s", nexum=server.address, workflow=OFFLINE_TOOL_CALL)
         try:
-            return texts(await run(server, lambda: agent(model, [DurableTool(TOOLS["web_search"], session)])))
+            tools = demo.DurableCalls(session, crash_after=None).tools()
+            return texts(await run(server, lambda: agent(model, tools)))
         finally:
             await session.close()
 
@@ -523,6 +523,6 @@ async def test_the_same_call_made_twice_on_purpose_runs_twice_in_the_worker(serv
     async with NexumClient(server.address) as nexum:
         executions = await nexum.list_executions(workflow_id=OFFLINE_TOOL_CALL.workflow_id)
     assert sorted(one.idempotency_key.rpartition(":")[2] for one in executions) == [
-        "writer/reply/1/tool/1",
-        "writer/reply/1/tool/2",
+        "s/writer/reply/1/tool/1",
+        "s/writer/reply/1/tool/2",
     ]

@@ -36,7 +36,7 @@ def database(folder: Path) -> tuple[str, str]:
 
 def run_one_call(folder: Path, server: Server) -> str:
     """A completed execution with a long result and characters that no terminal should get."""
-    arguments = {"url": "https://rehearsal.example/tokyo-population", "\u001b[31m": "x" * 3000}
+    arguments = {"url": "https://offline.example/tokyo-population", "\u001b[31m": "x" * 3000}
     with counting_worker(folder, server.address):
         with submitter(folder, server.address, "visit_webpage", {"url": arguments["url"]}) as process:
             assert process.wait() == 0

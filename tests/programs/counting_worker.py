@@ -18,7 +18,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import FinalError
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Worker
-from support.offline.web import RehearsalWeb
+from support.offline.web import OfflineWeb
 from support.tools import ToolContext, tool
 from workflow import TOOL_CALL
 
@@ -99,10 +99,10 @@ def fail_then_gate(gate: str, *, call: ToolContext) -> str:
 
 
 async def main(address: str) -> None:
-    """Serve the live workflow with the rehearsal's pages, so that no test needs the web."""
+    """Serve the live workflow with the offline pages, so that no test needs the web."""
     stop = stop_event()
     async with NexumClient(address) as client:
-        handler = worker.tool_call_handler(RehearsalWeb())
+        handler = worker.tool_call_handler(OfflineWeb())
         await Worker(client, [Binding(TOOL_CALL, {"tool_call": handler})], concurrency=4, describe=worker.describe).run(
             stop
         )

@@ -142,7 +142,7 @@ def test_without_a_server_it_brings_its_own_takes_less_than_30_s_and_leaves_noth
     assert_timeline_is_the_record(demo.output, execution)
 
 
-def test_a_page_that_was_dropped_into_the_rehearsal_is_found_and_cited(server: Server, tmp_path: Path) -> None:
+def test_a_page_that_was_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__"))
     fact = "The zorblax turbine was invented in 1987 by Mira Tannhauser, who ran it on rainwater."
@@ -153,7 +153,7 @@ def test_a_page_that_was_dropped_into_the_rehearsal_is_found_and_cited(server: S
     assert code == 0, output
     report = output_of(pipelines(tmp_path, server.address)[0], "report")["markdown"]
     assert f"{fact} [1]" in report
-    assert "1. Zorblax turbines. <https://rehearsal.example/zorblax-turbines>" in report
+    assert "1. Zorblax turbines. <https://offline.example/zorblax-turbines>" in report
     assert report.strip() in output
 
 

@@ -52,7 +52,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_first_run_names_its_model_first_and_answers_about_both_cities(first_run: tuple[Path, str]) -> None:
     _, output = first_run
-    assert output.startswith("[demo] Model: offline rehearsal (no model key found)")
+    assert output.startswith("[demo] Model: offline (no model key found)")
     assert "Tokyo" in answer(output)
     assert "New York" in answer(output)
     assert "Tool calls: 4 executed, 0 cached, 0 attached" in output

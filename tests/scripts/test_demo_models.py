@@ -1,4 +1,4 @@
-"""demo.py with a live model: a local OpenAI-compatible server, and a real worker on the rehearsal's pages."""
+"""demo.py with a live model: a local OpenAI-compatible server, and a real worker on the offline pages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from harness import Server, free_port
 from openai_server import OpenAIServer, Reply
 from processes import QUESTION, answer, attempts, call_of, counting_worker, recorded, run_demo
 
-TOKYO = "https://rehearsal.example/tokyo-population"
-NEW_YORK = "https://rehearsal.example/new-york-population"
+TOKYO = "https://offline.example/tokyo-population"
+NEW_YORK = "https://offline.example/new-york-population"
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_sessions_are_listed_with_question_model_status_calls_and_age(tmp_path: 
     assert lines[0].split()[1] in ("interrupted", "running")  # a killed owner counts as alive for a second
     assert lines[1].strip() == RUST
     assert lines[3].startswith("whole                  finished     3 model call(s), 4 tool call(s), begun ")
-    assert lines[4:] == [f"    {QUESTION}", "    RehearsalModel"]
+    assert lines[4:] == [f"    {QUESTION}", "    OfflineModel"]
 
 
 def test_a_session_goes_on_with_its_own_question(tmp_path: Path, address: str) -> None:

@@ -17,7 +17,7 @@ from openai_server import OpenAIServer, Reply
 from support.models import KEYLESS, VENDORS, ModelChoice, ModelChoiceError, Vendor, choose_model
 from support.models.live import refuses_tools_while_reasoning
 from support.models.vendors import OPENAI
-from support.offline.model import RehearsalModel
+from support.offline.model import OfflineModel
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"GEMINI_API_KEY": "gem-secret", "OPENAI_API_KEY": "oai-secret", "ANTHROPIC_API_KEY": "ant-secret"}
@@ -46,8 +46,8 @@ def vendors_at(servers: dict[str, OpenAIServer]) -> list[Vendor]:
         ({**KEYS, "NEXUM_MODEL": "gemini/gemini-3.8-flash"}, "Google Gemini, gemini-3.8-flash"),
         ({**KEYS, "NEXUM_MODEL": "something-new"}, "OpenAI, something-new"),
         ({"NEXUM_MODEL": "  ", "GEMINI_API_KEY": "", "OPENAI_API_KEY": " k\n"}, "OpenAI, gpt-5.4-mini"),
-        ({}, "offline rehearsal (no model key found)"),
-        ({"GEMINI_API_KEY": " "}, "offline rehearsal (no model key found)"),
+        ({}, "offline (no model key found)"),
+        ({"GEMINI_API_KEY": " "}, "offline (no model key found)"),
     ],
 )
 def test_the_environment_picks_vendor_and_model(env: dict[str, str], description: str) -> None:
@@ -58,7 +58,7 @@ def test_offline_wins_over_every_key_and_even_over_a_wrong_setting() -> None:
     choice = choose_model({**KEYS, "OPENAI_BASE_URL": "nonsense"}, offline=True)
     assert choice.offline
     assert choice.slug == "offline"
-    assert isinstance(choice.client(), RehearsalModel)
+    assert isinstance(choice.client(), OfflineModel)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The offline rehearsal: its search, its pages read through visit_webpage's own path, and its model's answers."""
+"""Offline: its search, its pages read through visit_webpage's own path, and its model's answers."""
 
 import json
 import re
@@ -22,24 +22,24 @@ from autogen_core.models import (
 from autogen_core.models import LLMMessage as Message
 from autogen_core.tools import BaseTool, ToolSchema
 
-from support.offline.model import RehearsalModel
+from support.offline.model import OfflineModel
 from support.offline.reading import choose_sentences, plan_searches, quoted, sentences, words
-from support.offline.web import CONTENT_TYPES, PAGES, RehearsalWeb
+from support.offline.web import CONTENT_TYPES, PAGES, OfflineWeb
 from support.tools import TOOLS, ToolContext, Web
 from support.tools.web.page import page_to_markdown
 
 POPULATIONS = "What is the population of Tokyo vs New York?"
-TOKYO = "https://rehearsal.example/tokyo-population"
-NEW_YORK = "https://rehearsal.example/new-york-population"
+TOKYO = "https://offline.example/tokyo-population"
+NEW_YORK = "https://offline.example/new-york-population"
 OFFERED: list[ToolSchema] = [{"name": "web_search"}, {"name": "visit_webpage"}]
 
 
 class Run:
     """One agent's run over a folder of pages, with everything that its tools returned."""
 
-    def __init__(self, web: RehearsalWeb) -> None:
+    def __init__(self, web: OfflineWeb) -> None:
         self.web = web
-        self.model = RehearsalModel(web.topics())
+        self.model = OfflineModel(web.topics())
         self.returned: list[str] = []
         self.visits: dict[str, str] = {}
         self.rounds: list[list[tuple[str, dict[str, Any]]]] = []
@@ -86,7 +86,7 @@ def assert_grounded(answer: str, run: Run) -> None:
 
 
 async def test_a_comparison_is_searched_in_parallel_read_and_answered_with_quotes() -> None:
-    run = Run(RehearsalWeb())
+    run = Run(OfflineWeb())
     answer = await run.ask(POPULATIONS)
     assert run.rounds == [
         [("web_search", {"query": "population of Tokyo"}), ("web_search", {"query": "population of New York"})],
@@ -100,7 +100,7 @@ async def test_a_comparison_is_searched_in_parallel_read_and_answered_with_quote
 
 
 async def test_two_runs_are_the_same_to_the_letter() -> None:
-    first, second = Run(RehearsalWeb()), Run(RehearsalWeb())
+    first, second = Run(OfflineWeb()), Run(OfflineWeb())
     assert await first.ask(POPULATIONS) == await second.ask(POPULATIONS)
     assert (first.rounds, sorted(first.returned)) == (second.rounds, sorted(second.returned))
 
@@ -122,7 +122,7 @@ async def test_two_runs_are_the_same_to_the_letter() -> None:
     ],
 )
 async def test_each_topic_is_found_and_cited(question: str, slugs: set[str]) -> None:
-    run = Run(RehearsalWeb())
+    run = Run(OfflineWeb())
     answer = await run.ask(question)
     assert_grounded(answer, run)
     assert slugs <= {url.rsplit("/", 1)[1] for url in re.findall(r"https://\S+", answer)}
@@ -141,9 +141,9 @@ async def test_each_topic_is_found_and_cited(question: str, slugs: set[str]) -> 
     ],
 )
 async def test_a_question_that_no_page_covers_is_said_to_be_so_with_the_topics(question: str) -> None:
-    run = Run(RehearsalWeb())
+    run = Run(OfflineWeb())
     answer = await run.ask(question)
-    assert answer.startswith("No page of the rehearsal covers this question")
+    assert answer.startswith("No offline page covers this question")
     assert '"' not in answer
     assert not run.visits
     for topic in run.web.topics():
@@ -151,7 +151,7 @@ async def test_a_question_that_no_page_covers_is_said_to_be_so_with_the_topics(q
 
 
 async def test_a_comparison_half_covered_answers_that_half_and_names_the_other() -> None:
-    run = Run(RehearsalWeb())
+    run = Run(OfflineWeb())
     answer = await run.ask("What is the population of Tokyo vs Paris?")
     assert_grounded(answer, run)
     assert "14,047,594" in answer
@@ -174,20 +174,20 @@ async def test_a_comparison_half_covered_answers_that_half_and_names_the_other()
 async def test_a_page_dropped_into_the_folder_is_found_and_cited_at_once(
     tmp_path: Path, name: str, content: str
 ) -> None:
-    run = Run(RehearsalWeb(tmp_path))
+    run = Run(OfflineWeb(tmp_path))
     assert (await run.ask("What do sea otters do?")).startswith("No page")
     (tmp_path / name).write_bytes(content.encode())
     answer = await run.ask("What do sea otters do?")
     assert_grounded(answer, run)
-    assert list(run.visits) == [f"https://rehearsal.example/{name.rsplit('.', 1)[0].replace(' ', '%20')}"]
+    assert list(run.visits) == [f"https://offline.example/{name.rsplit('.', 1)[0].replace(' ', '%20')}"]
 
 
 async def test_a_follow_up_question_starts_a_new_plan() -> None:
-    run = Run(RehearsalWeb())
+    run = Run(OfflineWeb())
     await run.ask(POPULATIONS)
     answer = await run.ask("What is gRPC?")
     assert run.rounds[2][0] == ("web_search", {"query": "gRPC"})
-    assert "https://rehearsal.example/grpc" in answer
+    assert "https://offline.example/grpc" in answer
     assert "Tokyo" not in answer
     ids = [call.id async for call in calls_made(run)]
     assert len(ids) == len(set(ids))
@@ -201,8 +201,8 @@ async def calls_made(run: Run) -> Any:
 
 
 async def test_without_tools_a_team_member_answers_from_the_conversation() -> None:
-    run = Run(RehearsalWeb())
-    writer = AssistantAgent("writer", RehearsalModel(), system_message="You write.")
+    run = Run(OfflineWeb())
+    writer = AssistantAgent("writer", OfflineModel(), system_message="You write.")
     team = RoundRobinGroupChat([run.agent, writer], termination_condition=MaxMessageTermination(3))
     result = await team.run(task=POPULATIONS)
     last = result.messages[-1]
@@ -214,7 +214,7 @@ async def test_without_tools_a_team_member_answers_from_the_conversation() -> No
 
 
 async def test_alone_and_without_tools_it_claims_nothing() -> None:
-    result = await RehearsalModel().create([UserMessage(content=POPULATIONS, source="user")])
+    result = await OfflineModel().create([UserMessage(content=POPULATIONS, source="user")])
     assert isinstance(result.content, str)
     assert "no tools" in result.content
 
@@ -244,7 +244,7 @@ PAGE = "The population of Tokyo was 14,047,594 at the census."
 
 
 async def answer_to(messages: list[Message]) -> str:
-    result = await RehearsalModel(["A topic"]).create(messages, tools=OFFERED)
+    result = await OfflineModel(["A topic"]).create(messages, tools=OFFERED)
     assert isinstance(result.content, str)
     return result.content
 
@@ -252,7 +252,7 @@ async def answer_to(messages: list[Message]) -> str:
 async def test_a_failed_search_is_told_and_the_other_one_used() -> None:
     found = (search(1, "population of Tokyo"), HIT, False)
     failed = (search(2, "population of New York"), "the search engine said 500", True)
-    result = await RehearsalModel().create(history([found, failed]), tools=OFFERED)
+    result = await OfflineModel().create(history([found, failed]), tools=OFFERED)
     assert result.content == [FunctionCall(id="call_2_1", name="visit_webpage", arguments=json.dumps({"url": TOKYO}))]
     answer = await answer_to(history([found, failed], [(visit(1, TOKYO), PAGE, False)]))
     assert f'"{PAGE}" [1]' in answer
@@ -280,7 +280,7 @@ async def test_a_page_without_a_fitting_sentence_gives_no_quote() -> None:
 
 
 async def test_a_stream_says_the_same_as_one_answer_and_counts_words() -> None:
-    model = RehearsalModel(["A topic"])
+    model = OfflineModel(["A topic"])
     messages = history([(search(1, "x"), "[]", False)])
     parts = [part async for part in model.create_stream(messages, tools=OFFERED)]
     whole = parts[-1]
@@ -291,12 +291,12 @@ async def test_a_stream_says_the_same_as_one_answer_and_counts_words() -> None:
 
 
 def test_pages_are_well_formed_and_pass_the_path_of_visit_webpage() -> None:
-    web: Web = RehearsalWeb()
+    web: Web = OfflineWeb()
     files = [path for path in PAGES.iterdir() if path.suffix in CONTENT_TYPES]
     assert len(files) >= 10
     assert {".md", ".html"} <= {path.suffix for path in files}
     for path in files:
-        page = web.fetch(f"https://rehearsal.example/{path.stem}")
+        page = web.fetch(f"https://offline.example/{path.stem}")
         assert page.status == 200
         assert page.body == path.read_bytes()
         text = page_to_markdown(page)
@@ -308,16 +308,16 @@ def test_pages_are_well_formed_and_pass_the_path_of_visit_webpage() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "https://rehearsal.example/",
-        "https://rehearsal.example/nothing",
-        "https://rehearsal.example/../web",
-        "https://rehearsal.example/..%2Fmodel",
-        "https://rehearsal.example/pages/grpc",
+        "https://offline.example/",
+        "https://offline.example/nothing",
+        "https://offline.example/../web",
+        "https://offline.example/..%2Fmodel",
+        "https://offline.example/pages/grpc",
         "https://elsewhere.example/grpc",
     ],
 )
 async def test_an_unknown_address_is_a_404_and_leads_out_of_no_folder(url: str) -> None:
-    page = RehearsalWeb().fetch(url)
+    page = OfflineWeb().fetch(url)
     assert page.status == 404
     with pytest.raises(Exception, match="no such page"):
         page_to_markdown(page)
@@ -329,13 +329,13 @@ def test_an_empty_or_binary_file_is_left_out_and_the_rest_still_found(tmp_path: 
     (tmp_path / "note.txt").write_text("Otters are not searched for here.")
     (tmp_path / "folder.md").mkdir()
     (tmp_path / "otters.md").write_text("# Otters\n\nOtters are good swimmers in every season.")
-    web = RehearsalWeb(tmp_path)
+    web = OfflineWeb(tmp_path)
     assert web.topics() == ["Otters"]
-    assert [hit.href for hit in web.search("otters", 5)] == ["https://rehearsal.example/otters"]
+    assert [hit.href for hit in web.search("otters", 5)] == ["https://offline.example/otters"]
 
 
 def test_search_excerpts_are_the_passage_that_answers() -> None:
-    hit = RehearsalWeb().search("threads without the global interpreter lock", 1)[0]
+    hit = OfflineWeb().search("threads without the global interpreter lock", 1)[0]
     assert hit.href.endswith("/threading-in-python")
     assert "lock" in hit.body
     assert len(hit.body) <= 300

@@ -13,7 +13,7 @@ from nexum_engine.errors import FinalError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, Claim, Research, Validation
 from support.models import ModelFailed
 from support.offline.pipeline import pipeline_model
-from support.offline.web import RehearsalWeb
+from support.offline.web import OfflineWeb
 from support.pipeline.steps import PipelineSteps, StepFailed, citations, quote_is_missing
 from support.tools import Page, SearchHit
 from support.tools.web import WebError
@@ -22,14 +22,14 @@ TRUE = {"statement": "The Rust Foundation looks after Rust.", "url": RUST_PAGE, 
 FALSE = {**TRUE, "quote": "The Rust Foundation has looked after the language since 1921."}
 
 
-def rehearsal() -> PipelineSteps:
-    web = RehearsalWeb()
+def offline_steps() -> PipelineSteps:
+    web = OfflineWeb()
     return PipelineSteps(web, lambda step: pipeline_model(step, web.topics()))
 
 
 def scripted(*replies: str | Exception) -> tuple[PipelineSteps, ScriptedModel]:
     model = ScriptedModel(*replies)
-    return PipelineSteps(RehearsalWeb(), always(model)), model
+    return PipelineSteps(OfflineWeb(), always(model)), model
 
 
 async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def validated(kept: int = 1) -> dict[str, object]:
     }
 
 
-class BrokenWeb(RehearsalWeb):
+class BrokenWeb(OfflineWeb):
     """Nothing can be reached."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
@@ -73,9 +73,9 @@ def test_each_step_depends_on_all_before_it_and_live_and_offline_never_share_tas
 
 
 async def test_the_steps_make_a_report_whose_every_quote_stands_on_the_page_that_it_cites() -> None:
-    outputs = await all_of(rehearsal())
+    outputs = await all_of(offline_steps())
     research = Research.model_validate(outputs["research"])
-    page = RehearsalWeb().fetch(RUST_PAGE).body.decode()
+    page = OfflineWeb().fetch(RUST_PAGE).body.decode()
     assert len(research.claims) == 3
     assert all(claim.url == RUST_PAGE and claim.quote in page for claim in research.claims)
     assert outputs["validate"]["dropped"] == []
@@ -86,21 +86,21 @@ async def test_the_steps_make_a_report_whose_every_quote_stands_on_the_page_that
 
 
 async def test_a_comparison_cites_a_page_for_each_side() -> None:
-    outputs = await all_of(rehearsal(), "What is the population of Tokyo vs New York?")
+    outputs = await all_of(offline_steps(), "What is the population of Tokyo vs New York?")
     assert len(outputs["validate"]["sources"]) == 2
     assert citations(outputs["summarize"]["text"]) == {1, 2}
 
 
 async def test_a_query_that_no_page_covers_ends_in_a_report_that_says_so() -> None:
-    outputs = await all_of(rehearsal(), "zebra husbandry")
+    outputs = await all_of(offline_steps(), "zebra husbandry")
     assert outputs["research"]["claims"] == []
-    assert "No page of the rehearsal covers this question" in outputs["report"]["markdown"]
+    assert "No offline page covers this question" in outputs["report"]["markdown"]
     assert "Rust in systems programming" in outputs["report"]["markdown"]
 
 
 async def test_numbers_in_brackets_on_a_page_are_not_taken_for_citations(tmp_path: Path) -> None:
     (tmp_path / "zorb.md").write_text("# Zorb engines\n\nThe zorb engine was built in 1987 by two sisters.[17]\n")
-    web = RehearsalWeb(tmp_path)
+    web = OfflineWeb(tmp_path)
     steps = PipelineSteps(web, lambda step: pipeline_model(step, web.topics()))
     outputs = await all_of(steps, "zorb engine")
     assert "two sisters. [1]" in json.dumps(outputs["report"])
@@ -126,7 +126,7 @@ def test_a_quote_counts_word_for_word_and_only_white_space_is_forgiven(quote: st
 
 
 async def test_a_planted_false_quote_is_dropped_with_the_reason_and_the_true_one_is_kept() -> None:
-    result = await rehearsal().validate(task("validate", {"research": {"claims": [FALSE, TRUE]}}))
+    result = await offline_steps().validate(task("validate", {"research": {"claims": [FALSE, TRUE]}}))
     assert [claim.quote for claim in result.kept] == [RUST_QUOTE]
     assert [(one.claim.quote, one.reason) for one in result.dropped] == [
         (FALSE["quote"], "the quote is not on the page")
@@ -137,13 +137,13 @@ async def test_a_planted_false_quote_is_dropped_with_the_reason_and_the_true_one
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("https://rehearsal.example/no-such-page", "there is no such page"),
-        ("ftp://rehearsal.example/x", "only http:// and https://"),
+        ("https://offline.example/no-such-page", "there is no such page"),
+        ("ftp://offline.example/x", "only http:// and https://"),
         ("rust", "it has no scheme"),
     ],
 )
 async def test_a_claim_whose_page_cant_be_read_is_dropped_with_the_reason(url: str, reason: str) -> None:
-    result = await rehearsal().validate(task("validate", {"research": {"claims": [{**TRUE, "url": url}]}}))
+    result = await offline_steps().validate(task("validate", {"research": {"claims": [{**TRUE, "url": url}]}}))
     assert result.kept == []
     assert reason in result.dropped[0].reason
 
@@ -174,7 +174,7 @@ async def test_a_quote_that_doesnt_say_what_the_claim_says_is_dropped_on_the_age
 
 
 async def test_nothing_that_was_dropped_reaches_the_summary_and_the_report_names_it() -> None:
-    steps = rehearsal()
+    steps = offline_steps()
     deps: dict[str, object] = {"research": {"claims": [FALSE]}}
     for step in STEPS[1:]:
         deps[step] = json.loads((await steps.handlers()[step](task(step, dict(deps)))).model_dump_json())

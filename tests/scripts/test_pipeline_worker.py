@@ -132,7 +132,7 @@ def test_offline_it_serves_whatever_keys_are_set(server: Server, tmp_path: Path)
     command = [PIPELINE_WORKER, "--nexum", server.address, "--offline"]
     code, output = run_script(command, tmp_path, {"NEXUM_MODEL": "gpt-x", "CRASH_AFTER": "report"})
     assert code == KILLED
-    assert "Model: offline rehearsal (asked for)" in output
+    assert "Model: offline (requested)" in output
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")

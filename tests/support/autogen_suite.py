@@ -42,7 +42,7 @@ def within_a_session(test: Callable[..., Any], session: str) -> Callable[..., An
 
     @functools.wraps(test)
     async def inside(*args: Any, **kwargs: Any) -> Any:
-        async with DurableSession(session, tell=lambda _: None):
+        async with DurableSession(session):
             return await test(*args, **kwargs)
 
     return inside

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
@@ -37,11 +39,39 @@ def client(model: OpenAIServer, name: str = "m") -> LiveModel:
     return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
 
 
-async def run(server: Server, build: Callable[[], Any], task: Any = "Q", session: str = "s", **more: Any) -> TaskResult:
+@contextmanager
+def logged(lines: list[str]) -> Iterator[None]:
+    """Collect what the libraries log for a person."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    collector = Collector(logging.INFO)
+    logger = logging.getLogger("durable_autogen")
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+
+
+async def run(
+    server: Server,
+    build: Callable[[], Any],
+    task: Any = "Q",
+    session: str = "s",
+    logs: list[str] | None = None,
+    **more: Any,
+) -> TaskResult:
     """`run_durable`, which may not hang."""
-    return await asyncio.wait_for(
-        run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
-    )
+    with logged([] if logs is None else logs):
+        return await asyncio.wait_for(
+            run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
+        )
 
 
 def texts(result: TaskResult) -> list[str]:
@@ -202,14 +232,21 @@ def new_session() -> str:
     return f"s-{uuid.uuid4().hex[:12]}"
 
 
-async def inside(server: Server, program: Callable[[], Awaitable[Any]], session: str, **more: Any) -> Any:
+async def inside(
+    server: Server,
+    program: Callable[[], Awaitable[Any]],
+    session: str,
+    logs: list[str] | None = None,
+    **more: Any,
+) -> Any:
     """Run a program in a session; return what it returns, as plain values."""
 
     async def body() -> Any:
         async with DurableSession(session, nexum=server.address, **more):
             return plain(await program())
 
-    return await asyncio.wait_for(body(), TIMEOUT)
+    with logged([] if logs is None else logs):
+        return await asyncio.wait_for(body(), TIMEOUT)
 
 
 async def twice(server: Server, program: Callable[[], Awaitable[Any]], happened: list[str], **more: Any) -> Any:

@@ -19,14 +19,14 @@ from nexum_engine.client import NexumClient
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
 from nexum_engine.worker import TaskContext
 from pipeline_workflow import OFFLINE_PIPELINE, STEPS, PipelineInput
-from support.offline.model import RehearsalModel
+from support.offline.model import OfflineModel
 from support.pipeline.effects import Effect
 from support.pipeline.evidence import CrashPoint, PipelineRun, SeenWorker
 
 CRASH_DEMO = str(ROOT / "crash_demo.py")
 PIPELINE_WORKER = str(ROOT / "pipeline_worker.py")
 QUERY = "Impact of Rust on systems programming"
-RUST_PAGE = "https://rehearsal.example/rust-in-systems-programming"
+RUST_PAGE = "https://offline.example/rust-in-systems-programming"
 RUST_QUOTE = "The Rust Foundation has looked after the language since 2021."
 
 
@@ -122,7 +122,7 @@ def task(step: str, deps: Mapping[str, Any] | None = None, *, query: str = QUERY
     return TaskContext({"query": query}, deps or {}, "exec-1", step, attempt, f"key-{step}")
 
 
-class ScriptedModel(RehearsalModel):
+class ScriptedModel(OfflineModel):
     """Replies in order, the last one again and again, and keeps what it was sent. An exception is raised."""
 
     def __init__(self, *replies: str | Exception) -> None:

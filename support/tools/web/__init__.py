@@ -1,4 +1,4 @@
-"""The web as the tools see it: the live one, or a rehearsal's."""
+"""The web as the tools see it: the live one, or the offline one."""
 
 from __future__ import annotations
 

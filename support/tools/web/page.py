@@ -1,4 +1,4 @@
-"""From a response to what a model reads. The live web and a rehearsal's pages take this same way."""
+"""From a response to what a model reads. The live web and the offline pages take this same way."""
 
 from __future__ import annotations
 

@@ -1,0 +1,107 @@
+"""Sessions and their events for a person (one line each) and for a program (JSON)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from durable_autogen.autogen.values import without_classes
+from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returned, Said, decoded
+from durable_autogen.sessions import SessionInfo, ShownSession
+from nexum_engine.report import age, printable
+
+EXCERPT = 100  # characters of what an event holds
+NAME_WIDTH = 32  # characters
+
+
+def table(sessions: Sequence[SessionInfo], now: float) -> str:
+    """Describe each session in three lines, the latest first. `now` is in seconds since 1970."""
+    if not sessions:
+        return "no session is on record here"
+    return "\n".join(line for one in sessions for line in _summary(one, now))
+
+
+def _summary(one: SessionInfo, now: float) -> Iterator[str]:
+    calls = f"{one.calls['reply']} model call(s), {one.calls['tool']} tool call(s)"
+    yield f"{one.session:<22} {one.status:<12} {calls}, begun {age(round(now * 1000) - one.begun_ms)}"
+    yield f"    {_excerpt(one.question) or '(no question)'}"
+    yield f"    {printable(', '.join(one.models)) or 'no model has answered yet'}"
+
+
+def details(shown: ShownSession, now: float) -> str:
+    """Describe a session and each of its events. The number before an event is the N of a fork `SESSION@N`."""
+    lines = [*_summary(shown.info, now), ""]
+    number = 0
+    for event in shown.events:
+        number += event.kind.is_call
+        name = f"{number if event.kind.is_call else '':>4}  {printable(_name(event)):<{NAME_WIDTH}}"
+        lines.append(f"{name}  {_excerpt(_words(event))}".rstrip())
+    return "\n".join(lines)
+
+
+def sessions_as_json(sessions: Sequence[SessionInfo]) -> str:
+    """Return the sessions as a JSON list."""
+    return json.dumps([_session(one) for one in sessions], indent=2)
+
+
+def events_as_json(shown: ShownSession) -> str:
+    """Return a session with all of its events as JSON."""
+    events = [{"name": str(event), **event.model_dump(mode="json")} for event in shown.events]
+    return json.dumps({**_session(shown.info), "events": events}, indent=2)
+
+
+def _session(one: SessionInfo) -> dict[str, Any]:
+    return {
+        "session": one.session,
+        "status": one.status,
+        "question": one.question,
+        "models": list(one.models),
+        "calls": dict(one.calls),
+        "begun_ms": one.begun_ms,
+    }
+
+
+def _name(event: Event) -> str:
+    tool = event.request.get("tool")
+    return f"{tool} for {event.agent or 'the program'}" if tool else str(event)
+
+
+def _words(event: Event) -> str:
+    match event.content:
+        case Begun(task=task):
+            return " / ".join(task)
+        case Said(text=text):
+            return text
+        case Raised(failure=failure):
+            return f"failed: {failure.text}"
+        case GivenUp():
+            return "given up by the program"
+        case Returned(value=value):
+            return _value(without_classes(decoded(value)))
+        case _:
+            return str(event.request.get("said", ""))
+
+
+def _value(value: Any) -> str:
+    """Say what a call returned: a reply's text or the calls that it asks for, a tool's text, else JSON."""
+    match value:
+        case {"content": content, "usage": _}:
+            return _content(content)
+        case {"type": "ToolResult", "result": [{"type": "TextResultContent", "content": text}], "is_error": is_error}:
+            return f"error: {text}" if is_error else str(text)
+        case _:
+            return _content(value)
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content and all(isinstance(one, dict) and "arguments" in one for one in content):
+        return "calls " + ", ".join(f"{one.get('name')} {one['arguments']}" for one in content)
+    return "" if content is None else json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _excerpt(text: str) -> str:
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."

@@ -1,0 +1,189 @@
+"""A script that knows nothing of this package, run inside sessions."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import builtins
+import functools
+import hashlib
+import inspect
+import logging
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from durable_autogen.record.session import check_session_id
+from nexum_engine.errors import NexumError
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+MAX_STEM = 40  # characters of a script's name in a session id
+
+
+def default_session(script: Path, arguments: Sequence[str]) -> str:
+    """Return the session id that a script with these arguments always has."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", script.stem).strip("-_") or "script"
+    told = "\0".join([str(script.resolve()), *arguments])
+    return f"{stem[:MAX_STEM]}-{hashlib.sha256(told.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error, apart from what the script prints."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def _say(text: str) -> None:
+    _log.info("%s", text.removeprefix("[Nexum] "))
+
+
+class _Sessions:
+    """Runs each main coroutine of a script in a session of its own."""
+
+    def __init__(self, session: str, args: argparse.Namespace) -> None:
+        self._session = session
+        self._args = args
+        self.count = 0
+        """How many main coroutines the script has run."""
+        self._is_inside = False
+
+    def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Return a coroutine that runs `main` in the next session."""
+        self.count += 1
+        name = self._session if self.count == 1 else f"{self._session}-{self.count}"
+
+        @functools.wraps(self._run)
+        async def run() -> T:
+            return await self._run(name, main)
+
+        return run()
+
+    async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
+        from durable_autogen.session import DurableSession
+        from nexum_engine.embedded import EmbeddedNexum
+
+        try:
+            async with EmbeddedNexum(self._args.nexum, tell=_say) as nexum:
+                session = DurableSession(
+                    name,
+                    nexum=nexum.address,
+                    on_drift=self._args.on_drift,
+                    on_unrecorded=self._args.on_unrecorded,
+                )
+                async with session:
+                    found = await main
+                if not (session.recorder.live or session.recorder.replayed):
+                    _log.warning("session %s: nothing was recorded: the script asked AutoGen for nothing", name)
+                return found
+        finally:
+            main.close()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Give each main coroutine that an event loop runs its session, for the length of a `with`."""
+        replaced: list[tuple[Any, str, Any]] = []
+
+        def replace(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+            original = getattr(owner, name)
+            replaced.append((owner, name, original))
+            setattr(owner, name, functools.wraps(original)(wrapper(original)))
+
+        if sys.version_info >= (3, 11):
+            replace(asyncio.Runner, "run", self._runner_run)
+        else:
+            replace(asyncio.runners, "run", self._run_function)
+            replaced.append((asyncio, "run", asyncio.run))
+            asyncio.run = asyncio.runners.run
+        replace(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete)
+        try:
+            yield
+        finally:
+            for owner, name, original in reversed(replaced):
+                setattr(owner, name, original)
+
+    def _runner_run(self, original: Any) -> Any:
+        def run(runner: Any, main: Any, **options: Any) -> Any:
+            return original(runner, self.inside(main) if inspect.iscoroutine(main) else main, **options)
+
+        return run
+
+    def _run_function(self, original: Any) -> Any:
+        def run(main: Any, **options: Any) -> Any:
+            before, self._is_inside = self._is_inside, True
+            try:
+                return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
+            finally:
+                self._is_inside = before
+
+        return run
+
+    def _run_until_complete(self, original: Any) -> Any:
+        def run_until_complete(loop: Any, future: Any) -> Any:
+            # A Runner hands over a task. What remains is a script that drives its loop by hand, and the loop's own.
+            is_main = (
+                inspect.iscoroutine(future)
+                and not self._is_inside
+                and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
+            )
+            return original(loop, self.inside(future) if is_main else future)
+
+        return run_until_complete
+
+
+def run_script(args: argparse.Namespace) -> int:
+    """Run the script; return its exit code."""
+    script: Path = args.script
+    if not script.is_file():
+        complain(f"error: there is no script {script}")
+        return 2
+    if args.session is None:
+        session = default_session(script, args.arguments)
+        _log.info("session %s (from the script's path and arguments; --session names another)", session)
+    else:
+        session = check_session_id(args.session)
+    sys.argv = [str(script), *args.arguments]
+    sys.path[0] = str(script.resolve().parent)
+    sessions = _Sessions(session, args)
+    with sessions.installed():
+        try:
+            _run_as_main(script.resolve())
+        except NexumError as error:
+            complain(f"error: {error}")
+            return 2
+        except Exception as error:  # noqa: BLE001 - the script's own: shown as Python shows it
+            _print_traceback(error, script)
+            return 1
+    if not sessions.count:
+        _log.warning(
+            "nothing was recorded: the script ran no main coroutine by asyncio.run, a Runner, or an event loop of "
+            "asyncio's own"
+        )
+    return 0
+
+
+def _run_as_main(script: Path) -> None:
+    """Run a script as Python does. (runpy would name it by the same path in sys.argv and in __file__.)"""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
+    finally:
+        sys.modules["__main__"] = before
+
+
+def _print_traceback(error: Exception, script: Path) -> None:
+    """Print the error as `python SCRIPT` would: without the frames of this command."""
+    told = traceback.TracebackException.from_exception(error)
+    paths = [frame.filename for frame in told.stack]
+    begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
+    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack[begin:] if frame.filename != __file__])
+    complain("".join(told.format()).rstrip())

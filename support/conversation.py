@@ -1,0 +1,63 @@
+"""What the agents of a run say and do, printed as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from support.console import say
+
+
+class Conversation:
+    """Prints the messages of a run. `answerer` is the agent whose text is the answer."""
+
+    def __init__(self, answerer: str, *, short_names: Mapping[str, str]) -> None:
+        self._answerer = answerer
+        self._short_names = short_names
+        self._is_streaming = False
+        self.answered = False
+        """Whether the run ended with an answer."""
+        self.results = 0
+        """How many tool calls had a result that is no error."""
+        self.failed = 0
+        """How many tool calls ended with an error."""
+
+    async def show(self, items: AsyncGenerator[Any, None]) -> None:
+        """Print what comes, to the end of the run."""
+        from autogen_agentchat.messages import ModelClientStreamingChunkEvent
+
+        try:
+            async for item in items:
+                if isinstance(item, ModelClientStreamingChunkEvent):
+                    say(item.content if self._is_streaming else f"\n{item.content}", end="")
+                    self._is_streaming = True
+                    continue
+                if self._is_streaming:
+                    say("")
+                self._show(item)
+                self._is_streaming = False
+        finally:
+            await items.aclose()
+
+    def _show(self, item: Any) -> None:
+        from autogen_agentchat.messages import TextMessage, ToolCallExecutionEvent, ToolCallRequestEvent
+
+        source = getattr(item, "source", "")
+        who = self._short_names.get(source, source)
+        if isinstance(item, ToolCallRequestEvent):
+            for call in item.content:
+                say(f"[{who}] calls {call.name} {call.arguments}")
+        elif isinstance(item, ToolCallExecutionEvent):
+            for result in item.content:
+                if result.is_error:
+                    say(f"[{who}] {result.name} failed: {result.content}")
+                    self.failed += 1
+                else:
+                    say(f"[{who}] {result.name} returned {len(result.content):,} characters")
+                    self.results += 1
+        elif isinstance(item, TextMessage) and source == self._answerer:
+            self.answered = bool(item.content.strip())
+            if not self._is_streaming:
+                say(f"\n{item.content}")
+        elif isinstance(item, TextMessage) and source != "user":
+            say(f"[{who}] reports:\n{item.content}")
