@@ -158,7 +158,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
             question = await recorded_question(session_id, question or "", args.fork, nexum.address)
         workflow = OFFLINE_TOOL_CALL if model.offline else TOOL_CALL
         async with Session(session_id, nexum=nexum.address, workflow=workflow, tell=say_or_stop) as session:
-            session.file.create()
+            await session.file.create()
             calls = DurableCalls(session, args.crash_after_step)
             build = build_team if args.team else build_agent
             items = run_durable_stream(

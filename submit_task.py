@@ -132,12 +132,9 @@ class Session:
         await self.close()
 
     async def close(self) -> None:
-        """Finish the session file and close the connection to the server."""
-        try:
-            await self.file.written()
-        finally:
-            if self._owns_client:
-                await self._client.close()
+        """Close the connection to the server."""
+        if self._owns_client:
+            await self._client.close()
 
     async def call(
         self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
@@ -159,8 +156,11 @@ class Session:
                         return recorded
                 started, origin = await self._start(key, tool_name, tool_args, deadline)
                 execution_id = started.execution_id
-                self.file.record(self._workflow.workflow_id, key, execution_id)
-                return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
+                writing = asyncio.create_task(self.file.record(self._workflow.workflow_id, key, execution_id))
+                try:
+                    return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
+                finally:
+                    await writing  # at the same time as the tool runs
             except ExecutionNotFound as gone:
                 # Its database was replaced, or another server took its place, perhaps while we waited.
                 if not deadline.left:

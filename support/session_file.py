@@ -11,8 +11,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,12 +21,9 @@ from nexum_engine.errors import InvalidRequest, NexumError
 from support.console import say
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-WRITE_DELAY = 0.02  # seconds in which calls that follow one another share a write
 _LOCK_TIMEOUT = 30.0  # seconds
 
-# One thread for all files, so that reads and writes of this process take turns, and any number of sessions costs no
-# more; Python finishes its work before it exits.
-_thread = ThreadPoolExecutor(1, thread_name_prefix="session file")
+_Signature: TypeAlias = tuple[int, int, int]  # inode, time of the last change, size
 
 
 class SessionFileError(NexumError, OSError):
@@ -63,9 +60,9 @@ def check_session_id(session_id: str) -> str:
 
 
 class SessionFile:
-    """One session's file in `folder` (the working directory). Safe to write from many tasks and processes at once.
+    """One session's file in `folder` (the working directory). Safe to use from many tasks and processes at once.
 
-    `tell` gets the lines that say what is wrong with the file; most come from a thread of the file's own.
+    `tell` gets the lines that say what is wrong with the file, from a thread.
     """
 
     def __init__(self, session_id: str, folder: Path | None = None, *, tell: Callable[[str], None] = say) -> None:
@@ -73,25 +70,41 @@ class SessionFile:
         self._tell = tell
         self.path = folder / f".session-{check_session_id(session_id)}.json"
         self._known = SessionRecord.new()
-        self._seen: tuple[int, int, int] | None = None
-        self._unreadable: tuple[int, int, int] | None = None
-        self._waiting: dict[tuple[str, str], str] = {}
-        self._last_write: Future[None] | None = None
-        self._write_queued = False
-        self._write_at = 0.0
-        self._write_now = threading.Event()
-        # Readers take it too: who finds the file corrupt may be about to set aside what another has just written anew.
+        self._seen: _Signature | None = None
+        self._unreadable: _Signature | None = None
+        self._one_at_a_time = threading.Lock()  # a FileLock that a process holds lets its other threads in
+        # Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
     def load(self) -> SessionRecord | None:
-        """The contents; None if there is no file. A corrupt file is set aside, and said. Raises SessionFileError."""
+        """Return the contents; None if there is no file. A corrupt file is set aside. Raises SessionFileError."""
         try:
             if not self.path.exists():
                 return None
-            with self._lock:
+            with self._one_at_a_time, self._lock:
                 return self._read()
         except OSError as error:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
+
+    async def find(self, workflow_id: str, key: str) -> str | None:
+        """Return the execution that was started for this call. A file that can't be read is reported and knows none."""
+        known = self._known_id(workflow_id, key)
+        if known is None and self._signature() not in (self._seen, self._unreadable):
+            await asyncio.to_thread(self._refresh)
+            known = self._known_id(workflow_id, key)
+        return known
+
+    async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
+        """Write down an execution. A file that can't be written is reported: the key finds the execution, too."""
+        self._known.executions.setdefault(workflow_id, {})[key] = execution_id
+        await asyncio.to_thread(self._write_down, {(workflow_id, key): execution_id})
+
+    async def create(self) -> None:
+        """Begin the session, unless it has begun: write the file, with no calls in it yet."""
+        await asyncio.to_thread(self._write_down, {})
+
+    def _known_id(self, workflow_id: str, key: str) -> str | None:
+        return self._known.executions.get(workflow_id, {}).get(key)
 
     def _read(self) -> SessionRecord | None:
         try:
@@ -106,89 +119,45 @@ class SessionFile:
         self._tell(f"[Nexum] {self.path.name} is corrupt ({why}); {kept}")
         return None
 
-    async def find(self, workflow_id: str, key: str) -> str | None:
-        """The execution that was started for this call. A file that can't be read is said, and knows none."""
-        # While this process writes, what another one wrote is found by its key on the server.
-        writing = self._last_write is not None and not self._last_write.done()
-        known = self._known_id(workflow_id, key)
-        if known is None and not writing and self._signature() not in (self._seen, self._unreadable):
-            await asyncio.get_running_loop().run_in_executor(_thread, self._refresh)
-            known = self._known_id(workflow_id, key)
-        return known
-
-    def _known_id(self, workflow_id: str, key: str) -> str | None:
-        return self._waiting.get((workflow_id, key)) or self._known.executions.get(workflow_id, {}).get(key)
-
-    def record(self, workflow_id: str, key: str, execution_id: str) -> Future[None]:
-        """Write down an execution soon; the future is done when it is. What waits at the same time shares a write.
-
-        Nobody needs to wait: until it is written, and if it never is, the key finds the execution on the server.
-        """
-        self._waiting[workflow_id, key] = execution_id
-        if self._last_write is None or not self._write_queued:
-            self._write_queued = True
-            self._write_at = time.monotonic() + WRITE_DELAY
-            self._last_write = _thread.submit(self._write_waiting)
-        return self._last_write
-
-    async def written(self) -> None:
-        """Wait until everything that was recorded is in the file."""
-        self._write_now.set()
-        if self._last_write is not None:
-            await asyncio.wrap_future(self._last_write)
-        self._write_now.clear()
-
-    def create(self) -> None:
-        """Begin the session, unless it has begun: write the file, with no calls in it yet."""
-        self._last_write = _thread.submit(self._write_down, {})
-
-    def _write_waiting(self) -> None:
-        self._write_now.wait(self._write_at - time.monotonic())  # not at all, if another file's write took that long
-        self._write_queued = False  # first, so that what comes from now on queues a write of its own
-        batch = dict(self._waiting)
-        self._write_down(batch)
-        for entry, execution_id in batch.items():
-            if self._waiting.get(entry) == execution_id:
-                del self._waiting[entry]
-
-    def _write_down(self, batch: Mapping[tuple[str, str], str]) -> None:
-        try:
-            self._merge(batch)
-        except OSError as error:
-            self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
-
     def _refresh(self) -> None:
         signature = self._signature()
         try:
             self._known = self.load() or SessionRecord.new()
             self._seen = signature
         except SessionFileError as error:
-            self._unreadable = signature  # so that it is said once, and not taken for known when the file is written
+            self._unreadable = signature  # reported once, and read again before the next write
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
-    def _signature(self) -> tuple[int, int, int] | None:
+    def _write_down(self, entries: Mapping[tuple[str, str], str]) -> None:
+        try:
+            with self._one_at_a_time, self._lock:
+                self._merge(entries)
+        except OSError as error:
+            self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
+
+    def _merge(self, entries: Mapping[tuple[str, str], str]) -> None:
+        # Unless another process wrote since, what is in memory is what is in the file.
+        if self._signature() != self._seen or self._seen is None:
+            self._known = self._read() or SessionRecord.new()
+        for (workflow_id, key), execution_id in entries.items():
+            self._known.executions.setdefault(workflow_id, {})[key] = execution_id
+        self._write(self._known.model_dump_json(indent=1))
+        self._seen = self._signature()
+
+    def _write(self, text: str) -> None:
+        """Replace the file as a whole, so that no reader sees a part of it.
+
+        Nothing is flushed to the disk: after a power failure the server's keys find what the file has lost.
+        """
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(self.path)
+
+    def _signature(self) -> _Signature | None:
         try:
             stat = self.path.stat()
         except OSError:  # there is none, or its folder can't be entered
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-    def _merge(self, batch: Mapping[tuple[str, str], str]) -> None:
-        with self._lock:
-            # Unless another process wrote since, what is in memory is what is in the file.
-            if self._signature() != self._seen or self._seen is None:
-                self._known = self._read() or SessionRecord.new()
-            for (workflow_id, key), execution_id in batch.items():
-                self._known.executions.setdefault(workflow_id, {})[key] = execution_id
-            self._write(self._known.model_dump_json(indent=1))
-            self._seen = self._signature()
-
-    def _write(self, text: str) -> None:
-        """Replace the file as a whole, so that no reader and no crash sees a part of it. The lock is held."""
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
