@@ -80,7 +80,7 @@ def test_asked_again_it_gives_the_same_answer_from_the_record_alone(first_run: t
     before = recorded(folder)
     code, again = run_demo(folder)
     assert code == 0
-    assert f"[demo] No question given; asking the README's: {QUESTION}" in again
+    assert f"[demo] No question given; asking this demo's own: {QUESTION}" in again
     assert re.search(r"Session: \w+, begun \d+ (s|min) ago: continuing it \(--new-session", again)
     assert again.count("already COMPLETED (cached) ✓") == 4
     assert "Submitted" not in again

@@ -89,7 +89,9 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    assert (int(live), int(replayed)) == (executed + attached, cached)
+    # A call that a worker has recorded, and the dead run had not, is made again: its result is in the cache.
+    assert int(live) + int(replayed) == executed + attached + cached
+    assert int(live) >= executed + attached
 
 
 def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:
@@ -101,7 +103,7 @@ def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_pat
 
 def test_sessions_are_listed_with_question_model_status_calls_and_age(tmp_path: Path, address: str) -> None:
     code, output = ask(tmp_path, address, "--sessions")
-    assert (code, output) == (0, "[demo] no session is on record here")
+    assert (code, output) == (0, "no session is on record here")
     ask(tmp_path, address, "--session-id", "whole", QUESTION)
     ask(tmp_path, address, "--session-id", "crashed", "--crash-after-step", "1", RUST)
     code, output = ask(tmp_path, address, "--sessions")
@@ -186,8 +188,8 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--fork", "s@1"], "--fork takes SESSION@N, and the new session's name in --session-id"),
-        (["--fork", "s", "--session-id", "t"], "--fork takes SESSION@N"),
+        (["--fork", "s@1"], "--fork needs the new session's name in --session-id"),
+        (["--fork", "s", "--session-id", "t"], "'s' must be SESSION@N, for example demo1@2"),
         (["--fork", "s@8", "--session-id", "t"], "session 's' has 7 recorded event(s): give 0 to 7, not 8"),
         (["--fork", "none@1", "--session-id", "t"], "session 'none' has nothing on record here"),
         (["--fork", "s@1", "--session-id", "s2"], "session s2 has something else on record than s"),
