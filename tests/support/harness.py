@@ -40,9 +40,16 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 class Process:
     """A child whose output is read as it comes."""
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        program: str | Path = sys.executable,
+    ) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, *command],
+            [program, *command],
             cwd=cwd,
             env=environment(env),
             stdin=subprocess.DEVNULL,
@@ -110,9 +117,15 @@ class Process:
 
 
 @contextmanager
-def running(command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+def running(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    program: str | Path = sys.executable,
+) -> Iterator[Process]:
     """A process for the length of a `with`."""
-    process = Process(command, cwd=cwd, env=env)
+    process = Process(command, cwd=cwd, env=env, program=program)
     try:
         yield process
     finally:
