@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: compile, ruff, strict types, the tests.
 
     python tests/run.py                    on this Python
-    python tests/run.py --every-python     also some of the tests on Python 3.10 and 3.13, where the machine has them
+    python tests/run.py --every-python     also some of the tests on the oldest and the newest Python of the machine
 
 Ends at the first step that fails, with its exit code.
 """
@@ -32,7 +32,8 @@ GROUPS = tuple(
     )
 )
 """They run beside each other and beside the rest: most of their time is waiting."""
-OTHER_PYTHONS = ("3.10", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+"""The versions that this project is for, the oldest first."""
 OTHER_TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
@@ -99,23 +100,33 @@ def environment_of(python: str, folder: str) -> Path:
     return own
 
 
-def test_on_others() -> None:
-    """Run some of the tests on the other Pythons that the machine has."""
-    for version in OTHER_PYTHONS:
-        python = find_python(version)
-        if python is None:
+def others() -> dict[str, str]:
+    """Find the oldest and the newest Python of this machine, beside this one; print which versions aren't tested on."""
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
+    chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}
+    for version in PYTHONS:
+        if version not in found and version != own:
             print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
-        elif version != f"{sys.version_info[0]}.{sys.version_info[1]}":
-            with tempfile.TemporaryDirectory() as folder:
-                # A cache of its own: others run at the same time.
-                cache = ["-o", f"cache_dir={folder}/cache"]
-                run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
+        elif version not in chosen and version != own:
+            print(f"\nPython {version} is neither the oldest nor the newest here: not tested on it", flush=True)
+    return chosen
+
+
+def test_on(others: dict[str, str]) -> None:
+    """Run some of the tests on these Pythons."""
+    for version, python in others.items():
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\nPython {version} is {python}: testing on it", flush=True)
+            # A cache of its own: others run at the same time.
+            cache = ["-o", f"cache_dir={folder}/cache"]
+            run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
 
 
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every-python", action="store_true", help=f"also on {' and '.join(OTHER_PYTHONS)}")
+    parser.add_argument("--every-python", action="store_true", help="also on the oldest and the newest of the machine")
     args = parser.parse_args()
     python = sys.executable
     run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
@@ -124,13 +135,13 @@ def main() -> int:
     run([python, "-m", "mypy", "."])
     pytest = [python, "-m", "pytest", "-q"]
     with ThreadPoolExecutor() as beside:
-        others = beside.submit(test_on_others) if args.every_python else None
+        tested = beside.submit(test_on, others()) if args.every_python else None
         run_together(
             *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
             [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
         )
-        if others is not None:
-            others.result()
+        if tested is not None:
+            tested.result()
     return 0
 
 
