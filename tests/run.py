@@ -20,28 +20,31 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = tuple(
-    [f"tests/test_{name}.py" for name in group]
-    for group in (
-        # Some of these start embedded servers, which share one port: one after the other.
-        (
-            *("cli", "crash_demo", "demo", "demo_children", "crash_random", "crash_stages", "pipeline_worker"),
-            "durable_script",
-        ),
-        ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow", "autogen_suite"),
-    )
+GROUPS = (
+    # Some of these start embedded servers, which share one port: one after the other.
+    (
+        *("tests/engine/test_cli.py", "tests/durable/test_script.py", "tests/scripts/test_pipeline_worker.py"),
+        *(f"tests/scripts/test_{name}.py" for name in ("crash_demo", "demo", "demo_children")),
+        *(f"tests/acceptance/test_{name}.py" for name in ("crash_random", "crash_stages")),
+    ),
+    (
+        *(f"tests/scripts/test_{name}.py" for name in ("demo_models", "demo_sessions", "graphflow")),
+        *(f"tests/durable/test_{name}.py" for name in ("kills", "run_durable", "autogen_suite")),
+    ),
 )
 """They run beside each other and beside the rest: most of their time is waiting."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The versions that this project is for, the oldest first."""
 OTHER_TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
-        *("submit_task", "worker", "tools_declare", "tools_run", "tools_page_text"),
-        *("model_choice", "rehearsal", "pipeline_steps", "console", "docs", "durable_session", "durable_drift"),
-        *("durable_entry_points", "durable_given_up", "durable_order", "durable_outside"),
-    )
+    f"tests/{folder}/test_{name}.py"
+    for folder, names in {
+        "engine": ("workflow", "jsontext", "report", "store", "sqlite"),
+        "tools": ("declare", "contain", "page"),
+        "scripts": ("session_file", "submit_task", "worker", "model_choice", "offline", "pipeline_steps", "console"),
+        "durable": ("durable_session", "drift", "entry_points", "given_up", "order", "outside"),
+        "acceptance": ("docs",),
+    }.items()
+    for name in names
 )
 """What may differ between Pythons; the rest runs on one."""
 
