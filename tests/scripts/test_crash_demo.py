@@ -28,7 +28,7 @@ from pipelines import (
     run_crash_demo,
     start_pipeline,
 )
-from processes import children, is_alive, read_one_line, require_free_default_port, run_script, send, wait_until
+from processes import children, is_alive, read_one_line, run_script, send, wait_until
 
 from pipeline_workflow import STEPS
 
@@ -127,7 +127,6 @@ def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_pat
 
 @on_linux
 def test_without_a_server_it_brings_its_own_takes_less_than_30_s_and_leaves_nothing(tmp_path: Path) -> None:
-    require_free_default_port()
     begun = time.monotonic()
     with running([CRASH_DEMO], cwd=tmp_path, env={"CRASH_AFTER": "report", "CRASH_DURING": "report"}) as demo:
         demo.wait_for("worker-1 started")
@@ -262,7 +261,6 @@ def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> s
 @on_linux
 @pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
 def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, moment: str) -> None:
-    require_free_default_port()
     with running([CRASH_DEMO], cwd=tmp_path) as demo:
         demo.wait_for(moment)
         os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
