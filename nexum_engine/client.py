@@ -62,7 +62,8 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    # Below the time that a restarted server gives to those who survived it.
+    ("grpc.max_reconnect_backoff_ms", 200),
     # Despite its name, how long an attempt to connect may take: a busy machine or a far one needs more than a moment.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
