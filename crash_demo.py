@@ -36,8 +36,7 @@ from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, 
 from support.graphflow.comparison import compare
 from support.launcher import NexumForRun
 from support.models import ModelChoice, ModelChoiceError, choose_model
-from support.pipeline.disturbances import clear_leftovers
-from support.pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
+from support.pipeline.drill import Drill, DrillFailed
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from support.pipeline.page import page
@@ -89,8 +88,6 @@ async def run(
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
-            await client.register_workflow(workflow, patience=SERVER_PATIENCE)
-            await clear_leftovers(client, workflow, server_is_new=nexum.embedded)
             for point in points:
                 if len(points) > 1:
                     say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")

@@ -281,7 +281,7 @@ class EmbeddedNexum:
                 if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
                 if loop.time() - begun > SLOW_START and not explained:
-                    self._tell("[Nexum] the embedded server still waits for its database to be free")
+                    self._tell("[Nexum] the embedded server is not ready yet: it may wait for another one to leave the database")
                     explained = True
                 with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
