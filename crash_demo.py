@@ -3,7 +3,7 @@
     research -> validate -> [worker 1 is killed] -> summarize -> report
                                                     ^ worker 2 resumes here
 
-Needs nothing else running: without a Nexum server on localhost:50051 it starts one for the run, and the workers are its
+Needs nothing else running: without a Nexum server it starts one for the run, and the workers are its
 own in any case. Without a model key it answers offline.
 
     python crash_demo.py                                # killed after validate
@@ -73,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nexum",
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="a server that has to be running (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
+        "localhost:50051, else an embedded one)",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the timeline as a page for a browser, too")
     return parser

@@ -54,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--nexum",
-        default=os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS,
+        default=os.environ.get("NEXUM_ADDRESS") or None,
         metavar="HOST:PORT",
-        help="the server (default: $NEXUM_ADDRESS, else %(default)s)",
+        help=f"the server (default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS})",
     )
     parser.add_argument("--offline", action="store_true", help="serve offline pipelines alone, whatever keys are set")
     parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query first")

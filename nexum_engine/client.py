@@ -133,12 +133,12 @@ class NexumClient:
         """What was given, or found."""
         if address is None:
             self._database = own_database()
-        elif "/" in address or "\\" in address:
+        elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = Path(address).absolute()
             self._follow()
         else:
             host, colon, port = address.rpartition(":")
-            if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+            if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
                 raise InvalidRequest(
                     f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}"
                 )

@@ -98,7 +98,7 @@ class EmbeddedNexum:
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.embedded = False
-        self._may_start = address is None
+        self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
         self._tell = tell
         self._worker_scripts = workers
         self._meanwhile = meanwhile
@@ -281,7 +281,9 @@ class EmbeddedNexum:
                 if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
                 if loop.time() - begun > SLOW_START and not explained:
-                    self._tell("[Nexum] the embedded server is not ready yet: it may wait for another one to leave the database")
+                    self._tell(
+                        "[Nexum] the embedded server is not ready: it may wait for another one to leave the database"
+                    )
                     explained = True
                 with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
