@@ -123,7 +123,7 @@ class EmbeddedNexum:
             if self._may_start:
                 if not await self._find():
                     await self._turn_to_own()
-                    await self._start(f"no server on {DEFAULT_ADDRESS}")
+                    await self._start()
                 body = asyncio.current_task()
                 assert body is not None
                 self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
@@ -234,7 +234,8 @@ class EmbeddedNexum:
         writer.close()
         return True
 
-    async def _start(self, why: str) -> None:
+    async def _start(self, why: str = "") -> None:
+        """Start a server, and the workers that don't run; `why` only if there was a server before."""
         listen = self._listen
         command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
         server = await start_child(command if self._is_bound else [*command, "--else-free-port"], quiet=False)
@@ -251,14 +252,15 @@ class EmbeddedNexum:
             await self._start(why)
             return
         if line is None:
-            self._tell(f"[Nexum] {why}; another one has just been started for this folder: using that one")
+            why = f"{why}; " if why else ""
+            self._tell(f"[Nexum] {why}another run has just started a server for this folder: using that one")
             self._server = None
             await server.end()
             return
         self.embedded = True
         self._listen, _, database = line.partition(" on ")[2].partition(", database ")
-        if self._listen != listen:
-            why = f"{DEFAULT_ADDRESS if listen == DEFAULT_LISTEN else listen} is in use"
+        if not why:
+            why = f"no server on {DEFAULT_ADDRESS}" if self._listen == listen else f"{DEFAULT_ADDRESS} is in use"
         where = "" if self._listen == DEFAULT_LISTEN else f" on {self._listen}"
         database = database.removesuffix(" (Ctrl+C to stop)")
         self._tell(f"[Nexum] {why}: started one for this run{where} (database {database})")

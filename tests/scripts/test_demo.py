@@ -271,7 +271,7 @@ def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, 
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 4  # two seconds are for a server that is just ending
+    assert took < 8  # two seconds are for a server that is just ending, and gRPC alone would wait for 20
     assert list(tmp_path.iterdir()) == []
 
 
