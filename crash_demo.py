@@ -3,7 +3,7 @@
     research -> validate -> [worker 1 is killed] -> summarize -> report
                                                     ^ worker 2 resumes here
 
-Needs nothing else running: without a Nexum server on localhost:50051 it starts one for the run, and the workers are its
+Needs nothing else running: without a Nexum server it starts one for the run, and the workers are its
 own in any case. Without a model key it answers offline.
 
     python crash_demo.py                                # killed after validate
@@ -36,8 +36,7 @@ from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, 
 from support.graphflow.comparison import compare
 from support.launcher import NexumForRun
 from support.models import ModelChoice, ModelChoiceError, choose_model
-from support.pipeline.disturbances import clear_leftovers
-from support.pipeline.drill import SERVER_PATIENCE, Drill, DrillFailed
+from support.pipeline.drill import Drill, DrillFailed
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from support.pipeline.page import page
@@ -74,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nexum",
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="a server that has to be running (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
+        "localhost:50051, else an embedded one)",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the timeline as a page for a browser, too")
     return parser
@@ -89,8 +89,6 @@ async def run(
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
-            await client.register_workflow(workflow, patience=SERVER_PATIENCE)
-            await clear_leftovers(client, workflow, server_is_new=nexum.embedded)
             for point in points:
                 if len(points) > 1:
                     say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")

@@ -24,6 +24,8 @@ import secrets
 import sys
 import time
 from collections import Counter
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -149,11 +151,11 @@ def _researcher(
 async def run(question: str | None, model: ModelChoice, session_id: str, args: argparse.Namespace) -> int:
     """Ask the question in the session, or continue with the session's own; return the exit code."""
     let_ctrl_c_cancel()
-    from durable_autogen import run_durable_stream
-
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    async with NexumForRun(args.nexum) as nexum:
+    async with NexumForRun(args.nexum, meanwhile=partial(import_module, "durable_autogen")) as nexum:
+        from durable_autogen import run_durable_stream
+
         if args.fork or question is None:
             question = await recorded_question(session_id, question or "", args.fork, nexum.address)
         workflow = OFFLINE_TOOL_CALL if model.offline else TOOL_CALL
@@ -244,7 +246,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nexum",
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="address of a running server (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
+        "localhost:50051, else an embedded one)",
     )
     return parser
 

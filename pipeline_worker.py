@@ -32,7 +32,8 @@ from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
-from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput
+from nexum_engine.workflow import Workflow
+from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput, drill_version
 from support.console import complain, log_to, run_script, say
 from support.launcher import kill_this_process
 from support.models import ModelChoice, ModelChoiceError, choose_model
@@ -53,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--nexum",
-        default=os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS,
+        default=os.environ.get("NEXUM_ADDRESS") or None,
         metavar="HOST:PORT",
-        help="the server (default: $NEXUM_ADDRESS, else %(default)s)",
+        help=f"the server (default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS})",
     )
     parser.add_argument("--offline", action="store_true", help="serve offline pipelines alone, whatever keys are set")
     parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query first")
@@ -64,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}",
         help="its id in the records is NAME-pid<process id>; no two workers may share one (default: this host's "
         "name and a random ending)",
+    )
+    parser.add_argument(
+        "--drill", metavar="NAME", help="serve the pipelines of this drill of crash_demo.py alone (default: all others)"
     )
     parser.add_argument("--effects", type=Path, metavar="FILE", help="append a line for each step's effect")
     parser.add_argument(
@@ -111,8 +115,8 @@ class Acting:
             kill_this_process()
 
 
-def bindings(model: ModelChoice, acting: Acting) -> list[Binding]:
-    """The workflows that this worker can serve with this model."""
+def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Binding]:
+    """The workflows that this worker can serve with this model, in the version of the drill if there is one."""
     # Here, so that a wrong command line is told at once: they import AutoGen.
     from support.offline.pipeline import pipeline_model
     from support.offline.web import OfflineWeb
@@ -128,14 +132,21 @@ def bindings(model: ModelChoice, acting: Acting) -> list[Binding]:
     if not model.offline:
         served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
     return [
-        Binding(workflow, {step: acting.around(handler) for step, handler in steps.handlers().items()})
+        Binding(
+            version_of(workflow, drill), {step: acting.around(handler) for step, handler in steps.handlers().items()}
+        )
         for workflow, steps in served
     ]
 
 
-async def start_pipeline(client: NexumClient, query: str, model: ModelChoice) -> None:
+def version_of(pipeline: Workflow, drill: str | None) -> Workflow:
+    """The version of the pipeline that a worker of the drill serves; without a drill, the plain one."""
+    return pipeline if drill is None else drill_version(pipeline, drill)
+
+
+async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> None:
     """Start an execution, live if there is a model for it."""
-    workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
+    workflow = version_of(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
     await client.register_workflow(workflow, patience=SERVER_PATIENCE)
     started = await client.start_execution(workflow, PipelineInput(query=query))
     say(f"[pipeline] started {started.execution_id} (python -m nexum_engine show {started.execution_id})")
@@ -160,13 +171,13 @@ async def main(argv: list[str] | None = None) -> int:
         async with NexumClient(args.nexum) as client:
             worker = Worker(
                 client,
-                bindings(model, acting),
+                bindings(model, acting, args.drill),
                 concurrency=1,
                 worker_id=f"{args.name}-pid{os.getpid()}",
                 after_report=acting.after_report,
             )
             if args.query is not None:
-                await start_pipeline(client, args.query.strip(), model)
+                await start_pipeline(client, args.query.strip(), model, args.drill)
             await worker.run(stop)
     except NexumError as error:
         complain(f"error: {error}")

@@ -81,6 +81,7 @@ class Report(_Record):
 
 
 def _pipeline(workflow_id: str) -> Workflow:
+    """Build the pipeline under an id. The version hash covers the id, and tasks are polled by that hash alone."""
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)
@@ -97,3 +98,8 @@ PIPELINE = _pipeline("research-pipeline")
 OFFLINE_PIPELINE = _pipeline("research-pipeline-offline")
 
 STEPS = tuple(node.node_id for node in PIPELINE.nodes)
+
+
+def drill_version(pipeline: Workflow, drill: str) -> Workflow:
+    """The same pipeline as a version of its own, whose steps no worker takes but those of this drill."""
+    return _pipeline(f"{pipeline.workflow_id}-{drill}")

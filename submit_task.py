@@ -98,14 +98,10 @@ class _Deadline:
         return max(0.0, self._at - time.monotonic())
 
 
-def _default_address() -> str:
-    return os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
-
-
 class Session:
     """The durable calls of one session on one server. Use as an async context manager, or call `close`.
 
-    `nexum` defaults to NEXUM_ADDRESS, then localhost:50051; a `client` is used instead of it, and stays open.
+    `nexum` is a server's address, with the defaults of NexumClient; a `client` is used instead of it, and stays open.
     `tell` gets the lines that say how the calls go, from the event loop and from the session file's thread.
     """
 
@@ -121,7 +117,7 @@ class Session:
         self.session_id = session_id
         self.file = SessionFile(session_id, tell=tell)
         self._tell = tell
-        self._client = client or NexumClient(nexum or _default_address())
+        self._client = client or NexumClient(nexum)
         self._owns_client = client is None
         self._workflow = workflow
 
@@ -326,11 +322,11 @@ _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary(
 
 
 def _client_here() -> NexumClient:
-    """The running event loop's client of NEXUM_ADDRESS."""
+    """The running event loop's client of the server that NEXUM_ADDRESS names, or of the default one."""
     for place in list(_clients):
         if place[0].is_closed():
             _clients.pop(place, None)  # which closes the connection, too
-    place = (asyncio.get_running_loop(), _default_address())
+    place = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
     if place not in _clients:
         _clients[place] = NexumClient(place[1])
     return _clients[place]
@@ -386,7 +382,11 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=120.0, help="how long to wait for the result (%(default)g)"
     )
-    parser.add_argument("--nexum", metavar="HOST:PORT", help=f"default: $NEXUM_ADDRESS, else {DEFAULT_ADDRESS}")
+    parser.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        help=f"default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS}",
+    )
     return parser
 
 

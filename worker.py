@@ -48,9 +48,9 @@ async def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--nexum",
-        default=os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS,
+        default=os.environ.get("NEXUM_ADDRESS") or None,
         metavar="HOST:PORT",
-        help="the server (default: $NEXUM_ADDRESS, else %(default)s)",
+        help=f"the server (default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS})",
     )
     parser.add_argument(
         "--concurrency", type=int, default=4, metavar="N", help="tasks at the same time (default: %(default)s)"

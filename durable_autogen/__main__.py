@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--nexum",
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="address of a running server (default: $NEXUM_ADDRESS, else localhost:50051, else an embedded one)",
+        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
+        "localhost:50051, else an embedded one)",
     )
     run = commands.add_parser(
         "run",

@@ -22,8 +22,9 @@ class DurableSession(Session):
     which says what differs (`on_drift="stop"`), or the session continues live from there (`on_drift="continue"`).
 
     A connection or a process that the program starts outside a recorded call is told (`on_unrecorded="tell"`), or ends
-    the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then
-    localhost:50051. What a person should read is logged by the logger `durable_autogen`.
+    the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then to the server
+    of this folder's database, then to localhost:50051. What a person should read is logged by the logger
+    `durable_autogen`.
 
     Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside, and leaving,
     raise DriftError, NotDurable, and what the server answers. A session can be entered once.

@@ -7,8 +7,9 @@
 
 Where the package is installed, `nexum` is the same command.
 
-ps, show and cancel ask the running server; where none answers they open the database themselves, so they work after a
-demo has ended. A database that is named with --database-url is always opened, and no server asked.
+ps, show and cancel ask the server that has this folder's database open, else the one on the default port; where none
+answers they open the database themselves, so they work after a demo has ended. A database that is named with
+--database-url is always opened, and no server asked.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ from typing import Any
 from nexum_engine import DEFAULT_LISTEN, VERSION, report
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.clock import SystemClock
-from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable, StoreLocked, StoreRefused
+from nexum_engine.errors import (
+    InvalidRequest,
+    NexumError,
+    NotANexumServer,
+    ServerUnavailable,
+    StoreLocked,
+    StoreRefused,
+)
+from nexum_engine.location import DEFAULT_DATABASE_URL, default_database_url
 from nexum_engine.records import Execution
-from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
+from nexum_engine.store import database_exists, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -66,7 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="how long to wait for another server to let go of the port and the database (default: not at all)",
     )
     parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
+        "--else-free-port", action="store_true", help="if the port is taken, listen on a free one instead"
+    )
+    parser.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end with the process that holds standard input, and serve the runs of this folder alone",
     )
     _add_database(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
@@ -84,7 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--nexum",
             metavar="HOST:PORT",
-            help=f"the server to ask (default: $NEXUM_ADDRESS, else {DEFAULT_ADDRESS}, else the database)",
+            help="the server to ask (default: $NEXUM_ADDRESS, else the one that has this folder's database open, else "
+            f"{DEFAULT_ADDRESS}, else the database)",
         )
         _add_database(command, argparse.SUPPRESS)
     return parser
@@ -102,10 +117,6 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         metavar="URL",
         help=f"sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
-
-
-def _default_database() -> str:
-    return os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
 
 
 def _positive(text: str) -> float:
@@ -141,9 +152,11 @@ async def serve(args: argparse.Namespace) -> None:
 
     await run_server(
         args.listen,
-        _default_database() if args.database_url is None else args.database_url,
+        default_database_url() if args.database_url is None else args.database_url,
         lease=args.lease,
         patience=args.patience,
+        else_free_port=args.else_free_port,
+        embedded=args.until_stdin_closes,
         stop=stop_event(until_stdin_closes=args.until_stdin_closes),
         on_ready=on_ready,
     )
@@ -162,7 +175,7 @@ async def _ask_server(args: argparse.Namespace) -> str:
     """Ask the server, or open the default database where none was named and none answers."""
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
-        async with NexumClient(address or DEFAULT_ADDRESS) as client:
+        async with NexumClient(address or None) as client:
 
             async def get(execution_id: str) -> Execution:
                 return (await client.get_execution(execution_id, with_attempts=True)).execution
@@ -171,10 +184,10 @@ async def _ask_server(args: argparse.Namespace) -> str:
                 return await client.list_executions(workflow_id=workflow_id, status=status, limit=limit)
 
             return await _answer(args, list_, get, client.cancel_execution)
-    except ServerUnavailable:
+    except (ServerUnavailable, NotANexumServer):
         if address:
             raise
-    return await _open_database(args, _default_database(), f"no server on {DEFAULT_ADDRESS}, and ")
+    return await _open_database(args, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
 
 
 async def _open_database(args: argparse.Namespace, url: str, tried: str = "") -> str:

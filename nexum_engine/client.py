@@ -8,6 +8,8 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
@@ -20,11 +22,13 @@ from nexum_engine.errors import (
     InvalidRequest,
     NotANexumServer,
     NotFound,
+    ServerError,
     ServerUnavailable,
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
 )
+from nexum_engine.location import is_same_database, own_database, read_address
 from nexum_engine.records import (
     Attempt,
     Compatibility,
@@ -36,6 +40,7 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.addressee import Metadata, metadata_for
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 DEFAULT_ADDRESS = "localhost:50051"
+FIRST_ANSWER = 2.0  # seconds that whatever listens on an address has to answer as a Nexum server
 CALL_DEADLINE = 10.0  # seconds, beside what a call is asked to wait
 RECONNECT_DELAY = 0.1  # seconds
 MAX_SERVER_WAIT = 25.0  # seconds, below the server's own cap
@@ -56,7 +62,8 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    # Below the time that a restarted server gives to those who survived it.
+    ("grpc.max_reconnect_backoff_ms", 200),
     # Despite its name, how long an attempt to connect may take: a busy machine or a far one needs more than a moment.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
@@ -92,23 +99,50 @@ class Observed:
     """Whether a worker polls for its version; None where the server can't tell."""
 
 
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server tells of itself."""
+
+    database: str
+    """The absolute path of its database."""
+    embedded: bool
+    """It was started by a run, for the runs of one folder."""
+
+
 class NexumClient:
     """Calls one server. Use as an async context manager, or call `close`.
 
-    `address` is HOST:PORT; it defaults to NEXUM_ADDRESS, then localhost:50051.
+    `address` is HOST:PORT, or the path of a database: the server that has it open, on whatever port it is started
+    again. It defaults to NEXUM_ADDRESS, then to the server that has this folder's database open, then to the one on
+    localhost:50051, unless that is embedded in a run of another folder; what was found first is kept.
+
     `patience` in a method is for how long, in seconds, it tries again while no server answers; then it raises
     ServerUnavailable. Every method can raise NotANexumServer, ServerFault, and the server's own refusals.
     """
 
     def __init__(self, address: str | None = None) -> None:
-        address = address or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
-        host, colon, port = address.rpartition(":")
-        if not colon or not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-            raise InvalidRequest(f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}")
-        self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._stub = cast("NexumServiceAsyncStub", NexumServiceStub(self._channel))
+        address = address or os.environ.get("NEXUM_ADDRESS") or None
+        self._channels: list[grpc.aio.Channel] = []
+        self._target = ""
+        self._connected: NexumServiceAsyncStub | None = None
+        self._is_lost = False
+        self._database: Path | None = None
+        self._is_searching = address is None
         self._has_get_execution = True
+        self.address = DEFAULT_ADDRESS if address is None else address
+        """What was given, or found."""
+        if address is None:
+            self._database = own_database()
+        elif ("/" in address or "\\" in address) and "://" not in address:
+            self._database = Path(address).absolute()
+            self._follow()
+        else:
+            host, colon, port = address.rpartition(":")
+            if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
+                raise InvalidRequest(
+                    f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}"
+                )
+            self._connect(address, ())
 
     async def __aenter__(self) -> NexumClient:
         return self
@@ -118,19 +152,107 @@ class NexumClient:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    # ---- Which server ------------------------------------------------------------------------------------------------
+
+    @property
+    def _stub(self) -> NexumServiceAsyncStub:
+        if self._connected is None:
+            raise ServerUnavailable(f"no Nexum server has {self._database} open")
+        return self._connected
+
+    def _connect(self, target: str, metadata: Metadata) -> None:
+        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        # Earlier ones stay open: closing one would cancel the calls that it still has.
+        self._channels.append(channel)
+        self._target, self._connected = target, _stub_with(channel, metadata)
+
+    def _follow(self) -> None:
+        """Connect to where the server of the database is now."""
+        assert self._database is not None
+        target = read_address(self._database)
+        if target is not None and target != self._target:
+            self._connect(target, metadata_for(str(self._database)))
+
+    async def reach(self) -> None:
+        """Find out where the server is, if that can have changed. Raises ServerUnavailable, NotANexumServer."""
+        if self._is_searching:
+            await self._search()
+        elif self._database is not None:
+            self._follow()
+
+    async def _search(self) -> None:
+        """Connect to this folder's own server, or else to the one on the default port."""
+        database = self._database
+        own = read_address(database) if database is not None else None
+        if database is not None and own is not None:
+            metadata = metadata_for(str(database))
+            # Asked for itself, as a server that knows no metadata may have taken the port of one that was killed.
+            info = await self._first_answer(own, metadata)
+            if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
+                self.address, self._is_searching = str(database), False
+                self._connect(own, metadata)
+                return
+        metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
+        answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
+        if isinstance(answer, ServerError):
+            raise answer
+        self._database, self._is_searching = None, False
+        self._connect(DEFAULT_ADDRESS, metadata)
+
+    async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
+        """What the server there tells of itself, None if it tells nothing, or why none answers."""
+        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        stub = _stub_with(channel, metadata)
+        try:
+            try:
+                return _info(await stub.GetServerInfo(pb.EmptyRequest(), timeout=FIRST_ANSWER))
+            except grpc.RpcError as rpc_error:
+                if rpc_error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+            # The published server's contract has no GetServerInfo.
+            await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
+        except grpc.RpcError as rpc_error:
+            error = error_of(rpc_error, target)
+            return error if isinstance(error, ServerError) else None
+        finally:
+            await channel.close()
+        return None
 
     async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
         while True:
             try:
-                return await send(CALL_DEADLINE + wait)
+                if self._is_lost or self._connected is None:
+                    await self.reach()
+                answer = await send(CALL_DEADLINE + wait)
             except grpc.RpcError as rpc_error:
                 error = error_of(rpc_error, self.address)
-                if not isinstance(error, ServerUnavailable) or loop.time() >= give_up:
+                self._is_lost = isinstance(error, ServerUnavailable)
+                if not self._is_lost or loop.time() >= give_up:
                     raise error from rpc_error
+            except ServerUnavailable:
+                self._is_lost = True
+                if loop.time() >= give_up:
+                    raise
+            else:
+                self._is_lost = False
+                return answer
             await asyncio.sleep(RECONNECT_DELAY)
+
+    async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
+        """What the server tells of itself; None if it is one of the published contract, which tells nothing."""
+        try:
+            answer = await self._call(
+                lambda t: self._stub.GetServerInfo(pb.EmptyRequest(), timeout=t), patience=patience
+            )
+        except NotANexumServer:
+            await self.ping()
+            return None
+        return _info(answer)
 
     # ---- Workflows and executions ------------------------------------------------------------------------------------
 
@@ -339,6 +461,19 @@ class NexumClient:
     def worker_stream(self) -> WorkerStreamCall:
         """Open a worker's stream: each beat that is written is answered. Both raise grpc.RpcError when it breaks."""
         return self._stub.WorkerStream()
+
+
+def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:
+    """A stub that sends the metadata with every call."""
+    stub = NexumServiceStub(channel)
+    if metadata:
+        for name, call in vars(stub).items():
+            setattr(stub, name, partial(call, metadata=metadata))
+    return cast("NexumServiceAsyncStub", stub)
+
+
+def _info(answer: pb.ServerInfo) -> ServerInfo:
+    return ServerInfo(answer.database, answer.embedded)
 
 
 def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float, slot: str) -> pb.PollRequest:

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine import DEFAULT_LISTEN
+from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
+from nexum_engine.location import is_same_database, own_database, read_address
 
 _IMPORTED_FROM = Path(__file__).resolve().parent.parent
-FIRST_ANSWER = 2.0  # seconds that whatever listens on the address has to answer as a Nexum server
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
-PATIENCE = 10.0  # seconds that a new server waits for a dying one's port and database
+PATIENCE = 10.0  # seconds that a new server waits for a dying one's database
 START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
 END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
 SLOW_START = 3.0  # seconds after which a start is explained
@@ -76,38 +77,59 @@ class _KilledAtStart(ServerError):
 class EmbeddedNexum:
     """A Nexum server that answers for the length of an `async with`.
 
-    With `address` given, that one has to answer. Without it the default address is used, and if nothing answers there,
-    an embedded server and the given worker scripts are started, and started again should they vanish. If that doesn't
-    help, the body is cancelled. `tell` takes the lines that a person should read.
+    With `address` given, that one has to answer. Without it that is the server that has this folder's database open,
+    else one that a person started on the default port, else an embedded one that is started with the given worker
+    scripts, on the default port or on a free one. What was started is started again should it vanish, by the next run
+    of the folder if its starter has ended. If that doesn't help, the body is cancelled. Runs of other folders have
+    servers of their own, and never share this one.
+
+    `meanwhile` is called while server and workers start: slow imports belong there. `tell` takes the lines that a
+    person should read.
 
     Raises ServerUnavailable, NotANexumServer, ServerError.
     """
 
-    def __init__(self, address: str | None, *, tell: Callable[[str], None], workers: Sequence[Path] = ()) -> None:
-        self.address = address or DEFAULT_ADDRESS
+    def __init__(
+        self,
+        address: str | None,
+        *,
+        tell: Callable[[str], None],
+        workers: Sequence[Path] = (),
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         self.embedded = False
-        self._may_start = address is None
+        self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
         self._tell = tell
         self._worker_scripts = workers
+        self._meanwhile = meanwhile
         self._server: Child | None = None
         self._workers: dict[Path, Child] = {}
-        self._client = NexumClient(self.address)
+        self._client = NexumClient(address)
+        self._listen = DEFAULT_LISTEN
+        """Where a server that is started listens if it can."""
+        self._is_bound = False
+        """The body is connected to that port, and not to whatever serves the folder's database."""
         self._watching: asyncio.Task[None] | None = None
         self._restarts: list[float] = []
         self._given_up: NexumError | None = None
 
+    @property
+    def address(self) -> str:
+        """What to give a NexumClient, or a script as --nexum: HOST:PORT, or the database whose server it is."""
+        return self._client.address
+
     async def __aenter__(self) -> EmbeddedNexum:
         try:
-            try:
-                await self._first_answer()
-            except ServerUnavailable:
-                if not self._may_start:
-                    raise
-                await self._start("no server")
             if self._may_start:
+                if not await self._find():
+                    await self._turn_to_own()
+                    await self._start()
                 body = asyncio.current_task()
                 assert body is not None
                 self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
+            else:
+                await self._first_answer()
+            self._use_the_time()
         except BaseException:
             await self._end()
             raise
@@ -127,11 +149,30 @@ class EmbeddedNexum:
         await asyncio.gather(*(child.end() for child in children))
         await self._client.close()
 
-    @property
-    def _listens(self) -> tuple[str, str]:
-        """Host and port of an embedded server."""
-        host, _, port = self.address.rpartition(":")
-        return "127.0.0.1" if host == "localhost" else host, port
+    def _use_the_time(self) -> None:
+        meanwhile, self._meanwhile = self._meanwhile, lambda: None
+        meanwhile()
+
+    async def _find(self) -> bool:
+        """Whether a server for this folder's runs answers already."""
+        try:
+            info = await self._client.server_info()
+        except (ServerUnavailable, NotANexumServer):
+            return False
+        own = own_database()
+        self._is_bound = self.address == DEFAULT_ADDRESS
+        if not self._is_bound and own is not None:
+            self._listen = read_address(own) or DEFAULT_LISTEN
+        elif info is not None and (own is None or not is_same_database(info.database, str(own))):
+            self._tell(f"[Nexum] using the server on {self.address} (database {info.database})")
+        return True
+
+    async def _turn_to_own(self) -> None:
+        """From here on, the client's server is the one that has this folder's database open."""
+        own = own_database()
+        if own is not None:  # else the server that is started says why
+            await self._client.close()
+            self._client = NexumClient(str(own))
 
     async def _first_answer(self) -> None:
         """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, and NotANexumServer if
@@ -176,8 +217,11 @@ class EmbeddedNexum:
         return None
 
     async def _somebody_listens(self) -> bool:
-        host, port = self._listens
-        connecting = asyncio.ensure_future(asyncio.open_connection(host.strip("[]"), int(port)))
+        host, _, port = self.address.rpartition(":")
+        if not port.isdecimal():
+            return False  # a database: its server answers or there is none
+        host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+        connecting = asyncio.ensure_future(asyncio.open_connection(host, int(port)))
         try:
             await asyncio.wait({connecting}, timeout=FIRST_ANSWER)
             if not connecting.done():
@@ -190,10 +234,16 @@ class EmbeddedNexum:
         writer.close()
         return True
 
-    async def _start(self, why: str) -> None:
-        command = ["-m", "nexum_engine", "--listen", ":".join(self._listens), "--patience", str(PATIENCE)]
-        server = await start_child(command, quiet=False)
+    async def _start(self, why: str = "") -> None:
+        """Start a server, and the workers that don't run; `why` only if there was a server before."""
+        listen = self._listen
+        command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
+        server = await start_child(command if self._is_bound else [*command, "--else-free-port"], quiet=False)
         self._server = server
+        for script in self._worker_scripts:
+            if script not in self._workers:
+                await self._start_worker(script)  # at the same time: it waits for the server
+        self._use_the_time()
         try:
             line = await self._first_line(server)
         except _KilledAtStart:
@@ -202,16 +252,18 @@ class EmbeddedNexum:
             await self._start(why)
             return
         if line is None:
-            self._tell(f"[Nexum] {why} on {self.address}; another one has just been started there: using that one")
+            why = f"{why}; " if why else ""
+            self._tell(f"[Nexum] {why}another run has just started a server for this folder: using that one")
             self._server = None
             await server.end()
             return
         self.embedded = True
-        database = line.partition("database ")[2].removesuffix(" (Ctrl+C to stop)")
-        self._tell(f"[Nexum] {why} on {self.address}: started one for this run (database {database})")
-        for script in self._worker_scripts:
-            if script not in self._workers:
-                await self._start_worker(script)
+        self._listen, _, database = line.partition(" on ")[2].partition(", database ")
+        if not why:
+            why = f"no server on {DEFAULT_ADDRESS}" if self._listen == listen else f"{DEFAULT_ADDRESS} is in use"
+        where = "" if self._listen == DEFAULT_LISTEN else f" on {self._listen}"
+        database = database.removesuffix(" (Ctrl+C to stop)")
+        self._tell(f"[Nexum] {why}: started one for this run{where} (database {database})")
 
     async def _start_worker(self, script: Path) -> None:
         self._workers[script] = await start_child([str(script), "--nexum", self.address])
@@ -231,9 +283,11 @@ class EmbeddedNexum:
                 if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
                 if loop.time() - begun > SLOW_START and not explained:
-                    self._tell(f"[Nexum] the embedded server still waits for {self.address} or its database to be free")
+                    self._tell(
+                        "[Nexum] the embedded server is not ready: it may wait for another one to leave the database"
+                    )
                     explained = True
-                with contextlib.suppress(ServerUnavailable):
+                with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
                     # It may be our own, a moment before its line.
                     await asyncio.wait({reading}, timeout=1.0)

@@ -82,6 +82,7 @@ class Heartbeat:
         while True:
             try:
                 await self._prepare()
+                await self._client.reach()
                 await self._keep_a_stream()
                 lost: NexumError = ServerUnavailable(f"the Nexum server on {self._client.address} ended the connection")
             except grpc.RpcError as rpc_error:

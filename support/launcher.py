@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,8 +27,14 @@ def kill_this_process() -> NoReturn:
 class NexumForRun(EmbeddedNexum):
     """An EmbeddedNexum with this project's workers; its lines are printed."""
 
-    def __init__(self, address: str | None, *, workers: tuple[str, ...] = ("worker.py",)) -> None:
-        super().__init__(address, tell=say, workers=[ROOT / script for script in workers])
+    def __init__(
+        self,
+        address: str | None,
+        *,
+        workers: tuple[str, ...] = ("worker.py",),
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(address, tell=say, workers=[ROOT / script for script in workers], meanwhile=meanwhile)
 
 
 __all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "start_child"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
@@ -19,7 +18,7 @@ from durable_autogen.record.order import Activity, watched_threads
 from durable_autogen.record.place import Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
 
 _log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Session:
         """The recorded reason for the run's end."""
         self.is_over = False
         self.activity = Activity()
-        self._address = nexum or os.environ.get("NEXUM_ADDRESS") or DEFAULT_ADDRESS
+        self._address = nexum
         self._on_drift: OnDrift = on_drift
         self._on_unrecorded: OnUnrecorded = on_unrecorded
         self._compare = compare

@@ -16,8 +16,9 @@ from nexum_engine.workflow import check_id
 
 RECONNECT_GRACE_MS = 1000
 """How long a worker whose stream broke has to come back before its tasks are handed out again."""
-RESTART_GRACE_MS = 5000
-"""The same, after the server itself was started."""
+RESTART_GRACE_MS = 1500
+"""The same, after the server itself was started. A worker that survived knocks several times a second until then, and
+whoever is back sooner is not kept waiting; what this delays is the task of a worker that died with the server."""
 SWEEP_RETRY_MS = 1000
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 
@@ -12,6 +13,7 @@ from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
+from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.servicer import NexumServicer
@@ -56,13 +58,17 @@ async def run_server(
     lease: float,
     stop: asyncio.Event,
     patience: float = 0.0,
+    else_free_port: bool = False,
+    embedded: bool = False,
     on_ready: Callable[[str, str], None],
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when calls are accepted.
 
     `lease` is how long, in seconds, a silent worker keeps its tasks; `patience` how long to wait for a dying server to
-    let go of the port and the file. Raises InvalidRequest for an address, StoreError for a database, ServerError for a
-    port that can't be used, StoreUnavailable when the database fails while serving.
+    let go of the port and the file; with `else_free_port`, a port that is taken is replaced by a free one, at once.
+    An `embedded` server is its starter's: it refuses whoever looks for a server and has another database. Raises
+    InvalidRequest for an address, StoreError for a database, ServerError for a port that can't be used,
+    StoreUnavailable when the database fails while serving.
     """
     address = loopback_address(listen)
     clock = SystemClock()
@@ -72,14 +78,23 @@ async def run_server(
         dispatch = Dispatch(store, clock, lease_ms)
         liveness = Liveness(store, dispatch, clock, lease_ms)
         store.on_unknown = dispatch.look_again
-        server, port = await _bind(NexumServicer(store, dispatch, liveness), address, patience)
+        servicer = NexumServicer(store, dispatch, liveness, embedded=embedded)
+        server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
+        address = f"{address.rpartition(':')[0]}:{port}"
+        database = Path(store.opened_as)
         await liveness.start()
         await server.start()
         try:
-            on_ready(f"{address.rpartition(':')[0]}:{port}", store.opened_as)
+            try:
+                write_address(database, address)
+            except OSError as error:
+                raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
+            on_ready(address, store.opened_as)
             store.failed.add_done_callback(lambda _: stop.set())
             await stop.wait()
         finally:
+            # First, so that nobody is led to a server that is about to end.
+            remove_address(database)
             # grpc waits for calls under way, so those that only wait are answered first.
             await dispatch.stop()
             await liveness.stop()
@@ -90,7 +105,9 @@ async def run_server(
         await store.close()
 
 
-async def _bind(servicer: NexumServicer, address: str, patience: float) -> tuple[grpc.aio.Server, int]:
+async def _bind(
+    servicer: NexumServicer, address: str, patience: float, *, else_free_port: bool
+) -> tuple[grpc.aio.Server, int]:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
     while True:
@@ -100,6 +117,10 @@ async def _bind(servicer: NexumServicer, address: str, patience: float) -> tuple
             return server, server.add_insecure_port(address)
         except RuntimeError as error:
             await server.stop(None)
+            if else_free_port:
+                # No need for patience: this folder's last server had let go of the port before it let go of the file.
+                address, else_free_port = f"{address.rpartition(':')[0]}:0", False
+                continue
             if loop.time() >= deadline:
                 raise ServerError(
                     f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "

@@ -21,6 +21,7 @@ from nexum_engine.server.liveness import Liveness
 from nexum_engine.store import Store
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.addressee import refusal
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
@@ -57,6 +58,7 @@ def _rpc(handler: Handler) -> Handler:
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
+        await self.refuse_what_is_meant_for_another(context)
         try:
             return await handler(self, request, context)
         except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
@@ -73,10 +75,21 @@ def _time(ms: int) -> str:
 class NexumServicer(NexumServiceServicer):
     """proto/nexum.proto, on a store."""
 
-    def __init__(self, store: Store, dispatch: Dispatch, liveness: Liveness) -> None:
+    def __init__(self, store: Store, dispatch: Dispatch, liveness: Liveness, *, embedded: bool = False) -> None:
+        self._embedded = embedded
         self._store = store
         self._dispatch = dispatch
         self._liveness = liveness
+
+    async def refuse_what_is_meant_for_another(self, context: Context) -> None:
+        """End a call for a server with another database, as if no server had answered: its client looks elsewhere."""
+        why = refusal(context.invocation_metadata() or (), self._store.opened_as, embedded=self._embedded)
+        if why is not None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
+
+    @_rpc
+    async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
+        return pb.ServerInfo(database=self._store.opened_as, embedded=self._embedded)
 
     @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
@@ -293,6 +306,7 @@ class NexumServicer(NexumServiceServicer):
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
+        await self.refuse_what_is_meant_for_another(context)
         try:
             # Closed here and now: what its end has to do is not left to the garbage collector.
             async with aclosing(self._liveness.beats(request_iterator)) as acks:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreRefused
+from nexum_engine.location import database_path
 from nexum_engine.store.base import Store
 
-DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
-
-__all__ = ["DEFAULT_DATABASE_URL", "Store", "database_exists", "open_store"]
+__all__ = ["Store", "database_exists", "open_store"]
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
@@ -37,6 +36,4 @@ def database_exists(database_url: str) -> bool:
     """Whether there is something to open: looking at records should not create a database."""
     if not database_url.startswith("sqlite:"):
         return True
-    from nexum_engine.store.sqlite import database_path
-
     return database_path(database_url).exists()

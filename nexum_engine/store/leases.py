@@ -12,9 +12,9 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.results import Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
-OWNER_RESTART_GRACE_MS = 1000
-"""After a restart, how long an owner has to come back before another one may take its place. A late one loses nothing
-unless another one came."""
+OWNER_RESTART_GRACE_MS = 500
+"""After a restart, how long an owner has to come back before another one may take its place. It knocks several times a
+second, and a late one loses nothing unless another one came."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> None:

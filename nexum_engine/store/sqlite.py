@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote
 
 from filelock import FileLock, Timeout
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.location import database_path
 from nexum_engine.store.base import Store
 from nexum_engine.store.db import Db, Row, load_queries
 
@@ -251,21 +251,6 @@ class _SqliteDb:
 
     def run(self, query: str, **parameters: object) -> int:
         return self._connection.execute(self._queries[query], parameters).rowcount
-
-
-def database_path(database_url: str) -> Path:
-    """The absolute path that a sqlite URL names: `sqlite:///relative`, `sqlite:////absolute`, `sqlite:///C:/path`, and
-    the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for anything else."""
-    rest, _, query = database_url.removeprefix("sqlite:").partition("?")
-    unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
-    name = unquote(rest.removeprefix("//"))
-    # The third slash separates an (empty) host from the path.
-    name = name[1:] if name.startswith("/") else name
-    if not rest.startswith("//") or unknown or not name or ":memory:" in name:
-        raise StoreRefused(
-            f"database URL {database_url!r} is not understood: use sqlite:///path, a file on this machine"
-        )
-    return Path(name).absolute()
 
 
 def _check_file(path: Path) -> None:

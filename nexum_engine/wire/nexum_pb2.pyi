@@ -780,3 +780,23 @@ class WorkerBeatAck(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms"]) -> None: ...
 
 global___WorkerBeatAck = WorkerBeatAck
+
+@typing.final
+class ServerInfo(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATABASE_FIELD_NUMBER: builtins.int
+    EMBEDDED_FIELD_NUMBER: builtins.int
+    database: builtins.str
+    """The absolute path of the database that the server has open."""
+    embedded: builtins.bool
+    """The server was started by a run, for the runs of one folder, and ends with it."""
+    def __init__(
+        self,
+        *,
+        database: builtins.str = ...,
+        embedded: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["database", b"database", "embedded", b"embedded"]) -> None: ...
+
+global___ServerInfo = ServerInfo

@@ -104,6 +104,11 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.WorkerBeat.SerializeToString,
                 response_deserializer=nexum__pb2.WorkerBeatAck.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/nexum.NexumService/GetServerInfo',
+                request_serializer=nexum__pb2.EmptyRequest.SerializeToString,
+                response_deserializer=nexum__pb2.ServerInfo.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -195,6 +200,13 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Addition: what the server is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -267,6 +279,11 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.WorkerStream,
                     request_deserializer=nexum__pb2.WorkerBeat.FromString,
                     response_serializer=nexum__pb2.WorkerBeatAck.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=nexum__pb2.EmptyRequest.FromString,
+                    response_serializer=nexum__pb2.ServerInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -647,6 +664,33 @@ class NexumService(object):
             '/nexum.NexumService/WorkerStream',
             nexum__pb2.WorkerBeat.SerializeToString,
             nexum__pb2.WorkerBeatAck.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetServerInfo',
+            nexum__pb2.EmptyRequest.SerializeToString,
+            nexum__pb2.ServerInfo.FromString,
             options,
             channel_credentials,
             insecure,

@@ -99,6 +99,12 @@ class NexumServiceStub:
     ]
     """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
 
+    GetServerInfo: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.ServerInfo,
+    ]
+    """Addition: what the server is."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -171,6 +177,12 @@ class NexumServiceAsyncStub:
         nexum_pb2.WorkerBeatAck,
     ]
     """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
+
+    GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.ServerInfo,
+    ]
+    """Addition: what the server is."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -272,5 +284,13 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.WorkerBeatAck], collections.abc.AsyncIterator[nexum_pb2.WorkerBeatAck]]:
         """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
+
+    @abc.abstractmethod
+    def GetServerInfo(
+        self,
+        request: nexum_pb2.EmptyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.ServerInfo, collections.abc.Awaitable[nexum_pb2.ServerInfo]]:
+        """Addition: what the server is."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,7 +1,8 @@
 """One drill: a pipeline whose first worker dies, and as many more workers as it takes to finish it.
 
 Everything that is printed about the pipeline comes from the server's records; the drill itself only starts workers and
-sees them end.
+sees them end. It has a version of the workflow of its own, so no other worker takes its steps, and its workers take no
+others.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
-from pipeline_workflow import STEPS, PipelineInput
+from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
 from support.launcher import ROOT, Child, start_child
-from support.pipeline.disturbances import foreign_worker, new_key, refuse_foreign_workers
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 
@@ -36,7 +36,7 @@ class DrillFailed(NexumError):
 
 
 class Drill:
-    """Use once."""
+    """Runs the pipeline once, as a version of its own. Use once."""
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class Drill:
         worker_options: Sequence[str] = (),
     ) -> None:
         self._client = client
-        self._workflow = workflow
+        self._name = uuid.uuid4().hex[:8]
+        self._workflow = drill_version(workflow, self._name)
         self._query = query
         self._point = point
         self._effects = effects
@@ -59,16 +60,13 @@ class Drill:
         self._execution_id = ""
 
     async def run(self) -> PipelineRun:
-        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING.
-
-        The workflow has to be registered.
-        """
+        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING."""
+        await self._client.register_workflow(self._workflow, patience=SERVER_PATIENCE)
         started = await self._client.start_execution(
-            self._workflow, PipelineInput(query=self._query), idempotency_key=new_key(), patience=SERVER_PATIENCE
+            self._workflow, PipelineInput(query=self._query), idempotency_key=self._name, patience=SERVER_PATIENCE
         )
         self._execution_id = started.execution_id
         try:
-            await refuse_foreign_workers(self._client, self._execution_id)
             say(f'[demo] Pipeline {self._execution_id}: "{self._query}"')
             while not await self._one_worker():
                 if len(self._workers) == MAX_WORKERS:
@@ -83,16 +81,16 @@ class Drill:
     async def _one_worker(self) -> bool:
         """Start a worker and follow it; True when the execution has ended, False when the worker has."""
         number = len(self._workers) + 1
-        name, tag = f"worker-{number}", uuid.uuid4().hex[:6]
+        name = f"worker-{number}"
         child = await start_child(
             [
-                *(str(ROOT / WORKER), "--nexum", self._client.address, "--name", f"{name}-{tag}"),
+                *(str(ROOT / WORKER), "--nexum", self._client.address, "--drill", self._name, "--name", name),
                 *("--effects", str(self._effects.path), *self._worker_options),
             ],
             env=self._point.environment if number == 1 else NO_CRASH,
         )
         try:
-            self._workers.append(SeenWorker(name, tag, child.process.pid))
+            self._workers.append(SeenWorker(name, child.process.pid))
             fate = f"to be killed {self._point.in_words}" if number == 1 else "in its place"
             say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
             execution = await self._follow(child)
@@ -125,12 +123,13 @@ class Drill:
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """The record as it is. Raises Disturbed if a foreign worker is in it."""
+        """The record as it is. Raises DrillFailed if the server doesn't tell who ran which step."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
-        for node in observed.execution.nodes:
-            for attempt in node.attempts:
-                if not any(worker.owns(attempt.worker_id) for worker in self._workers):
-                    raise foreign_worker(attempt.worker_id, node.node_id)
+        if observed.has_poller is None:
+            raise DrillFailed(
+                f"the server on {self._client.address} has no GetExecution, so it can't show who ran which step: use "
+                "this project's own server"
+            )
         return observed.execution
 
     def _tell(self, execution: Execution) -> bool:
@@ -163,7 +162,10 @@ class Drill:
                 await self._client.cancel_execution(self._execution_id)
                 say(f"[demo] Cancelled {self._execution_id}")
         except NexumError as error:
-            say(f"[demo] Could not cancel {self._execution_id}: {error}; the next run does")
+            say(
+                f"[demo] Could not cancel {self._execution_id}: {error}. No worker is left that would take its steps; "
+                f"cancel it with: python -m nexum_engine cancel {self._execution_id}"
+            )
         except BrokenPipeError:
             return  # it is cancelled, and nobody reads that
 

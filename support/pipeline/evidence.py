@@ -45,8 +45,6 @@ class SeenWorker:
     """A worker that the demo started."""
 
     name: str
-    tag: str
-    """What makes its id in the records one that no other worker has."""
     pid: int
     death: str = ""
     """How it died, "" if it didn't."""
@@ -54,8 +52,9 @@ class SeenWorker:
     """The outputs that the server had when it was dead."""
 
     def owns(self, worker_id: str) -> bool:
+        """Whether the id in the records is this worker's."""
         # Not by the process id: where Python starts through a launcher, the demo sees the launcher's.
-        return worker_id.startswith(f"{self.name}-{self.tag}-pid")
+        return worker_id.startswith(f"{self.name}-pid")
 
 
 @dataclass(frozen=True)

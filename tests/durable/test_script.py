@@ -13,7 +13,7 @@ import pytest
 from durable_agents import answer
 from harness import Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
-from processes import require_free_default_port
+from processes import wait_for_no_server
 
 from durable_autogen import list_sessions
 from nexum_engine.client import NexumClient
@@ -241,7 +241,6 @@ def test_session_without_a_name_is_told_and_follows_from_the_arguments(folder: F
 
 
 def test_embedded_server_is_started_and_not_left_behind(tmp_path: Path, model: OpenAIServer) -> None:
-    require_free_default_port()
     folder = Folder(tmp_path, None, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
     folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
     (folder.path / "hang").touch()
@@ -249,9 +248,9 @@ def test_embedded_server_is_started_and_not_left_behind(tmp_path: Path, model: O
         process.wait_for("started one for this run")
         process.wait_for("hanging")
         process.kill()
-    require_free_default_port()
+    wait_for_no_server(tmp_path)
     (folder.path / "hang").unlink()
     done = folder.durable()
     assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second"])
     assert len(model.requests) == 3
-    require_free_default_port()
+    wait_for_no_server(tmp_path)

@@ -343,7 +343,7 @@ def test_workers_keep_their_tasks_across_a_server_that_is_killed(tmp_path: Path)
         back.beat(task.task_id)
         began = time.monotonic()
         again = poll(stub, "other", wait_ms=LONG_MS)
-        assert 3 < time.monotonic() - began < 9  # the grace after a restart
+        assert 0.7 < time.monotonic() - began < 5  # the grace after a restart
         assert again.execution_id == lost
         assert outcomes(stub, lost) == ["INTERRUPTED", "RUNNING"]
         complete(stub, task)

@@ -33,7 +33,7 @@ def test_the_published_rpcs_are_there_under_their_names() -> None:
     service = nexum_pb2.DESCRIPTOR.services_by_name["NexumService"]
     ours = {method.name: (method.input_type.name, method.output_type.name) for method in service.methods}
     assert {name: ours.get(name) for name in PUBLISHED_RPCS} == PUBLISHED_RPCS
-    assert set(ours) - set(PUBLISHED_RPCS) == {"GetExecution", "WorkerStream"}
+    assert set(ours) - set(PUBLISHED_RPCS) == {"GetExecution", "WorkerStream", "GetServerInfo"}
 
 
 def test_the_generated_code_is_what_the_contract_generates_today(tmp_path: Path) -> None:

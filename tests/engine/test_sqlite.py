@@ -21,9 +21,10 @@ from harness import ROOT, environment, free_port, nexum_server, running
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.location import database_path
 from nexum_engine.store import database_exists, open_store
 from nexum_engine.store.db import Db
-from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore, database_path
+from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore
 from nexum_engine.workflow import workflow
 
 NOOP = workflow("noop").effect("a").build()

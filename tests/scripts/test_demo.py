@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,25 +22,20 @@ from processes import (
     answer,
     attempts,
     call_of,
+    default_port,
     demo,
     read_one_line,
     recorded,
-    require_free_default_port,
     result_of,
     run_demo,
     run_script,
+    wait_until,
 )
-
-
-@pytest.fixture(autouse=True)
-def _default_port() -> None:
-    require_free_default_port()
 
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which the README's question was asked once, and what the demo printed."""
-    require_free_default_port()
     folder = tmp_path_factory.mktemp("first")
     code, output = run_demo(folder, QUESTION)
     assert code == 0, output
@@ -163,7 +158,7 @@ def test_a_run_waits_for_the_database_of_a_dying_server_and_says_so(tmp_path: Pa
     (tmp_path / ".nexum").mkdir()
     lock = FileLock(tmp_path / ".nexum" / "local.db.lock")
     with lock, demo(tmp_path, QUESTION) as process:
-        process.wait_for("still waits for localhost:50051 or its database")
+        process.wait_for("it may wait for another one to leave the database")
         lock.release()
         assert process.wait() == 0
         assert "Tool calls: 4 executed" in process.output
@@ -226,9 +221,9 @@ def test_a_session_file_that_can_not_be_read_is_a_clear_error(tmp_path: Path) ->
 
 
 @contextmanager
-def web_server() -> Iterator[None]:
-    """An HTTP server on Nexum's default port."""
-    with ThreadingHTTPServer(("127.0.0.1", 50051), BaseHTTPRequestHandler) as server:
+def web_server(port: int) -> Iterator[None]:
+    """An HTTP server."""
+    with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         try:
             yield
@@ -237,42 +232,74 @@ def web_server() -> Iterator[None]:
 
 
 @contextmanager
-def silent_server() -> Iterator[None]:
-    """Something on that port that takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 50051)) as listener:
+def silent_server(port: int) -> Iterator[None]:
+    """Something that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)
         listener.accept()[0].close()  # somebody had come
 
 
-@pytest.mark.parametrize("other", [web_server, silent_server])
-@pytest.mark.parametrize("arguments", [[], ["--nexum", "localhost:50051"]], ids=["by default", "named"])
-def test_a_port_that_something_else_has_is_a_clear_error_and_soon(
-    tmp_path: Path, other: Callable[[], AbstractContextManager[None]], arguments: list[str]
-) -> None:
-    with other(), demo(tmp_path, *arguments) as process:
-        process.wait_for("Session: ")  # all is imported
+@contextmanager
+def other_grpc_server(port: int) -> Iterator[None]:
+    """A gRPC server of another contract."""
+    server = grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(None).wait()
+
+
+Other = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (web_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
+        (silent_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
+        (other_grpc_server, "error: what answers on localhost:{port} is not a Nexum server of this contract"),
+    ],
+)
+def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, other: Other, told: str) -> None:
+    port = free_port()
+    with other(port), demo(tmp_path, "--nexum", f"localhost:{port}") as process:
+        process.wait_for("Session: ")
         begun = time.monotonic()
         assert process.wait() == 2
         took = time.monotonic() - begun
-    assert process.lines[-1] == (
-        "error: what listens on localhost:50051 does not answer as a Nexum server: end it, or name a running server "
-        "with --nexum HOST:PORT"
-    )
-    assert took < 4  # two seconds are for a server that is just ending
+    assert process.lines[-1].startswith(told.format(port=port))
+    assert took < 8  # two seconds are for a server that is just ending, and gRPC alone would wait for 20
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_grpc_server_on_the_default_port_is_named_as_such(tmp_path: Path) -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    assert server.add_insecure_port("127.0.0.1:50051") == 50051
-    server.start()
-    try:
+@contextmanager
+def on_the_default_port(other: Other) -> Iterator[None]:
+    """Start it there as soon as the embedded servers of other tests leave the port to it."""
+    with ExitStack() as stack:
+
+        def is_started() -> bool:
+            try:
+                stack.enter_context(other(default_port()))
+            except (OSError, RuntimeError):
+                return False
+            return True
+
+        wait_until(is_started, f"port {default_port()} is free", timeout=60)
+        yield
+
+
+@pytest.mark.parametrize("other", [web_server, silent_server, other_grpc_server])
+def test_default_port_of_something_else_is_told_and_a_free_one_taken(tmp_path: Path, other: Other) -> None:
+    with on_the_default_port(other):
         code, output = run_demo(tmp_path)
-    finally:
-        server.stop(None).wait()
-    assert code == 2
-    assert output.splitlines()[-1].startswith("error: what answers on localhost:50051 is not a Nexum server")
+    assert code == 0
+    address = re.search(r"\[Nexum\] localhost:50051 is in use: started one for this run on (127.0.0.1:\d+) ", output)
+    assert address is not None
+    assert not address[1].endswith(":50051")
+    assert "Tool calls: 4 executed" in output
 
 
 # ---- Consoles --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from processes import (
     demo,
     is_alive,
     recorded,
-    require_free_default_port,
     run_demo,
     send,
     wait_until,
@@ -28,11 +27,6 @@ from processes import (
 
 GONE_WITHIN = 2.0  # seconds after the demo's end
 OTHER_QUESTION = "What is the difference between asyncio and threading in Python?"
-
-
-@pytest.fixture(autouse=True)
-def _default_port() -> None:
-    require_free_default_port()
 
 
 def started(process: Process) -> dict[str, int]:
@@ -156,13 +150,17 @@ def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
 
 def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as one, demo(tmp_path, QUESTION) as other:
-        assert one.wait() == 0
-        assert other.wait() == 0
-    assert answer(one.output) == answer(other.output) != ""
+        outputs = {process.wait(): process.output for process in (one, other)}
+    if 2 in outputs:  # on a busy machine, the one did not end while the other waited for the session
+        assert "is being run" in outputs[2]
+        code, outputs[2] = run_demo(tmp_path, QUESTION)
+        assert code == 0
+    assert set(outputs) <= {0, 2}
+    assert {answer(output) for output in outputs.values()} == {answer(outputs[0])} != {""}
     assert [len(attempts(execution)) for execution in recorded(tmp_path)] == [1, 1, 1, 1]
 
 
-def test_two_demos_at_once_in_two_folders_both_finish(tmp_path: Path) -> None:
+def test_two_demos_at_once_in_two_folders_have_a_server_and_a_record_each(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         folder.mkdir()
@@ -171,23 +169,39 @@ def test_two_demos_at_once_in_two_folders_both_finish(tmp_path: Path) -> None:
         assert other.wait() == 0
     assert "Tokyo" in answer(one.output)
     assert "asyncio" in answer(other.output)
+    assert len([process for process in (one, other) if " is in use: started one for this run on " in process.output])
+    for folder, process in zip(folders, (one, other), strict=True):
+        assert f"(database {folder}/.nexum/local.db)" in process.output
+        assert len(recorded(folder)) == 4
 
 
-@pytest.mark.parametrize("folder", ["same folder", "another folder"])
-def test_a_second_demo_uses_the_first_ones_server_and_goes_on_when_that_is_killed(tmp_path: Path, folder: str) -> None:
-    second_folder = tmp_path if folder == "same folder" else tmp_path / "second"
-    second_folder.mkdir(exist_ok=True)
+def test_second_demo_in_the_folder_uses_the_first_ones_server_and_continues_without_it(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as first:
         pids = freeze_worker(first)
         first.wait_for("waiting:")
-        with demo(second_folder, OTHER_QUESTION) as second:
+        with demo(tmp_path, OTHER_QUESTION) as second:
             second.wait_for("Submitted")
             assert "started one for this run" not in second.output
             first.kill()
             os.kill(pids["worker"], signal.SIGCONT)
-            second.wait_for("the server is gone on localhost:50051: started one for this run")
+            second.wait_for("the server is gone: started one for this run")
             assert second.wait() == 0
         assert first.wait() == -signal.SIGKILL
     assert "asyncio" in answer(second.output)
     assert "an error" not in second.output
-    assert ("is unknown to this server: asking by its key" in second.output) == (folder == "another folder")
+    assert "is unknown to this server" not in second.output
+
+
+def test_address_that_a_killed_server_left_leads_no_run_to_another_folders_server(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        (folder / ".nexum").mkdir(parents=True)
+    with demo(folders[0], QUESTION) as first:
+        freeze_worker(first)
+        left = folders[1] / ".nexum" / "local.db.address"
+        left.write_bytes((folders[0] / ".nexum" / "local.db.address").read_bytes())
+        code, output = run_demo(folders[1], OTHER_QUESTION)
+    assert code == 0
+    assert "started one for this run" in output
+    assert len(recorded(folders[1])) == 4
+    assert not left.exists()

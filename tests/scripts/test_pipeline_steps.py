@@ -10,7 +10,7 @@ import pytest
 from pipelines import QUERY, RUST_PAGE, RUST_QUOTE, ScriptedModel, always, task
 
 from nexum_engine.errors import FinalError
-from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, Claim, Research, Validation
+from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, Claim, Research, Validation, drill_version
 from support.models import ModelFailed
 from support.offline.pipeline import pipeline_model
 from support.offline.web import OfflineWeb
@@ -66,7 +66,9 @@ def test_each_step_depends_on_all_before_it_and_live_and_offline_never_share_tas
     assert STEPS == ("research", "validate", "summarize", "report")
     assert [node.dependencies for node in PIPELINE.nodes] == [STEPS[:at] for at in range(4)]
     assert PIPELINE.ir_json == OFFLINE_PIPELINE.ir_json
-    assert PIPELINE.version_hash != OFFLINE_PIPELINE.version_hash
+    versions = [PIPELINE, OFFLINE_PIPELINE, drill_version(PIPELINE, "a"), drill_version(PIPELINE, "b")]
+    versions.append(drill_version(OFFLINE_PIPELINE, "a"))
+    assert len({one.version_hash for one in versions}) == len(versions)
 
 
 # ---- Offline, from end to end ----------------------------------------------------------------------------------------

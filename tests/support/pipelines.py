@@ -38,10 +38,12 @@ def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """The recorded offline pipelines with nodes and attempts, oldest first; from the server or the demo's database."""
+    """The recorded offline pipelines, also those of drills, with nodes and attempts, oldest first; from the server or
+    the demo's database."""
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
-    listing = command_line("ps", "--json", "--limit", "1000", "--workflow", OFFLINE_PIPELINE.workflow_id, *where)
-    ids = [one["execution_id"] for one in reversed(json.loads(asyncio.run(look(listing))))]
+    listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
+    offline = OFFLINE_PIPELINE.workflow_id
+    ids = [one["execution_id"] for one in reversed(listed) if one["workflow_id"].startswith(offline)]
     return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
 
 
@@ -53,7 +55,7 @@ def attempts(execution: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
         for attempt in node["attempts"]
     ]
     return [
-        (step, attempt["attempt"], re.sub(r"(-[0-9a-f]{6})?-pid\d+$", "", attempt["worker_id"]), attempt["outcome"])
+        (step, attempt["attempt"], re.sub(r"-pid\d+$", "", attempt["worker_id"]), attempt["outcome"])
         for _, _, step, attempt in sorted(rows, key=lambda row: row[:2])
     ]
 
@@ -80,26 +82,6 @@ def start_pipeline(address: str, query: str = QUERY) -> str:
             return (await client.start_execution(OFFLINE_PIPELINE, PipelineInput(query=query))).execution_id
 
     return asyncio.run(start())
-
-
-def has_poller(address: str, execution_id: str) -> bool:
-    """Whether the server has seen a worker poll for the execution's workflow just now."""
-
-    async def ask() -> bool | None:
-        async with NexumClient(address) as client:
-            return (await client.get_execution(execution_id)).has_poller
-
-    return bool(asyncio.run(ask()))
-
-
-def cancel(address: str, execution_id: str) -> None:
-    """End an execution as somebody else would."""
-
-    async def ask() -> None:
-        async with NexumClient(address) as client:
-            await client.cancel_execution(execution_id)
-
-    asyncio.run(ask())
 
 
 def record_research(address: str, execution_id: str, claims: Sequence[Mapping[str, str]]) -> None:
@@ -165,7 +147,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "report": {"markdown": "# It is so\n"},
 }
 BEGUN_MS = 1_700_000_000_000
-ONE, TWO = SeenWorker("worker-1", "aaaaaa", 11), SeenWorker("worker-2", "bbbbbb", 22)
+ONE, TWO = SeenWorker("worker-1", 11), SeenWorker("worker-2", 22)
 
 
 def recorded_outputs(*steps: str) -> dict[str, str]:
@@ -188,7 +170,7 @@ def made_run(
         for one in (each for each in tries if each.step == step):
             number = len(made) + 1
             worker = next((each for each in workers if each.name == one.worker), None)
-            worker_id = f"{one.worker}-{worker.tag}-pid{worker.pid}" if worker else f"{one.worker}-pid99"
+            worker_id = f"{one.worker}-pid{worker.pid if worker else 99}"
             made.append(Attempt(number, worker_id, BEGUN_MS + one.start, BEGUN_MS + one.end, one.outcome, ""))
             if one.effect:
                 effects.append(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from harness import ROOT, Process, environment, running
 
 from nexum_engine.__main__ import build_parser, look
@@ -148,23 +147,15 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def require_free_default_port() -> None:
-    """The tests of the embedded server need the default address to themselves."""
-    host, _, port = DEFAULT_ADDRESS.rpartition(":")
+def default_port() -> int:
+    """The port on which a server listens if it can."""
+    return int(DEFAULT_ADDRESS.rpartition(":")[2])
 
-    def free() -> bool:
-        from socket import create_connection
 
-        try:
-            create_connection((host, int(port)), timeout=1).close()
-        except OSError:
-            return True
-        return False
-
-    try:
-        wait_until(free, f"{DEFAULT_ADDRESS} is free", timeout=5)
-    except AssertionError:
-        pytest.fail(f"something listens on {DEFAULT_ADDRESS}: end it, these tests need that address")
+def wait_for_no_server(folder: Path) -> None:
+    """Return when the folder's embedded server has ended in good order."""
+    address = folder / ".nexum" / "local.db.address"
+    wait_until(lambda: not address.exists(), f"{address} is removed", timeout=5)
 
 
 # ---- Records and effects ---------------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""Where things are: the database that a URL names, and the address of the server that has it open.
+
+A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
+killed server leaves the file behind, so whoever reads it asks the server there which database it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote
+
+from nexum_engine.errors import StoreRefused
+
+DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
+_ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
+
+
+def default_database_url() -> str:
+    """The database of whoever names none: DATABASE_URL, else the one in this folder."""
+    return os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
+
+
+def database_path(database_url: str) -> Path:
+    """The absolute path that a sqlite URL names: `sqlite:///relative`, `sqlite:////absolute`, `sqlite:///C:/path`, and
+    the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for anything else."""
+    rest, _, query = database_url.removeprefix("sqlite:").partition("?")
+    unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
+    name = unquote(rest.removeprefix("//"))
+    # The third slash separates an (empty) host from the path.
+    name = name[1:] if name.startswith("/") else name
+    if not rest.startswith("//") or unknown or not name or ":memory:" in name:
+        raise StoreRefused(
+            f"database URL {database_url!r} is not understood: use sqlite:///path, a file on this machine"
+        )
+    return Path(name).absolute()
+
+
+def own_database() -> Path | None:
+    """The file of the default database; None if DATABASE_URL names none on this machine."""
+    url = default_database_url()
+    if not url.startswith("sqlite:"):
+        return None
+    with contextlib.suppress(StoreRefused):
+        return database_path(url)
+    return None
+
+
+def is_same_database(one: str, other: str) -> bool:
+    """Whether two paths lead to one file, also through links."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
+
+
+def address_file(database: Path) -> Path:
+    """The file with the address of the server that has the database open."""
+    return database.with_name(f"{database.name}.address")
+
+
+def read_address(database: Path) -> str | None:
+    """The address in the database's file; None if there is none, or no file."""
+    try:
+        with address_file(database).open("rb") as file:
+            address = file.read(100).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return address if _ADDRESS.fullmatch(address) else None
+
+
+def write_address(database: Path, address: str) -> None:
+    """Write the file, whole or not at all. Call it only while holding the database's lock. Raises OSError."""
+    path = address_file(database)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(f"{address}\n", encoding="ascii")
+    new.replace(path)
+
+
+def remove_address(database: Path) -> None:
+    """Remove the file, if it can be done. Call it only while holding the database's lock."""
+    with contextlib.suppress(OSError):
+        address_file(database).unlink()

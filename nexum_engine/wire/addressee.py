@@ -1,0 +1,35 @@
+"""Which server a call is meant for: metadata with which a client names the database that the server must have.
+
+A port can change hands between two calls, so a run's client says so with every call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from nexum_engine.location import is_same_database
+
+_DATABASE = "nexum-database-bin"
+_EMBEDDED_ONLY = "nexum-embedded-only"
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
+    """What to send so that a server with another database refuses; with `embedded_only`, only an embedded one."""
+    named = ((_DATABASE, os.fsencode(database)),)
+    return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
+
+
+def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
+    """Why a server with this database must refuse a call with this metadata; None if it may answer."""
+    found = dict(metadata)
+    wanted = found.get(_DATABASE)
+    if wanted is None or (_EMBEDDED_ONLY in found and not embedded):
+        return None
+    name = os.fsdecode(wanted)
+    if is_same_database(name, database):
+        return None
+    return f"it serves {'the runs of another folder, with ' if embedded else ''}{database}, not {name}"

@@ -1,0 +1,199 @@
+"""Which server a client talks to: the one of its database, wherever that listens, and never one of another folder."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import free_port, nexum_server
+
+from nexum_engine.client import NexumClient, ServerInfo
+from nexum_engine.embedded import EmbeddedNexum
+from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
+from nexum_engine.location import address_file, read_address, write_address
+from nexum_engine.server import run_server
+
+NOWHERE = "127.0.0.1:1"
+
+
+@asynccontextmanager
+async def serving(
+    database: Path, listen: str = "127.0.0.1:0", *, embedded: bool = False, else_free_port: bool = False
+) -> AsyncIterator[str]:
+    """Run a server in this process; yield its address."""
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    running = asyncio.create_task(
+        run_server(
+            listen,
+            f"sqlite:///{database}",
+            lease=30,
+            stop=stop,
+            embedded=embedded,
+            else_free_port=else_free_port,
+            on_ready=lambda address, _: ready.set_result(address),
+        )
+    )
+    watched: set[asyncio.Future[Any]] = {running, ready}
+    await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if running.done():
+            await running
+        yield await ready
+    finally:
+        stop.set()
+        await running
+
+
+@pytest.fixture
+def default_port(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Without NEXUM_ADDRESS and DATABASE_URL, and with nothing on the default port."""
+    for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("nexum_engine.client.DEFAULT_ADDRESS", NOWHERE)
+    return monkeypatch
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make it the folder of this process; return its database."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    return folder / ".nexum" / "local.db"
+
+
+# ---- The file beside the database ------------------------------------------------------------------------------------
+
+
+async def test_address_stands_beside_the_database_as_long_as_the_server_runs(tmp_path: Path) -> None:
+    database = tmp_path / "nexum.db"
+    async with serving(database) as address:
+        assert read_address(database) == address
+    assert not address_file(database).exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "localhost", "example.com:80", "127.0.0.1:0", "127.0.0.1:80\n10.0.0.1:80", "\xff"]
+)
+def test_file_that_holds_no_loopback_address_counts_as_none(tmp_path: Path, text: str) -> None:
+    database = tmp_path / "nexum.db"
+    address_file(database).write_bytes(text.encode("latin-1"))
+    assert read_address(database) is None
+
+
+async def test_server_on_a_taken_port_listens_on_a_free_one_only_if_told_so(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with serving(tmp_path / "one.db", listen, else_free_port=True) as address:
+            assert address != listen
+            async with NexumClient(address) as client:
+                assert await client.server_info() == ServerInfo(str(tmp_path / "one.db"), False)
+        with pytest.raises(ServerError, match="the port is in use"):
+            async with serving(tmp_path / "two.db", listen):
+                pass
+
+
+# ---- A client of a database ------------------------------------------------------------------------------------------
+
+
+async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path: Path) -> None:
+    database = tmp_path / "nexum.db"
+    async with NexumClient(str(database)) as client:
+        with pytest.raises(ServerUnavailable, match=r"no Nexum server has .*nexum.db open"):
+            await client.ping()
+        with nexum_server(tmp_path) as first:
+            await client.ping()
+            first.process.kill()
+        assert read_address(database) == first.address, "a killed server leaves its file"
+        with nexum_server(tmp_path) as second:
+            assert second.address != first.address
+            await client.ping(patience=10)
+
+
+async def test_server_refuses_calls_that_are_meant_for_another_database(tmp_path: Path) -> None:
+    other = tmp_path / "other.db"
+    async with serving(tmp_path / "nexum.db") as address:
+        write_address(other, address)
+        async with NexumClient(str(other)) as client:
+            with pytest.raises(ServerUnavailable, match=r"it serves .*nexum.db, not .*other.db"):
+                await client.ping()
+            call = client.worker_stream()
+            assert (await call.code()).name == "UNAVAILABLE"
+
+
+async def test_link_to_the_database_names_the_same_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    async with serving(tmp_path / "real" / "nexum.db"), NexumClient(str(tmp_path / "link" / "nexum.db")) as client:
+        await client.ping()
+
+
+@pytest.mark.parametrize("address", ["http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999"])
+async def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="is not the address of a server"):
+        NexumClient(address)
+
+
+# ---- A client that was told no address -------------------------------------------------------------------------------
+
+
+async def test_own_server_comes_before_the_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+    own = enter(tmp_path / "own", default_port)
+    async with serving(own, embedded=True), serving(tmp_path / "other.db") as other:
+        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        async with NexumClient() as client:
+            assert await client.server_info() == ServerInfo(str(own), True)
+            assert client.address == str(own)
+
+
+async def test_server_that_a_person_started_on_the_default_port_is_used(
+    tmp_path: Path, default_port: pytest.MonkeyPatch
+) -> None:
+    own = enter(tmp_path / "own", default_port)
+    async with serving(tmp_path / "other.db") as other:
+        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        own.parent.mkdir()
+        write_address(own, other)  # left by a killed server whose port that one has now
+        async with NexumClient() as client:
+            assert await client.server_info() == ServerInfo(str(tmp_path / "other.db"), False)
+            assert client.address == other
+        default_port.setattr("nexum_engine.embedded.DEFAULT_ADDRESS", other)
+        told: list[str] = []
+        async with EmbeddedNexum(None, tell=told.append) as nexum:
+            assert nexum.address == other
+        assert told == [f"[Nexum] using the server on {other} (database {tmp_path / 'other.db'})"]
+
+
+async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+    enter(tmp_path / "own", default_port)
+    async with serving(tmp_path / "other.db", embedded=True) as other:
+        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        async with NexumClient() as client:
+            with pytest.raises(ServerUnavailable, match="it serves the runs of another folder"):
+                await client.ping()
+        async with NexumClient(other) as client:
+            await client.ping()  # named by a person
+
+
+async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+    own = enter(tmp_path / "own", default_port)
+    async with NexumClient() as client:
+        pinging = asyncio.create_task(client.ping(patience=20))
+        await asyncio.sleep(0.2)
+        async with serving(own, f"127.0.0.1:{free_port()}", embedded=True):
+            await pinging
+
+
+async def test_default_port_that_changes_hands_is_left(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+    enter(tmp_path / "own", default_port)
+    async with serving(tmp_path / "person.db") as address:
+        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", address)
+        client = NexumClient()
+        await client.ping()
+    async with client, serving(tmp_path / "other.db", address, embedded=True):
+        with pytest.raises(ServerUnavailable, match="it serves the runs of another folder"):
+            await client.ping()
