@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -164,3 +165,23 @@ def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) ->
     with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:
         process.wait_for("connected to")
         yield process
+
+
+@contextmanager
+def logged(lines: list[str], name: str = "durable_autogen") -> Iterator[None]:
+    """Collect what a library logs for a person."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    collector = Collector(logging.INFO)
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
