@@ -67,7 +67,7 @@ def test_what_comes_over_the_wire_can_not_control_the_terminal_of_a_caller_or_a_
 
 def test_what_stands_in_a_log_record_or_a_warning_can_not_control_the_terminal(tmp_path: Path) -> None:
     program = (
-        "import logging, sys, warnings; from console import log_to; log_to(sys.stderr, logging.WARNING)\n"
+        "import logging, sys, warnings; from support.console import log_to; log_to(sys.stderr, logging.WARNING)\n"
         f"logging.getLogger('x').warning('logged %s', {CLEAR!r}); warnings.warn({CLEAR!r})"
     )
     code, output = run_script(["-c", program], tmp_path)
