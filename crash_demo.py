@@ -32,7 +32,7 @@ from pathlib import Path
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
-from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say
+from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say, say_what_is_logged
 from support.graphflow.comparison import compare
 from support.launcher import NexumForRun
 from support.models import ModelChoice, ModelChoiceError, choose_model
@@ -173,4 +173,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
+    say_what_is_logged("durable_autogen", "nexum_engine")
     run_script(main, interrupted="nothing of it is left running")

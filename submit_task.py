@@ -262,6 +262,12 @@ class Session:
             return notes[0]
         if observed.has_poller is False and not any(node.status is NodeStatus.RUNNING for node in nodes):
             version = observed.execution.version_hash
+            if version != self._workflow.version_hash:
+                return (
+                    f"no worker polls for {self._workflow.workflow_id} in the version that this execution was started "
+                    f"in ({version[:19]}...); start a worker of that code, or cancel it: nexum cancel "
+                    f"{observed.execution.execution_id}"
+                )
             return (
                 f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
                 "start one with: python worker.py"
@@ -282,7 +288,13 @@ def _result(tool_name: str, execution: Execution) -> str:
     output = execution.outputs().get("tool_call")
     if output is None:
         raise ToolCallFailed(f"{tool_name} has no output in execution {execution.execution_id}")
-    return ToolCallOutput.model_validate_json(output).result
+    try:
+        return ToolCallOutput.model_validate_json(output).result
+    except ValidationError as error:
+        raise ToolCallFailed(
+            f"the output of {tool_name} in execution {execution.execution_id} does not match ToolCallOutput: "
+            f"{error.errors()[0]['msg']}"
+        ) from error
 
 
 def _last_failure(execution: Execution) -> str:

@@ -40,10 +40,6 @@ def complain(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
 
 
-def _say(text: str) -> None:
-    _log.info("%s", text.removeprefix("[Nexum] "))
-
-
 class _Sessions:
     """Runs each main coroutine of a script in a session of its own."""
 
@@ -70,7 +66,7 @@ class _Sessions:
         from nexum_engine.embedded import EmbeddedNexum
 
         try:
-            async with EmbeddedNexum(self._args.nexum, tell=_say) as nexum:
+            async with EmbeddedNexum(self._args.nexum) as nexum:
                 session = DurableSession(
                     name,
                     nexum=nexum.address,

@@ -5,6 +5,8 @@
     python -m nexum_engine show EXECUTION         one execution: nodes, attempts, workers, times, errors
     python -m nexum_engine cancel EXECUTION       cancel one
 
+Where the package is installed, `nexum` is the same command.
+
 ps, show and cancel ask the server that has this folder's database open, else the one on the default port; where none
 answers they open the database themselves, so they work after a demo has ended. A database that is named with
 --database-url is always opened, and no server asked.
@@ -16,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -24,6 +27,7 @@ import sys
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from nexum_engine import DEFAULT_LISTEN, VERSION, report
@@ -49,7 +53,7 @@ LOOK_PATIENCE = 3.0  # seconds for a server that is just ending
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m nexum_engine",
+        prog=_program(),
         description="The embedded Nexum server. Without a command it starts and serves until Ctrl+C.",
     )
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
@@ -99,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_database(command, argparse.SUPPRESS)
     return parser
+
+
+def _program() -> str:
+    """Return the command that a person typed: the installed one, or the module's."""
+    return "nexum" if Path(sys.argv[0]).stem == "nexum" else "python -m nexum_engine"
 
 
 def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -224,7 +233,12 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line, of `nexum` or `python -m nexum_engine`; return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A console that can't show a character shows a question mark instead of a traceback.
+            stream.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
     try:
         if args.command is None:
@@ -246,8 +260,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    for stream in (sys.stdout, sys.stderr):
-        # A console that can't show a character shows a question mark instead of a traceback.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
 from nexum_engine.location import database_url, is_same_database, own_database, read_address
+
+_log = logging.getLogger(__name__)
 
 _IMPORTED_FROM = Path(__file__).resolve().parent.parent
 LOOK_INTERVAL = 0.1  # seconds
@@ -83,8 +86,8 @@ class EmbeddedNexum:
     its run has ended, another run of the folder starts it. If that doesn't help, the body is cancelled. Runs of other
     folders never use an embedded server of this one.
 
-    `meanwhile` is called while server and workers start: slow imports belong there. `tell` takes the lines that a
-    person should read.
+    `meanwhile` is called while server and workers start: slow imports belong there. What a person should read is
+    logged.
 
     Raises ServerUnavailable, NotANexumServer, ServerError.
     """
@@ -93,13 +96,11 @@ class EmbeddedNexum:
         self,
         address: str | None,
         *,
-        tell: Callable[[str], None],
         workers: Sequence[Path] = (),
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.embedded = False
         self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
-        self._tell = tell
         self._worker_scripts = workers
         self._meanwhile = meanwhile
         self._server: Child | None = None
@@ -166,7 +167,7 @@ class EmbeddedNexum:
         if not self._is_bound and own is not None:
             self._listen = read_address(own) or DEFAULT_LISTEN
         elif info is not None and (own is None or not is_same_database(info.database, str(own))):
-            self._tell(f"[Nexum] using the server on {self.address} (database {info.database})")
+            _log.info("using the server on %s (database %s)", self.address, info.database)
         return True
 
     async def _turn_to_own(self) -> None:
@@ -253,12 +254,12 @@ class EmbeddedNexum:
             line = await self._first_line(server)
         except _KilledAtStart:
             self._count_restart("the embedded server")
-            self._tell("[Nexum] the embedded server was killed while it started: starting another")
+            _log.warning("the embedded server was killed while it started: starting another")
             await self._start(why)
             return
         if line is None:
             why = f"{why}; " if why else ""
-            self._tell(f"[Nexum] {why}another run has just started a server for this folder: using that one")
+            _log.info("%sanother run has just started a server for this folder: using that one", why)
             self._server = None
             await server.end()
             return
@@ -268,7 +269,7 @@ class EmbeddedNexum:
             why = f"no server on {DEFAULT_ADDRESS}" if self._listen == listen else f"{DEFAULT_ADDRESS} is in use"
         where = "" if self._listen == DEFAULT_LISTEN else f" on {self._listen}"
         database = database.removesuffix(" (Ctrl+C to stop)")
-        self._tell(f"[Nexum] {why}: started one for this run{where} (database {database})")
+        _log.info("%s: started one for this run%s (database %s)", why, where, database)
 
     async def _start_worker(self, script: Path) -> None:
         self._workers[script] = await start_child([str(script), "--nexum", self.address])
@@ -288,9 +289,7 @@ class EmbeddedNexum:
                 if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
                 if loop.time() - begun > SLOW_START and not explained:
-                    self._tell(
-                        "[Nexum] the embedded server is not ready: it may wait for another one to leave the database"
-                    )
+                    _log.info("the embedded server is not ready: it may wait for another one to leave the database")
                     explained = True
                 with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
@@ -337,14 +336,14 @@ class EmbeddedNexum:
                 if child.ended:
                     self._count_restart(script.name)
                     await self._start_worker(script)
-                    self._tell(f"[Nexum] {script.name} is gone (exit {child.process.returncode}): started another")
+                    _log.warning("%s is gone (exit %s): started another", script.name, child.process.returncode)
 
     async def _restart(self, why: str) -> None:
         self._count_restart("the server")
         try:
             await self._start(why)
         except NexumError as error:
-            self._tell(f"[Nexum] {error}; trying again")
+            _log.warning("%s; trying again", error)
 
     def _count_restart(self, what: str) -> None:
         now = asyncio.get_running_loop().time()

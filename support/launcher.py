@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from nexum_engine.embedded import Child, EmbeddedNexum, start_child
-from support.console import say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +24,7 @@ def kill_this_process() -> NoReturn:
 
 
 class NexumForRun(EmbeddedNexum):
-    """An EmbeddedNexum with this project's workers; its lines are printed."""
+    """An EmbeddedNexum with this project's workers."""
 
     def __init__(
         self,
@@ -34,7 +33,7 @@ class NexumForRun(EmbeddedNexum):
         workers: tuple[str, ...] = ("worker.py",),
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__(address, tell=say, workers=[ROOT / script for script in workers], meanwhile=meanwhile)
+        super().__init__(address, workers=[ROOT / script for script in workers], meanwhile=meanwhile)
 
 
 __all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "start_child"]

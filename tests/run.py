@@ -1,7 +1,7 @@
 """Everything that has to hold before a change lands: compile, ruff, strict types, the tests.
 
     python tests/run.py                    on this Python
-    python tests/run.py --every-python     also some of the tests on Python 3.10 and 3.13, where the machine has them
+    python tests/run.py --every-python     also some of the tests on the oldest and the newest Python of the machine
 
 Ends at the first step that fails, with its exit code.
 """
@@ -20,27 +20,31 @@ from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = tuple(
-    [f"tests/test_{name}.py" for name in group]
-    for group in (
-        # Some of these start embedded servers, which share one port: one after the other.
-        (
-            *("cli", "crash_demo", "demo", "demo_children", "crash_random", "crash_stages", "pipeline_worker"),
-            "durable_script",
-        ),
-        ("demo_models", "demo_sessions", "durable_kills", "durable_run", "graphflow", "autogen_suite"),
-    )
+GROUPS = (
+    # Some of these start embedded servers, which share one port: one after the other.
+    (
+        *("tests/engine/test_cli.py", "tests/durable/test_script.py", "tests/scripts/test_pipeline_worker.py"),
+        *(f"tests/scripts/test_{name}.py" for name in ("crash_demo", "demo", "demo_children")),
+        *(f"tests/acceptance/test_{name}.py" for name in ("crash_random", "crash_stages")),
+    ),
+    (
+        *(f"tests/scripts/test_{name}.py" for name in ("demo_models", "demo_sessions", "graphflow")),
+        *(f"tests/durable/test_{name}.py" for name in ("kills", "run_durable", "autogen_suite")),
+    ),
 )
 """They run beside each other and beside the rest: most of their time is waiting."""
-OTHER_PYTHONS = ("3.10", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
+"""The versions that this project is for, the oldest first."""
 OTHER_TESTS = tuple(
-    f"tests/test_{name}.py"
-    for name in (
-        *("engine_workflow", "engine_jsontext", "engine_report", "engine_store", "engine_sqlite", "session_file"),
-        *("submit_task", "worker", "tools_declare", "tools_run", "tools_page_text"),
-        *("model_choice", "rehearsal", "pipeline_steps", "console", "docs", "durable_session", "durable_drift"),
-        *("durable_entry_points", "durable_given_up", "durable_order", "durable_outside"),
-    )
+    f"tests/{folder}/test_{name}.py"
+    for folder, names in {
+        "engine": ("workflow", "jsontext", "report", "store", "sqlite"),
+        "tools": ("declare", "contain", "page"),
+        "scripts": ("session_file", "submit_task", "worker", "model_choice", "offline", "pipeline_steps", "console"),
+        "durable": ("durable_session", "drift", "entry_points", "given_up", "order", "outside"),
+        "acceptance": ("docs",),
+    }.items()
+    for name in names
 )
 """What may differ between Pythons; the rest runs on one."""
 
@@ -99,23 +103,33 @@ def environment_of(python: str, folder: str) -> Path:
     return own
 
 
-def test_on_others() -> None:
-    """Run some of the tests on the other Pythons that the machine has."""
-    for version in OTHER_PYTHONS:
-        python = find_python(version)
-        if python is None:
+def others() -> dict[str, str]:
+    """Find the oldest and the newest Python of this machine, beside this one; print which versions aren't tested on."""
+    own = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
+    chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}
+    for version in PYTHONS:
+        if version not in found and version != own:
             print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
-        elif version != f"{sys.version_info[0]}.{sys.version_info[1]}":
-            with tempfile.TemporaryDirectory() as folder:
-                # A cache of its own: others run at the same time.
-                cache = ["-o", f"cache_dir={folder}/cache"]
-                run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
+        elif version not in chosen and version != own:
+            print(f"\nPython {version} is neither the oldest nor the newest here: not tested on it", flush=True)
+    return chosen
+
+
+def test_on(others: dict[str, str]) -> None:
+    """Run some of the tests on these Pythons."""
+    for version, python in others.items():
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\nPython {version} is {python}: testing on it", flush=True)
+            # A cache of its own: others run at the same time.
+            cache = ["-o", f"cache_dir={folder}/cache"]
+            run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
 
 
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every-python", action="store_true", help=f"also on {' and '.join(OTHER_PYTHONS)}")
+    parser.add_argument("--every-python", action="store_true", help="also on the oldest and the newest of the machine")
     args = parser.parse_args()
     python = sys.executable
     run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
@@ -124,13 +138,13 @@ def main() -> int:
     run([python, "-m", "mypy", "."])
     pytest = [python, "-m", "pytest", "-q"]
     with ThreadPoolExecutor() as beside:
-        others = beside.submit(test_on_others) if args.every_python else None
+        tested = beside.submit(test_on, others()) if args.every_python else None
         run_together(
             *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
             [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
         )
-        if others is not None:
-            others.result()
+        if tested is not None:
+            tested.result()
     return 0
 
 

@@ -257,7 +257,8 @@ def _excerpt(text: str) -> str:
 
 
 def _values(what: str, recorded: object, now: object) -> list[str]:
-    return [] if recorded == now else [f"{what} was {_shown(recorded)}, now it is {_shown(now)}"]
+    was, is_now = ("were", "they are") if what.endswith("s") else ("was", "it is")
+    return [] if recorded == now else [f"{what} {was} {_shown(recorded)}, now {is_now} {_shown(now)}"]
 
 
 def _shown(value: object) -> str:

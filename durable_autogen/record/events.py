@@ -237,7 +237,8 @@ class Call:
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Name an event for a person: `reply 2 of writer`."""
-    return f"{position.replace('/', ' ')} of {agent or 'the program'}" if kind.is_asked_for else kind.value
+    words = position.removeprefix("reply/0/").replace("/", " ")  # what no reply has asked for
+    return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 
 
 AGENT_RUN = workflow("agent-run", input=RunInput).effect("run", RunSummary).build()

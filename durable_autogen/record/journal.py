@@ -48,7 +48,6 @@ class Journal:
 
     def __init__(self, client: NexumClient, session: str) -> None:
         self.session = session
-        """Takes the lines that a person should read."""
         self.events: list[Event] = []
         """The events that count, in order."""
         self.ended: RunSummary | None = None

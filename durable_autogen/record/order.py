@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from durable_autogen.record.place import current
+from durable_autogen.record.place import at, current
 
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session
@@ -183,7 +184,10 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     session, loop = place.session, place.session.loop
     if not place.in_call:
         session.activity.threads += 1
-    future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
+    if _has_interpreters(self):
+        future = _original_submit(self, fn, *args, **kwargs)
+    else:
+        future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
     if not place.in_call:
 
         def done() -> None:
@@ -198,14 +202,35 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     return future
 
 
+def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
+    """Return whether the pool runs its functions in other interpreters (Python 3.14), where no context can follow."""
+    module = sys.modules.get("concurrent.futures.interpreter")
+    return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
+
+
 def _start(self: threading.Thread) -> None:
     place = current.get()
+    if place is None or place.session.is_over:
+        _original_start(self)
+        return
     target: Any = getattr(self, "_target", None)
-    # A pool's thread outlives the session, and gets the context of each function that it runs.
-    is_of_a_pool = getattr(target, "__module__", "") == "concurrent.futures.thread"
-    if place is not None and not place.session.is_over and not is_of_a_pool:
-        context, run = contextvars.copy_context(), self.run
+    if getattr(target, "__module__", "") == "concurrent.futures.thread":
+        # A pool's thread outlives the session, and gets the context of each function that it runs. Python 3.14 can make
+        # every thread inherit its starter's context (-X thread_inherit_context, and without the lock always).
+        with at(None):
+            _original_start(self)
+        return
+    run = self.run
+    if getattr(self, "_context", None) is None:
+        context = contextvars.copy_context()
         self.run = lambda: context.run(run)  # type: ignore[method-assign]
+    else:
+        # Python 3.14: the program chose a context by Thread(context=...), in which the thread also needs the session.
+        def run_at_place() -> None:
+            with at(place):
+                run()
+
+        self.run = run_at_place  # type: ignore[method-assign]
     _original_start(self)
 
 

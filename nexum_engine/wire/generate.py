@@ -2,8 +2,9 @@
 
     python -m nexum_engine.wire.generate
 
-Needs grpcio-tools 1.71, which requirements.txt names (later ones generate for protobuf 6, which can't be imported beside
-AutoGen), and for the type stubs mypy-protobuf, which tests/requirements.txt names.
+Needs grpcio-tools 1.71, which requirements.txt installs on Python 3.10 to 3.13: it has no wheels for later Pythons, and
+later versions generate for protobuf 6, which can't be imported beside AutoGen. The type stubs need mypy-protobuf, which
+tests/requirements.txt installs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,17 @@ GENERATED = ("nexum_pb2.py", "nexum_pb2.pyi", "nexum_pb2_grpc.py", "nexum_pb2_gr
 
 
 def generate(target: Path) -> None:
-    """Write the files named in `GENERATED` to `target`. Raises RuntimeError if protoc refuses the contract."""
-    from grpc_tools import protoc
+    """Write the files named in `GENERATED` to `target`.
+
+    Raises RuntimeError if the generator isn't installed, or refuses the contract.
+    """
+    try:
+        from grpc_tools import protoc
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "grpcio-tools is not installed: generate with Python 3.10 to 3.13, in an environment made from "
+            "tests/requirements.txt"
+        ) from error
 
     status = protoc.main(
         [

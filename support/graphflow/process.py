@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import NexumError
-from support.console import complain, log_to, run_script, say
+from support.console import complain, log_to, run_script, say, say_what_is_logged
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, TASK, Graph
 from support.launcher import kill_this_process
 from support.models import ModelChoice, choose_model
@@ -171,4 +171,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
+    say_what_is_logged("durable_autogen", "nexum_engine")
     run_script(main)

@@ -16,7 +16,8 @@ from durable_autogen.__main__ import build_parser as durable_parser
 from nexum_engine.__main__ import build_parser as engine_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PARSERS = {
     "python demo.py": demo.build_parser,
     "python crash_demo.py": crash_demo.build_parser,
@@ -36,10 +37,41 @@ def test_every_script_and_every_folder_of_code_stands_in_the_table_of_files() ->
     assert named == code | {"proto"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Return whether the file that a link names exists, and the heading within it."""
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     links = [one for one in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in one]
-    assert [one for one in links if not (page.parent / one).exists()] == []
+    assert [one for one in links if not leads_somewhere(page, one)] == []
+
+
+def test_index_links_every_page() -> None:
+    for folder in (ROOT / "docs", ROOT / "docs" / "decisions"):
+        index = (folder / "README.md").read_text(encoding="utf-8")
+        assert [page.name for page in folder.glob("*.md") if page.name != "README.md" and page.name not in index] == []
+
+
+def test_every_file_that_architecture_names_exists() -> None:
+    named = set(re.findall(r"`([\w/]+\.(?:py|sql|proto)|[\w/]+/)`", ARCHITECTURE))
+    places = [ROOT, ROOT / "nexum_engine", ROOT / "durable_autogen"]
+    assert len(named) > 20
+    assert [one for one in sorted(named) if not any((place / one).exists() for place in places)] == []
+
+
+def test_architecture_tells_every_promise_with_its_tests() -> None:
+    rows = re.findall(r"^\| (G\d+) \| .+ \| .+ \| \[test_.+\) \|$", ARCHITECTURE, re.MULTILINE)
+    assert rows == [f"G{number}" for number in range(1, 12)]
 
 
 def commands() -> list[str]:

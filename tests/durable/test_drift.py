@@ -13,8 +13,8 @@ from autogen_agentchat.conditions import ExternalTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
-from durable_agents import TIMEOUT, agent, answer, client, logged, named, run, texts
-from harness import Server
+from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
+from harness import Server, logged
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions

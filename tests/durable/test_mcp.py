@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.messages import ToolCallExecutionEvent
-from durable_agents import logged
-from harness import ROOT, Server
+from harness import ROOT, Server, logged
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DurableSession

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
+import importlib
 import logging
+import math
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -18,9 +24,10 @@ from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
-from harness import Server, nexum_server
+from harness import ROOT, Server, nexum_server
 
 from durable_autogen.record.order import BUSY_PATIENCE
+from durable_autogen.record.place import current
 
 T = TypeVar("T")
 OnLoop = Callable[[Coroutine[Any, Any, T]], T]
@@ -221,3 +228,64 @@ def test_agents_that_end_at_the_same_moment_keep_the_order_of_a_plain_run(
             assert await inside(server, program, new_session()) == plain
 
     loop.run_until_complete(main())
+
+
+# ---- Threads of Python 3.14 ------------------------------------------------------------------------------------------
+
+since_314 = pytest.mark.skipif(sys.version_info < (3, 14), reason="new in Python 3.14")
+
+
+@since_314
+async def test_thread_keeps_the_context_that_the_program_gave_it(server: Server) -> None:
+    asker: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="nobody")
+    given, empty = contextvars.Context(), contextvars.Context()
+    given.run(asker.set, "the program")
+    seen: list[tuple[str, bool]] = []
+
+    async def program() -> None:
+        asker.set("the caller")
+        for context in (given, empty):
+            thread: Any = threading.Thread
+            started = thread(target=lambda: seen.append((asker.get(), current.get() is not None)), context=context)
+            started.start()
+            await asyncio.to_thread(started.join)
+
+    await inside(server, program, new_session())
+    assert seen == [("the program", True), ("nobody", True)]
+    assert given.run(current.get) is None  # as it was
+
+
+@since_314
+async def test_pool_of_interpreters_runs_its_functions_in_a_session(server: Server) -> None:
+    futures: Any = importlib.import_module("concurrent.futures")
+
+    async def program() -> float:
+        with futures.InterpreterPoolExecutor(1) as pool:
+            root: float = await asyncio.get_running_loop().run_in_executor(pool, math.sqrt, 4)
+            return root
+
+    assert await inside(server, program, new_session()) == 2
+
+
+@since_314
+def test_pool_that_a_session_began_works_for_nobody_after_it(server: Server) -> None:
+    # Where threads inherit the context of their starter: a free-threaded Python, or this option.
+    code = """
+        import asyncio, sys
+        from concurrent.futures import ThreadPoolExecutor
+        from durable_autogen import DurableSession
+        from durable_autogen.record.place import current
+
+        async def main(pool):
+            async with DurableSession(sys.argv[2], nexum=sys.argv[1]):
+                pool.submit(int).result()
+
+        with ThreadPoolExecutor(1) as pool:
+            asyncio.run(main(pool))
+            print(pool.submit(current.get).result())
+    """
+    command = [sys.executable, "-X", "thread_inherit_context=1", "-c", textwrap.dedent(code)]
+    done = subprocess.run(
+        [*command, server.address, new_session()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr

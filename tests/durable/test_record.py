@@ -18,8 +18,8 @@ from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage, UserMessage
 from autogen_core.tools import ToolResult
-from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, logged, named, run, texts
-from harness import Server, nexum_server
+from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, named, run, texts
+from harness import Server, logged, nexum_server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions, run_durable_stream

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import free_port, nexum_server
+from harness import free_port, logged, nexum_server
 
 from nexum_engine.client import NexumClient, ServerInfo
 from nexum_engine.embedded import EmbeddedNexum
@@ -168,9 +168,10 @@ async def test_server_that_a_person_started_on_the_default_port_is_used(
             assert client.address == other
         default_port.setattr("nexum_engine.embedded.DEFAULT_ADDRESS", other)
         told: list[str] = []
-        async with EmbeddedNexum(None, tell=told.append) as nexum:
-            assert nexum.address == other
-        assert told == [f"[Nexum] using the server on {other} (database {tmp_path / 'other.db'})"]
+        with logged(told, "nexum_engine"):
+            async with EmbeddedNexum(None) as nexum:
+                assert nexum.address == other
+        assert told == [f"using the server on {other} (database {tmp_path / 'other.db'})"]
 
 
 async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:

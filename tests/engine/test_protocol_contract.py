@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def test_the_published_rpcs_are_there_under_their_names() -> None:
 
 
 def test_the_generated_code_is_what_the_contract_generates_today(tmp_path: Path) -> None:
+    # Only its absence: a generator that is there and fails to load must not pass for one that isn't there.
+    if find_spec("grpc_tools") is None:
+        pytest.skip("the generator (grpcio-tools 1.71) is not installed: it has no wheels for Python 3.14 and later")
     generate(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(GENERATED)
     stale = [name for name in GENERATED if (tmp_path / name).read_bytes() != (HERE / name).read_bytes()]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
@@ -17,7 +15,7 @@ from autogen_agentchat.messages import BaseChatMessage, TextMessage
 from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, ModelInfo, RequestUsage, UserMessage
 from autogen_core.tools import BaseTool, FunctionTool, StaticStreamWorkbench
-from harness import Server
+from harness import Server, logged
 from openai_server import OpenAIServer, Reply
 from pydantic import BaseModel
 
@@ -37,26 +35,6 @@ def answer(text: str) -> Reply:
 def client(model: OpenAIServer, name: str = "m") -> LiveModel:
     """The real client, pointed at the local server."""
     return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
-
-
-@contextmanager
-def logged(lines: list[str]) -> Iterator[None]:
-    """Collect what the libraries log for a person."""
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    collector = Collector(logging.INFO)
-    logger = logging.getLogger("durable_autogen")
-    level = logger.level
-    logger.addHandler(collector)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(collector)
-        logger.setLevel(level)
 
 
 async def run(

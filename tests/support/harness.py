@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -40,9 +41,16 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 class Process:
     """A child whose output is read as it comes."""
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        program: str | Path = sys.executable,
+    ) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, *command],
+            [program, *command],
             cwd=cwd,
             env=environment(env),
             stdin=subprocess.DEVNULL,
@@ -110,9 +118,15 @@ class Process:
 
 
 @contextmanager
-def running(command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+def running(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    program: str | Path = sys.executable,
+) -> Iterator[Process]:
     """A process for the length of a `with`."""
-    process = Process(command, cwd=cwd, env=env)
+    process = Process(command, cwd=cwd, env=env, program=program)
     try:
         yield process
     finally:
@@ -151,3 +165,23 @@ def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) ->
     with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:
         process.wait_for("connected to")
         yield process
+
+
+@contextmanager
+def logged(lines: list[str], name: str = "durable_autogen") -> Iterator[None]:
+    """Collect what a library logs for a person."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    collector = Collector(logging.INFO)
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
