@@ -18,7 +18,7 @@ from typing import Any
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
-from nexum_engine.location import is_same_database, own_database, read_address
+from nexum_engine.location import database_url, is_same_database, own_database, read_address
 
 _log = logging.getLogger(__name__)
 
@@ -80,11 +80,11 @@ class _KilledAtStart(ServerError):
 class EmbeddedNexum:
     """A Nexum server that answers for the length of an `async with`.
 
-    With `address` given, that one has to answer. Without it that is the server that has this folder's database open,
-    else one that a person started on the default port, else an embedded one that is started with the given worker
-    scripts, on the default port or on a free one. What was started is started again should it vanish, by the next run
-    of the folder if its starter has ended. If that doesn't help, the body is cancelled. Runs of other folders have
-    servers of their own, and never share this one.
+    With `address` or NEXUM_ADDRESS given, that one has to answer. Without them, it is the server that has this folder's
+    database open, else one that a person started on the default port, else an embedded one: it is started with the
+    given worker scripts, on the default port or on a free one. A server or worker that vanishes is started again; if
+    its run has ended, another run of the folder starts it. If that doesn't help, the body is cancelled. Runs of other
+    folders never use an embedded server of this one.
 
     `meanwhile` is called while server and workers start: slow imports belong there. What a person should read is
     logged.
@@ -106,6 +106,8 @@ class EmbeddedNexum:
         self._server: Child | None = None
         self._workers: dict[Path, Child] = {}
         self._client = NexumClient(address)
+        # Looked up now: the body may go to another folder.
+        self._database = own_database()
         self._listen = DEFAULT_LISTEN
         """Where a server that is started listens if it can."""
         self._is_bound = False
@@ -160,7 +162,7 @@ class EmbeddedNexum:
             info = await self._client.server_info()
         except (ServerUnavailable, NotANexumServer):
             return False
-        own = own_database()
+        own = self._database
         self._is_bound = self.address == DEFAULT_ADDRESS
         if not self._is_bound and own is not None:
             self._listen = read_address(own) or DEFAULT_LISTEN
@@ -170,10 +172,9 @@ class EmbeddedNexum:
 
     async def _turn_to_own(self) -> None:
         """From here on, the client's server is the one that has this folder's database open."""
-        own = own_database()
-        if own is not None:  # else the server that is started says why
+        if self._database is not None:  # else the server that is started says why
             await self._client.close()
-            self._client = NexumClient(str(own))
+            self._client = NexumClient(str(self._database))
 
     async def _first_answer(self) -> None:
         """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, and NotANexumServer if
@@ -239,7 +240,11 @@ class EmbeddedNexum:
         """Start a server, and the workers that don't run; `why` only if there was a server before."""
         listen = self._listen
         command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
-        server = await start_child(command if self._is_bound else [*command, "--else-free-port"], quiet=False)
+        if self._database is not None:
+            command += ["--database-url", database_url(self._database)]
+        if not self._is_bound:
+            command += ["--else-free-port"]
+        server = await start_child(command, quiet=False)
         self._server = server
         for script in self._worker_scripts:
             if script not in self._workers:

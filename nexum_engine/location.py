@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 from nexum_engine.errors import StoreRefused
 
 DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
+_REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # seconds
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 
@@ -36,6 +38,11 @@ def database_path(database_url: str) -> Path:
             f"database URL {database_url!r} is not understood: use sqlite:///path, a file on this machine"
         )
     return Path(name).absolute()
+
+
+def database_url(path: Path) -> str:
+    """The URL of a database file."""
+    return f"sqlite:///{quote(str(path))}"
 
 
 def own_database() -> Path | None:
@@ -73,7 +80,14 @@ def write_address(database: Path, address: str) -> None:
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
     new.write_text(f"{address}\n", encoding="ascii")
-    new.replace(path)
+    for is_last in (False,) * _REPLACE_TRIES + (True,):
+        try:
+            new.replace(path)
+            return
+        except PermissionError:  # on Windows, while a client reads an earlier server's
+            if is_last:
+                raise
+            time.sleep(_REPLACE_INTERVAL)
 
 
 def remove_address(database: Path) -> None:

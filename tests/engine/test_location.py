@@ -15,7 +15,7 @@ from harness import free_port, logged, nexum_server
 from nexum_engine.client import NexumClient, ServerInfo
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
-from nexum_engine.location import address_file, read_address, write_address
+from nexum_engine.location import address_file, database_path, database_url, read_address, write_address
 from nexum_engine.server import run_server
 
 NOWHERE = "127.0.0.1:1"
@@ -83,6 +83,11 @@ def test_file_that_holds_no_loopback_address_counts_as_none(tmp_path: Path, text
     database = tmp_path / "nexum.db"
     address_file(database).write_bytes(text.encode("latin-1"))
     assert read_address(database) is None
+
+
+@pytest.mark.parametrize("name", ["nexum.db", "with space.db", "100%.db", "ünï?code#.db"])
+def test_url_of_a_path_names_that_path(tmp_path: Path, name: str) -> None:
+    assert database_path(database_url(tmp_path / name)) == tmp_path / name
 
 
 async def test_server_on_a_taken_port_listens_on_a_free_one_only_if_told_so(tmp_path: Path) -> None:

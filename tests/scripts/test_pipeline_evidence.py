@@ -156,13 +156,13 @@ def test_the_timeline_has_a_row_for_each_attempt_and_the_death_between_them() ->
         "Timeline of exec-1 (from the server's records)",
         "",
         "STEP      ATTEMPT WORKER                     START s  TOOK s  OUTCOME",
-        "research  1       worker-1-aaaaaa-pid11        +0.00    0.50  recorded",
-        "validate  1       worker-1-aaaaaa-pid11        +0.51    0.09  recorded",
-        "summarize 1       worker-1-aaaaaa-pid11        +0.61    1.09  lost, effect done",
+        "research  1       worker-1-pid11               +0.00    0.50  recorded",
+        "validate  1       worker-1-pid11               +0.51    0.09  recorded",
+        "summarize 1       worker-1-pid11               +0.61    1.09  lost, effect done",
         "--- worker-1 died: killed by SIGKILL ------------------------------------------",
         "--- worker-2 resumes at summarize ---------------------------------------------",
-        "summarize 2       worker-2-bbbbbb-pid22        +2.00    0.10  recorded",
-        "report    1       worker-2-bbbbbb-pid22        +2.11    0.09  recorded",
+        "summarize 2       worker-2-pid22               +2.00    0.10  recorded",
+        "report    1       worker-2-pid22               +2.11    0.09  recorded",
     ]
     assert all(len(line) <= WIDTH for line in timeline(within_summarize()).splitlines())
 

@@ -142,4 +142,4 @@ def test_told_to_stop_it_ends_in_good_order(server: Server, tmp_path: Path) -> N
         begun = time.monotonic()
         worker.terminate()
         assert worker.wait() == 0
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 10  # a poll waits for 20

@@ -65,6 +65,17 @@ def test_it_waits_for_a_server_and_says_how_to_start_one(tmp_path: Path) -> None
             worker.wait_for(f"connected to 127.0.0.1:{port} as worker")
 
 
+def test_worker_finds_the_server_of_its_folder_and_follows_it_to_another_port(tmp_path: Path) -> None:
+    own = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
+    with running([WORKER], cwd=tmp_path, env=own) as worker:
+        with nexum_server(tmp_path) as first:
+            worker.wait_for(f"connected to {tmp_path / 'nexum.db'} as worker")
+            first.process.kill()
+        with nexum_server(tmp_path) as second:
+            assert second.address != first.address
+            worker.wait_for(f"connected again to {tmp_path / 'nexum.db'} as worker")
+
+
 def test_ctrl_c_ends_it_while_it_waits_for_a_server(tmp_path: Path) -> None:
     with running([WORKER, "--nexum", f"127.0.0.1:{free_port()}"], cwd=tmp_path) as worker:
         worker.wait_for("waiting for one")
