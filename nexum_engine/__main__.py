@@ -30,7 +30,7 @@ from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable, StoreLocked, StoreRefused
 from nexum_engine.records import Execution
-from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, open_store
+from nexum_engine.store import DEFAULT_DATABASE_URL, database_exists, executions, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -177,7 +177,10 @@ async def _open_database(args: argparse.Namespace, url: str, tried: str = "") ->
         raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that one, with --nexum HOST:PORT") from error
     try:
         return await _answer(
-            args, store.list_executions, lambda one: store.get_execution(one, True), store.cancel_execution
+            args,
+            lambda workflow_id, status, limit: store.run(executions.list_executions, workflow_id, status, limit),
+            lambda one: store.run(executions.get_execution, one, True),
+            lambda one: store.run(executions.cancel_execution, one),
         )
     finally:
         await store.close()
@@ -190,8 +193,8 @@ async def _answer(
     cancel_execution: Callable[[str], Awaitable[Any]],
 ) -> str:
     if args.command == "ps":
-        executions = await list_executions(args.workflow, args.status, args.limit)
-        return report.as_json(executions) if args.json else report.table(executions, SystemClock().now_ms())
+        found = await list_executions(args.workflow, args.status, args.limit)
+        return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
     if args.command == "show":
         execution = await get_execution(args.execution)
         return report.as_json(execution) if args.json else report.details(execution)

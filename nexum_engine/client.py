@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -65,7 +65,8 @@ _OPTIONS = (
 )
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,19 @@ class NexumClient:
         """Close the connection."""
         await self._channel.close()
 
-    async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Answer],
+        request: Request,
+        *,
+        wait: float = 0.0,
+        patience: float = 0.0,
+    ) -> Answer:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
         while True:
             try:
-                return await send(CALL_DEADLINE + wait)
+                return await method(request, timeout=CALL_DEADLINE + wait)
             except grpc.RpcError as rpc_error:
                 error = error_of(rpc_error, self.address)
                 if not isinstance(error, ServerUnavailable) or loop.time() >= give_up:
@@ -133,14 +141,14 @@ class NexumClient:
 
     async def ping(self, *, patience: float = 0.0) -> None:
         """Return if a Nexum server answers."""
-        await self._call(lambda t: self._stub.ListExecutions(pb.ListRequest(limit=1), timeout=t), patience=patience)
+        await self._call(self._stub.ListExecutions, pb.ListRequest(limit=1), patience=patience)
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
         """Make the workflow's version known to the server. Raises Conflict if its hash has another definition there."""
         request = pb.WorkflowIR(
             workflow_id=workflow.workflow_id, version_hash=workflow.version_hash, ir_json=workflow.ir_json
         )
-        answer = await self._call(lambda t: self._stub.RegisterWorkflow(request, timeout=t), patience=patience)
+        answer = await self._call(self._stub.RegisterWorkflow, request, patience=patience)
         return Compatibility(answer.compatibility)
 
     async def start_execution(
@@ -179,9 +187,7 @@ class NexumClient:
         )
         try:
             answer = await self._call(
-                lambda t: self._stub.StartExecution(request, timeout=t),
-                wait=wait,
-                patience=patience if idempotency_key else 0.0,
+                self._stub.StartExecution, request, wait=wait, patience=patience if idempotency_key else 0.0
             )
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
@@ -201,9 +207,7 @@ class NexumClient:
                     execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
                 )
                 try:
-                    answer = await self._call(
-                        lambda t: self._stub.GetExecution(request, timeout=t), wait=wait, patience=patience
-                    )
+                    answer = await self._call(self._stub.GetExecution, request, wait=wait, patience=patience)
                     return Observed(_execution(answer), answer.has_poller)
                 except NotANexumServer:
                     self._fall_back()
@@ -223,7 +227,7 @@ class NexumClient:
         start = loop.time()
         request = pb.StatusRequest(execution_id=execution_id)
         while True:
-            answer = await self._call(lambda t: self._stub.GetStatus(request, timeout=t), patience=patience)
+            answer = await self._call(self._stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
                 return Observed(_execution_of_status(execution_id, answer), None)
@@ -255,7 +259,7 @@ class NexumClient:
             with_nodes=with_nodes,
         )
         try:
-            answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t), patience=patience)
+            answer = await self._call(self._stub.ListExecutions, request, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(before) from error
         return [
@@ -277,9 +281,7 @@ class NexumClient:
     async def cancel_execution(self, execution_id: str) -> None:
         """End a running execution. Raises ExecutionNotFound, Conflict if it ended otherwise."""
         try:
-            await self._call(
-                lambda t: self._stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=t)
-            )
+            await self._call(self._stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
 
@@ -294,7 +296,7 @@ class NexumClient:
         only when every task received on it has been reported.
         """
         request = _poll_request(worker_id, version_hashes, wait, slot)
-        answer = await self._call(lambda t: self._stub.PollTask(request, timeout=t), wait=wait)
+        answer = await self._call(self._stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
 
     async def complete_task(
@@ -315,19 +317,23 @@ class NexumClient:
             output_json=output_json,
             next=None if then_take is None else _poll_request(then_take[0], then_take[1], 0.0, then_take[2]),
         )
-        answer = await self._report(task_id, lambda t: self._stub.CompleteTask(request, timeout=t), patience)
+        answer = await self._report(task_id, self._stub.CompleteTask, request, patience)
         return None if then_take is None else _task(answer.next, then_take[1])
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
         """Report a failure; a `final` one is not retried. Raises StaleTask."""
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
-        await self._report(task_id, lambda t: self._stub.FailTask(request, timeout=t), patience)
+        await self._report(task_id, self._stub.FailTask, request, patience)
 
     async def _report(
-        self, task_id: str, send: Callable[[float], Awaitable[pb.AckResponse]], patience: float
+        self,
+        task_id: str,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, pb.AckResponse],
+        request: Request,
+        patience: float,
     ) -> pb.AckResponse:
         try:
-            return await self._call(send, patience=patience)
+            return await self._call(method, request, patience=patience)
         except NotFound as error:
             raise TaskNotFound(task_id) from error
         except Conflict as error:

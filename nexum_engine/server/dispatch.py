@@ -14,7 +14,7 @@ from functools import partial
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Execution, Task
-from nexum_engine.store import Store
+from nexum_engine.store import Store, tasks
 from nexum_engine.store.results import Claim, ReadyTask
 
 POLL_COUNTS_FOR_MS = 2000
@@ -215,7 +215,9 @@ class Dispatch:
         if unanswered:
             self._handed_out.ask_again(unanswered)
         poll.claim = asyncio.ensure_future(
-            self._store.claim(poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed, unanswered)
+            self._store.run(
+                tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed, unanswered
+            )
         )
         poll.claim.add_done_callback(partial(self._learn, poll, poll.asked_at, unanswered))
 
@@ -318,7 +320,9 @@ class Dispatch:
                 if task is None or self._handed_out.is_asked_again(task.task_id):
                     return
                 self._handed_out.take_away(task.task_id)
-                changed = await self._store.release(task.task_id, "the worker was gone before the task reached it")
+                changed = await self._store.run(
+                    tasks.release, task.task_id, "the worker was gone before the task reached it"
+                )
             except NexumError:
                 return  # if it was handed out all the same, its lease runs out
             for ready in changed.ready:

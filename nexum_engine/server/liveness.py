@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.server.dispatch import Dispatch
-from nexum_engine.store import Store
+from nexum_engine.store import Store, leases
 from nexum_engine.store.results import Changed
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
@@ -40,7 +40,7 @@ class Liveness:
 
     async def start(self) -> None:
         """Give the workers of before a restart time to come back, and begin to sweep."""
-        await self._store.restart(RESTART_GRACE_MS, 2 * self._lease_ms)
+        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:
@@ -66,7 +66,7 @@ class Liveness:
                     self._dispatch.worker_connected(worker_id)
                 if beat.draining:
                     self._dispatch.drain(worker_id)
-                await self._store.renew(worker_id, tuple(beat.task_ids), self._lease_ms)
+                await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
             # A worker that came back on a new stream keeps what it has.
@@ -93,7 +93,7 @@ class Liveness:
 
     def _disconnected(self, worker_id: str) -> None:
         # Submitted here and now: behind a beat of the worker's next stream it would take the lease from a live worker.
-        stored = asyncio.ensure_future(self._store.disconnect(worker_id, RECONNECT_GRACE_MS))
+        stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
     def _count_grace(self, stored: asyncio.Future[None]) -> None:
@@ -137,7 +137,7 @@ class Liveness:
             self._due_ms = None
             now_ms = self._clock.now_ms()
             try:
-                swept = await self._store.sweep(self._swept_until_ms)
+                swept = await self._store.run(leases.sweep, self._swept_until_ms)
             except Exception as error:
                 fault = None if isinstance(error, StoreUnavailable) else error
                 logger.warning("could not sweep the leases; trying again in 1 s", exc_info=fault)

@@ -18,7 +18,7 @@ from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
 from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
-from nexum_engine.store import Store
+from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
@@ -80,7 +80,9 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
-        result = await self._store.register_workflow(request.workflow_id, request.version_hash, request.ir_json)
+        result = await self._store.run(
+            executions.register_workflow, request.workflow_id, request.version_hash, request.ir_json
+        )
         message = {
             Compatibility.NEW: "the workflow's first version",
             Compatibility.IDENTICAL: "nothing changed",
@@ -96,8 +98,12 @@ class NexumServicer(NexumServiceServicer):
         if request.owner:
             return await self._start_owned(request)
         starting = asyncio.ensure_future(
-            self._store.start_execution(
-                request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
+            self._store.run(
+                executions.start_execution,
+                request.workflow_id,
+                request.version_hash,
+                request.input_json,
+                request.idempotency_key,
             )
         )
         # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
@@ -114,7 +120,8 @@ class NexumServicer(NexumServiceServicer):
 
     async def _start_owned(self, request: pb.StartRequest) -> pb.StartResponse:
         starting = asyncio.ensure_future(
-            self._store.start_owned(
+            self._store.run(
+                tasks.start_owned,
                 request.workflow_id,
                 request.version_hash,
                 request.input_json,
@@ -127,7 +134,7 @@ class NexumServicer(NexumServiceServicer):
         # Its lease has to be watched also if the caller is gone before the answer.
         starting.add_done_callback(lambda _: self._liveness.task_handed_out())
         started = await asyncio.shield(starting)
-        ended = await self._store.get_execution(started.execution_id) if started.status.ended else None
+        ended = await self._store.run(executions.get_execution, started.execution_id) if started.status.ended else None
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -163,7 +170,7 @@ class NexumServicer(NexumServiceServicer):
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
         self._dispatch.reported(request.task_id)
-        completed = self._store.complete_task(request.task_id, request.output_json)
+        completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
         # Submitted behind the report, so that both are in one transaction.
         claim = None if asked is None else self._dispatch.take_due(*asked)
         try:
@@ -180,19 +187,21 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
         self._dispatch.reported(request.task_id)
-        await self._liveness.carry_out(self._store.fail_task(request.task_id, request.error_message, request.final))
+        await self._liveness.carry_out(
+            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final)
+        )
         return pb.AckResponse(ok=True)
 
     @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
-        size = await self._store.output_bytes(request.execution_id)
+        size = await self._store.run(executions.output_bytes, request.execution_id)
         if size > DEFAULT_CLIENT_BYTES:
             raise TooLarge(
                 f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can carry to "
                 f"a default client ({DEFAULT_CLIENT_BYTES:,}): ask with GetExecution"
             )
-        execution = await self._store.get_execution(request.execution_id)
+        execution = await self._store.run(executions.get_execution, request.execution_id)
         outputs = ",".join(
             f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
         )
@@ -203,7 +212,7 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.execution_id, "execution_id")
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
         if execution is None or request.with_attempts:
-            execution = await self._store.get_execution(request.execution_id, request.with_attempts)
+            execution = await self._store.run(executions.get_execution, request.execution_id, request.with_attempts)
         return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
@@ -212,7 +221,7 @@ class NexumServicer(NexumServiceServicer):
             return None
         with self._dispatch.watch(execution_id) as ended:
             if not self._dispatch.is_running(execution_id):
-                execution = await self._store.get_execution(execution_id)
+                execution = await self._store.run(executions.get_execution, execution_id)
                 if execution.status.ended:
                     return execution
             await asyncio.wait({ended}, timeout=wait)
@@ -221,7 +230,8 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        executions = await self._store.list_executions(
+        found = await self._store.run(
+            executions.list_executions,
             request.workflow_id,
             request.status,
             limit,
@@ -244,19 +254,19 @@ class NexumServicer(NexumServiceServicer):
                     input_json=execution.input_json,
                     nodes=_node_messages(execution),
                 )
-                for execution in executions
+                for execution in found
             ]
         )
 
     @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(self._store.cancel_execution(request.execution_id))
+        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id))
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
-        versions = await self._store.workflow_versions(request.workflow_id)
+        versions = await self._store.run(executions.workflow_versions, request.workflow_id)
         return pb.ListVersionsResponse(
             versions=[
                 pb.VersionInfo(
@@ -287,7 +297,7 @@ class NexumServicer(NexumServiceServicer):
     async def _nothing_to_decide(self, execution_id: str, node_id: str) -> NotFound:
         check_id(execution_id, "execution_id")
         check_id(node_id, "node_id")
-        await self._store.get_execution(execution_id)
+        await self._store.run(executions.get_execution, execution_id)
         return NotFound(f"node {node_id!r} of execution {execution_id} waits for no approval")
 
     async def WorkerStream(

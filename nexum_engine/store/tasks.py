@@ -28,7 +28,7 @@ def claim(
     max_bytes: int,
     lease_ms: int,
     streamed: bool,
-    unanswered: str,
+    unanswered: str = "",
 ) -> Claim:
     """Hand the task that has been due the longest to a worker, as a new attempt with a lease.
 

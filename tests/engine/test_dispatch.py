@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from engine_server import Run, intercept
 
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
@@ -22,7 +23,7 @@ from nexum_engine.records import ExecutionStatus, Outcome, Task
 from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.store import Store, open_store
+from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
@@ -55,17 +56,16 @@ class Engine:
         self.servicer = NexumServicer(store, self.dispatch, self.liveness)
         store.on_unknown = self.dispatch.look_again
         self.claims = 0
-        submit = store.claim
 
-        def counted(*args: Any) -> Awaitable[Any]:
+        def counted(run: Run) -> Awaitable[Any]:
             self.claims += 1
-            return submit(*args)
+            return run()
 
-        store.claim = counted  # type: ignore[method-assign,assignment]
+        intercept(store, tasks.claim, counted)
 
     async def register(self, nodes: dict[str, list[str]], version: str = "v1") -> None:
         ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
-        await self.store.register_workflow("w", version, json.dumps(ir))
+        await self.store.run(executions.register_workflow, "w", version, json.dumps(ir))
 
     async def start(self, version: str = "v1", input_json: str = "{}") -> str:
         request = pb.StartRequest(workflow_id="w", version_hash=version, input_json=input_json)
@@ -88,7 +88,7 @@ class Engine:
         return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
 
     async def attempts(self, execution_id: str) -> int:
-        (node,) = (await self.store.get_execution(execution_id, True)).nodes
+        (node,) = (await self.store.run(executions.get_execution, execution_id, True)).nodes
         return len(node.attempts)
 
     async def task(self, poll: Awaitable[Task | None]) -> Task:
@@ -130,7 +130,7 @@ async def turns(count: int = 50) -> None:
 
 async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
     """Until the polls wait, and none of them still asks the store."""
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
     assert not any(poll.done() for poll in polls)
 
@@ -186,7 +186,7 @@ async def test_a_worker_that_dies_while_its_result_is_stored_does_not_hold_up_wh
     assert not report.done(), "the worker died too late to be of interest"
     report.cancel()
     assert (await engine.task(waiting)).node_id == "b"
-    assert (await engine.store.get_execution(execution_id)).outputs() == {"a": "1"}
+    assert (await engine.store.run(executions.get_execution, execution_id)).outputs() == {"a": "1"}
 
 
 async def test_a_canceller_that_dies_meanwhile_still_ends_the_wait_for_the_execution(engine: Engine) -> None:
@@ -236,10 +236,10 @@ async def test_a_poll_given_up_at_any_moment_leaves_its_task_to_the_next(engine:
     await turns(hops)
     given_up.cancel()
     execution_id = await start
-    tasks = [await engine.task(waiting)] if not _has_task(given_up) else []
+    handed_out = [await engine.task(waiting)] if not _has_task(given_up) else []
     await asyncio.gather(given_up, return_exceptions=True)
-    tasks += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
-    assert [task.execution_id for task in tasks] == [execution_id]
+    handed_out += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
+    assert [task.execution_id for task in handed_out] == [execution_id]
     waiting.cancel()
 
 
@@ -300,12 +300,12 @@ async def test_a_call_that_dies_late_does_not_take_the_task_away_from_the_slots_
     task = await engine.task(again)
     await asyncio.gather(dying, return_exceptions=True)
     # Whatever the dead call has begun is done by now.
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     (attempt,) = [
         one
-        for one in (await engine.store.get_execution(execution_id, True)).nodes[0].attempts
+        for one in (await engine.store.run(executions.get_execution, execution_id, True)).nodes[0].attempts
         if one.outcome is not Outcome.INTERRUPTED
     ]
     assert (attempt.outcome, attempt.attempt) == (Outcome.RUNNING, task.attempt)
@@ -319,24 +319,24 @@ async def test_a_call_that_dies_with_its_task_in_hand_gives_nothing_back_that_it
     await engine.register({"a": []})
     execution_id = await engine.start()
     again: list[asyncio.Task[Task | None]] = []
-    submit = engine.store.claim
+    all_claims = engine.store.run
 
     def break_the_connection() -> None:
         again.append(engine.poll(slot="s1"))
         dying.cancel()
 
-    def claim(*args: Any) -> Awaitable[Any]:
-        engine.store.claim = submit  # type: ignore[method-assign]
-        claiming = asyncio.ensure_future(submit(*args))
+    def claim(run: Run) -> Awaitable[Any]:
+        engine.store.run = all_claims  # type: ignore[method-assign]
+        claiming = asyncio.ensure_future(run())
         claiming.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(break_the_connection))
         return claiming
 
-    engine.store.claim = claim  # type: ignore[method-assign,assignment]
+    intercept(engine.store, tasks.claim, claim)
     dying = engine.poll(slot="s1")
     with pytest.raises(asyncio.CancelledError):
         await dying
     task = await engine.task(again[0])
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
     assert await engine.poll("w2", wait_ms=0) is None
     await engine.complete(task)
@@ -352,7 +352,7 @@ async def test_a_dead_call_that_is_handed_the_task_again_does_not_give_it_back(e
     request = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1")
     answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
     assert answer.task_id == task.task_id
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
     assert await engine.poll("w2", wait_ms=0) is None
     await engine.complete(task)
@@ -524,7 +524,7 @@ class Stream:
 
 async def swept(engine: Engine) -> int:
     """How many attempts ran out by now."""
-    return len((await engine.store.sweep(2**60)).changed.ready)
+    return len((await engine.store.run(leases.sweep, 2**60)).changed.ready)
 
 
 @pytest.mark.parametrize("hops", range(8))
@@ -542,7 +542,7 @@ async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_
     new.beat(task.task_id)
     await new.acked()
     await old.ended()
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
@@ -563,7 +563,7 @@ async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back
     old.breaks()
     await old.ended()
     assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
 
@@ -579,7 +579,7 @@ async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(m
     await engine.task(engine.poll())
     stream.breaks()
     await stream.ended()
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance((RECONNECT_GRACE_MS - 1) / 1000)
     assert await swept(engine) == 0
     clock.advance(0.001)
@@ -680,7 +680,7 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     poll = engine.poll()
     await until_idle(engine, poll)
     # A start that was stored although its caller, and the dispatch, were told that nobody knows.
-    await engine.store.start_execution("w", "v1", "{}")
+    await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
     engine.dispatch.look_again()
     await engine.task(poll)
@@ -693,7 +693,7 @@ async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_al
     request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
     waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     await turns()
-    await engine.store.complete_task(task.task_id, "1")
+    await engine.store.run(tasks.complete_task, task.task_id, "1")
     engine.dispatch.look_again()
     assert (await asyncio.wait_for(waiting, SOON)).status == "COMPLETED"
     later = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
@@ -706,15 +706,16 @@ async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
 ) -> None:
     await engine.register({"a": []})
 
-    def unavailable(*_: Any) -> Awaitable[Any]:
+    def unavailable(_: Run) -> Awaitable[Any]:
         failing: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         failing.set_exception(error)
         return failing
 
-    kept, engine.store.claim = engine.store.claim, unavailable  # type: ignore[method-assign,assignment]
+    kept = engine.store.run
+    intercept(engine.store, tasks.claim, unavailable)
     with pytest.raises(type(error)):
         await engine.poll()
-    engine.store.claim = kept  # type: ignore[method-assign]
+    engine.store.run = kept  # type: ignore[method-assign]
     await turns()
     await engine.start()
     await engine.task(engine.poll())
@@ -771,9 +772,9 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
     everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
     await asyncio.gather(*(starter() for _ in range(4)))
     try:
-        for execution in await engine.store.list_executions("", "", 1000):
+        for execution in await engine.store.run(executions.list_executions, "", "", 1000):
             with engine.dispatch.watch(execution.execution_id) as ended:
-                current = await engine.store.get_execution(execution.execution_id)
+                current = await engine.store.run(executions.get_execution, execution.execution_id)
                 if current.status is ExecutionStatus.RUNNING:
                     await asyncio.wait_for(ended, SOON)
     finally:
@@ -781,9 +782,9 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
         everything.cancel()
         await engine.dispatch.stop()
         await asyncio.gather(everything, *workers, return_exceptions=True)
-    executions = await engine.store.list_executions("", "", 1000)
-    assert {one.status for one in executions} == {ExecutionStatus.COMPLETED}
-    assert len(executions) > 100
+    found = await engine.store.run(executions.list_executions, "", "", 1000)
+    assert {one.status for one in found} == {ExecutionStatus.COMPLETED}
+    assert len(found) > 100
     assert set(runs.values()) == {1}, "a task was delivered twice"
     assert min(died.values()) > 5, died
 

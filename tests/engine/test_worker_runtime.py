@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,14 +19,16 @@ from harness import ROOT, Server, free_port, nexum_server, running
 from pydantic import BaseModel
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
+from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault, ServerUnavailable
 from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
+from nexum_engine.store import tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
-T = TypeVar("T")
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 class Number(BaseModel):
@@ -481,17 +483,23 @@ class Lossy(NexumClient):
         self._kind = kind
         self.lost: list[str] = []
 
-    async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
-        async def lossy(timeout: float) -> T:
-            answer = await send(timeout)
-            handed: Any = answer.next if isinstance(answer, pb.AckResponse) else answer
-            has_task = isinstance(handed, pb.PollResponse) and handed.has_task
-            if has_task and isinstance(answer, self._kind) and not self.lost:
-                self.lost.append(handed.execution_id)
-                raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Answer],
+        request: Request,
+        *,
+        wait: float = 0.0,
+        patience: float = 0.0,
+    ) -> Answer:
+        answer = await super()._call(method, request, wait=wait, patience=patience)
+        handed: Any = answer.next if isinstance(answer, pb.AckResponse) else answer
+        has_task = isinstance(handed, pb.PollResponse) and handed.has_task
+        if not has_task or not isinstance(answer, self._kind) or self.lost:
             return answer
-
-        return await super()._call(lossy, wait=wait, patience=patience)
+        self.lost.append(handed.execution_id)
+        if not patience:
+            raise ServerUnavailable("the connection broke")
+        return await super()._call(method, request, wait=wait, patience=patience)
 
 
 @pytest.mark.parametrize("kind", [pb.PollResponse, pb.AckResponse], ids=["a poll", "a report"])
@@ -520,7 +528,7 @@ async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
 ) -> None:
     """A slot that asked for it again would run the same attempt for ever."""
     async with engine_server(tmp_path, lease=0.5) as faulty, NexumClient(faulty.address) as client:
-        faulty.watch("complete_task", raises)
+        faulty.watch(tasks.complete_task, raises)
         async with working(faulty.address, {ONE: {"a": _one}}, concurrency=1):
             execution = await ended(client, await begin(client, ONE))
     assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.EXPIRED, Outcome.COMPLETED]
@@ -554,11 +562,11 @@ async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_work
 ) -> None:
     monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.05)
     async with engine_server(tmp_path) as faulty, NexumClient(faulty.address) as client:
-        faulty.watch("claim", raises, raises)
+        faulty.watch(tasks.claim, raises, raises)
         async with working(faulty.address, {TYPED: {"a": _number}}, concurrency=1) as worker:
             assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
             await worker.stop()
-        assert faulty.calls["claim"] > 2
+        assert faulty.calls[tasks.claim] > 2
     assert caplog.text.count(f"no task from {faulty.address}, asking again: the server had a fault") == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.store import Store, open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
+Transition = Callable[..., Any]
+Run = Callable[[], Awaitable[Any]]
+"""Submits the transition that was intercepted."""
+
+
+def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awaitable[Any]]) -> None:
+    """From now on, whoever runs the transition on the store runs `instead`, which may run the transition."""
+    run_any = store.run
+
+    def run(submitted: Transition, *args: Any, **options: Any) -> Awaitable[Any]:
+        run_it = partial(run_any, submitted, *args, **options)
+        return instead(run_it) if submitted is transition else run_it()
+
+    store.run = run  # type: ignore[method-assign,assignment]
+
 
 class EngineServer:
     """Its address, its store, and the faults in it."""
@@ -25,20 +41,19 @@ class EngineServer:
     def __init__(self, store: Store, address: str) -> None:
         self.store = store
         self.address = address
-        self.calls: dict[str, int] = {}
-        """How often each watched transition was called."""
+        self.calls: dict[Transition, int] = {}
+        """How often each watched transition was submitted."""
 
-    def watch(self, transition: str, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the calls of a transition; the first of them do what `faults` say, and the others what they should."""
-        submit = getattr(self.store, transition)
+    def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
+        """Count the runs of a transition; the first of them do what `faults` say, and the others what they should."""
         self.calls[transition] = 0
 
-        def counted(*args: Any, **options: Any) -> Awaitable[Any]:
+        def counted(run: Run) -> Awaitable[Any]:
             self.calls[transition] += 1
             number = self.calls[transition]
-            return faults[number - 1]() if number <= len(faults) else submit(*args, **options)
+            return faults[number - 1]() if number <= len(faults) else run()
 
-        setattr(self.store, transition, counted)
+        intercept(self.store, transition, counted)
 
 
 async def raises() -> None:
