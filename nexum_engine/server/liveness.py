@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.dispatch import Dispatch
+from nexum_engine.server.polls import Polls
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases
 from nexum_engine.store.results import Changed
 from nexum_engine.wire import nexum_pb2 as pb
@@ -26,9 +27,10 @@ logger = logging.getLogger(__name__)
 class Liveness:
     """Keeps the leases of connected workers, and sweeps up those that ran out."""
 
-    def __init__(self, store: Store, dispatch: Dispatch, clock: Clock, lease_ms: int) -> None:
+    def __init__(self, store: Store, polls: Polls, waiters: Waiters, clock: Clock, lease_ms: int) -> None:
         self._store = store
-        self._dispatch = dispatch
+        self._polls = polls
+        self._waiters = waiters
         self._clock = clock
         self._lease_ms = lease_ms
         self._streams: dict[str, object] = {}
@@ -63,16 +65,16 @@ class Liveness:
                 if not worker_id:
                     worker_id = check_id(beat.worker_id, "worker_id")
                     self._streams[worker_id] = token
-                    self._dispatch.worker_connected(worker_id)
+                    self._polls.worker_connected(worker_id)
                 if beat.draining:
-                    self._dispatch.drain(worker_id)
+                    self._polls.drain(worker_id)
                 await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
             # A worker that came back on a new stream keeps what it has.
             if worker_id and self._streams.get(worker_id) is token:
                 del self._streams[worker_id]
-                self._dispatch.worker_disconnected(worker_id)
+                self._polls.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
 
@@ -115,9 +117,9 @@ class Liveness:
 
     def _apply(self, changed: Changed) -> None:
         for ready in changed.ready:
-            self._dispatch.task_ready(ready)
+            self._polls.task_ready(ready)
         for execution in changed.ended:
-            self._dispatch.execution_ended(execution)
+            self._waiters.execution_ended(execution)
         if changed.retry_ms is not None:
             self.due_at(changed.retry_ms)
 

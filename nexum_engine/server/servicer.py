@@ -16,8 +16,9 @@ import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
-from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.polls import Polls
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
@@ -73,9 +74,10 @@ def _time(ms: int) -> str:
 class NexumServicer(NexumServiceServicer):
     """proto/nexum.proto, on a store."""
 
-    def __init__(self, store: Store, dispatch: Dispatch, liveness: Liveness) -> None:
+    def __init__(self, store: Store, polls: Polls, waiters: Waiters, liveness: Liveness) -> None:
         self._store = store
-        self._dispatch = dispatch
+        self._polls = polls
+        self._waiters = waiters
         self._liveness = liveness
 
     @_rpc
@@ -107,7 +109,7 @@ class NexumServicer(NexumServiceServicer):
             )
         )
         # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
-        self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+        self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
         ended = await self._end_of(started.execution_id, wait)
@@ -127,7 +129,7 @@ class NexumServicer(NexumServiceServicer):
                 request.input_json,
                 request.idempotency_key,
                 request.owner,
-                *self._dispatch.lease_of(request.owner),
+                *self._polls.lease_of(request.owner),
                 request.held_task_id,
             )
         )
@@ -146,16 +148,16 @@ class NexumServicer(NexumServiceServicer):
     def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
-        self._dispatch.execution_started(done.result().execution_id)
+        self._waiters.execution_started(done.result().execution_id)
         # One was announced when it was submitted.
         for _ in range(done.result().ready - 1):
-            self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+            self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
         worker_id, versions, max_bytes, slot = _asked(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
-        task = await self._dispatch.next_task(worker_id, versions, max_bytes, wait_ms, slot)
+        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms, slot)
         return self._hand_out(task, context)
 
     def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
@@ -163,16 +165,16 @@ class NexumServicer(NexumServiceServicer):
             return pb.PollResponse(has_task=False)
         self._liveness.task_handed_out()
         if context.cancelled():
-            self._dispatch.give_back(task)
+            self._polls.give_back(task)
         return _task_message(task)
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
-        self._dispatch.reported(request.task_id)
+        self._polls.reported(request.task_id)
         completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
         # Submitted behind the report, so that both are in one transaction.
-        claim = None if asked is None else self._dispatch.take_due(*asked)
+        claim = None if asked is None else self._polls.take_due(*asked)
         try:
             await self._liveness.carry_out(completed)
             if claim is None:
@@ -181,12 +183,12 @@ class NexumServicer(NexumServiceServicer):
             claim = None
         finally:
             if claim is not None:
-                self._dispatch.release(claim)
+                self._polls.release(claim)
         return pb.AckResponse(ok=True, next=self._hand_out(task, context))
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        self._dispatch.reported(request.task_id)
+        self._polls.reported(request.task_id)
         await self._liveness.carry_out(
             self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final)
         )
@@ -213,14 +215,14 @@ class NexumServicer(NexumServiceServicer):
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
         if execution is None or request.with_attempts:
             execution = await self._store.run(executions.get_execution, request.execution_id, request.with_attempts)
-        return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
+        return _execution_message(execution, self._polls.has_poller(execution.version_hash))
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """The execution, if it ends within `wait` seconds."""
         if not wait:
             return None
-        with self._dispatch.watch(execution_id) as ended:
-            if not self._dispatch.is_running(execution_id):
+        with self._waiters.watch(execution_id) as ended:
+            if not self._waiters.is_running(execution_id):
                 execution = await self._store.run(executions.get_execution, execution_id)
                 if execution.status.ended:
                     return execution

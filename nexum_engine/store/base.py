@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.store.db import Db
@@ -29,7 +29,7 @@ class Store(ABC):
     def failed(self) -> asyncio.Future[str]:
         """Resolves, with the reason, when the database can't be trusted any more and the server has to stop."""
 
-    on_unknown: Callable[[], None] | None = None
+    on_unknown: Sequence[Callable[[], None]] = ()
     """Called when the outcome of transactions is unknown: whoever waits for one should look again."""
 
     @abstractmethod

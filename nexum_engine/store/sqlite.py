@@ -209,8 +209,8 @@ class SqliteStore(Store):
                 if not submission.future.done():
                     submission.future.set_exception(error.for_caller())
             self._waiting = []
-        if self.on_unknown is not None:
-            self.on_unknown()
+        for look_again in self.on_unknown:
+            look_again()
 
     def _reopen(self) -> sqlite3.Connection:
         with contextlib.suppress(sqlite3.Error):  # the connection is given up; its error is known already

@@ -375,7 +375,7 @@ async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: P
 async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_is_room(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     told: list[None] = []
-    store.on_unknown = lambda: told.append(None)
+    store.on_unknown = [lambda: told.append(None)]
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]

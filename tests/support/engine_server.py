@@ -13,9 +13,10 @@ import grpc
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
@@ -76,18 +77,20 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     """A server on `folder`/nexum.db, ready for calls; `lease` in seconds."""
     clock = SystemClock()
     store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
-    dispatch = Dispatch(store, clock, round(lease * 1000))
-    liveness = Liveness(store, dispatch, clock, round(lease * 1000))
-    store.on_unknown = dispatch.look_again
+    polls = Polls(store, clock, round(lease * 1000))
+    waiters = Waiters()
+    liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
+    store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server()
-    add_NexumServiceServicer_to_server(NexumServicer(store, dispatch, liveness), server)
+    add_NexumServiceServicer_to_server(NexumServicer(store, polls, waiters, liveness), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await liveness.start()
     await server.start()
     try:
         yield EngineServer(store, f"127.0.0.1:{port}")
     finally:
-        await dispatch.stop()
+        waiters.stop()
+        await polls.stop()
         await liveness.stop()
         await server.stop(0)
         await store.close()

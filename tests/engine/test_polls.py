@@ -20,9 +20,10 @@ from engine_server import Run, intercept
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.records import ExecutionStatus, Outcome, Task
-from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
+from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
 from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
@@ -51,10 +52,11 @@ class Engine:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store = store
-        self.dispatch = Dispatch(store, clock, LEASE_MS)
-        self.liveness = Liveness(store, self.dispatch, clock, LEASE_MS)
-        self.servicer = NexumServicer(store, self.dispatch, self.liveness)
-        store.on_unknown = self.dispatch.look_again
+        self.polls = Polls(store, clock, LEASE_MS)
+        self.waiters = Waiters()
+        self.liveness = Liveness(store, self.polls, self.waiters, clock, LEASE_MS)
+        self.servicer = NexumServicer(store, self.polls, self.waiters, self.liveness)
+        store.on_unknown = [self.look_again]
         self.claims = 0
 
         def counted(run: Run) -> Awaitable[Any]:
@@ -62,6 +64,16 @@ class Engine:
             return run()
 
         intercept(store, tasks.claim, counted)
+
+    def look_again(self) -> None:
+        """Nobody knows what was stored."""
+        self.polls.look_again()
+        self.waiters.look_again()
+
+    async def stop_waiting(self) -> None:
+        """Answer everything that waits, as a server that stops."""
+        self.waiters.stop()
+        await self.polls.stop()
 
     async def register(self, nodes: dict[str, list[str]], version: str = "v1") -> None:
         ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
@@ -85,7 +97,7 @@ class Engine:
         version: str = "v1",
         slot: str = "",
     ) -> asyncio.Task[Task | None]:
-        return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
+        return asyncio.create_task(self.polls.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
 
     async def attempts(self, execution_id: str) -> int:
         (node,) = (await self.store.run(executions.get_execution, execution_id, True)).nodes
@@ -112,7 +124,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 
     yield engine_on
     for engine in engines:
-        await engine.dispatch.stop()
+        await engine.stop_waiting()
         await engine.liveness.stop()
         await engine.store.close()
 
@@ -439,32 +451,32 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     engine = await make(clock)
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
         clock.advance(0.01)
-        engine.dispatch.task_ready(ReadyTask(f"started {n}", 0))
-        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
+        engine.polls.task_ready(ReadyTask(f"started {n}", 0))
+        claim = engine.polls.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
         assert claim is not None
         if n % 100 == 99:
             await claim
     await turns()
-    sizes = {name: len(value) for name, value in vars(engine.dispatch).items() if isinstance(value, Sized)}
+    sizes = {name: len(value) for name, value in vars(engine.polls).items() if isinstance(value, Sized)}
     assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
 async def test_of_many_slots_the_latest_are_remembered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexum_engine.server.dispatch.MAX_REMEMBERED_SLOTS", 3)
+    monkeypatch.setattr("nexum_engine.server.polls.MAX_REMEMBERED_SLOTS", 3)
     await engine.register({"a": []})
     for _ in range(5):
         await engine.start()
     tasks = [await engine.task(engine.poll(slot=f"slot {n}")) for n in range(5)]
     again = [await engine.poll(slot=f"slot {n}", wait_ms=0) for n in range(5)]
     assert again == [None, None, *tasks[2:]]
-    handed_out = vars(engine.dispatch)["_handed_out"]
+    handed_out = vars(engine.polls)["_handed_out"]
     assert {len(value) for value in vars(handed_out).values()} == {3}
 
 
 async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
     await engine.register({"a": []})
-    claim = engine.dispatch.take_due("w1", ("v1",), LARGE)
+    claim = engine.polls.take_due("w1", ("v1",), LARGE)
     assert claim is not None
     start = asyncio.create_task(engine.start())
     await turns(1)
@@ -485,7 +497,7 @@ async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version
     await turns(1)
     assert not start.done()
     for n in range(MAX_REMEMBERED_VERSIONS + 1):
-        engine.dispatch.task_ready(ReadyTask(f"other {n}", 0))
+        engine.polls.task_ready(ReadyTask(f"other {n}", 0))
     assert (await engine.task(poll)).execution_id == await start
     assert engine.claims == 2, "the first one saw the task: nothing was proven"
 
@@ -562,7 +574,7 @@ async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back
     await new.acked()
     old.breaks()
     await old.ended()
-    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    assert engine.polls.lease_of("w1") == (LEASE_MS, True)
     await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
@@ -629,9 +641,9 @@ async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_o
 
     call = engine.servicer.WorkerStream(beats(), Call())  # type: ignore[arg-type]
     await anext(call)
-    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    assert engine.polls.lease_of("w1") == (LEASE_MS, True)
     await call.aclose()
-    assert engine.dispatch.lease_of("w1") == (2 * LEASE_MS, False)
+    assert engine.polls.lease_of("w1") == (2 * LEASE_MS, False)
 
 
 @pytest.mark.parametrize("hops", range(8))
@@ -664,7 +676,7 @@ async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -
     stream.beat()
     await stream.acked()
     await until_idle(engine, poll)
-    await engine.dispatch.stop()
+    await engine.stop_waiting()
     await engine.liveness.stop()
     assert await asyncio.wait_for(poll, SOON) is None
     assert (await asyncio.wait_for(waiting, SOON)).status == "RUNNING"
@@ -682,7 +694,7 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     # A start that was stored although its caller, and the dispatch, were told that nobody knows.
     await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
-    engine.dispatch.look_again()
+    engine.look_again()
     await engine.task(poll)
 
 
@@ -694,7 +706,7 @@ async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_al
     waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     await turns()
     await engine.store.run(tasks.complete_task, task.task_id, "1")
-    engine.dispatch.look_again()
+    engine.look_again()
     assert (await asyncio.wait_for(waiting, SOON)).status == "COMPLETED"
     later = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
     assert (await asyncio.wait_for(later, SOON)).status == "COMPLETED"
@@ -752,7 +764,7 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
     async def worker(name: str) -> None:
         versions = tuple(chance.sample(list(graphs), chance.randint(1, 3)))
         while not stop.is_set():
-            polling = asyncio.create_task(engine.dispatch.next_task(name, versions, LARGE, LONG_MS))
+            polling = asyncio.create_task(engine.polls.next_task(name, versions, LARGE, LONG_MS))
             task = await die_sometimes("polls", polling, 0.3)
             if not isinstance(task, Task):
                 continue
@@ -773,14 +785,14 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
     await asyncio.gather(*(starter() for _ in range(4)))
     try:
         for execution in await engine.store.run(executions.list_executions, "", "", 1000):
-            with engine.dispatch.watch(execution.execution_id) as ended:
+            with engine.waiters.watch(execution.execution_id) as ended:
                 current = await engine.store.run(executions.get_execution, execution.execution_id)
                 if current.status is ExecutionStatus.RUNNING:
                     await asyncio.wait_for(ended, SOON)
     finally:
         stop.set()
         everything.cancel()
-        await engine.dispatch.stop()
+        await engine.stop_waiting()
         await asyncio.gather(everything, *workers, return_exceptions=True)
     found = await engine.store.run(executions.list_executions, "", "", 1000)
     assert {one.status for one in found} == {ExecutionStatus.COMPLETED}
@@ -791,7 +803,7 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
 
 async def _complete_all(engine: Engine, versions: tuple[str, ...], runs: dict[tuple[str, str], int]) -> None:
     while True:
-        task = await engine.dispatch.next_task("steady", versions, LARGE, LONG_MS)
+        task = await engine.polls.next_task("steady", versions, LARGE, LONG_MS)
         if task is not None:
             runs[task.execution_id, task.node_id] = runs.get((task.execution_id, task.node_id), 0) + 1
             await engine.complete(task)

@@ -1,4 +1,4 @@
-"""Who waits for what, in this process: workers for tasks, callers for the end of an execution.
+"""The polls of workers that wait for tasks.
 
 All of it is memory: after a restart the waiting calls come again, and the store knows the rest.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from functools import partial
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
-from nexum_engine.records import Execution, Task
+from nexum_engine.records import Task
 from nexum_engine.store import Store, tasks
 from nexum_engine.store.results import Claim, ReadyTask
 
@@ -84,8 +83,8 @@ class _WaitingPoll:
             self.idle.set_result(None)
 
 
-class Dispatch:
-    """Hands due tasks to waiting polls, and ended executions to waiting callers."""
+class Polls:
+    """Hands due tasks to waiting polls."""
 
     def __init__(self, store: Store, clock: Clock, lease_ms: int) -> None:
         self._store = store
@@ -102,14 +101,10 @@ class Dispatch:
         """Upper bound of due tasks per version; no entry means unknown."""
         self._handed_out = _HandedOut()
         self._poll_of: dict[Slot, _WaitingPoll] = {}
-        self._callers: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
-        self._running: set[str] = set()
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._streamed_workers: set[str] = set()
         self._draining_workers: set[str] = set()
-
-    # ---- Tasks -------------------------------------------------------------------------------------------------------
 
     async def next_task(
         self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int, slot: str = ""
@@ -332,48 +327,9 @@ class Dispatch:
         self._releases.add(running)
         running.add_done_callback(self._releases.discard)
 
-    # ---- Executions --------------------------------------------------------------------------------------------------
-
-    def execution_started(self, execution_id: str) -> None:
-        """It was started here: until its end is told, nobody needs to look it up to know that it runs."""
-        self._running.add(execution_id)
-
-    def is_running(self, execution_id: str) -> bool:
-        """Whether it is known to run. False says nothing."""
-        return execution_id in self._running
-
-    @contextmanager
-    def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
-        """A future that resolves with the execution when it ends, or with None when it is time to look again."""
-        future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
-        if self._stopping:
-            future.set_result(None)
-        self._callers[execution_id].add(future)
-        try:
-            yield future
-        finally:
-            callers = self._callers[execution_id]
-            callers.discard(future)
-            if not callers:
-                del self._callers[execution_id]
-
-    def execution_ended(self, execution: Execution) -> None:
-        """Tell who waits for it."""
-        self._running.discard(execution.execution_id)
-        for future in self._callers.get(execution.execution_id, ()):
-            if not future.done():
-                future.set_result(execution)
-
-    # ---- All of them -------------------------------------------------------------------------------------------------
-
     def look_again(self) -> None:
-        """Nobody knows what was stored: every waiter asks the store again."""
+        """Make every waiting poll ask the store again, since nobody knows what was stored."""
         self._due.clear()
-        self._running.clear()
-        for callers in self._callers.values():
-            for future in callers:
-                if not future.done():
-                    future.set_result(None)
         for polls in self._polls.values():
             for poll in polls:
                 if poll.claim is None:
@@ -381,12 +337,8 @@ class Dispatch:
                 poll.wake()
 
     async def stop(self) -> None:
-        """Answer everything that waits."""
+        """Answer every waiting poll."""
         self._stopping = True
-        for callers in self._callers.values():
-            for future in callers:
-                if not future.done():
-                    future.set_result(None)
         for polls in self._polls.values():
             for poll in polls:
                 poll.wake()
