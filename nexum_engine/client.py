@@ -287,15 +287,9 @@ class NexumClient:
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
-    async def poll_task(
-        self, worker_id: str, version_hashes: Sequence[str], *, wait: float, slot: str = ""
-    ) -> Task | None:
-        """Take a task of one of the versions, waiting for one up to `wait` seconds.
-
-        A worker that names its `slot` is handed the same task again if the answer that had it was lost. Name a slot
-        only when every task received on it has been reported.
-        """
-        request = _poll_request(worker_id, version_hashes, wait, slot)
+    async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
+        """Take a task of one of the versions, waiting for one up to `wait` seconds."""
+        request = _poll_request(worker_id, version_hashes, wait)
         answer = await self._call(self._stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
 
@@ -304,10 +298,10 @@ class NexumClient:
         task_id: str,
         output_json: str,
         *,
-        then_take: tuple[str, Sequence[str], str] | None = None,
+        then_take: tuple[str, Sequence[str]] | None = None,
         patience: float = 0.0,
     ) -> Task | None:
-        """Report a result. With `then_take`, a worker id, versions and a slot, also take a task of these if one is due.
+        """Report a result. With `then_take`, a worker id and versions, also take a task of these if one is due.
 
         Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
         """
@@ -315,7 +309,7 @@ class NexumClient:
         request = pb.CompleteRequest(
             task_id=task_id,
             output_json=output_json,
-            next=None if then_take is None else _poll_request(then_take[0], then_take[1], 0.0, then_take[2]),
+            next=None if then_take is None else _poll_request(*then_take, 0.0),
         )
         answer = await self._report(task_id, self._stub.CompleteTask, request, patience)
         return None if then_take is None else _task(answer.next, then_take[1])
@@ -344,14 +338,13 @@ class NexumClient:
         return self._stub.WorkerStream()
 
 
-def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float, slot: str) -> pb.PollRequest:
+def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:
     return pb.PollRequest(
         worker_id=worker_id,
         version_hash=version_hashes[0],
         more_version_hashes=version_hashes[1:],
         wait_ms=round(wait * 1000),
         max_task_bytes=2**40,
-        slot=slot,
     )
 
 

@@ -56,6 +56,7 @@ class Liveness:
         """One worker's stream, until it breaks or the server stops."""
         worker_id = ""
         token = object()
+        unnamed: frozenset[str] = frozenset()
         incoming = aiter(requests)
         try:
             while True:
@@ -68,7 +69,12 @@ class Liveness:
                     self._polls.worker_connected(worker_id)
                 if beat.draining:
                     self._polls.drain(worker_id)
-                await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                unnamed_before = unnamed
+                unnamed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                # One beat may have been sent before the answer that has the task arrived. The next one is sent after
+                # the acknowledgement of the first has arrived, which was sent after that answer.
+                if never_arrived := unnamed & unnamed_before:
+                    await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
             # A worker that came back on a new stream keeps what it has.

@@ -155,9 +155,9 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
-        worker_id, versions, max_bytes, slot = _asked(request)
+        worker_id, versions, max_bytes = _asked(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
-        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms, slot)
+        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
         return self._hand_out(task, context)
 
     def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
@@ -171,7 +171,6 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
-        self._polls.reported(request.task_id)
         completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
         # Submitted behind the report, so that both are in one transaction.
         claim = None if asked is None else self._polls.take_due(*asked)
@@ -188,7 +187,6 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        self._polls.reported(request.task_id)
         await self._liveness.carry_out(
             self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final)
         )
@@ -320,16 +318,15 @@ def _wait_seconds(wait_ms: int) -> float:
     return min(wait_ms, MAX_WAIT_MS) / 1000
 
 
-def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int, str]:
-    """Who polls, for which versions, how large a task may be, and for which of its slots."""
+def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
+    """Who polls, for which versions, and how large a task may be."""
     check_id(request.worker_id, "worker_id")
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:
         check_id(version_hash, "version_hash")
     if request.max_task_bytes < 0:
         raise InvalidRequest("max_task_bytes can't be negative")
-    slot = check_id(request.slot, "slot") if request.slot else ""
-    return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES, slot
+    return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES
 
 
 def _task_message(task: Task) -> pb.PollResponse:

@@ -22,7 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, Heartbeat
+from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, SECOND_BEAT_AFTER, Heartbeat
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store import executions, leases
@@ -139,9 +139,10 @@ async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent
     """A handler that blocks: the answer is there, and only has to be read."""
     asked = asyncio.Event()
 
-    async def slowly() -> None:
+    async def slowly() -> frozenset[str]:
         asked.set()
         await asyncio.sleep(0.01)
+        return frozenset()
 
     async with engine_server(tmp_path, lease=1.5) as server, beating(server.address) as beats:
         await beats.connected()
@@ -191,6 +192,17 @@ async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_
     async with beating(server.address) as beats:
         await beats.connected()
         await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 2), 5)
+
+
+async def test_beat_that_is_asked_for_is_followed_by_another_one_soon(server: EngineServer) -> None:
+    async with beating(server.address) as beats:
+        await beats.connected()
+        server.watch(leases.renew)
+        await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 1), 5)
+        await asyncio.sleep(2 * SECOND_BEAT_AFTER)
+        assert server.calls[leases.renew] == 1
+        beats.heart.beat()
+        await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 3), 5)
 
 
 async def test_where_no_server_is_that_is_told_and_a_server_that_comes_is_found(tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ async def test_the_same_owner_that_asks_again_gets_the_same_task(store: Store) -
     assert (await own(store, "one")).task == (await own(store, "one")).task
 
 
+async def test_beats_that_do_not_name_the_task_leave_it_to_its_owner(store: Store) -> None:
+    """The answer to its start may be lost: the owner starts the key again, and gets the same task."""
+    started = await own(store, "one")
+    assert started.task is not None
+    assert await store.run(leases.renew, "one", (), LEASE_MS) == set()
+    await store.run(leases.lose, "one", frozenset({started.task.task_id}))
+    assert (await own(store, "one")).task == started.task
+
+
 async def test_another_owner_is_refused_by_name_while_the_first_one_lives(store: Store, clock: ManualClock) -> None:
     await own(store, "one")
     await store.run(leases.disconnect, "one", 1000)

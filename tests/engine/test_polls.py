@@ -19,7 +19,7 @@ from engine_server import Run, intercept
 
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.records import ExecutionStatus, Task
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
 from nexum_engine.server.servicer import NexumServicer
@@ -95,9 +95,8 @@ class Engine:
         wait_ms: int = LONG_MS,
         max_bytes: int = LARGE,
         version: str = "v1",
-        slot: str = "",
     ) -> asyncio.Task[Task | None]:
-        return asyncio.create_task(self.polls.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
+        return asyncio.create_task(self.polls.next_task(worker_id, (version,), max_bytes, wait_ms))
 
     async def attempts(self, execution_id: str) -> int:
         (node,) = (await self.store.run(executions.get_execution, execution_id, True)).nodes
@@ -270,145 +269,6 @@ async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_ne
     assert (await engine.task(engine.poll("w2"))).attempt == 2
 
 
-# ---- Answers that are lost -------------------------------------------------------------------------------------------
-
-
-async def test_a_slot_whose_answer_was_lost_is_handed_the_same_task_at_once(engine: Engine) -> None:
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    lost = await engine.task(engine.poll(slot="s1"))
-    assert await engine.poll(slot="s2", wait_ms=0) is None
-    assert await engine.poll("w2", slot="s1", wait_ms=0) is None
-    assert await engine.task(engine.poll(slot="s1")) == lost
-    await engine.complete(lost)
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_after_a_report_a_slot_costs_the_store_no_more_than_before(engine: Engine) -> None:
-    await engine.register({"a": []})
-    await engine.start()
-    await engine.complete(await engine.task(engine.poll(slot="s1")))
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    before = engine.claims
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    assert engine.claims == before
-
-
-@pytest.mark.parametrize("hops", range(12))
-async def test_a_call_that_dies_late_does_not_take_the_task_away_from_the_slots_next_call(
-    engine: Engine, hops: int
-) -> None:
-    """The connection breaks and the worker asks again before the server has noticed."""
-    await engine.register({"a": []})
-    dying = engine.poll(slot="s1")
-    await until_idle(engine, dying)
-    start = asyncio.create_task(engine.start())
-    await turns(hops)
-    again = engine.poll(slot="s1")
-    await turns(1)
-    dying.cancel()
-    execution_id = await start
-    task = await engine.task(again)
-    await asyncio.gather(dying, return_exceptions=True)
-    # Whatever the dead call has begun is done by now.
-    await engine.store.run(executions.list_executions, "", "", 1)
-    await turns()
-    await engine.store.run(executions.list_executions, "", "", 1)
-    (attempt,) = [
-        one
-        for one in (await engine.store.run(executions.get_execution, execution_id, True)).nodes[0].attempts
-        if one.outcome is not Outcome.INTERRUPTED
-    ]
-    assert (attempt.outcome, attempt.attempt) == (Outcome.RUNNING, task.attempt)
-    await engine.complete(task)
-
-
-async def test_a_call_that_dies_with_its_task_in_hand_gives_nothing_back_that_its_slot_has_asked_for_since(
-    engine: Engine,
-) -> None:
-    """The narrowest case: the call is cancelled after its claim is stored and before it has seen it."""
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    again: list[asyncio.Task[Task | None]] = []
-    all_claims = engine.store.run
-
-    def break_the_connection() -> None:
-        again.append(engine.poll(slot="s1"))
-        dying.cancel()
-
-    def claim(run: Run) -> Awaitable[Any]:
-        engine.store.run = all_claims  # type: ignore[method-assign]
-        claiming = asyncio.ensure_future(run())
-        claiming.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(break_the_connection))
-        return claiming
-
-    intercept(engine.store, tasks.claim, claim)
-    dying = engine.poll(slot="s1")
-    with pytest.raises(asyncio.CancelledError):
-        await dying
-    task = await engine.task(again[0])
-    await engine.store.run(executions.list_executions, "", "", 1)
-    await turns()
-    assert await engine.poll("w2", wait_ms=0) is None
-    await engine.complete(task)
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_a_dead_call_that_is_handed_the_task_again_does_not_give_it_back(engine: Engine) -> None:
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    task = await engine.task(engine.poll(slot="s1"))
-    call = Call()
-    call.gone = True
-    request = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1")
-    answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
-    assert answer.task_id == task.task_id
-    await engine.store.run(executions.list_executions, "", "", 1)
-    await turns()
-    assert await engine.poll("w2", wait_ms=0) is None
-    await engine.complete(task)
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_a_slot_that_asks_again_ends_its_earlier_call_which_takes_nothing_more(engine: Engine) -> None:
-    await engine.register({"a": []})
-    dead = engine.poll(slot="s1")
-    await until_idle(engine, dead)
-    alive = engine.poll(slot="s1")
-    assert await asyncio.wait_for(dead, SOON) is None
-    execution_id = await engine.start()
-    assert (await engine.task(alive)).execution_id == execution_id
-
-
-async def test_a_task_that_woke_a_slot_which_takes_its_lost_one_wakes_another(engine: Engine) -> None:
-    await engine.register({"a": []})
-    dead = engine.poll(slot="s1")
-    await until_idle(engine, dead)
-    first = asyncio.create_task(engine.start())  # it wakes the dead call
-    await turns(1)
-    alive, other = engine.poll(slot="s1"), engine.poll("w2")
-    lost = await engine.task(dead)
-    assert lost.execution_id == await first
-    await until_idle(engine, alive, other)
-    second = await engine.start()
-    assert await engine.task(alive) == lost
-    assert (await engine.task(other)).execution_id == second
-
-
-async def test_the_next_task_of_a_lost_report_answer_is_in_the_answer_to_the_same_report(engine: Engine) -> None:
-    await engine.register({"a": []})
-    await engine.start()
-    second = await engine.start()
-    first = await engine.task(engine.poll(slot="s1"))
-    ask = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1", max_task_bytes=LARGE)
-    request = pb.CompleteRequest(task_id=first.task_id, output_json="1", next=ask)
-    answers = [await engine.servicer.CompleteTask(request, Call()) for _ in range(2)]  # type: ignore[arg-type]
-    assert answers[0] == answers[1]
-    assert answers[0].next.execution_id == second
-    assert await engine.attempts(second) == 1
-
-
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +312,7 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
         clock.advance(0.01)
         engine.polls.task_ready(ReadyTask(f"started {n}", 0))
-        claim = engine.polls.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
+        claim = engine.polls.take_due("w1", (f"taken {n}",), LARGE)
         assert claim is not None
         if n % 100 == 99:
             await claim
@@ -460,18 +320,6 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     sizes = {name: len(value) for name, value in vars(engine.polls).items() if isinstance(value, Sized)}
     assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
-
-
-async def test_of_many_slots_the_latest_are_remembered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexum_engine.server.polls.MAX_REMEMBERED_SLOTS", 3)
-    await engine.register({"a": []})
-    for _ in range(5):
-        await engine.start()
-    tasks = [await engine.task(engine.poll(slot=f"slot {n}")) for n in range(5)]
-    again = [await engine.poll(slot=f"slot {n}", wait_ms=0) for n in range(5)]
-    assert again == [None, None, *tasks[2:]]
-    handed_out = vars(engine.polls)["_handed_out"]
-    assert {len(value) for value in vars(handed_out).values()} == {3}
 
 
 async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
@@ -486,9 +334,7 @@ async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
 
 
-async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version_was_forgotten_since(
-    engine: Engine,
-) -> None:
+async def test_a_task_that_came_while_a_poll_asked_is_found(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await turns(1)
@@ -496,8 +342,6 @@ async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version
     start = asyncio.create_task(engine.start())
     await turns(1)
     assert not start.done()
-    for n in range(MAX_REMEMBERED_VERSIONS + 1):
-        engine.polls.task_ready(ReadyTask(f"other {n}", 0))
     assert (await engine.task(poll)).execution_id == await start
     assert engine.claims == 2, "the first one saw the task: nothing was proven"
 
@@ -662,6 +506,111 @@ async def test_a_task_that_becomes_due_while_a_worker_drains_is_not_lost(engine:
     other.cancel()
 
 
+# ---- Answers that are lost -------------------------------------------------------------------------------------------
+
+
+async def beating(engine: Engine) -> Stream:
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    return stream
+
+
+async def outcomes(engine: Engine, execution_id: str) -> list[str]:
+    (node,) = (await engine.store.run(executions.get_execution, execution_id, True)).nodes
+    return [attempt.outcome.value for attempt in node.attempts]
+
+
+async def test_task_that_two_beats_in_a_row_do_not_name_goes_to_another_worker_at_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    await engine.task(engine.poll("w1"))
+    other = engine.poll("w2")
+    await until_idle(engine, other)
+    stream.beat()
+    await stream.acked()
+    await until_idle(engine, other)
+    assert await outcomes(engine, execution_id) == ["RUNNING"], "its answer may have been on its way"
+    stream.beat()
+    task = await engine.task(other)
+    assert (task.execution_id, task.attempt) == (execution_id, 2)
+    assert await outcomes(engine, execution_id) == ["LOST", "RUNNING"]
+
+
+async def test_task_that_is_named_by_every_second_beat_is_kept(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    for named in ([], [task.task_id], [], [task.task_id]):
+        stream.beat(*named)
+        await stream.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_two_tasks_of_one_worker_are_lost_and_kept_separately(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    kept_id, lost_id = await engine.start(), await engine.start()
+    kept, _ = await engine.task(engine.poll("w1")), await engine.task(engine.poll("w1"))
+    for _ in range(2):
+        stream.beat(kept.task_id)
+        await stream.acked()
+    assert await outcomes(engine, kept_id) == ["RUNNING"]
+    assert await outcomes(engine, lost_id) == ["LOST"]
+
+
+async def test_beats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
+    await engine.register({"a": []})
+    first = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    first.beat()
+    await first.acked()
+    second = await beating(engine)
+    first.breaks()
+    await first.ended()
+    second.beat(task.task_id)
+    await second.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_report_between_two_beats_that_do_not_name_the_task_is_recorded(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    stream.beat()
+    await stream.acked()
+    await engine.complete(task)
+    stream.beat()
+    await stream.acked()
+    assert await outcomes(engine, execution_id) == ["COMPLETED"]
+
+
+async def test_beats_of_one_worker_take_nothing_from_another_without_a_stream(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    await engine.task(engine.poll("published"))
+    for _ in range(3):
+        stream.beat()
+        await stream.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_new_stream_answers_the_polls_that_its_worker_left_waiting(engine: Engine) -> None:
+    """They were sent on a connection that may be dead, and would take tasks that never arrive."""
+    await engine.register({"a": []})
+    dead, other = engine.poll("w1"), engine.poll("w2")
+    await until_idle(engine, dead, other)
+    await beating(engine)
+    assert await asyncio.wait_for(dead, SOON) is None
+    execution_id = await engine.start()
+    assert (await engine.task(other)).execution_id == execution_id
+
+
 # ---- The end ---------------------------------------------------------------------------------------------------------
 
 
@@ -669,12 +618,12 @@ async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -
     await engine.register({"a": []})
     execution_id = await engine.start()
     await engine.task(engine.poll())
-    poll = engine.poll()
-    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
-    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     stream = Stream(engine)
     stream.beat()
     await stream.acked()
+    poll = engine.poll()
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     await until_idle(engine, poll)
     await engine.stop_waiting()
     await engine.liveness.stop()

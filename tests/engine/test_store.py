@@ -23,7 +23,7 @@ from nexum_engine.errors import (
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, executions, leases, open_store, tasks
-from nexum_engine.store.results import Claim, Started
+from nexum_engine.store.results import Changed, Started
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
@@ -679,32 +679,31 @@ async def test_a_task_that_never_reached_its_worker_is_taken_back_and_counts_for
     assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
-async def test_a_slot_that_never_had_its_task_is_handed_the_same_attempt_again(
-    store: Store, clock: ManualClock
-) -> None:
-    started = await start(store)
+async def test_beat_names_what_is_renewed_and_answers_what_else_its_worker_was_handed(store: Store) -> None:
+    await start(store)
     await store.run(executions.start_execution, "w", "v1", "{}", "")
-    first = await taken(store)
-    clock.advance((LEASE_MS - 1) / 1000)
+    named, unnamed = await taken(store), await taken(store)
+    assert await store.run(leases.renew, "w1", (named.task_id, "task-unknown"), LEASE_MS) == {unnamed.task_id}
+    assert await store.run(leases.renew, "w2", (), LEASE_MS) == set()
+    await store.run(tasks.complete_task, unnamed.task_id, "1")
+    assert await store.run(leases.renew, "w1", (), LEASE_MS) == {named.task_id}
 
-    async def ask_again(worker_id: str = "w1", version: str = "v1", max_bytes: int = 2**40) -> Claim:
-        return await store.run(tasks.claim, worker_id, (version,), max_bytes, LEASE_MS, True, first.task_id)
 
-    claim = await ask_again()
-    assert (claim.task, claim.again) == (first, True)
-    # With the lease of a task that is handed out now.
-    clock.advance((LEASE_MS - 1) / 1000)
-    assert await sweep(store) == (0, [])
-    assert len(await attempts(store, started.execution_id)) == 1
-    # It is nobody else's, and no other slot's.
-    other = await ask_again("w2")
-    assert other.task is not None
-    assert (other.task.execution_id != first.execution_id, other.again) == (True, False)
-    assert (await ask_again(version="v2")).task is None
-    assert (await ask_again(max_bytes=10)).task is None
-    # Nor when it is over.
-    await store.run(tasks.complete_task, first.task_id, "1")
-    assert (await ask_again()).task is None
+async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts_as_lost(store: Store) -> None:
+    started = await start(store)
+    for _ in range(MAX_LOST_ATTEMPTS - 1):
+        changed = await store.run(leases.lose, "w1", frozenset({(await taken(store)).task_id}))
+        assert (len(changed.ready), changed.ended) == (1, ())
+    lost = await attempts(store, started.execution_id)
+    assert {(one.outcome, one.error) for one in lost} == {
+        (Outcome.LOST, "worker w1 does not have the task: two of its signs of life in a row did not name it")
+    }
+    last = await taken(store)
+    assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
+    # Some answers can never be received, so there is an end to it.
+    (ended,) = (await store.run(leases.lose, "w1", frozenset({last.task_id}))).ended
+    assert ended.status is ExecutionStatus.FAILED
+    assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changed()
 
 
 # ---- Cancelling ------------------------------------------------------------------------------------------------------
