@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable
+from functools import partial
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
@@ -18,7 +19,7 @@ from nexum_engine.store.results import Claim, ReadyTask
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""
 MAX_REMEMBERED_VERSIONS = 1000
-"""Of how many versions it is remembered that a worker polled: any client can name new ones."""
+"""Of how many versions it is remembered what was due and who polled: any client can name new ones."""
 
 
 class _WaitingPoll:
@@ -31,8 +32,12 @@ class _WaitingPoll:
         self.claim: asyncio.Future[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
         self.missed = False
-        """Whether a task became due that no idle poll took, after the claim was submitted: it may not have seen it."""
+        """Whether a task became due after the claim was submitted: the claim may not have seen it."""
         self.leaving = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.idle is not None and not self.idle.done()
 
     def wake(self) -> None:
         if self.idle is not None and not self.idle.done():
@@ -47,7 +52,10 @@ class Polls:
         self._clock = clock
         self._lease_ms = lease_ms
         self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
+        """The waiting polls of each version, and those whose claim is under way."""
         self._last_poll_ms: dict[str, int] = {}
+        self._due: dict[str, int] = {}
+        """Upper bound of due tasks per version; no entry means unknown. It saves a busy worker most of its claims."""
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._streamed_workers: set[str] = set()
@@ -61,11 +69,10 @@ class Polls:
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
         deadline = self._clock.now_ms() + wait_ms
-        for version_hash in version_hashes:
-            self._polls[version_hash].append(poll)
-            self._remember_poll(version_hash)
+        self._add(poll)
         try:
-            self._submit_claim(poll)
+            if self._may_be_due(version_hashes):
+                self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
                     claim = await asyncio.shield(poll.claim)
@@ -73,7 +80,7 @@ class Polls:
                     if claim.task is not None:
                         return claim.task
                     if claim.oversized is not None:
-                        self.task_ready(claim.oversized)
+                        self._offer(claim.oversized)
                 if poll.missed and not poll.leaving:
                     self._submit_claim(poll)
                     continue
@@ -82,34 +89,44 @@ class Polls:
                     return None
                 await self._idle(poll, left_ms)
         finally:
-            for version_hash in version_hashes:
-                self._forget(poll, version_hash)
+            self._remove(poll)
             if poll.claim is not None:
                 # The call was given up while its claim was under way: nobody is there to take the task.
                 self.release(poll.claim)
 
     def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
-        """Submit a claim here and now, behind what was submitted before; None if the worker gets no more tasks."""
-        if self._stopping or worker_id in self._draining_workers:
+        """Submit a claim here and now, behind what was submitted before; None if nothing can be due."""
+        if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
-        for version_hash in version_hashes:
-            self._remember_poll(version_hash)
-        self._submit_claim(poll)
-        return poll.claim
+        self._add(poll)
+        claim = self._submit_claim(poll)
+        claim.add_done_callback(lambda _: self._remove(poll))
+        return claim
 
-    def _forget(self, poll: _WaitingPoll, version_hash: str) -> None:
-        polls = self._polls[version_hash]
-        polls.remove(poll)
-        if not polls:
-            del self._polls[version_hash]
-        self._remember_poll(version_hash)
+    def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
+        return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
+
+    def _add(self, poll: _WaitingPoll) -> None:
+        for version_hash in poll.version_hashes:
+            self._polls[version_hash].append(poll)
+            self._remember_poll(version_hash)
+
+    def _remove(self, poll: _WaitingPoll) -> None:
+        for version_hash in poll.version_hashes:
+            polls = self._polls[version_hash]
+            polls.remove(poll)
+            if not polls:
+                del self._polls[version_hash]
+            self._remember_poll(version_hash)
 
     def _remember_poll(self, version_hash: str) -> None:
         now_ms = self._clock.now_ms()
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
+            # A version that isn't here is looked up, so forgetting costs one claim.
+            self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
         loop = asyncio.get_running_loop()
@@ -121,12 +138,25 @@ class Polls:
             timer.cancel()
             poll.idle = None
 
-    def _submit_claim(self, poll: _WaitingPoll) -> None:
+    def _submit_claim(self, poll: _WaitingPoll) -> asyncio.Future[Claim]:
         poll.missed = False
         lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = asyncio.ensure_future(
             self._store.run(tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
         )
+        poll.claim.add_done_callback(partial(self._count, poll))
+        return poll.claim
+
+    def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
+        """Learn from a claim what is due. These run in the order of the transactions, so the count is never too low."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        claim = done.result()
+        if claim.task is not None:
+            if claim.task.version_hash in self._due:
+                self._due[claim.task.version_hash] -= 1
+        elif claim.oversized is None and not poll.missed:
+            self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
         """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
@@ -139,18 +169,18 @@ class Polls:
         The claim is submitted here and now, behind the transition that makes the task, so that both share a
         transaction and the worker has the task as soon as its maker has the acknowledgement.
         """
-        fitting = [
-            poll
-            for poll in self._polls.get(task.version_hash, ())
-            if poll.max_bytes >= task.task_bytes and not poll.leaving
-        ]
-        for poll in fitting:
-            if poll.idle is not None and not poll.idle.done():
+        if task.version_hash in self._due:
+            self._due[task.version_hash] += 1
+        for poll in self._polls.get(task.version_hash, ()):
+            poll.missed = not poll.is_idle
+        self._offer(task)
+
+    def _offer(self, task: ReadyTask) -> None:
+        for poll in self._polls.get(task.version_hash, ()):
+            if poll.is_idle and poll.max_bytes >= task.task_bytes and not poll.leaving:
                 self._submit_claim(poll)
                 poll.wake()
                 return
-        for poll in fitting:
-            poll.missed = True
 
     def has_poller(self, version_hash: str) -> bool:
         """Whether a worker polls for the version, or did within the last two seconds."""
@@ -215,6 +245,7 @@ class Polls:
 
     def look_again(self) -> None:
         """Make every waiting poll ask the store again, since nobody knows what was stored."""
+        self._due.clear()
         for polls in self._polls.values():
             for poll in polls:
                 if poll.claim is None:

@@ -334,6 +334,40 @@ async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
 
 
+async def test_poll_asks_the_store_once_until_a_task_comes(engine: Engine) -> None:
+    await engine.register({"a": []})
+    for _ in range(3):
+        assert await engine.poll(wait_ms=0) is None
+    assert engine.claims == 1
+    assert engine.polls.take_due("w1", ("v1",), LARGE) is None
+    await engine.start()
+    await engine.task(engine.poll(wait_ms=0))
+    assert engine.claims == 2
+
+
+async def test_large_task_that_came_while_a_small_poll_asked_is_found_by_a_large_one(engine: Engine) -> None:
+    await engine.register({"a": []})
+    small = engine.poll("small", wait_ms=0, max_bytes=1000)
+    await turns(1)
+    assert engine.claims == 1, "the poll does not ask yet"
+    start = asyncio.create_task(engine.start(input_json=json.dumps("x" * 5000)))
+    assert await small is None
+    assert (await engine.task(engine.poll("large", wait_ms=0))).execution_id == await start
+
+
+async def test_task_that_another_poll_took_while_a_worker_asked_is_counted_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    idle = engine.poll("w1")
+    await until_idle(engine, idle)
+    claim = engine.polls.take_due("w2", ("v1", "v2"), LARGE)
+    assert claim is not None
+    start = asyncio.create_task(engine.start())
+    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    assert (await engine.task(idle)).execution_id == await start
+    later = await engine.start()
+    assert (await engine.task(engine.poll(wait_ms=0))).execution_id == later
+
+
 async def test_a_task_that_came_while_a_poll_asked_is_found(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
