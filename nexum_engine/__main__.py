@@ -43,7 +43,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.location import DEFAULT_DATABASE_URL, default_database_url
 from nexum_engine.records import Execution
-from nexum_engine.store import database_exists, open_store
+from nexum_engine.store import database_exists, executions, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -199,7 +199,10 @@ async def _open_database(args: argparse.Namespace, url: str, tried: str = "") ->
         raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that one, with --nexum HOST:PORT") from error
     try:
         return await _answer(
-            args, store.list_executions, lambda one: store.get_execution(one, True), store.cancel_execution
+            args,
+            lambda workflow_id, status, limit: store.run(executions.list_executions, workflow_id, status, limit),
+            lambda one: store.run(executions.get_execution, one, True),
+            lambda one: store.run(executions.cancel_execution, one),
         )
     finally:
         await store.close()
@@ -212,8 +215,8 @@ async def _answer(
     cancel_execution: Callable[[str], Awaitable[Any]],
 ) -> str:
     if args.command == "ps":
-        executions = await list_executions(args.workflow, args.status, args.limit)
-        return report.as_json(executions) if args.json else report.table(executions, SystemClock().now_ms())
+        found = await list_executions(args.workflow, args.status, args.limit)
+        return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
     if args.command == "show":
         execution = await get_execution(args.execution)
         return report.as_json(execution) if args.json else report.details(execution)

@@ -6,11 +6,11 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import grpc
 from pydantic import BaseModel, ValidationError
@@ -73,7 +73,11 @@ _OPTIONS = (
 )
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+# A method of the stub that is connected when the call is made.
+Method: TypeAlias = "Callable[[NexumServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]]"
 
 
 @dataclass(frozen=True)
@@ -221,14 +225,21 @@ class NexumClient:
             await channel.close()
         return None
 
-    async def _call(self, send: Callable[[float], Awaitable[T]], *, wait: float = 0.0, patience: float = 0.0) -> T:
+    async def _call(
+        self,
+        method: Method[Request, Answer],
+        request: Request,
+        *,
+        wait: float = 0.0,
+        patience: float = 0.0,
+    ) -> Answer:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
         while True:
             try:
                 if self._is_lost or self._connected is None:
                     await self.reach()
-                answer = await send(CALL_DEADLINE + wait)
+                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + wait)
             except grpc.RpcError as rpc_error:
                 error = error_of(rpc_error, self.address)
                 self._is_lost = isinstance(error, ServerUnavailable)
@@ -246,9 +257,7 @@ class NexumClient:
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """What the server tells of itself; None if it is one of the published contract, which tells nothing."""
         try:
-            answer = await self._call(
-                lambda t: self._stub.GetServerInfo(pb.EmptyRequest(), timeout=t), patience=patience
-            )
+            answer = await self._call(lambda stub: stub.GetServerInfo, pb.EmptyRequest(), patience=patience)
         except NotANexumServer:
             await self.ping()
             return None
@@ -258,14 +267,14 @@ class NexumClient:
 
     async def ping(self, *, patience: float = 0.0) -> None:
         """Return if a Nexum server answers."""
-        await self._call(lambda t: self._stub.ListExecutions(pb.ListRequest(limit=1), timeout=t), patience=patience)
+        await self._call(lambda stub: stub.ListExecutions, pb.ListRequest(limit=1), patience=patience)
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
         """Make the workflow's version known to the server. Raises Conflict if its hash has another definition there."""
         request = pb.WorkflowIR(
             workflow_id=workflow.workflow_id, version_hash=workflow.version_hash, ir_json=workflow.ir_json
         )
-        answer = await self._call(lambda t: self._stub.RegisterWorkflow(request, timeout=t), patience=patience)
+        answer = await self._call(lambda stub: stub.RegisterWorkflow, request, patience=patience)
         return Compatibility(answer.compatibility)
 
     async def start_execution(
@@ -304,9 +313,7 @@ class NexumClient:
         )
         try:
             answer = await self._call(
-                lambda t: self._stub.StartExecution(request, timeout=t),
-                wait=wait,
-                patience=patience if idempotency_key else 0.0,
+                lambda stub: stub.StartExecution, request, wait=wait, patience=patience if idempotency_key else 0.0
             )
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
@@ -326,9 +333,7 @@ class NexumClient:
                     execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
                 )
                 try:
-                    answer = await self._call(
-                        lambda t: self._stub.GetExecution(request, timeout=t), wait=wait, patience=patience
-                    )
+                    answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
                     return Observed(_execution(answer), answer.has_poller)
                 except NotANexumServer:
                     self._fall_back()
@@ -348,7 +353,7 @@ class NexumClient:
         start = loop.time()
         request = pb.StatusRequest(execution_id=execution_id)
         while True:
-            answer = await self._call(lambda t: self._stub.GetStatus(request, timeout=t), patience=patience)
+            answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
                 return Observed(_execution_of_status(execution_id, answer), None)
@@ -380,7 +385,7 @@ class NexumClient:
             with_nodes=with_nodes,
         )
         try:
-            answer = await self._call(lambda t: self._stub.ListExecutions(request, timeout=t), patience=patience)
+            answer = await self._call(lambda stub: stub.ListExecutions, request, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(before) from error
         return [
@@ -402,24 +407,16 @@ class NexumClient:
     async def cancel_execution(self, execution_id: str) -> None:
         """End a running execution. Raises ExecutionNotFound, Conflict if it ended otherwise."""
         try:
-            await self._call(
-                lambda t: self._stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=t)
-            )
+            await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
-    async def poll_task(
-        self, worker_id: str, version_hashes: Sequence[str], *, wait: float, slot: str = ""
-    ) -> Task | None:
-        """Take a task of one of the versions, waiting for one up to `wait` seconds.
-
-        A worker that names its `slot` is handed the same task again if the answer that had it was lost. Name a slot
-        only when every task received on it has been reported.
-        """
-        request = _poll_request(worker_id, version_hashes, wait, slot)
-        answer = await self._call(lambda t: self._stub.PollTask(request, timeout=t), wait=wait)
+    async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
+        """Take a task of one of the versions, waiting for one up to `wait` seconds."""
+        request = _poll_request(worker_id, version_hashes, wait)
+        answer = await self._call(lambda stub: stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
 
     async def complete_task(
@@ -427,10 +424,10 @@ class NexumClient:
         task_id: str,
         output_json: str,
         *,
-        then_take: tuple[str, Sequence[str], str] | None = None,
+        then_take: tuple[str, Sequence[str]] | None = None,
         patience: float = 0.0,
     ) -> Task | None:
-        """Report a result. With `then_take`, a worker id, versions and a slot, also take a task of these if one is due.
+        """Report a result. With `then_take`, a worker id and versions, also take a task of these if one is due.
 
         Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
         """
@@ -438,21 +435,25 @@ class NexumClient:
         request = pb.CompleteRequest(
             task_id=task_id,
             output_json=output_json,
-            next=None if then_take is None else _poll_request(then_take[0], then_take[1], 0.0, then_take[2]),
+            next=None if then_take is None else _poll_request(*then_take, 0.0),
         )
-        answer = await self._report(task_id, lambda t: self._stub.CompleteTask(request, timeout=t), patience)
+        answer = await self._report(task_id, lambda stub: stub.CompleteTask, request, patience)
         return None if then_take is None else _task(answer.next, then_take[1])
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
         """Report a failure; a `final` one is not retried. Raises StaleTask."""
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
-        await self._report(task_id, lambda t: self._stub.FailTask(request, timeout=t), patience)
+        await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(
-        self, task_id: str, send: Callable[[float], Awaitable[pb.AckResponse]], patience: float
+        self,
+        task_id: str,
+        method: Method[Request, pb.AckResponse],
+        request: Request,
+        patience: float,
     ) -> pb.AckResponse:
         try:
-            return await self._call(send, patience=patience)
+            return await self._call(method, request, patience=patience)
         except NotFound as error:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
@@ -476,14 +477,13 @@ def _info(answer: pb.ServerInfo) -> ServerInfo:
     return ServerInfo(answer.database, answer.embedded)
 
 
-def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float, slot: str) -> pb.PollRequest:
+def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:
     return pb.PollRequest(
         worker_id=worker_id,
         version_hash=version_hashes[0],
         more_version_hashes=version_hashes[1:],
         wait_ms=round(wait * 1000),
         max_task_bytes=2**40,
-        slot=slot,
     )
 
 

@@ -68,9 +68,11 @@ class Heartbeat:
         self._on_lost = on_lost
         self._told: tuple[type[NexumError], float] | None = None
         self._wake = asyncio.Event()
+        self._is_urgent = False
 
     def beat(self) -> None:
-        """Tell the server now, and not when the next beat is due."""
+        """Beat now and again soon: two beats in a row tell the server which tasks have never arrived."""
+        self._is_urgent = True
         self._wake.set()
 
     async def run(self) -> None:
@@ -104,10 +106,13 @@ class Heartbeat:
         call = self._client.worker_stream()
         call.add_done_callback(self._stream_ended)
         timeout = FIRST_ACK_TIMEOUT
-        is_first = True
+        # What was handed out around a reconnection has the short lease of a worker that was cut off, and may have come
+        # too late to be named in the first beat.
+        self._is_urgent = True
         try:
             while True:
                 self._wake.clear()
+                again_soon, self._is_urgent = self._is_urgent, False
                 ack = await self._exchange(call, timeout)
                 if ack is None:
                     return
@@ -118,10 +123,7 @@ class Heartbeat:
                     self._on_connected()
                 interval = max(ack.lease_ms, MIN_LEASE_MS) / 3000
                 timeout = max(interval, MIN_ACK_TIMEOUT)
-                # What was handed out around a reconnection has the short lease of a worker that was cut off, and may
-                # have come too late to be named in the first beat.
-                await self._sleep(min(interval, SECOND_BEAT_AFTER) if is_first else interval)
-                is_first = False
+                await self._sleep(min(interval, SECOND_BEAT_AFTER) if again_soon else interval)
         finally:
             call.cancel()
 

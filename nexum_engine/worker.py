@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -75,22 +75,11 @@ class Binding:
     handlers: Mapping[str, Handler]
 
 
-class _Slot:
-    """Takes one task at a time, and has a name for the server that no other slot anywhere has."""
-
-    def __init__(self) -> None:
-        self.rename()
-
-    def rename(self) -> None:
-        """Be another slot: what it was handed before is not its own any more."""
-        self.name = uuid.uuid4().hex
-
-
 class Worker:
     """Runs tasks of some workflows until it is told to stop, then finishes what it holds.
 
     `describe` names a task in the log; `after_report` is called when a report was acknowledged and before the slot
-    polls again. `worker_id` defaults to one that names host and process.
+    polls again. `worker_id` defaults to one that names host and process; no two workers may share one.
     """
 
     def __init__(
@@ -208,7 +197,6 @@ class Worker:
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        slot = _Slot()
         versions = list(self._bindings)
         turn = 0
         while True:
@@ -220,8 +208,10 @@ class Worker:
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
-                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT, slot=slot.name))
+                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
             except ServerUnavailable:
+                # A task may have been in an answer that was lost.
+                self._heartbeat.beat()
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
             except ServerFault as error:
@@ -231,7 +221,7 @@ class Worker:
             if task is None and not self._streams:
                 await asyncio.sleep(SHORT_POLL_INTERVAL)
             while task is not None:
-                task = await self._hold(slot, task)
+                task = await self._hold(task)
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """What the server answers. Once the worker is told to stop, it has a few seconds: then ServerUnavailable."""
@@ -249,15 +239,15 @@ class Worker:
         finally:
             calling.cancel()
 
-    async def _hold(self, slot: _Slot, task: Task) -> Task | None:
+    async def _hold(self, task: Task) -> Task | None:
         """Run a task; the next one, if the report brought one back."""
         self._heartbeat.held.add(task.task_id)
         try:
-            return await self._run_task(slot, task)
+            return await self._run_task(task)
         finally:
             self._heartbeat.held.discard(task.task_id)
 
-    async def _run_task(self, slot: _Slot, task: Task) -> Task | None:
+    async def _run_task(self, task: Task) -> Task | None:
         loop = asyncio.get_running_loop()
         start = loop.time()
         context = _context(task)
@@ -272,8 +262,8 @@ class Worker:
             reason = _reason(error)
             report = self._failure(task, reason, final=final)
             outcome = "failed, for good" if final else "failed"
-            return await self._report(slot, task, what, start, report, outcome, reason)
-        return await self._report(slot, task, what, start, self._success(slot, task, output), "finished")
+            return await self._report(task, what, start, report, outcome, reason)
+        return await self._report(task, what, start, self._success(task, output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Raises NotFound for a node that isn't bound: two workflows can have one version hash, if it isn't ours."""
@@ -311,22 +301,30 @@ class Worker:
         jsontext.check_size(text, "the result")
         return text
 
-    async def _success(self, slot: _Slot, task: Task, output: str) -> Task | None:
-        # Who wants to act between a report and the next task gets the chance.
-        more = not self._told_to_stop.is_set() and self._after_report is None
-        then_take = (self.worker_id, list(self._bindings), slot.name) if more else None
+    async def _success(self, task: Task, output: str) -> Task | None:
         try:
-            return await self._client.complete_task(task.task_id, output, then_take=then_take, patience=REPORT_PATIENCE)
+            return await self._complete(task, output)
         except InvalidRequest as error:
             await self._failure(task, f"the server refused the result: {error}", final=True)
             raise
+
+    async def _complete(self, task: Task, output: str) -> Task | None:
+        # Who wants to act between a report and the next task gets the chance.
+        more = not self._told_to_stop.is_set() and self._after_report is None
+        then_take = (self.worker_id, list(self._bindings)) if more else None
+        complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
+        try:
+            return await complete()
+        except ServerUnavailable:
+            # The next task may have been in an answer that was lost.
+            self._heartbeat.beat()
+            return await complete(patience=REPORT_PATIENCE)
 
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
 
     async def _report(
         self,
-        slot: _Slot,
         task: Task,
         what: str,
         start: float,
@@ -346,8 +344,6 @@ class Worker:
             reason = f"refused by the server: {error}"
         except NexumError as error:
             reason = f"not reported, it will be run again: {error}"
-            # As another attempt, so that there is an end to it.
-            slot.rename()
         seconds = asyncio.get_running_loop().time() - start
         level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())

@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.dispatch import Dispatch
-from nexum_engine.store import Store
+from nexum_engine.server.polls import Polls
+from nexum_engine.server.waiters import Waiters
+from nexum_engine.store import Store, leases
 from nexum_engine.store.results import Changed
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
@@ -27,9 +28,10 @@ logger = logging.getLogger(__name__)
 class Liveness:
     """Keeps the leases of connected workers, and sweeps up those that ran out."""
 
-    def __init__(self, store: Store, dispatch: Dispatch, clock: Clock, lease_ms: int) -> None:
+    def __init__(self, store: Store, polls: Polls, waiters: Waiters, clock: Clock, lease_ms: int) -> None:
         self._store = store
-        self._dispatch = dispatch
+        self._polls = polls
+        self._waiters = waiters
         self._clock = clock
         self._lease_ms = lease_ms
         self._streams: dict[str, object] = {}
@@ -41,7 +43,7 @@ class Liveness:
 
     async def start(self) -> None:
         """Give the workers of before a restart time to come back, and begin to sweep."""
-        await self._store.restart(RESTART_GRACE_MS, 2 * self._lease_ms)
+        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:
@@ -55,6 +57,7 @@ class Liveness:
         """One worker's stream, until it breaks or the server stops."""
         worker_id = ""
         token = object()
+        unnamed: frozenset[str] = frozenset()
         incoming = aiter(requests)
         try:
             while True:
@@ -64,16 +67,21 @@ class Liveness:
                 if not worker_id:
                     worker_id = check_id(beat.worker_id, "worker_id")
                     self._streams[worker_id] = token
-                    self._dispatch.worker_connected(worker_id)
+                    self._polls.worker_connected(worker_id)
                 if beat.draining:
-                    self._dispatch.drain(worker_id)
-                await self._store.renew(worker_id, tuple(beat.task_ids), self._lease_ms)
+                    self._polls.drain(worker_id)
+                unnamed_before = unnamed
+                unnamed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                # One beat may have been sent before the answer that has the task arrived. The next one is sent after
+                # the acknowledgement of the first has arrived, which was sent after that answer.
+                if never_arrived := unnamed & unnamed_before:
+                    await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
             # A worker that came back on a new stream keeps what it has.
             if worker_id and self._streams.get(worker_id) is token:
                 del self._streams[worker_id]
-                self._dispatch.worker_disconnected(worker_id)
+                self._polls.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
 
@@ -94,7 +102,7 @@ class Liveness:
 
     def _disconnected(self, worker_id: str) -> None:
         # Submitted here and now: behind a beat of the worker's next stream it would take the lease from a live worker.
-        stored = asyncio.ensure_future(self._store.disconnect(worker_id, RECONNECT_GRACE_MS))
+        stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
     def _count_grace(self, stored: asyncio.Future[None]) -> None:
@@ -116,9 +124,9 @@ class Liveness:
 
     def _apply(self, changed: Changed) -> None:
         for ready in changed.ready:
-            self._dispatch.task_ready(ready)
+            self._polls.task_ready(ready)
         for execution in changed.ended:
-            self._dispatch.execution_ended(execution)
+            self._waiters.execution_ended(execution)
         if changed.retry_ms is not None:
             self.due_at(changed.retry_ms)
 
@@ -138,7 +146,7 @@ class Liveness:
             self._due_ms = None
             now_ms = self._clock.now_ms()
             try:
-                swept = await self._store.sweep(self._swept_until_ms)
+                swept = await self._store.run(leases.sweep, self._swept_until_ms)
             except Exception as error:
                 fault = None if isinstance(error, StoreUnavailable) else error
                 logger.warning("could not sweep the leases; trying again in 1 s", exc_info=fault)

@@ -14,9 +14,10 @@ from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.location import address_file, remove_address, write_address
-from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
@@ -75,10 +76,11 @@ async def run_server(
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
         lease_ms = round(lease * 1000)
-        dispatch = Dispatch(store, clock, lease_ms)
-        liveness = Liveness(store, dispatch, clock, lease_ms)
-        store.on_unknown = dispatch.look_again
-        servicer = NexumServicer(store, dispatch, liveness, embedded=embedded)
+        polls = Polls(store, clock, lease_ms)
+        waiters = Waiters()
+        liveness = Liveness(store, polls, waiters, clock, lease_ms)
+        store.on_unknown = [polls.look_again, waiters.look_again]
+        servicer = NexumServicer(store, polls, waiters, liveness, embedded=embedded)
         server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
         address = f"{address.rpartition(':')[0]}:{port}"
         database = Path(store.opened_as)
@@ -96,7 +98,8 @@ async def run_server(
             # First, so that nobody is led to a server that is about to end.
             remove_address(database)
             # grpc waits for calls under way, so those that only wait are answered first.
-            await dispatch.stop()
+            waiters.stop()
+            await polls.stop()
             await liveness.stop()
             await server.stop(STOP_GRACE)
         if store.failed.done():

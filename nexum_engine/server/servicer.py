@@ -16,9 +16,10 @@ import grpc
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
-from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
-from nexum_engine.store import Store
+from nexum_engine.server.polls import Polls
+from nexum_engine.server.waiters import Waiters
+from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import refusal
@@ -75,10 +76,13 @@ def _time(ms: int) -> str:
 class NexumServicer(NexumServiceServicer):
     """proto/nexum.proto, on a store."""
 
-    def __init__(self, store: Store, dispatch: Dispatch, liveness: Liveness, *, embedded: bool = False) -> None:
+    def __init__(
+        self, store: Store, polls: Polls, waiters: Waiters, liveness: Liveness, *, embedded: bool = False
+    ) -> None:
         self._embedded = embedded
         self._store = store
-        self._dispatch = dispatch
+        self._polls = polls
+        self._waiters = waiters
         self._liveness = liveness
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
@@ -93,7 +97,9 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
-        result = await self._store.register_workflow(request.workflow_id, request.version_hash, request.ir_json)
+        result = await self._store.run(
+            executions.register_workflow, request.workflow_id, request.version_hash, request.ir_json
+        )
         message = {
             Compatibility.NEW: "the workflow's first version",
             Compatibility.IDENTICAL: "nothing changed",
@@ -109,12 +115,16 @@ class NexumServicer(NexumServiceServicer):
         if request.owner:
             return await self._start_owned(request)
         starting = asyncio.ensure_future(
-            self._store.start_execution(
-                request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
+            self._store.run(
+                executions.start_execution,
+                request.workflow_id,
+                request.version_hash,
+                request.input_json,
+                request.idempotency_key,
             )
         )
         # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
-        self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+        self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
         ended = await self._end_of(started.execution_id, wait)
@@ -127,20 +137,21 @@ class NexumServicer(NexumServiceServicer):
 
     async def _start_owned(self, request: pb.StartRequest) -> pb.StartResponse:
         starting = asyncio.ensure_future(
-            self._store.start_owned(
+            self._store.run(
+                tasks.start_owned,
                 request.workflow_id,
                 request.version_hash,
                 request.input_json,
                 request.idempotency_key,
                 request.owner,
-                *self._dispatch.lease_of(request.owner),
+                *self._polls.lease_of(request.owner),
                 request.held_task_id,
             )
         )
         # Its lease has to be watched also if the caller is gone before the answer.
         starting.add_done_callback(lambda _: self._liveness.task_handed_out())
         started = await asyncio.shield(starting)
-        ended = await self._store.get_execution(started.execution_id) if started.status.ended else None
+        ended = await self._store.run(executions.get_execution, started.execution_id) if started.status.ended else None
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -152,16 +163,16 @@ class NexumServicer(NexumServiceServicer):
     def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
-        self._dispatch.execution_started(done.result().execution_id)
+        self._waiters.execution_started(done.result().execution_id)
         # One was announced when it was submitted.
         for _ in range(done.result().ready - 1):
-            self._dispatch.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+            self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
-        worker_id, versions, max_bytes, slot = _asked(request)
+        worker_id, versions, max_bytes = _asked(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
-        task = await self._dispatch.next_task(worker_id, versions, max_bytes, wait_ms, slot)
+        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
         return self._hand_out(task, context)
 
     def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
@@ -169,16 +180,15 @@ class NexumServicer(NexumServiceServicer):
             return pb.PollResponse(has_task=False)
         self._liveness.task_handed_out()
         if context.cancelled():
-            self._dispatch.give_back(task)
+            self._polls.give_back(task)
         return _task_message(task)
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
-        self._dispatch.reported(request.task_id)
-        completed = self._store.complete_task(request.task_id, request.output_json)
+        completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
         # Submitted behind the report, so that both are in one transaction.
-        claim = None if asked is None else self._dispatch.take_due(*asked)
+        claim = None if asked is None else self._polls.take_due(*asked)
         try:
             await self._liveness.carry_out(completed)
             if claim is None:
@@ -187,25 +197,26 @@ class NexumServicer(NexumServiceServicer):
             claim = None
         finally:
             if claim is not None:
-                self._dispatch.release(claim)
+                self._polls.release(claim)
         return pb.AckResponse(ok=True, next=self._hand_out(task, context))
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        self._dispatch.reported(request.task_id)
-        await self._liveness.carry_out(self._store.fail_task(request.task_id, request.error_message, request.final))
+        await self._liveness.carry_out(
+            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final)
+        )
         return pb.AckResponse(ok=True)
 
     @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
-        size = await self._store.output_bytes(request.execution_id)
+        size = await self._store.run(executions.output_bytes, request.execution_id)
         if size > DEFAULT_CLIENT_BYTES:
             raise TooLarge(
                 f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can carry to "
                 f"a default client ({DEFAULT_CLIENT_BYTES:,}): ask with GetExecution"
             )
-        execution = await self._store.get_execution(request.execution_id)
+        execution = await self._store.run(executions.get_execution, request.execution_id)
         outputs = ",".join(
             f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
         )
@@ -216,16 +227,16 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.execution_id, "execution_id")
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
         if execution is None or request.with_attempts:
-            execution = await self._store.get_execution(request.execution_id, request.with_attempts)
-        return _execution_message(execution, self._dispatch.has_poller(execution.version_hash))
+            execution = await self._store.run(executions.get_execution, request.execution_id, request.with_attempts)
+        return _execution_message(execution, self._polls.has_poller(execution.version_hash))
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """The execution, if it ends within `wait` seconds."""
         if not wait:
             return None
-        with self._dispatch.watch(execution_id) as ended:
-            if not self._dispatch.is_running(execution_id):
-                execution = await self._store.get_execution(execution_id)
+        with self._waiters.watch(execution_id) as ended:
+            if not self._waiters.is_running(execution_id):
+                execution = await self._store.run(executions.get_execution, execution_id)
                 if execution.status.ended:
                     return execution
             await asyncio.wait({ended}, timeout=wait)
@@ -234,7 +245,8 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        executions = await self._store.list_executions(
+        found = await self._store.run(
+            executions.list_executions,
             request.workflow_id,
             request.status,
             limit,
@@ -257,19 +269,19 @@ class NexumServicer(NexumServiceServicer):
                     input_json=execution.input_json,
                     nodes=_node_messages(execution),
                 )
-                for execution in executions
+                for execution in found
             ]
         )
 
     @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(self._store.cancel_execution(request.execution_id))
+        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id))
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
-        versions = await self._store.workflow_versions(request.workflow_id)
+        versions = await self._store.run(executions.workflow_versions, request.workflow_id)
         return pb.ListVersionsResponse(
             versions=[
                 pb.VersionInfo(
@@ -300,7 +312,7 @@ class NexumServicer(NexumServiceServicer):
     async def _nothing_to_decide(self, execution_id: str, node_id: str) -> NotFound:
         check_id(execution_id, "execution_id")
         check_id(node_id, "node_id")
-        await self._store.get_execution(execution_id)
+        await self._store.run(executions.get_execution, execution_id)
         return NotFound(f"node {node_id!r} of execution {execution_id} waits for no approval")
 
     async def WorkerStream(
@@ -322,16 +334,15 @@ def _wait_seconds(wait_ms: int) -> float:
     return min(wait_ms, MAX_WAIT_MS) / 1000
 
 
-def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int, str]:
-    """Who polls, for which versions, how large a task may be, and for which of its slots."""
+def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
+    """Who polls, for which versions, and how large a task may be."""
     check_id(request.worker_id, "worker_id")
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:
         check_id(version_hash, "version_hash")
     if request.max_task_bytes < 0:
         raise InvalidRequest("max_task_bytes can't be negative")
-    slot = check_id(request.slot, "slot") if request.slot else ""
-    return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES, slot
+    return request.worker_id, versions, request.max_task_bytes or DEFAULT_CLIENT_BYTES
 
 
 def _task_message(task: Task) -> pb.PollResponse:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from nexum_engine import scheduling
 from nexum_engine.records import Outcome
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.results import Changes, ReadyTask, Swept
+from nexum_engine.store.results import Changed, Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
@@ -17,11 +17,22 @@ OWNER_RESTART_GRACE_MS = 500
 second, and a late one loses nothing unless another one came."""
 
 
-def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> None:
-    """Extend the leases of what a worker says that it holds."""
+def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> frozenset[str]:
+    """Extend the leases of what a worker says that it holds; the ids of what it was handed besides."""
     until_ms = db.now_ms + lease_ms
     for task_id in task_ids:
-        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms, streamed=1)
+        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
+    return frozenset(row["task_id"] for row in db.all("handed_out", worker_id=worker_id)).difference(task_ids)
+
+
+def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
+    """End attempts that a worker was handed and does not have."""
+    changes = Changes()
+    reason = f"worker {worker_id} does not have the task: two of its signs of life in a row did not name it"
+    for row in db.all("handed_out", worker_id=worker_id):
+        if row["task_id"] in task_ids:
+            _lose(db, row, Outcome.LOST, reason, changes)
+    return changes.freeze()
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
@@ -61,8 +72,12 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
         Outcome.EXPIRED: f"worker {worker_id} gave no sign of life for longer than its lease",
         Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not come back",
     }[outcome]
+    _lose(db, row, outcome, reason, changes)
+
+
+def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
     if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
-        return  # another attempt that ran out in this sweep has ended the execution, and this one with it
+        return  # another attempt that was lost just now has ended the execution, and this one with it
     # Nobody takes an owned node over unless a person starts it again, so it can't kill one worker after the other.
     lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
     counts = {"failed": 0, "lost": lost}

@@ -112,15 +112,6 @@ LEFT JOIN attempts ON attempts.execution_id = nodes.execution_id AND attempts.no
                   AND attempts.attempt = nodes.attempts
 WHERE nodes.execution_id = :execution_id;
 
--- name: task_under_way
--- What a worker was handed under a task id and has not reported.
-SELECT nodes.execution_id, nodes.node_id, node_type, dependencies, attempts.attempt, nodes.version_hash, task_bytes,
-       workflow_id, idempotency_key, input_json
-FROM attempts
-JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
-JOIN executions ON executions.execution_id = attempts.execution_id
-WHERE attempts.task_id = :task_id AND attempts.worker_id = :worker_id AND attempts.outcome = 'RUNNING';
-
 -- name: say_why_waiting
 -- Note on a READY node what it waits for.
 UPDATE nodes SET error = :error
@@ -208,9 +199,17 @@ UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE execution_id = :execution_id AND status = 'RUNNING';
 
 -- name: renew_lease
--- A worker says on its stream that it holds the task still, or is handed it again.
-UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = :streamed
+-- A worker says on its stream that it holds the task still.
+UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
+
+-- name: handed_out
+-- What a worker was handed and has not reported, in the same columns as expired_attempts. An owner gets its task from its
+-- next start, so nothing of that is lost on the way.
+SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
+       attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
+FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
+WHERE attempts.worker_id = :worker_id AND attempts.outcome = 'RUNNING' AND NOT nodes.owned;
 
 -- name: shorten_leases
 -- A worker's connection broke: what it holds is lost unless it comes back in time.

@@ -44,8 +44,6 @@ class Claim:
 
     task: Task | None = None
     oversized: ReadyTask | None = None
-    again: bool = False
-    """The task was handed to the same slot before, in an answer that was lost."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +24,7 @@ from nexum_engine.location import database_path
 from nexum_engine.store.base import Store
 from nexum_engine.store.db import Db, Row, load_queries
 
+P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -106,12 +107,12 @@ class SqliteStore(Store):
     def failed(self) -> asyncio.Future[str]:
         return self._failed
 
-    def submit(self, transition: Callable[[Db], T]) -> Awaitable[T]:
+    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closed or self._failed.done():
             future.set_exception(StoreUnavailable("the server is stopping: ask again when it is back"))
             return future
-        self._waiting.append(_Submission(transition, future))
+        self._waiting.append(_Submission(lambda db: transition(db, *args, **kwargs), future))
         if self._pump is None:
             self._pump = self._loop.create_task(self._write_waiting())
         return future
@@ -208,8 +209,8 @@ class SqliteStore(Store):
                 if not submission.future.done():
                     submission.future.set_exception(error.for_caller())
             self._waiting = []
-        if self.on_unknown is not None:
-            self.on_unknown()
+        for look_again in self.on_unknown:
+            look_again()
 
     def _reopen(self) -> sqlite3.Connection:
         with contextlib.suppress(sqlite3.Error):  # the connection is given up; its error is known already

@@ -28,20 +28,8 @@ def claim(
     max_bytes: int,
     lease_ms: int,
     streamed: bool,
-    unanswered: str,
 ) -> Claim:
-    """Hand the task that has been due the longest to a worker, as a new attempt with a lease.
-
-    `unanswered` is the id of the task that the asking slot was handed before and would have reported if it had it, or
-    empty: as long as that attempt is the worker's, it is handed out again as it is.
-    """
-    node = db.one("task_under_way", task_id=unanswered, worker_id=worker_id) if unanswered else None
-    if node is not None and node["version_hash"] in version_hashes and node["task_bytes"] <= max_bytes:
-        until_ms = db.now_ms + lease_ms
-        db.run(
-            "renew_lease", task_id=unanswered, worker_id=worker_id, lease_expires_ms=until_ms, streamed=int(streamed)
-        )
-        return Claim(_task(db, node, unanswered, node["attempt"]), again=True)
+    """Hand the task that has been due the longest to a worker, as a new attempt with a lease."""
     candidates = [
         row
         for version_hash in version_hashes

@@ -158,17 +158,12 @@ class PollRequest(google.protobuf.message.Message):
     WAIT_MS_FIELD_NUMBER: builtins.int
     MAX_TASK_BYTES_FIELD_NUMBER: builtins.int
     MORE_VERSION_HASHES_FIELD_NUMBER: builtins.int
-    SLOT_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     version_hash: builtins.str
     wait_ms: builtins.int
     """Addition: how long the server may hold the call until a task is ready. 0: it answers at once."""
     max_task_bytes: builtins.int
     """Addition: the largest input_json that the worker can receive, in bytes. 0: what a default gRPC client takes."""
-    slot: builtins.str
-    """Addition: which of the worker's slots asks; a slot takes one task at a time. If it was handed a task that is not
-    reported, it never had that answer, and is handed the same attempt again.
-    """
     @property
     def more_version_hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Addition: further versions that the worker runs."""
@@ -181,9 +176,8 @@ class PollRequest(google.protobuf.message.Message):
         wait_ms: builtins.int = ...,
         max_task_bytes: builtins.int = ...,
         more_version_hashes: collections.abc.Iterable[builtins.str] | None = ...,
-        slot: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_task_bytes", b"max_task_bytes", "more_version_hashes", b"more_version_hashes", "slot", b"slot", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_task_bytes", b"max_task_bytes", "more_version_hashes", b"more_version_hashes", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "worker_id", b"worker_id"]) -> None: ...
 
 global___PollRequest = PollRequest
 
@@ -752,7 +746,9 @@ class WorkerBeat(google.protobuf.message.Message):
     """The worker takes no more tasks: its waiting polls are answered."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds."""
+        """Every task that the worker holds. A task that it was handed and that two beats in a row don't name never reached it,
+        and is handed out again.
+        """
 
     def __init__(
         self,

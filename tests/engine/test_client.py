@@ -12,6 +12,7 @@ from engine_server import EngineServer, engine_server, is_full
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerNotReady
 from nexum_engine.records import ExecutionStatus
+from nexum_engine.store import executions
 from nexum_engine.workflow import workflow
 
 SOON = 10.0  # seconds
@@ -27,12 +28,12 @@ async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
 async def test_a_start_is_sent_again_only_if_its_key_keeps_it_from_starting_twice(server: EngineServer) -> None:
     async with NexumClient(server.address) as client:
         await client.register_workflow(ONE)
-        server.watch("start_execution", is_full, is_full)
+        server.watch(executions.start_execution, is_full, is_full)
         with pytest.raises(ServerNotReady):
             await client.start_execution(ONE, {}, patience=SOON)
-        assert server.calls["start_execution"] == 1
+        assert server.calls[executions.start_execution] == 1
         await client.start_execution(ONE, {}, idempotency_key="k", patience=SOON)
-        assert server.calls["start_execution"] == 3
+        assert server.calls[executions.start_execution] == 3
 
 
 async def test_a_call_asks_the_server_for_no_longer_wait_than_it_grants(

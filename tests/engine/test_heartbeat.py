@@ -22,9 +22,10 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, Heartbeat
+from nexum_engine.heartbeat import MIN_ACK_TIMEOUT, SECOND_BEAT_AFTER, Heartbeat
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, Outcome
+from nexum_engine.store import executions, leases
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
 
@@ -69,10 +70,10 @@ async def until(happened: Callable[[], bool]) -> None:
 
 
 async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server: EngineServer) -> None:
-    server.watch("renew", raises, raises)
+    server.watch(leases.renew, raises, raises)
     async with beating(server.address) as beats:
         await beats.connected()
-        assert server.calls["renew"] > 2
+        assert server.calls[leases.renew] > 2
         # Twice the same is told once.
         assert [type(error) for error in beats.lost] == [ServerFault]
         assert "its log has it under" in str(beats.lost[0])
@@ -81,7 +82,7 @@ async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server
 async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
     server: EngineServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.watch("renew", is_full)
+    server.watch(leases.renew, is_full)
     stop = asyncio.Event()
 
     async def handler(task: TaskContext) -> str:
@@ -93,11 +94,11 @@ async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
         assert (await client.start_execution(ONE, {}, wait=SOON)).ended is not None
         stop.set()
         await asyncio.wait_for(worker, SOON)
-        server.watch("list_executions", is_full, is_full)
+        server.watch(executions.list_executions, is_full, is_full)
         with pytest.raises(ServerNotReady, match="can't do it now: the database could not confirm"):
             await client.list_executions()
         assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
-        assert server.calls["list_executions"] == 3
+        assert server.calls[executions.list_executions] == 3
     (line,) = [one.getMessage() for one in caplog.records if one.name == "nexum_engine.worker"]
     assert line.startswith(
         f"not connected to {server.address}, trying again: the Nexum server on {server.address} can't"
@@ -114,10 +115,10 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
     server: EngineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.2)
-    server.watch("renew", hangs)
+    server.watch(leases.renew, hangs)
     async with beating(server.address) as beats:
         await beats.connected()
-        assert server.calls["renew"] >= 2
+        assert server.calls[leases.renew] >= 2
         assert [str(error) for error in beats.lost] == [
             f"the server on {server.address} did not answer a sign of life within 0.2 s"
         ]
@@ -126,9 +127,9 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
 async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease_runs_out(tmp_path: Path) -> None:
     async with engine_server(tmp_path, lease=4.5) as server, beating(server.address) as beats:
         await beats.connected()
-        server.watch("renew", hangs)
+        server.watch(leases.renew, hangs)
         beats.heart.beat()
-        await until(lambda: server.calls["renew"] >= 2)
+        await until(lambda: server.calls[leases.renew] >= 2)
         await beats.connected()
         assert [type(error) for error in beats.lost] == [ServerError]
         assert "within 1.5 s" in str(beats.lost[0])
@@ -138,17 +139,18 @@ async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent
     """A handler that blocks: the answer is there, and only has to be read."""
     asked = asyncio.Event()
 
-    async def slowly() -> None:
+    async def slowly() -> frozenset[str]:
         asked.set()
         await asyncio.sleep(0.01)
+        return frozenset()
 
     async with engine_server(tmp_path, lease=1.5) as server, beating(server.address) as beats:
         await beats.connected()
-        server.watch("renew", slowly)
+        server.watch(leases.renew, slowly)
         beats.heart.beat()
         await asyncio.wait_for(asked.wait(), SOON)
         time.sleep(2 * MIN_ACK_TIMEOUT)  # noqa: ASYNC251 - it is what a handler that blocks does
-        await until(lambda: server.calls["renew"] >= 3)
+        await until(lambda: server.calls[leases.renew] >= 3)
         assert beats.lost == []
 
 
@@ -161,8 +163,8 @@ async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(
             task = await client.poll_task("w1", [ONE.version_hash], wait=1)
             assert task is not None
             beats.heart.held.add(task.task_id)
-            server.watch("renew")
-            await until(lambda: server.calls["renew"] >= 8)
+            server.watch(leases.renew)
+            await until(lambda: server.calls[leases.renew] >= 8)
             execution = (await client.get_execution(started.execution_id, with_attempts=True)).execution
             assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
 
@@ -175,8 +177,8 @@ async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path
     ):
         owned = await owner.start(ONE, {}, idempotency_key="k")
         assert owned.task is not None
-        server.watch("renew")
-        await until(lambda: server.calls["renew"] >= 8)
+        server.watch(leases.renew)
+        await until(lambda: server.calls[leases.renew] >= 8)
         execution = (await client.get_execution(owned.execution_id, with_attempts=True)).execution
         assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
         await owner.complete(owned.task, {"done": True})
@@ -186,10 +188,21 @@ async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path
 async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_lease_is_over(
     server: EngineServer,
 ) -> None:
-    server.watch("renew")
+    server.watch(leases.renew)
     async with beating(server.address) as beats:
         await beats.connected()
-        await asyncio.wait_for(until(lambda: server.calls["renew"] >= 2), 5)
+        await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 2), 5)
+
+
+async def test_beat_that_is_asked_for_is_followed_by_another_one_soon(server: EngineServer) -> None:
+    async with beating(server.address) as beats:
+        await beats.connected()
+        server.watch(leases.renew)
+        await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 1), 5)
+        await asyncio.sleep(2 * SECOND_BEAT_AFTER)
+        assert server.calls[leases.renew] == 1
+        beats.heart.beat()
+        await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 3), 5)
 
 
 async def test_where_no_server_is_that_is_told_and_a_server_that_comes_is_found(tmp_path: Path) -> None:
@@ -206,16 +219,16 @@ async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.2)
-    server.watch("renew", hangs, hangs)
+    server.watch(leases.renew, hangs, hangs)
 
     async def handler(task: TaskContext) -> str:
         return "done"
 
     async with NexumClient(server.address) as client, Owner(client) as owner:
-        assert server.calls["renew"] > 2
+        assert server.calls[leases.renew] > 2
         owned = await owner.start(workflow("owned").effect("a").build(), {}, idempotency_key="k")
         assert owned.task is not None
-        server.watch("renew", hangs)
+        server.watch(leases.renew, hangs)
         stop = asyncio.Event()
         worker = asyncio.create_task(Worker(client, [Binding(ONE, {"a": handler})], worker_id="w1").run(stop))
         await client.register_workflow(ONE)
@@ -233,10 +246,10 @@ async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(
     async with engine_server(tmp_path, lease=0.2) as server, NexumClient(server.address) as client:
         await client.register_workflow(ONE)
         await client.start_execution(ONE, {})
-        server.watch("sweep", raises)
+        server.watch(leases.sweep, raises)
         assert await client.poll_task("dies", [ONE.version_hash], wait=1) is not None
         task = await client.poll_task("w1", [ONE.version_hash], wait=SOON)
-        assert server.calls["sweep"] > 1
+        assert server.calls[leases.sweep] > 1
     assert task is not None
     assert task.attempt == 2
     assert "could not sweep the leases" in caplog.text

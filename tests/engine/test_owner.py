@@ -19,7 +19,7 @@ from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, Ser
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, open_store
+from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.results import Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -37,24 +37,26 @@ def clock() -> ManualClock:
 @pytest.fixture
 async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     opened = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
-    await opened.register_workflow("w", "v1", json.dumps({"nodes": {"a": {"type": "EFFECT", "dependencies": []}}}))
+    await opened.run(
+        executions.register_workflow, "w", "v1", json.dumps({"nodes": {"a": {"type": "EFFECT", "dependencies": []}}})
+    )
     yield opened
     await opened.close()
 
 
 async def own(store: Store, owner: str, key: str = "k") -> Started:
-    return await store.start_owned("w", "v1", "{}", key, owner, LEASE_MS, True)
+    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True)
 
 
 async def polled(store: Store) -> object:
-    return (await store.claim("poller", ("v1",), 2**40, LEASE_MS, True)).task
+    return (await store.run(tasks.claim, "poller", ("v1",), 2**40, LEASE_MS, True)).task
 
 
 async def lose(store: Store, clock: ManualClock, owner: str) -> None:
     """The owner's connection breaks and does not come back."""
-    await store.disconnect(owner, 1000)
+    await store.run(leases.disconnect, owner, 1000)
     clock.advance(1)
-    await store.sweep(0)
+    await store.run(leases.sweep, 0)
 
 
 async def test_the_owner_gets_the_task_and_no_poll_does(store: Store, clock: ManualClock) -> None:
@@ -64,9 +66,9 @@ async def test_the_owner_gets_the_task_and_no_poll_does(store: Store, clock: Man
     assert await polled(store) is None
     await lose(store, clock, "one")
     clock.advance(3600)
-    assert (await store.sweep(0)).changed.ready == ()
+    assert (await store.run(leases.sweep, 0)).changed.ready == ()
     assert await polled(store) is None
-    (node,) = (await store.get_execution(started.execution_id)).nodes
+    (node,) = (await store.run(executions.get_execution, started.execution_id)).nodes
     assert node.status is NodeStatus.READY
 
 
@@ -74,11 +76,20 @@ async def test_the_same_owner_that_asks_again_gets_the_same_task(store: Store) -
     assert (await own(store, "one")).task == (await own(store, "one")).task
 
 
+async def test_beats_that_do_not_name_the_task_leave_it_to_its_owner(store: Store) -> None:
+    """The answer to its start may be lost: the owner starts the key again, and gets the same task."""
+    started = await own(store, "one")
+    assert started.task is not None
+    assert await store.run(leases.renew, "one", (), LEASE_MS) == set()
+    await store.run(leases.lose, "one", frozenset({started.task.task_id}))
+    assert (await own(store, "one")).task == started.task
+
+
 async def test_another_owner_is_refused_by_name_while_the_first_one_lives(store: Store, clock: ManualClock) -> None:
     await own(store, "one")
-    await store.disconnect("one", 1000)
+    await store.run(leases.disconnect, "one", 1000)
     clock.advance(0.999)
-    await store.sweep(0)
+    await store.run(leases.sweep, 0)
     with pytest.raises(Conflict, match="'k' belongs to one, which is at work on it"):
         await own(store, "other")
 
@@ -91,9 +102,9 @@ async def test_a_dead_owner_is_taken_over_and_can_not_report_any_more(store: Sto
     assert second.task is not None
     assert (second.execution_id, second.task.attempt) == (first.execution_id, 2)
     with pytest.raises(StaleTask):
-        await store.complete_task(first.task.task_id, "1")
-    await store.complete_task(second.task.task_id, "2")
-    execution = await store.get_execution(first.execution_id, with_attempts=True)
+        await store.run(tasks.complete_task, first.task.task_id, "1")
+    await store.run(tasks.complete_task, second.task.task_id, "2")
+    execution = await store.run(executions.get_execution, first.execution_id, with_attempts=True)
     assert execution.outputs() == {"a": "2"}
     assert [attempt.outcome for attempt in execution.nodes[0].attempts] == [Outcome.LOST, Outcome.COMPLETED]
 
@@ -101,11 +112,11 @@ async def test_a_dead_owner_is_taken_over_and_can_not_report_any_more(store: Sto
 async def test_an_ended_one_is_found_and_a_failed_one_begins_anew(store: Store) -> None:
     first = await own(store, "one")
     assert first.task is not None
-    await store.fail_task(first.task.task_id, "no", True)
+    await store.run(tasks.fail_task, first.task.task_id, "no", True)
     second = await own(store, "other")
     assert second.task is not None
     assert second.execution_id != first.execution_id
-    await store.complete_task(second.task.task_id, "1")
+    await store.run(tasks.complete_task, second.task.task_id, "1")
     third = await own(store, "third")
     assert (third.execution_id, third.status, third.task) == (second.execution_id, ExecutionStatus.COMPLETED, None)
 
@@ -113,7 +124,7 @@ async def test_an_ended_one_is_found_and_a_failed_one_begins_anew(store: Store) 
 async def test_who_lost_what_it_held_starts_nothing_under_it(store: Store, clock: ManualClock) -> None:
     async def under(held: Started, owner: str, key: str) -> Started:
         assert held.task is not None
-        return await store.start_owned("w", "v1", "{}", key, owner, LEASE_MS, True, held.task.task_id)
+        return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held.task.task_id)
 
     first = await own(store, "one", "run")
     assert (await under(first, "one", "e/1")).task is not None
@@ -125,8 +136,8 @@ async def test_who_lost_what_it_held_starts_nothing_under_it(store: Store, clock
         await under(first, "one", "e/3")
     assert (await under(second, "two", "e/3")).task is not None
     with pytest.raises(StaleTask, match="knows nothing of task task-of-elsewhere"):
-        await store.start_owned("w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
-    keys = {one.idempotency_key for one in await store.list_executions("w", "", 10)}
+        await store.run(tasks.start_owned, "w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
+    keys = {one.idempotency_key for one in await store.run(executions.list_executions, "w", "", 10)}
     assert keys == {"run", "e/1", "e/2", "e/3"}
 
 
@@ -144,42 +155,44 @@ async def test_after_a_restart_an_owner_keeps_its_task_if_it_comes_back_within_h
 ) -> None:
     kept, lost = await own(store, "one"), await own(store, "two", "l")
     assert kept.task is not None
-    await store.restart(5000, 2 * LEASE_MS)
-    await store.renew("one", (kept.task.task_id,), LEASE_MS)
+    await store.run(leases.restart, 5000, 2 * LEASE_MS)
+    await store.run(leases.renew, "one", (kept.task.task_id,), LEASE_MS)
     clock.advance(0.499)
-    await store.sweep(0)
+    await store.run(leases.sweep, 0)
     with pytest.raises(Conflict):
         await own(store, "other", "l")
     clock.advance(0.001)
-    await store.sweep(0)
+    await store.run(leases.sweep, 0)
     with pytest.raises(Conflict):
         await own(store, "other")
     assert (await own(store, "other", "l")).execution_id == lost.execution_id
 
 
 async def test_what_was_started_for_workers_can_not_be_owned(store: Store) -> None:
-    await store.start_execution("w", "v1", "{}", "k")
+    await store.run(executions.start_execution, "w", "v1", "{}", "k")
     with pytest.raises(Conflict, match="started for workers"):
         await own(store, "one")
 
 
 async def test_only_a_single_node_can_be_owned(store: Store) -> None:
     nodes = {"a": {"type": "EFFECT", "dependencies": []}, "b": {"type": "EFFECT", "dependencies": ["a"]}}
-    await store.register_workflow("w", "v2", json.dumps({"nodes": nodes}))
+    await store.run(executions.register_workflow, "w", "v2", json.dumps({"nodes": nodes}))
     with pytest.raises(InvalidRequest, match="has 2 nodes: only a single one can be owned"):
-        await store.start_owned("w", "v2", "{}", "k", "one", LEASE_MS, True)
-    assert await store.list_executions("w", "", 10) == []
+        await store.run(tasks.start_owned, "w", "v2", "{}", "k", "one", LEASE_MS, True)
+    assert await store.run(executions.list_executions, "w", "", 10) == []
 
 
 async def test_executions_are_listed_by_the_beginning_of_their_key_page_by_page(store: Store) -> None:
     for key in ("a/1", "a/2", "a/3", "ab/1", "b"):
         await own(store, "one", key)
-    newest = await store.list_executions("w", "", 2, key_prefix="a/")
+    newest = await store.run(executions.list_executions, "w", "", 2, key_prefix="a/")
     assert [one.idempotency_key for one in newest] == ["a/3", "a/2"]
-    older = await store.list_executions("w", "", 2, key_prefix="a/", before=newest[-1].execution_id, with_nodes=True)
+    older = await store.run(
+        executions.list_executions, "w", "", 2, key_prefix="a/", before=newest[-1].execution_id, with_nodes=True
+    )
     assert [(one.idempotency_key, len(one.nodes)) for one in older] == [("a/1", 1)]
     with pytest.raises(InvalidRequest, match="give workflow_id"):
-        await store.list_executions("", "", 2, key_prefix="a/")
+        await store.run(executions.list_executions, "", "", 2, key_prefix="a/")
 
 
 @pytest.mark.parametrize("prefix", ["", "a/"])
@@ -194,14 +207,16 @@ async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> No
     for key in ("a/1", "a/2", "a/3", "a/4"):
         started = await own(store, "one", key)
         assert started.task is not None
-        await store.complete_task(started.task.task_id, large)
+        await store.run(tasks.complete_task, started.task.task_id, large)
     pages = []
     before = ""
-    while page := await store.list_executions("w", "", 100, key_prefix="a/", before=before, with_nodes=True):
+    while page := await store.run(
+        executions.list_executions, "w", "", 100, key_prefix="a/", before=before, with_nodes=True
+    ):
         pages.append([one.idempotency_key for one in page])
         before = page[-1].execution_id
     assert pages == [["a/4", "a/3"], ["a/2", "a/1"]]
-    assert len(await store.list_executions("w", "", 100, key_prefix="a/")) == 4
+    assert len(await store.run(executions.list_executions, "w", "", 100, key_prefix="a/")) == 4
 
 
 async def test_an_execution_that_is_larger_than_a_list_may_be_is_a_page_of_its_own(
@@ -210,8 +225,8 @@ async def test_an_execution_that_is_larger_than_a_list_may_be_is_a_page_of_its_o
     monkeypatch.setattr("nexum_engine.store.executions.MAX_LIST_BYTES", 1)
     for key in ("a", "b"):
         await own(store, "one", key)
-    (newest,) = await store.list_executions("w", "", 10, with_nodes=True)
-    (older,) = await store.list_executions("w", "", 10, with_nodes=True, before=newest.execution_id)
+    (newest,) = await store.run(executions.list_executions, "w", "", 10, with_nodes=True)
+    (older,) = await store.run(executions.list_executions, "w", "", 10, with_nodes=True, before=newest.execution_id)
     assert [newest.idempotency_key, older.idempotency_key] == ["b", "a"]
 
 

@@ -278,9 +278,9 @@ def test_bytes_that_are_not_utf8_are_refused_and_the_server_goes_on(server: Serv
 
 def test_a_fault_inside_is_told_by_a_number_that_the_log_has_and_by_nothing_else(tmp_path: Path) -> None:
     program = (
-        "import runpy\nfrom nexum_engine.store import Store\n"
+        "import runpy\nfrom nexum_engine.store import executions\n"
         "def broken(*_, **__): raise RuntimeError('SELECT secret FROM /tmp/nexum.db')\n"
-        "Store.workflow_versions = broken\n"
+        "executions.workflow_versions = broken\n"
         "runpy.run_module('nexum_engine', run_name='__main__', alter_sys=True)"
     )
     address = f"127.0.0.1:{free_port()}"

@@ -22,7 +22,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store import database_exists, open_store
+from nexum_engine.store import database_exists, executions, open_store
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore
 from nexum_engine.workflow import workflow
@@ -168,7 +168,7 @@ async def test_a_newer_schema_that_only_the_write_ahead_log_knows_is_refused(tmp
 
 async def test_a_database_that_was_damaged_while_its_server_was_killed_is_refused(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     # The files of a running server are what a kill leaves.
     killed = tmp_path / "killed"
     killed.mkdir()
@@ -189,7 +189,7 @@ async def test_the_file_and_its_companions_are_for_their_owner_alone(tmp_path: P
     before = os.umask(0)
     try:
         store = await opened(path)
-        await store.register_workflow("w", "v1", ONE_NODE)
+        await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     finally:
         os.umask(before)
     modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in path.parent.iterdir()}
@@ -310,17 +310,17 @@ def commits(store: SqliteStore) -> Iterator[list[str]]:
 
 async def test_what_is_submitted_together_shares_a_transaction(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     with commits(store) as seen:
-        await asyncio.gather(*(store.start_execution("w", "v1", str(n)) for n in range(100)))
+        await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", str(n), "") for n in range(100)))
     assert seen == ["COMMIT"]
-    assert len(await store.list_executions("", "", 1000)) == 100
+    assert len(await store.run(executions.list_executions, "", "", 1000)) == 100
     await store.close()
 
 
 async def test_a_failing_transition_undoes_itself_alone(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
 
     def half_done(db: Db) -> None:
         db.run("add_version", workflow_id="half", version_hash="v", ir_json="", compatibility="NEW", now=0)
@@ -332,16 +332,16 @@ async def test_a_failing_transition_undoes_itself_alone(tmp_path: Path) -> None:
 
     with commits(store) as seen:
         outcomes = await asyncio.gather(
-            store.start_execution("w", "v1", "1"),
-            store.submit(half_done),
-            store.submit(breaks_a_constraint),
-            store.start_execution("w", "v1", "2"),
+            store.run(executions.start_execution, "w", "v1", "1", ""),
+            store.run(half_done),
+            store.run(breaks_a_constraint),
+            store.run(executions.start_execution, "w", "v1", "2", ""),
             return_exceptions=True,
         )
     assert seen.count("COMMIT") == 1
     assert [isinstance(one, Exception) for one in outcomes] == [False, True, True, False]
-    assert await store.workflow_versions("half") == []
-    assert len(await store.list_executions("w", "", 20)) == 2
+    assert await store.run(executions.workflow_versions, "half") == []
+    assert len(await store.run(executions.list_executions, "w", "", 20)) == 2
     assert not store.failed.done()
     await store.close()
 
@@ -350,23 +350,23 @@ async def test_what_was_submitted_before_the_end_is_stored_and_what_comes_after_
     tmp_path: Path,
 ) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
-    started = asyncio.gather(*(store.start_execution("w", "v1", str(n)) for n in range(600)))
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    started = asyncio.gather(*(store.run(executions.start_execution, "w", "v1", str(n), "") for n in range(600)))
     closing = asyncio.ensure_future(store.close())
     assert len({one.execution_id for one in await started}) == 600
     await closing
     with pytest.raises(StoreUnavailable, match="ask again"):
-        await store.start_execution("w", "v1", "1")
+        await store.run(executions.start_execution, "w", "v1", "1", "")
 
 
 async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
-    gone = asyncio.ensure_future(store.start_execution("w", "v1", "1"))
-    kept = asyncio.ensure_future(store.start_execution("w", "v1", "2"))
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    gone = asyncio.ensure_future(store.run(executions.start_execution, "w", "v1", "1", ""))
+    kept = asyncio.ensure_future(store.run(executions.start_execution, "w", "v1", "2", ""))
     gone.cancel()
     await kept
-    assert len(await store.list_executions("", "", 20)) == 2
+    assert len(await store.run(executions.list_executions, "", "", 20)) == 2
     await store.close()
 
 
@@ -376,16 +376,16 @@ async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: P
 async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_is_room(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     told: list[None] = []
-    store.on_unknown = lambda: told.append(None)
-    await store.register_workflow("w", "v1", ONE_NODE)
-    kept = (await store.start_execution("w", "v1", '"kept"')).execution_id
+    store.on_unknown = [lambda: told.append(None)]
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
     large = json.dumps("x" * 1_000_000)
     outcomes = await asyncio.gather(
-        store.start_execution("w", "v1", "1"),
-        store.start_execution("w", "v1", large),
-        store.get_execution(kept),
+        store.run(executions.start_execution, "w", "v1", "1", ""),
+        store.run(executions.start_execution, "w", "v1", large, ""),
+        store.run(executions.get_execution, kept),
         return_exceptions=True,
     )
     # SQLite undoes the whole transaction, so it is every caller's.
@@ -393,31 +393,31 @@ async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_i
     assert told == [None]
     assert not store.failed.done()
     # The limit was the connection's: the store has a new one.
-    assert [one.execution_id for one in await store.list_executions("", "", 20)] == [kept]
-    assert (await store.start_execution("w", "v1", large)).execution_id
+    assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 20)] == [kept]
+    assert (await store.run(executions.start_execution, "w", "v1", large, "")).execution_id
     await store.close()
 
 
 async def test_a_database_that_another_program_holds_is_waited_for_and_then_used(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     store._connection.execute("PRAGMA busy_timeout = 50")
     other = sqlite3.connect(tmp_path / "nexum.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable):
-        await store.start_execution("w", "v1", "1")
+        await store.run(executions.start_execution, "w", "v1", "1", "")
     other.execute("ROLLBACK")
     other.close()
     assert not store.failed.done()
-    assert (await store.start_execution("w", "v1", "1")).execution_id
+    assert (await store.run(executions.start_execution, "w", "v1", "1", "")).execution_id
     await store.close()
 
 
 async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in_the_database(tmp_path: Path) -> None:
     """A COMMIT that fails after all the rest went well: nobody may be told yes, nobody no."""
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
-    kept = (await store.start_execution("w", "v1", '"kept"')).execution_id
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id
     ran: list[str] = []
 
     def broken(db: Db) -> None:
@@ -426,15 +426,17 @@ async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in
         db.run("add_attempt", **ORPHAN)
         ran.append("to its end")
 
-    outcomes = await asyncio.gather(store.submit(broken), store.start_execution("w", "v1", "1"), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        store.run(broken), store.run(executions.start_execution, "w", "v1", "1", ""), return_exceptions=True
+    )
     assert "to its end" in ran
     assert [type(one) for one in outcomes] == [StoreUnavailable] * 2
     assert "can't be trusted any more: FOREIGN KEY constraint failed" in await store.failed
     with pytest.raises(StoreUnavailable):
-        await store.get_execution(kept)
+        await store.run(executions.get_execution, kept)
     await store.close()
     again = await opened(tmp_path / "nexum.db")
-    assert [one.execution_id for one in await again.list_executions("", "", 20)] == [kept]
+    assert [one.execution_id for one in await again.run(executions.list_executions, "", "", 20)] == [kept]
     await again.close()
 
 
@@ -443,7 +445,7 @@ async def test_a_writer_that_fails_as_nobody_expected_leaves_no_caller_waiting(
 ) -> None:
     """SQLite that gets no memory raises MemoryError, which is none of its own errors."""
     store = await opened(tmp_path / "nexum.db")
-    await store.register_workflow("w", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     failing: list[str] = []
 
     def fails(*_: Any, **__: Any) -> list[Any]:
@@ -453,12 +455,12 @@ async def test_a_writer_that_fails_as_nobody_expected_leaves_no_caller_waiting(
 
     monkeypatch.setattr(store, "_transaction", fails)
     with pytest.raises(StoreUnavailable):
-        await asyncio.wait_for(store.start_execution("w", "v1", "1"), 10)
+        await asyncio.wait_for(store.run(executions.start_execution, "w", "v1", "1", ""), 10)
     assert failing
     assert "can't be trusted any more" in await asyncio.wait_for(store.failed, 10)
     await store.close()
     again = await opened(tmp_path / "nexum.db")
-    assert await again.list_executions("", "", 20) == []
+    assert await again.run(executions.list_executions, "", "", 20) == []
     await again.close()
 
 
@@ -507,6 +509,6 @@ async def test_a_server_whose_disk_fails_loses_nothing_that_it_acknowledged_and_
         said = server.lines[1:]
     assert said == [f"error: database {tmp_path / 'nexum.db'} can't be trusted any more: disk I/O error"]
     again = await open_store(url, ManualClock())
-    stored = {one.execution_id for one in await again.list_executions("", "", 1000)}
+    stored = {one.execution_id for one in await again.run(executions.list_executions, "", "", 1000)}
     assert set(acknowledged) <= stored
     await again.close()

@@ -22,8 +22,8 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, open_store
-from nexum_engine.store.results import Claim, Started
+from nexum_engine.store import Store, executions, leases, open_store, tasks
+from nexum_engine.store.results import Changed, Started
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
@@ -74,16 +74,16 @@ async def register(
     store: Store, nodes: dict[str, list[str]], workflow_id: str = "w", version: str = "v1"
 ) -> Compatibility:
     ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
-    return await store.register_workflow(workflow_id, version, json.dumps(ir))
+    return await store.run(executions.register_workflow, workflow_id, version, json.dumps(ir))
 
 
 async def start(store: Store, nodes: dict[str, list[str]] = ONE, *, key: str = "", input_json: str = "{}") -> Started:
     await register(store, nodes)
-    return await store.start_execution("w", "v1", input_json, key)
+    return await store.run(executions.start_execution, "w", "v1", input_json, key)
 
 
 async def take(store: Store, worker_id: str = "w1", *, streamed: bool = True, max_bytes: int = 2**40) -> Task | None:
-    return (await store.claim(worker_id, ("v1",), max_bytes, LEASE_MS, streamed)).task
+    return (await store.run(tasks.claim, worker_id, ("v1",), max_bytes, LEASE_MS, streamed)).task
 
 
 async def taken(store: Store, worker_id: str = "w1", *, streamed: bool = True) -> Task:
@@ -93,17 +93,17 @@ async def taken(store: Store, worker_id: str = "w1", *, streamed: bool = True) -
 
 
 async def attempts(store: Store, execution_id: str, node: str = "a") -> list[Attempt]:
-    execution = await store.get_execution(execution_id, True)
+    execution = await store.run(executions.get_execution, execution_id, True)
     return list(next(one for one in execution.nodes if one.node_id == node).attempts)
 
 
 async def node_status(store: Store, execution_id: str) -> dict[str, NodeStatus]:
-    return {node.node_id: node.status for node in (await store.get_execution(execution_id)).nodes}
+    return {node.node_id: node.status for node in (await store.run(executions.get_execution, execution_id)).nodes}
 
 
 async def sweep(store: Store) -> tuple[int, list[Execution]]:
     """How many attempts ran out, and which executions ended with them."""
-    swept = await store.sweep(NO_RETRIES)
+    swept = await store.run(leases.sweep, NO_RETRIES)
     return len(swept.changed.ready), list(swept.changed.ended)
 
 
@@ -113,10 +113,10 @@ async def sweep(store: Store) -> tuple[int, list[Execution]]:
 async def test_the_same_key_finds_the_same_execution_while_it_runs_and_when_it_is_completed(store: Store) -> None:
     first = await start(store, key="k")
     assert not first.existing
-    again = await store.start_execution("w", "v1", "{}", "k")
+    again = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert (again.execution_id, again.existing, again.status) == (first.execution_id, True, ExecutionStatus.RUNNING)
-    await store.complete_task((await taken(store)).task_id, '"done"')
-    later = await store.start_execution("w", "v1", "{}", "k")
+    await store.run(tasks.complete_task, (await taken(store)).task_id, '"done"')
+    later = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert (later.execution_id, later.existing, later.status) == (first.execution_id, True, ExecutionStatus.COMPLETED)
     assert await take(store) is None
 
@@ -124,15 +124,15 @@ async def test_the_same_key_finds_the_same_execution_while_it_runs_and_when_it_i
 async def test_a_key_is_found_in_another_version_of_its_workflow(store: Store) -> None:
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
-    assert (await store.start_execution("w", "v2", "{}", "k")).execution_id == first.execution_id
+    assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
     # Even in one that was never registered: the key is the caller's, whatever its code looks like today.
-    assert (await store.start_execution("w", "v3", "{}", "k")).execution_id == first.execution_id
+    assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
 async def test_one_key_in_two_workflows_is_two_executions(store: Store) -> None:
     first = await start(store, key="k")
     await register(store, ONE, workflow_id="other")
-    assert (await store.start_execution("other", "v1", "{}", "k")).execution_id != first.execution_id
+    assert (await store.run(executions.start_execution, "other", "v1", "{}", "k")).execution_id != first.execution_id
 
 
 @pytest.mark.parametrize("other", ['{"x":1}', '{"x":1.0}', '{"x":true}', "null"])
@@ -141,13 +141,13 @@ async def test_the_same_key_with_another_input_is_refused(store: Store, other: s
         store, key="k", input_json='{"x":2}' if other == '{"x":1}' else '{"x":1}' if other != "null" else "{}"
     )
     with pytest.raises(IdempotencyConflict, match=first.execution_id):
-        await store.start_execution("w", "v1", other, "k")
-    assert len(await store.list_executions("", "", 20)) == 1
+        await store.run(executions.start_execution, "w", "v1", other, "k")
+    assert len(await store.run(executions.list_executions, "", "", 20)) == 1
 
 
 async def test_another_spelling_of_the_input_is_the_same_input(store: Store) -> None:
     first = await start(store, key="k", input_json='{"a":1,"b":"é"}')
-    again = await store.start_execution("w", "v1", '{ "b": "\\u00e9", "a": 1 }', "k")
+    again = await store.run(executions.start_execution, "w", "v1", '{ "b": "\\u00e9", "a": 1 }', "k")
     assert again.execution_id == first.execution_id
 
 
@@ -156,48 +156,48 @@ async def test_a_key_whose_execution_ended_without_a_result_starts_a_new_one(sto
     first = await start(store, key="k")
     first_task = await taken(store)
     if end == "FAILED":
-        await store.fail_task(first_task.task_id, "no", True)
+        await store.run(tasks.fail_task, first_task.task_id, "no", True)
     else:
-        await store.cancel_execution(first.execution_id)
-    assert (await store.get_execution(first.execution_id)).status == end
-    second = await store.start_execution("w", "v1", "{}", "k")
+        await store.run(executions.cancel_execution, first.execution_id)
+    assert (await store.run(executions.get_execution, first.execution_id)).status == end
+    second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
     # G5: what the target sees is the same key.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
-        await store.start_execution("w", "v1", '{"x":1}', "k")
+        await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
 
 
 async def test_racing_starters_of_one_key_get_one_execution(store: Store) -> None:
     await register(store, ONE)
-    started = await asyncio.gather(*(store.start_execution("w", "v1", "{}", "k") for _ in range(300)))
+    started = await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", "{}", "k") for _ in range(300)))
     assert len({one.execution_id for one in started}) == 1
     assert sum(not one.existing for one in started) == 1
 
 
 async def test_without_a_key_every_start_is_an_execution_of_its_own(store: Store) -> None:
     await register(store, ONE)
-    started = [await store.start_execution("w", "v1", "{}") for _ in range(2)]
-    tasks = [await taken(store), await taken(store)]
-    assert {task.execution_id for task in tasks} == {one.execution_id for one in started}
-    assert len({task.idempotency_key for task in tasks}) == 2
+    started = [await store.run(executions.start_execution, "w", "v1", "{}", "") for _ in range(2)]
+    both = [await taken(store), await taken(store)]
+    assert {task.execution_id for task in both} == {one.execution_id for one in started}
+    assert len({task.idempotency_key for task in both}) == 2
 
 
 async def test_an_unknown_workflow_or_version_leaves_no_execution(store: Store) -> None:
     await register(store, ONE)
     for workflow_id, version in (("nowhere", "v1"), ("w", "v9")):
         with pytest.raises(WorkflowNotFound, match=r"call RegisterWorkflow first"):
-            await store.start_execution(workflow_id, version, "{}")
-    assert await store.list_executions("", "", 20) == []
+            await store.run(executions.start_execution, workflow_id, version, "{}", "")
+    assert await store.run(executions.list_executions, "", "", 20) == []
 
 
 @pytest.mark.parametrize("text", ["{", "NaN", "[" * 100_000, "9" * 5000])
 async def test_an_input_that_is_not_json_is_refused_and_nothing_is_stored(store: Store, text: str) -> None:
     await register(store, ONE)
     with pytest.raises(InvalidRequest, match="input_json"):
-        await store.start_execution("w", "v1", text, "k")
-    assert await store.list_executions("", "", 20) == []
+        await store.run(executions.start_execution, "w", "v1", text, "k")
+    assert await store.run(executions.list_executions, "", "", 20) == []
 
 
 async def test_a_start_says_how_many_tasks_it_made(store: Store) -> None:
@@ -212,10 +212,10 @@ async def test_versions_are_listed_latest_first_with_their_running_executions(st
     assert await register(store, ONE) is Compatibility.IDENTICAL
     assert await register(store, CHAIN, version="v2") is Compatibility.SAFE
     assert await register(store, {"x": []}, version="v3") is Compatibility.BREAKING
-    await store.start_execution("w", "v2", "{}")
-    versions = await store.workflow_versions("w")
+    await store.run(executions.start_execution, "w", "v2", "{}", "")
+    versions = await store.run(executions.workflow_versions, "w")
     assert [(one.version_hash, one.active_executions) for one in versions] == [("v3", 0), ("v2", 1), ("v1", 0)]
-    assert await store.workflow_versions("nowhere") == []
+    assert await store.run(executions.workflow_versions, "nowhere") == []
 
 
 async def test_a_version_that_is_registered_again_is_identical_whatever_came_after_it(store: Store) -> None:
@@ -226,7 +226,7 @@ async def test_a_version_that_is_registered_again_is_identical_whatever_came_aft
     for version, nodes in versions.items():
         assert await register(store, nodes, version=version) is Compatibility.IDENTICAL
     # Nor does it become the latest one by that.
-    assert [one.version_hash for one in await store.workflow_versions("w")] == ["v3", "v2", "v1"]
+    assert [one.version_hash for one in await store.run(executions.workflow_versions, "w")] == ["v3", "v2", "v1"]
     assert await register(store, {"x": [], "y": []}, version="v4") is Compatibility.SAFE
 
 
@@ -234,16 +234,16 @@ async def test_a_version_never_changes_its_definition(store: Store) -> None:
     await register(store, CHAIN)
     with pytest.raises(VersionConflict, match="a changed workflow needs a new version_hash"):
         await register(store, ONE)
-    assert [one.version_hash for one in await store.workflow_versions("w")] == ["v1"]
+    assert [one.version_hash for one in await store.run(executions.workflow_versions, "w")] == ["v1"]
 
 
 async def test_two_workflows_that_share_a_version_hash_take_their_own_tasks_input(store: Store) -> None:
     await register(store, ONE)
     await register(store, {"b": []}, workflow_id="other")
-    await store.start_execution("w", "v1", "1")
-    await store.start_execution("other", "v1", "2")
-    tasks = {(task.node_id, json.loads(task.input_json)["input"]) for task in (await taken(store), await taken(store))}
-    assert tasks == {("a", 1), ("b", 2)}
+    await store.run(executions.start_execution, "w", "v1", "1", "")
+    await store.run(executions.start_execution, "other", "v1", "2", "")
+    both = {(task.node_id, json.loads(task.input_json)["input"]) for task in (await taken(store), await taken(store))}
+    assert both == {("a", 1), ("b", 2)}
 
 
 # ---- Running (G2, G3) ------------------------------------------------------------------------------------------------
@@ -256,11 +256,11 @@ async def test_a_diamond_runs_in_order_and_every_node_gets_its_direct_dependenci
     while (task := await take(store)) is not None:
         order.append(task.node_id)
         inputs[task.node_id] = json.loads(task.input_json)
-        await store.complete_task(task.task_id, json.dumps({"from": task.node_id}))
+        await store.run(tasks.complete_task, task.task_id, json.dumps({"from": task.node_id}))
     assert order == ["a", "b", "c", "d"]
     assert inputs["d"] == {"input": {"q": 1}, "deps": {"b": {"from": "b"}, "c": {"from": "c"}}}
     assert inputs["b"] == {"input": {"q": 1}, "deps": {"a": {"from": "a"}}}
-    execution = await store.get_execution(started.execution_id)
+    execution = await store.run(executions.get_execution, started.execution_id)
     assert execution.status is ExecutionStatus.COMPLETED
     assert execution.outputs()["d"] == '{"from": "d"}'
 
@@ -268,9 +268,9 @@ async def test_a_diamond_runs_in_order_and_every_node_gets_its_direct_dependenci
 async def test_a_node_with_two_dependencies_waits_for_the_second(store: Store) -> None:
     await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
-    assert (await store.complete_task(first.task_id, "1")).ready == ()
+    assert (await store.run(tasks.complete_task, first.task_id, "1")).ready == ()
     assert await take(store) is None
-    changed = await store.complete_task(second.task_id, "2")
+    changed = await store.run(tasks.complete_task, second.task_id, "2")
     assert len(changed.ready) == 1
     assert (await taken(store)).node_id == "c"
 
@@ -278,16 +278,16 @@ async def test_a_node_with_two_dependencies_waits_for_the_second(store: Store) -
 async def test_a_result_is_recorded_once_and_never_changes(store: Store) -> None:
     started = await start(store)
     task = await taken(store)
-    changed = await store.complete_task(task.task_id, '{"a": 1, "b": 2}')
+    changed = await store.run(tasks.complete_task, task.task_id, '{"a": 1, "b": 2}')
     assert [one.execution_id for one in changed.ended] == [started.execution_id]
-    again = await store.complete_task(task.task_id, '{"b":2,"a":1}')
+    again = await store.run(tasks.complete_task, task.task_id, '{"b":2,"a":1}')
     assert (again.ready, again.ended) == ((), ())
     for other in ('{"a": 1}', '{"a": 1.0, "b": 2}'):
         with pytest.raises(StaleTask):
-            await store.complete_task(task.task_id, other)
+            await store.run(tasks.complete_task, task.task_id, other)
     with pytest.raises(StaleTask):
-        await store.fail_task(task.task_id, "after all", False)
-    execution = await store.get_execution(started.execution_id)
+        await store.run(tasks.fail_task, task.task_id, "after all", False)
+    execution = await store.run(executions.get_execution, started.execution_id)
     assert execution.outputs() == {"a": '{"a": 1, "b": 2}'}
     assert execution.status is ExecutionStatus.COMPLETED
 
@@ -295,7 +295,7 @@ async def test_a_result_is_recorded_once_and_never_changes(store: Store) -> None
 async def test_a_recorded_node_is_never_handed_out_again(store: Store, clock: ManualClock) -> None:
     started = await start(store, CHAIN)
     task = await taken(store)
-    await store.complete_task(task.task_id, "1")
+    await store.run(tasks.complete_task, task.task_id, "1")
     clock.advance(10 * LEASE_MS)
     await sweep(store)
     assert (await taken(store)).node_id == "b"
@@ -308,17 +308,17 @@ async def test_an_output_that_is_not_json_is_refused_and_the_attempt_goes_on(sto
     task = await taken(store)
     for text in ("", "{", "NaN", "[" * 100_000):
         with pytest.raises(InvalidRequest, match="output_json"):
-            await store.complete_task(task.task_id, text)
-    await store.complete_task(task.task_id, "null")
+            await store.run(tasks.complete_task, task.task_id, text)
+    await store.run(tasks.complete_task, task.task_id, "null")
 
 
 async def test_an_unknown_task_is_refused(store: Store) -> None:
     with pytest.raises(TaskNotFound, match="'task-nowhere'"):
-        await store.complete_task("task-nowhere", "1")
+        await store.run(tasks.complete_task, "task-nowhere", "1")
     with pytest.raises(TaskNotFound):
-        await store.fail_task("task-nowhere", "why", False)
+        await store.run(tasks.fail_task, "task-nowhere", "why", False)
     with pytest.raises(InvalidRequest, match="task_id is empty"):
-        await store.complete_task("", "1")
+        await store.run(tasks.complete_task, "", "1")
 
 
 async def test_tasks_are_handed_out_the_longest_due_first_and_only_of_the_versions_asked_for(
@@ -328,10 +328,10 @@ async def test_tasks_are_handed_out_the_longest_due_first_and_only_of_the_versio
     await register(store, ONE, workflow_id="other", version="v2")
     expected = []
     for version, workflow_id in (("v2", "other"), ("v1", "w"), ("v2", "other")):
-        expected.append((await store.start_execution(workflow_id, version, "{}")).execution_id)
+        expected.append((await store.run(executions.start_execution, workflow_id, version, "{}", "")).execution_id)
         clock.advance(0.001)
-    assert (await store.claim("w1", ("v9",), 2**40, LEASE_MS, True)).task is None
-    order = [(await store.claim("w1", ("v1", "v2"), 2**40, LEASE_MS, True)).task for _ in range(3)]
+    assert (await store.run(tasks.claim, "w1", ("v9",), 2**40, LEASE_MS, True)).task is None
+    order = [(await store.run(tasks.claim, "w1", ("v1", "v2"), 2**40, LEASE_MS, True)).task for _ in range(3)]
     assert [task.execution_id for task in order if task is not None] == expected
 
 
@@ -345,14 +345,14 @@ async def test_a_failing_node_is_tried_after_one_two_and_four_seconds_and_then_f
     for attempt, delay in enumerate((1, 2, 4), start=1):
         task = await taken(store)
         assert task.attempt == attempt
-        changed = await store.fail_task(task.task_id, f"reason {attempt}", False)
+        changed = await store.run(tasks.fail_task, task.task_id, f"reason {attempt}", False)
         assert changed.retry_ms == clock.now_ms() + delay * 1000
         clock.advance(delay - 0.001)
         assert await take(store) is None
         clock.advance(0.001)
-    changed = await store.fail_task((await taken(store)).task_id, "reason 4", False)
+    changed = await store.run(tasks.fail_task, (await taken(store)).task_id, "reason 4", False)
     assert [one.status for one in changed.ended] == [ExecutionStatus.FAILED]
-    execution = await store.get_execution(started.execution_id, True)
+    execution = await store.run(executions.get_execution, started.execution_id, True)
     assert execution.error == "a: reason 4 (attempt 4 of 4)"
     assert [(one.outcome, one.error) for one in execution.nodes[0].attempts] == [
         (Outcome.FAILED, f"reason {n}") for n in range(1, 5)
@@ -363,21 +363,21 @@ async def test_a_failing_node_is_tried_after_one_two_and_four_seconds_and_then_f
 
 async def test_a_retry_is_announced_once_when_it_is_due(store: Store, clock: ManualClock) -> None:
     await start(store)
-    await store.fail_task((await taken(store)).task_id, "no", False)
+    await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
     since = clock.now_ms()
     clock.advance(0.999)
-    swept = await store.sweep(since)
+    swept = await store.run(leases.sweep, since)
     assert (swept.changed.ready, swept.next_ms) == ((), since + 1000)
     clock.advance(0.001)
-    assert len((await store.sweep(since)).changed.ready) == 1
-    assert (await store.sweep(clock.now_ms())).changed.ready == ()
+    assert len((await store.run(leases.sweep, since)).changed.ready) == 1
+    assert (await store.run(leases.sweep, clock.now_ms())).changed.ready == ()
 
 
 async def test_a_final_failure_is_not_retried_and_ends_the_execution(store: Store, clock: ManualClock) -> None:
     started = await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
-    await store.fail_task(first.task_id, "no such tool", True)
-    execution = await store.get_execution(started.execution_id, True)
+    await store.run(tasks.fail_task, first.task_id, "no such tool", True)
+    execution = await store.run(executions.get_execution, started.execution_id, True)
     assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "a: no such tool")
     assert await node_status(store, started.execution_id) == {
         "a": NodeStatus.FAILED,
@@ -385,7 +385,7 @@ async def test_a_final_failure_is_not_retried_and_ends_the_execution(store: Stor
         "c": NodeStatus.CANCELLED,
     }
     with pytest.raises(StaleTask, match="the execution is FAILED"):
-        await store.complete_task(second.task_id, "1")
+        await store.run(tasks.complete_task, second.task_id, "1")
     clock.advance(3600)
     assert await take(store) is None
 
@@ -394,14 +394,14 @@ async def test_the_same_failure_reported_twice_counts_once(store: Store, clock: 
     started = await start(store)
     task = await taken(store)
     for _ in range(5):
-        await store.fail_task(task.task_id, "same", False)
+        await store.run(tasks.fail_task, task.task_id, "same", False)
     with pytest.raises(StaleTask, match="already reported as FAILED"):
-        await store.fail_task(task.task_id, "another", False)
+        await store.run(tasks.fail_task, task.task_id, "another", False)
     with pytest.raises(StaleTask):
-        await store.complete_task(task.task_id, "1")
+        await store.run(tasks.complete_task, task.task_id, "1")
     clock.advance(1)
     assert (await taken(store)).attempt == 2
-    await store.fail_task(task.task_id, "same", False)
+    await store.run(tasks.fail_task, task.task_id, "same", False)
     assert [one.outcome for one in await attempts(store, started.execution_id)] == [Outcome.FAILED, Outcome.RUNNING]
 
 
@@ -409,9 +409,9 @@ async def test_a_reason_is_kept_to_a_bounded_length_and_never_empty(store: Store
     started = await start(store)
     task = await taken(store)
     for _ in range(2):  # the same report again is the same report, also when it was cut
-        await store.fail_task(task.task_id, "x" * 100_000, False)
+        await store.run(tasks.fail_task, task.task_id, "x" * 100_000, False)
     clock.advance(1)
-    await store.fail_task((await taken(store)).task_id, "", True)
+    await store.run(tasks.fail_task, (await taken(store)).task_id, "", True)
     reasons = [one.error for one in await attempts(store, started.execution_id)]
     assert reasons == [f"{'x' * 4000} [cut: 4,000 of 100,000 characters]", "the worker gave no reason"]
 
@@ -423,9 +423,9 @@ async def test_lost_attempts_and_failures_are_counted_apart(store: Store, clock:
         clock.advance(LEASE_MS / 1000)
         assert await sweep(store) == (1, [])
     for delay in (1, 2, 4):
-        await store.fail_task((await taken(store)).task_id, "no", False)
+        await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
         clock.advance(delay)
-    await store.complete_task((await taken(store)).task_id, "1")
+    await store.run(tasks.complete_task, (await taken(store)).task_id, "1")
     outcomes = [one.outcome for one in await attempts(store, started.execution_id)]
     assert outcomes == [Outcome.EXPIRED] * 9 + [Outcome.FAILED] * 3 + [Outcome.COMPLETED]
 
@@ -436,11 +436,11 @@ async def test_a_task_that_kills_its_workers_ends_after_ten_lost_attempts_with_t
     started = await start(store)
     for lost in range(1, MAX_LOST_ATTEMPTS + 1):
         await taken(store)
-        await store.disconnect("w1", GRACE_MS)
+        await store.run(leases.disconnect, "w1", GRACE_MS)
         clock.advance(GRACE_MS / 1000)
         ready, ended = await sweep(store)
         assert (ready, len(ended)) == ((1, 0) if lost < MAX_LOST_ATTEMPTS else (0, 1))
-    execution = await store.get_execution(started.execution_id, True)
+    execution = await store.run(executions.get_execution, started.execution_id, True)
     assert execution.status is ExecutionStatus.FAILED
     assert execution.error == (
         "a: 10 attempts were lost, the last because worker w1 disconnected and did not come back; "
@@ -457,11 +457,11 @@ async def test_of_two_attempts_that_run_out_together_the_one_whose_loss_ends_the
     await taken(store, "steady")
     for _ in range(MAX_LOST_ATTEMPTS - 1):
         await taken(store, "crashing")
-        await store.disconnect("crashing", GRACE_MS)
+        await store.run(leases.disconnect, "crashing", GRACE_MS)
         clock.advance(GRACE_MS / 1000)
         assert await sweep(store) == (1, [])
     await taken(store, "crashing")
-    await store.disconnect("crashing", GRACE_MS)
+    await store.run(leases.disconnect, "crashing", GRACE_MS)
     clock.advance(LEASE_MS / 1000)
     ready, ended = await sweep(store)
     assert (ready, [one.status for one in ended]) == (0, [ExecutionStatus.FAILED])
@@ -479,11 +479,11 @@ async def test_a_lease_holds_to_its_last_millisecond_and_not_longer(store: Store
     started = await start(store)
     first = await taken(store)
     clock.advance((LEASE_MS - 1) / 1000)
-    swept = await store.sweep(NO_RETRIES)
+    swept = await store.run(leases.sweep, NO_RETRIES)
     assert (swept.changed.ready, swept.next_ms) == ((), clock.now_ms() + 1)
     assert await take(store, "w2") is None
     clock.advance(0.001)
-    swept = await store.sweep(clock.now_ms() - 1)
+    swept = await store.run(leases.sweep, clock.now_ms() - 1)
     assert len(swept.changed.ready) == 1
     second = await taken(store, "w2")
     assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
@@ -496,10 +496,10 @@ async def test_a_beat_renews_the_lease_of_what_the_worker_names_and_of_nothing_e
 ) -> None:
     await register(store, ONE)
     for _ in range(3):
-        await store.start_execution("w", "v1", "{}")
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
     kept, dropped, others = await taken(store), await taken(store), await taken(store, "w2")
     clock.advance((LEASE_MS - 1) / 1000)
-    await store.renew("w1", (kept.task_id, others.task_id, "task-unknown"), LEASE_MS)
+    await store.run(leases.renew, "w1", (kept.task_id, others.task_id, "task-unknown"), LEASE_MS)
     clock.advance(0.001)
     assert await sweep(store) == (2, [])
     assert {(await taken(store, "w3")).execution_id for _ in range(2)} == {dropped.execution_id, others.execution_id}
@@ -510,18 +510,18 @@ async def test_a_beat_renews_the_lease_of_what_the_worker_names_and_of_nothing_e
 async def test_a_worker_that_comes_back_within_the_grace_keeps_its_task(store: Store, clock: ManualClock) -> None:
     await start(store)
     task = await taken(store)
-    await store.disconnect("w1", GRACE_MS)
+    await store.run(leases.disconnect, "w1", GRACE_MS)
     clock.advance((GRACE_MS - 1) / 1000)
-    await store.renew("w1", (task.task_id,), LEASE_MS)
+    await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)
     clock.advance((LEASE_MS - 1) / 1000)
     assert await sweep(store) == (0, [])
-    await store.complete_task(task.task_id, "1")
+    await store.run(tasks.complete_task, task.task_id, "1")
 
 
 async def test_the_grace_ends_on_its_limit(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     await taken(store)
-    await store.disconnect("w1", GRACE_MS)
+    await store.run(leases.disconnect, "w1", GRACE_MS)
     clock.advance((GRACE_MS - 1) / 1000)
     assert await sweep(store) == (0, [])
     clock.advance(0.001)
@@ -533,7 +533,7 @@ async def test_the_grace_does_not_make_a_lease_longer(store: Store, clock: Manua
     await start(store)
     await taken(store)
     clock.advance((LEASE_MS - 1) / 1000)
-    await store.disconnect("w1", GRACE_MS)
+    await store.run(leases.disconnect, "w1", GRACE_MS)
     clock.advance(0.001)
     assert await sweep(store) == (1, [])
 
@@ -543,10 +543,10 @@ async def test_a_disconnect_does_not_touch_another_worker_nor_one_that_never_had
 ) -> None:
     await register(store, ONE)
     for _ in range(2):
-        await store.start_execution("w", "v1", "{}")
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
     await taken(store, "w2")
     await taken(store, "w1", streamed=False)
-    await store.disconnect("w1", GRACE_MS)
+    await store.run(leases.disconnect, "w1", GRACE_MS)
     clock.advance((LEASE_MS - 1) / 1000)
     assert await sweep(store) == (0, [])
 
@@ -558,12 +558,12 @@ async def test_a_stale_worker_is_refused_once_a_newer_attempt_was_handed_out(sto
     await sweep(store)
     newer = await taken(store, "w2")
     with pytest.raises(StaleTask, match=r"attempt 1 .* is over \(EXPIRED\): attempt 2 was handed out since"):
-        await store.complete_task(stale.task_id, '"stale"')
+        await store.run(tasks.complete_task, stale.task_id, '"stale"')
     with pytest.raises(StaleTask):
-        await store.fail_task(stale.task_id, "stale", True)
-    await store.renew("w1", (stale.task_id,), LEASE_MS)
-    await store.complete_task(newer.task_id, '"newer"')
-    assert (await store.get_execution(started.execution_id)).outputs() == {"a": '"newer"'}
+        await store.run(tasks.fail_task, stale.task_id, "stale", True)
+    await store.run(leases.renew, "w1", (stale.task_id,), LEASE_MS)
+    await store.run(tasks.complete_task, newer.task_id, '"newer"')
+    assert (await store.run(executions.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
 
 
 async def test_a_late_worker_is_heard_while_no_newer_attempt_was_handed_out(store: Store, clock: ManualClock) -> None:
@@ -571,7 +571,7 @@ async def test_a_late_worker_is_heard_while_no_newer_attempt_was_handed_out(stor
     late = await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
-    changed = await store.complete_task(late.task_id, '"late"')
+    changed = await store.run(tasks.complete_task, late.task_id, '"late"')
     assert len(changed.ready) == 1
     assert (await taken(store)).node_id == "b"
     assert (await attempts(store, started.execution_id))[0].outcome is Outcome.COMPLETED
@@ -583,13 +583,13 @@ async def test_a_late_failure_counts_as_a_failure_and_not_also_as_a_loss(store: 
         late = await taken(store)
         clock.advance(LEASE_MS / 1000)
         await sweep(store)
-    await store.fail_task(late.task_id, "no", False)
+    await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
     # Were that one still a loss, this one would be the last.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
-    assert (await store.get_execution(started.execution_id)).status is ExecutionStatus.RUNNING
+    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
 
 
 async def test_a_restart_gives_workers_time_to_come_back_and_what_is_lost_by_it_counts_for_nothing(
@@ -600,13 +600,13 @@ async def test_a_restart_gives_workers_time_to_come_back_and_what_is_lost_by_it_
     for _ in range(MAX_LOST_ATTEMPTS + 2):
         await taken(current)
         current = await reopen()
-        await current.restart(5000, 2 * LEASE_MS)
+        await current.run(leases.restart, 5000, 2 * LEASE_MS)
         clock.advance(4.999)
         assert await sweep(current) == (0, [])
         clock.advance(0.001)
         assert await sweep(current) == (1, [])
     assert {one.outcome for one in await attempts(current, started.execution_id)} == {Outcome.INTERRUPTED}
-    await current.complete_task((await taken(current)).task_id, "1")
+    await current.run(tasks.complete_task, (await taken(current)).task_id, "1")
 
 
 async def test_a_clock_that_was_set_back_while_no_server_ran_holds_no_task_up(
@@ -614,26 +614,26 @@ async def test_a_clock_that_was_set_back_while_no_server_ran_holds_no_task_up(
 ) -> None:
     first = await start(store)
     lost = await taken(store)
-    waiting = await store.start_execution("w", "v1", "{}")
+    waiting = await store.run(executions.start_execution, "w", "v1", "{}", "")
     clock.advance(-3600)
     again = await reopen()
-    await again.restart(5000, 2 * LEASE_MS)
+    await again.run(leases.restart, 5000, 2 * LEASE_MS)
     clock.advance(5)
     assert await sweep(again) == (1, [])
-    tasks = [await taken(again) for _ in range(2)]
-    assert {task.execution_id for task in tasks} == {first.execution_id, waiting.execution_id}
+    handed_out = [await taken(again) for _ in range(2)]
+    assert {task.execution_id for task in handed_out} == {first.execution_id, waiting.execution_id}
     with pytest.raises(StaleTask):
-        await again.complete_task(lost.task_id, "1")
+        await again.run(tasks.complete_task, lost.task_id, "1")
 
 
 async def test_a_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     await start(store)
     for delay in (1, 2):
-        await store.fail_task((await taken(store)).task_id, "no", False)
+        await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
         clock.advance(delay)
-    await store.fail_task((await taken(store)).task_id, "no", False)
+    await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
     again = await reopen()
-    await again.restart(5000, 2 * LEASE_MS)
+    await again.run(leases.restart, 5000, 2 * LEASE_MS)
     clock.advance(3.999)
     assert await take(again) is None
     clock.advance(0.001)
@@ -643,15 +643,15 @@ async def test_a_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Re
 async def test_a_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(2):
-        await store.start_execution("w", "v1", "{}")
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
     beating, polling = await taken(store), await taken(store, "w2", streamed=False)
     again = await reopen()
-    await again.restart(5000, 2 * LEASE_MS)
-    await again.renew("w1", (beating.task_id,), LEASE_MS)
+    await again.run(leases.restart, 5000, 2 * LEASE_MS)
+    await again.run(leases.renew, "w1", (beating.task_id,), LEASE_MS)
     clock.advance((LEASE_MS - 1) / 1000)
     assert await sweep(again) == (0, [])
-    await again.complete_task(beating.task_id, "1")
-    await again.complete_task(polling.task_id, "1")
+    await again.run(tasks.complete_task, beating.task_id, "1")
+    await again.run(tasks.complete_task, polling.task_id, "1")
 
 
 async def test_a_worker_that_hangs_after_a_restart_counts_as_lost(
@@ -660,8 +660,8 @@ async def test_a_worker_that_hangs_after_a_restart_counts_as_lost(
     started = await start(store)
     task = await taken(store)
     again = await reopen()
-    await again.restart(5000, 2 * LEASE_MS)
-    await again.renew("w1", (task.task_id,), LEASE_MS)
+    await again.run(leases.restart, 5000, 2 * LEASE_MS)
+    await again.run(leases.renew, "w1", (task.task_id,), LEASE_MS)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(again) == (1, [])
     assert (await attempts(again, started.execution_id))[0].outcome is Outcome.EXPIRED
@@ -670,41 +670,40 @@ async def test_a_worker_that_hangs_after_a_restart_counts_as_lost(
 async def test_a_task_that_never_reached_its_worker_is_taken_back_and_counts_for_nothing(store: Store) -> None:
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS + 2):
-        changed = await store.release((await taken(store)).task_id, "gone")
+        changed = await store.run(tasks.release, (await taken(store)).task_id, "gone")
         assert len(changed.ready) == 1
     task = await taken(store)
-    await store.complete_task(task.task_id, "1")
-    assert (await store.release(task.task_id, "gone")).ready == ()
-    assert (await store.release("task-unknown", "gone")).ready == ()
-    assert (await store.get_execution(started.execution_id)).status is ExecutionStatus.COMPLETED
+    await store.run(tasks.complete_task, task.task_id, "1")
+    assert (await store.run(tasks.release, task.task_id, "gone")).ready == ()
+    assert (await store.run(tasks.release, "task-unknown", "gone")).ready == ()
+    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
-async def test_a_slot_that_never_had_its_task_is_handed_the_same_attempt_again(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_beat_names_what_is_renewed_and_answers_what_else_its_worker_was_handed(store: Store) -> None:
+    await start(store)
+    await store.run(executions.start_execution, "w", "v1", "{}", "")
+    named, unnamed = await taken(store), await taken(store)
+    assert await store.run(leases.renew, "w1", (named.task_id, "task-unknown"), LEASE_MS) == {unnamed.task_id}
+    assert await store.run(leases.renew, "w2", (), LEASE_MS) == set()
+    await store.run(tasks.complete_task, unnamed.task_id, "1")
+    assert await store.run(leases.renew, "w1", (), LEASE_MS) == {named.task_id}
+
+
+async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts_as_lost(store: Store) -> None:
     started = await start(store)
-    await store.start_execution("w", "v1", "{}")
-    first = await taken(store)
-    clock.advance((LEASE_MS - 1) / 1000)
-
-    async def ask_again(worker_id: str = "w1", version: str = "v1", max_bytes: int = 2**40) -> Claim:
-        return await store.claim(worker_id, (version,), max_bytes, LEASE_MS, True, first.task_id)
-
-    claim = await ask_again()
-    assert (claim.task, claim.again) == (first, True)
-    # With the lease of a task that is handed out now.
-    clock.advance((LEASE_MS - 1) / 1000)
-    assert await sweep(store) == (0, [])
-    assert len(await attempts(store, started.execution_id)) == 1
-    # It is nobody else's, and no other slot's.
-    other = await ask_again("w2")
-    assert other.task is not None
-    assert (other.task.execution_id != first.execution_id, other.again) == (True, False)
-    assert (await ask_again(version="v2")).task is None
-    assert (await ask_again(max_bytes=10)).task is None
-    # Nor when it is over.
-    await store.complete_task(first.task_id, "1")
-    assert (await ask_again()).task is None
+    for _ in range(MAX_LOST_ATTEMPTS - 1):
+        changed = await store.run(leases.lose, "w1", frozenset({(await taken(store)).task_id}))
+        assert (len(changed.ready), changed.ended) == (1, ())
+    lost = await attempts(store, started.execution_id)
+    assert {(one.outcome, one.error) for one in lost} == {
+        (Outcome.LOST, "worker w1 does not have the task: two of its signs of life in a row did not name it")
+    }
+    last = await taken(store)
+    assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
+    # Some answers can never be received, so there is an end to it.
+    (ended,) = (await store.run(leases.lose, "w1", frozenset({last.task_id}))).ended
+    assert ended.status is ExecutionStatus.FAILED
+    assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changed()
 
 
 # ---- Cancelling ------------------------------------------------------------------------------------------------------
@@ -713,12 +712,12 @@ async def test_a_slot_that_never_had_its_task_is_handed_the_same_attempt_again(
 async def test_a_cancelled_execution_hands_nothing_out_and_accepts_no_result(store: Store, clock: ManualClock) -> None:
     started = await start(store, {"a": [], "b": [], "c": ["a"]})
     task = await taken(store)
-    changed = await store.cancel_execution(started.execution_id)
+    changed = await store.run(executions.cancel_execution, started.execution_id)
     assert [one.status for one in changed.ended] == [ExecutionStatus.CANCELLED]
     assert set((await node_status(store, started.execution_id)).values()) == {NodeStatus.CANCELLED}
     assert (await attempts(store, started.execution_id))[0].outcome is Outcome.CANCELLED
     with pytest.raises(StaleTask, match="the execution is CANCELLED"):
-        await store.complete_task(task.task_id, "1")
+        await store.run(tasks.complete_task, task.task_id, "1")
     clock.advance(3600)
     assert await sweep(store) == (0, [])
     assert await take(store) is None
@@ -726,23 +725,23 @@ async def test_a_cancelled_execution_hands_nothing_out_and_accepts_no_result(sto
 
 async def test_cancelling_keeps_what_is_recorded(store: Store) -> None:
     started = await start(store, CHAIN)
-    await store.complete_task((await taken(store)).task_id, '"kept"')
-    await store.cancel_execution(started.execution_id)
-    execution = await store.get_execution(started.execution_id)
+    await store.run(tasks.complete_task, (await taken(store)).task_id, '"kept"')
+    await store.run(executions.cancel_execution, started.execution_id)
+    execution = await store.run(executions.get_execution, started.execution_id)
     assert execution.outputs() == {"a": '"kept"'}
     assert [node.status for node in execution.nodes] == [NodeStatus.COMPLETED, NodeStatus.CANCELLED]
 
 
 async def test_cancelling_twice_is_fine_and_cancelling_what_ended_otherwise_is_not(store: Store) -> None:
     started = await start(store)
-    await store.cancel_execution(started.execution_id)
-    assert (await store.cancel_execution(started.execution_id)).ended == ()
-    done = await store.start_execution("w", "v1", "{}")
-    await store.complete_task((await taken(store)).task_id, "1")
+    await store.run(executions.cancel_execution, started.execution_id)
+    assert (await store.run(executions.cancel_execution, started.execution_id)).ended == ()
+    done = await store.run(executions.start_execution, "w", "v1", "{}", "")
+    await store.run(tasks.complete_task, (await taken(store)).task_id, "1")
     with pytest.raises(Conflict, match="is COMPLETED and can't be cancelled any more"):
-        await store.cancel_execution(done.execution_id)
+        await store.run(executions.cancel_execution, done.execution_id)
     with pytest.raises(ExecutionNotFound, match="'exec-nowhere'"):
-        await store.cancel_execution("exec-nowhere")
+        await store.run(executions.cancel_execution, "exec-nowhere")
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
@@ -750,24 +749,24 @@ async def test_cancelling_twice_is_fine_and_cancelling_what_ended_otherwise_is_n
 
 async def test_a_task_too_large_for_its_worker_waits_for_one_that_can_and_says_why(store: Store) -> None:
     started = await start(store, input_json=json.dumps("é" * 1000))
-    claim = await store.claim("small", ("v1",), 1500, LEASE_MS, True)
+    claim = await store.run(tasks.claim, "small", ("v1",), 1500, LEASE_MS, True)
     assert claim.task is None
     assert claim.oversized is not None
-    node = (await store.get_execution(started.execution_id)).nodes[0]
+    node = (await store.run(executions.get_execution, started.execution_id)).nodes[0]
     assert node.status is NodeStatus.READY
     assert node.error.startswith(
         f"the task is {claim.oversized.task_bytes:,} bytes, more than worker small can receive"
     )
     task = await taken(store, "large")
     assert len(task.input_json.encode()) <= claim.oversized.task_bytes
-    assert (await store.get_execution(started.execution_id)).nodes[0].error == ""
+    assert (await store.run(executions.get_execution, started.execution_id)).nodes[0].error == ""
 
 
 async def test_the_size_of_a_task_counts_the_outputs_that_it_depends_on(store: Store) -> None:
     await start(store, CHAIN)
-    await store.complete_task((await taken(store)).task_id, json.dumps("€" * 1000, ensure_ascii=False))
-    assert (await store.claim("small", ("v1",), 3000, LEASE_MS, True)).oversized is not None
-    task = (await store.claim("large", ("v1",), 3200, LEASE_MS, True)).task
+    await store.run(tasks.complete_task, (await taken(store)).task_id, json.dumps("€" * 1000, ensure_ascii=False))
+    assert (await store.run(tasks.claim, "small", ("v1",), 3000, LEASE_MS, True)).oversized is not None
+    task = (await store.run(tasks.claim, "large", ("v1",), 3200, LEASE_MS, True)).task
     assert task is not None
     assert 3000 < len(task.input_json.encode()) <= 3200
 
@@ -775,7 +774,7 @@ async def test_the_size_of_a_task_counts_the_outputs_that_it_depends_on(store: S
 async def test_a_small_task_is_not_held_up_by_a_large_one_before_it(store: Store, clock: ManualClock) -> None:
     await start(store, input_json=json.dumps("x" * 1000))
     clock.advance(1)
-    small = await store.start_execution("w", "v1", "1")
+    small = await store.run(executions.start_execution, "w", "v1", "1", "")
     task = await take(store, max_bytes=500)
     assert task is not None
     assert task.execution_id == small.execution_id
@@ -787,15 +786,15 @@ async def test_a_small_task_is_not_held_up_by_a_large_one_before_it(store: Store
 async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> None:
     await register(store, ONE)
     await register(store, ONE, workflow_id="other")
-    ids = [(await store.start_execution("w", "v1", "{}")).execution_id for _ in range(3)]
-    ids.append((await store.start_execution("other", "v1", "{}")).execution_id)
-    await store.cancel_execution(ids[1])
-    assert [one.execution_id for one in await store.list_executions("", "", 20)] == ids[::-1]
-    assert [one.execution_id for one in await store.list_executions("", "", 2)] == ids[:1:-1]
-    assert [one.execution_id for one in await store.list_executions("other", "", 20)] == ids[3:]
-    assert [one.execution_id for one in await store.list_executions("", "CANCELLED", 20)] == [ids[1]]
+    ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(3)]
+    ids.append((await store.run(executions.start_execution, "other", "v1", "{}", "")).execution_id)
+    await store.run(executions.cancel_execution, ids[1])
+    assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 20)] == ids[::-1]
+    assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 2)] == ids[:1:-1]
+    assert [one.execution_id for one in await store.run(executions.list_executions, "other", "", 20)] == ids[3:]
+    assert [one.execution_id for one in await store.run(executions.list_executions, "", "CANCELLED", 20)] == [ids[1]]
     with pytest.raises(InvalidRequest, match="'DONE' is none of RUNNING"):
-        await store.list_executions("", "DONE", 20)
+        await store.run(executions.list_executions, "", "DONE", 20)
 
 
 # ---- Durability (G1) -------------------------------------------------------------------------------------------------
@@ -803,38 +802,38 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
 
 async def test_everything_is_there_after_the_store_was_opened_again(store: Store, reopen: Reopen) -> None:
     started = await start(store, CHAIN, key="k", input_json='{"text":"é😀\\u0000"}')
-    await store.complete_task((await taken(store)).task_id, '"recorded"')
+    await store.run(tasks.complete_task, (await taken(store)).task_id, '"recorded"')
     task = await taken(store)
-    await store.fail_task(task.task_id, "why", False)
-    before = await store.get_execution(started.execution_id, True)
+    await store.run(tasks.fail_task, task.task_id, "why", False)
+    before = await store.run(executions.get_execution, started.execution_id, True)
     again = await reopen()
-    assert await again.get_execution(started.execution_id, True) == before
-    assert (await again.start_execution("w", "v1", '{"text":"é😀\\u0000"}', "k")).existing
+    assert await again.run(executions.get_execution, started.execution_id, True) == before
+    assert (await again.run(executions.start_execution, "w", "v1", '{"text":"é😀\\u0000"}', "k")).existing
 
 
 async def test_one_failing_transition_is_one_callers(store: Store) -> None:
     """Also of those that share its transaction."""
     await register(store, ONE)
     outcomes = await asyncio.gather(
-        store.start_execution("w", "v1", "1"),
-        store.start_execution("w", "v1", "{"),
-        store.complete_task("task-unknown", "1"),
-        store.start_execution("w", "v1", "2"),
+        store.run(executions.start_execution, "w", "v1", "1", ""),
+        store.run(executions.start_execution, "w", "v1", "{", ""),
+        store.run(tasks.complete_task, "task-unknown", "1"),
+        store.run(executions.start_execution, "w", "v1", "2", ""),
         return_exceptions=True,
     )
     assert [type(one) for one in outcomes] == [Started, InvalidRequest, TaskNotFound, Started]
-    assert len(await store.list_executions("", "", 20)) == 2
+    assert len(await store.run(executions.list_executions, "", "", 20)) == 2
 
 
 async def test_two_hundred_tasks_and_fifty_claimers_and_each_task_once(store: Store) -> None:
     await register(store, ONE)
-    started = await asyncio.gather(*(store.start_execution("w", "v1", str(n)) for n in range(200)))
+    started = await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", str(n), "") for n in range(200)))
 
     async def work(worker_id: str) -> list[str]:
         mine = []
         while (task := await take(store, worker_id)) is not None:
             mine.append(task.execution_id)
-            await store.complete_task(task.task_id, "1")
+            await store.run(tasks.complete_task, task.task_id, "1")
         return mine
 
     shares = await asyncio.gather(*(work(f"w{n}") for n in range(50)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,27 @@ import grpc
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.dispatch import Dispatch
 from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
+
+Transition = Callable[..., Any]
+Run = Callable[[], Awaitable[Any]]
+"""Submits the transition that was intercepted."""
+
+
+def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awaitable[Any]]) -> None:
+    """From now on, whoever runs the transition on the store runs `instead`, which may run the transition."""
+    run_any = store.run
+
+    def run(submitted: Transition, *args: Any, **options: Any) -> Awaitable[Any]:
+        run_it = partial(run_any, submitted, *args, **options)
+        return instead(run_it) if submitted is transition else run_it()
+
+    store.run = run  # type: ignore[method-assign,assignment]
 
 
 class EngineServer:
@@ -25,20 +42,19 @@ class EngineServer:
     def __init__(self, store: Store, address: str) -> None:
         self.store = store
         self.address = address
-        self.calls: dict[str, int] = {}
-        """How often each watched transition was called."""
+        self.calls: dict[Transition, int] = {}
+        """How often each watched transition was submitted."""
 
-    def watch(self, transition: str, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the calls of a transition; the first of them do what `faults` say, and the others what they should."""
-        submit = getattr(self.store, transition)
+    def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
+        """Count the runs of a transition; the first of them do what `faults` say, and the others what they should."""
         self.calls[transition] = 0
 
-        def counted(*args: Any, **options: Any) -> Awaitable[Any]:
+        def counted(run: Run) -> Awaitable[Any]:
             self.calls[transition] += 1
             number = self.calls[transition]
-            return faults[number - 1]() if number <= len(faults) else submit(*args, **options)
+            return faults[number - 1]() if number <= len(faults) else run()
 
-        setattr(self.store, transition, counted)
+        intercept(self.store, transition, counted)
 
 
 async def raises() -> None:
@@ -61,18 +77,20 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     """A server on `folder`/nexum.db, ready for calls; `lease` in seconds."""
     clock = SystemClock()
     store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
-    dispatch = Dispatch(store, clock, round(lease * 1000))
-    liveness = Liveness(store, dispatch, clock, round(lease * 1000))
-    store.on_unknown = dispatch.look_again
+    polls = Polls(store, clock, round(lease * 1000))
+    waiters = Waiters()
+    liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
+    store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server()
-    add_NexumServiceServicer_to_server(NexumServicer(store, dispatch, liveness), server)
+    add_NexumServiceServicer_to_server(NexumServicer(store, polls, waiters, liveness), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await liveness.start()
     await server.start()
     try:
         yield EngineServer(store, f"127.0.0.1:{port}")
     finally:
-        await dispatch.stop()
+        waiters.stop()
+        await polls.stop()
         await liveness.stop()
         await server.stop(0)
         await store.close()

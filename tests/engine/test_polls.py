@@ -15,14 +15,16 @@ from typing import Any
 
 import grpc
 import pytest
+from engine_server import Run, intercept
 
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.records import ExecutionStatus, Outcome, Task
-from nexum_engine.server.dispatch import MAX_REMEMBERED_VERSIONS, Dispatch
+from nexum_engine.records import ExecutionStatus, Task
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
+from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.store import Store, open_store
+from nexum_engine.server.waiters import Waiters
+from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
@@ -41,6 +43,9 @@ class Call:
     def cancelled(self) -> bool:
         return self.gone
 
+    def invocation_metadata(self) -> None:
+        """None was sent."""
+
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object = ()) -> None:
         raise AssertionError(f"{code}: {details}")
 
@@ -50,22 +55,32 @@ class Engine:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store = store
-        self.dispatch = Dispatch(store, clock, LEASE_MS)
-        self.liveness = Liveness(store, self.dispatch, clock, LEASE_MS)
-        self.servicer = NexumServicer(store, self.dispatch, self.liveness)
-        store.on_unknown = self.dispatch.look_again
+        self.polls = Polls(store, clock, LEASE_MS)
+        self.waiters = Waiters()
+        self.liveness = Liveness(store, self.polls, self.waiters, clock, LEASE_MS)
+        self.servicer = NexumServicer(store, self.polls, self.waiters, self.liveness)
+        store.on_unknown = [self.look_again]
         self.claims = 0
-        submit = store.claim
 
-        def counted(*args: Any) -> Awaitable[Any]:
+        def counted(run: Run) -> Awaitable[Any]:
             self.claims += 1
-            return submit(*args)
+            return run()
 
-        store.claim = counted  # type: ignore[method-assign,assignment]
+        intercept(store, tasks.claim, counted)
+
+    def look_again(self) -> None:
+        """Nobody knows what was stored."""
+        self.polls.look_again()
+        self.waiters.look_again()
+
+    async def stop_waiting(self) -> None:
+        """Answer everything that waits, as a server that stops."""
+        self.waiters.stop()
+        await self.polls.stop()
 
     async def register(self, nodes: dict[str, list[str]], version: str = "v1") -> None:
         ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
-        await self.store.register_workflow("w", version, json.dumps(ir))
+        await self.store.run(executions.register_workflow, "w", version, json.dumps(ir))
 
     async def start(self, version: str = "v1", input_json: str = "{}") -> str:
         request = pb.StartRequest(workflow_id="w", version_hash=version, input_json=input_json)
@@ -83,12 +98,11 @@ class Engine:
         wait_ms: int = LONG_MS,
         max_bytes: int = LARGE,
         version: str = "v1",
-        slot: str = "",
     ) -> asyncio.Task[Task | None]:
-        return asyncio.create_task(self.dispatch.next_task(worker_id, (version,), max_bytes, wait_ms, slot))
+        return asyncio.create_task(self.polls.next_task(worker_id, (version,), max_bytes, wait_ms))
 
     async def attempts(self, execution_id: str) -> int:
-        (node,) = (await self.store.get_execution(execution_id, True)).nodes
+        (node,) = (await self.store.run(executions.get_execution, execution_id, True)).nodes
         return len(node.attempts)
 
     async def task(self, poll: Awaitable[Task | None]) -> Task:
@@ -112,7 +126,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 
     yield engine_on
     for engine in engines:
-        await engine.dispatch.stop()
+        await engine.stop_waiting()
         await engine.liveness.stop()
         await engine.store.close()
 
@@ -130,7 +144,7 @@ async def turns(count: int = 50) -> None:
 
 async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
     """Until the polls wait, and none of them still asks the store."""
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
     assert not any(poll.done() for poll in polls)
 
@@ -186,7 +200,7 @@ async def test_a_worker_that_dies_while_its_result_is_stored_does_not_hold_up_wh
     assert not report.done(), "the worker died too late to be of interest"
     report.cancel()
     assert (await engine.task(waiting)).node_id == "b"
-    assert (await engine.store.get_execution(execution_id)).outputs() == {"a": "1"}
+    assert (await engine.store.run(executions.get_execution, execution_id)).outputs() == {"a": "1"}
 
 
 async def test_a_canceller_that_dies_meanwhile_still_ends_the_wait_for_the_execution(engine: Engine) -> None:
@@ -236,10 +250,10 @@ async def test_a_poll_given_up_at_any_moment_leaves_its_task_to_the_next(engine:
     await turns(hops)
     given_up.cancel()
     execution_id = await start
-    tasks = [await engine.task(waiting)] if not _has_task(given_up) else []
+    handed_out = [await engine.task(waiting)] if not _has_task(given_up) else []
     await asyncio.gather(given_up, return_exceptions=True)
-    tasks += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
-    assert [task.execution_id for task in tasks] == [execution_id]
+    handed_out += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
+    assert [task.execution_id for task in handed_out] == [execution_id]
     waiting.cancel()
 
 
@@ -256,145 +270,6 @@ async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_ne
     answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
     assert answer.has_task
     assert (await engine.task(engine.poll("w2"))).attempt == 2
-
-
-# ---- Answers that are lost -------------------------------------------------------------------------------------------
-
-
-async def test_a_slot_whose_answer_was_lost_is_handed_the_same_task_at_once(engine: Engine) -> None:
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    lost = await engine.task(engine.poll(slot="s1"))
-    assert await engine.poll(slot="s2", wait_ms=0) is None
-    assert await engine.poll("w2", slot="s1", wait_ms=0) is None
-    assert await engine.task(engine.poll(slot="s1")) == lost
-    await engine.complete(lost)
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_after_a_report_a_slot_costs_the_store_no_more_than_before(engine: Engine) -> None:
-    await engine.register({"a": []})
-    await engine.start()
-    await engine.complete(await engine.task(engine.poll(slot="s1")))
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    before = engine.claims
-    assert await engine.poll(slot="s1", wait_ms=0) is None
-    assert engine.claims == before
-
-
-@pytest.mark.parametrize("hops", range(12))
-async def test_a_call_that_dies_late_does_not_take_the_task_away_from_the_slots_next_call(
-    engine: Engine, hops: int
-) -> None:
-    """The connection breaks and the worker asks again before the server has noticed."""
-    await engine.register({"a": []})
-    dying = engine.poll(slot="s1")
-    await until_idle(engine, dying)
-    start = asyncio.create_task(engine.start())
-    await turns(hops)
-    again = engine.poll(slot="s1")
-    await turns(1)
-    dying.cancel()
-    execution_id = await start
-    task = await engine.task(again)
-    await asyncio.gather(dying, return_exceptions=True)
-    # Whatever the dead call has begun is done by now.
-    await engine.store.list_executions("", "", 1)
-    await turns()
-    await engine.store.list_executions("", "", 1)
-    (attempt,) = [
-        one
-        for one in (await engine.store.get_execution(execution_id, True)).nodes[0].attempts
-        if one.outcome is not Outcome.INTERRUPTED
-    ]
-    assert (attempt.outcome, attempt.attempt) == (Outcome.RUNNING, task.attempt)
-    await engine.complete(task)
-
-
-async def test_a_call_that_dies_with_its_task_in_hand_gives_nothing_back_that_its_slot_has_asked_for_since(
-    engine: Engine,
-) -> None:
-    """The narrowest case: the call is cancelled after its claim is stored and before it has seen it."""
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    again: list[asyncio.Task[Task | None]] = []
-    submit = engine.store.claim
-
-    def break_the_connection() -> None:
-        again.append(engine.poll(slot="s1"))
-        dying.cancel()
-
-    def claim(*args: Any) -> Awaitable[Any]:
-        engine.store.claim = submit  # type: ignore[method-assign]
-        claiming = asyncio.ensure_future(submit(*args))
-        claiming.add_done_callback(lambda _: asyncio.get_running_loop().call_soon(break_the_connection))
-        return claiming
-
-    engine.store.claim = claim  # type: ignore[method-assign,assignment]
-    dying = engine.poll(slot="s1")
-    with pytest.raises(asyncio.CancelledError):
-        await dying
-    task = await engine.task(again[0])
-    await engine.store.list_executions("", "", 1)
-    await turns()
-    assert await engine.poll("w2", wait_ms=0) is None
-    await engine.complete(task)
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_a_dead_call_that_is_handed_the_task_again_does_not_give_it_back(engine: Engine) -> None:
-    await engine.register({"a": []})
-    execution_id = await engine.start()
-    task = await engine.task(engine.poll(slot="s1"))
-    call = Call()
-    call.gone = True
-    request = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1")
-    answer = await engine.servicer.PollTask(request, call)  # type: ignore[arg-type]
-    assert answer.task_id == task.task_id
-    await engine.store.list_executions("", "", 1)
-    await turns()
-    assert await engine.poll("w2", wait_ms=0) is None
-    await engine.complete(task)
-    assert await engine.attempts(execution_id) == 1
-
-
-async def test_a_slot_that_asks_again_ends_its_earlier_call_which_takes_nothing_more(engine: Engine) -> None:
-    await engine.register({"a": []})
-    dead = engine.poll(slot="s1")
-    await until_idle(engine, dead)
-    alive = engine.poll(slot="s1")
-    assert await asyncio.wait_for(dead, SOON) is None
-    execution_id = await engine.start()
-    assert (await engine.task(alive)).execution_id == execution_id
-
-
-async def test_a_task_that_woke_a_slot_which_takes_its_lost_one_wakes_another(engine: Engine) -> None:
-    await engine.register({"a": []})
-    dead = engine.poll(slot="s1")
-    await until_idle(engine, dead)
-    first = asyncio.create_task(engine.start())  # it wakes the dead call
-    await turns(1)
-    alive, other = engine.poll(slot="s1"), engine.poll("w2")
-    lost = await engine.task(dead)
-    assert lost.execution_id == await first
-    await until_idle(engine, alive, other)
-    second = await engine.start()
-    assert await engine.task(alive) == lost
-    assert (await engine.task(other)).execution_id == second
-
-
-async def test_the_next_task_of_a_lost_report_answer_is_in_the_answer_to_the_same_report(engine: Engine) -> None:
-    await engine.register({"a": []})
-    await engine.start()
-    second = await engine.start()
-    first = await engine.task(engine.poll(slot="s1"))
-    ask = pb.PollRequest(worker_id="w1", version_hash="v1", slot="s1", max_task_bytes=LARGE)
-    request = pb.CompleteRequest(task_id=first.task_id, output_json="1", next=ask)
-    answers = [await engine.servicer.CompleteTask(request, Call()) for _ in range(2)]  # type: ignore[arg-type]
-    assert answers[0] == answers[1]
-    assert answers[0].next.execution_id == second
-    assert await engine.attempts(second) == 1
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
@@ -439,32 +314,20 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     engine = await make(clock)
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
         clock.advance(0.01)
-        engine.dispatch.task_ready(ReadyTask(f"started {n}", 0))
-        claim = engine.dispatch.take_due("w1", (f"taken {n}",), LARGE, f"slot {n}")
+        engine.polls.task_ready(ReadyTask(f"started {n}", 0))
+        claim = engine.polls.take_due("w1", (f"taken {n}",), LARGE)
         assert claim is not None
         if n % 100 == 99:
             await claim
     await turns()
-    sizes = {name: len(value) for name, value in vars(engine.dispatch).items() if isinstance(value, Sized)}
+    sizes = {name: len(value) for name, value in vars(engine.polls).items() if isinstance(value, Sized)}
     assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
-async def test_of_many_slots_the_latest_are_remembered(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexum_engine.server.dispatch.MAX_REMEMBERED_SLOTS", 3)
-    await engine.register({"a": []})
-    for _ in range(5):
-        await engine.start()
-    tasks = [await engine.task(engine.poll(slot=f"slot {n}")) for n in range(5)]
-    again = [await engine.poll(slot=f"slot {n}", wait_ms=0) for n in range(5)]
-    assert again == [None, None, *tasks[2:]]
-    handed_out = vars(engine.dispatch)["_handed_out"]
-    assert {len(value) for value in vars(handed_out).values()} == {3}
-
-
 async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
     await engine.register({"a": []})
-    claim = engine.dispatch.take_due("w1", ("v1",), LARGE)
+    claim = engine.polls.take_due("w1", ("v1",), LARGE)
     assert claim is not None
     start = asyncio.create_task(engine.start())
     await turns(1)
@@ -474,9 +337,41 @@ async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
 
 
-async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version_was_forgotten_since(
-    engine: Engine,
-) -> None:
+async def test_poll_asks_the_store_once_until_a_task_comes(engine: Engine) -> None:
+    await engine.register({"a": []})
+    for _ in range(3):
+        assert await engine.poll(wait_ms=0) is None
+    assert engine.claims == 1
+    assert engine.polls.take_due("w1", ("v1",), LARGE) is None
+    await engine.start()
+    await engine.task(engine.poll(wait_ms=0))
+    assert engine.claims == 2
+
+
+async def test_large_task_that_came_while_a_small_poll_asked_is_found_by_a_large_one(engine: Engine) -> None:
+    await engine.register({"a": []})
+    small = engine.poll("small", wait_ms=0, max_bytes=1000)
+    await turns(1)
+    assert engine.claims == 1, "the poll does not ask yet"
+    start = asyncio.create_task(engine.start(input_json=json.dumps("x" * 5000)))
+    assert await small is None
+    assert (await engine.task(engine.poll("large", wait_ms=0))).execution_id == await start
+
+
+async def test_task_that_another_poll_took_while_a_worker_asked_is_counted_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    idle = engine.poll("w1")
+    await until_idle(engine, idle)
+    claim = engine.polls.take_due("w2", ("v1", "v2"), LARGE)
+    assert claim is not None
+    start = asyncio.create_task(engine.start())
+    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    assert (await engine.task(idle)).execution_id == await start
+    later = await engine.start()
+    assert (await engine.task(engine.poll(wait_ms=0))).execution_id == later
+
+
+async def test_a_task_that_came_while_a_poll_asked_is_found(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await turns(1)
@@ -484,8 +379,6 @@ async def test_a_task_that_came_while_a_poll_asked_is_found_although_its_version
     start = asyncio.create_task(engine.start())
     await turns(1)
     assert not start.done()
-    for n in range(MAX_REMEMBERED_VERSIONS + 1):
-        engine.dispatch.task_ready(ReadyTask(f"other {n}", 0))
     assert (await engine.task(poll)).execution_id == await start
     assert engine.claims == 2, "the first one saw the task: nothing was proven"
 
@@ -524,7 +417,7 @@ class Stream:
 
 async def swept(engine: Engine) -> int:
     """How many attempts ran out by now."""
-    return len((await engine.store.sweep(2**60)).changed.ready)
+    return len((await engine.store.run(leases.sweep, 2**60)).changed.ready)
 
 
 @pytest.mark.parametrize("hops", range(8))
@@ -542,7 +435,7 @@ async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_
     new.beat(task.task_id)
     await new.acked()
     await old.ended()
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
@@ -562,8 +455,8 @@ async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back
     await new.acked()
     old.breaks()
     await old.ended()
-    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
-    await engine.store.list_executions("", "", 1)
+    assert engine.polls.lease_of("w1") == (LEASE_MS, True)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
 
@@ -579,7 +472,7 @@ async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(m
     await engine.task(engine.poll())
     stream.breaks()
     await stream.ended()
-    await engine.store.list_executions("", "", 1)
+    await engine.store.run(executions.list_executions, "", "", 1)
     clock.advance((RECONNECT_GRACE_MS - 1) / 1000)
     assert await swept(engine) == 0
     clock.advance(0.001)
@@ -629,9 +522,9 @@ async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_o
 
     call = engine.servicer.WorkerStream(beats(), Call())  # type: ignore[arg-type]
     await anext(call)
-    assert engine.dispatch.lease_of("w1") == (LEASE_MS, True)
+    assert engine.polls.lease_of("w1") == (LEASE_MS, True)
     await call.aclose()
-    assert engine.dispatch.lease_of("w1") == (2 * LEASE_MS, False)
+    assert engine.polls.lease_of("w1") == (2 * LEASE_MS, False)
 
 
 @pytest.mark.parametrize("hops", range(8))
@@ -650,6 +543,111 @@ async def test_a_task_that_becomes_due_while_a_worker_drains_is_not_lost(engine:
     other.cancel()
 
 
+# ---- Answers that are lost -------------------------------------------------------------------------------------------
+
+
+async def beating(engine: Engine) -> Stream:
+    stream = Stream(engine)
+    stream.beat()
+    await stream.acked()
+    return stream
+
+
+async def outcomes(engine: Engine, execution_id: str) -> list[str]:
+    (node,) = (await engine.store.run(executions.get_execution, execution_id, True)).nodes
+    return [attempt.outcome.value for attempt in node.attempts]
+
+
+async def test_task_that_two_beats_in_a_row_do_not_name_goes_to_another_worker_at_once(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    await engine.task(engine.poll("w1"))
+    other = engine.poll("w2")
+    await until_idle(engine, other)
+    stream.beat()
+    await stream.acked()
+    await until_idle(engine, other)
+    assert await outcomes(engine, execution_id) == ["RUNNING"], "its answer may have been on its way"
+    stream.beat()
+    task = await engine.task(other)
+    assert (task.execution_id, task.attempt) == (execution_id, 2)
+    assert await outcomes(engine, execution_id) == ["LOST", "RUNNING"]
+
+
+async def test_task_that_is_named_by_every_second_beat_is_kept(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    for named in ([], [task.task_id], [], [task.task_id]):
+        stream.beat(*named)
+        await stream.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_two_tasks_of_one_worker_are_lost_and_kept_separately(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    kept_id, lost_id = await engine.start(), await engine.start()
+    kept, _ = await engine.task(engine.poll("w1")), await engine.task(engine.poll("w1"))
+    for _ in range(2):
+        stream.beat(kept.task_id)
+        await stream.acked()
+    assert await outcomes(engine, kept_id) == ["RUNNING"]
+    assert await outcomes(engine, lost_id) == ["LOST"]
+
+
+async def test_beats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
+    await engine.register({"a": []})
+    first = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    first.beat()
+    await first.acked()
+    second = await beating(engine)
+    first.breaks()
+    await first.ended()
+    second.beat(task.task_id)
+    await second.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_report_between_two_beats_that_do_not_name_the_task_is_recorded(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    task = await engine.task(engine.poll("w1"))
+    stream.beat()
+    await stream.acked()
+    await engine.complete(task)
+    stream.beat()
+    await stream.acked()
+    assert await outcomes(engine, execution_id) == ["COMPLETED"]
+
+
+async def test_beats_of_one_worker_take_nothing_from_another_without_a_stream(engine: Engine) -> None:
+    await engine.register({"a": []})
+    stream = await beating(engine)
+    execution_id = await engine.start()
+    await engine.task(engine.poll("published"))
+    for _ in range(3):
+        stream.beat()
+        await stream.acked()
+    assert await outcomes(engine, execution_id) == ["RUNNING"]
+
+
+async def test_new_stream_answers_the_polls_that_its_worker_left_waiting(engine: Engine) -> None:
+    """They were sent on a connection that may be dead, and would take tasks that never arrive."""
+    await engine.register({"a": []})
+    dead, other = engine.poll("w1"), engine.poll("w2")
+    await until_idle(engine, dead, other)
+    await beating(engine)
+    assert await asyncio.wait_for(dead, SOON) is None
+    execution_id = await engine.start()
+    assert (await engine.task(other)).execution_id == execution_id
+
+
 # ---- The end ---------------------------------------------------------------------------------------------------------
 
 
@@ -657,14 +655,14 @@ async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -
     await engine.register({"a": []})
     execution_id = await engine.start()
     await engine.task(engine.poll())
-    poll = engine.poll()
-    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
-    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     stream = Stream(engine)
     stream.beat()
     await stream.acked()
+    poll = engine.poll()
+    request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
+    waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     await until_idle(engine, poll)
-    await engine.dispatch.stop()
+    await engine.stop_waiting()
     await engine.liveness.stop()
     assert await asyncio.wait_for(poll, SOON) is None
     assert (await asyncio.wait_for(waiting, SOON)).status == "RUNNING"
@@ -680,9 +678,9 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     poll = engine.poll()
     await until_idle(engine, poll)
     # A start that was stored although its caller, and the dispatch, were told that nobody knows.
-    await engine.store.start_execution("w", "v1", "{}")
+    await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
-    engine.dispatch.look_again()
+    engine.look_again()
     await engine.task(poll)
 
 
@@ -693,8 +691,8 @@ async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_al
     request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
     waiting = asyncio.create_task(engine.servicer.GetExecution(request, Call()))  # type: ignore[arg-type]
     await turns()
-    await engine.store.complete_task(task.task_id, "1")
-    engine.dispatch.look_again()
+    await engine.store.run(tasks.complete_task, task.task_id, "1")
+    engine.look_again()
     assert (await asyncio.wait_for(waiting, SOON)).status == "COMPLETED"
     later = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
     assert (await asyncio.wait_for(later, SOON)).status == "COMPLETED"
@@ -706,15 +704,16 @@ async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
 ) -> None:
     await engine.register({"a": []})
 
-    def unavailable(*_: Any) -> Awaitable[Any]:
+    def unavailable(_: Run) -> Awaitable[Any]:
         failing: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         failing.set_exception(error)
         return failing
 
-    kept, engine.store.claim = engine.store.claim, unavailable  # type: ignore[method-assign,assignment]
+    kept = engine.store.run
+    intercept(engine.store, tasks.claim, unavailable)
     with pytest.raises(type(error)):
         await engine.poll()
-    engine.store.claim = kept  # type: ignore[method-assign]
+    engine.store.run = kept  # type: ignore[method-assign]
     await turns()
     await engine.start()
     await engine.task(engine.poll())
@@ -751,7 +750,7 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
     async def worker(name: str) -> None:
         versions = tuple(chance.sample(list(graphs), chance.randint(1, 3)))
         while not stop.is_set():
-            polling = asyncio.create_task(engine.dispatch.next_task(name, versions, LARGE, LONG_MS))
+            polling = asyncio.create_task(engine.polls.next_task(name, versions, LARGE, LONG_MS))
             task = await die_sometimes("polls", polling, 0.3)
             if not isinstance(task, Task):
                 continue
@@ -771,26 +770,26 @@ async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random
     everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
     await asyncio.gather(*(starter() for _ in range(4)))
     try:
-        for execution in await engine.store.list_executions("", "", 1000):
-            with engine.dispatch.watch(execution.execution_id) as ended:
-                current = await engine.store.get_execution(execution.execution_id)
+        for execution in await engine.store.run(executions.list_executions, "", "", 1000):
+            with engine.waiters.watch(execution.execution_id) as ended:
+                current = await engine.store.run(executions.get_execution, execution.execution_id)
                 if current.status is ExecutionStatus.RUNNING:
                     await asyncio.wait_for(ended, SOON)
     finally:
         stop.set()
         everything.cancel()
-        await engine.dispatch.stop()
+        await engine.stop_waiting()
         await asyncio.gather(everything, *workers, return_exceptions=True)
-    executions = await engine.store.list_executions("", "", 1000)
-    assert {one.status for one in executions} == {ExecutionStatus.COMPLETED}
-    assert len(executions) > 100
+    found = await engine.store.run(executions.list_executions, "", "", 1000)
+    assert {one.status for one in found} == {ExecutionStatus.COMPLETED}
+    assert len(found) > 100
     assert set(runs.values()) == {1}, "a task was delivered twice"
     assert min(died.values()) > 5, died
 
 
 async def _complete_all(engine: Engine, versions: tuple[str, ...], runs: dict[tuple[str, str], int]) -> None:
     while True:
-        task = await engine.dispatch.next_task("steady", versions, LARGE, LONG_MS)
+        task = await engine.polls.next_task("steady", versions, LARGE, LONG_MS)
         if task is not None:
             runs[task.execution_id, task.node_id] = runs.get((task.execution_id, task.node_id), 0) + 1
             await engine.complete(task)

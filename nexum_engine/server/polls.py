@@ -1,0 +1,262 @@
+"""The polls of workers that wait for tasks.
+
+All of it is memory: after a restart the waiting calls come again, and the store knows the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable
+from functools import partial
+
+from nexum_engine.clock import Clock
+from nexum_engine.errors import NexumError
+from nexum_engine.records import Task
+from nexum_engine.store import Store, tasks
+from nexum_engine.store.results import Claim, ReadyTask
+
+POLL_COUNTS_FOR_MS = 2000
+"""How long after a poll its worker still counts as polling."""
+MAX_REMEMBERED_VERSIONS = 1000
+"""Of how many versions it is remembered what was due and who polled: any client can name new ones."""
+
+
+class _WaitingPoll:
+    """A worker's slot. Either idle, or it has a claim under way whose outcome its own coroutine awaits."""
+
+    def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
+        self.worker_id = worker_id
+        self.version_hashes = version_hashes
+        self.max_bytes = max_bytes
+        self.claim: asyncio.Future[Claim] | None = None
+        self.idle: asyncio.Future[None] | None = None
+        self.missed = False
+        """Whether a task became due after the claim was submitted: the claim may not have seen it."""
+        self.leaving = False
+
+    @property
+    def is_idle(self) -> bool:
+        return self.idle is not None and not self.idle.done()
+
+    def wake(self) -> None:
+        if self.idle is not None and not self.idle.done():
+            self.idle.set_result(None)
+
+
+class Polls:
+    """Hands due tasks to waiting polls."""
+
+    def __init__(self, store: Store, clock: Clock, lease_ms: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._lease_ms = lease_ms
+        self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
+        """The waiting polls of each version, and those whose claim is under way."""
+        self._last_poll_ms: dict[str, int] = {}
+        self._due: dict[str, int] = {}
+        """Upper bound of due tasks per version; no entry means unknown. It saves a busy worker most of its claims."""
+        self._releases: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._streamed_workers: set[str] = set()
+        self._draining_workers: set[str] = set()
+
+    async def next_task(
+        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
+    ) -> Task | None:
+        """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops."""
+        if worker_id in self._draining_workers:
+            return None
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        deadline = self._clock.now_ms() + wait_ms
+        self._add(poll)
+        try:
+            if self._may_be_due(version_hashes):
+                self._submit_claim(poll)
+            while True:
+                if poll.claim is not None:
+                    claim = await asyncio.shield(poll.claim)
+                    poll.claim = None
+                    if claim.task is not None:
+                        return claim.task
+                    if claim.oversized is not None:
+                        self._offer(claim.oversized)
+                if poll.missed and not poll.leaving:
+                    self._submit_claim(poll)
+                    continue
+                left_ms = deadline - self._clock.now_ms()
+                if left_ms <= 0 or self._stopping or poll.leaving:
+                    return None
+                await self._idle(poll, left_ms)
+        finally:
+            self._remove(poll)
+            if poll.claim is not None:
+                # The call was given up while its claim was under way: nobody is there to take the task.
+                self.release(poll.claim)
+
+    def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
+        """Submit a claim here and now, behind what was submitted before; None if nothing can be due."""
+        if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
+            return None
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        self._add(poll)
+        claim = self._submit_claim(poll)
+        claim.add_done_callback(lambda _: self._remove(poll))
+        return claim
+
+    def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
+        return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
+
+    def _add(self, poll: _WaitingPoll) -> None:
+        for version_hash in poll.version_hashes:
+            self._polls[version_hash].append(poll)
+            self._remember_poll(version_hash)
+
+    def _remove(self, poll: _WaitingPoll) -> None:
+        for version_hash in poll.version_hashes:
+            polls = self._polls[version_hash]
+            polls.remove(poll)
+            if not polls:
+                del self._polls[version_hash]
+            self._remember_poll(version_hash)
+
+    def _remember_poll(self, version_hash: str) -> None:
+        now_ms = self._clock.now_ms()
+        self._last_poll_ms[version_hash] = now_ms
+        if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
+            self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
+            # A version that isn't here is looked up, so forgetting costs one claim.
+            self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
+
+    async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
+        loop = asyncio.get_running_loop()
+        poll.idle = loop.create_future()
+        timer = loop.call_later(left_ms / 1000, poll.wake)
+        try:
+            await poll.idle
+        finally:
+            timer.cancel()
+            poll.idle = None
+
+    def _submit_claim(self, poll: _WaitingPoll) -> asyncio.Future[Claim]:
+        poll.missed = False
+        lease_ms, streamed = self.lease_of(poll.worker_id)
+        poll.claim = asyncio.ensure_future(
+            self._store.run(tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
+        )
+        poll.claim.add_done_callback(partial(self._count, poll))
+        return poll.claim
+
+    def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
+        """Learn from a claim what is due. These run in the order of the transactions, so the count is never too low."""
+        if done.cancelled() or done.exception() is not None:
+            return
+        claim = done.result()
+        if claim.task is not None:
+            if claim.task.version_hash in self._due:
+                self._due[claim.task.version_hash] -= 1
+        elif claim.oversized is None and not poll.missed:
+            self._due.update(dict.fromkeys(poll.version_hashes, 0))
+
+    def lease_of(self, worker_id: str) -> tuple[int, bool]:
+        """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
+        streamed = worker_id in self._streamed_workers
+        return self._lease_ms if streamed else 2 * self._lease_ms, streamed
+
+    def task_ready(self, task: ReadyTask) -> None:
+        """A task became due, or will have when what was submitted before this call is stored.
+
+        The claim is submitted here and now, behind the transition that makes the task, so that both share a
+        transaction and the worker has the task as soon as its maker has the acknowledgement.
+        """
+        if task.version_hash in self._due:
+            self._due[task.version_hash] += 1
+        for poll in self._polls.get(task.version_hash, ()):
+            poll.missed = not poll.is_idle
+        self._offer(task)
+
+    def _offer(self, task: ReadyTask) -> None:
+        for poll in self._polls.get(task.version_hash, ()):
+            if poll.is_idle and poll.max_bytes >= task.task_bytes and not poll.leaving:
+                self._submit_claim(poll)
+                poll.wake()
+                return
+
+    def has_poller(self, version_hash: str) -> bool:
+        """Whether a worker polls for the version, or did within the last two seconds."""
+        last = self._last_poll_ms.get(version_hash)
+        return bool(self._polls.get(version_hash)) or (
+            last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
+        )
+
+    def worker_connected(self, worker_id: str) -> None:
+        """The worker keeps a WorkerStream: what it takes has the shorter lease, which its beats renew."""
+        self._streamed_workers.add(worker_id)
+        # One that still drains says so at once.
+        self._draining_workers.discard(worker_id)
+        # What waits was sent before this stream was answered, perhaps on a connection that is dead.
+        self._answer_waiting(worker_id)
+
+    def worker_disconnected(self, worker_id: str) -> None:
+        """Its stream ended."""
+        self._streamed_workers.discard(worker_id)
+        self._draining_workers.discard(worker_id)
+
+    def drain(self, worker_id: str) -> None:
+        """The worker takes no more tasks until its stream ends: answer the polls that it has waiting."""
+        self._draining_workers.add(worker_id)
+        self._answer_waiting(worker_id)
+
+    def _answer_waiting(self, worker_id: str) -> None:
+        for polls in self._polls.values():
+            for poll in polls:
+                if poll.worker_id == worker_id:
+                    poll.leaving = True
+                    poll.wake()
+
+    def give_back(self, task: Task) -> None:
+        """The call that took the task is gone before its answer was sent."""
+        done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
+        done.set_result(Claim(task))
+        self.release(done)
+
+    def release(self, claim: Awaitable[Claim]) -> None:
+        """Nobody is there any more to take the task of a claim."""
+
+        async def release() -> None:
+            try:
+                task = (await claim).task
+            except Exception:  # noqa: BLE001 - the call that submitted it was told
+                return
+            if task is None:
+                return
+            try:
+                changed = await self._store.run(
+                    tasks.release, task.task_id, "the worker was gone before the task reached it"
+                )
+            except NexumError:
+                return  # if it was handed out all the same, its lease runs out
+            for ready in changed.ready:
+                self.task_ready(ready)
+
+        running = asyncio.ensure_future(release())
+        self._releases.add(running)
+        running.add_done_callback(self._releases.discard)
+
+    def look_again(self) -> None:
+        """Make every waiting poll ask the store again, since nobody knows what was stored."""
+        self._due.clear()
+        for polls in self._polls.values():
+            for poll in polls:
+                if poll.claim is None:
+                    self._submit_claim(poll)
+                poll.wake()
+
+    async def stop(self) -> None:
+        """Answer every waiting poll."""
+        self._stopping = True
+        for polls in self._polls.values():
+            for poll in polls:
+                poll.wake()
+        while self._releases:
+            await asyncio.gather(*self._releases, return_exceptions=True)
