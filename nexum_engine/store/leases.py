@@ -15,24 +15,30 @@ from nexum_engine.store.tasks import fail_node
 OWNER_RESTART_GRACE_MS = 500
 """After a restart, how long an owner has to come back before another one may take its place. It knocks several times a
 second, and a late one loses nothing unless another one came."""
+SLOW_LINE = 250  # bytes a millisecond
+"""How slowly a task may travel to its worker. Beats overtake a large one."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> frozenset[str]:
-    """Extend the leases of what a worker says that it holds; the ids of what it was handed besides."""
+    """Extend the leases of what a worker says that it holds; the ids of what else it must have by now."""
     until_ms = db.now_ms + lease_ms
     for task_id in task_ids:
         db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
-    return frozenset(row["task_id"] for row in db.all("handed_out", worker_id=worker_id)).difference(task_ids)
+    return frozenset(row["task_id"] for row in _handed_out(db, worker_id)).difference(task_ids)
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     """End attempts that a worker was handed and does not have."""
     changes = Changes()
     reason = f"worker {worker_id} does not have the task: two of its signs of life in a row did not name it"
-    for row in db.all("handed_out", worker_id=worker_id):
+    for row in _handed_out(db, worker_id):
         if row["task_id"] in task_ids:
             _lose(db, row, Outcome.LOST, reason, changes)
     return changes.freeze()
+
+
+def _handed_out(db: Db, worker_id: str) -> list[Row]:
+    return db.all("handed_out", worker_id=worker_id, bytes_per_ms=SLOW_LINE, now=db.now_ms)
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:

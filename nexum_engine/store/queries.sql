@@ -204,12 +204,13 @@ UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
 
 -- name: handed_out
--- What a worker was handed and has not reported, in the same columns as expired_attempts. An owner gets its task from its
--- next start, so nothing of that is lost on the way.
+-- What a worker was handed, must have received by now, and has not reported, in the same columns as expired_attempts.
+-- An owner gets its task again from its next start, so nothing of that is lost on the way.
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
        attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
 FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
-WHERE attempts.worker_id = :worker_id AND attempts.outcome = 'RUNNING' AND NOT nodes.owned;
+WHERE attempts.worker_id = :worker_id AND attempts.outcome = 'RUNNING' AND NOT nodes.owned
+  AND attempts.started_ms + nodes.task_bytes / :bytes_per_ms <= :now;
 
 -- name: shorten_leases
 -- A worker's connection broke: what it holds is lost unless it comes back in time.

@@ -23,6 +23,7 @@ from nexum_engine.errors import (
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, executions, leases, open_store, tasks
+from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Started
 
 LEASE_MS = 30_000
@@ -687,6 +688,15 @@ async def test_beat_names_what_is_renewed_and_answers_what_else_its_worker_was_h
     assert await store.run(leases.renew, "w2", (), LEASE_MS) == set()
     await store.run(tasks.complete_task, unnamed.task_id, "1")
     assert await store.run(leases.renew, "w1", (), LEASE_MS) == {named.task_id}
+
+
+async def test_large_task_has_time_to_travel_before_its_worker_must_have_it(store: Store, clock: ManualClock) -> None:
+    await start(store, input_json=json.dumps("x" * 10_000 * SLOW_LINE))
+    task = await taken(store)
+    clock.advance(9.9)
+    assert await store.run(leases.renew, "w1", (), LEASE_MS) == set()
+    clock.advance(0.2)
+    assert await store.run(leases.renew, "w1", (), LEASE_MS) == {task.task_id}
 
 
 async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts_as_lost(store: Store) -> None:
