@@ -70,10 +70,20 @@ class Store(ABC):
         lease_ms: int,
         streamed: bool,
         held_task_id: str = "",
+        output_json: str = "",
     ) -> Awaitable[Started]:
         return self.submit(
             lambda db: tasks.start_owned(
-                db, workflow_id, version_hash, input_json, idempotency_key, owner, lease_ms, streamed, held_task_id
+                db,
+                workflow_id,
+                version_hash,
+                input_json,
+                idempotency_key,
+                owner,
+                lease_ms,
+                streamed,
+                held_task_id,
+                output_json,
             )
         )
 
