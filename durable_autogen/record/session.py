@@ -21,8 +21,6 @@ from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
 
-FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
-
 OnUnrecorded = Literal["tell", "stop"]
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -117,10 +115,9 @@ class Session:
             with at(None):
                 client = await stack.enter_async_context(NexumClient(self._address))
                 try:
-                    await client.ping(patience=FIRST_PATIENCE)
+                    journal = await stack.enter_async_context(Journal(client, self.session_id, self.tell))
                 except ServerUnavailable as error:
                     raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
-                journal = await stack.enter_async_context(Journal(client, self.session_id, self.tell))
             self._loop = asyncio.get_running_loop()
             outside.watch()
             stack.enter_context(watched_threads())
