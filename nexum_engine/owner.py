@@ -180,4 +180,5 @@ class Owner:
 
 
 def _written(output: BaseModel | Mapping[str, Any]) -> str:
-    return jsontext.dump(output.model_dump(mode="json") if isinstance(output, BaseModel) else output, "the result")
+    what = "the result"
+    return jsontext.dump_model(output, what) if isinstance(output, BaseModel) else jsontext.dump(output, what)

@@ -34,7 +34,7 @@ from durable_autogen.record.failures import in_a_task, ordinary
 from durable_autogen.record.place import Place, current, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.worker_calls import CallNotes, HearsOfReplays, call_notes, call_scope
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 HOLD_FOR = 0.5  # seconds for which the newest piece of a stream is held back, as it may be the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the fingerprint of what was asked stands beside it
@@ -366,7 +366,7 @@ class Calls:
             written = unrecorded_value(value)
         try:
             content = Returned(value=written, worker=notes.worker, streamed=[written_value(item) for item in streamed])
-            check_size(dump(content.model_dump(mode="json"), "it"), "it", max_bytes=MAX_RESULT_BYTES)
+            check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
             raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
         return content
