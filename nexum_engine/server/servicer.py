@@ -95,6 +95,8 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.version_hash, "version_hash")
         if request.owner:
             return await self._start_owned(request)
+        if request.output_json:
+            raise InvalidRequest("output_json is an owner's: give owner, or leave the result to a worker")
         starting = asyncio.ensure_future(
             self._store.start_execution(
                 request.workflow_id, request.version_hash, request.input_json, request.idempotency_key
