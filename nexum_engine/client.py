@@ -287,11 +287,13 @@ class NexumClient:
         patience: float = 0.0,
         owner: str = "",
         held_task_id: str = "",
+        output_json: str = "",
     ) -> Started:
         """Start an execution, or find the one that the key has; with `wait`, answer when it ends, or after so long.
 
         With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll;
-        with `held_task_id` it is refused as Conflict after another owner took that task over.
+        with `held_task_id` it is refused as Conflict after another owner took that task over. With `output_json`, the
+        execution ends at once with this result: the answer has no task, unless the server doesn't know of that.
 
         Without a key the call is not repeated, whatever the patience: a lost answer would start it twice.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner has it.
@@ -301,7 +303,10 @@ class NexumClient:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
                 raise InvalidRequest(f"the input is no {workflow.input.__name__}: {error}") from error
-        input_json = jsontext.dump(input.model_dump(mode="json") if isinstance(input, BaseModel) else input, "input")
+        input_json = (
+            jsontext.dump_model(input, "input") if isinstance(input, BaseModel) else jsontext.dump(input, "input")
+        )
+        jsontext.check_size(output_json, "the result")
         request = pb.StartRequest(
             workflow_id=workflow.workflow_id,
             version_hash=workflow.version_hash,
@@ -310,6 +315,7 @@ class NexumClient:
             wait_ms=round(wait * 1000),
             owner=owner,
             held_task_id=held_task_id,
+            output_json=output_json,
         )
         try:
             answer = await self._call(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ class Heartbeat:
         """Set while a stream is open and was answered."""
         self.connected_once = False
         """Whether a stream was ever answered."""
+        self._held_until = 0.0
         self._client = client
         self._worker_id = worker_id
         self._prepare = prepare
@@ -69,6 +71,14 @@ class Heartbeat:
         self._told: tuple[type[NexumError], float] | None = None
         self._wake = asyncio.Event()
         self._is_urgent = False
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether what the worker holds is its own for certain: its last answered beat is younger than half a lease.
+
+        False says nothing: the server may think that the worker has come to a stop, and only the server can tell.
+        """
+        return self.connected.is_set() and time.monotonic() < self._held_until
 
     def beat(self) -> None:
         """Beat now and again soon: two beats in a row tell the server which tasks have never arrived."""
@@ -97,7 +107,6 @@ class Heartbeat:
                 raise
             except ServerError as error:
                 lost = error
-            self.connected.clear()
             self._tell(lost)
             await asyncio.sleep(RECONNECT_DELAY)
 
@@ -113,9 +122,11 @@ class Heartbeat:
             while True:
                 self._wake.clear()
                 again_soon, self._is_urgent = self._is_urgent, False
+                sent = time.monotonic()
                 ack = await self._exchange(call, timeout)
                 if ack is None:
                     return
+                self._held_until = sent + ack.lease_ms / 2000
                 if not self.connected.is_set():
                     self._told = None
                     self.connected_once = True
@@ -125,6 +136,7 @@ class Heartbeat:
                 timeout = max(interval, MIN_ACK_TIMEOUT)
                 await self._sleep(min(interval, SECOND_BEAT_AFTER) if again_soon else interval)
         finally:
+            self.connected.clear()
             call.cancel()
 
     def _stream_ended(self, _: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic import BaseModel
+from pydantic_core import from_json, to_json
 
 from nexum_engine.errors import InvalidRequest, TooLarge
 
@@ -41,6 +42,17 @@ def dump(value: object, what: str) -> str:
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
     return text
+
+
+def dump_model(model: BaseModel, what: str) -> str:
+    """The same of a model's fields, in a fraction of the time where they have long texts."""
+    try:
+        value = model.model_dump(mode="json")
+        text = to_json(value, inf_nan_mode="constants").decode()
+    except ValueError as error:
+        raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
+    # They may be words in a text, or numbers that JSON lacks: the slower way tells.
+    return dump(value, what) if "NaN" in text or "Infinity" in text else text
 
 
 def same(one: str, other: str) -> bool:

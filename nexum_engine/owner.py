@@ -19,7 +19,14 @@ from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import NexumError, ServerError, ServerNotReady, ServerUnavailable, WorkflowNotFound
+from nexum_engine.errors import (
+    Conflict,
+    NexumError,
+    ServerError,
+    ServerNotReady,
+    ServerUnavailable,
+    WorkflowNotFound,
+)
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow
@@ -82,6 +89,11 @@ class Owner:
             f"the server on {self._client.address} knows no owned executions: use this project's own server"
         )
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether no other owner can have taken over what this one holds; False if only the server can tell."""
+        return self._heartbeat.is_holding
+
     async def start(
         self,
         workflow: Workflow,
@@ -94,7 +106,37 @@ class Owner:
 
         Raises Conflict while another owner, which it names, holds it, or if another owner has taken over `holding`.
         """
+        return await self._start(workflow, input, idempotency_key, holding, "")
 
+    async def record(
+        self,
+        workflow: Workflow,
+        input: BaseModel | Mapping[str, Any],
+        output: BaseModel | Mapping[str, Any],
+        *,
+        idempotency_key: str,
+        holding: Task | None = None,
+    ) -> None:
+        """Start the key's execution and record its result, in one round trip and one transaction.
+
+        Raises Conflict where `start` does, and if the key has another result.
+        """
+        text = _written(output)
+        started = await self._start(workflow, input, idempotency_key, holding, text)
+        if started.ended is not None:
+            raise Conflict(f"{idempotency_key!r} has a result already (execution {started.execution_id})")
+        if started.task is not None:
+            # An older server of ours, which has begun it.
+            await self._complete(started.task, text)
+
+    async def _start(
+        self,
+        workflow: Workflow,
+        input: BaseModel | Mapping[str, Any],
+        idempotency_key: str,
+        holding: Task | None,
+        output_json: str,
+    ) -> Started:
         async def start() -> Started:
             return await self._client.start_execution(
                 workflow,
@@ -102,6 +144,7 @@ class Owner:
                 idempotency_key=idempotency_key,
                 owner=self.owner_id,
                 held_task_id="" if holding is None else holding.task_id,
+                output_json=output_json,
                 patience=PATIENCE,
             )
 
@@ -120,8 +163,9 @@ class Owner:
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result. Raises StaleTask if another owner has taken over."""
-        value = output.model_dump(mode="json") if isinstance(output, BaseModel) else output
-        text = jsontext.dump(value, "the result")
+        await self._complete(task, _written(output))
+
+    async def _complete(self, task: Task, text: str) -> None:
         try:
             await self._client.complete_task(task.task_id, text, patience=PATIENCE)
         finally:
@@ -133,3 +177,8 @@ class Owner:
             await self._client.fail_task(task.task_id, error, final=True, patience=patience)
         finally:
             self._heartbeat.held.discard(task.task_id)
+
+
+def _written(output: BaseModel | Mapping[str, Any]) -> str:
+    what = "the result"
+    return jsontext.dump_model(output, what) if isinstance(output, BaseModel) else jsontext.dump(output, what)

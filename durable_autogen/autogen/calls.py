@@ -34,7 +34,7 @@ from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, 
 from durable_autogen.record.failures import in_a_task, ordinary
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 _log = logging.getLogger(__name__)
 
@@ -354,7 +354,7 @@ class Calls:
             written = unrecorded_value(value)
         try:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
-            check_size(dump(content.model_dump(mode="json"), "it"), "it", max_bytes=MAX_RESULT_BYTES)
+            check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
             raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
         return content

@@ -10,7 +10,6 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from autogen_core.models import ChatCompletionClient, FunctionExecutionResultMessage, LLMMessage, SystemMessage
@@ -37,12 +36,16 @@ class Conversation:
     def __init__(self) -> None:
         self._position = ""
         self._messages: list[LLMMessage] = []
+        self._contents: list[Any] = []
+        """What each message held when it was fingerprinted."""
+        self._lists: list[list[Any]] = []
+        """Those contents that are lists, which may grow in place."""
+        self._lengths: list[int] = []
+        """How long each of these lists was."""
         self._seen: list[_Seen] = []
-        self._lists: list[_Seen] = []
-        """The messages whose content is a list."""
-        self._chain: list[str] = []
-        """The hash of all messages up to each one."""
         self._whole: dict[str, Any] = {}
+        self._written = ""
+        """The same as JSON."""
         self._tools: list[Tool | ToolSchema] = []
         self._settings: tuple[ChatCompletionClient, str, dict[str, Any]] | None = None
 
@@ -78,50 +81,73 @@ class Conversation:
             new["base"] = self._position
         new["same"] = same
         new["messages"] = [one.print for one in self._seen[same:]]
-        chain = self._chain[-1] if self._chain else ""
-        new["hash"] = hashed_value([whole, chain])
-        seen = list(self._seen)
-        self._position, self._whole = position, whole
-        return new, lambda: {**whole, "messages": [one.print for one in seen], "hash": new["hash"]}
+        if whole != self._whole:
+            self._whole, self._written = whole, _written(whole)
+        last = self._seen[-1] if self._seen else None
+        new["hash"] = _hash(f"[{self._written},{_written('' if last is None else last.chain)}]")
+        self._position = position
+        return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Take over the messages; return how many are the same as in the request before."""
         limit = min(len(messages), len(self._messages))
-        # The usual case is a conversation that only grew: that is seen without a loop of Python's own.
+        # The usual case is a conversation that only grew. Python's loops would make each request of a long one slow.
         is_grown = (
-            all(map(operator.is_, messages[:limit], self._messages))
-            and all(map(operator.is_, map(_CONTENT, messages[:limit]), map(_CONTENT, self._seen)))
-            and all(len(one.content) == one.length for one in self._lists)
+            limit == len(self._messages)
+            and all(map(operator.is_, messages, self._messages))
+            and all(map(operator.is_, map(_CONTENT, self._messages), self._contents))
+            and list(map(len, self._lists)) == self._lengths
         )
         same = limit
         if not is_grown:
             same = next((n for n in range(limit) if not self._seen[n].is_still(messages[n])), limit)
-        known = {id(one.message): one for one in self._seen} if same < len(self._seen) else {}
-        del self._messages[same:], self._seen[same:], self._chain[same:]
+        known = {id(one.message): one for one in self._seen[same:]}
+        del self._messages[same:], self._contents[same:], self._seen[same:]
         for message in messages[same:]:
             one = known.get(id(message))
-            if one is None or not one.is_still(message):
-                one = _Seen(message, message.content, len(message.content), _message(message))
+            print = one.print if one is not None and one.is_still(message) else _message(message)
+            before = self._seen[-1] if self._seen else None
             self._messages.append(message)
-            self._seen.append(one)
-            self._chain.append(_hash(f"{self._chain[-1] if self._chain else ''}{one.print['hash']}"))
-        self._lists = [one for one in self._lists if one in self._seen[:same]] if not is_grown else self._lists
-        self._lists += [one for one in self._seen[same:] if isinstance(one.content, list)]
+            self._contents.append(message.content)
+            self._seen.append(_Seen(message, message.content, len(message.content), print, before))
+        added = self._contents[same:] if is_grown else self._contents
+        if not is_grown:
+            self._lists, self._lengths = [], []
+        for content in added:
+            if isinstance(content, list):
+                self._lists.append(content)
+                self._lengths.append(len(content))
         return same
 
 
-@dataclass(eq=False)
 class _Seen:
-    """A message as it was fingerprinted. Its list of calls or results may grow in place."""
+    """A message as it was fingerprinted, with those before it. Its list of calls or results may grow in place."""
 
-    message: LLMMessage
-    content: Any
-    length: int
-    print: dict[str, str]
+    __slots__ = ("before", "chain", "content", "length", "message", "print")
+
+    def __init__(
+        self, message: LLMMessage, content: Any, length: int, print: dict[str, str], before: _Seen | None
+    ) -> None:
+        self.message = message
+        self.content = content
+        self.length = length
+        self.print = print
+        self.before = before
+        self.chain: str = _hash(f"{'' if before is None else before.chain}{print['hash']}")
+        """The hash of all messages up to this one."""
 
     def is_still(self, message: LLMMessage) -> bool:
         """Return whether the message is this one, unchanged."""
         return message is self.message and message.content is self.content and len(message.content) == self.length
+
+
+def _prints(last: _Seen | None) -> list[dict[str, str]]:
+    """Return what describes the messages up to this one."""
+    found = []
+    while last is not None:
+        found.append(last.print)
+        last = last.before
+    return found[::-1]
 
 
 _CONTENT = operator.attrgetter("content")
@@ -244,7 +270,11 @@ def _of_another_type(value: object) -> Any:
 
 def hashed_value(value: object) -> str:
     """Hash a JSON-like value."""
-    return _hash(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str))
+    return _hash(_written(value))
+
+
+def _written(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
 
 
 def _hash(text: str) -> str:

@@ -63,6 +63,11 @@ class Kind(str, Enum):
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
 
     @property
+    def acts(self) -> bool:
+        """Whether the call acts on the world or asks a person: then it is on record before it is made."""
+        return self in (Kind.TOOL, Kind.INPUT, Kind.CODE)
+
+    @property
     def is_asked_for(self) -> bool:
         """Whether a run asks for it; the others are the session's own."""
         return self not in (Kind.BEGIN, Kind.MESSAGE, Kind.REVOKE)
@@ -204,6 +209,14 @@ class Event(_Frozen):
     """For how long the session's runs had been at work by then; the time between two runs doesn't count."""
     asked_ms: int = 0
     """The same for the moment at which it was asked for."""
+    under_way: list[str] = []
+    """The addresses of the calls without a recorded beginning that were made since the event before, and were under way
+    when this one was recorded."""
+
+    @property
+    def is_setback(self) -> bool:
+        """Whether a run that ends with this event has to make the call again: it failed, or its reply is broken."""
+        return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
     @property
     def address(self) -> str:
@@ -318,7 +331,8 @@ class Record:
     begun: list[EventInput] = field(default_factory=list)
     """What a run had begun and not finished."""
     tried: set[str] = field(default_factory=set)
-    """The addresses of all events that were begun and have no result, and of those that were revoked."""
+    """The addresses of all calls that were made and have no result, as far as the record tells, and of those that were
+    revoked."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How often the event of an address was revoked."""
     last_seq: int = 0
@@ -347,6 +361,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
             if execution.status is ExecutionStatus.COMPLETED:
                 recorded.append(Event.model_validate_json(execution.outputs()["event"]))
                 found.ended_ms[recorded[-1].seq] = execution.ended_ms or 0
+                found.tried.update(recorded[-1].under_way)
                 continue
             found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
             input = EventInput.model_validate_json(execution.input_json)

@@ -8,7 +8,8 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TypeVar
 
 from durable_autogen.errors import SessionBusy
 from durable_autogen.record.events import (
@@ -20,8 +21,6 @@ from durable_autogen.record.events import (
     Event,
     EventInput,
     Kind,
-    Raised,
-    Returned,
     Revoked,
     RunInput,
     RunSummary,
@@ -41,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
 LOOK_INTERVAL = 0.1  # seconds
+
+T = TypeVar("T")
 
 
 class Journal:
@@ -65,16 +66,21 @@ class Journal:
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
+        self._unrecorded: list[str] = []
+        """The addresses of the calls that were made since the last event and are not on record."""
 
     async def __aenter__(self) -> Journal:
+        latest = await self._runs()
         await self._owner.__aenter__()
         try:
-            self._run = await self._take_session()
-            await self._read_and_take_over()
-            completed = await self._runs(status=ExecutionStatus.COMPLETED.value)
-            self.ended = end_of(completed, self.events)
-            if self.ended is None:
-                await self._revoke_trailing_failures()
+            self._run, latest = await self._take_session(latest)
+            if latest is not None:  # else the session is new
+                await self._read_and_take_over()
+                if latest.status is not ExecutionStatus.COMPLETED:
+                    latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
+                self.ended = end_of(latest, self.events)
+                if self.ended is None:
+                    await self._revoke_trailing_failures()
         except BaseException:
             await self._owner.__aexit__()
             raise
@@ -95,12 +101,12 @@ class Journal:
 
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
-    async def _take_session(self) -> Task:
+    async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
+        """Begin the run after the latest one, or take that over; return it, and the latest run there was, if any."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         said = False
         while True:
-            latest = await self._runs()
             try:
                 input = RunInput(session=self.session, run=_run_number(latest))
                 started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
@@ -118,8 +124,10 @@ class Journal:
                 if started.task is not None:
                     if started.task.attempt > 1:
                         _log.info("session %s: the previous run died; taking over", self.session)
-                    return started.task
+                        latest = latest or await self._runs()
+                    return started.task, latest
             await asyncio.sleep(LOOK_INTERVAL)
+            latest = await self._runs()
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the latest run of this session, with its result."""
@@ -155,9 +163,7 @@ class Journal:
         """Drop failures and broken replies that an unfinished session ends with: nothing depends on them yet."""
         trailing: list[Event] = []
         for event in reversed(self._trailing):
-            if not (
-                isinstance(event.content, Raised) or (isinstance(event.content, Returned) and event.content.is_broken)
-            ):
+            if not event.is_setback:
                 break
             trailing.append(event)
         if trailing and not any(event.accepted for event in trailing):
@@ -165,13 +171,30 @@ class Journal:
 
     async def _start(self, input: EventInput) -> Started:
         """Begin an event under this run, or take it over. Raises SessionBusy if another process has the run now."""
+
+        async def start() -> Started:
+            return await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run)
+
+        started = await self._under_this_run(start)
+        if started.task is not None:
+            self._open[started.task.task_id] = started.task
+        return started
+
+    async def _record_at_once(self, input: EventInput, event: Event) -> None:
+        """Begin an event under this run and record it. Raises SessionBusy if another process has the run now."""
+
+        async def record() -> None:
+            key = self._key(input)
+            await self._owner.record(AGENT_EVENT, input, event, idempotency_key=key, holding=self._run)
+
+        await self._under_this_run(record)
+
+    async def _under_this_run(self, send: Callable[[], Awaitable[T]]) -> T:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         while True:
             try:
-                started = await self._owner.start(
-                    AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run
-                )
+                return await send()
             except Conflict as conflict:
                 if await self._move_if_replaced():
                     continue
@@ -182,10 +205,6 @@ class Journal:
                     ) from conflict
                 # The server may be about to notice that the event's owner is gone.
                 await asyncio.sleep(LOOK_INTERVAL)
-            else:
-                if started.task is not None:
-                    self._open[started.task.task_id] = started.task
-                return started
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
@@ -208,14 +227,12 @@ class Journal:
             )
         self._open.clear()
         self._inherited.clear()
-        self._run = await self._take_session()
+        self._run, _ = await self._take_session(await self._runs())
         if (await read_record(self._client, self.session)).events:
             raise SessionBusy(f"the server that replaced the last one has another session {self.session}")
         for event in self.events:
             input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
-            started = await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input))
-            if started.task is not None:
-                await self._owner.complete(started.task, event)
+            await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         return True
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
@@ -233,9 +250,18 @@ class Journal:
         """Return how often the session had continued as another program before the event of this number."""
         return sum(start < seq for start in self._other_programs)
 
+    async def before(self, call: Call) -> Task | None:
+        """Make sure that a call may be made; record that it is under way, where the next run has to know that."""
+        # After a setback, any call shows that the run has survived it. And if another run may have taken the session
+        # over, the server has to be asked before the call is paid for.
+        if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
+            return await self.begin(call)
+        self._unrecorded.append(call.address)
+        return None
+
     async def begin(self, call: Call) -> Task:
         """Record that a call is under way."""
-        input = EventInput(session=self.session, agent=call.agent, position=call.position, kind=call.kind)
+        input = self._input(call)
         key = self._key(input)
         if key in self._inherited:
             return self._inherited.pop(key)
@@ -252,12 +278,12 @@ class Journal:
         return started.task
 
     async def record(
-        self, task: Task, call: Call, content: Content, asked: Asked | None = None, active_ms: int = 0
+        self, call: Call, content: Content, task: Task | None = None, asked: Asked | None = None, active_ms: int = 0
     ) -> Event:
-        """Record what a call that was begun came to, as the session's next event; return it as it was recorded.
+        """Record what a call came to, as the session's next event; return it as it was recorded.
 
-        `active_ms` is for how long the session's runs have been at work by now. Raises SessionBusy if another process
-        has the session now.
+        `task` is the call's, if it was begun; `active_ms` is for how long the session's runs have been at work by now.
+        Raises SessionBusy if another process has the session now.
         """
         asked = asked or Asked()
         event = Event(
@@ -271,46 +297,49 @@ class Journal:
             asked_ms=asked.active_ms,
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
+            under_way=[address for address in self._unrecorded if address != call.address],
         )
-        return await self._complete(task, call, event)
+        return await self._write(task, call, event)
 
-    async def _complete(self, task: Task, call: Call, event: Event) -> Event:
+    async def _write(self, task: Task | None, call: Call, event: Event) -> Event:
         self.next_seq = event.seq + 1
-        while True:
-            try:
+        self._unrecorded = []
+        input = self._input(call)
+        task = task or self._inherited.pop(self._key(input), None)
+        try:
+            if task is not None:
                 await self._owner.complete(task, event)
-                break
-            except TaskNotFound:
-                await self._move_if_replaced()
-                task = await self.begin(call)
-            except StaleTask as stale:
-                raise SessionBusy(
-                    f"session {self.session}: another process has taken over {event} from this one ({stale})"
-                ) from stale
-        self._open.pop(task.task_id, None)
+                self._open.pop(task.task_id, None)
+        except TaskNotFound:
+            await self._move_if_replaced()
+            task = None
+        except StaleTask as stale:
+            raise SessionBusy(
+                f"session {self.session}: another process has taken over {event} from this one ({stale})"
+            ) from stale
+        if task is None:
+            await self._record_at_once(input, event)
         self._append(event)
         return event
+
+    def _input(self, call: Call) -> EventInput:
+        return EventInput(session=self.session, agent=call.agent, position=call.position, kind=call.kind)
 
     def _append(self, event: Event) -> None:
         self.events.append(event)
         if isinstance(event.content, Revoked) and event.content.is_another_program:
             self._other_programs.append(event.seq)
 
-    async def add(self, call: Call, content: Content) -> Event:
-        """Begin and record an event at once."""
-        return await self.record(await self.begin(call), call, content)
-
     async def add_copy(self, event: Event) -> None:
         """Record an event of another session. It is accepted, whatever it will be asked with."""
         call = Call(event.kind, event.agent, event.position)
-        await self._complete(
-            await self.begin(call), call, event.model_copy(update={"seq": self.next_seq, "accepted": True})
-        )
+        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
+        await self._write(None, call, copy)
 
     async def add_message(self, text: str) -> None:
         """Record what the user says next."""
         taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
-        await self.add(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
+        await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
         """Revoke every event after this number, except what a person has added: that still has to be said."""
@@ -321,7 +350,7 @@ class Journal:
         """Record that these events no longer count: they will be asked for again."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
-        await self.add(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
+        await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
             self._tried.add(event.address)
@@ -337,7 +366,6 @@ class Journal:
         is_finished: bool = True,
     ) -> None:
         """Record that the run is over, and the session finished. Raises SessionBusy if another process has it now."""
-        await self._move_if_replaced()
         await self._close_open("the run that asked for it died, and a later one did not ask again", OWNER_PATIENCE)
         if self._run is not None:
             last = max((event.seq for event in self.events), default=0) if is_finished else -1
@@ -345,7 +373,11 @@ class Journal:
                 stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
             )
             try:
-                await self._owner.complete(self._run, summary)
+                try:
+                    await self._owner.complete(self._run, summary)
+                except TaskNotFound:
+                    await self._move_if_replaced()
+                    await self._owner.complete(self._run, summary)
             except StaleTask as stale:
                 raise SessionBusy(f"session {self.session} was taken over by another process ({stale})") from stale
             finally:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -193,7 +193,7 @@ class Recorder:
                 if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
                     position = f"begin/{number}"
                 self._delivered(
-                    await self.journal.add(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
+                    await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
 
     # ---- The end -----------------------------------------------------------------------------------------------------
@@ -352,13 +352,10 @@ class Recorder:
             content: Content = Returned()
             value, error = None, None
             if perform is not None:
-                live.task = await self.journal.begin(call)
+                live.task = await self.journal.before(call)
                 value, content, error = await self._performed(call, perform, live)
             async with self._turnstile:
                 self._check_not_failed()
-                if live.task is None:
-                    # A mark is begun here: marks that come at the same moment keep their order.
-                    live.task = await self.journal.begin(call)
                 await self._record_apart()
                 event = await self._record(live, content)
                 await self._idle()
@@ -442,8 +439,11 @@ class Recorder:
             before = [event for event in self.journal.events if event.address == call.address]
             if before:
                 await self.journal.revoke(before, "the program asked something else")
-            await self.journal.record(await self.journal.begin(call), call, content, asked, self.active_now_ms)
-            self._typed.pop(0)
+            try:
+                await self._completed(self.journal.record(call, content, None, asked, self.active_now_ms))
+            finally:
+                if any(event.content is content for event in self.journal.events):
+                    self._typed.pop(0)
 
     async def _record_apart(self) -> None:
         """Record what has no place in the order, before the next event that has one."""
@@ -454,8 +454,6 @@ class Recorder:
         """Record the calls that the program gave up: it goes on after them, so it was not the run that ended."""
         while self._given_up:
             live = self._given_up[0]
-            if live.task is None:
-                live.task = await self.journal.begin(live.call)
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
                 self.survival.add(event, None, live.asker, survived=live.went_on)
@@ -465,10 +463,10 @@ class Recorder:
                     self._given_up.remove(live)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
-        assert live.task is not None
-        recording = asyncio.ensure_future(
-            self.journal.record(live.task, live.call, content, live.asked, self.active_now_ms)
-        )
+        return await self._completed(self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms))
+
+    async def _completed(self, record: Coroutine[Any, Any, Event]) -> Event:
+        recording = asyncio.ensure_future(record)
         try:
             return await asyncio.shield(recording)
         except asyncio.CancelledError:

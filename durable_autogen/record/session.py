@@ -23,8 +23,6 @@ from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
 
 _log = logging.getLogger(__name__)
 
-FIRST_PATIENCE = 2.0  # seconds in which a server has to answer
-
 OnUnrecorded = Literal["tell", "stop"]
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -116,10 +114,9 @@ class Session:
             with at(None):
                 client = await stack.enter_async_context(NexumClient(self._address))
                 try:
-                    await client.ping(patience=FIRST_PATIENCE)
+                    journal = await stack.enter_async_context(Journal(client, self.session_id))
                 except ServerUnavailable as error:
                     raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
-                journal = await stack.enter_async_context(Journal(client, self.session_id))
             self._loop = asyncio.get_running_loop()
             outside.watch()
             stack.enter_context(watched_threads())

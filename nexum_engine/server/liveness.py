@@ -120,9 +120,10 @@ class Liveness:
 
     def _apply_stored(self, stored: asyncio.Future[Changed]) -> None:
         if not stored.cancelled() and stored.exception() is None:
-            self._apply(stored.result())
+            self.apply(stored.result())
 
-    def _apply(self, changed: Changed) -> None:
+    def apply(self, changed: Changed) -> None:
+        """Tell those that wait for what a stored transition changed."""
         for ready in changed.ready:
             self._polls.task_ready(ready)
         for execution in changed.ended:
@@ -153,7 +154,7 @@ class Liveness:
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
                 self._swept_until_ms = now_ms
-                self._apply(swept.changed)
+                self.apply(swept.changed)
                 if swept.next_ms is not None:
                     self.due_at(swept.next_ms)
             self._due_changed.clear()

@@ -114,6 +114,8 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.version_hash, "version_hash")
         if request.owner:
             return await self._start_owned(request)
+        if request.output_json:
+            raise InvalidRequest("output_json is an owner's: give owner, or leave the result to a worker")
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
@@ -146,12 +148,14 @@ class NexumServicer(NexumServiceServicer):
                 request.owner,
                 *self._polls.lease_of(request.owner),
                 request.held_task_id,
+                request.output_json,
             )
         )
-        # Its lease has to be watched also if the caller is gone before the answer.
-        starting.add_done_callback(lambda _: self._liveness.task_handed_out())
+        # Its lease has to be watched, and its end told, also if the caller is gone before the answer.
+        starting.add_done_callback(self._started_owned)
         started = await asyncio.shield(starting)
-        ended = await self._store.run(executions.get_execution, started.execution_id) if started.status.ended else None
+        is_found = started.status.ended and not request.output_json
+        ended = await self._store.run(executions.get_execution, started.execution_id) if is_found else None
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -159,6 +163,13 @@ class NexumServicer(NexumServiceServicer):
             ended=None if ended is None else _execution_message(ended, has_poller=False),
             task=None if started.task is None else _task_message(started.task),
         )
+
+    def _started_owned(self, done: asyncio.Future[Started]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        if done.result().task is not None:
+            self._liveness.task_handed_out()
+        self._liveness.apply(done.result().changed)
 
     def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:

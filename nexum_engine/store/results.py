@@ -16,6 +16,16 @@ class ReadyTask:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """What a report or a sweep changed beyond its own row."""
+
+    ready: tuple[ReadyTask, ...] = ()
+    ended: tuple[Execution, ...] = ()
+    retry_ms: int | None = None
+    """When a failed node becomes a task again."""
+
+
+@dataclass(frozen=True)
 class Started:
     """The outcome of `start_execution`."""
 
@@ -26,16 +36,8 @@ class Started:
     """How many tasks it began with."""
     task: Task | None = None
     """The task of the owner that started it."""
-
-
-@dataclass(frozen=True)
-class Changed:
-    """What a report or a sweep changed beyond its own row."""
-
-    ready: tuple[ReadyTask, ...] = ()
-    ended: tuple[Execution, ...] = ()
-    retry_ms: int | None = None
-    """When a failed node becomes a task again."""
+    changed: Changed = Changed()
+    """What the result changed that came with the start."""
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,14 @@ def start_owned(
     lease_ms: int,
     streamed: bool,
     held_task_id: str = "",
+    output_json: str = "",
 ) -> Started:
     """Start an execution, or find the key's, and hand its only node to the owner as an attempt. No poll ever gets it.
 
-    What a dead owner left is taken over. Raises what `start_execution` raises, InvalidRequest for more than one node,
-    Conflict (naming it) while another owner lives, or if the execution is one for workers, StaleTask if nothing may be
-    reported for the held task any more.
+    What a dead owner left is taken over. With `output_json`, the attempt is completed here and now. Raises what
+    `start_execution` raises, InvalidRequest for more than one node, Conflict (naming it) while another owner lives, or
+    if the execution is one for workers, StaleTask if nothing may be reported for the held task any more, or if the
+    execution has another result.
     """
     check_id(owner, "owner")
     if held_task_id:
@@ -65,18 +67,31 @@ def start_owned(
         _check_may_report(held)
     started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
     if started.status.ended:
+        if output_json and not _has_result(db, started.execution_id, output_json):
+            raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
         return started
     node = db.one("owned_node", execution_id=started.execution_id)
     if node is None or not node["owned"]:
         raise Conflict(f"execution {started.execution_id} was started for workers: nobody can own it")
     if node["status"] == NodeStatus.READY:
-        return replace(started, task=_hand_out(db, node, owner, lease_ms, streamed))
-    if node["worker_id"] != owner:
+        task = _hand_out(db, node, owner, lease_ms, streamed)
+    elif node["worker_id"] == owner:
+        task = _task(db, node, node["task_id"], node["attempts"])
+    else:
         raise Conflict(
             f"{workflow_id} {idempotency_key!r} belongs to {node['worker_id']}, which is at work on it "
             f"(execution {started.execution_id}): wait for its end, or end it"
         )
-    return replace(started, task=_task(db, node, node["task_id"], node["attempts"]))
+    if not output_json:
+        return replace(started, task=task)
+    changed = complete_task(db, task.task_id, output_json)
+    return replace(started, status=ExecutionStatus.COMPLETED, changed=changed)
+
+
+def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
+    jsontext.parse(output_json, "output_json")
+    (recorded,) = db.all("dependency_outputs", execution_id=execution_id)
+    return jsontext.same(recorded["output_json"], output_json)
 
 
 def _hand_out(db: Db, node: Row, worker_id: str, lease_ms: int, streamed: bool) -> Task:

@@ -80,6 +80,7 @@ class StartRequest(google.protobuf.message.Message):
     WAIT_MS_FIELD_NUMBER: builtins.int
     OWNER_FIELD_NUMBER: builtins.int
     HELD_TASK_ID_FIELD_NUMBER: builtins.int
+    OUTPUT_JSON_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     version_hash: builtins.str
     input_json: builtins.str
@@ -98,6 +99,11 @@ class StartRequest(google.protobuf.message.Message):
     """Addition: with `owner`, a task that the caller has to hold still: after another one took it over, the start is
     refused (FAILED_PRECONDITION). So who owns one execution has the right to others, and loses it with that one.
     """
+    output_json: builtins.str
+    """Addition: with `owner`, the node's result, if it is there already: it is recorded in the transaction that starts the
+    execution. The answer has the status COMPLETED, and neither `task` nor `ended`. The same start again is acknowledged;
+    one with another result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
+    """
     def __init__(
         self,
         *,
@@ -108,8 +114,9 @@ class StartRequest(google.protobuf.message.Message):
         wait_ms: builtins.int = ...,
         owner: builtins.str = ...,
         held_task_id: builtins.str = ...,
+        output_json: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["held_task_id", b"held_task_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held_task_id", b"held_task_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "output_json", b"output_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___StartRequest = StartRequest
 

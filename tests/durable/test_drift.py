@@ -157,15 +157,23 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
         self.recorded, self.go = asyncio.Event(), asyncio.Event()
-        complete = Owner.complete
+        complete, record = Owner.complete, Owner.record
 
-        async def held(owner: Owner, task: Any, output: Any, **more: Any) -> None:
-            await complete(owner, task, output, **more)
+        async def hold(output: Any) -> None:
             if getattr(output, "position", "") == position and not self.recorded.is_set():
                 self.recorded.set()
                 await self.go.wait()
 
-        monkeypatch.setattr(Owner, "complete", held)
+        async def completed(owner: Owner, task: Any, output: Any) -> None:
+            await complete(owner, task, output)
+            await hold(output)
+
+        async def recorded(owner: Owner, workflow: Any, input: Any, output: Any, **more: Any) -> None:
+            await record(owner, workflow, input, output, **more)
+            await hold(output)
+
+        monkeypatch.setattr(Owner, "complete", completed)
+        monkeypatch.setattr(Owner, "record", recorded)
 
     async def cancel(self, asking: asyncio.Task[Any]) -> None:
         """Cancel who asks while it is held."""

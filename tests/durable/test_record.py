@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,20 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken, FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage, UserMessage
-from autogen_core.tools import ToolResult
+from autogen_core.tools import FunctionTool, ToolResult
 from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, named, run, texts
 from harness import Server, logged, nexum_server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import DriftError, DurableSession, fork_session, list_sessions, run_durable_stream
+from durable_autogen import DriftError, DurableSession, SessionBusy, fork_session, list_sessions, run_durable_stream
 from durable_autogen.autogen.work import Asker
-from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, read_record
+from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
 from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
+from nexum_engine.records import Task
 from support.models.live import LiveModel
 
 HOURS = 10_000.0  # seconds, for a patience that must not run out
@@ -277,29 +278,143 @@ async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
 
     async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
         started = await start(self, workflow, input, **more)
-        if getattr(input, "position", "") == "reply/1":
+        if getattr(input, "position", "") == "reply/0/tool/1":
             begun.set()  # on the server; its answer takes a while
             await hold.wait()
         return started
 
+    ran: list[str] = []
+
+    async def note() -> None:
+        """Note."""
+        ran.append("note")
+
     monkeypatch.setattr(Owner, "start", slow)
     loop = asyncio.get_running_loop()
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        async with DurableSession("s", nexum=server.address):
-            asking = asyncio.create_task(ask(named(client(model), "a")))
-            await asyncio.wait_for(begun.wait(), TIMEOUT)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            if answers == "before the end":
-                hold.set()
-            else:
-                loop.call_later(0.3, hold.set)
-        async with NexumClient(server.address) as nexum:
-            record = await read_record(nexum, "s")
-        assert not record.begun
-        (left,) = (event for event in record.events if event.kind is Kind.REPLY)
-        assert isinstance(left.content, GivenUp)
-        assert not model.requests
+    async with DurableSession("s", nexum=server.address):
+        tool = FunctionTool(note, description="Note.")
+        asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        if answers == "before the end":
+            hold.set()
+        else:
+            loop.call_later(0.3, hold.set)
+    async with NexumClient(server.address) as nexum:
+        record = await read_record(nexum, "s")
+    assert not record.begun
+    (left,) = (event for event in record.events if event.kind is Kind.TOOL)
+    assert isinstance(left.content, GivenUp)
+    assert not ran
+
+
+@asynccontextmanager
+async def killed(server: Server) -> AsyncIterator[Journal]:
+    """A journal whose process gives no sign of life any more at the end of the `with`."""
+    async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
+        journal = await stack.enter_async_context(Journal(nexum, "s"))
+        yield journal
+        await journal._owner.__aexit__()
+        stack.pop_all()
+
+
+@asynccontextmanager
+async def next_run(server: Server) -> AsyncIterator[Journal]:
+    """The journal of the run after it."""
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
+        yield journal
+        await journal.release()
+
+
+REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
+TOOL = Call(Kind.TOOL, "a", "reply/1/tool/1")
+
+
+async def test_a_reply_is_recorded_in_one_round_trip_and_a_tool_call_is_begun(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    start, complete = NexumClient.start_execution, NexumClient.complete_task
+
+    async def started(self: NexumClient, workflow: Any, input: Any, **more: Any) -> Started:
+        sent.append(f"start {getattr(input, 'position', 'run')}")
+        return await start(self, workflow, input, **more)
+
+    async def completed(self: NexumClient, task_id: str, output_json: str, **more: Any) -> Task | None:
+        sent.append("complete")
+        return await complete(self, task_id, output_json, **more)
+
+    monkeypatch.setattr(NexumClient, "start_execution", started)
+    monkeypatch.setattr(NexumClient, "complete_task", completed)
+
+    def note() -> str:
+        """Note."""
+        return "noted"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if is_after_a_tool(body) else Reply(calls=[("note", {})])
+
+    with OpenAIServer(reply) as model:
+        for session in ("registers the workflows", "s"):
+            sent.clear()
+            async with DurableSession(session.replace(" ", "-"), nexum=server.address):
+                await agent(model, "a", [note]).run(task="Q")
+    tool = ["start reply/1/tool/1", "complete"]
+    assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
+
+
+async def test_a_failure_at_the_end_of_a_killed_run_is_asked_again(server: Server) -> None:
+    async with killed(server) as dead:
+        await dead.record(REPLIES[0], Returned(value="yes"))
+        assert await dead.before(REPLIES[1]) is None
+        await dead.record(REPLIES[1], Raised(failure=Failure.of(Offline("no"))))
+    async with next_run(server) as journal:
+        assert [event.position for event in journal.events if event.kind is Kind.REPLY] == ["reply/1"]
+
+
+async def test_a_failure_after_which_a_killed_run_made_another_call_is_kept(server: Server) -> None:
+    async with killed(server) as dead:
+        await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
+        assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run has survived the failure"
+    async with killed(server) as again:
+        assert [event.position for event in again.events] == ["reply/1"]
+        assert await again.before(REPLIES[1]) is not None
+    async with next_run(server) as journal:
+        assert [event.position for event in journal.events] == ["reply/1"]
+        assert journal.was_tried(REPLIES[1].address)
+        # Recorded under the beginning that the dead runs left.
+        await journal.record(REPLIES[1], Returned(value="yes"))
+    async with NexumClient(server.address) as nexum:
+        record = await read_record(nexum, "s")
+    assert [event.position for event in record.events] == ["reply/1", "reply/2"]
+    assert not record.begun
+
+
+async def test_what_a_killed_run_was_asking_for_is_known_if_anything_was_recorded_meanwhile(server: Server) -> None:
+    async with killed(server) as dead:
+        for call in REPLIES:
+            assert await dead.before(call) is None
+        await dead.record(REPLIES[1], Returned(value="yes"))
+        await dead.record(Call(Kind.TURN, "a", "turn/1"), Returned())
+        assert await dead.before(TOOL) is not None
+    async with next_run(server) as journal:
+        tried = [call.position for call in (*REPLIES, TOOL) if journal.was_tried(call.address)]
+        assert tried == ["reply/1", "reply/3", TOOL.position]
+        assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
+
+
+async def test_the_server_is_asked_before_a_reply_is_paid_for_if_the_session_may_be_lost(server: Server) -> None:
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
+        assert await hung.before(REPLIES[0]) is None
+        await hung._owner.__aexit__()
+        async with next_run(server):
+            with pytest.raises(SessionBusy, match="is not this process's any more"):
+                await hung.before(REPLIES[1])
+            with pytest.raises(SessionBusy, match="is not this process's any more"):
+                await hung.record(REPLIES[1], Returned(value="yes"))
+    async with NexumClient(server.address) as nexum:
+        assert not (await read_record(nexum, "s")).events
 
 
 async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(server: Server) -> None:

@@ -292,3 +292,20 @@ async def test_a_server_that_takes_a_second_to_take_up_a_connection_is_reached(s
     """A busy machine, or a far one through a tunnel."""
     async with slow_line(int(server.address.rpartition(":")[2]), 1.0) as address, NexumClient(address) as client:
         await client.ping(patience=SOON)
+
+
+async def test_what_a_worker_holds_is_its_own_for_half_a_lease_after_an_answered_beat(
+    server: EngineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with beating(server.address) as beats:
+        holding = [beats.heart.is_holding]
+        await beats.connected()
+        holding.append(beats.heart.is_holding)
+        now = time.monotonic()
+        for later in (14.0, 15.1):
+            # As a process that was stopped meanwhile, and has not sent its next beat yet.
+            monkeypatch.setattr("nexum_engine.heartbeat.time.monotonic", lambda later=later: now + later)
+            holding.append(beats.heart.is_holding)
+        monkeypatch.undo()
+        holding.append(beats.heart.is_holding)
+    assert [*holding, beats.heart.is_holding] == [False, True, True, False, True, False]

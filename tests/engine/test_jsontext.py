@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, TooLarge
@@ -125,3 +127,25 @@ def test_a_circle_is_not_dumped() -> None:
     circle.append(circle)
     with pytest.raises(InvalidRequest, match="can't be written as JSON"):
         jsontext.dump(circle, "the result")
+
+
+class Holder(BaseModel):
+    value: Any = None
+    number: float = 0.5
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON | st.sampled_from(["NaN", "to Infinity", {"NaN": [1.0]}]))
+def test_a_model_is_dumped_as_its_fields_are(value: object) -> None:
+    parsed = jsontext.parse(jsontext.dump_model(Holder(value=value), "it"), "it")
+    assert json.dumps(parsed) == json.dumps({"value": value, "number": 0.5})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Holder(number=float("nan")), Holder(number=float("-inf")), Holder(value="\ud800"), Holder(value=object())],
+    ids=["nan", "infinity", "a lone surrogate", "an object"],
+)
+def test_a_model_of_what_json_can_not_say_is_not_dumped(model: Holder) -> None:
+    with pytest.raises(InvalidRequest, match="the result can't be written as JSON"):
+        jsontext.dump_model(model, "the result")

@@ -141,6 +141,63 @@ async def test_who_lost_what_it_held_starts_nothing_under_it(store: Store, clock
     assert keys == {"run", "e/1", "e/2", "e/3"}
 
 
+async def record(store: Store, output: str, owner: str = "one", key: str = "k", held: str = "") -> Started:
+    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held, output)
+
+
+async def test_a_result_that_comes_with_the_start_is_recorded_with_it(store: Store) -> None:
+    started = await record(store, '{"n":1}')
+    assert (started.status, started.existing, started.task) == (ExecutionStatus.COMPLETED, False, None)
+    execution = await store.run(executions.get_execution, started.execution_id, with_attempts=True)
+    assert execution.status is ExecutionStatus.COMPLETED
+    assert execution.outputs() == {"a": '{"n":1}'}
+    assert [(one.worker_id, one.outcome) for one in execution.nodes[0].attempts] == [("one", Outcome.COMPLETED)]
+    assert started.changed.ended == (await store.run(executions.get_execution, started.execution_id),)
+
+
+async def test_the_same_start_with_its_result_is_acknowledged_again_and_another_result_is_refused(
+    store: Store,
+) -> None:
+    first = await record(store, '{"n":1}')
+    again = await record(store, '{ "n": 1 }', "other")
+    assert (again.execution_id, again.status, again.changed.ended) == (first.execution_id, first.status, ())
+    with pytest.raises(StaleTask, match="'k' has another result"):
+        await record(store, '{"n":2}')
+    with pytest.raises(InvalidRequest, match="output_json is not valid JSON"):
+        await record(store, "{")
+    assert (await store.run(executions.get_execution, first.execution_id)).outputs() == {"a": '{"n":1}'}
+
+
+async def test_a_start_with_a_result_completes_what_its_owner_has_begun_and_what_a_dead_one_has(
+    store: Store, clock: ManualClock
+) -> None:
+    begun, left = await own(store, "one"), await own(store, "dead", "l")
+    with pytest.raises(Conflict, match="belongs to one, which is at work on it"):
+        await record(store, "1", "other")
+    assert (await record(store, "1")).execution_id == begun.execution_id
+    await lose(store, clock, "dead")
+    assert (await record(store, "2", key="l")).execution_id == left.execution_id
+    for started, output, attempts in ((begun, "1", 1), (left, "2", 2)):
+        execution = await store.run(executions.get_execution, started.execution_id, with_attempts=True)
+        assert execution.outputs() == {"a": output}
+        assert len(execution.nodes[0].attempts) == attempts
+
+
+async def test_a_start_with_a_result_that_is_refused_leaves_nothing(store: Store, clock: ManualClock) -> None:
+    run = await own(store, "one", "run")
+    assert run.task is not None
+    await lose(store, clock, "one")
+    await record(store, "1", key="e/1", held=run.task.task_id)  # nobody else has come
+    await own(store, "two", "run")
+    with pytest.raises(StaleTask, match="attempt 2 was handed out since"):
+        await record(store, "1", key="e/2", held=run.task.task_id)
+    with pytest.raises(StaleTask, match="knows nothing of task"):
+        await record(store, "1", key="e/3", held="task-of-elsewhere")
+    with pytest.raises(InvalidRequest, match="output_json is not valid JSON"):
+        await record(store, "NaN", key="e/4")
+    assert [one.idempotency_key for one in await store.run(executions.list_executions, "w", "", 10)] == ["e/1", "run"]
+
+
 async def test_owners_may_die_as_often_as_they_like(store: Store, clock: ManualClock) -> None:
     for number in range(MAX_LOST_ATTEMPTS + 2):
         assert (await own(store, f"owner {number}")).task is not None
@@ -285,6 +342,33 @@ async def test_a_server_that_ignores_the_owner_is_left_without_the_execution_tha
             await owner.start(OWNED, {}, idempotency_key="k")
         (execution,) = await client.list_executions()
     assert execution.status is ExecutionStatus.CANCELLED
+
+
+async def test_who_waits_for_an_execution_hears_of_a_result_that_came_with_a_start(server: Server) -> None:
+    async with NexumClient(server.address) as client, Owner(client) as owner:
+        started = await owner.start(OWNED, {}, idempotency_key="k")
+        waiting = asyncio.create_task(client.get_execution(started.execution_id, wait=20))
+        await asyncio.sleep(0.2)
+        await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
+        assert (await asyncio.wait_for(waiting, 5)).execution.outputs() == {"a": '{"n":1}'}
+        await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
+        with pytest.raises(Conflict, match="'k' has another result"):
+            await owner.record(OWNED, {}, {"n": 2}, idempotency_key="k")
+
+
+async def test_an_older_server_is_told_the_result_after_the_start(server: Server) -> None:
+    class Older(NexumClient):
+        """Its server doesn't know `output_json`."""
+
+        async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
+            return await super().start_execution(*args, **{**options, "output_json": ""})
+
+    async with Older(server.address) as client, Owner(client) as owner:
+        await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
+        (execution,) = await client.list_executions(with_nodes=True)
+        assert execution.outputs() == {"a": '{"n":1}'}
+        with pytest.raises(Conflict, match="'k' has a result already"):
+            await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
 
 
 async def test_a_published_poll_gets_no_owned_task(server: Server) -> None:

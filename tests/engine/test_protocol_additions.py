@@ -429,6 +429,33 @@ def test_the_records_are_shown_while_the_server_runs_and_after_it_ended(tmp_path
     assert (unknown.returncode, unknown.stderr) == (1, "error: no execution 'exec-x' in this server's database\n")
 
 
+def test_a_start_with_its_result_is_answered_without_a_task_and_without_the_result(stub: NexumServiceStub) -> None:
+    register(stub, {"a": []})
+
+    def start(output: str, owner: str = "me") -> pb.StartResponse:
+        return stub.StartExecution(
+            pb.StartRequest(
+                workflow_id="w",
+                version_hash="v1",
+                input_json="{}",
+                idempotency_key="k",
+                owner=owner,
+                output_json=output,
+            ),
+            timeout=DEADLINE,
+        )
+
+    first, again = start('{"n":1}'), start('{"n":1}', "another")
+    assert (first.status, first.existing) == ("COMPLETED", False)
+    assert not first.HasField("task")
+    assert not first.HasField("ended")
+    assert (again.execution_id, again.existing) == (first.execution_id, True)
+    assert record(stub, first.execution_id).nodes[0].output_json == '{"n":1}'
+    assert refused(lambda: start('{"n":2}'))[0] is grpc.StatusCode.FAILED_PRECONDITION
+    code, words = refused(lambda: start('{"n":1}', ""))
+    assert (code, "give owner" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
 def test_threads_of_starters_with_one_key_get_one_execution(server: Server) -> None:
     ready = threading.Barrier(16)
 
