@@ -1,0 +1,79 @@
+"""Drop scripts and style sheets from an HTML page before it is cut to size and parsed."""
+
+from __future__ import annotations
+
+import re
+
+# A browser reads what stands in these up to their end tag as plain characters, and shows none of it.
+_UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
+_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown
+_FOREIGN = frozenset({"svg", "math"})  # within these, "/>" closes any element
+
+_MARKUP = re.compile(r"<(?:(!--)|([!?]|/[^a-zA-Z])|(/?)([a-zA-Z][^ \t\n\f\r/>]*))")
+_COMMENT_END = re.compile(r"--!?>")
+_RAW_END = {name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])", re.IGNORECASE) for name in _UNSEEN | _SEEN}
+# Each pattern takes one piece, and nothing that the next one could take: no input makes them try again.
+_BETWEEN = re.compile(r"[ \t\n\f\r/]*")
+_NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
+_EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
+_BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
+
+
+def without_unseen_source(html: str, *, xml: bool = False) -> str:
+    """The page without scripts, style sheets and frames, which may fill it and stand before its content.
+
+    Tags are told from comments, attributes and plain text as the HTML standard says, in one pass. With `xml`, "/>"
+    closes a script, as it does in XHTML.
+    """
+    kept: list[str] = []
+    position = start = foreign = 0
+    while markup := _MARKUP.search(html, position):
+        comment, bogus, closing, name = markup.groups()
+        if comment:
+            ending = _COMMENT_END.search(html, markup.start() + 2)
+            position = ending.end() if ending else len(html)
+            continue
+        if bogus:
+            position = (html.find(">", markup.start()) + 1) or len(html)
+            continue
+        name = name.lower()
+        position = _tag_end(html, markup.end())
+        self_closed = html.endswith("/>", markup.start(), position)
+        if name in _FOREIGN and not self_closed:
+            foreign = max(0, foreign - 1) if closing else foreign + 1
+        elif name == "plaintext" and not closing:
+            break
+        elif name in _RAW_END and not closing and not (self_closed and (xml or foreign)):
+            ending = _RAW_END[name].search(html, position)
+            end = _tag_end(html, ending.end()) if ending else len(html)
+            if name in _UNSEEN:
+                kept.append(html[start : markup.start()])
+                start = end
+            position = end
+    kept.append(html[start:])
+    return "".join(kept)
+
+
+def _tag_end(html: str, position: int) -> int:
+    """Behind the ">" of the tag whose name ends here: not behind one that stands in a quoted value."""
+    while True:
+        position = _end(_BETWEEN, html, position)
+        if position >= len(html):
+            return len(html)
+        if html[position] == ">":
+            return position + 1
+        position = _end(_NAME, html, position)
+        equals = _EQUALS.match(html, position)
+        if equals is None:
+            continue
+        position = equals.end()
+        quote = html[position : position + 1]
+        if quote in ('"', "'"):
+            position = (html.find(quote, position + 1) + 1) or len(html)
+        else:
+            position = _end(_BARE_VALUE, html, position)
+
+
+def _end(pattern: re.Pattern[str], html: str, position: int) -> int:
+    found = pattern.match(html, position)
+    return found.end() if found else position
