@@ -64,7 +64,8 @@ class SeenPageHooks:
         before, word, after = _chomped(text)
         if not word:
             return text
-        if word.startswith("[") and word.endswith("]"):
+        shown = el.get_text(strip=True)
+        if shown.startswith("[") and shown.endswith("]"):
             return text
         if _ORDINAL.fullmatch(word) and _last_character(el)[-1:].isdigit():
             return text

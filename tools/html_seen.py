@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING
 
+from tools.html_attributes import ItemMarks, code_language, elements, is_element, is_float, item_marks, names, number
 from tools.html_markdown import mark_raised
+from tools.html_math import MATHS, Raised, formula
 from tools.html_style import Sight, Style, hides_all, look, parse_style
 
 if TYPE_CHECKING:
@@ -25,42 +26,31 @@ MAX_TABLES = 4  # tables within each other; deeper, rows are paragraphs
 MAX_MARKS = 12  # emphasis, links, raised text within each other; deeper, it is plain
 LAYOUT_CELL = 1_000  # characters; a cell of more, in a table without heads, is a part of the page and no value
 MAX_SPAN = 1_000  # columns, as in browsers
-MAX_NUMBER = 9  # digits of a list's number; more are out of a browser's range
 
 _SPACE = re.compile("[ \t\r\n\f\v\x1c-\x1f\x85\u00a0\u2007\u2028\u2029\u202f]+")
-_NUMBER = re.compile(r"\s{0,9}([+-]?[0-9]{1,9})(?![0-9])")
-_MARKUP_AT_START = re.compile(r"(?:#{1,6}|[-+*>])(?: |$)|>|```|~~~")
-_LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
-_NO_LANGUAGE = frozenset({"none", "plain", "plaintext", "text", "txt", "default", "source", "code", "nohighlight"})
-
-_UNSEEN = frozenset(
+_MARKUP_AT_START = re.compile(r"(?:#{1,6}|[-+*])(?: |$)|>|```|~~~")
+_UNSEEN = names(
     "head title script style noscript template svg iframe object canvas audio video datalist map area param"
-    " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta".split()  # noqa: SIM905
+    " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta"
 )
 _AROUND = frozenset({"header", "footer", "aside"})  # of the page; an article's own belong to it
 _WHOLES = frozenset({"main", "article", "blockquote", "figure"})
-_BLOCKS = frozenset(
+_BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
     " hgroup html legend li main menu optgroup p search section summary table tbody td textarea tfoot th thead tr"
-    " blockquote caption dd dt h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex".split()  # noqa: SIM905
+    " blockquote caption dd dt h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex"
 )
 _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 _LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 _PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
-_MARKS = {
-    **{"b": "strong", "strong": "strong", "i": "em", "em": "em", "del": "del", "s": "del", "strike": "del"},
-    **{"code": "code", "kbd": "code", "samp": "code", "tt": "code", "sup": "sup", "sub": "sub"},
-}
+_MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
+_MARKS |= {"del": "del", "s": "del", "strike": "del", "code": "code", "kbd": "code", "samp": "code", "tt": "code"}
 _NESTING = frozenset({"sup", "sub"})  # may stand in themselves: a power of a power
 _SECTIONS = {"thead": "head", "tbody": "body", "tfoot": "foot"}
 _BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow-root", "table-row"})
 _KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
-_MARKERS = {
-    **{"a": "a", "A": "A", "i": "i", "I": "I", "lower-alpha": "a", "lower-latin": "a", "upper-alpha": "A"},
-    **{"upper-latin": "A", "lower-roman": "i", "upper-roman": "I", "none": "none"},
-}
-_VALUES_OF_INPUT = frozenset(
-    "text number date time datetime-local month week email url tel search range color submit reset button".split()  # noqa: SIM905
+_VALUES_OF_INPUT = names(
+    "text number date time datetime-local month week email url tel search range color submit reset button"
 )
 
 
@@ -70,21 +60,6 @@ class _Mark:
 
     name: str
     address: str = ""
-
-
-@dataclass(eq=False)
-class _List:
-    """An open list, and what its next item is marked with."""
-
-    kind: str  # "-", "1", "a", "A", "i" or "I"
-    number: int = 1
-    step: int = 1
-
-    def mark(self, value: int | None) -> str:
-        if value is not None:
-            self.number = value
-        number, self.number = self.number, self.number + self.step
-        return "-" if self.kind == "-" else f"{_numeral(number, self.kind)}."
 
 
 @dataclass(eq=False)
@@ -110,21 +85,13 @@ class _Place:
     around: tuple[str, ...] = ()  # which elements that may be dropped it stands in
     levels: int = 0
     tables: int = 0
-    list: _List | None = None
+    items: ItemMarks | None = None  # the marks of the list's items
     table: _Table | None = None
     section: str = "body"
     group: int = 0
 
 
-@dataclass(frozen=True)
-class _As:
-    """A node that stands within an element that the page doesn't hold."""
-
-    name: str
-    node: _Node
-
-
-_Node = object  # a node of the parsed page, a piece of text, or _As
+_Node = object  # a node of the parsed page, a piece of text, or Raised
 
 
 @dataclass
@@ -151,16 +118,15 @@ class SeenPage:
     """The content of a page as a person sees it.
 
     `content` is its root, of the elements that `tools.html_markdown` writes. `absolute` gives the full address of a
-    link or a picture, or None if it doesn't lead to the web.
+    link or a picture, or None if it doesn't lead to the web. `new_element` makes an element of a name.
     """
 
-    def __init__(self, soup: BeautifulSoup, absolute: Callable[[str], str | None]) -> None:
-        from bs4 import NavigableString, Tag
-        from bs4.element import PreformattedString
-
-        self._tag, self._string, self._unseen_string = Tag, NavigableString, PreformattedString
+    def __init__(
+        self, soup: BeautifulSoup, absolute: Callable[[str], str | None], new_element: Callable[[str], Tag]
+    ) -> None:
         self._soup = soup
         self._absolute = absolute
+        self._new_element = new_element
         self._run: Tag | None = None  # the paragraph that text is added to
         self._open: list[tuple[_Mark, Tag]] = []  # the inline elements that are open in it
         self._linked: set[int] = set()  # links that have words already
@@ -173,8 +139,9 @@ class SeenPage:
         self._length = 0  # characters of text so far
         self._around: list[_Span] = []  # forms, headers and the like
         self._parts: dict[str, _Span] = {}
+        self._articles = 0  # those that stand in no other
         self._frames: list[_Frame] = []
-        root = soup.new_tag("div")
+        root = new_element("div")
         self._build(root)
         self.content = self._choose(root)
 
@@ -203,7 +170,7 @@ class SeenPage:
         whole = self._length - sum(span.length for span in dropped)
         for name in ("main", "role=main", "article"):
             part = self._parts.get(name)
-            if part is None:
+            if part is None or (name == "article" and self._articles > 1):
                 continue
             within = (span.length for span in dropped if part.start <= span.start and span.end <= part.end)
             if part.length - sum(within) > MOST * whole:
@@ -213,12 +180,12 @@ class SeenPage:
     # One node
 
     def _add(self, node: _Node, place: _Place) -> None:
-        if isinstance(node, _As):
+        if isinstance(node, Raised):
             mark = _Mark(node.name)
-            self._enter([node.node], replace(place, marks=(*place.marks, mark)))
-        elif isinstance(node, self._tag):
+            self._enter([node.part], replace(place, marks=(*place.marks, mark)))
+        elif is_element(node):
             self._add_element(node, place)
-        elif isinstance(node, str) and not isinstance(node, self._unseen_string):
+        elif isinstance(node, str) and not getattr(node, "PREFIX", ""):  # comments and the like have one
             self._add_text(str(node), place)
 
     def _enter(self, nodes: Iterable[_Node], place: _Place, close: Callable[[], None] | None = None) -> None:
@@ -237,8 +204,8 @@ class SeenPage:
             self._add_within_code(element, name, style, place)
         elif name in _INLINE_HANDLERS:
             _INLINE_HANDLERS[name](self, element, place)
-        elif name in _MATHS:
-            self._enter(_math(element, name), place)
+        elif name in MATHS:
+            self._enter(formula(element, name), place)
         elif name in _PREFORMATTED or (name == "code" and element.find("br") is not None):
             self._add_code(element, place)
         elif name in _BLOCKS or style.get("display") in _BLOCK_DISPLAYS:
@@ -291,7 +258,7 @@ class SeenPage:
             text = f"\\{text}"  # else these words would be a heading, a list, a quote
         if text.strip():
             self._at_line_start = False
-        target.append(self._string(text))
+        target.append(text)
 
     def _target(self, place: _Place, text: str) -> Tag:
         """The innermost element for something that stands in a line."""
@@ -319,7 +286,7 @@ class SeenPage:
         return target
 
     def _new(self, name: str, parent: Tag, **attributes: str) -> Tag:
-        element = self._soup.new_tag(name)
+        element = self._new_element(name)
         element.attrs.update(attributes)
         parent.append(element)
         return element
@@ -353,8 +320,16 @@ class SeenPage:
         if place.in_line:
             self._enter(element.contents, place, close)
             return
+        if name == "tr" and (table := place.table):
+
+            def close() -> None:
+                self._break(place)
+                table.row = None
+
         inner = self._inner_place(element, name, style, place)
         part = _part_name(element, name)
+        if part == "article" and not place.whole:
+            self._articles += 1
         if part and part not in self._parts and _is_flow(place):
             inner = replace(place, container=self._new("div", place.container))
             close = self._measured(self._parts.setdefault(part, _Span(inner.container, self._length)), close)
@@ -391,27 +366,27 @@ class SeenPage:
         if name == "li":
             return self._item(element, place)
         if place.levels >= MAX_LEVELS:
-            return replace(place, list=None) if name in _LISTS else place
-        inside = replace(place, levels=place.levels + 1, list=None, table=None)
+            return replace(place, items=None) if name in _LISTS else place
+        inside = replace(place, levels=place.levels + 1, items=None, table=None)
         if name in _LISTS:
-            return replace(inside, container=self._new_list(name, place), list=_new_list(element, name, style))
+            return replace(inside, container=self._new_list(name, place), items=item_marks(element, name, style))
         if name in ("blockquote", "dd"):
             return replace(inside, container=self._new(name, place.container))
         return place
 
     def _new_list(self, name: str, place: _Place) -> Tag:
         parent = place.container
-        if place.list is not None and parent.name in ("ul", "ol"):
+        if place.items is not None and parent.name in ("ul", "ol"):
             # It stands in a list and in none of its items: it belongs to the one before it.
             before = parent.contents[-1] if parent.contents else None
-            parent = before if isinstance(before, self._tag) and before.name == "li" else self._new_item(parent, "")
+            parent = before if is_element(before) and before.name == "li" else self._new_item(parent, "")
         return self._new(_LISTS[name], parent)
 
     def _item(self, element: Tag, place: _Place) -> _Place:
-        if place.levels >= MAX_LEVELS and place.list is None:
+        if place.levels >= MAX_LEVELS and place.items is None:
             return place
-        mark = place.list.mark(_number(element.get("value"))) if place.list else "-"
-        return replace(place, container=self._new_item(place.container, mark), list=None)
+        mark = place.items.mark(number(element.get("value"))) if place.items else "-"
+        return replace(place, container=self._new_item(place.container, mark), items=None)
 
     def _new_item(self, parent: Tag, mark: str) -> Tag:
         return self._new("li", parent, **{"data-mark": mark})
@@ -422,7 +397,7 @@ class SeenPage:
         if place.tables >= MAX_TABLES or self._is_layout(element):
             return replace(place, table=None)
         table = self._new("table", place.container)
-        return replace(place, container=table, table=_Table(table), tables=place.tables + 1, list=None, group=0)
+        return replace(place, container=table, table=_Table(table), tables=place.tables + 1, items=None, group=0)
 
     def _row(self, table: _Table, place: _Place) -> Tag:
         return self._new("row", table.element, **{"data-section": place.section, "data-group": str(place.group)})
@@ -430,7 +405,7 @@ class SeenPage:
     def _cell(self, element: Tag, name: str, place: _Place, table: _Table) -> _Place:
         if table.row is None:
             table.row = self._row(table, place)
-        columns, rows = _number(element.get("colspan")), _number(element.get("rowspan"))
+        columns, rows = number(element.get("colspan")), number(element.get("rowspan"))
         cell = self._new(
             "cell",
             table.row,
@@ -445,17 +420,14 @@ class SeenPage:
         if table.get("role") in ("presentation", "none"):
             return True
         parts: list[Tag] = []
-        for child in self._elements(table):
-            parts += self._elements(child) if child.name in _SECTIONS else [child]
-        rows = [self._elements(part) for part in parts if part.name == "tr"]
+        for child in elements(table):
+            parts += elements(child) if child.name in _SECTIONS else [child]
+        rows = [elements(part) for part in parts if part.name == "tr"]
         if any(part.name in ("caption", "th") for part in parts) or any(cell.name == "th" for r in rows for cell in r):
             return False
         if rows and all(len(row) <= 1 for row in rows) and all(part.name == "tr" for part in parts):
             return True
         return any(self._is_long(cell) for row in rows for cell in row)
-
-    def _elements(self, element: Tag) -> list[Tag]:
-        return [child for child in element.children if isinstance(child, self._tag)]
 
     def _is_long(self, cell: Tag) -> bool:
         length = 0
@@ -480,9 +452,9 @@ class SeenPage:
             first = next((n for n, line in enumerate(lines) if line.strip()), len(lines))
             last = next((n for n in range(len(lines), first, -1) if lines[n - 1].strip()), first)
             if first < last:
-                language = _language(element, self._tag)
+                language = code_language(element)
                 pre = self._new("pre", place.container, **({"data-language": language} if language else {}))
-                pre.append(self._string("\n".join(lines[first:last])))
+                pre.append("\n".join(lines[first:last]))
             self._break(place)
 
         self._enter(element.contents, replace(place, preformatted=True), close)
@@ -570,7 +542,7 @@ class SeenPage:
     def _add_select(self, element: Tag, place: _Place) -> None:
         options = [option for option in element.find_all("option") if not option.has_attr("hidden")]
         chosen = [option for option in options if option.has_attr("selected")]
-        if element.has_attr("multiple") or (_number(element.get("size")) or 1) > 1:
+        if element.has_attr("multiple") or (number(element.get("size")) or 1) > 1:
             marked = (f"{'[x]' if option.has_attr('selected') else '[ ]'} {_label(option)}" for option in options)
             self._add_apart(", ".join(marked), place)
         else:
@@ -581,8 +553,8 @@ class SeenPage:
 
     def _add_gauge(self, element: Tag, place: _Place) -> None:
         value, most = (str(element.get(name, "")).strip() for name in ("value", "max"))
-        if _is_float(value):
-            self._add_apart(f"{value} of {most if _is_float(most) else '1'}", place)
+        if is_float(value):
+            self._add_apart(f"{value} of {most if is_float(most) else '1'}", place)
 
 
 _INLINE_HANDLERS: dict[str, Callable[[SeenPage, Tag, _Place], None]] = {
@@ -652,117 +624,5 @@ def _may_stand(mark: _Mark, place: _Place) -> bool:
     return mark.name in _NESTING or all(other.name != mark.name for other in place.marks)
 
 
-def _number(value: object) -> int | None:
-    """A number as HTML reads it: the digits that an attribute begins with; None if it doesn't begin with any."""
-    found = _NUMBER.match(str(value)) if value is not None else None
-    return int(found[1]) if found else None
-
-
-def _is_float(text: str) -> bool:
-    try:
-        return len(text) <= 20 and text.isascii() and float(text) >= 0
-    except ValueError:
-        return False
-
-
 def _label(option: Tag) -> str:
     return str(option.get("label", "")).strip() or option.get_text().strip()
-
-
-def _new_list(element: Tag, name: str, style: Style) -> _List:
-    if name != "ol":
-        return _List("-")
-    wanted = style.get("list-style-type") or next(iter(style.get("list-style", "").split()), "")
-    kind = _MARKERS.get(wanted) or _MARKERS.get(str(element.get("type", "")).strip()) or "1"
-    start = _number(element.get("start"))
-    if not element.has_attr("reversed"):
-        return _List("-" if kind == "none" else kind, 1 if start is None else start)
-    items = sum(1 for child in element.children if getattr(child, "name", None) == "li")
-    return _List("-" if kind == "none" else kind, items if start is None else start, -1)
-
-
-_ROMAN = [(1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x")]
-_ROMAN += [(9, "ix"), (5, "v"), (4, "iv"), (1, "i")]
-
-
-def _numeral(number: int, kind: str) -> str:
-    if kind == "1" or not 0 < number < 4000:
-        return str(number)
-    shown = ""
-    if kind in "aA":
-        while number:
-            number, letter = divmod(number - 1, 26)
-            shown = chr(ord("a") + letter) + shown
-    else:
-        for value, letters in _ROMAN:
-            count, number = divmod(number, value)
-            shown += letters * count
-    return shown.upper() if kind.isupper() else shown
-
-
-def _language(element: Tag, tag: type[Tag]) -> str:
-    """The language of a code block, from where highlighters write it: on it, on the code in it, or just around it."""
-    places = [element, *(child for child in element.children if isinstance(child, tag) and child.name == "code")]
-    parent = element.parent
-    around = [parent, parent.parent] if parent else []
-    for place in chain(places, (other for other in around if other is not None)):
-        for attribute in ("data-lang", "data-language"):
-            if found := _LANGUAGE_NAME.fullmatch(str(place.get(attribute, "")).strip().lower()):
-                return found[0]
-        classes = [str(name).lower() for name in place.get_attribute_list("class") if name]
-        for index, name in enumerate(classes):
-            found = _LANGUAGE.fullmatch(name)
-            if name in ("brush:", "hljs", "sourcecode") and index + 1 < len(classes):
-                found = _LANGUAGE_NAME.fullmatch(classes[index + 1].rstrip(";"))
-            if found and (language := found[found.re.groups]) not in _NO_LANGUAGE and "-" not in language[:1]:
-                return language
-    return ""
-
-
-_LANGUAGE_NAME = re.compile(r"[a-z0-9+#.-]{1,30}")
-
-_MATHS = frozenset(
-    "math semantics mfrac msqrt mroot msup msub msubsup munder mover munderover mmultiscripts mspace mfenced mtable mtr"
-    " mtd".split()  # noqa: SIM905
-)
-_SCRIPTS = {
-    **{"msup": ("sup",), "msub": ("sub",), "msubsup": ("sub", "sup")},
-    **{"mover": ("sup",), "munder": ("sub",), "munderover": ("sub", "sup")},
-}
-_TOKENS = frozenset({"mi", "mn", "mtext"})
-
-
-def _math(element: Tag, name: str) -> list[_Node]:
-    """A formula in a line: what stands above or below is marked so, and a fraction has its stroke."""
-    nodes: list[_Node] = list(element.contents)
-    parts = [node for node in element.contents if getattr(node, "name", None)]
-    if name in _SCRIPTS and parts:
-        return [parts[0], *(_As(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=False))]
-    match name, len(parts):
-        case "semantics", _:
-            return list(parts[:1])
-        case "mfrac", 2:
-            return [*_bracketed(parts[0]), "/", *_bracketed(parts[1])]
-        case "msqrt", _:
-            return ["√(", *nodes, ")"]
-        case "mroot", 2:
-            return [_As("sup", parts[1]), "√(", parts[0], ")"]
-        case "mmultiscripts", _:
-            scripts = [part for part in parts[1:] if part.name not in ("none", "mprescripts")]
-            return [*parts[:1], *(_As("sub" if n % 2 == 0 else "sup", part) for n, part in enumerate(scripts))]
-        case "mspace", _:
-            return [" "]
-        case "mtable", _:
-            return ["[", *nodes, "]"]
-        case "mtr", _:
-            return [*nodes, "; "]
-        case "mtd", _:
-            return [*nodes, ", "]
-        case "mfenced", _:
-            inner = [node for part in parts for node in (part, ",")][:-1]
-            return [str(element.get("open", "("))[:3], *inner, str(element.get("close", ")"))[:3]]
-    return nodes
-
-
-def _bracketed(part: Tag) -> list[_Node]:
-    return [part] if part.name in _TOKENS else ["(", part, ")"]

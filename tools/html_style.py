@@ -24,7 +24,9 @@ _COLOURS = {"white": "#ffffff", "black": "#000000", "red": "#ff0000", "transpare
 _NUMBER = re.compile(r"[\d.]{1,12}%?")
 _SHRUNK = re.compile(r"scale(?:3d|x|y)?\( ?0*(?:\.0+)? ?[,)]")
 _MOVED = re.compile(r"translate(?:3d|x|y)?\(([^()]{1,60})\)")
-_TURNED_OUT = re.compile(r"inset\( ?(?:100|[5-9]\d)%|(?:circle|ellipse)\( ?0(?![.\d])|polygon\( ?0[a-z%]{0,3} 0[a-z%]{0,3} ?\)")
+_TURNED_OUT = re.compile(
+    r"inset\( ?(?:100|[5-9]\d)%|(?:circle|ellipse)\( ?0(?![.\d])|polygon\( ?0[a-z%]{0,3} 0[a-z%]{0,3} ?\)"
+)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
@@ -28,10 +29,10 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
     html = without_unseen_source(html, xml=xml)
     soup = BeautifulSoup(html[:MAX_HTML], "lxml")
     base_url = _base_url(soup, url)
-    page = SeenPage(soup, lambda address: _absolute(base_url, address))
-    markdown, complete = _markdown(page.content)
+    content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
+    markdown, complete = _markdown(content)
     title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
-    if title and markdown.strip() and page.content.find("h1") is None:
+    if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"
     return markdown, complete and len(html) <= MAX_HTML
 
@@ -58,10 +59,23 @@ def _absolute(base_url: str, address: str) -> str | None:
         return None
 
 
+def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
+    from bs4 import Tag
+
+    class Element(Tag):
+        def find_parent(self, *args: object, **more: object) -> None:
+            """None, always: markdownify asks each element for a `pre` around it, and there is none in a seen page.
+
+            A search through all that is around each element would take most of the time.
+            """
+
+    return lambda name: Element(builder=soup.builder, name=name)
+
+
 def _markdown(content: Tag) -> tuple[str, bool]:
     from markdownify import ATX, MarkdownConverter
 
-    class Converter(SeenPageHooks, MarkdownConverter):  # type: ignore[misc]
+    class Converter(SeenPageHooks, MarkdownConverter):
         pass
 
     # No escaping: the text is for reading, and sentences stay quotable as they stand on the page.
