@@ -12,6 +12,8 @@ from tools.html_style import Style
 if TYPE_CHECKING:
     from bs4 import Tag
 
+MAX_CLASSES = 20  # of an element, that are looked at: the same element may be around every code block
+
 _NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # more digits are out of a browser's range
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
 _LANGUAGE_NAME = re.compile(r"[a-z0-9+#.-]{1,30}")
@@ -114,7 +116,7 @@ def code_language(element: Tag) -> str:
         for attribute in ("data-lang", "data-language"):
             if found := _LANGUAGE_NAME.fullmatch(str(place.get(attribute, "")).strip().lower()):
                 return found[0]
-        classes = [str(name).lower() for name in place.get_attribute_list("class") if name]
+        classes = [str(name).lower() for name in place.get_attribute_list("class")[:MAX_CLASSES] if name]
         for index, name in enumerate(classes):
             found = _LANGUAGE.fullmatch(name)
             if name in ("brush:", "hljs", "sourcecode") and index + 1 < len(classes):

@@ -102,6 +102,10 @@ class SeenPageHooks:
 
     # Blocks
 
+    def convert_hN(self, n: int, el: Tag, text: str, parent_tags: Set[str]) -> str:
+        mark = "" if _CELL in parent_tags else "#" * n + " "
+        return f"\n\n{mark}{text.strip()}\n\n" if text.strip() else ""
+
     def convert_pre(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         lines = text.split("\n")
         if _CELL in parent_tags:

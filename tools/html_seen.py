@@ -25,6 +25,7 @@ MAX_LEVELS = 24  # lists and quotes within each other; what is nested deeper sta
 MAX_TABLES = 4  # tables within each other; deeper, rows are paragraphs
 MAX_MARKS = 12  # emphasis, links, raised text within each other; deeper, it is plain
 LAYOUT_CELL = 1_000  # characters; a cell of more, in a table without heads, is a part of the page and no value
+LAYOUT_NODES = 100  # pieces of text and elements; a cell of more, likewise
 MAX_SPAN = 1_000  # columns, as in browsers
 
 _SPACE = re.compile("[ \t\r\n\f\v\x1c-\x1f\x85\u00a0\u2007\u2028\u2029\u202f]+")
@@ -135,6 +136,7 @@ class SeenPage:
         self._after_blank = True
         self._at_line_start = True
         self._code: list[str] | None = None  # the pieces of the preformatted text that is open
+        self._controls: list[tuple[Tag, Sight]] = []  # buttons and the like in it
         self._quotes = 0
         self._length = 0  # characters of text so far
         self._around: list[_Span] = []  # forms, headers and the like
@@ -198,6 +200,7 @@ class SeenPage:
             return
         if style:
             place = replace(place, sight=look(style, place.sight), keeps_lines=_keeps_lines(style, place))
+        self._articles += name == "article" and not place.whole
         if name in _WHOLES or element.get("role") == "main":
             place = replace(place, whole=True)
         if place.preformatted:
@@ -206,7 +209,7 @@ class SeenPage:
             _INLINE_HANDLERS[name](self, element, place)
         elif name in MATHS:
             self._enter(formula(element, name), place)
-        elif name in _PREFORMATTED or (name == "code" and element.find("br") is not None):
+        elif name in _PREFORMATTED or _holds_line_breaks(element, name, place):
             self._add_code(element, place)
         elif name in _BLOCKS or style.get("display") in _BLOCK_DISPLAYS:
             self._add_block(element, name, style, place)
@@ -328,8 +331,6 @@ class SeenPage:
 
         inner = self._inner_place(element, name, style, place)
         part = _part_name(element, name)
-        if part == "article" and not place.whole:
-            self._articles += 1
         if part and part not in self._parts and _is_flow(place):
             inner = replace(place, container=self._new("div", place.container))
             close = self._measured(self._parts.setdefault(part, _Span(inner.container, self._length)), close)
@@ -394,7 +395,7 @@ class SeenPage:
     # Tables
 
     def _table(self, element: Tag, place: _Place) -> _Place:
-        if place.tables >= MAX_TABLES or self._is_layout(element):
+        if place.tables >= MAX_TABLES or _is_layout(element):
             return replace(place, table=None)
         table = self._new("table", place.container)
         return replace(place, container=table, table=_Table(table), tables=place.tables + 1, items=None, group=0)
@@ -415,28 +416,6 @@ class SeenPage:
         )
         return replace(place, container=cell, table=None)
 
-    def _is_layout(self, table: Tag) -> bool:
-        """Whether the table only puts parts of the page beside each other, and its cells are no values."""
-        if table.get("role") in ("presentation", "none"):
-            return True
-        parts: list[Tag] = []
-        for child in elements(table):
-            parts += elements(child) if child.name in _SECTIONS else [child]
-        rows = [elements(part) for part in parts if part.name == "tr"]
-        if any(part.name in ("caption", "th") for part in parts) or any(cell.name == "th" for r in rows for cell in r):
-            return False
-        if rows and all(len(row) <= 1 for row in rows) and all(part.name == "tr" for part in parts):
-            return True
-        return any(self._is_long(cell) for row in rows for cell in row)
-
-    def _is_long(self, cell: Tag) -> bool:
-        length = 0
-        for looked_at, text in enumerate(cell.strings):
-            length += len(text.strip())
-            if length > LAYOUT_CELL or looked_at > LAYOUT_CELL:
-                return True
-        return False
-
     # Preformatted text
 
     def _add_code(self, element: Tag, place: _Place) -> None:
@@ -456,13 +435,17 @@ class SeenPage:
                 pre = self._new("pre", place.container, **({"data-language": language} if language else {}))
                 pre.append("\n".join(lines[first:last]))
             self._break(place)
+            controls, self._controls = self._controls, []
+            for control, sight in reversed(controls):
+                self._enter([control], replace(place, sight=sight), lambda: self._break(place))
 
         self._enter(element.contents, replace(place, preformatted=True), close)
 
     def _add_within_code(self, element: Tag, name: str, style: Style, place: _Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            return  # "Copy": it stands over the text, not in it
+            self._controls.append((element, place.sight))  # "Copy": it stands over the text, not in it
+            return
         if name == "br":
             self._add_text("\n", place)
             return
@@ -506,7 +489,7 @@ class SeenPage:
         self._enter([mark, *element.contents, mark], place, close)
 
     def _add_reading(self, element: Tag, place: _Place) -> None:
-        if element.get_text(strip=True):
+        if any(is_element(node) or str(node).strip() for node in element.children):
             self._enter(["(", *element.contents, ")"], place)
 
     def _add_picture(self, element: Tag, place: _Place) -> None:
@@ -622,6 +605,37 @@ def _may_stand(mark: _Mark, place: _Place) -> bool:
     if len(place.marks) >= MAX_MARKS:
         return False
     return mark.name in _NESTING or all(other.name != mark.name for other in place.marks)
+
+
+def _is_layout(table: Tag) -> bool:
+    """Whether the table only puts parts of the page beside each other, and its cells are no values."""
+    if table.get("role") in ("presentation", "none"):
+        return True
+    parts: list[Tag] = []
+    for child in elements(table):
+        parts += elements(child) if child.name in _SECTIONS else [child]
+    rows = [elements(part) for part in parts if part.name == "tr"]
+    if any(part.name in ("caption", "th") for part in parts) or any(cell.name == "th" for r in rows for cell in r):
+        return False
+    if rows and all(len(row) <= 1 for row in rows) and all(part.name == "tr" for part in parts):
+        return True
+    return any(_is_long(cell) for row in rows for cell in row)
+
+
+def _is_long(cell: Tag) -> bool:
+    length = 0
+    for count, node in enumerate(cell.descendants):
+        length += 0 if is_element(node) else len(str(node).strip())
+        if length > LAYOUT_CELL or count > LAYOUT_NODES:
+            return True
+    return False
+
+
+def _holds_line_breaks(element: Tag, name: str, place: _Place) -> bool:
+    """Whether it is code of several lines. Not looked for in code within code: its lines would be read each time."""
+    if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
+        return False
+    return element.find("br") is not None
 
 
 def _label(option: Tag) -> str:

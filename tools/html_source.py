@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from html import escape
 
 # A browser reads what stands in these up to their end tag as plain characters, and shows none of it.
 _UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
-_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown
+_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown; entities count, except in xmp
 _FOREIGN = frozenset({"svg", "math"})  # within these, "/>" closes any element
+
+# libxml2 closes these where a paragraph or a cell begins, so that what it holds would be seen as not struck out, not
+# hidden. It leaves alone what looks the same and has another name.
+_OTHER_NAMES = {"s": "del", "strike": "del", "b": "strong", "i": "em", "tt": "code"}
+_OTHER_NAMES |= dict.fromkeys(("font", "u", "big", "small"), "span")
 
 _MARKUP = re.compile(r"<(?:(!--)|([!?]|/[^a-zA-Z])|(/?)([a-zA-Z][^ \t\n\f\r/>]*))")
 _COMMENT_END = re.compile(r"--!?>")
@@ -19,11 +25,11 @@ _EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
 _BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
 
 
-def without_unseen_source(html: str, *, xml: bool = False) -> str:
-    """The page without scripts, style sheets and frames, which may fill it and stand before its content.
+def source_of_seen(html: str, *, xml: bool = False) -> str:
+    """Return the page without scripts, style sheets and frames, which may fill it and stand before its content.
 
-    Tags are told from comments, attributes and plain text as the HTML standard says, in one pass. With `xml`, "/>"
-    closes a script, as it does in XHTML.
+    Old names of formatting elements become those of today. Tags are told from comments, attributes and plain text as
+    the HTML standard says, in one pass. With `xml`, "/>" closes a script, as it does in XHTML.
     """
     kept: list[str] = []
     position = start = foreign = 0
@@ -38,20 +44,38 @@ def without_unseen_source(html: str, *, xml: bool = False) -> str:
             continue
         name = name.lower()
         position = _tag_end(html, markup.end())
+        if closing and name in ("body", "html"):
+            kept.append(html[start : markup.start()])  # what follows is still on the page
+            start = position
+            continue
+        if name in _OTHER_NAMES:
+            kept += html[start : markup.start(4)], _OTHER_NAMES[name]
+            start = markup.end(4)
         self_closed = html.endswith("/>", markup.start(), position)
         if name in _FOREIGN and not self_closed:
             foreign = max(0, foreign - 1) if closing else foreign + 1
         elif name == "plaintext" and not closing:
-            break
-        elif name in _RAW_END and not closing and not (self_closed and (xml or foreign)):
+            kept += html[start : markup.start()], "<pre>", escape(html[position:])
+            return "".join(kept)
+        elif name in (_UNSEEN if foreign else _RAW_END) and not closing and not (self_closed and (xml or foreign)):
             ending = _RAW_END[name].search(html, position)
-            end = _tag_end(html, ending.end()) if ending else len(html)
-            if name in _UNSEEN:
-                kept.append(html[start : markup.start()])
-                start = end
-            position = end
+            inner_end = ending.start() if ending else len(html)
+            kept += (
+                html[start : markup.start()],
+                _plain(name, html[markup.start() : position], html[position:inner_end]),
+            )
+            position = start = _tag_end(html, ending.end()) if ending else len(html)
     kept.append(html[start:])
     return "".join(kept)
+
+
+def _plain(name: str, tag: str, text: str) -> str:
+    """An element of plain characters so that every parser reads it as a browser does: libxml2 before 2.14 doesn't."""
+    if name in _UNSEEN:
+        return ""
+    if name == "xmp":
+        return f"<pre>{escape(text)}</pre>"
+    return f"{tag}{text.replace('<', '&lt;')}</{name}>"
 
 
 def _tag_end(html: str, position: int) -> int:

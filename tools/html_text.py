@@ -9,7 +9,7 @@ from urllib.parse import urljoin
 
 from tools.html_markdown import SeenPageHooks
 from tools.html_seen import SeenPage
-from tools.html_source import without_unseen_source
+from tools.html_source import source_of_seen
 from tools.web_url import parse_url
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
     """Return the page's content as Markdown, and whether all of the page was read. `xml`: it is served as XHTML."""
     from bs4 import BeautifulSoup
 
-    html = without_unseen_source(html, xml=xml)
-    soup = BeautifulSoup(html[:MAX_HTML], "lxml")
+    html = source_of_seen(html, xml=xml)
+    # Beautiful Soup warns of a text that could be a file's name; of one with a line's end it doesn't.
+    soup = BeautifulSoup(html[:MAX_HTML] + "\n", "lxml")
     base_url = _base_url(soup, url)
     content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
     markdown, complete = _markdown(content)
