@@ -57,6 +57,8 @@ PAGES: dict[str, Callable[[int], str]] = {
     "custom elements": lambda n: "".join(f"<x-{number}>a" for number in range(n)),
     "soft breaks": lambda n: "a<wbr>" * n,
     "scripts": lambda n: "<script>x</script>a" * n,
+    "drawings": lambda n: "a" + "<svg><desc>" * n + "</title>" * n,
+    "drawings left": lambda n: "a" + "<svg><p>b" * n,
     "comments": lambda n: "a<!-- <script> -->" * n,
     "attributes": lambda n: f"<p {' '.join(f'a{number}=x' for number in range(n))}>a",
 }

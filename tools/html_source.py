@@ -9,6 +9,13 @@ from html import escape
 _UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
 _SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown; entities count, except in xmp
 _FOREIGN = frozenset({"svg", "math"})  # within these, "/>" closes any element
+_HTML_WITHIN = frozenset({"foreignobject", "desc", "annotation-xml"})  # and within these, HTML begins again
+# A drawing ends where one of these begins, whether or not it was closed.
+_NOT_DRAWN = frozenset(
+    {"blockquote", "body", "br", "center", "code", "dd", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6"}
+    | {"hr", "img", "li", "menu", "ol", "p", "pre", "ruby", "span", "strong", "sub", "sup", "table", "ul", "var"}
+)
+_NEAR = 8  # open drawings that an end tag may close at once
 
 # libxml2 closes these where a paragraph or a cell begins, so that what it holds would be seen as not struck out, not
 # hidden. It leaves alone what looks the same and has another name.
@@ -32,7 +39,8 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
     the HTML standard says, in one pass. With `xml`, "/>" closes a script, as it does in XHTML.
     """
     kept: list[str] = []
-    position = start = foreign = 0
+    foreign: list[str] = []
+    position = start = 0
     while markup := _MARKUP.search(html, position):
         comment, bogus, closing, name = markup.groups()
         if comment:
@@ -44,29 +52,45 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
             continue
         name = name.lower()
         position = _tag_end(html, markup.end())
+        self_closed = html.endswith("/>", markup.start(), position)
+        new_name = "desc" if name == "title" and foreign else _OTHER_NAMES.get(name, name)
+        left = _follow(foreign, new_name, bool(closing), self_closed)
+        if left:
+            kept += html[start : markup.start()], *(f"</{drawing}>" for drawing in left)
+            start = markup.start()
+        drawn = bool(foreign) and foreign[-1] in _FOREIGN
         if closing and name in ("body", "html"):
             kept.append(html[start : markup.start()])  # what follows is still on the page
             start = position
-            continue
-        if name in _OTHER_NAMES:
-            kept += html[start : markup.start(4)], _OTHER_NAMES[name]
-            start = markup.end(4)
-        self_closed = html.endswith("/>", markup.start(), position)
-        if name in _FOREIGN and not self_closed:
-            foreign = max(0, foreign - 1) if closing else foreign + 1
         elif name == "plaintext" and not closing:
             kept += html[start : markup.start()], "<pre>", escape(html[position:])
             return "".join(kept)
-        elif name in (_UNSEEN if foreign else _RAW_END) and not closing and not (self_closed and (xml or foreign)):
+        elif new_name in (_UNSEEN if drawn else _RAW_END) and not closing and not (self_closed and (xml or drawn)):
             ending = _RAW_END[name].search(html, position)
             inner_end = ending.start() if ending else len(html)
-            kept += (
-                html[start : markup.start()],
-                _plain(name, html[markup.start() : position], html[position:inner_end]),
-            )
+            plain = _plain(name, html[markup.start() : position], html[position:inner_end])
+            kept += html[start : markup.start()], plain
             position = start = _tag_end(html, ending.end()) if ending else len(html)
+        elif new_name != name:
+            kept += html[start : markup.start(4)], new_name
+            start = markup.end(4)
     kept.append(html[start:])
     return "".join(kept)
+
+
+def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> list[str]:
+    """Keep track of the drawings and formulas that a tag stands in, and return those that it ends unsaid."""
+    if closing:
+        near = foreign[-_NEAR:]
+        if name in near:
+            del foreign[len(foreign) - 1 - near[::-1].index(name) :]
+    elif foreign and foreign[-1] == "svg" and name in _NOT_DRAWN:
+        left = foreign[-_NEAR:][::-1]
+        foreign.clear()
+        return left
+    elif not self_closed and (name in _FOREIGN or (foreign and name in _HTML_WITHIN)):
+        foreign.append(name)
+    return []
 
 
 def _plain(name: str, tag: str, text: str) -> str:
