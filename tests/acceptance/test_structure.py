@@ -136,8 +136,8 @@ def test_client_and_server_know_nothing_of_each_other() -> None:
         ("asyncpg", {"nexum_engine.store.postgresql"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
         ("ddgs", {"support.tools.web.search"}),
-        ("markdownify", {"support.tools.web.markdown"}),
-        ("bs4", {"support.tools.web.markdown"}),
+        ("markdownify", {"support.tools.web.html"}),
+        ("bs4", {"support.tools.web.html"}),
         ("openai", {"support.models.live"}),
     ],
 )

@@ -10,7 +10,7 @@ from nexum_engine.errors import FinalError
 from support.tools.clean_text import cleaned, shortened
 from support.tools.web import Page, WebError
 from support.tools.web.charset import Kind, decoded, kind_of, media_type
-from support.tools.web.markdown import html_to_markdown
+from support.tools.web.html import html_to_markdown
 
 MAX_TEXT = 20_000  # characters
 
@@ -31,7 +31,7 @@ def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
         raise FinalError(f"{name} holds binary data; only HTML, text, JSON and XML can be read")
     complete = not page.truncated
     if kind is Kind.HTML:
-        text, all_read = html_to_markdown(text, page.url)
+        text, all_read = _markdown(text, page)
         complete = complete and all_read
     elif kind is Kind.JSON and complete and len(text) <= limit:
         text = _pretty(text)
@@ -49,6 +49,14 @@ def _check_status(page: Page) -> None:
         raise WebError(f"{name} could not be read: the server answered HTTP {page.status}")
     meaning = f" ({_MEANINGS[page.status]})" if page.status in _MEANINGS else ""
     raise FinalError(f"{name} was not read: the server answered HTTP {page.status}{meaning}")
+
+
+def _markdown(html: str, page: Page) -> tuple[str, bool]:
+    try:
+        return html_to_markdown(html, page.url, xml=media_type(page.content_type) == "application/xhtml+xml")
+    except Exception as error:  # whatever a parser fails on, it fails on again
+        reason = f"{type(error).__name__}: {error}"
+        raise FinalError(f"{shortened(page.url)} could not be converted to text ({shortened(reason)})") from error
 
 
 def _pretty(text: str) -> str:

@@ -1,0 +1,86 @@
+"""HTML to Markdown: what a person sees of the page's content, without what surrounds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+
+from support.tools.web.html.hooks import SeenPageHooks
+from support.tools.web.html.seen import SeenPage
+from support.tools.web.html.source import source_of_seen
+from support.tools.web.url import parse_url
+
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup, Tag
+
+MAX_HTML = 512_000  # characters; markdownify takes about 5 s a million
+MAX_ADDRESS = 2083  # characters; as for a link, which is joined to it
+
+_SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
+_IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
+
+
+def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
+    """Return the page's content as Markdown, and whether all of the page was read. `xml`: it is served as XHTML."""
+    from bs4 import BeautifulSoup
+
+    html = source_of_seen(html, xml=xml)
+    # Beautiful Soup warns of a text that could be a file's name; of one with a line's end it doesn't.
+    soup = BeautifulSoup(html[:MAX_HTML] + "\n", "lxml")
+    base_url = _base_url(soup, url)
+    content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
+    markdown, complete = _markdown(content)
+    title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
+    if title and markdown.strip() and content.find("h1") is None:
+        markdown = f"# {title}\n\n{markdown}"
+    return markdown, complete and len(html) <= MAX_HTML
+
+
+def _base_url(soup: BeautifulSoup, url: str) -> str:
+    """What the page's links are relative to. "" stands for an address that no link could be joined to."""
+    base = soup.find("base", href=True)
+    if base is None:
+        return url
+    href = str(base["href"]).strip()
+    if len(href) > MAX_ADDRESS:
+        return ""
+    try:
+        joined = urljoin(url, href)
+    except ValueError:  # a browser passes it over, too
+        return url
+    return joined if joined.startswith(("http:", "https:")) else url
+
+
+def _absolute(base_url: str, address: str) -> str | None:
+    try:
+        return parse_url(urljoin(base_url, address.strip())).translate(_IN_LINK)
+    except ValueError:
+        return None
+
+
+def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
+    from bs4 import Tag
+
+    class Element(Tag):
+        def find_parent(self, *args: object, **more: object) -> None:
+            """None, always: markdownify asks each element for a `pre` around it, and there is none in a seen page.
+
+            A search through all that is around each element would take most of the time.
+            """
+
+    return lambda name: Element(builder=soup.builder, name=name)
+
+
+def _markdown(content: Tag) -> tuple[str, bool]:
+    from markdownify import ATX, MarkdownConverter
+
+    class Converter(SeenPageHooks, MarkdownConverter):
+        pass
+
+    # No escaping: the text is for reading, and sentences stay quotable as they stand on the page.
+    converter = Converter(
+        heading_style=ATX, bullets="-", escape_asterisks=False, escape_underscores=False, escape_misc=False
+    )
+    return str(converter.convert_soup(content)), converter.complete

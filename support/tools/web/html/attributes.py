@@ -1,0 +1,126 @@
+"""What the attributes of HTML elements say: numbers, the marks of a list's items, the language of a code block."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, TypeGuard
+
+from support.tools.web.html.style import Style
+
+if TYPE_CHECKING:
+    from bs4 import Tag
+
+MAX_CLASSES = 20  # of an element, that are looked at: the same element may be around every code block
+
+_NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # more digits are out of a browser's range
+_LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
+_LANGUAGE_NAME = re.compile(r"[a-z0-9+#.-]{1,30}")
+_NO_LANGUAGE = frozenset({"none", "plain", "plaintext", "text", "txt", "default", "source", "code", "nohighlight"})
+_MARKERS = {
+    "a": "a",
+    "A": "A",
+    "i": "i",
+    "I": "I",
+    "lower-alpha": "a",
+    "lower-latin": "a",
+    "upper-alpha": "A",
+    "upper-latin": "A",
+    "lower-roman": "i",
+    "upper-roman": "I",
+    "none": "-",
+}
+
+
+def names(text: str) -> frozenset[str]:
+    """The names of elements that a text lists."""
+    return frozenset(text.split())
+
+
+def is_element(node: object) -> TypeGuard[Tag]:
+    """Whether a node of a parsed page is an element, and no piece of text."""
+    return getattr(node, "name", None) is not None
+
+
+def elements(element: Tag) -> list[Tag]:
+    """The elements that stand directly in an element."""
+    return [child for child in element.children if is_element(child)]
+
+
+def number(value: object) -> int | None:
+    """A number as HTML reads it: the digits that an attribute begins with; None if it doesn't begin with any."""
+    found = _NUMBER.match(str(value)) if value is not None else None
+    return int(found[1]) if found else None
+
+
+def is_float(text: str) -> bool:
+    try:
+        return len(text) <= 20 and text.isascii() and float(text) >= 0
+    except ValueError:
+        return False
+
+
+@dataclass(eq=False)
+class ItemMarks:
+    """An open list, and what its next item is marked with."""
+
+    kind: str  # "-", "1", "a", "A", "i" or "I"
+    number: int = 1
+    step: int = 1
+
+    def mark(self, value: int | None) -> str:
+        if value is not None:
+            self.number = value
+        number, self.number = self.number, self.number + self.step
+        return "-" if self.kind == "-" else f"{_numeral(number, self.kind)}."
+
+
+def item_marks(element: Tag, name: str, style: Style) -> ItemMarks:
+    if name != "ol":
+        return ItemMarks("-")
+    wanted = style.get("list-style-type") or next(iter(style.get("list-style", "").split()), "")
+    kind = _MARKERS.get(wanted) or _MARKERS.get(str(element.get("type", "")).strip()) or "1"
+    start = number(element.get("start"))
+    if not element.has_attr("reversed"):
+        return ItemMarks(kind, 1 if start is None else start)
+    items = sum(1 for child in elements(element) if child.name == "li")
+    return ItemMarks(kind, items if start is None else start, -1)
+
+
+_ROMAN = [(1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x")]
+_ROMAN += [(9, "ix"), (5, "v"), (4, "iv"), (1, "i")]
+
+
+def _numeral(number: int, kind: str) -> str:
+    if kind == "1" or not 0 < number < 4000:
+        return str(number)
+    shown = ""
+    if kind in "aA":
+        while number:
+            number, letter = divmod(number - 1, 26)
+            shown = chr(ord("a") + letter) + shown
+    else:
+        for value, letters in _ROMAN:
+            count, number = divmod(number, value)
+            shown += letters * count
+    return shown.upper() if kind.isupper() else shown
+
+
+def code_language(element: Tag) -> str:
+    """The language of a code block, from where highlighters write it: on it, on the code in it, or just around it."""
+    places = [element, *(child for child in elements(element) if child.name == "code")]
+    parent = element.parent
+    around = [parent, parent.parent] if parent else []
+    for place in chain(places, (other for other in around if other is not None)):
+        for attribute in ("data-lang", "data-language"):
+            if found := _LANGUAGE_NAME.fullmatch(str(place.get(attribute, "")).strip().lower()):
+                return found[0]
+        classes = [str(name).lower() for name in place.get_attribute_list("class")[:MAX_CLASSES] if name]
+        for index, name in enumerate(classes):
+            found = _LANGUAGE.fullmatch(name)
+            if name in ("brush:", "hljs", "sourcecode") and index + 1 < len(classes):
+                found = _LANGUAGE_NAME.fullmatch(classes[index + 1].rstrip(";"))
+            if found and (language := found[found.re.groups]) not in _NO_LANGUAGE and "-" not in language[:1]:
+                return language
+    return ""

@@ -1,0 +1,66 @@
+"""Formulas in MathML as text in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from support.tools.web.html.attributes import elements, names
+
+if TYPE_CHECKING:
+    from bs4 import Tag
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A part of a formula that stands higher ("sup") or lower ("sub") than what is before it."""
+
+    name: str
+    part: Tag
+
+
+MATHS = names(
+    "math semantics mfrac msqrt mroot msup msub msubsup munder mover munderover mmultiscripts mspace mfenced mtable mtr"
+)
+_SCRIPTS = {"msup": ("sup",), "msub": ("sub",), "msubsup": ("sub", "sup")}
+_SCRIPTS |= {"mover": ("sup",), "munder": ("sub",), "munderover": ("sub", "sup")}
+_TOKENS = frozenset({"mi", "mn", "mtext"})
+
+
+def formula(element: Tag, name: str) -> Sequence[object]:
+    """A formula in a line: what stands above or below is marked so, and a fraction has its stroke."""
+    nodes: Sequence[object] = list(element.contents)
+    parts = elements(element)
+    if name in _SCRIPTS and parts:
+        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=False))]
+    match name, len(parts):
+        case "semantics", _:
+            return list(parts[:1])
+        case "mfrac", 2:
+            return [*_bracketed(parts[0]), "/", *_bracketed(parts[1])]
+        case "msqrt", _:
+            return ["√(", *nodes, ")"]
+        case "mroot", 2:
+            return [Raised("sup", parts[1]), "√(", parts[0], ")"]
+        case "mmultiscripts", _:
+            scripts = [part for part in parts[1:] if part.name not in ("none", "mprescripts")]
+            return [*parts[:1], *(Raised("sub" if n % 2 == 0 else "sup", part) for n, part in enumerate(scripts))]
+        case "mspace", _:
+            return [" "]
+        case "mtable", _:
+            return ["[", *_separated(parts, "; "), "]"]
+        case "mtr", _:
+            return _separated(parts, ", ")
+        case "mfenced", _:
+            opening, closing = str(element.get("open", "("))[:3], str(element.get("close", ")"))[:3]
+            return [opening, *_separated(parts, ","), closing]
+    return nodes
+
+
+def _separated(parts: list[Tag], separator: str) -> Sequence[object]:
+    return [node for part in parts for node in (part, separator)][:-1]
+
+
+def _bracketed(part: Tag) -> Sequence[object]:
+    return [part] if part.name in _TOKENS else ["(", part, ")"]

@@ -1,0 +1,128 @@
+"""The work that a page makes grows with the page, not with its square.
+
+Time is not measured: the calls of functions and of patterns are counted, for a page and for one of four times its size.
+A pattern's own work is not seen by that, so each pattern also has to take long runs of what it repeats.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from support.tools.web import Page
+from support.tools.web.html import attributes, hooks, seen, source, style
+from support.tools.web.page import page_to_markdown
+
+URL = "https://example.org/dir/page"
+SMALL = 150  # pieces
+GROWTH = 4
+
+PAGES: dict[str, Callable[[int], str]] = {
+    "list": lambda n: f"<ol>{'<li>a</li> ' * n}</ol>",
+    "lists in a list": lambda n: f"<ul>{'<ul><li>a</li></ul>' * n}</ul>",
+    "nested lists": lambda n: "<ul><li>a" * n,
+    "nested quotes": lambda n: "<blockquote>a" * n,
+    "lines in quotes": lambda n: "<blockquote>" * 30 + "a<br>" * n,
+    "nested boxes": lambda n: "<div>a" * n,
+    "nested emphasis": lambda n: "<b>a<i>b" * n,
+    "nested powers": lambda n: "<sup>2" * n,
+    "neighbours": lambda n: "<b>a</b><i>b</i>" * n,
+    "line breaks": lambda n: "<p>" + "a<br>" * n,
+    "links": lambda n: "<p>" + "<a href=x>a</a>" * n,
+    "links without an end": lambda n: "<a href=x>a" * n,
+    "hidden": lambda n: "<p>a" + "<b hidden>b</b>" * n,
+    "forms": lambda n: f"<p>{'a' * 1000}</p>" + "<form>b</form>" * n,
+    "headers": lambda n: f"<p>{'a' * 1000}</p>" + "<header>b</header>" * n,
+    "articles": lambda n: "<article>a</article>" * n,
+    "rows": lambda n: f"<table>{'<tr><td>a<td>b' * n}</table>",
+    "head rows": lambda n: f"<table><thead>{'<tr><th>a<td>b' * n}</table>",
+    "bodies": lambda n: f"<table>{'<tbody><tr><td>a<td>b' * n}</table>",
+    "columns": lambda n: f"<table><tr>{'<td>a' * n}<tr><td>b</table>",
+    "tables": lambda n: "<table><tr><th>a</table>" * n,
+    "nested tables": lambda n: "<table><tr><td>a<td>b" * n,
+    "terms": lambda n: f"<dl>{'<dt>a<dd>b' * n}</dl>",
+    "preformatted": lambda n: "<pre><code>a</code></pre>" * n,
+    "boxes in preformatted": lambda n: f"<pre>{'<div>a</div>' * n}</pre>",
+    "nested code": lambda n: "<code>a" * n + "<br>",
+    "classes": lambda n: f"<div class='{'a ' * n}'>{'<pre>a</pre>' * n}</div>",
+    "empty nested tables": lambda n: "a" + "<table><tr><td>" * n,
+    "options": lambda n: f"a<select>{'<option>a' * n}</select>",
+    "readings": lambda n: "<ruby>a<rt>b" * n,
+    "formula": lambda n: "<math>" + "<msup><mi>a</mi><mn>2</mn></msup>" * n,
+    "nested formula": lambda n: "<math>" + "<msup><mi>a" * n,
+    "custom elements": lambda n: "".join(f"<x-{number}>a" for number in range(n)),
+    "soft breaks": lambda n: "a<wbr>" * n,
+    "scripts": lambda n: "<script>x</script>a" * n,
+    "drawings": lambda n: "a" + "<svg><desc>" * n + "</title>" * n,
+    "drawings left": lambda n: "a" + "<svg><p>b" * n,
+    "comments": lambda n: "a<!-- <script> -->" * n,
+    "attributes": lambda n: f"<p {' '.join(f'a{number}=x' for number in range(n))}>a",
+}
+
+
+def calls(html: str) -> int:
+    """How many Python and C functions are called while the page is read."""
+    counted = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode()))
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_four_times_the_page_makes_about_four_times_the_calls(name: str) -> None:
+    page = PAGES[name]
+    calls(page(1))  # what is imported and compiled at first
+    # Twice as many as four times is more than any constant part explains; quadratic work makes sixteen times as many.
+    assert calls(page(GROWTH * SMALL)) < 2 * GROWTH * calls(page(SMALL))
+
+
+PATTERNS = sorted(
+    {
+        (module.__name__, pattern.pattern)
+        for module in (attributes, hooks, seen, source, style)
+        for value in vars(module).values()
+        for pattern in (value.values() if isinstance(value, dict) else [value])
+        if isinstance(pattern, re.Pattern)
+    }
+)
+
+
+@pytest.mark.parametrize(("module", "pattern"), PATTERNS)
+def test_no_pattern_repeats_two_things_beside_each_other_that_take_the_same_characters(
+    module: str, pattern: str
+) -> None:
+    """Such neighbours try every way to share a run: `[ ]*[ \\n]*x` on blanks takes the square of their number."""
+    repeated = [set(run) for run in repeated_neighbours(pattern)]
+    assert all(not run for run in repeated), (module, pattern)
+
+
+def repeated_neighbours(pattern: str) -> list[str]:
+    """The characters that both of two unbounded, adjacent repeats of a pattern take, for each such pair."""
+    parts = re.findall(r"(\[(?:\\.|[^\]\\])+\]|\\?.)([*+])(?=(\[(?:\\.|[^\]\\])+\]|\\?.)[*+])", pattern)
+    candidates = " \t\n\f\r/=>abc019\"'-<"
+    return [
+        "".join(char for char in candidates if re.fullmatch(first, char) and re.fullmatch(second, char))
+        for first, _, second in parts
+    ]
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\n ", "&nbsp;", "\t", "`", "<", "-", "&#x2028;", ">", "/", "=", "'", '"'])
+@pytest.mark.parametrize(
+    "around", ["<pre>a|b</pre>", "<p>a|b</p>", "<p style='transform:scale(|x'>a</p>", "<a |>b</a>"]
+)
+def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
+    """Each takes less than a second; at the cost of a square it would take hours, which pytest's time limit ends."""
+    html = "<h1>head</h1>" + around.replace("|", run * (400_000 // len(run)))
+    assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")
