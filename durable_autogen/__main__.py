@@ -106,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "run":
             _print_what_is_logged()
             return run_script(args)
-        _print(asyncio.run(look(args)))
+        try:
+            _print(asyncio.run(look(args)))
+        except KeyboardInterrupt:  # of a script that is run, Python tells it
+            return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
@@ -114,8 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OSError):  # nobody reads: what is left in the buffer goes nowhere, without a complaint at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -469,7 +469,15 @@ class Calls:
                 token.add_callback(give_up)
 
         asking = asyncio.ensure_future(
-            self._recorder.call(call, performing, streamed=streamed, on_replay=replayed, asker=self._task, early=early)
+            self._recorder.call(
+                call,
+                performing,
+                streamed=streamed,
+                on_replay=replayed,
+                asker=self._task,
+                early=early,
+                is_cancelled=token is not None and token.is_cancelled(),
+            )
         )
         return await asking
 

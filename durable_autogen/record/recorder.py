@@ -257,18 +257,20 @@ class Recorder:
         on_replay: Callable[[Content], None] = lambda _: None,
         asker: Asker = None,
         early: bool = False,
+        is_cancelled: bool = False,
     ) -> Answer:
         """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
 
         If the caller is cancelled, the call is recorded as given up, with what `streamed` says that it had got by then;
         its replay calls nothing and waits for the program to give it up again. `on_replay` is called with the content
         of a replayed answer before it is returned or raised; at once for a call that was given up, and with `early`.
-        `asker` is the task that asks, if another one waits for it here.
+        `asker` is the task that asks, if another one waits for it here. With `is_cancelled`, the program has cancelled
+        the call before it began, so the call does not show that the program goes on after what it gave up.
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()
         self.survival.asks(call, asker)
-        for live in (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
+        for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
             live.went_on = live.went_on or continues(live.call.agent, live.asker, call, asker)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:

@@ -49,10 +49,9 @@ def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer
     return AssistantAgent(name, arguments.pop("model_client", None) or client(model), **arguments)
 
 
-async def test_a_finished_session_is_replayed_without_a_live_call(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_finished_session_is_replayed_without_a_live_call(server: Server) -> None:
     done: list[str] = []
+    lines: list[str] = []
 
     def note(text: str) -> str:
         """Note it."""
@@ -64,14 +63,12 @@ async def test_a_finished_session_is_replayed_without_a_live_call(
 
     with OpenAIServer(reply) as model:
         first = await run(server, lambda: agent(model, [note]))
-        capsys.readouterr()
-        again = await run(server, lambda: agent(model, [note]))
+        again = await run(server, lambda: agent(model, [note]), logs=lines)
     assert texts(again) == texts(first)
     assert len(model.requests) == 2
     assert done == ["x", "x"]  # the same call twice, on purpose
-    printed = capsys.readouterr().out
-    assert "reply 1 of writer: replayed" in printed
-    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in printed
+    assert "reply 1 of writer: replayed from the record ✓" in lines
+    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in lines[-1]
 
 
 async def test_the_question_can_be_left_out_where_the_session_has_one(server: Server) -> None:
@@ -248,7 +245,6 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize("on_drift", ["stop", "continue"])
 async def test_another_program_is_told_what_differs(
     server: Server,
-    capsys: pytest.CaptureFixture[str],
     question: str,
     change: dict[str, Any],
     said: str,
@@ -275,8 +271,9 @@ async def test_another_program_is_told_what_differs(
             assert said in str(error.value)
             assert len(model.requests) == 1
             return
-        changed = await run(server, build, question, on_drift="continue")
-        assert said in capsys.readouterr().out
+        lines: list[str] = []
+        changed = await run(server, build, question, on_drift="continue", logs=lines)
+        assert any(said in line for line in lines)
         assert len(model.requests) == 2
         # From now on that is the session's run.
         assert texts(await run(server, build, question)) == texts(changed)
