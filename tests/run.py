@@ -16,37 +16,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = (
-    # Some of these start embedded servers, which share one port: one after the other.
-    (
-        *("tests/engine/test_cli.py", "tests/durable/test_script.py", "tests/scripts/test_pipeline_worker.py"),
-        *(f"tests/scripts/test_{name}.py" for name in ("crash_demo", "demo", "demo_children")),
-        *(f"tests/acceptance/test_{name}.py" for name in ("crash_random", "crash_stages")),
-    ),
-    (
-        *(f"tests/scripts/test_{name}.py" for name in ("demo_models", "demo_sessions", "graphflow")),
-        *(f"tests/durable/test_{name}.py" for name in ("kills", "run_durable", "autogen_suite")),
-    ),
-)
-"""They run beside each other and beside the rest: most of their time is waiting."""
+TESTS_AT_ONCE = 3 * (os.cpu_count() or 1)
+"""Most of a test's time is waiting."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The versions that this project is for, the oldest first."""
-OTHER_TESTS = tuple(
-    f"tests/{folder}/test_{name}.py"
-    for folder, names in {
-        "engine": ("workflow", "jsontext", "report", "store", "sqlite"),
-        "tools": ("declare", "contain", "page"),
-        "scripts": ("session_file", "submit_task", "worker", "model_choice", "offline", "pipeline_steps", "console"),
-        "durable": ("durable_session", "drift", "entry_points", "given_up", "order", "outside"),
-        "acceptance": ("docs",),
-    }.items()
-    for name in names
-)
-"""What may differ between Pythons; the rest runs on one."""
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -57,24 +33,14 @@ def run(command: Sequence[str | Path]) -> None:
         sys.exit(code)
 
 
-def run_together(*commands: Sequence[str | Path]) -> None:
-    """Run steps at the same time, as most of their time is waiting; print what each said when all have ended."""
-    with ExitStack() as stack:
-        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands]
-        children = [
-            subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-            for command, file in zip(commands, said, strict=True)
-        ]
-        try:
-            codes = [child.wait() for child in children]
-        finally:
-            for child in children:
-                child.kill()
-        for command, file in zip(commands, said, strict=True):
-            file.seek(0)
-            print(f"\n$ {' '.join(map(str, command))}\n{file.read().decode('utf-8', 'replace')}", flush=True)
-    if any(codes):
-        sys.exit(max(codes))
+def run_quietly(command: Sequence[str | Path]) -> None:
+    """Run a step beside others; print what it said when it has ended, and end with its exit code if it failed."""
+    done = subprocess.run(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    print(f"\n$ {' '.join(map(str, command))}\n{done.stdout.decode('utf-8', 'replace')}", flush=True)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
 
 
 def candidates(version: str) -> Iterator[str]:
@@ -121,9 +87,18 @@ def test_on(others: dict[str, str]) -> None:
     for version, python in others.items():
         with tempfile.TemporaryDirectory() as folder:
             print(f"\nPython {version} is {python}: testing on it", flush=True)
-            # A cache of its own: others run at the same time.
-            cache = ["-o", f"cache_dir={folder}/cache"]
-            run_together([environment_of(python, folder), "-m", "pytest", "-q", *cache, *OTHER_TESTS])
+            pytest: list[str | Path] = [
+                environment_of(python, folder),
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "every_python",
+                "-n",
+                "2",
+            ]
+            # A cache of its own: other Pythons run at the same time.
+            run_quietly([*pytest, "-o", f"cache_dir={folder}/cache"])
 
 
 def main() -> int:
@@ -136,13 +111,9 @@ def main() -> int:
     run([python, "-m", "ruff", "check", "."])
     run([python, "-m", "ruff", "format", "--check", "."])
     run([python, "-m", "mypy", "."])
-    pytest = [python, "-m", "pytest", "-q"]
     with ThreadPoolExecutor() as beside:
         tested = beside.submit(test_on, others()) if args.every_python else None
-        run_together(
-            *([*pytest, "-o", f"cache_dir=.pytest_cache/{number}", *group] for number, group in enumerate(GROUPS)),
-            [*pytest, *(f"--ignore={path}" for group in GROUPS for path in group)],
-        )
+        run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
         if tested is not None:
             tested.result()
     return 0

@@ -71,7 +71,7 @@ class ModelChoice(BaseModel):
 def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Vendor] = VENDORS) -> ModelChoice:
     """The model that `env` asks for; raises ModelChoiceError where it asks for one it has no key for."""
     if offline:
-        return _offline("asked for")
+        return _offline("requested")
     name = _setting(env, "NEXUM_MODEL")
     server = _setting(env, "OPENAI_BASE_URL")
     if server is not None:

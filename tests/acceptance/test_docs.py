@@ -114,6 +114,8 @@ def test_tool_that_is_added_to_this_folder_is_executed_once(server: Server, tmp_
 TEAM = """
 import pathlib
 
+pytestmark = pytest.mark.every_python
+
 def charge(customer: str) -> str:
     "Charge a customer."
     with (pathlib.Path(__file__).parent / "charged").open("a") as log:

@@ -78,7 +78,6 @@ def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]
     return found, int(asked[1])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_autogens_own_tests_end_the_same_in_a_session_and_replayed(server: Server, autogen_tests: Path) -> None:
     plain, asked = outcomes(autogen_tests, {})

@@ -23,6 +23,8 @@ from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from support.models import ModelFailed
 
+pytestmark = pytest.mark.every_python
+
 # ---- What is next on record, and nobody asks for ---------------------------------------------------------------------
 
 

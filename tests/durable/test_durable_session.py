@@ -23,6 +23,8 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
+pytestmark = pytest.mark.every_python
+
 
 def said(text: str) -> list[UserMessage]:
     return [UserMessage(content=text, source="user")]

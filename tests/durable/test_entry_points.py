@@ -63,6 +63,8 @@ from pydantic import BaseModel, ValidationError
 from durable_autogen import DurableSession, NotDurable
 from nexum_engine.errors import ServerUnavailable
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

@@ -20,6 +20,8 @@ from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_
 from harness import Server, nexum_server
 from pydantic import BaseModel
 
+pytestmark = pytest.mark.every_python
+
 GIVEN_UP_AFTER = 0.1  # seconds
 
 

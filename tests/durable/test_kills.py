@@ -23,7 +23,6 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield found
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
 @pytest.mark.parametrize("shape", SHAPES)

@@ -29,6 +29,8 @@ from harness import ROOT, Server, nexum_server
 from durable_autogen.record.order import BUSY_PATIENCE
 from durable_autogen.record.place import current
 
+pytestmark = pytest.mark.every_python
+
 T = TypeVar("T")
 OnLoop = Callable[[Coroutine[Any, Any, T]], T]
 

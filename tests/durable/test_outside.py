@@ -24,6 +24,8 @@ from web_servers import LoopbackServer, page
 
 from durable_autogen import NotDurable
 
+pytestmark = pytest.mark.every_python
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

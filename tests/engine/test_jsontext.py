@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, TooLarge
 
+pytestmark = pytest.mark.every_python
+
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
     st.none()

@@ -7,8 +7,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from nexum_engine import report
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
+
+pytestmark = pytest.mark.every_python
 
 START = 1_700_000_000_000
 LONG = "a word and averyveryverylongwordwithoutaspace" * 60

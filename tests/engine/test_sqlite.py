@@ -478,6 +478,8 @@ ORPHAN: dict[str, object] = {
 
 LIMITED = """
 import resource, runpy
+
+pytestmark = pytest.mark.every_python
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 """

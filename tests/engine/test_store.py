@@ -26,6 +26,8 @@ from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Started
 
+pytestmark = pytest.mark.every_python
+
 LEASE_MS = 30_000
 GRACE_MS = 1_000
 NO_RETRIES = 2**60  # none has become due since then

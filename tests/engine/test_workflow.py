@@ -16,6 +16,8 @@ from nexum_engine.records import Compatibility, NodeStatus
 from nexum_engine.scheduling import MAX_FAILED_ATTEMPTS, ready_nodes, retry_delay_ms
 from nexum_engine.workflow import MAX_NODES, compatibility, parse_ir, workflow
 
+pytestmark = pytest.mark.every_python
+
 
 def ir(**dependencies: list[str]) -> str:
     return json.dumps({"nodes": {node: {"type": "EFFECT", "dependencies": d} for node, d in dependencies.items()}})

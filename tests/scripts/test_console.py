@@ -194,6 +194,8 @@ def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_
 READER = """
 import subprocess, sys
 
+pytestmark = pytest.mark.every_python
+
 worker = subprocess.Popen(
     [sys.executable, {worker!r}, "--nexum", {address!r}], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
 )

@@ -105,7 +105,6 @@ def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path:
     assert_no_worker_is_left(output)
 
 
-@pytest.mark.slow
 def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
     assert code == 0, output
@@ -192,7 +191,6 @@ def test_somebody_elses_worker_takes_no_step_of_a_drill(server: Server, tmp_path
     assert {worker for _, _, worker, _ in attempts(plain)} == {"stranger"}
 
 
-@pytest.mark.slow
 def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: Server, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as first:
         first.wait_for("worker-1 started")
@@ -220,7 +218,6 @@ def assert_true_account(output: str, execution: dict[str, Any]) -> None:
         assert (f"Ran again: {node['node_id']} (" in output) == (len(outcomes) > 1)
 
 
-@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
 def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
@@ -249,7 +246,6 @@ def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> s
     return demo.output
 
 
-@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
 def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, moment: str) -> None:
@@ -261,7 +257,6 @@ def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_p
     assert_true_account(demo.output, pipelines(tmp_path)[0])
 
 
-@pytest.mark.slow
 @on_linux
 def test_workers_that_are_killed_again_and_again_are_given_up(server: Server, tmp_path: Path) -> None:
     killed: set[int] = set()

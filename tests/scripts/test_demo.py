@@ -77,7 +77,7 @@ def test_asked_again_it_gives_the_same_answer_from_the_record_alone(first_run: t
     assert code == 0
     assert f"[demo] No question given; asking this demo's own: {QUESTION}" in again
     assert re.search(r"Session: \w+, begun \d+ (s|min) ago: continuing it \(--new-session", again)
-    assert again.count("already COMPLETED (cached) ✓") == 4
+    assert again.count("for research_assistant: replayed from the record ✓") == 4
     assert "Submitted" not in again
     assert answer(again) == answer(output)
     assert recorded(folder) == before

@@ -28,6 +28,8 @@ from support.offline.web import CONTENT_TYPES, PAGES, OfflineWeb
 from support.tools import TOOLS, ToolContext, Web
 from support.tools.web.page import page_to_markdown
 
+pytestmark = pytest.mark.every_python
+
 POPULATIONS = "What is the population of Tokyo vs New York?"
 TOKYO = "https://offline.example/tokyo-population"
 NEW_YORK = "https://offline.example/new-york-population"
@@ -175,7 +177,7 @@ async def test_a_page_dropped_into_the_folder_is_found_and_cited_at_once(
     tmp_path: Path, name: str, content: str
 ) -> None:
     run = Run(OfflineWeb(tmp_path))
-    assert (await run.ask("What do sea otters do?")).startswith("No page")
+    assert (await run.ask("What do sea otters do?")).startswith("No offline page")
     (tmp_path / name).write_bytes(content.encode())
     answer = await run.ask("What do sea otters do?")
     assert_grounded(answer, run)

@@ -18,6 +18,8 @@ WRITER = """
 import asyncio, sys
 from support.session_file import SessionFile
 
+pytestmark = pytest.mark.every_python
+
 async def main(name):
     file = SessionFile("shared")
     await asyncio.gather(*(file.record("w", f"{name}-{n}", f"exec-{name}-{n}") for n in range(50)))

@@ -49,6 +49,8 @@ MANY_SESSIONS = """
 import sys, threading
 from submit_task import submit_tool_call
 
+pytestmark = pytest.mark.every_python
+
 seen = []
 for number in range(20):
     submit_tool_call("count_effect", {"log": sys.argv[1], "number": number}, f"session-{number}")

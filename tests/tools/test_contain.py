@@ -149,6 +149,8 @@ import asyncio, threading
 from support.tools import Tool, ToolContext, ToolTimeout
 from support.tools.web.live import LiveWeb
 
+pytestmark = pytest.mark.every_python
+
 def hang() -> str:
     "Hang."
     threading.Event().wait()

@@ -16,6 +16,8 @@ from nexum_engine.errors import FinalError
 from support.tools import TOOLS, Page, SearchHit, Tool, ToolContext, find_tool, tool, web_search
 from support.tools.declare import REGISTRY
 
+pytestmark = pytest.mark.every_python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

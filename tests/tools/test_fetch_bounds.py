@@ -94,6 +94,7 @@ def deflated(data: bytes, window_bits: int) -> bytes:
         ("deflate", deflated(b"hello " * 50, -15)),
         ("identity", b"hello " * 50),
     ],
+    ids=["gzip", "x-gzip of two parts", "GZIP with padding", "deflate", "raw deflate", "identity"],
 )
 def test_known_encodings_are_decompressed(server: LoopbackServer, encoding: str, body: bytes) -> None:
     server.answers["/"] = page(body, content_encoding=encoding)
