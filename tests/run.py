@@ -87,18 +87,9 @@ def test_on(others: dict[str, str]) -> None:
     for version, python in others.items():
         with tempfile.TemporaryDirectory() as folder:
             print(f"\nPython {version} is {python}: testing on it", flush=True)
-            pytest: list[str | Path] = [
-                environment_of(python, folder),
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "every_python",
-                "-n",
-                "2",
-            ]
+            marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
             # A cache of its own: other Pythons run at the same time.
-            run_quietly([*pytest, "-o", f"cache_dir={folder}/cache"])
+            run_quietly([environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"])
 
 
 def main() -> int:

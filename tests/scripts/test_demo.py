@@ -120,7 +120,7 @@ def test_a_new_session_has_an_id_of_its_own_under_which_it_goes_on(tmp_path: Pat
 def test_a_question_that_no_page_covers_is_answered_with_the_topics(tmp_path: Path) -> None:
     code, output = run_demo(tmp_path, "How tall is Mount Everest's twin?", "--offline")
     assert code == 0
-    assert "(asked for)" in output
+    assert "(requested)" in output
     assert "- Durable execution" in answer(output)
 
 

@@ -245,3 +245,47 @@ def plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(plain(one) for one in value)
     return value.model_dump() if isinstance(value, (TaskResult, CreateResult)) else value
+
+
+# ---- Programs that ask a model themselves -------------------------------------------------------------------------
+
+HOURS = 10_000.0  # seconds, for a patience that must not run out
+
+
+def said(*texts: str) -> list[UserMessage]:
+    return [UserMessage(content=text, source="user") for text in texts]
+
+
+async def ask(llm: ChatCompletionClient, text: str = "Q") -> str:
+    return str((await llm.create(said(text))).content)
+
+
+class Offline(Exception):
+    """What every failing client here says."""
+
+
+class Failing(LiveModel):
+    """Raises instead of asking, as long as it is told to."""
+
+    def __init__(self, model: OpenAIServer, name: str, fails: Callable[[], Exception | None]) -> None:
+        super().__init__(vendor="v", model=name, base_url=model.base_url, api_key="k")
+        self.fails = fails
+
+    async def create(self, *args: Any, **more: Any) -> Any:
+        if (error := self.fails()) is not None:
+            raise error
+        return await super().create(*args, **more)
+
+
+async def whole(program: Callable[[], Any]) -> Any:
+    """Its result; it may not hang."""
+    return await asyncio.wait_for(program(), TIMEOUT)
+
+
+async def all_of(*asking: Any) -> list[Any]:
+    """What all of them come to; raises what the first failed one has raised, but only when all have ended."""
+    found = await asyncio.gather(*asking, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return found

@@ -1,4 +1,4 @@
-"""Durable runs of programs that are harder than most: what they share, survive, wait for, or keep out of sight."""
+"""Failures: recorded at once, raised again by a replay, and revoked if the run ended with them."""
 
 from __future__ import annotations
 
@@ -7,149 +7,38 @@ import random
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
+from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import (
-    MultiModalMessage,
-    TextMessage,
     ToolCallExecutionEvent,
 )
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat
 from autogen_agentchat.tools import AgentTool, TeamTool
-from autogen_agentchat.ui import Console, UserInputManager
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, UserMessage
 from autogen_core.tools import StaticWorkbench, ToolResult, ToolSchema, Workbench
-from durable_agents import TIMEOUT, Own, agent, answer, bench, client, is_after_a_tool, named, run, texts
+from durable_agents import (
+    TIMEOUT,
+    Own,
+    agent,
+    answer,
+    bench,
+    client,
+    is_after_a_tool,
+    named,
+    run,
+    texts,
+)
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable_stream
+from durable_autogen import DurableSession
 from durable_autogen.record.events import Kind, read_record
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import InvalidRequest
 from support.models.live import LiveModel
-
-# ---- Names and places ------------------------------------------------------------------------------------------------
-
-
-async def test_two_agents_of_one_name_have_two_places_in_the_record(server: Server) -> None:
-    def reply(body: dict[str, Any]) -> Reply:
-        if body["model"] == "outer" and not is_after_a_tool(body):
-            return Reply(calls=[("crew_one", {"task": "a"}), ("crew_two", {"task": "b"})])
-        return answer(body["messages"][-1]["content"])
-
-    def build() -> AssistantAgent:
-        crews = [
-            TeamTool(RoundRobinGroupChat([agent(model, "member")], max_turns=2), name, f"Ask {name}.")
-            for name in ("crew_one", "crew_two")
-        ]
-        return agent(model, "outer", crews)
-
-    with OpenAIServer(reply) as model:
-        first = await run(server, build)
-        assert len(model.requests) == 6
-        assert texts(await run(server, build)) == texts(first)
-        assert len(model.requests) == 6
-
-
-async def test_agents_of_one_name_that_work_at_once_do_not_mix(server: Server) -> None:
-    def build() -> Own:
-        async def both(_: str) -> str:
-            found = await asyncio.gather(*(one.run(task=str(n)) for n, one in enumerate(own.writers)))  # type: ignore[attr-defined]
-            return " | ".join(result.messages[-1].to_text() for result in found)
-
-        own = Own("own", both)
-        own.writers = [agent(model, "writer", [note]), agent(model, "writer", [note])]  # type: ignore[attr-defined]
-        return own
-
-    done: list[str] = []
-
-    def note(text: str) -> str:
-        """Note it."""
-        done.append(text)
-        return f"noted {text} {random.random()}"
-
-    def reply(body: dict[str, Any]) -> Reply:
-        asked = body["messages"][-1]["content"] if not is_after_a_tool(body) else ""
-        return Reply(calls=[("note", {"text": asked})]) if asked else answer("end")
-
-    with OpenAIServer(reply) as model:
-        first = await run(server, build)
-        assert texts(await run(server, build)) == texts(first)
-        assert len(model.requests) == 4
-    assert sorted(done) == ["0", "1"]
-
-
-@dataclass
-class Kept:
-    """Where a program may keep what it calls."""
-
-    deeper: dict[str, list[ChatCompletionClient]] = field(default_factory=dict)
-
-
-@pytest.mark.parametrize("place", ["list", "dict", "object"])
-async def test_clients_and_agents_are_found_wherever_an_agent_keeps_them(server: Server, place: str) -> None:
-    def build() -> Own:
-        async def ask(said: str) -> str:
-            kept: Any = own
-            found = {
-                "list": lambda: kept.kept[1],
-                "dict": lambda: kept.kept["it"],
-                "object": lambda: kept.kept.deeper["it"][0],
-            }[place]()
-            inner = await kept.helpers["one"].run(task=said)
-            reply = await found.create([UserMessage(content=inner.messages[-1].to_text(), source="user")])
-            return str(reply.content)
-
-        own = Own("own", ask)
-        it = client(model)
-        own.kept = {"list": ["no", it], "dict": {"it": it}, "object": Kept({"it": [it]})}[place]  # type: ignore[attr-defined]
-        own.helpers = {"one": agent(model, "helper")}  # type: ignore[attr-defined]
-        return own
-
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        first = await run(server, build)
-        assert texts(await run(server, build)) == texts(first)
-        assert len(model.requests) == 2
-
-
-async def test_a_run_that_records_nothing_says_so(server: Server) -> None:
-    async def nothing(_: str) -> str:
-        return "said by itself"
-
-    lines: list[str] = []
-    await run(server, lambda: Own("own", nothing), logs=lines)
-    assert "nothing was recorded" in lines[-1]
-
-
-async def test_one_team_is_in_one_run_at_a_time(server: Server) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def wait() -> str:
-        """Wait."""
-        begun.set()
-        await go_on.wait()
-        return "waited"
-
-    def reply(body: dict[str, Any]) -> Reply:
-        return answer("end") if is_after_a_tool(body) else Reply(calls=[("wait", {})])
-
-    with OpenAIServer(reply) as model:
-        team = agent(model, "one", [wait])
-        running = asyncio.ensure_future(run(server, lambda: team))
-        await asyncio.wait_for(begun.wait(), TIMEOUT)
-        with pytest.raises(InvalidRequest, match="one is at work in session s: build another one"):
-            await run(server, lambda: team, session="other")
-        go_on.set()
-        assert "end" in texts(await running)[-1]
-
-
-# ---- Failures --------------------------------------------------------------------------------------------------------
 
 
 class Flaky(Exception):
@@ -352,9 +241,6 @@ async def test_half_a_surrogate_pair_in_a_reply_is_replaced_and_not_paid_for_aga
         for _ in range(2):
             assert texts(await run(server, lambda: agent(model, "one")))[-1] == "a\ufffd"
         assert len(model.requests) == 1
-
-
-# ---- Failures that are hard to judge ---------------------------------------------------------------------------------
 
 
 class Offline(Exception):
@@ -710,239 +596,3 @@ async def test_a_stop_that_comes_during_a_replay_stops_what_comes_after_it(serve
         stop = ExternalTermination()
         assert texts(await run(server, lambda: build(50))) == texts(ended)
         assert len(model.requests) == asked
-
-
-# ---- Within a call, and beside it ------------------------------------------------------------------------------------
-
-
-async def test_what_a_tool_asks_for_is_part_of_its_result(server: Server) -> None:
-    def build() -> Own:
-        async def digest(text: str) -> str:
-            """Digest it."""
-            reply = await own.llm.create([UserMessage(content=text, source="user")])  # type: ignore[attr-defined]
-            return f"digest: {reply.content}"
-
-        async def ask(said: str) -> str:
-            first = await own.llm.create([UserMessage(content=said, source="user")])  # type: ignore[attr-defined]
-            result = await own.inner.run(task=str(first.content))  # type: ignore[attr-defined]
-            last = await own.llm.create([UserMessage(content=result.messages[-1].to_text(), source="user")])  # type: ignore[attr-defined]
-            return str(last.content)
-
-        own = Own("own", ask)
-        own.llm = client(model, "llm")  # type: ignore[attr-defined]
-        own.inner = agent(model, "inner", [digest])  # type: ignore[attr-defined]
-        return own
-
-    def reply(body: dict[str, Any]) -> Reply:
-        if body["model"] == "inner" and not is_after_a_tool(body):
-            return Reply(calls=[("digest", {"text": "it"})])
-        return answer(body["model"])
-
-    with OpenAIServer(reply) as model:
-        first = await run(server, build)
-        assert [request.body["model"] for request in model.requests] == ["llm", "inner", "llm", "inner", "llm"]
-        assert texts(await run(server, build)) == texts(first)
-        assert len(model.requests) == 5
-
-
-@pytest.mark.parametrize("is_slow_first", [True, False])
-async def test_members_of_a_graph_end_in_the_recorded_order_whatever_they_wait_for(
-    server: Server, is_slow_first: bool
-) -> None:
-    pause = 0.0
-
-    async def read(_: str) -> str:
-        await asyncio.sleep(pause)
-        return "the file says 42"
-
-    def build() -> GraphFlow:
-        a, b, c, d = agent(model, "a"), Own("b", read), agent(model, "c"), agent(model, "d")
-        builder = DiGraphBuilder()
-        for one in (a, b, c, d):
-            builder.add_node(one)
-        builder.add_edge(a, b).add_edge(a, c).add_edge(b, d).add_edge(c, d)
-        return GraphFlow([a, b, c, d], builder.build())
-
-    with OpenAIServer(lambda body: answer(body["model"])) as model:
-        pause = 0.5 if is_slow_first else 0.0
-        first = await run(server, build)
-        (asked,) = (request.body for request in model.requests if request.body["model"] == "d")
-        order = [str(message["content"]) for message in asked["messages"]]
-        slow_is_last = max(n for n, text in enumerate(order) if "42" in text) > max(
-            n for n, text in enumerate(order) if text.startswith("c ")
-        )
-        assert slow_is_last == is_slow_first
-        pause = 0.0 if is_slow_first else 0.5
-        assert texts(await run(server, build)) == texts(first)
-        assert len(model.requests) == 3
-
-
-async def test_a_member_of_a_graph_that_says_something_else_is_told(server: Server) -> None:
-    said = "the file says 42"
-
-    async def read(_: str) -> str:
-        return said
-
-    def build() -> GraphFlow:
-        a, b = Own("a", read), agent(model, "b")
-        return GraphFlow([a, b], DiGraphBuilder().add_node(a).add_node(b).add_edge(a, b).build())
-
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        await run(server, build)
-        said = "the file says 43"
-        with pytest.raises(DriftError, match=r"turn 1 of a .* what it said was the file says 42, now it is .* 43"):
-            await run(server, build)
-        assert len(model.requests) == 1
-
-
-# ---- People, stops and questions -------------------------------------------------------------------------------------
-
-
-async def test_autogens_user_input_manager_gets_and_replays_its_answer(server: Server) -> None:
-    asked = 0
-
-    async def person(prompt: str, cancellation_token: CancellationToken | None) -> str:
-        nonlocal asked
-        asked += 1
-        return f"I say {random.random()}"
-
-    async def program() -> list[str]:
-        manager = UserInputManager(person)
-        user = UserProxyAgent("user", input_func=manager.get_wrapped_callback())
-
-        def build() -> RoundRobinGroupChat:
-            return RoundRobinGroupChat([agent(model, "one"), user], max_turns=4)
-
-        stream = run_durable_stream(build, task="Q", session_id="s", nexum=server.address)
-        return texts(await asyncio.wait_for(Console(stream, user_input_manager=manager), TIMEOUT))
-
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        first = await program()
-        assert await program() == first
-        assert (len(model.requests), asked) == (2, 2)
-
-
-async def test_a_stop_from_outside_is_replayed_where_it_was(server: Server) -> None:
-    stop = ExternalTermination()
-    count = 0
-
-    def reply(_: dict[str, Any]) -> Reply:
-        nonlocal count
-        count += 1
-        if count == 3:
-            stop.set()
-        return answer("on")
-
-    def build() -> RoundRobinGroupChat:
-        limit = stop | MaxMessageTermination(10)
-        return RoundRobinGroupChat([agent(model, "one"), agent(model, "two")], termination_condition=limit)
-
-    with OpenAIServer(reply) as model:
-        first = await run(server, build)
-        assert first.stop_reason == "External termination requested"
-        stop = ExternalTermination()
-        again = await run(server, build)
-        assert (texts(again), again.stop_reason) == (texts(first), first.stop_reason)
-        assert len(model.requests) == 3
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        TextMessage(content="Q", source="alice"),
-        [TextMessage(content="Q", source="alice"), TextMessage(content="R", source="bob")],
-        MultiModalMessage(content=["Q", "R"], source="alice"),
-    ],
-)
-async def test_any_question_can_be_left_out_where_the_session_has_one(server: Server, task: Any) -> None:
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        first = await run(server, lambda: agent(model, "one"), task)
-        again = await run(server, lambda: agent(model, "one"), None)
-        assert again.model_dump() == first.model_dump()
-        assert len(model.requests) == 1
-
-
-async def test_the_question_may_be_left_out_of_the_messages(server: Server) -> None:
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        result = await run(server, lambda: agent(model, "one"), output_task_messages=False)
-        assert [message.source for message in result.messages] == ["one"]
-
-
-async def test_a_misspelt_on_drift_is_refused(server: Server) -> None:
-    with pytest.raises(InvalidRequest, match="on_drift is 'Stop': give one of stop, continue"):
-        await run(server, lambda: None, on_drift="Stop")
-
-
-async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    lines: list[str] = []
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        for _ in range(2):
-            await run(server, lambda: agent(model, "one"), logs=lines)
-    assert capsys.readouterr().out == ""
-    assert "reply 1 of one: replayed from the record ✓" in lines
-
-
-# ---- Owners ----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_run_that_was_stopped_can_be_run_again_at_once(server: Server) -> None:
-    """However it was stopped: what it had begun at that moment is no obstacle."""
-
-    def build() -> RoundRobinGroupChat:
-        return RoundRobinGroupChat([agent(model, "one")], max_turns=20)
-
-    stopped = 0
-    with OpenAIServer(lambda _: answer("on")) as model:
-        for _ in range(12):
-            running = asyncio.ensure_future(run(server, build))
-            seen = len(model.requests)
-            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - at a random moment after one
-                await asyncio.sleep(random.random() * 0.01)
-            stopped += running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-        first = await run(server, build)
-        assert texts(await run(server, build)) == texts(first)
-    assert stopped
-
-
-async def test_who_lost_the_session_records_nothing_more(server: Server) -> None:
-    """As a process that was stopped (SIGSTOP) past its lease, and goes on after another one has taken over."""
-
-    async def program() -> None:
-        async with DurableSession("s", nexum=server.address) as stopped:
-            asking = named(client(model), "me")
-            await asking.create([UserMessage(content="one", source="user")])
-            await stopped.recorder.journal._owner.__aexit__()  # no sign of life from it any more
-            async with DurableSession("s", nexum=server.address):
-                again = named(client(model), "me")
-                await again.create([UserMessage(content="one", source="user")])
-                with pytest.raises(SessionBusy):
-                    await asking.create([UserMessage(content="two", source="user")])
-                await again.create([UserMessage(content="two", source="user")])
-
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        with pytest.raises(SessionBusy, match="session s is not this process's any more"):
-            await program()
-        async with NexumClient(server.address) as nexum:
-            record = await read_record(nexum, "s")
-        assert [event.address for event in record.events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
-        assert not record.begun
-        assert len(model.requests) == 2
-
-
-async def test_a_finished_session_stays_finished_after_an_attempt_that_was_refused(server: Server) -> None:
-    from durable_autogen import list_sessions
-
-    def build(turns: int = 1) -> RoundRobinGroupChat:
-        return RoundRobinGroupChat([agent(model, "one")], max_turns=turns)
-
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        await run(server, build)
-        with pytest.raises(DriftError):
-            await run(server, build, "R")
-        async with NexumClient(server.address) as nexum:
-            (info,) = await list_sessions(nexum)
-        assert info.status == "finished"
-        with pytest.raises(DriftError, match="the recorded run was over"):
-            await run(server, lambda: build(2))
-        assert len(model.requests) == 1

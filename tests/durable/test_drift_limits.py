@@ -1,0 +1,141 @@
+"""What is drift and what is not, and how forks are compared."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from durable_agents import (
+    HOURS,
+    Failing,
+    Offline,
+    agent,
+    all_of,
+    answer,
+    ask,
+    client,
+    named,
+    run,
+    texts,
+    whole,
+)
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DriftError, DurableSession, list_sessions
+from durable_autogen.record.recorder import OnDrift
+from nexum_engine.client import NexumClient
+
+
+async def test_the_programs_own_work_is_not_taken_from_the_patience_with_what_it_asks_next(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
+
+    async def program(*, more: bool) -> str:
+        async with DurableSession("s", nexum=server.address):
+            recorded, new = (named(client(model), name) for name in ("a", "b"))
+            asking = []
+            if more:
+                await asyncio.sleep(1.2)  # work of its own, for longer than drift may take
+                asking = [asyncio.ensure_future(ask(new))]
+                await asyncio.sleep(0.05)
+            found = await ask(recorded)
+            await asyncio.gather(*asking)
+            return found
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await whole(lambda: program(more=False))
+        assert await whole(lambda: program(more=True)) == first
+        assert len(model.requests) == 2
+
+
+async def test_what_no_run_has_asked_for_is_not_waited_for_as_what_was_in_flight(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", HOURS)
+
+    async def program(name: str) -> str:
+        async with DurableSession("s", nexum=server.address):
+            return await ask(named(client(model), name))
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await whole(lambda: program("a"))
+        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+            await whole(lambda: program("b"))
+        assert len(model.requests) == 1
+
+
+async def test_a_program_that_goes_on_live_is_told_so_once(server: Server) -> None:
+    lines: list[str] = []
+
+    def build(system: str) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([AssistantAgent("a", client(model), system_message=system)], max_turns=3)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: build("Be brief."))
+        changed = await run(server, lambda: build("Be long."), on_drift="continue", logs=lines)
+        assert ["continues live from here" in line for line in lines].count(True) == 1
+        assert texts(await run(server, lambda: build("Be long."))) == texts(changed)
+        assert len(model.requests) == 6
+
+
+async def test_a_replay_knows_where_its_session_went_on_as_another_program(server: Server) -> None:
+    def build(system: str) -> RoundRobinGroupChat:
+        one, other = client(model), client(model)
+        return RoundRobinGroupChat(
+            [AssistantAgent("a", one), AssistantAgent("b", other, system_message=system)], max_turns=3
+        )
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        before = await run(server, lambda: build("Be brief."))
+        live = await run(server, lambda: build("Be long."), on_drift="continue")
+        again = await run(server, lambda: build("Be long."))
+        assert again.model_dump() == live.model_dump()
+        ids, left = ([message.id for message in result.messages] for result in (live, before))
+        assert [one == other for one, other in zip(ids, left, strict=True)] == [True, True, False, False]
+        assert len(model.requests) == 5
+
+
+async def test_a_failure_that_is_held_back_where_the_run_leaves_the_record_is_asked_again(server: Server) -> None:
+    broken = True
+
+    async def program(prompt: str, on_drift: OnDrift = "stop") -> list[Any]:
+        async with DurableSession("s", nexum=server.address, on_drift=on_drift):
+            failing = named(Failing(model, "x", lambda: Offline("no") if broken else None), "x")
+            return await all_of(ask(failing), ask(named(client(model), "y"), prompt))
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(Offline):
+            await whole(lambda: program("1"))
+        broken = False
+        changed = await whole(lambda: program("2", "continue"))
+        assert await whole(lambda: program("2")) == changed
+        assert len(model.requests) == 3
+
+
+async def test_a_session_that_went_on_after_its_end_is_not_finished(server: Server) -> None:
+    broken = True
+
+    def build(turns: int) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model, "a")], max_turns=turns)
+
+    def reply(_: dict[str, Any]) -> Reply:
+        return Reply(status=400) if broken and len(model.requests) == 3 else answer("on")
+
+    with OpenAIServer(reply) as model:
+        await run(server, lambda: build(1))
+        with pytest.raises(Exception, match="no usable answer"):
+            await run(server, lambda: build(3), on_drift="continue")
+        async with NexumClient(server.address) as nexum:
+            assert [one.status for one in await list_sessions(nexum)] == ["stopped"]
+        broken = False
+        ended = await run(server, lambda: build(3))  # as the session's own run, and no drift from the first one
+        assert len(ended.messages) == 4
+        assert len(model.requests) == 4
+        async with NexumClient(server.address) as nexum:
+            assert [one.status for one in await list_sessions(nexum)] == ["finished"]

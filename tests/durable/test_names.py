@@ -1,0 +1,217 @@
+"""How agents and calls are named on record, and what a prompt is compared by."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.tools import TeamTool
+from autogen_core import FunctionCall
+from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage, UserMessage
+from durable_agents import (
+    TIMEOUT,
+    Own,
+    agent,
+    answer,
+    client,
+    is_after_a_tool,
+    named,
+    run,
+    said,
+    texts,
+    whole,
+)
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DurableSession, fork_session
+from durable_autogen.autogen.work import Asker
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest
+
+
+async def test_two_agents_of_one_name_have_two_places_in_the_record(server: Server) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["model"] == "outer" and not is_after_a_tool(body):
+            return Reply(calls=[("crew_one", {"task": "a"}), ("crew_two", {"task": "b"})])
+        return answer(body["messages"][-1]["content"])
+
+    def build() -> AssistantAgent:
+        crews = [
+            TeamTool(RoundRobinGroupChat([agent(model, "member")], max_turns=2), name, f"Ask {name}.")
+            for name in ("crew_one", "crew_two")
+        ]
+        return agent(model, "outer", crews)
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        assert len(model.requests) == 6
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 6
+
+
+async def test_agents_of_one_name_that_work_at_once_do_not_mix(server: Server) -> None:
+    def build() -> Own:
+        async def both(_: str) -> str:
+            found = await asyncio.gather(*(one.run(task=str(n)) for n, one in enumerate(own.writers)))  # type: ignore[attr-defined]
+            return " | ".join(result.messages[-1].to_text() for result in found)
+
+        own = Own("own", both)
+        own.writers = [agent(model, "writer", [note]), agent(model, "writer", [note])]  # type: ignore[attr-defined]
+        return own
+
+    done: list[str] = []
+
+    def note(text: str) -> str:
+        """Note it."""
+        done.append(text)
+        return f"noted {text} {random.random()}"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        asked = body["messages"][-1]["content"] if not is_after_a_tool(body) else ""
+        return Reply(calls=[("note", {"text": asked})]) if asked else answer("end")
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 4
+    assert sorted(done) == ["0", "1"]
+
+
+@dataclass
+class Kept:
+    """Where a program may keep what it calls."""
+
+    deeper: dict[str, list[ChatCompletionClient]] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("place", ["list", "dict", "object"])
+async def test_clients_and_agents_are_found_wherever_an_agent_keeps_them(server: Server, place: str) -> None:
+    def build() -> Own:
+        async def ask(said: str) -> str:
+            kept: Any = own
+            found = {
+                "list": lambda: kept.kept[1],
+                "dict": lambda: kept.kept["it"],
+                "object": lambda: kept.kept.deeper["it"][0],
+            }[place]()
+            inner = await kept.helpers["one"].run(task=said)
+            reply = await found.create([UserMessage(content=inner.messages[-1].to_text(), source="user")])
+            return str(reply.content)
+
+        own = Own("own", ask)
+        it = client(model)
+        own.kept = {"list": ["no", it], "dict": {"it": it}, "object": Kept({"it": [it]})}[place]  # type: ignore[attr-defined]
+        own.helpers = {"one": agent(model, "helper")}  # type: ignore[attr-defined]
+        return own
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+        assert len(model.requests) == 2
+
+
+async def test_a_run_that_records_nothing_says_so(server: Server) -> None:
+    async def nothing(_: str) -> str:
+        return "said by itself"
+
+    lines: list[str] = []
+    await run(server, lambda: Own("own", nothing), logs=lines)
+    assert "nothing was recorded" in lines[-1]
+
+
+async def test_one_team_is_in_one_run_at_a_time(server: Server) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> str:
+        """Wait."""
+        begun.set()
+        await go_on.wait()
+        return "waited"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if is_after_a_tool(body) else Reply(calls=[("wait", {})])
+
+    with OpenAIServer(reply) as model:
+        team = agent(model, "one", [wait])
+        running = asyncio.ensure_future(run(server, lambda: team))
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        with pytest.raises(InvalidRequest, match="one is at work in session s: build another one"):
+            await run(server, lambda: team, session="other")
+        go_on.set()
+        assert "end" in texts(await running)[-1]
+
+
+def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
+    """An agent whose replies have asked for these calls, each an id and a name."""
+    found = Asker()
+    for calls in asked:
+        content = [FunctionCall(id=id, name=name, arguments="{}") for id, name in calls]
+        usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
+        result = CreateResult(finish_reason="function_calls", content=content, usage=usage, cached=False)
+        found.received(found.next("reply"), result, replayed=False)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "calls", "places"),
+    [
+        # Two of one name, made in the other order.
+        ([[("1", "note"), ("2", "note")]], [("2", "note"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
+        # Ids that begin anew with each reply, and a call that nobody made.
+        ([[("1", "note"), ("2", "look")], [("1", "note")]], [("1", "note"), ("2", "look")], ["2/tool/1", "1/tool/2"]),
+        # No ids at all.
+        ([[("", "look"), ("", "note"), ("", "note")]], [("", "note")] * 2, ["1/tool/2", "1/tool/3"]),
+        ([[("1", "note"), ("2", "note")]], [(None, "note")] * 2, ["1/tool/1", "1/tool/2"]),
+        ([[("", "note")], [("", "note")]], [("", "note")] * 2, ["2/tool/1", "1/tool/1"]),
+        # An id that is another call's.
+        ([[("1", "note"), ("1", "look")]], [("1", "look"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
+        # What no reply has asked for.
+        ([[("1", "note")], [("1", "note"), ("2", "note")]], [("3", "look")] * 2, ["2/tool/3", "2/tool/4"]),
+        ([], [("1", "look")] * 2, ["0/tool/1", "0/tool/2"]),
+    ],
+)
+def test_a_tool_call_stands_with_the_reply_that_asked_for_it(
+    asked: list[list[tuple[str, str]]], calls: list[tuple[str | None, str]], places: list[str]
+) -> None:
+    agents = replies(*asked)
+    assert [agents.position_of_call(*call) for call in calls] == [f"reply/{place}" for place in places]
+
+
+async def test_what_the_user_has_added_keeps_its_order_where_the_agent_forgets(server: Server) -> None:
+    async def program(name: str) -> None:
+        async with DurableSession(name, nexum=server.address):
+            llm = named(client(model), "a")
+            for prompt in (["1"], ["1", "2"], ["1", "2", "3"], ["4"]):
+                await llm.create(said(*prompt))
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await whole(lambda: program("s"))
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 1, "f1", "A")
+            await whole(lambda: program("f1"))
+            await fork_session(nexum, "f1", 2, "f2", "B")
+            await whole(lambda: program("f2"))
+        prompts = ["".join(one["content"] for one in request.body["messages"]) for request in model.requests]
+        assert prompts == [*("1", "12", "123", "4"), *("12A", "12A3", "4A"), *("12A3B", "4AB")]
+
+
+async def test_what_the_user_has_added_is_said_to_another_program_from_its_beginning(server: Server) -> None:
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model, "a")], max_turns=2)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, build)
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 2, "f", "Shorter")
+        changed = await run(server, build, "R", "f", on_drift="continue")
+        heard = [[one["content"] for one in request.body["messages"]].count("Shorter") for request in model.requests]
+        assert heard == [0, 0, 1, 1]
+        assert texts(await run(server, build, "R", "f")) == texts(changed)
+        assert len(model.requests) == 4

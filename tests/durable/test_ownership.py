@@ -1,0 +1,302 @@
+"""One run at a time owns a session; what a dead run had begun."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core import CancellationToken
+from autogen_core.models import UserMessage
+from autogen_core.tools import FunctionTool
+from durable_agents import (
+    TIMEOUT,
+    Offline,
+    agent,
+    answer,
+    ask,
+    client,
+    is_after_a_tool,
+    named,
+    run,
+    texts,
+    whole,
+)
+from harness import Server, logged, nexum_server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DriftError, DurableSession, SessionBusy, list_sessions
+from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
+from durable_autogen.record.failures import Failure
+from durable_autogen.record.journal import Journal
+from nexum_engine.client import NexumClient, Started
+from nexum_engine.owner import Owner
+from nexum_engine.records import Task
+
+
+async def test_a_run_that_was_stopped_can_be_run_again_at_once(server: Server) -> None:
+    """However it was stopped: what it had begun at that moment is no obstacle."""
+
+    def build() -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model, "one")], max_turns=20)
+
+    stopped = 0
+    with OpenAIServer(lambda _: answer("on")) as model:
+        for _ in range(12):
+            running = asyncio.ensure_future(run(server, build))
+            seen = len(model.requests)
+            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - at a random moment after one
+                await asyncio.sleep(random.random() * 0.01)
+            stopped += running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        first = await run(server, build)
+        assert texts(await run(server, build)) == texts(first)
+    assert stopped
+
+
+async def test_who_lost_the_session_records_nothing_more(server: Server) -> None:
+    """As a process that was stopped (SIGSTOP) past its lease, and goes on after another one has taken over."""
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address) as stopped:
+            asking = named(client(model), "me")
+            await asking.create([UserMessage(content="one", source="user")])
+            await stopped.recorder.journal._owner.__aexit__()  # no sign of life from it any more
+            async with DurableSession("s", nexum=server.address):
+                again = named(client(model), "me")
+                await again.create([UserMessage(content="one", source="user")])
+                with pytest.raises(SessionBusy):
+                    await asking.create([UserMessage(content="two", source="user")])
+                await again.create([UserMessage(content="two", source="user")])
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(SessionBusy, match="session s is not this process's any more"):
+            await program()
+        async with NexumClient(server.address) as nexum:
+            record = await read_record(nexum, "s")
+        assert [event.address for event in record.events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
+        assert not record.begun
+        assert len(model.requests) == 2
+
+
+async def test_a_finished_session_stays_finished_after_an_attempt_that_was_refused(server: Server) -> None:
+    from durable_autogen import list_sessions
+
+    def build(turns: int = 1) -> RoundRobinGroupChat:
+        return RoundRobinGroupChat([agent(model, "one")], max_turns=turns)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, build)
+        with pytest.raises(DriftError):
+            await run(server, build, "R")
+        async with NexumClient(server.address) as nexum:
+            (info,) = await list_sessions(nexum)
+        assert info.status == "finished"
+        with pytest.raises(DriftError, match="the recorded run was over"):
+            await run(server, lambda: build(2))
+        assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize("answers", ["before the end", "during the end"])
+async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
+    server: Server, monkeypatch: pytest.MonkeyPatch, answers: str
+) -> None:
+    start = Owner.start
+    begun, hold = asyncio.Event(), asyncio.Event()
+
+    async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
+        started = await start(self, workflow, input, **more)
+        if getattr(input, "position", "") == "reply/0/tool/1":
+            begun.set()  # on the server; its answer takes a while
+            await hold.wait()
+        return started
+
+    ran: list[str] = []
+
+    async def note() -> None:
+        """Note."""
+        ran.append("note")
+
+    monkeypatch.setattr(Owner, "start", slow)
+    loop = asyncio.get_running_loop()
+    async with DurableSession("s", nexum=server.address):
+        tool = FunctionTool(note, description="Note.")
+        asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
+        await asyncio.wait_for(begun.wait(), TIMEOUT)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        if answers == "before the end":
+            hold.set()
+        else:
+            loop.call_later(0.3, hold.set)
+    async with NexumClient(server.address) as nexum:
+        record = await read_record(nexum, "s")
+    assert not record.begun
+    (left,) = (event for event in record.events if event.kind is Kind.TOOL)
+    assert isinstance(left.content, GivenUp)
+    assert not ran
+
+
+@asynccontextmanager
+async def killed(server: Server) -> AsyncIterator[Journal]:
+    """A journal whose process gives no sign of life any more at the end of the `with`."""
+    async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
+        journal = await stack.enter_async_context(Journal(nexum, "s"))
+        yield journal
+        await journal._owner.__aexit__()
+        stack.pop_all()
+
+
+@asynccontextmanager
+async def next_run(server: Server) -> AsyncIterator[Journal]:
+    """The journal of the run after it."""
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
+        yield journal
+        await journal.release()
+
+
+REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
+TOOL = Call(Kind.TOOL, "a", "reply/1/tool/1")
+
+
+async def test_a_reply_is_recorded_in_one_round_trip_and_a_tool_call_is_begun(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    start, complete = NexumClient.start_execution, NexumClient.complete_task
+
+    async def started(self: NexumClient, workflow: Any, input: Any, **more: Any) -> Started:
+        sent.append(f"start {getattr(input, 'position', 'run')}")
+        return await start(self, workflow, input, **more)
+
+    async def completed(self: NexumClient, task_id: str, output_json: str, **more: Any) -> Task | None:
+        sent.append("complete")
+        return await complete(self, task_id, output_json, **more)
+
+    monkeypatch.setattr(NexumClient, "start_execution", started)
+    monkeypatch.setattr(NexumClient, "complete_task", completed)
+
+    def note() -> str:
+        """Note."""
+        return "noted"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if is_after_a_tool(body) else Reply(calls=[("note", {})])
+
+    with OpenAIServer(reply) as model:
+        for session in ("registers the workflows", "s"):
+            sent.clear()
+            async with DurableSession(session.replace(" ", "-"), nexum=server.address):
+                await agent(model, "a", [note]).run(task="Q")
+    tool = ["start reply/1/tool/1", "complete"]
+    assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
+
+
+async def test_a_failure_at_the_end_of_a_killed_run_is_asked_again(server: Server) -> None:
+    async with killed(server) as dead:
+        await dead.record(REPLIES[0], Returned(value="yes"))
+        assert await dead.before(REPLIES[1]) is None
+        await dead.record(REPLIES[1], Raised(failure=Failure.of(Offline("no"))))
+    async with next_run(server) as journal:
+        assert [event.position for event in journal.events if event.kind is Kind.REPLY] == ["reply/1"]
+
+
+async def test_a_failure_after_which_a_killed_run_made_another_call_is_kept(server: Server) -> None:
+    async with killed(server) as dead:
+        await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
+        assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run has survived the failure"
+    async with killed(server) as again:
+        assert [event.position for event in again.events] == ["reply/1"]
+        assert await again.before(REPLIES[1]) is not None
+    async with next_run(server) as journal:
+        assert [event.position for event in journal.events] == ["reply/1"]
+        assert journal.was_tried(REPLIES[1].address)
+        # Recorded under the beginning that the dead runs left.
+        await journal.record(REPLIES[1], Returned(value="yes"))
+    async with NexumClient(server.address) as nexum:
+        record = await read_record(nexum, "s")
+    assert [event.position for event in record.events] == ["reply/1", "reply/2"]
+    assert not record.begun
+
+
+async def test_what_a_killed_run_was_asking_for_is_known_if_anything_was_recorded_meanwhile(server: Server) -> None:
+    async with killed(server) as dead:
+        for call in REPLIES:
+            assert await dead.before(call) is None
+        await dead.record(REPLIES[1], Returned(value="yes"))
+        await dead.record(Call(Kind.TURN, "a", "turn/1"), Returned())
+        assert await dead.before(TOOL) is not None
+    async with next_run(server) as journal:
+        tried = [call.position for call in (*REPLIES, TOOL) if journal.was_tried(call.address)]
+        assert tried == ["reply/1", "reply/3", TOOL.position]
+        assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
+
+
+async def test_the_server_is_asked_before_a_reply_is_paid_for_if_the_session_may_be_lost(server: Server) -> None:
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
+        assert await hung.before(REPLIES[0]) is None
+        await hung._owner.__aexit__()
+        async with next_run(server):
+            with pytest.raises(SessionBusy, match="is not this process's any more"):
+                await hung.before(REPLIES[1])
+            with pytest.raises(SessionBusy, match="is not this process's any more"):
+                await hung.record(REPLIES[1], Returned(value="yes"))
+    async with NexumClient(server.address) as nexum:
+        assert not (await read_record(nexum, "s")).events
+
+
+async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(server: Server) -> None:
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
+        await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
+        await dead._owner.__aexit__()  # no sign of life from it any more
+        async with Journal(nexum, "s") as journal:
+            await journal.end("done", live={}, replayed={})
+        (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
+        assert left.error == "event: the run that asked for it died, and a later one did not ask again"
+
+
+@pytest.mark.parametrize("when", ["between calls", "during a call", "before the end"])
+async def test_a_run_goes_on_although_its_server_was_replaced_by_an_empty_one(tmp_path: Path, when: str) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    lines: list[str] = []
+    moved: list[bool] = []
+
+    def reply(_: dict[str, Any]) -> Reply:
+        if when == "during a call" and len(model.requests) == 2:
+            replace()
+        return answer("yes")
+
+    def replace() -> None:
+        moved.append(True)
+        server.process.kill()
+        stack.enter_context(nexum_server(folders[1], port=server.port))
+
+    async def program() -> list[str]:
+        async with DurableSession("s", nexum=server.address):
+            llm = named(client(model), "a")
+            first = await ask(llm)
+            if when == "between calls" and not moved:
+                replace()
+            found = [first, await ask(llm), await ask(llm)]
+            if when == "before the end" and not moved:
+                replace()
+            return found
+
+    with ExitStack() as stack, OpenAIServer(reply) as model:
+        server = stack.enter_context(nexum_server(folders[0]))
+        with logged(lines):
+            live = await whole(program)
+        number = 3 if when == "before the end" else 1
+        assert f"session s is unknown to this server: recording its {number} event(s) again" in lines
+        async with NexumClient(server.address) as nexum:
+            assert not (await read_record(nexum, "s")).begun
+            assert [one.status for one in await list_sessions(nexum)] == ["finished"]
+        assert await whole(program) == live
+        assert len(model.requests) == 3

@@ -1,0 +1,114 @@
+"""People who are asked, conditions that stop a run, and questions."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import UserProxyAgent
+from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination
+from autogen_agentchat.messages import (
+    MultiModalMessage,
+    TextMessage,
+)
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.ui import Console, UserInputManager
+from autogen_core import CancellationToken
+from durable_agents import (
+    TIMEOUT,
+    agent,
+    answer,
+    run,
+    texts,
+)
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import run_durable_stream
+from nexum_engine.errors import InvalidRequest
+
+
+async def test_autogens_user_input_manager_gets_and_replays_its_answer(server: Server) -> None:
+    asked = 0
+
+    async def person(prompt: str, cancellation_token: CancellationToken | None) -> str:
+        nonlocal asked
+        asked += 1
+        return f"I say {random.random()}"
+
+    async def program() -> list[str]:
+        manager = UserInputManager(person)
+        user = UserProxyAgent("user", input_func=manager.get_wrapped_callback())
+
+        def build() -> RoundRobinGroupChat:
+            return RoundRobinGroupChat([agent(model, "one"), user], max_turns=4)
+
+        stream = run_durable_stream(build, task="Q", session_id="s", nexum=server.address)
+        return texts(await asyncio.wait_for(Console(stream, user_input_manager=manager), TIMEOUT))
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await program()
+        assert await program() == first
+        assert (len(model.requests), asked) == (2, 2)
+
+
+async def test_a_stop_from_outside_is_replayed_where_it_was(server: Server) -> None:
+    stop = ExternalTermination()
+    count = 0
+
+    def reply(_: dict[str, Any]) -> Reply:
+        nonlocal count
+        count += 1
+        if count == 3:
+            stop.set()
+        return answer("on")
+
+    def build() -> RoundRobinGroupChat:
+        limit = stop | MaxMessageTermination(10)
+        return RoundRobinGroupChat([agent(model, "one"), agent(model, "two")], termination_condition=limit)
+
+    with OpenAIServer(reply) as model:
+        first = await run(server, build)
+        assert first.stop_reason == "External termination requested"
+        stop = ExternalTermination()
+        again = await run(server, build)
+        assert (texts(again), again.stop_reason) == (texts(first), first.stop_reason)
+        assert len(model.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TextMessage(content="Q", source="alice"),
+        [TextMessage(content="Q", source="alice"), TextMessage(content="R", source="bob")],
+        MultiModalMessage(content=["Q", "R"], source="alice"),
+    ],
+)
+async def test_any_question_can_be_left_out_where_the_session_has_one(server: Server, task: Any) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await run(server, lambda: agent(model, "one"), task)
+        again = await run(server, lambda: agent(model, "one"), None)
+        assert again.model_dump() == first.model_dump()
+        assert len(model.requests) == 1
+
+
+async def test_the_question_may_be_left_out_of_the_messages(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        result = await run(server, lambda: agent(model, "one"), output_task_messages=False)
+        assert [message.source for message in result.messages] == ["one"]
+
+
+async def test_a_misspelt_on_drift_is_refused(server: Server) -> None:
+    with pytest.raises(InvalidRequest, match="on_drift is 'Stop': give one of stop, continue"):
+        await run(server, lambda: None, on_drift="Stop")
+
+
+async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for _ in range(2):
+            await run(server, lambda: agent(model, "one"), logs=lines)
+    assert capsys.readouterr().out == ""
+    assert "reply 1 of one: replayed from the record ✓" in lines

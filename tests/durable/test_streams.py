@@ -1,0 +1,83 @@
+"""Streams, and exceptions of the program's own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core.models import CreateResult, UserMessage
+from durable_agents import (
+    answer,
+    client,
+    named,
+    run,
+)
+from harness import Server
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import DurableSession
+from support.models.live import LiveModel
+
+
+class InPieces(LiveModel):
+    """Its stream begins with these pieces."""
+
+    pieces: Sequence[str] = ()
+
+    async def create_stream(self, *args: Any, **more: Any) -> AsyncGenerator[str | CreateResult, None]:
+        for piece in self.pieces:
+            yield piece
+        yield await self.create(*args, **more)
+
+
+@pytest.mark.parametrize("pieces", [("hm", "so"), ()])
+@pytest.mark.parametrize("iterations", [1, 3])
+async def test_messages_have_the_same_names_again_whatever_was_streamed(
+    server: Server, pieces: Sequence[str], iterations: int
+) -> None:
+    def note() -> str:
+        """Note it."""
+        return "noted"
+
+    def reply(_: dict[str, Any]) -> Reply:
+        return answer("end") if len(model.requests) == 2 else Reply(calls=[("note", {})])
+
+    def build() -> RoundRobinGroupChat:
+        llm = InPieces(vendor="v", model="m", base_url=model.base_url, api_key="k")
+        llm.pieces = pieces
+        one = AssistantAgent("one", llm, tools=[note], max_tool_iterations=iterations, model_client_stream=True)
+        return RoundRobinGroupChat([one], max_turns=2)
+
+    with OpenAIServer(reply) as model:
+        live = await run(server, build)
+        assert (await run(server, build)).model_dump() == live.model_dump()
+
+
+class Refused(Exception):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.headers: dict[str, str] = {}
+
+
+class Refusing(LiveModel):
+    async def create(self, *args: Any, **more: Any) -> Any:
+        raise Refused("no")
+
+
+async def test_what_a_failures_constructor_makes_is_there_again(server: Server) -> None:
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            llm = Refusing(vendor="v", model="m", base_url=model.base_url, api_key="k")
+            try:
+                await named(llm, "a").create([UserMessage(content="Q", source="user")])
+            except Refused as error:
+                wait = error.headers.get("retry-after", "1")
+            reply = await named(client(model), "b").create([UserMessage(content=wait, source="user")])
+            return str(reply.content)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        first = await program()
+        assert await program() == first

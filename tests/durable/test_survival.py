@@ -1,0 +1,242 @@
+"""Which failures a run has survived, and how failures are written down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from durable_agents import (
+    Failing,
+    Offline,
+    all_of,
+    answer,
+    ask,
+    client,
+    named,
+    whole,
+)
+from harness import Server
+from openai_server import OpenAIServer
+
+from durable_autogen import DurableSession
+from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
+
+
+async def test_whoever_an_agent_works_for_shows_that_its_failure_was_survived(server: Server) -> None:
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            helper = named(Failing(model, "m", lambda: Offline("no")), "boss/helper")
+            with pytest.raises(Offline):
+                await ask(helper)
+            first = await ask(named(client(model), "boss"))
+            raise LookupError(first)  # so that the session is not finished
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(LookupError) as live:
+            await whole(program)
+        with pytest.raises(LookupError) as again:
+            await whole(program)
+        assert str(again.value) == str(live.value)
+        assert len(model.requests) == 1
+
+
+async def test_an_agent_whose_name_only_begins_alike_says_nothing_of_a_failure(server: Server) -> None:
+    broken = True
+
+    async def program() -> list[Any]:
+        async with DurableSession("s", nexum=server.address):
+            fails = Failing(model, "worker", lambda: Offline("no") if broken and worked else None)
+            worker, work = (
+                named(fails, "worker"),
+                named(client(model), "work"),
+            )
+            worked: list[str] = []
+            worked.append(await ask(worker))
+
+            async def works() -> str:
+                first = await ask(work)
+                await asyncio.sleep(0.05)  # its own
+                return first + await ask(work)
+
+            return await all_of(ask(worker), works())
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(Offline):
+            await whole(program)
+        broken = False
+        first = await whole(program)
+        assert await whole(program) == first
+        assert len(model.requests) == 4
+
+
+async def test_survived_failure_is_kept_and_the_one_that_ended_the_run_is_called_again(server: Server) -> None:
+    broken = True
+
+    async def program() -> list[Any]:
+        async with DurableSession("s", nexum=server.address):
+            cache = named(Failing(model, "x", lambda: Offline("survived")), "cache")
+            other = named(client(model), "other")
+            ends = Failing(model, "z", lambda: Offline("ends the run") if broken else None)
+
+            async def falls_back() -> str:
+                with pytest.raises(Offline):
+                    await ask(cache)
+                await asyncio.sleep(0.05)  # work of its own
+                return await ask(other)
+
+            return await all_of(falls_back(), ask(named(ends, "ends")))
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        with pytest.raises(Offline, match="ends the run"):
+            await whole(program)
+        broken = False
+        first = await whole(program)
+        assert await whole(program) == first
+        assert len(model.requests) == 2
+
+
+async def test_a_failure_that_has_much_to_say_does_not_end_the_run(server: Server) -> None:
+    async def program() -> list[str]:
+        async with DurableSession("s", nexum=server.address):
+            failing = Failing(model, "m", lambda: LookupError("x" * 20_000_000))
+            with pytest.raises(LookupError) as raised:
+                await ask(named(failing, "a"))
+            found = await ask(named(client(model), "b"))
+            return [found, str(raised.value)[:MAX_TEXT], str(raised.value)[MAX_TEXT:][:10]]
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        live = await whole(program)
+        assert await whole(program) == [*live[:2], " [cut]"]
+        assert len(model.requests) == 1
+
+
+class Plain(Exception):
+    """Made with what it keeps."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text, status)
+        self.status = status
+
+
+class Stated(Exception):
+    """Made with what it doesn't keep as its arguments."""
+
+    def __init__(self, *, status: int) -> None:
+        self.status = status
+
+    def __str__(self) -> str:
+        return f"status {self.status}"
+
+
+class Kept(Exception):
+    """Made with more than its arguments."""
+
+    def __init__(self, text: str, *, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Caused(Exception):
+    """Its text comes from what is not in it."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.__cause__}"
+
+
+class Listed(Exception):
+    """Its text comes from what is not plain."""
+
+    status = 0
+
+    def __init__(self, *whys: object) -> None:
+        super().__init__(*whys)
+        self.whys: list[object] = []
+
+    def __str__(self) -> str:
+        return f"for {len(getattr(self, 'whys', ()))} reasons"
+
+
+class Final(Listed, LookupError):
+    """The same, and nothing may be derived from it."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("nothing may be derived from it")
+
+
+def caused() -> Caused:
+    error = Caused("no")
+    error.__cause__ = ValueError("why")
+    return error
+
+
+def with_whys(error: Listed) -> Listed:
+    error.whys += ["a", "b"]
+    error.status = 503
+    return error
+
+
+def changed(error: Plain) -> Plain:
+    error.status = 504
+    return error
+
+
+def again(error: Exception) -> Exception:
+    """As it is raised again from the record."""
+    return Failure.model_validate_json(Failure.of(error).model_dump_json()).again()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Plain("no", 503),
+        changed(Plain("no", 503)),
+        Stated(status=503),
+        Kept("no", status=503),
+        KeyError("x"),
+        FileNotFoundError(2, "no such thing", "file"),
+        json.JSONDecodeError("no", "text", 3),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_recorded_failure_is_of_its_own_class(error: Exception) -> None:
+    found = again(error)
+    assert type(found) is type(error)
+    assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
+    names = ("errno", "filename")
+    assert [getattr(found, name, None) for name in names] == [getattr(error, name, None) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("error", "base", "args"),
+    [
+        (with_whys(Listed("a")), Listed, ("a",)),
+        (with_whys(Listed(object())), Listed, ("for 2 reasons",)),
+        (with_whys(Final("a")), Listed, ("a",)),
+        (caused(), Caused, ("no",)),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), UnicodeDecodeError, None),
+    ],
+    ids=["plain arguments", "other arguments", "final", "caused", "bytes"],
+)
+def test_a_failure_that_cant_be_made_again_is_of_a_class_like_its_own(
+    error: Exception, base: type[Exception], args: tuple[object, ...] | None
+) -> None:
+    found = again(error)
+    assert isinstance(found, base)
+    assert (type(found).__name__, type(found).__module__) == (type(error).__name__, type(error).__module__)
+    assert (str(found), found.args) == (str(error), args or (str(error),))
+    assert getattr(found, "status", None) == getattr(error, "status", None)
+
+
+def test_a_failure_whose_class_is_not_there_has_its_name_and_text() -> None:
+    class Hidden(Exception):
+        pass
+
+    found = again(Hidden("no"))
+    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # a function's own class is found, too
+    for module, name in (("builtins", "print"), ("builtins", "int"), ("builtins", "SystemExit"), ("not.there", "Gone")):
+        found = Failure(module=module, name=name, text="no", attributes={"status": 1}).again()
+        assert isinstance(found, RecordedFailure)
+        assert (type(found).__name__, str(found), vars(found)) == (name, "no", {"status": 1})
