@@ -217,9 +217,9 @@ def test_a_database_that_was_named_is_looked_at_and_no_server_asked(
 def test_a_database_that_a_server_has_open_is_left_to_it(tmp_path: Path, server: Server) -> None:
     code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
     url = database(tmp_path)[1]
-    assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that one, with --nexum HOST:PORT")
+    assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that server with --nexum HOST:PORT")
     code, output = nexum(tmp_path, "ps", *database(tmp_path), "--nexum", server.address)
-    assert (code, output.endswith("give the one to look at")) == (1, True)
+    assert (code, output.endswith("give only one of them")) == (1, True)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel"])

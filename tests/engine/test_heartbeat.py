@@ -120,7 +120,7 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
         await beats.connected()
         assert server.calls[leases.renew] >= 2
         assert [str(error) for error in beats.lost] == [
-            f"the server on {server.address} did not answer a sign of life within 0.2 s"
+            f"the server on {server.address} did not answer a beat within 0.2 s"
         ]
 
 
@@ -237,7 +237,7 @@ async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_
         assert started.ended.outputs() == {"a": '"done"'}
         stop.set()
         await asyncio.wait_for(worker, SOON)
-    assert "did not answer a sign of life" in caplog.text
+    assert "did not answer a beat" in caplog.text
 
 
 async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(

@@ -108,7 +108,7 @@ async def test_server_on_a_taken_port_listens_on_a_free_one_only_if_told_so(tmp_
 async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     async with NexumClient(str(database)) as client:
-        with pytest.raises(ServerUnavailable, match=r"no Nexum server has .*nexum.db open"):
+        with pytest.raises(ServerUnavailable, match=r"no running Nexum server has .*nexum.db open"):
             await client.ping()
         with nexum_server(tmp_path) as first:
             await client.ping()

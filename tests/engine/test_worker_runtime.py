@@ -248,7 +248,7 @@ async def _one(task: TaskContext) -> int:
 
 async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sent(client: NexumClient) -> None:
     built = workflow("numbers", input=Number).effect("a").build()
-    with pytest.raises(InvalidRequest, match="the input is no Number"):
+    with pytest.raises(InvalidRequest, match="the input does not match Number"):
         await client.start_execution(built, {"value": "many"})
 
 
