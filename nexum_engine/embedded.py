@@ -197,8 +197,8 @@ class EmbeddedNexum:
             # Try again until the time is up: it may be a server that is just ending.
             if loop.time() >= give_up:
                 raise NotANexumServer(
-                    f"what listens on {self.address} does not answer as a Nexum server: end it, or name a running "
-                    "server with --nexum HOST:PORT"
+                    f"the program that listens on {self.address} does not answer as a Nexum server: end it, or name "
+                    "a running server with --nexum HOST:PORT"
                 )
             await asyncio.sleep(LOOK_INTERVAL)
 

@@ -76,7 +76,7 @@ def test_the_server_ends_with_a_worker_and_a_caller_connected(tmp_path: Path) ->
         wait_until(lambda: bool(effects(tmp_path / "log")), "the tool runs")
         server.process.interrupt()
         assert server.process.wait(10) == 0
-        worker.wait_for("the Nexum server is gone")
+        worker.wait_for("lost the Nexum server")
         assert "Traceback" not in server.process.output + worker.output
 
 
@@ -85,7 +85,7 @@ def test_a_second_server_on_the_port_is_refused_in_one_line(tmp_path: Path, serv
     assert code == 1
     assert output == (
         f"error: can't listen on {server.address}: the port is in use (by another Nexum server?) or not allowed; "
-        "give another with --listen"
+        "give another port with --listen"
     )
 
 

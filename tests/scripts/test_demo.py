@@ -258,9 +258,12 @@ Other = Callable[[int], AbstractContextManager[None]]
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (web_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
-        (silent_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
-        (other_grpc_server, "error: what answers on localhost:{port} is not a Nexum server of this contract"),
+        (web_server, "error: the program that listens on localhost:{port} does not answer as a Nexum server: end it"),
+        (
+            silent_server,
+            "error: the program that listens on localhost:{port} does not answer as a Nexum server: end it",
+        ),
+        (other_grpc_server, "error: the server on localhost:{port} does not speak this Nexum contract"),
     ],
 )
 def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, other: Other, told: str) -> None:
