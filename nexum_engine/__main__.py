@@ -1,15 +1,15 @@
-"""The embedded Nexum server, and a look at what it has recorded.
+"""Start the embedded Nexum server, or look at what it has recorded.
 
     python -m nexum_engine                        start the server
     python -m nexum_engine ps                     list executions
-    python -m nexum_engine show EXECUTION         one execution: nodes, attempts, workers, times, errors
-    python -m nexum_engine cancel EXECUTION       cancel one
+    python -m nexum_engine show EXECUTION         show an execution: nodes, attempts, workers, times, errors
+    python -m nexum_engine cancel EXECUTION       cancel an execution
 
-Where the package is installed, `nexum` is the same command.
+If the package is installed, `nexum` is the same command.
 
-ps, show and cancel ask the server that has this folder's database open, else the one on the default port; where none
-answers they open the database themselves, so they work after a demo has ended. A database that is named with
---database-url is always opened, and no server asked.
+ps, show and cancel ask the server that has this folder's database open, else the server on the default port. If neither
+answers, they open the database themselves, so they work after a demo has ended. With --database-url, they open that
+database and ask no server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 
-# grpc's own log says in its words what our errors say in ours. It reads this when it is loaded.
+# Our errors report what grpc would log a second time. grpc reads this variable when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
@@ -47,11 +47,11 @@ from nexum_engine.store import database_exists, executions, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
-LOOK_PATIENCE = 3.0  # seconds for a server that is just ending
+LOOK_PATIENCE = 3.0  # seconds to wait for a server that is just ending
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="The embedded Nexum server. Without a command it starts and serves until Ctrl+C.",
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_not_negative,
         default=0.0,
         metavar="SECONDS",
-        help="how long to wait for another server to let go of the port and the database (default: not at all)",
+        help="how long to wait until another server releases the port and the database (default: don't wait)",
     )
     parser.add_argument(
         "--else-free-port", action="store_true", help="if the port is taken, listen on a free one instead"
@@ -80,26 +80,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--until-stdin-closes",
         action="store_true",
-        help="end with the process that holds standard input, and serve the runs of this folder alone",
+        help="stop when standard input closes, and serve only the runs of this folder",
     )
     _add_database(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
     ps = commands.add_parser("ps", help="list executions, newest first")
-    ps.add_argument("--workflow", default="", help="only this workflow's")
-    ps.add_argument("--status", default="", type=str.upper, help="only those RUNNING, COMPLETED, FAILED or CANCELLED")
-    ps.add_argument("--limit", type=_count, default=20, help="how many (default: %(default)s, at most 1000)")
-    show = commands.add_parser("show", help="one execution with its nodes and attempts")
+    ps.add_argument("--workflow", default="", help="only executions of this workflow")
+    ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
+    ps.add_argument("--limit", type=_count, default=20, help="how many to list (default: %(default)s, at most 1000)")
+    show = commands.add_parser("show", help="show an execution with its nodes and attempts")
     cancel = commands.add_parser("cancel", help="cancel an execution")
     for command in (show, cancel):
-        command.add_argument("execution", metavar="EXECUTION", help="its id, as ps prints it")
+        command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
     for command in (ps, show):
         command.add_argument("--json", action="store_true", help="print JSON")
     for command in (ps, show, cancel):
         command.add_argument(
             "--nexum",
             metavar="HOST:PORT",
-            help="the server to ask (default: $NEXUM_ADDRESS, else the one that has this folder's database open, else "
-            f"{DEFAULT_ADDRESS}, else the database)",
+            help="the server to ask (default: $NEXUM_ADDRESS, else the server that has this folder's database open, "
+            f"else {DEFAULT_ADDRESS}; if none answers, the database is read directly)",
         )
         _add_database(command, argparse.SUPPRESS)
     return parser
@@ -115,14 +115,14 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--database-url",
         default=default,
         metavar="URL",
-        help=f"sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
+        help=f"the database, as sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
 
 
 def _positive(text: str) -> float:
     value = _not_negative(text)
     if value < 0.1:
-        raise argparse.ArgumentTypeError(f"{text} is too short: give 0.1 or more seconds")
+        raise argparse.ArgumentTypeError(f"{text} is too short: give 0.1 seconds or more")
     return value
 
 
@@ -141,7 +141,7 @@ def _count(text: str) -> int:
 
 
 async def serve(args: argparse.Namespace) -> None:
-    """Start the server and serve until told to stop."""
+    """Run the server until it is stopped."""
     # The event loop and the store's thread take turns several times a call, and a turn lasts 5 ms by default.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import run_server
@@ -163,16 +163,16 @@ async def serve(args: argparse.Namespace) -> None:
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run ps, show or cancel; what to print. Where both are named, raises InvalidRequest."""
+    """Run ps, show or cancel; return what to print. Raises InvalidRequest if both a server and a database are named."""
     if args.database_url is None:
         return await _ask_server(args)
     if args.nexum is not None:
-        raise InvalidRequest("--nexum names a server and --database-url a database: give the one to look at")
+        raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
     return await _open_database(args, args.database_url)
 
 
 async def _ask_server(args: argparse.Namespace) -> str:
-    """Ask the server, or open the default database where none was named and none answers."""
+    """Ask the server. If no server was named and none answers, open the default database."""
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
         async with NexumClient(address or None) as client:
@@ -196,7 +196,7 @@ async def _open_database(args: argparse.Namespace, url: str, tried: str = "") ->
     try:
         store = await open_store(url, SystemClock(), lock_timeout=LOOK_PATIENCE)
     except StoreLocked as error:
-        raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that one, with --nexum HOST:PORT") from error
+        raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
     try:
         return await _answer(
             args,
@@ -225,22 +225,22 @@ async def _answer(
 
 
 def _say(text: str) -> None:
-    """Print it at once. Raises BrokenPipeError once nobody reads standard output, on every system."""
+    """Print and flush `text`. Raises BrokenPipeError, on every system, if nobody reads standard output."""
     try:
         print(text, flush=True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # What Windows says of a pipe that nobody reads.
+        # Windows reports EINVAL for a pipe that nobody reads.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, of `nexum` or `python -m nexum_engine`; return the exit code."""
+    """Run `nexum` or `python -m nexum_engine`; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A console that can't show a character shows a question mark instead of a traceback.
+            # Print a question mark for a character that the console can't show: an error would end the program.
             stream.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
     try:
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             print(f"error: {error}", file=sys.stderr)  # a full disk, under the output or elsewhere
-        # Else who reads our output has seen enough (`| head`). What is left of it goes nowhere.
+        # A closed pipe (`| head`) needs no message. Discard the rest of the output: Python would report it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The client of a Nexum server: typed calls, deadlines on all of them, and patience while a server comes back."""
+"""The client of a Nexum server: typed calls with deadlines, which are retried while no server answers."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ if TYPE_CHECKING:
     WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 DEFAULT_ADDRESS = "localhost:50051"
-FIRST_ANSWER = 2.0  # seconds that whatever listens on an address has to answer as a Nexum server
-CALL_DEADLINE = 10.0  # seconds, beside what a call is asked to wait
+FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
+CALL_DEADLINE = 10.0  # seconds, in addition to the wait that a call requests
 RECONNECT_DELAY = 0.1  # seconds
 MAX_SERVER_WAIT = 25.0  # seconds, below the server's own cap
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
 
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Below the time that a restarted server gives to those who survived it.
+    # Less than the time for which a restarted server waits for its workers and owners.
     ("grpc.max_reconnect_backoff_ms", 200),
-    # Despite its name, how long an attempt to connect may take: a busy machine or a far one needs more than a moment.
+    # Despite its name, this is the time limit of one attempt to connect. A busy or distant machine needs seconds.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # http_proxy is for the web, not for a server on this machine.
+    # Ignore http_proxy: it is for the web, not for a server on this machine.
     ("grpc.enable_http_proxy", 0),
 )
 
@@ -86,42 +86,43 @@ class Started:
 
     execution_id: str
     existing: bool
-    """The idempotency key had this execution already."""
+    """Whether the idempotency key already had this execution."""
     status: ExecutionStatus
     ended: Execution | None
     """The execution, if it ended within the wait."""
     task: Task | None = None
-    """The caller's own task, if it asked to be the owner and the execution has not ended."""
+    """The task for the owner, if the caller named one and the execution has not ended."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """An execution as the server has it now."""
+    """The present state of an execution."""
 
     execution: Execution
     has_poller: bool | None
-    """Whether a worker polls for its version; None where the server can't tell."""
+    """Whether a worker polls for the execution's version; None if the server can't tell."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server tells of itself."""
+    """A server's database, and whether the server is embedded in a run."""
 
     database: str
-    """The absolute path of its database."""
+    """The absolute path of the server's database."""
     embedded: bool
-    """It was started by a run, for the runs of one folder."""
+    """Whether a run started the server, for the runs of one folder."""
 
 
 class NexumClient:
-    """Calls one server. Use as an async context manager, or call `close`.
+    """A client of one server. Use it as an async context manager, or call `close`.
 
-    `address` is HOST:PORT, or the path of a database: the server that has it open, on whatever port it is started
-    again. It defaults to NEXUM_ADDRESS, then to the server that has this folder's database open, then to the one on
-    localhost:50051, unless that is embedded in a run of another folder; what was found first is kept.
+    `address` is HOST:PORT or the path of a database. A path names the server that has the database open, also after a
+    restart on another port. Without `address`, the client uses NEXUM_ADDRESS, else the server that has this folder's
+    database open, else the server on localhost:50051 unless it is embedded in a run of another folder. The client
+    keeps the first server that it finds.
 
-    `patience` in a method is for how long, in seconds, it tries again while no server answers; then it raises
-    ServerUnavailable. Every method can raise NotANexumServer, ServerFault, and the server's own refusals.
+    `patience` is for how many seconds a method retries while no server answers; then it raises ServerUnavailable.
+    Every method can raise NotANexumServer, ServerFault, and the errors that the server answers with.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -134,7 +135,7 @@ class NexumClient:
         self._is_searching = address is None
         self._has_get_execution = True
         self.address = DEFAULT_ADDRESS if address is None else address
-        """What was given, or found."""
+        """HOST:PORT of the server, or the path of its database."""
         if address is None:
             self._database = own_database()
         elif ("/" in address or "\\" in address) and "://" not in address:
@@ -144,7 +145,7 @@ class NexumClient:
             host, colon, port = address.rpartition(":")
             if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
                 raise InvalidRequest(
-                    f"{address!r} is not the address of a server: give HOST:PORT, like {DEFAULT_ADDRESS}"
+                    f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
                 )
             self._connect(address, ())
 
@@ -155,7 +156,7 @@ class NexumClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Close the client's connections."""
         for channel in self._channels:
             await channel.close()
 
@@ -164,36 +165,36 @@ class NexumClient:
     @property
     def _stub(self) -> NexumServiceAsyncStub:
         if self._connected is None:
-            raise ServerUnavailable(f"no Nexum server has {self._database} open")
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
         return self._connected
 
     def _connect(self, target: str, metadata: Metadata) -> None:
         channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        # Earlier ones stay open: closing one would cancel the calls that it still has.
+        # Keep earlier channels open: closing one would cancel its calls.
         self._channels.append(channel)
         self._target, self._connected = target, _stub_with(channel, metadata)
 
     def _follow(self) -> None:
-        """Connect to where the server of the database is now."""
+        """Connect to the present address of the database's server."""
         assert self._database is not None
         target = read_address(self._database)
         if target is not None and target != self._target:
             self._connect(target, metadata_for(str(self._database)))
 
     async def reach(self) -> None:
-        """Find out where the server is, if that can have changed. Raises ServerUnavailable, NotANexumServer."""
+        """Look up the server's address if it can have changed. Raises ServerUnavailable, NotANexumServer."""
         if self._is_searching:
             await self._search()
         elif self._database is not None:
             self._follow()
 
     async def _search(self) -> None:
-        """Connect to this folder's own server, or else to the one on the default port."""
+        """Connect to this folder's own server, else to the server on the default port."""
         database = self._database
         own = read_address(database) if database is not None else None
         if database is not None and own is not None:
             metadata = metadata_for(str(database))
-            # Asked for itself, as a server that knows no metadata may have taken the port of one that was killed.
+            # Compare the databases here, too: a published server on a killed server's port ignores the metadata.
             info = await self._first_answer(own, metadata)
             if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
                 self.address, self._is_searching = str(database), False
@@ -207,7 +208,7 @@ class NexumClient:
         self._connect(DEFAULT_ADDRESS, metadata)
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
-        """What the server there tells of itself, None if it tells nothing, or why none answers."""
+        """Return the info of the server at `target`, None if it has no GetServerInfo, or the error if none answers."""
         channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         stub = _stub_with(channel, metadata)
         try:
@@ -255,7 +256,7 @@ class NexumClient:
             await asyncio.sleep(RECONNECT_DELAY)
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
-        """What the server tells of itself; None if it is one of the published contract, which tells nothing."""
+        """Return the server's database and kind; None if the server knows only the published contract."""
         try:
             answer = await self._call(lambda stub: stub.GetServerInfo, pb.EmptyRequest(), patience=patience)
         except NotANexumServer:
@@ -266,11 +267,11 @@ class NexumClient:
     # ---- Workflows and executions ------------------------------------------------------------------------------------
 
     async def ping(self, *, patience: float = 0.0) -> None:
-        """Return if a Nexum server answers."""
+        """Check that a Nexum server answers."""
         await self._call(lambda stub: stub.ListExecutions, pb.ListRequest(limit=1), patience=patience)
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
-        """Make the workflow's version known to the server. Raises Conflict if its hash has another definition there."""
+        """Register the workflow's version. Raises Conflict if its hash is registered with another definition."""
         request = pb.WorkflowIR(
             workflow_id=workflow.workflow_id, version_hash=workflow.version_hash, ir_json=workflow.ir_json
         )
@@ -289,20 +290,21 @@ class NexumClient:
         held_task_id: str = "",
         output_json: str = "",
     ) -> Started:
-        """Start an execution, or find the one that the key has; with `wait`, answer when it ends, or after so long.
+        """Start an execution, or find the key's execution. With `wait`, return when it ends or after so many seconds.
 
-        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll;
-        with `held_task_id` it is refused as Conflict after another owner took that task over. With `output_json`, the
-        execution ends at once with this result: the answer has no task, unless the server doesn't know of that.
+        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll.
+        With `held_task_id`, the start is refused (Conflict) if another owner has taken over that task. With
+        `output_json`, the execution ends at once with this result, and the answer has no task; a server that doesn't
+        know `output_json` answers with the task.
 
-        Without a key the call is not repeated, whatever the patience: a lost answer would start it twice.
-        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner has it.
+        Without a key the call is never retried: if only the answer was lost, a retry would start a second execution.
+        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner holds it.
         """
         if workflow.input is not None and not isinstance(input, workflow.input):
             try:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
-                raise InvalidRequest(f"the input is no {workflow.input.__name__}: {error}") from error
+                raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {error}") from error
         input_json = (
             jsontext.dump_model(input, "input") if isinstance(input, BaseModel) else jsontext.dump(input, "input")
         )
@@ -331,7 +333,7 @@ class NexumClient:
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
     ) -> Observed:
-        """The execution as it is, or as soon as it ended within `wait` seconds. Raises ExecutionNotFound."""
+        """Return the execution when it ends, or its state after `wait` seconds. Raises ExecutionNotFound."""
         wait = min(wait, MAX_SERVER_WAIT)
         try:
             if self._has_get_execution:
@@ -348,13 +350,13 @@ class NexumClient:
             raise ExecutionNotFound(execution_id) from error
 
     def _fall_back(self) -> None:
-        # Calls in flight find out together, and one line is enough.
+        # Log once: several calls in flight may get here.
         if self._has_get_execution:
-            logger.warning("the server on %s has no GetExecution: asking with GetStatus, again and again", self.address)
+            logger.warning("the server on %s has no GetExecution: polling it with GetStatus", self.address)
         self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
-        """The published way: GetStatus, often at first and then less so."""
+        """Poll with the published GetStatus, after a while less often, until the execution ends or `wait` is over."""
         loop = asyncio.get_running_loop()
         start = loop.time()
         request = pb.StatusRequest(execution_id=execution_id)
@@ -376,11 +378,11 @@ class NexumClient:
         with_nodes: bool = False,
         patience: float = 0.0,
     ) -> list[Execution]:
-        """The newest executions, without inputs and nodes unless asked; 20 of them unless `limit` says otherwise.
+        """Return the newest executions, at most `limit` (default 20); inputs and nodes only `with_nodes`.
 
-        `key_prefix` is what their idempotency keys begin with (it needs `workflow_id`), `before` the execution that
-        they are older than (raises ExecutionNotFound). A page with nodes may be shorter than `limit`; only an empty one
-        is the end.
+        `key_prefix` selects executions whose idempotency key begins with it; it needs `workflow_id`. `before` selects
+        executions older than that one. A page with nodes may be shorter than `limit`; only an empty page is the end.
+        Raises ExecutionNotFound for an unknown `before`.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,
@@ -411,7 +413,7 @@ class NexumClient:
         ]
 
     async def cancel_execution(self, execution_id: str) -> None:
-        """End a running execution. Raises ExecutionNotFound, Conflict if it ended otherwise."""
+        """Cancel a running execution. Raises ExecutionNotFound, Conflict if it has completed or failed."""
         try:
             await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
@@ -420,7 +422,7 @@ class NexumClient:
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
     async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
-        """Take a task of one of the versions, waiting for one up to `wait` seconds."""
+        """Take a task of one of the versions; wait up to `wait` seconds for it."""
         request = _poll_request(worker_id, version_hashes, wait)
         answer = await self._call(lambda stub: stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
@@ -433,7 +435,7 @@ class NexumClient:
         then_take: tuple[str, Sequence[str]] | None = None,
         patience: float = 0.0,
     ) -> Task | None:
-        """Report a result. With `then_take`, a worker id and versions, also take a task of these if one is due.
+        """Report a result. With `then_take`, a worker id and versions, also take a due task of these versions.
 
         Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
         """
@@ -447,7 +449,7 @@ class NexumClient:
         return None if then_take is None else _task(answer.next, then_take[1])
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
-        """Report a failure; a `final` one is not retried. Raises StaleTask."""
+        """Report a failure; a `final` failure is not retried. Raises StaleTask."""
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
@@ -466,12 +468,12 @@ class NexumClient:
             raise StaleTask(str(error)) from error
 
     def worker_stream(self) -> WorkerStreamCall:
-        """Open a worker's stream: each beat that is written is answered. Both raise grpc.RpcError when it breaks."""
+        """Open a worker's stream: the server answers each beat. Writing and reading raise grpc.RpcError."""
         return self._stub.WorkerStream()
 
 
 def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:
-    """A stub that sends the metadata with every call."""
+    """Return a stub that sends the metadata with every call."""
     stub = NexumServiceStub(channel)
     if metadata:
         for name, call in vars(stub).items():
@@ -501,7 +503,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # A published server says neither; it was asked for one version.
+        # A published server sends neither; it was polled for one version.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,
@@ -552,7 +554,7 @@ def _execution_of_status(execution_id: str, answer: pb.StatusResponse) -> Execut
         idempotency_key="",
         created_ms=0,
         ended_ms=None,
-        error="the server did not say why" if answer.status == ExecutionStatus.FAILED else "",
+        error="the server gave no reason" if answer.status == ExecutionStatus.FAILED else "",
         nodes=tuple(
             Node(node_id, "", NodeStatus.COMPLETED, json.dumps(output, ensure_ascii=False), "")
             for node_id, output in outputs.items()

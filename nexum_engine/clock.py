@@ -1,4 +1,4 @@
-"""The engine's one clock: a port, so that a test moves time instead of sleeping through it."""
+"""The engine's clock, as an interface: tests replace it and move the time instead of sleeping."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Tells the time in milliseconds since 1970, UTC."""
+    """A source of the time, in milliseconds since 1970, UTC."""
 
     def now_ms(self) -> int: ...
 
 
 class SystemClock:
-    """Wall time at the start, carried on by the monotonic clock, so that a corrected wall clock expires no lease."""
+    """A clock that starts at wall time and runs monotonically, so that a corrected wall clock expires no lease."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()

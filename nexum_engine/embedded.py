@@ -1,6 +1,6 @@
-"""A server for one run: the one that answers already, or a child process that can't outlive this one.
+"""The server for one run: a running server, or a child process that can't outlive this process.
 
-A child ends when the pipe to its standard input closes, which every system does however its parent dies.
+A child ends when the pipe to its standard input closes. Every system closes it, however the parent dies.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 _IMPORTED_FROM = Path(__file__).resolve().parent.parent
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
-PATIENCE = 10.0  # seconds that a new server waits for a dying one's database
+PATIENCE = 10.0  # seconds that a new server waits until an ending server releases the database
 START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
 END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
-SLOW_START = 3.0  # seconds after which a start is explained
-MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # so many within so many seconds: whatever kills the children won't stop
+SLOW_START = 3.0  # seconds after which a log line explains the delay
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; with more restarts, the cause won't stop
 
 
 async def start_child(command: list[str], *, env: Mapping[str, str] | None = None, quiet: bool = True) -> Child:
-    """Start `python COMMAND` as a child that ends with us. Its standard output is ours to read, or dropped if quiet."""
+    """Start `python COMMAND` as a child that ends with this process. Its output is piped, or dropped if `quiet`."""
     python_path = os.pathsep.join(filter(None, (str(_IMPORTED_FROM), os.environ.get("PYTHONPATH"))))
     flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     process = await asyncio.create_subprocess_exec(
@@ -43,7 +43,7 @@ async def start_child(command: list[str], *, env: Mapping[str, str] | None = Non
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL if quiet else asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
-        # Ctrl+C is for us: we end the children ourselves.
+        # Keep Ctrl+C from the children: this process ends them.
         start_new_session=sys.platform != "win32",
         creationflags=flags,
     )
@@ -61,11 +61,11 @@ class Child:
         return self.process.returncode is not None
 
     async def end(self) -> None:
-        """Close its pipe and wait for its end; kill it if that takes too long."""
+        """Close the child's standard input and wait until it ends; kill it if that takes too long."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         ending = asyncio.ensure_future(self.process.wait())
-        # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the child ends.
+        # Not wait_for: before Python 3.12 it swallows a cancellation that arrives as the child ends.
         await asyncio.wait({ending}, timeout=END_TIMEOUT)
         if not ending.done():
             with contextlib.suppress(ProcessLookupError):
@@ -74,20 +74,21 @@ class Child:
 
 
 class _KilledAtStart(ServerError):
-    """Not a fault of the server's own: another one may start."""
+    """The embedded server was killed from outside while it started: starting another may work."""
 
 
 class EmbeddedNexum:
     """A Nexum server that answers for the length of an `async with`.
 
-    With `address` or NEXUM_ADDRESS given, that one has to answer. Without them, it is the server that has this folder's
-    database open, else one that a person started on the default port, else an embedded one: it is started with the
-    given worker scripts, on the default port or on a free one. A server or worker that vanishes is started again; if
-    its run has ended, another run of the folder starts it. If that doesn't help, the body is cancelled. Runs of other
-    folders never use an embedded server of this one.
+    If `address` or NEXUM_ADDRESS names a server, it must answer. Otherwise the run uses the server that has this
+    folder's database open, else a server that a person started on the default port, else it starts an embedded server
+    and the given worker scripts. An embedded server listens on the default port or, if that is taken, on a free one.
+    Runs of other folders never use it.
 
-    `meanwhile` is called while server and workers start: slow imports belong there. What a person should read is
-    logged.
+    A server or worker that ends early is restarted. If the server's run has ended, another run of the folder restarts
+    it. After too many restarts, the body is cancelled and the `async with` raises ServerError.
+
+    `meanwhile` is called while server and workers start: slow imports belong there. Messages for a person are logged.
 
     Raises ServerUnavailable, NotANexumServer, ServerError.
     """
@@ -106,19 +107,19 @@ class EmbeddedNexum:
         self._server: Child | None = None
         self._workers: dict[Path, Child] = {}
         self._client = NexumClient(address)
-        # Looked up now: the body may go to another folder.
+        # Resolve the path now: the body may change the working folder.
         self._database = own_database()
         self._listen = DEFAULT_LISTEN
-        """Where a server that is started listens if it can."""
+        """The address that a new server tries first."""
         self._is_bound = False
-        """The body is connected to that port, and not to whatever serves the folder's database."""
+        """Whether the body is connected to that port, and not to whichever server has the folder's database open."""
         self._watching: asyncio.Task[None] | None = None
         self._restarts: list[float] = []
         self._given_up: NexumError | None = None
 
     @property
     def address(self) -> str:
-        """What to give a NexumClient, or a script as --nexum: HOST:PORT, or the database whose server it is."""
+        """The server's address for NexumClient or --nexum: HOST:PORT, or the path of the server's database."""
         return self._client.address
 
     async def __aenter__(self) -> EmbeddedNexum:
@@ -157,7 +158,7 @@ class EmbeddedNexum:
         meanwhile()
 
     async def _find(self) -> bool:
-        """Whether a server for this folder's runs answers already."""
+        """Return whether a server for this folder's runs already answers."""
         try:
             info = await self._client.server_info()
         except (ServerUnavailable, NotANexumServer):
@@ -171,22 +172,21 @@ class EmbeddedNexum:
         return True
 
     async def _turn_to_own(self) -> None:
-        """From here on, the client's server is the one that has this folder's database open."""
-        if self._database is not None:  # else the server that is started says why
+        """Replace the client with one for the server that has this folder's database open."""
+        if self._database is not None:  # otherwise the new server prints the error
             await self._client.close()
             self._client = NexumClient(str(self._database))
 
     async def _first_answer(self) -> None:
-        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens, and NotANexumServer if
-        something does and answers as another kind of server, or not within FIRST_ANSWER.
+        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens on the address, and
+        NotANexumServer if something listens but doesn't answer as a Nexum server within FIRST_ANSWER.
 
-        gRPC by itself waits much longer for the first word of a peer, and can't tell one that is no server of its kind
-        from none at all.
+        gRPC alone waits much longer for a first answer, and reports a server of another kind as no server.
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + FIRST_ANSWER
         while True:
-            # At the same time: where nothing listens, Windows takes its time for either.
+            # In parallel: if nothing listens, each of them is slow on Windows.
             refusal, somebody_listens = await asyncio.gather(
                 self._refusal(give_up - loop.time()), self._somebody_listens()
             )
@@ -194,16 +194,16 @@ class EmbeddedNexum:
                 return
             if not somebody_listens:
                 raise refusal
-            # It may be a server that is just ending.
+            # Try again until the time is up: it may be a server that is just ending.
             if loop.time() >= give_up:
                 raise NotANexumServer(
-                    f"what listens on {self.address} does not answer as a Nexum server: end it, or name a running "
-                    "server with --nexum HOST:PORT"
+                    f"the program that listens on {self.address} does not answer as a Nexum server: end it, or name "
+                    "a running server with --nexum HOST:PORT"
                 )
             await asyncio.sleep(LOOK_INTERVAL)
 
     async def _refusal(self, timeout: float) -> ServerUnavailable | None:
-        """None if a Nexum server answers in time."""
+        """Return why no Nexum server answered within `timeout`; None if one answered."""
         pinging = asyncio.ensure_future(self._client.ping())
         try:
             await asyncio.wait({pinging}, timeout=timeout)
@@ -221,7 +221,7 @@ class EmbeddedNexum:
     async def _somebody_listens(self) -> bool:
         host, _, port = self.address.rpartition(":")
         if not port.isdecimal():
-            return False  # a database: its server answers or there is none
+            return False  # a database: no address to connect to
         host = "127.0.0.1" if host == "localhost" else host.strip("[]")
         connecting = asyncio.ensure_future(asyncio.open_connection(host, int(port)))
         try:
@@ -237,7 +237,7 @@ class EmbeddedNexum:
         return True
 
     async def _start(self, why: str = "") -> None:
-        """Start a server, and the workers that don't run; `why` only if there was a server before."""
+        """Start a server and the workers that don't run. `why` says why a previous server has to be replaced."""
         listen = self._listen
         command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
         if self._database is not None:
@@ -248,18 +248,18 @@ class EmbeddedNexum:
         self._server = server
         for script in self._worker_scripts:
             if script not in self._workers:
-                await self._start_worker(script)  # at the same time: it waits for the server
+                await self._start_worker(script)  # now: the worker waits for the server
         self._use_the_time()
         try:
             line = await self._first_line(server)
         except _KilledAtStart:
             self._count_restart("the embedded server")
-            _log.warning("the embedded server was killed while it started: starting another")
+            _log.warning("the embedded server was killed while it started: starting it again")
             await self._start(why)
             return
         if line is None:
             why = f"{why}; " if why else ""
-            _log.info("%sanother run has just started a server for this folder: using that one", why)
+            _log.info("%sanother run has just started a server for this folder: using that server", why)
             self._server = None
             await server.end()
             return
@@ -275,7 +275,7 @@ class EmbeddedNexum:
         self._workers[script] = await start_child([str(script), "--nexum", self.address])
 
     async def _first_line(self, server: Child) -> str | None:
-        """The server's line when it is ready; None if another server answers in its place."""
+        """Return the line that the server prints when it is ready; None if another server answers in its place."""
         assert server.process.stdout is not None
         reading = asyncio.ensure_future(server.process.stdout.readline())
         loop = asyncio.get_running_loop()
@@ -289,11 +289,11 @@ class EmbeddedNexum:
                 if loop.time() - begun > START_TIMEOUT:
                     raise ServerError(f"the embedded server did not start within {START_TIMEOUT:g} s")
                 if loop.time() - begun > SLOW_START and not explained:
-                    _log.info("the embedded server is not ready: it may wait for another one to leave the database")
+                    _log.info("the embedded server is not ready: another server may still have the database open")
                     explained = True
                 with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
-                    # It may be our own, a moment before its line.
+                    # Our own server may have answered, a moment before it prints its line.
                     await asyncio.wait({reading}, timeout=1.0)
                     if not reading.done():
                         return None
@@ -320,7 +320,7 @@ class EmbeddedNexum:
             if self._server is not None and self._server.ended:
                 code = self._server.process.returncode
                 self._server = None
-                await self._restart(f"the server is gone (exit {code})")
+                await self._restart(f"the server ended (exit {code})")
                 continue
             if self._server is None:
                 try:
@@ -330,23 +330,23 @@ class EmbeddedNexum:
                     silent += 1
                     if silent >= 2:
                         silent = 0
-                        await self._restart("the server is gone")
+                        await self._restart("the server does not answer")
                     continue
             for script, child in list(self._workers.items()):
                 if child.ended:
                     self._count_restart(script.name)
                     await self._start_worker(script)
-                    _log.warning("%s is gone (exit %s): started another", script.name, child.process.returncode)
+                    _log.warning("%s ended (exit %s): restarted it", script.name, child.process.returncode)
 
     async def _restart(self, why: str) -> None:
         self._count_restart("the server")
         try:
             await self._start(why)
         except NexumError as error:
-            _log.warning("%s; trying again", error)
+            _log.warning("%s; retrying", error)
 
     def _count_restart(self, what: str) -> None:
         now = asyncio.get_running_loop().time()
         self._restarts = [*(at for at in self._restarts if now - at < RESTART_WINDOW), now]
         if len(self._restarts) > MAX_RESTARTS:
-            raise ServerError(f"{what} is gone, again: giving up after {MAX_RESTARTS} restarts within a minute")
+            raise ServerError(f"{what} ended again: giving up after {MAX_RESTARTS} restarts within a minute")

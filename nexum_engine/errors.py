@@ -1,41 +1,41 @@
 """Every error that the engine raises, in one tree.
 
     NexumError
-    |-- InvalidRequest (ValueError)       what was sent can't be right: mend it, don't repeat it
-    |   `-- TooLarge                      it is right, but over a size limit
+    |-- InvalidRequest (ValueError)       the request is invalid: fix it, don't retry it
+    |   `-- TooLarge                      the request is over a size limit
     |-- NotFound (LookupError)            no such execution, task or workflow
     |   |-- ExecutionNotFound
     |   |-- TaskNotFound
     |   `-- WorkflowNotFound
-    |-- Conflict                          it contradicts what is recorded
+    |-- Conflict                          the request contradicts what is recorded
     |   |-- IdempotencyConflict           the key was used with another input
-    |   |-- VersionConflict               the version hash was registered with another definition
+    |   |-- VersionConflict               the version hash is registered with another definition
     |   `-- StaleTask                     the attempt is over: a newer one was handed out, or it was reported otherwise
     |-- StoreError                        the database
-    |   |-- StoreUnavailable              the outcome of a transaction is unknown: ask again
-    |   |-- StoreLocked                   another server has the file
-    |   `-- StoreRefused                  the file or URL is not one that this version can open
+    |   |-- StoreUnavailable              the outcome of a transaction is unknown: retry
+    |   |-- StoreLocked                   another server has the file open
+    |   `-- StoreRefused                  this version can't open the file or URL
     |-- ServerError                       the server, seen from a client
-    |   |-- ServerUnavailable (ConnectionError)   nothing answers there
-    |   |   `-- ServerNotReady                      it answers that it can't now: ask again
-    |   |-- NotANexumServer               something else answers there
-    |   `-- ServerFault                   the server had a fault of its own, which its log names
-    |-- WaitTimeout (TimeoutError)        the execution goes on, the caller stopped waiting
-    `-- FinalError                        raised by a worker's handler: repeating it can't help
+    |   |-- ServerUnavailable (ConnectionError)   no server answers
+    |   |   `-- ServerNotReady                      the server can't answer the call now: retry
+    |   |-- NotANexumServer               a server of another kind answers
+    |   `-- ServerFault                   the server had an internal error, which is in its log
+    |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
+    `-- FinalError                        raised by a worker's handler: a retry can't fix it
 
-A message names the thing, the cause and the next step. It is written for the person (or the model) who reads it, and
-carries no internals, because the server sends it to its clients.
+A message names the thing, the cause and the next step. It is written for the person (or the model) who reads it. It
+contains no internals, because the server sends it to its clients.
 """
 
 from __future__ import annotations
 
 
 class NexumError(Exception):
-    """Base of every error of this package."""
+    """The base class of every error of this package."""
 
 
 class InvalidRequest(NexumError, ValueError):
-    """The request can't be right, however often it is sent."""
+    """The request is invalid; a retry can't fix it."""
 
 
 class TooLarge(InvalidRequest):
@@ -43,7 +43,7 @@ class TooLarge(InvalidRequest):
 
 
 class NotFound(NexumError, LookupError):
-    """The thing that was named is not recorded here."""
+    """The server has no execution, task or workflow of this name."""
 
 
 class ExecutionNotFound(NotFound):
@@ -55,10 +55,10 @@ class ExecutionNotFound(NotFound):
 
 
 class TaskNotFound(NotFound):
-    """No attempt was ever handed out under this task id."""
+    """No attempt has this task id."""
 
     def __init__(self, task_id: str) -> None:
-        super().__init__(f"no task {task_id!r} was handed out by this server")
+        super().__init__(f"this server handed out no task {task_id!r}")
         self.task_id = task_id
 
 
@@ -67,7 +67,7 @@ class WorkflowNotFound(NotFound):
 
     def __init__(self, workflow_id: str, version_hash: str) -> None:
         super().__init__(
-            f"workflow {workflow_id!r} is not registered in version {version_hash!r}: call RegisterWorkflow first"
+            f"version {version_hash!r} of workflow {workflow_id!r} is not registered: call RegisterWorkflow first"
         )
         self.workflow_id = workflow_id
         self.version_hash = version_hash
@@ -86,15 +86,15 @@ class VersionConflict(Conflict):
 
 
 class StaleTask(Conflict):
-    """The attempt may not report (any more, or not this)."""
+    """The attempt may not report: it is over, or it has reported something else."""
 
 
 class StoreError(NexumError):
-    """The database can't do what was asked."""
+    """The database can't do what was requested."""
 
 
 class StoreUnavailable(StoreError):
-    """Whether the transaction was stored is unknown: ask again, nothing that was acknowledged is lost."""
+    """The outcome of the transaction is unknown: retry it. Nothing that was acknowledged is lost."""
 
 
 class StoreLocked(StoreError):
@@ -102,11 +102,11 @@ class StoreLocked(StoreError):
 
 
 class StoreRefused(StoreError):
-    """The URL or the file is not one that this version can open; it was not touched."""
+    """This version can't open the URL or the file; the file was left untouched."""
 
 
 class ServerError(NexumError):
-    """The server could not be used."""
+    """The server can't be used."""
 
 
 class ServerUnavailable(ServerError, ConnectionError):
@@ -114,20 +114,20 @@ class ServerUnavailable(ServerError, ConnectionError):
 
 
 class ServerNotReady(ServerUnavailable):
-    """A server answers, and says that it can't do this now: ask again."""
+    """A server answers that it can't do the call now: retry it."""
 
 
 class NotANexumServer(ServerError):
-    """Something answers at the address, and it doesn't speak Nexum."""
+    """A server of another kind answers at the address."""
 
 
 class ServerFault(ServerError):
-    """The server failed inside; its log has the details under the id in the message."""
+    """The server had an internal error; its log has the details under the id in the message."""
 
 
 class WaitTimeout(NexumError, TimeoutError):
-    """The wait is over, the execution is not: a later call with the same key attaches to it."""
+    """The wait is over, but the execution continues: a later call with the same key attaches to it."""
 
 
 class FinalError(NexumError):
-    """A handler's failure that repeating can't mend (bad arguments, a refused address): it is not retried."""
+    """A handler's failure that a retry can't fix (bad arguments, a refused address): it is not retried."""

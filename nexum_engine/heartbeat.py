@@ -1,4 +1,4 @@
-"""A worker's sign of life: one stream to the server, on which it says again and again which tasks it holds."""
+"""The beats of a worker or owner: one stream to the server, on which each beat names the tasks that it holds."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from nexum_engine.wire.status import error_of
 if TYPE_CHECKING:
     from nexum_engine.client import WorkerStreamCall
 
-FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream that says nothing is opened again
-MIN_ACK_TIMEOUT = 1.0  # seconds; later answers get a third of the lease, if that is more
-MIN_LEASE_MS = 100  # the shortest that is believed
-SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a worker that was cut off keeps its tasks
+FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream without a first answer is reopened
+MIN_ACK_TIMEOUT = 1.0  # seconds for each later answer, or a third of the lease if that is more
+MIN_LEASE_MS = 100  # a server's shorter lease counts as this one
+SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a disconnected worker keeps its tasks
 TELL_AGAIN_AFTER = 10.0  # seconds without a connection
 
 
 def new_worker_id() -> str:
-    """An id that no other worker has, and that tells a person where it runs."""
+    """Return a unique worker id that names the host and the process."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 async def _nothing() -> None:
-    """Nothing has to be done before connecting."""
+    """Do nothing before a connection: the default of `prepare`."""
 
 
 class Heartbeat:
-    """Keeps a WorkerStream open, and opens it again when it breaks or the server falls silent.
+    """A WorkerStream that is reopened when it breaks or the server stops answering.
 
     `prepare` is awaited before each attempt to connect. `on_connected` is called at the first answer on a stream.
-    `on_lost` is called with the reason when the stream is lost or can't be opened: ServerUnavailable if no server
-    answers, else what it answered; at once, when the reason is another one, and every 10 s.
+    `on_lost` is called with the error when the stream is lost or can't be opened: ServerUnavailable if no server
+    answers, else the server's own error. It is called at once, whenever the kind of error changes, and every 10 s.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Heartbeat:
         on_lost: Callable[[NexumError], None] = lambda _: None,
     ) -> None:
         self.held: set[str] = set()
-        """The ids of the tasks that the worker holds. Changing this set does not require calling `beat`."""
+        """The ids of the tasks that the worker holds. A change needs no call of `beat`."""
         self.draining = False
-        """The worker takes no more tasks."""
+        """Whether the worker takes no more tasks."""
         self.connected = asyncio.Event()
-        """Set while a stream is open and was answered."""
+        """Set while a stream is open that the server has answered."""
         self.connected_once = False
-        """Whether a stream was ever answered."""
+        """Whether the server has ever answered a stream."""
         self._held_until = 0.0
         self._client = client
         self._worker_id = worker_id
@@ -74,22 +74,22 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether what the worker holds is its own for certain: its last answered beat is younger than half a lease.
+        """Whether the worker certainly still holds its tasks: its last answered beat is younger than half a lease.
 
-        False says nothing: the server may think that the worker has come to a stop, and only the server can tell.
+        If False, only the server knows whether the worker still holds them.
         """
         return self.connected.is_set() and time.monotonic() < self._held_until
 
     def beat(self) -> None:
-        """Beat now and again soon: two beats in a row tell the server which tasks have never arrived."""
+        """Beat now, and once more soon: from two beats in a row the server learns which tasks never arrived."""
         self._is_urgent = True
         self._wake.set()
 
     async def run(self) -> None:
         """Beat until cancelled. Returns if the server has no WorkerStream.
 
-        Raises InvalidRequest for a worker id that the server refuses, NotANexumServer, and what `prepare` raises except
-        for a server that doesn't answer or has a fault: that is waited out.
+        Reconnects as long as the server doesn't answer or has an internal error. Raises InvalidRequest for a worker id
+        that the server refuses, NotANexumServer, and other errors of `prepare`.
         """
         while True:
             try:
@@ -111,12 +111,15 @@ class Heartbeat:
             await asyncio.sleep(RECONNECT_DELAY)
 
     async def _keep_a_stream(self) -> None:
-        """One stream, until the server ends it. Raises grpc.RpcError when it breaks, ServerError when it is silent."""
+        """Beat on one stream until the server ends it.
+
+        Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
+        """
         call = self._client.worker_stream()
         call.add_done_callback(self._stream_ended)
         timeout = FIRST_ACK_TIMEOUT
-        # What was handed out around a reconnection has the short lease of a worker that was cut off, and may have come
-        # too late to be named in the first beat.
+        # A task that was handed out during the reconnection has the short lease of a disconnected worker, and may have
+        # arrived too late for the first beat: send the second one soon.
         self._is_urgent = True
         try:
             while True:
@@ -143,25 +146,23 @@ class Heartbeat:
         self._wake.set()
 
     async def _exchange(self, call: WorkerStreamCall, timeout: float) -> pb.WorkerBeatAck | None:
-        """Beat and wait for the answer; None if the server has ended the stream."""
+        """Send a beat and return its answer; None if the server has ended the stream."""
 
         async def exchange() -> pb.WorkerBeatAck | None:
             beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=sorted(self.held), draining=self.draining)
-            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: reading says why
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: `read` raises the reason
                 await call.write(beat)
             ack = await call.read()
             return ack if isinstance(ack, pb.WorkerBeatAck) else None
 
         exchanging = asyncio.ensure_future(exchange())
         try:
-            # In two parts: if this event loop itself was held up in one, the answer can still be read in the other.
+            # Wait twice: if a handler blocks this event loop during one wait, the other can still read the answer.
             # Not wait_for: in Python 3.11 and before, it can lose a cancellation.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
-                raise ServerError(
-                    f"the server on {self._client.address} did not answer a sign of life within {timeout:g} s"
-                )
+                raise ServerError(f"the server on {self._client.address} did not answer a beat within {timeout:g} s")
             if exchanging.cancelled():
                 raise ServerUnavailable(f"the connection to {self._client.address} was closed")
             return exchanging.result()
@@ -169,7 +170,7 @@ class Heartbeat:
             exchanging.cancel()
 
     async def _sleep(self, seconds: float) -> None:
-        """Until the next beat is due or wanted."""
+        """Sleep until the next beat is due or requested."""
         timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         try:
             await self._wake.wait()

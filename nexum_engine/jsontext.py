@@ -1,4 +1,4 @@
-"""JSON from outside: strict (no NaN, no unbounded depth or integers), with limits that are said in the error."""
+"""Strict JSON for data from outside: no NaN, bounded depth and integers. Each error names the limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
-    """Parse `text`, which `what` names in errors.
+    """Parse `text`. Errors call it `what`.
 
-    Raises InvalidRequest if it isn't JSON (RFC 8259: NaN and Infinity aren't) or nests deeper than about 200 levels,
+    Raises InvalidRequest if it isn't JSON (RFC 8259: no NaN, no Infinity) or nests deeper than about 200 levels,
     TooLarge above `max_bytes` of UTF-8.
     """
     check_size(text, what, max_bytes=max_bytes)
@@ -29,13 +29,13 @@ def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
 
 def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
     """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
-    # A character takes at most four bytes, so most texts need no encoding to be measured.
+    # A character takes at most four bytes, so short texts need not be encoded.
     if len(text) * 4 > max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_bytes:
         raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
 
 
 def dump(value: object, what: str) -> str:
-    """The compact JSON text of `value`. Raises InvalidRequest if it has none (NaN, a cycle, an unknown type)."""
+    """Return `value` as compact JSON text. Raises InvalidRequest if JSON has no such value (NaN, a cycle, a type)."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode("utf-8")
@@ -45,18 +45,18 @@ def dump(value: object, what: str) -> str:
 
 
 def dump_model(model: BaseModel, what: str) -> str:
-    """The same of a model's fields, in a fraction of the time where they have long texts."""
+    """Return a model's fields as compact JSON text, like `dump` but much faster for long texts."""
     try:
         value = model.model_dump(mode="json")
         text = to_json(value, inf_nan_mode="constants").decode()
     except ValueError as error:
         raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
-    # They may be words in a text, or numbers that JSON lacks: the slower way tells.
+    # NaN may be a word in a text, or a number that JSON lacks: `dump` tells them apart.
     return dump(value, what) if "NaN" in text or "Infinity" in text else text
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two texts that were checked by `parse` hold the same value. 1, 1.0 and true are three values."""
+    """Return whether two texts that `parse` has accepted have the same value. 1, 1.0 and true are three values."""
     return one == other or _canonical(one) == _canonical(other)
 
 

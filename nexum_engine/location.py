@@ -1,7 +1,7 @@
-"""Where things are: the database that a URL names, and the address of the server that has it open.
+"""The database that a URL names, and the address of the server that has it open.
 
 A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
-killed server leaves the file behind, so whoever reads it asks the server there which database it has.
+killed server leaves the file behind. So a client asks the server at that address for its database.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 
 def default_database_url() -> str:
-    """The database of whoever names none: DATABASE_URL, else the one in this folder."""
+    """Return the URL of the default database: DATABASE_URL, else the database in this folder."""
     return os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
 
 
 def database_path(database_url: str) -> Path:
-    """The absolute path that a sqlite URL names: `sqlite:///relative`, `sqlite:////absolute`, `sqlite:///C:/path`, and
-    the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for anything else."""
+    """Return the absolute path that a SQLite URL names: `sqlite:///relative`, `sqlite:////absolute`,
+    `sqlite:///C:/path`, or the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for others."""
     rest, _, query = database_url.removeprefix("sqlite:").partition("?")
     unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
     name = unquote(rest.removeprefix("//"))
@@ -35,18 +35,18 @@ def database_path(database_url: str) -> Path:
     name = name[1:] if name.startswith("/") else name
     if not rest.startswith("//") or unknown or not name or ":memory:" in name:
         raise StoreRefused(
-            f"database URL {database_url!r} is not understood: use sqlite:///path, a file on this machine"
+            f"database URL {database_url!r} is not supported: use sqlite:///path, a file on this machine"
         )
     return Path(name).absolute()
 
 
 def database_url(path: Path) -> str:
-    """The URL of a database file."""
+    """Return the URL of a database file."""
     return f"sqlite:///{quote(str(path))}"
 
 
 def own_database() -> Path | None:
-    """The file of the default database; None if DATABASE_URL names none on this machine."""
+    """Return the file of the default database; None if DATABASE_URL doesn't name a file on this machine."""
     url = default_database_url()
     if not url.startswith("sqlite:"):
         return None
@@ -56,17 +56,17 @@ def own_database() -> Path | None:
 
 
 def is_same_database(one: str, other: str) -> bool:
-    """Whether two paths lead to one file, also through links."""
+    """Return whether two paths name the same file, also through links."""
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
 def address_file(database: Path) -> Path:
-    """The file with the address of the server that has the database open."""
+    """Return the path of the file with the address of the database's server."""
     return database.with_name(f"{database.name}.address")
 
 
 def read_address(database: Path) -> str | None:
-    """The address in the database's file; None if there is none, or no file."""
+    """Return the address in the database's address file; None if there is no file, or no address in it."""
     try:
         with address_file(database).open("rb") as file:
             address = file.read(100).decode("ascii").strip()
@@ -76,7 +76,7 @@ def read_address(database: Path) -> str | None:
 
 
 def write_address(database: Path, address: str) -> None:
-    """Write the file, whole or not at all. Call it only while holding the database's lock. Raises OSError."""
+    """Write the database's address file, whole or not at all. Hold the database's lock. Raises OSError."""
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
     new.write_text(f"{address}\n", encoding="ascii")
@@ -84,13 +84,13 @@ def write_address(database: Path, address: str) -> None:
         try:
             new.replace(path)
             return
-        except PermissionError:  # on Windows, while a client reads an earlier server's
+        except PermissionError:  # on Windows, while a client reads the old file
             if is_last:
                 raise
             time.sleep(_REPLACE_INTERVAL)
 
 
 def remove_address(database: Path) -> None:
-    """Remove the file, if it can be done. Call it only while holding the database's lock."""
+    """Remove the database's address file if possible. Hold the database's lock."""
     with contextlib.suppress(OSError):
         address_file(database).unlink()

@@ -1,11 +1,11 @@
-"""A process that does the work of the executions it starts: it owns them, and no worker is ever handed their nodes.
+"""Owned executions: the process that starts one does its work, and no worker gets its node.
 
     async with Owner(client) as owner:
         owned = await owner.start(WORKFLOW, {"n": 1}, idempotency_key="n-1")
-        if owned.task is not None:                      # else it ended before: owned.ended has its result
+        if owned.task is not None:                      # else it has ended: owned.ended has the result
             await owner.complete(owned.task, {"done": True})
 
-What an owner started and did not finish when it died, the next one to start the same key takes over.
+If an owner dies, the next owner that starts the same key takes over its execution.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
-PATIENCE = 300.0  # seconds to try while no server answers
+PATIENCE = 300.0  # seconds to retry a call while no server answers
 
 logger = logging.getLogger(__name__)
 
 
 class Owner:
-    """Connected for the length of an `async with`. Raises ServerError if the server knows no owners.
+    """An owner of executions, connected for the length of an `async with`.
 
-    `on_lost` is called with the reason when the connection is lost, and every 10 s until it is back.
+    Raises ServerError if the server doesn't support owners. `on_lost` is called with the error when the connection is
+    lost, and every 10 s until it is back.
     """
 
     def __init__(self, client: NexumClient, *, on_lost: Callable[[NexumError], None] | None = None) -> None:
@@ -61,7 +62,7 @@ class Owner:
                 raise self._knows_no_owners()
             if not self._heartbeat.connected.is_set():
                 raise ServerError(
-                    f"no Nexum server on {self._client.address} took up the connection of an owner within "
+                    f"no Nexum server on {self._client.address} accepted the connection of an owner within "
                     f"{CONNECT_TIMEOUT:g} s{'' if self._lost is None else f': {self._lost}'}"
                 )
         except BaseException:
@@ -81,17 +82,17 @@ class Owner:
         if self._on_lost is not None and self._heartbeat.connected_once:
             self._on_lost(error)
         elif isinstance(error, ServerNotReady) or not isinstance(error, ServerUnavailable):
-            # Who waits for a server says so.
-            logger.warning("connecting again: %s", error)
+            # Don't log that no server answers: the caller reports that it waits for one.
+            logger.warning("reconnecting: %s", error)
 
     def _knows_no_owners(self) -> ServerError:
         return ServerError(
-            f"the server on {self._client.address} knows no owned executions: use this project's own server"
+            f"the server on {self._client.address} does not support owned executions: use this project's own server"
         )
 
     @property
     def is_holding(self) -> bool:
-        """Whether no other owner can have taken over what this one holds; False if only the server can tell."""
+        """Whether this owner certainly still holds its tasks. If False, another owner may have taken over."""
         return self._heartbeat.is_holding
 
     async def start(
@@ -102,9 +103,10 @@ class Owner:
         idempotency_key: str,
         holding: Task | None = None,
     ) -> Started:
-        """Start the key's execution as its owner, take over what a dead owner left of it, or find its result.
+        """Start the key's execution as its owner, take it over from a dead owner, or find its result.
 
-        Raises Conflict while another owner, which it names, holds it, or if another owner has taken over `holding`.
+        Raises Conflict, with the owner's name, while another owner holds it, and if another owner has taken over
+        `holding`.
         """
         return await self._start(workflow, input, idempotency_key, holding, "")
 
@@ -119,14 +121,14 @@ class Owner:
     ) -> None:
         """Start the key's execution and record its result, in one round trip and one transaction.
 
-        Raises Conflict where `start` does, and if the key has another result.
+        Raises Conflict as `start` does, and if the key has another result.
         """
         text = _written(output)
         started = await self._start(workflow, input, idempotency_key, holding, text)
         if started.ended is not None:
-            raise Conflict(f"{idempotency_key!r} has a result already (execution {started.execution_id})")
+            raise Conflict(f"{idempotency_key!r} already has a result (execution {started.execution_id})")
         if started.task is not None:
-            # An older server of ours, which has begun it.
+            # An older server of ours ignores `output_json`: it has only started the execution.
             await self._complete(started.task, text)
 
     async def _start(
@@ -156,13 +158,13 @@ class Owner:
         if started.task is not None:
             self._heartbeat.held.add(started.task.task_id)
         elif not started.status.ended:
-            # It ignored what it doesn't know and has queued the node for workers.
+            # The server doesn't know the field `owner`: it has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)
             raise self._knows_no_owners()
         return started
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
-        """Record the result. Raises StaleTask if another owner has taken over."""
+        """Record the task's result. Raises StaleTask if another owner has taken over."""
         await self._complete(task, _written(output))
 
     async def _complete(self, task: Task, text: str) -> None:
@@ -172,7 +174,7 @@ class Owner:
             self._heartbeat.held.discard(task.task_id)
 
     async def fail(self, task: Task, error: str, *, patience: float = PATIENCE) -> None:
-        """Record that it has no result; the next start of the key begins anew."""
+        """Record that the task failed. The next start of the key starts a new execution."""
         try:
             await self._client.fail_task(task.task_id, error, final=True, patience=patience)
         finally:

@@ -1,4 +1,4 @@
-"""What the engine records, as frozen objects. All times are milliseconds since 1970, UTC."""
+"""The records of the engine, as frozen objects. All times are milliseconds since 1970, UTC."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from enum import Enum
 
 
 class ExecutionStatus(str, Enum):
-    """An execution's state, with the strings of the wire."""
+    """An execution's status, with the strings of the wire."""
 
     RUNNING = "RUNNING"
-    """It has work left."""
+    """The execution has nodes left to run."""
     COMPLETED = "COMPLETED"
-    """Every node is recorded."""
+    """Every node's output is recorded."""
     FAILED = "FAILED"
-    """A node failed for good."""
+    """A node is FAILED."""
     CANCELLED = "CANCELLED"
-    """Somebody cancelled it."""
+    """A caller cancelled the execution."""
 
     @property
     def ended(self) -> bool:
@@ -24,59 +24,59 @@ class ExecutionStatus(str, Enum):
 
 
 class NodeStatus(str, Enum):
-    """A node's state within its execution."""
+    """A node's status within its execution."""
 
     PENDING = "PENDING"
-    """It waits for the nodes it depends on."""
+    """The node waits for the nodes it depends on."""
     READY = "READY"
-    """It is a task that no worker holds."""
+    """The node is a task that no worker holds."""
     RUNNING = "RUNNING"
-    """A worker holds it."""
+    """A worker or owner holds the node."""
     COMPLETED = "COMPLETED"
-    """Its output is recorded and never changes."""
+    """The node's output is recorded and never changes."""
     FAILED = "FAILED"
-    """It failed for good."""
+    """The node failed and is not retried."""
     CANCELLED = "CANCELLED"
-    """Its execution ended without it."""
+    """The execution ended before the node did."""
 
 
 class Outcome(str, Enum):
     """How one attempt at a node ended."""
 
     RUNNING = "RUNNING"
-    """It has not ended."""
+    """The attempt has not ended."""
     COMPLETED = "COMPLETED"
-    """Its output is the node's."""
+    """The attempt's output is the node's output."""
     FAILED = "FAILED"
     """The worker reported a failure."""
     LOST = "LOST"
-    """The worker's connection broke and did not come back: the worker crashed."""
+    """The worker's connection broke and the worker did not reconnect: it crashed."""
     EXPIRED = "EXPIRED"
-    """The worker fell silent for longer than its lease: the worker hangs."""
+    """The worker sent no beat for longer than its lease: it hangs."""
     INTERRUPTED = "INTERRUPTED"
-    """The server itself was restarted and the worker did not come back; this counts for nothing."""
+    """The server was restarted and the worker did not reconnect; not counted as a failed or lost attempt."""
     CANCELLED = "CANCELLED"
-    """The execution ended while it ran."""
+    """The execution ended while the attempt ran."""
 
 
 class NodeType(str, Enum):
-    """What a node is for. Both run in a worker and are retried alike."""
+    """A node's purpose. Both types run in a worker and are retried alike."""
 
     EFFECT = "EFFECT"
-    """Acts on the outside world."""
+    """The node acts on the outside world."""
     COMPUTE = "COMPUTE"
-    """Computes from its inputs alone."""
+    """The node only computes from its inputs."""
 
 
 class Compatibility(str, Enum):
-    """A newly registered version beside the one registered before it."""
+    """How a newly registered version relates to the one registered before it."""
 
     NEW = "NEW"
     IDENTICAL = "IDENTICAL"
     SAFE = "SAFE"
     """Only nodes were added."""
     BREAKING = "BREAKING"
-    """A node is gone, or has another type or other dependencies."""
+    """A node was removed, or has another type or other dependencies."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class Node:
     status: NodeStatus
     output_json: str | None
     error: str
-    """Why it FAILED, or what a READY one waits for."""
+    """Why the node FAILED, or what a READY node waits for."""
     attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True)
 class Execution:
-    """One run of a workflow."""
+    """One run of a workflow version with one input."""
 
     execution_id: str
     workflow_id: str
@@ -118,19 +118,19 @@ class Execution:
     ended_ms: int | None
     error: str
     nodes: tuple[Node, ...] = ()
-    """Dependencies first."""
+    """The nodes, dependencies first."""
 
     def outputs(self) -> dict[str, str]:
-        """The recorded outputs, as JSON text, by node."""
+        """Return the recorded outputs, as JSON text, by node id."""
         return {node.node_id: node.output_json for node in self.nodes if node.output_json is not None}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A node as it is handed to a worker: one attempt."""
+    """One attempt at a node, as it is handed to a worker or owner."""
 
     task_id: str
-    """Names the attempt, not the node: a later attempt has another one."""
+    """The id of the attempt, not of the node: each attempt has its own."""
     execution_id: str
     node_id: str
     node_type: str
@@ -139,7 +139,7 @@ class Task:
     idempotency_key: str
     """The same for every attempt at this node."""
     input_json: str
-    """`{"input": the execution's, "deps": {direct dependency: its output}}`"""
+    """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Executions for a person (80 columns) and for a program (JSON)."""
+"""Executions as text for a person (80 columns) and as JSON for a program."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _EXCERPT_LINES = 4
 
 
 def as_json(executions: Sequence[Execution] | Execution) -> str:
-    """The records as they are, indented."""
+    """Return the executions as indented JSON."""
     value = asdict(executions) if isinstance(executions, Execution) else [asdict(one) for one in executions]
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
 def table(executions: Sequence[Execution], now_ms: int) -> str:
-    """One line an execution, newest first."""
+    """Return a table with one line for each execution."""
     if not executions:
         return "no executions"
     lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<10} WORKFLOW"]
@@ -34,7 +34,7 @@ def table(executions: Sequence[Execution], now_ms: int) -> str:
 
 
 def details(execution: Execution) -> str:
-    """One execution with its nodes and attempts."""
+    """Return one execution with its nodes and attempts, as text."""
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
         f"execution  {printable(execution.execution_id)}",
@@ -86,7 +86,7 @@ def _wrapped(value: str, indent: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: not every server checks the names that it is given."""
+    """Return the text without control characters, which a server may not have refused in names."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
@@ -100,12 +100,12 @@ def _moment(ms: int) -> str:
 
 
 def seconds(start_ms: int, end_ms: int | None) -> str:
-    """A duration."""
+    """Return a duration in seconds, as text; empty without an end."""
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
 def age(ms: int) -> str:
-    """How long ago, in its largest unit."""
+    """Return how long ago something was, as text in its largest unit."""
     amount, unit = ms / 1000, "s"
     for size, larger in ((60, "min"), (60, "h"), (24, "d")):
         if amount < size:

@@ -1,4 +1,4 @@
-"""How a server or worker process is told to stop: by a signal, or by the end of the process that started it."""
+"""Stop requests to a server or worker process: a signal, or the end of the process that started it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-ORPHAN_GRACE = 1.5  # seconds that a process whose parent is gone has to end in good order
+ORPHAN_GRACE = 1.5  # seconds in which a process whose parent has ended must stop cleanly
 
 
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
-    """An event that is set by Ctrl+C or SIGTERM; a second one ends the process at once. Call it in the main thread.
+    """Return an event that Ctrl+C or SIGTERM sets; a second signal ends the process at once.
 
-    With `until_stdin_closes` the process belongs to the one that holds the other end of its standard input: it ends
-    when that end closes, however its owner died, and leaves Ctrl+C to its owner.
+    With `until_stdin_closes`, the event is also set when standard input closes, however the parent has died, and Ctrl+C
+    is left to the parent. Call this in the main thread.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -28,7 +28,7 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     handled = [signal.SIGTERM] if until_stdin_closes else [signal.SIGTERM, signal.SIGINT]
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        # Not KeyboardInterrupt: it would cancel what is under way, and that would be reported as a failure.
+        # Not KeyboardInterrupt: it would cancel running tasks, and they would be reported as failures.
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
         stop_soon()
@@ -42,8 +42,8 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
 
 
 def _watch_stdin(stop_soon: Callable[[], None]) -> None:
-    # The descriptor itself: a thread that waits inside sys.stdin would hold its lock when the interpreter ends.
-    with contextlib.suppress(OSError):  # a connection that is reset is closed, too
+    # Read the descriptor: a thread that waits inside sys.stdin would hold its lock when the interpreter exits.
+    with contextlib.suppress(OSError):  # a reset connection is closed, too
         while os.read(0, 4096):
             pass
     deadline = threading.Timer(ORPHAN_GRACE, os._exit, args=(0,))

@@ -1,4 +1,4 @@
-"""The worker runtime: takes tasks, runs handlers, reports, and shows the server that it is alive.
+"""The worker runtime: it takes tasks, runs their handlers, reports results, and sends beats.
 
 async def greet(task: TaskContext) -> Greeting: ...
 
@@ -37,10 +37,10 @@ from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
 REPORT_PATIENCE = 300.0  # seconds to try to report a result while no server answers
-STOP_PATIENCE = 3.0  # seconds that a worker which was told to stop waits for a server
-FAULT_DELAY = 5.0  # seconds until a server that had a fault is asked for a task again
-SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server that doesn't hold them
-MAX_REASON_CHARACTERS = 100_000  # of a failure, as it is sent; the server keeps fewer and says so
+STOP_PATIENCE = 3.0  # seconds that a stopping worker waits for a server
+FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
+SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
+MAX_REASON_CHARACTERS = 100_000  # of a failure's message that is sent; the server stores fewer
 MAX_LOGGED_CHARACTERS = 500
 
 logger = logging.getLogger(__name__)
@@ -49,22 +49,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a handler gets."""
+    """The argument of a handler: one attempt at a node."""
 
     input: Any
     """The execution's input."""
     deps: Mapping[str, Any]
-    """The recorded output of each node that this one depends on directly."""
+    """The recorded output of each direct dependency, by node id."""
     execution_id: str
     node_id: str
     attempt: int
-    """From 1."""
+    """The number of the attempt, from 1."""
     idempotency_key: str
-    """The same at every attempt: pass it to a target that honours it, and it sees the effect once."""
+    """The same at every attempt: a target that honours the key executes the effect once."""
 
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
-"""Returns a pydantic model or a JSON value. An exception fails the attempt, which is then retried; FinalError isn't."""
+"""A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
+is retried later, except after FinalError."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class Binding:
 
 
 class Worker:
-    """Runs tasks of some workflows until it is told to stop, then finishes what it holds.
+    """A worker: it runs tasks of its workflows until it is stopped, then finishes the tasks that it holds.
 
-    `describe` names a task in the log; `after_report` is called when a report was acknowledged and before the slot
-    polls again. `worker_id` defaults to one that names host and process; no two workers may share one.
+    `describe` returns a task's name for the log. `after_report` is called after a report was acknowledged, before the
+    slot polls again. `worker_id` must be unique; the default names host and process.
     """
 
     def __init__(
@@ -93,13 +94,13 @@ class Worker:
         after_report: Callable[[Task], None] | None = None,
     ) -> None:
         if concurrency < 1:
-            raise InvalidRequest(f"concurrency is {concurrency}; a worker needs at least 1 slot")
+            raise InvalidRequest(f"concurrency is {concurrency}: give 1 or more")
         for binding in bindings:
             names = {node.node_id for node in binding.workflow.nodes}
             if names != set(binding.handlers):
                 raise InvalidRequest(
-                    f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, "
-                    f"its handlers are for {sorted(binding.handlers)}"
+                    f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, but handlers for "
+                    f"{sorted(binding.handlers)}: give one handler for each node"
                 )
         self.worker_id = worker_id or new_worker_id()
         self._client = client
@@ -127,9 +128,10 @@ class Worker:
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set and what was taken is reported. Raises what a broken server or contract raises.
+        """Work until `stop` is set, then finish and report the tasks in hand.
 
-        A result that no server takes within a few seconds after `stop` is left: its task is run again.
+        A result that no server accepts within a few seconds after `stop` is dropped: its task is run again. Raises the
+        errors of a server that can't work with this worker.
         """
         connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
         self._stopped = asyncio.create_task(self._told_to_stop.wait(), name="told to stop")
@@ -148,17 +150,17 @@ class Worker:
             for task in (connection, stopping, *slots):
                 task.cancel()
             await asyncio.gather(connection, stopping, *slots, return_exceptions=True)
-            # A report that was begun is finished, also when the worker is cancelled meanwhile.
+            # Finish the reports that have begun, even if the worker is cancelled meanwhile.
             await asyncio.gather(*self._reports, return_exceptions=True)
 
     async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
         held = len(self._heartbeat.held)
         if held:
-            logger.info("stopping: finishing %d task(s) first (Ctrl+C again to leave them)", held)
+            logger.info("stopping: finishing %d task(s) first (Ctrl+C again to abandon them)", held)
         self._told_to_stop.set()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # A slot that waits for the server has nothing to finish.
+        # Wake the slots that wait for the server: they have nothing to finish.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:
@@ -169,7 +171,7 @@ class Worker:
     async def _stay_connected(self) -> None:
         await self._heartbeat.run()
         logger.warning(
-            "the server on %s has no WorkerStream: it counts a silent worker as lost after its own limit",
+            "the server on %s has no WorkerStream: it decides without beats when a worker is lost",
             self._client.address,
         )
         self._streams = False
@@ -181,18 +183,18 @@ class Worker:
             await self._client.register_workflow(binding.workflow)
 
     def _say_connected(self) -> None:
-        again = "connected again to" if self._was_connected else "connected to"
+        again = "reconnected to" if self._was_connected else "connected to"
         self._was_connected = True
         logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
 
     def _say_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
-            gone = "the Nexum server is gone" if self._was_connected else "no Nexum server"
+            gone = "lost the Nexum server" if self._was_connected else "no Nexum server"
             logger.warning(
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
             )
         else:
-            logger.warning("not connected to %s, trying again: %s", self._client.address, error)
+            logger.warning("not connected to %s, retrying: %s", self._client.address, error)
 
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
@@ -200,22 +202,22 @@ class Worker:
         versions = list(self._bindings)
         turn = 0
         while True:
-            if not self._told_to_stop.is_set():  # then it has nothing to wait for, and the server may never come back
+            if not self._told_to_stop.is_set():  # a stopping slot must not wait: the server may never come back
                 await self._heartbeat.connected.wait()
             if self._told_to_stop.is_set():
                 return
-            # A server without streams has never heard of several versions in one poll, either.
+            # A server without streams doesn't know polls for several versions, either.
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
                 task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
             except ServerUnavailable:
-                # A task may have been in an answer that was lost.
+                # The lost answer may have had a task: beats make the server hand it out again soon.
                 self._heartbeat.beat()
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
             except ServerFault as error:
-                logger.warning("no task from %s, asking again: %s", self._client.address, error)
+                logger.warning("no task from %s, retrying: %s", self._client.address, error)
                 await asyncio.sleep(FAULT_DELAY)
                 continue
             if task is None and not self._streams:
@@ -224,7 +226,7 @@ class Worker:
                 task = await self._hold(task)
 
     async def _answer(self, call: Awaitable[T]) -> T:
-        """What the server answers. Once the worker is told to stop, it has a few seconds: then ServerUnavailable."""
+        """Return the server's answer. Raises ServerUnavailable a few seconds after the worker was stopped."""
         calling = asyncio.ensure_future(call)
         assert self._stopped is not None
         try:
@@ -233,14 +235,14 @@ class Worker:
                 await asyncio.wait({calling}, timeout=STOP_PATIENCE)
             if not calling.done():
                 raise ServerUnavailable(
-                    f"no answer from {self._client.address} within {STOP_PATIENCE:g} s, and the worker was told to stop"
+                    f"the worker is stopping, and {self._client.address} did not answer within {STOP_PATIENCE:g} s"
                 )
             return calling.result()
         finally:
             calling.cancel()
 
     async def _hold(self, task: Task) -> Task | None:
-        """Run a task; the next one, if the report brought one back."""
+        """Run a task; return the next task if the report brought one."""
         self._heartbeat.held.add(task.task_id)
         try:
             return await self._run_task(task)
@@ -261,12 +263,15 @@ class Worker:
             final = isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
             report = self._failure(task, reason, final=final)
-            outcome = "failed, for good" if final else "failed"
+            outcome = "failed, no retry" if final else "failed"
             return await self._report(task, what, start, report, outcome, reason)
         return await self._report(task, what, start, self._success(task, output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
-        """Raises NotFound for a node that isn't bound: two workflows can have one version hash, if it isn't ours."""
+        """Return the task's handler and node. Raises NotFound for a node without a handler.
+
+        Other clients may register two workflows under one version hash, and their tasks are then mixed up.
+        """
         work = self._work.get((task.version_hash, task.node_id))
         if work is not None:
             return work
@@ -275,7 +280,7 @@ class Worker:
         )
 
     async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
-        """The handler's result as JSON text, checked against the node's output model."""
+        """Run the handler; return its result as JSON text, checked against the node's output model."""
 
         async def contained() -> Any:
             try:
@@ -283,7 +288,7 @@ class Worker:
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
-                # SystemExit and its like would end the event loop, and every other task with it.
+                # SystemExit and the like would end the event loop with every other task.
                 raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
 
         try:
@@ -296,7 +301,9 @@ class Worker:
             try:
                 result = node.output.model_validate(result)
             except ValidationError as error:
-                raise FinalError(f"node {node.node_id!r} returned no {node.output.__name__}: {error}") from error
+                raise FinalError(
+                    f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
+                ) from error
         text = jsontext.dump(result.model_dump(mode="json") if isinstance(result, BaseModel) else result, "the result")
         jsontext.check_size(text, "the result")
         return text
@@ -309,14 +316,14 @@ class Worker:
             raise
 
     async def _complete(self, task: Task, output: str) -> Task | None:
-        # Who wants to act between a report and the next task gets the chance.
+        # With after_report, don't take the next task in the report: the callback comes between them.
         more = not self._told_to_stop.is_set() and self._after_report is None
         then_take = (self.worker_id, list(self._bindings)) if more else None
         complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
         try:
             return await complete()
         except ServerUnavailable:
-            # The next task may have been in an answer that was lost.
+            # The lost answer may have had the next task: beats make the server hand it out again soon.
             self._heartbeat.beat()
             return await complete(patience=REPORT_PATIENCE)
 
@@ -332,7 +339,7 @@ class Worker:
         outcome: str,
         reason: str = "",
     ) -> Task | None:
-        """Report, and say in one line how the attempt ended; the next task, if the report brought one back."""
+        """Report an attempt and log in one line how it ended; return the next task if the report brought one."""
         following, acknowledged = None, False
         reporting = asyncio.create_task(self._answer(report))
         self._reports.add(reporting)
@@ -343,7 +350,7 @@ class Worker:
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
             reason = f"refused by the server: {error}"
         except NexumError as error:
-            reason = f"not reported, it will be run again: {error}"
+            reason = f"not reported, so the task will be run again: {error}"
         seconds = asyncio.get_running_loop().time() - start
         level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
@@ -354,7 +361,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """What an attempt failed with, as text that can be sent whatever the exception is like."""
+    """Return why an attempt failed, as text that can be sent for every exception."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
@@ -363,7 +370,7 @@ def _reason(error: Exception) -> str:
 
 
 def _context(task: Task) -> TaskContext:
-    # Several payloads in a frame, each of which was checked when it was stored; the frame nests deeper than they may.
+    # Not jsontext.parse: this document nests deeper than its limit. The payloads in it were checked when stored.
     document = json.loads(task.input_json or "null")
     parts = document if isinstance(document, dict) else {}
     return TaskContext(

@@ -1,4 +1,4 @@
-"""Workflows as data: the builder, the IR that goes over the wire, and the version hash.
+"""Workflows as data: the builder, the IR that is sent to the server, and the version hash.
 
     PIPELINE = (
         workflow("research-pipeline")
@@ -31,7 +31,7 @@ MAX_ID_LENGTH = 200  # characters
 
 @dataclass(frozen=True)
 class NodeDefinition:
-    """A node before it runs. `output` checks what the worker's handler returns; the server never sees it."""
+    """A node of a workflow. The worker checks the handler's result with `output`; the server never sees this model."""
 
     node_id: str
     node_type: NodeType
@@ -41,7 +41,7 @@ class NodeDefinition:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A built workflow, ready to be registered. `input` checks what an execution is started with."""
+    """A built workflow, ready to be registered. The client checks an execution's input with `input`."""
 
     workflow_id: str
     version_hash: str
@@ -50,7 +50,7 @@ class Workflow:
     input: type[BaseModel] | None = None
 
     def __str__(self) -> str:
-        """For a person: the id, the version, and a line for each node."""
+        """Return text for a person: the id, the version, and a line for each node."""
         lines = [f"{self.workflow_id} {self.version_hash}"]
         for node in self.nodes:
             after = f" after {', '.join(node.dependencies)}" if node.dependencies else ""
@@ -59,7 +59,7 @@ class Workflow:
 
 
 class WorkflowBuilder:
-    """Collects nodes; `build` checks them and computes the version."""
+    """A workflow definition in progress: `build` checks the nodes and computes the version."""
 
     def __init__(self, workflow_id: str, input: type[BaseModel] | None = None) -> None:
         self._workflow_id = workflow_id
@@ -86,10 +86,10 @@ class WorkflowBuilder:
         return self
 
     def build(self) -> Workflow:
-        """The finished workflow. Raises InvalidRequest for no nodes, one name twice, an unknown dependency, a cycle."""
+        """Return the workflow. Raises InvalidRequest for no nodes, a duplicate name, an unknown dependency, a cycle."""
         names = [node.node_id for node in self._nodes]
         if len(set(names)) != len(names):
-            raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes of one name: {names}")
+            raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes with the same name: {names}")
         ir = {
             "nodes": {
                 node.node_id: {"type": node.node_type.value, "dependencies": list(node.dependencies)}
@@ -98,19 +98,19 @@ class WorkflowBuilder:
         }
         ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         parse_ir(ir_json)
-        # With the id: tasks are polled by hash alone, and two workflows of one shape must not share them.
+        # Hash the id, too: workers poll by hash alone, and two equal workflows must not share their tasks.
         digest = hashlib.sha256(f"{self._workflow_id}\n{ir_json}".encode()).hexdigest()
         return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
 
 
 def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> WorkflowBuilder:
-    """Start a workflow definition."""
+    """Return a builder for a workflow definition."""
     check_id(workflow_id, "workflow_id")
     return WorkflowBuilder(workflow_id, input)
 
 
 def check_id(value: str, what: str) -> str:
-    """Raise InvalidRequest unless `value` can name something: not empty, not huge, printable."""
+    """Return `value` if it can be an id: not empty, not too long, printable. Otherwise raise InvalidRequest."""
     if not value:
         raise InvalidRequest(f"{what} is empty")
     if len(value) > MAX_ID_LENGTH:
@@ -121,7 +121,7 @@ def check_id(value: str, what: str) -> str:
 
 
 class _NodeIr(BaseModel):
-    # Published builders may add fields of their own for node types that this server doesn't run.
+    # Published builders may add fields for node types that this server doesn't run.
     model_config = ConfigDict(extra="ignore")
 
     type: str
@@ -135,7 +135,7 @@ class _WorkflowIr(BaseModel):
 
 
 def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
-    """The nodes of an IR, dependencies first. Raises InvalidRequest, naming the node, for whatever can't run."""
+    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if it can't run."""
     document = jsontext.parse(ir_json, "ir_json", max_bytes=MAX_IR_BYTES)
     try:
         ir = _WorkflowIr.model_validate(document)
@@ -152,8 +152,8 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
         check_id(node_id, "a node's name")
         if node.type not in known_types:
             raise InvalidRequest(
-                f"node {node_id!r} is of type {node.type!r}, which this server does not run; it runs "
-                f"{' and '.join(sorted(known_types, reverse=True))}"
+                f"node {node_id!r} is of type {node.type!r}, which this server does not run: use "
+                f"{' or '.join(sorted(known_types, reverse=True))}"
             )
         for dependency in node.dependencies:
             if dependency not in ir.nodes:
@@ -164,7 +164,7 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
             node_id: NodeDefinition(
                 node_id,
                 NodeType(ir.nodes[node_id].type),
-                tuple(sorted(set(ir.nodes[node_id].dependencies))),  # their order means nothing
+                tuple(sorted(set(ir.nodes[node_id].dependencies))),  # the order has no meaning
             )
             for node_id in order
         }
@@ -173,7 +173,7 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
 
 
 def compatibility(old: Mapping[str, NodeDefinition], new: Mapping[str, NodeDefinition]) -> Compatibility:
-    """How `new` relates to the version registered before it."""
+    """Return how `new` relates to the version registered before it."""
     for node_id, before in old.items():
         after = new.get(node_id)
         if after is None or after.node_type != before.node_type or after.dependencies != before.dependencies:

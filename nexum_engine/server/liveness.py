@@ -1,4 +1,4 @@
-"""Which workers are alive, and what becomes of the tasks of those that aren't."""
+"""The leases of connected workers, and the sweep that ends attempts whose lease has run out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
 RECONNECT_GRACE_MS = 1000
-"""How long a worker whose stream broke has to come back before its tasks are handed out again."""
+"""How long a worker whose stream broke has to reconnect before its tasks are handed out again."""
 RESTART_GRACE_MS = 1500
-"""The same, after the server itself was started. A worker that survived knocks several times a second until then, and
-whoever is back sooner is not kept waiting; what this delays is the task of a worker that died with the server."""
+"""How long workers have to reconnect after the server has started. A live worker tries several times a second, so this
+delays only the tasks of a worker that died with the server."""
 SWEEP_RETRY_MS = 1000
 
 logger = logging.getLogger(__name__)
 
 
 class Liveness:
-    """Keeps the leases of connected workers, and sweeps up those that ran out."""
+    """The keeper of workers' leases: it renews them at each beat, and ends attempts whose lease has run out."""
 
     def __init__(self, store: Store, polls: Polls, waiters: Waiters, clock: Clock, lease_ms: int) -> None:
         self._store = store
@@ -42,7 +42,7 @@ class Liveness:
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """Give the workers of before a restart time to come back, and begin to sweep."""
+        """Give workers time to reconnect after a restart, and start to sweep."""
         await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
@@ -54,7 +54,7 @@ class Liveness:
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncGenerator[pb.WorkerBeatAck, None]:
-        """One worker's stream, until it breaks or the server stops."""
+        """Answer one worker's beats until its stream breaks or the server stops."""
         worker_id = ""
         token = object()
         unnamed: frozenset[str] = frozenset()
@@ -72,13 +72,13 @@ class Liveness:
                     self._polls.drain(worker_id)
                 unnamed_before = unnamed
                 unnamed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
-                # One beat may have been sent before the answer that has the task arrived. The next one is sent after
-                # the acknowledgement of the first has arrived, which was sent after that answer.
+                # A worker may send one beat before a task has arrived. It sends the next beat after the acknowledgement
+                # of that beat, which was sent after the task. So two beats without the task show that it was lost.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
-            # A worker that came back on a new stream keeps what it has.
+            # If the worker has reconnected on a new stream, it keeps its tasks.
             if worker_id and self._streams.get(worker_id) is token:
                 del self._streams[worker_id]
                 self._polls.worker_disconnected(worker_id)
@@ -86,7 +86,7 @@ class Liveness:
                     self._disconnected(worker_id)
 
     async def _next_beat(self, incoming: AsyncIterator[pb.WorkerBeat]) -> pb.WorkerBeat | None:
-        """The next beat; None when the stream is over or the server stops."""
+        """Return the next beat; None when the stream is over or the server stops."""
 
         async def read() -> pb.WorkerBeat | None:
             return await anext(incoming, None)
@@ -101,19 +101,19 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submitted here and now: behind a beat of the worker's next stream it would take the lease from a live worker.
+        # Submit this at once: after a beat on the worker's next stream it would shorten the leases of a live worker.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
     def _count_grace(self, stored: asyncio.Future[None]) -> None:
-        # If it could not be stored, the worker's leases are as they were and run out later.
+        # If this could not be stored, the worker's leases are unchanged and run out later.
         if not stored.cancelled() and stored.exception() is None:
             self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
 
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
     async def carry_out(self, submitted: Awaitable[Changed]) -> None:
-        """Apply a transition once it is stored, even if the caller has gone by then."""
+        """Apply a transition once it is stored, even if the caller is cancelled before."""
         stored = asyncio.ensure_future(submitted)
         stored.add_done_callback(self._apply_stored)
         await asyncio.shield(stored)
@@ -123,7 +123,7 @@ class Liveness:
             self.apply(stored.result())
 
     def apply(self, changed: Changed) -> None:
-        """Tell those that wait for what a stored transition changed."""
+        """Wake the polls, waiters and the sweep that a stored transition concerns."""
         for ready in changed.ready:
             self._polls.task_ready(ready)
         for execution in changed.ended:
@@ -132,13 +132,13 @@ class Liveness:
             self.due_at(changed.retry_ms)
 
     def due_at(self, due_ms: int) -> None:
-        """A lease or a retry is due then."""
+        """Make the sweep run at `due_ms` at the latest, for a lease or a retry."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()
 
     def task_handed_out(self) -> None:
-        """A lease began."""
+        """Make the sweep run when a lease that begins now runs out."""
         self.due_at(self._clock.now_ms() + self._lease_ms)
 
     async def _sweep(self) -> None:
@@ -150,7 +150,7 @@ class Liveness:
                 swept = await self._store.run(leases.sweep, self._swept_until_ms)
             except Exception as error:
                 fault = None if isinstance(error, StoreUnavailable) else error
-                logger.warning("could not sweep the leases; trying again in 1 s", exc_info=fault)
+                logger.warning("could not sweep the leases; retrying in 1 s", exc_info=fault)
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
                 self._swept_until_ms = now_ms

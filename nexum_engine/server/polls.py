@@ -1,6 +1,6 @@
 """The polls of workers that wait for tasks.
 
-All of it is memory: after a restart the waiting calls come again, and the store knows the rest.
+All of this is only in memory: after a restart workers poll again, and the store has everything else.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nexum_engine.store.results import Claim, ReadyTask
 POLL_COUNTS_FOR_MS = 2000
 """How long after a poll its worker still counts as polling."""
 MAX_REMEMBERED_VERSIONS = 1000
-"""Of how many versions it is remembered what was due and who polled: any client can name new ones."""
+"""For how many versions the server remembers due tasks and polls. A limit, because clients can invent versions."""
 
 
 class _WaitingPoll:
-    """A worker's slot. Either idle, or it has a claim under way whose outcome its own coroutine awaits."""
+    """One poll of a worker. It is idle, or its own coroutine awaits the outcome of its claim."""
 
     def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
         self.worker_id = worker_id
@@ -32,7 +32,7 @@ class _WaitingPoll:
         self.claim: asyncio.Future[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
         self.missed = False
-        """Whether a task became due after the claim was submitted: the claim may not have seen it."""
+        """Whether a task became due after the claim was submitted, so that the claim may have missed it."""
         self.leaving = False
 
     @property
@@ -45,7 +45,7 @@ class _WaitingPoll:
 
 
 class Polls:
-    """Hands due tasks to waiting polls."""
+    """The dispatcher of due tasks to waiting polls."""
 
     def __init__(self, store: Store, clock: Clock, lease_ms: int) -> None:
         self._store = store
@@ -55,7 +55,7 @@ class Polls:
         """The waiting polls of each version, and those whose claim is under way."""
         self._last_poll_ms: dict[str, int] = {}
         self._due: dict[str, int] = {}
-        """Upper bound of due tasks per version; no entry means unknown. It saves a busy worker most of its claims."""
+        """An upper bound of due tasks per version; no entry means unknown. It avoids claims that would find nothing."""
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._streamed_workers: set[str] = set()
@@ -64,7 +64,7 @@ class Polls:
     async def next_task(
         self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
     ) -> Task | None:
-        """A task for the worker, at once or as soon as one is due; None when the time is up or the server stops."""
+        """Return a task for the worker as soon as one is due; None when the time is up or the server stops."""
         if worker_id in self._draining_workers:
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
@@ -91,11 +91,11 @@ class Polls:
         finally:
             self._remove(poll)
             if poll.claim is not None:
-                # The call was given up while its claim was under way: nobody is there to take the task.
+                # The call was cancelled during its claim: release the task that the claim may have taken.
                 self.release(poll.claim)
 
     def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
-        """Submit a claim here and now, behind what was submitted before; None if nothing can be due."""
+        """Submit a claim at once, in the same turn of the event loop; None if no task can be due."""
         if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
@@ -125,7 +125,7 @@ class Polls:
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
-            # A version that isn't here is looked up, so forgetting costs one claim.
+            # A forgotten version costs one claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
@@ -148,7 +148,7 @@ class Polls:
         return poll.claim
 
     def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
-        """Learn from a claim what is due. These run in the order of the transactions, so the count is never too low."""
+        """Update the count of due tasks from a claim. Called in the order of transactions, so it is never too low."""
         if done.cancelled() or done.exception() is not None:
             return
         claim = done.result()
@@ -159,15 +159,15 @@ class Polls:
             self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
-        """How long what the worker takes is its own, in ms, and whether it keeps a stream."""
+        """Return the length of the worker's leases in ms, and whether the worker has a stream."""
         streamed = worker_id in self._streamed_workers
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
     def task_ready(self, task: ReadyTask) -> None:
-        """A task became due, or will have when what was submitted before this call is stored.
+        """Offer a task that is due, or will be when the transitions submitted so far are stored.
 
-        The claim is submitted here and now, behind the transition that makes the task, so that both share a
-        transaction and the worker has the task as soon as its maker has the acknowledgement.
+        The claim is submitted at once, right after the transition that makes the task. So both share a transaction, and
+        the worker gets the task when the maker gets its acknowledgement.
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
@@ -183,27 +183,27 @@ class Polls:
                 return
 
     def has_poller(self, version_hash: str) -> bool:
-        """Whether a worker polls for the version, or did within the last two seconds."""
+        """Return whether a worker polls for the version, or did within the last two seconds."""
         last = self._last_poll_ms.get(version_hash)
         return bool(self._polls.get(version_hash)) or (
             last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
         )
 
     def worker_connected(self, worker_id: str) -> None:
-        """The worker keeps a WorkerStream: what it takes has the shorter lease, which its beats renew."""
+        """Note that the worker has a WorkerStream: its tasks get the shorter lease, which its beats renew."""
         self._streamed_workers.add(worker_id)
-        # One that still drains says so at once.
+        # If the worker is still draining, its first beat says so.
         self._draining_workers.discard(worker_id)
-        # What waits was sent before this stream was answered, perhaps on a connection that is dead.
+        # Answer the worker's earlier polls: they may have come on a connection that is now dead.
         self._answer_waiting(worker_id)
 
     def worker_disconnected(self, worker_id: str) -> None:
-        """Its stream ended."""
+        """Note that the worker's stream ended."""
         self._streamed_workers.discard(worker_id)
         self._draining_workers.discard(worker_id)
 
     def drain(self, worker_id: str) -> None:
-        """The worker takes no more tasks until its stream ends: answer the polls that it has waiting."""
+        """Give the worker no more tasks until its stream ends, and answer its waiting polls."""
         self._draining_workers.add(worker_id)
         self._answer_waiting(worker_id)
 
@@ -215,27 +215,27 @@ class Polls:
                     poll.wake()
 
     def give_back(self, task: Task) -> None:
-        """The call that took the task is gone before its answer was sent."""
+        """Release a task whose call was cancelled before its answer was sent."""
         done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         done.set_result(Claim(task))
         self.release(done)
 
     def release(self, claim: Awaitable[Claim]) -> None:
-        """Nobody is there any more to take the task of a claim."""
+        """Release the task that a claim takes: the call that would deliver it was cancelled."""
 
         async def release() -> None:
             try:
                 task = (await claim).task
-            except Exception:  # noqa: BLE001 - the call that submitted it was told
+            except Exception:  # noqa: BLE001 - the call that submitted the claim gets this error
                 return
             if task is None:
                 return
             try:
                 changed = await self._store.run(
-                    tasks.release, task.task_id, "the worker was gone before the task reached it"
+                    tasks.release, task.task_id, "the worker's call was cancelled before the task reached it"
                 )
             except NexumError:
-                return  # if it was handed out all the same, its lease runs out
+                return  # if the task is still handed out, its lease runs out
             for ready in changed.ready:
                 self.task_ready(ready)
 
@@ -244,7 +244,7 @@ class Polls:
         running.add_done_callback(self._releases.discard)
 
     def look_again(self) -> None:
-        """Make every waiting poll ask the store again, since nobody knows what was stored."""
+        """Make every waiting poll claim again: the outcome of earlier transactions is unknown."""
         self._due.clear()
         for polls in self._polls.values():
             for poll in polls:

@@ -1,4 +1,4 @@
-"""The server's life: open the store, bind, serve, stop with a grace period."""
+"""The server's life cycle: open the store, bind, serve, stop with a grace period."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ STOP_GRACE = 3.0  # seconds for calls that are under way
 _BIND_RETRY = 0.1  # seconds
 
 _OPTIONS = (
-    # Without this a second server binds the same port silently and gets half of the calls.
+    # Otherwise a second server could bind the same port and would get half of the calls.
     ("grpc.so_reuseport", 0),
-    # Above the engine's own limit, so that what is a little too large gets the engine's clear error.
+    # Above the engine's own limit, so that a slightly too large payload gets the engine's clear error.
     ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
     ("grpc.max_send_message_length", -1),
 )
 
 
 def loopback_address(listen: str) -> str:
-    """`listen` as HOST:PORT of this machine alone. Raises InvalidRequest for any other address, or none."""
+    """Return `listen` as HOST:PORT of a loopback address. Raises InvalidRequest for any other address."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
-    # One socket: grpc would be content if only one of localhost's two addresses were free.
+    # Bind one address: for "localhost" grpc succeeds even if one of its two addresses is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -63,12 +63,13 @@ async def run_server(
     embedded: bool = False,
     on_ready: Callable[[str, str], None],
 ) -> None:
-    """Serve until `stop` is set. `on_ready(address, database)` is called when calls are accepted.
+    """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
 
-    `lease` is how long, in seconds, a silent worker keeps its tasks; `patience` how long to wait for a dying server to
-    let go of the port and the file; with `else_free_port`, a port that is taken is replaced by a free one, at once.
-    An `embedded` server is its starter's: it refuses whoever looks for a server and has another database. Raises
-    InvalidRequest for an address, StoreError for a database, ServerError for a port that can't be used,
+    `lease` is for how many seconds a silent worker keeps its tasks. `patience` is how many seconds to wait until an
+    ending server releases the port and the database. With `else_free_port`, a taken port is replaced by a free one at
+    once. An `embedded` server serves one folder's runs: it refuses clients that look for another database.
+
+    Raises InvalidRequest for a bad address, StoreError for a database or ServerError for a port that can't be used,
     StoreUnavailable when the database fails while serving.
     """
     address = loopback_address(listen)
@@ -95,9 +96,9 @@ async def run_server(
             store.failed.add_done_callback(lambda _: stop.set())
             await stop.wait()
         finally:
-            # First, so that nobody is led to a server that is about to end.
+            # First, so that no client connects to a server that is about to end.
             remove_address(database)
-            # grpc waits for calls under way, so those that only wait are answered first.
+            # Answer waiting calls first: grpc waits until all calls have ended.
             waiters.stop()
             await polls.stop()
             await liveness.stop()
@@ -121,12 +122,12 @@ async def _bind(
         except RuntimeError as error:
             await server.stop(None)
             if else_free_port:
-                # No need for patience: this folder's last server had let go of the port before it let go of the file.
+                # No need to wait for the port: an earlier server of this folder released it before the database.
                 address, else_free_port = f"{address.rpartition(':')[0]}:0", False
                 continue
             if loop.time() >= deadline:
                 raise ServerError(
                     f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "
-                    "give another with --listen"
+                    "give another port with --listen"
                 ) from error
             await asyncio.sleep(_BIND_RETRY)

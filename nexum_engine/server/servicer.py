@@ -1,4 +1,4 @@
-"""The RPCs: each decodes, makes one call, encodes."""
+"""The RPCs: each one decodes its request, makes one call, and encodes the answer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from nexum_engine.workflow import check_id
 MAX_WAIT_MS = 30_000
 """The longest that GetExecution or PollTask holds a call."""
 DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
-"""What a gRPC client with default settings can receive, less the message's own frame."""
+"""The largest payload that a gRPC client with default settings can receive: 4 MiB less the message's frame."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
-MAX_MESSAGE_CHARACTERS = 600  # of an error; each may take nine bytes of an 8 KB header
+MAX_MESSAGE_CHARACTERS = 600  # of an error message; each may take nine bytes of an 8 KB header
 
 logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,16 +46,16 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
         await context.abort(status, _cut(str(error)), ((ANSWERED, type(error).__name__),))
     fault = uuid.uuid4().hex[:8]
     logger.error("fault %s", fault, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"the server had a fault; its log has it under {fault}")
+    await context.abort(grpc.StatusCode.INTERNAL, f"the server had an internal error; see its log under {fault}")
 
 
 def _cut(message: str) -> str:
-    # It travels in a header, and those are bounded.
+    # The message is sent in a header, and headers have a size limit.
     return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Answer with the status of the error that the handler raises; its internals stay in the log."""
+    """Make an RPC answer with the status of the error that its handler raises; internals stay in the log."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
@@ -69,12 +69,12 @@ def _rpc(handler: Handler) -> Handler:
 
 
 def _time(ms: int) -> str:
-    """As the published server writes it."""
+    """Return a time as the published server writes it."""
     return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 class NexumServicer(NexumServiceServicer):
-    """proto/nexum.proto, on a store."""
+    """The service of proto/nexum.proto, on a store."""
 
     def __init__(
         self, store: Store, polls: Polls, waiters: Waiters, liveness: Liveness, *, embedded: bool = False
@@ -86,7 +86,7 @@ class NexumServicer(NexumServiceServicer):
         self._liveness = liveness
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
-        """End a call for a server with another database, as if no server had answered: its client looks elsewhere."""
+        """Abort a call that is for a server with another database as UNAVAILABLE: its client looks elsewhere."""
         why = refusal(context.invocation_metadata() or (), self._store.opened_as, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
@@ -115,7 +115,7 @@ class NexumServicer(NexumServiceServicer):
         if request.owner:
             return await self._start_owned(request)
         if request.output_json:
-            raise InvalidRequest("output_json is an owner's: give owner, or leave the result to a worker")
+            raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
@@ -125,7 +125,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
             )
         )
-        # Submitted behind the start, so that a waiting worker's claim is in the same transaction.
+        # Submit this right after the start, so that a waiting worker's claim is in the same transaction.
         self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
@@ -151,7 +151,7 @@ class NexumServicer(NexumServiceServicer):
                 request.output_json,
             )
         )
-        # Its lease has to be watched, and its end told, also if the caller is gone before the answer.
+        # A callback: the lease and the waiters need this even if the caller is cancelled before the answer.
         starting.add_done_callback(self._started_owned)
         started = await asyncio.shield(starting)
         is_found = started.status.ended and not request.output_json
@@ -175,7 +175,7 @@ class NexumServicer(NexumServiceServicer):
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
         self._waiters.execution_started(done.result().execution_id)
-        # One was announced when it was submitted.
+        # StartExecution has announced the first task.
         for _ in range(done.result().ready - 1):
             self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
 
@@ -198,7 +198,7 @@ class NexumServicer(NexumServiceServicer):
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
         completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
-        # Submitted behind the report, so that both are in one transaction.
+        # Submit this right after the report, so that both are in one transaction.
         claim = None if asked is None else self._polls.take_due(*asked)
         try:
             await self._liveness.carry_out(completed)
@@ -224,8 +224,8 @@ class NexumServicer(NexumServiceServicer):
         size = await self._store.run(executions.output_bytes, request.execution_id)
         if size > DEFAULT_CLIENT_BYTES:
             raise TooLarge(
-                f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can carry to "
-                f"a default client ({DEFAULT_CLIENT_BYTES:,}): ask with GetExecution"
+                f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
+                f"a default client ({DEFAULT_CLIENT_BYTES:,}): use GetExecution"
             )
         execution = await self._store.run(executions.get_execution, request.execution_id)
         outputs = ",".join(
@@ -242,7 +242,7 @@ class NexumServicer(NexumServiceServicer):
         return _execution_message(execution, self._polls.has_poller(execution.version_hash))
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
-        """The execution, if it ends within `wait` seconds."""
+        """Return the execution if it ends within `wait` seconds, else None."""
         if not wait:
             return None
         with self._waiters.watch(execution_id) as ended:
@@ -306,7 +306,7 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    # This server registers no HUMAN_APPROVAL nodes, so there is never anything to approve.
+    # This server refuses workflows with HUMAN_APPROVAL nodes, so no node ever waits for an approval.
 
     @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
@@ -324,14 +324,14 @@ class NexumServicer(NexumServiceServicer):
         check_id(execution_id, "execution_id")
         check_id(node_id, "node_id")
         await self._store.run(executions.get_execution, execution_id)
-        return NotFound(f"node {node_id!r} of execution {execution_id} waits for no approval")
+        return NotFound(f"node {node_id!r} of execution {execution_id} does not wait for an approval")
 
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         await self.refuse_what_is_meant_for_another(context)
         try:
-            # Closed here and now: what its end has to do is not left to the garbage collector.
+            # Close the stream at once: its clean-up must not wait for the garbage collector.
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
@@ -346,7 +346,7 @@ def _wait_seconds(wait_ms: int) -> float:
 
 
 def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
-    """Who polls, for which versions, and how large a task may be."""
+    """Return the worker id, the versions and the task size of a poll."""
     check_id(request.worker_id, "worker_id")
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:

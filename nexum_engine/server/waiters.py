@@ -1,6 +1,6 @@
 """The callers that wait for the end of an execution.
 
-All of it is memory: after a restart the waiting calls come again, and the store knows the rest.
+All of this is only in memory: after a restart callers wait again, and the store has everything else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nexum_engine.records import Execution
 
 
 class Waiters:
-    """Tells waiting callers that an execution has ended."""
+    """The callers that wait, by execution."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
@@ -22,16 +22,16 @@ class Waiters:
         self._stopping = False
 
     def execution_started(self, execution_id: str) -> None:
-        """The execution was started here: until its end is reported, it is known to run without a look at the store."""
+        """Note that the execution runs: until `execution_ended`, waiting for it needs no look at the store."""
         self._running.add(execution_id)
 
     def is_running(self, execution_id: str) -> bool:
-        """Whether the execution is known to run. False means that only the store can tell."""
+        """Return whether the execution is known to run. If False, only the store knows."""
         return execution_id in self._running
 
     @contextmanager
     def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
-        """A future that resolves with the execution when it ends, or with None when it is time to look again."""
+        """Yield a future that resolves with the ended execution, or with None if the caller should look again."""
         future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
         if self._stopping:
             future.set_result(None)
@@ -45,14 +45,14 @@ class Waiters:
                 del self._waiting[execution_id]
 
     def execution_ended(self, execution: Execution) -> None:
-        """Answer those that wait for the execution."""
+        """Answer the callers that wait for the execution."""
         self._running.discard(execution.execution_id)
         for future in self._waiting.get(execution.execution_id, ()):
             if not future.done():
                 future.set_result(execution)
 
     def look_again(self) -> None:
-        """Make every waiting caller look at the store, since nobody knows what was stored."""
+        """Make every waiting caller look at the store: the outcome of earlier transactions is unknown."""
         self._running.clear()
         for waiting in self._waiting.values():
             for future in waiting:
@@ -60,6 +60,6 @@ class Waiters:
                     future.set_result(None)
 
     def stop(self) -> None:
-        """Answer every waiting caller, and those that come from now on at once."""
+        """Answer every waiting caller, and later ones at once."""
         self._stopping = True
         self.look_again()

@@ -1,4 +1,4 @@
-"""The store as the server sees it: one call, one transition, one transaction."""
+"""The store's interface: each call runs one transition in one transaction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Store(ABC):
-    """A database, on which the transitions of `executions`, `tasks` and `leases` run one after the other.
+    """A database on which the transitions of `executions`, `tasks` and `leases` run one after the other.
 
     A dialect supplies `run`, `opened_as`, `failed` and `close`.
     """
@@ -22,24 +22,24 @@ class Store(ABC):
     @property
     @abstractmethod
     def opened_as(self) -> str:
-        """The database, for a person: an absolute path, or a URL without its password."""
+        """The database's name for a person: an absolute path, or a URL without its password."""
 
     @property
     @abstractmethod
     def failed(self) -> asyncio.Future[str]:
-        """Resolves, with the reason, when the database can't be trusted any more and the server has to stop."""
+        """A future that resolves with the reason when the database can't be trusted any more: the server must stop."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
-    """Called when the outcome of transactions is unknown: whoever waits for one should look again."""
+    """Callbacks for when the outcome of transactions is unknown: waiting calls must look again."""
 
     @abstractmethod
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Submit a transition; it runs in one transaction, after those that were submitted before it.
+        """Submit a transition. It runs in one transaction, after the transitions submitted before it.
 
-        Awaiting the answer waits until it is durable. That raises the transition's own error, or StoreUnavailable when
-        the outcome is unknown.
+        The awaitable returns the result once it is durable. It raises the transition's own error, or StoreUnavailable
+        if the outcome is unknown.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Finish what was submitted and release the database."""
+        """Finish the submitted transitions and release the database."""

@@ -1,7 +1,7 @@
-"""Transitions of workflows and executions: registered, started, read, cancelled, ended.
+"""Transitions of workflows and executions: register, start, read, cancel, end.
 
-A function is one change of state inside one transaction, the same for every database. It checks the state that it
-expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
+change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from nexum_engine.store.results import Changed, Started
 from nexum_engine.workflow import check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64
-"""What a task's input_json has beside the payloads; an upper bound."""
+"""An upper bound of the size of a task's input_json without its payloads."""
 MAX_LIST_BYTES = 16 * 1024 * 1024
-"""Inputs and outputs in one list of executions: it is in memory as a whole, here and where it is read."""
+"""The limit of inputs and outputs in one list of executions: server and client hold the whole list in memory."""
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
@@ -46,9 +46,9 @@ _definition = lru_cache(maxsize=256)(parse_ir)
 
 
 def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
-    """Store a version and say how it relates to the one registered before it; one that is there is IDENTICAL to itself.
+    """Store a version; return how it relates to the one registered before it, or IDENTICAL if it is registered already.
 
-    Raises InvalidRequest for an IR that can't run, VersionConflict if the hash has another definition.
+    Raises InvalidRequest for an IR that can't run, VersionConflict if the hash is registered with another definition.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -75,7 +75,7 @@ def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str)
 
 
 def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
-    """The versions of a workflow, the latest first; none for an unknown one."""
+    """Return the versions of a workflow, the latest first; none for an unknown workflow."""
     check_id(workflow_id, "workflow_id")
     return [
         WorkflowVersion(
@@ -95,10 +95,10 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 def start_execution(
     db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str, *, owned: bool = False
 ) -> Started:
-    """Store an execution and its first tasks, or find the key's RUNNING or COMPLETED one.
+    """Store an execution and its first tasks, or find the key's RUNNING or COMPLETED execution.
 
-    An `owned` one has one node, which no poll takes. Raises WorkflowNotFound, InvalidRequest for an input that isn't
-    JSON, IdempotencyConflict for a key with another input.
+    An `owned` execution has one node, which no poll gets. Raises WorkflowNotFound, InvalidRequest for an input that
+    isn't JSON, IdempotencyConflict for a key with another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -132,7 +132,7 @@ def start_execution(
     task_bytes = len(input_json.encode("utf-8")) + TASK_FRAME_BYTES
     definition = _definition(version["ir_json"])
     if owned and len(definition) != 1:
-        raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: only a single one can be owned")
+        raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
     for position, node in enumerate(definition.values()):
         ready = not node.dependencies
         db.run(
@@ -168,7 +168,7 @@ def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
 
 
 def get_execution(db: Db, execution_id: str, with_attempts: bool = False) -> Execution:
-    """One execution with its nodes. Raises ExecutionNotFound."""
+    """Return one execution with its nodes. Raises ExecutionNotFound."""
     row = db.one("execution", execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
@@ -202,17 +202,16 @@ def list_executions(
     before: str = "",
     with_nodes: bool = False,
 ) -> list[Execution]:
-    """The newest executions (older than `before`, with keys that begin with the prefix), without inputs and nodes.
+    """Return the newest executions (older than `before`, with keys that begin with the prefix).
 
-    With nodes, the list stops at MAX_LIST_BYTES but has at least one match, if there is one.
-
-    Raises InvalidRequest for a status that there isn't, and for a prefix without a workflow; ExecutionNotFound for an
-    unknown `before`, as an empty list would say that there are no older ones.
+    Inputs and nodes are only there `with_nodes`. Such a list stops at MAX_LIST_BYTES, but has at least one match if
+    there is one. Raises InvalidRequest for an unknown status and for a prefix without a workflow; ExecutionNotFound for
+    an unknown `before`, because an empty list would mean that there are no older executions.
     """
     if status and status not in ExecutionStatus.__members__:
-        raise InvalidRequest(f"status {status!r} is none of {', '.join(ExecutionStatus.__members__)}")
+        raise InvalidRequest(f"unknown status {status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
     if key_prefix and not workflow_id:
-        raise InvalidRequest("keys belong to a workflow: give workflow_id beside idempotency_key_prefix")
+        raise InvalidRequest("keys belong to a workflow: give workflow_id with idempotency_key_prefix")
     oldest = db.one("sequence", execution_id=before) if before else None
     if before and oldest is None:
         raise ExecutionNotFound(before)
@@ -236,15 +235,15 @@ def list_executions(
 
 
 def output_bytes(db: Db, execution_id: str) -> int:
-    """How large the recorded outputs of an execution are at most, with their nodes' names."""
+    """Return an upper bound of the size of an execution's recorded outputs, with the nodes' names."""
     row = db.one("output_bytes", execution_id=execution_id)
     return int(row["bytes"]) if row is not None else 0
 
 
 def cancel_execution(db: Db, execution_id: str) -> Changed:
-    """End a running execution; cancelling it again changes nothing.
+    """Cancel a running execution; cancelling it again changes nothing.
 
-    Raises ExecutionNotFound, Conflict if it ended otherwise.
+    Raises ExecutionNotFound, Conflict if the execution has completed or failed.
     """
     row = db.one("execution", execution_id=execution_id)
     if row is None:
@@ -257,7 +256,7 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
 
 def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
-    """End a running execution and what it has left; the execution as it is then."""
+    """End a running execution with its unfinished nodes and attempts; return the ended execution."""
     db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution_id=execution_id)

@@ -1,7 +1,7 @@
-"""Transitions of leases: renewed, shortened, run out.
+"""Transitions of leases: renew, shorten, expire.
 
-A function is one change of state inside one transaction, the same for every database. It checks the state that it
-expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
+change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from nexum_engine.store.results import Changed, Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
-"""After a restart, how long an owner has to come back before another one may take its place. It knocks several times a
-second, and a late one loses nothing unless another one came."""
+"""How long after a restart an owner has to reconnect before another owner may take over. A live owner tries several
+times a second, and a late one loses its task only if another owner wants it."""
 SLOW_LINE = 250  # bytes a millisecond
-"""How slowly a task may travel to its worker. Beats overtake a large one."""
+"""The slowest connection to allow for: a beat may overtake a large task on its way to the worker."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> frozenset[str]:
-    """Extend the leases of what a worker says that it holds; the ids of what else it must have by now."""
+    """Extend the leases of the tasks that a beat names; return the ids of other tasks that the worker must have."""
     until_ms = db.now_ms + lease_ms
     for task_id in task_ids:
         db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
@@ -28,9 +28,9 @@ def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> f
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
-    """End attempts that a worker was handed and does not have."""
+    """End attempts whose task never reached the worker."""
     changes = Changes()
-    reason = f"worker {worker_id} does not have the task: two of its signs of life in a row did not name it"
+    reason = f"the task did not reach worker {worker_id}: two beats in a row did not name it"
     for row in _handed_out(db, worker_id):
         if row["task_id"] in task_ids:
             _lose(db, row, Outcome.LOST, reason, changes)
@@ -42,22 +42,22 @@ def _handed_out(db: Db, worker_id: str) -> list[Row]:
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
-    """A worker's stream broke: what it holds is lost unless it comes back within the grace."""
+    """Shorten the leases of a worker whose stream broke: it loses its tasks unless it reconnects within the grace."""
     db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
 
 
 def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
-    """The server starts: workers get time to come back to what they hold."""
+    """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks."""
     db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
-    # The wall clock may have been set back while no server ran: no task waits for longer than its retry.
+    # The wall clock may have been set back while no server ran: let no task wait longer than the longest retry delay.
     db.run("restart_tasks", latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:
     """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
-    # Before the expired ones, which become due at this very moment and announce themselves.
+    # Query the retries before the expired attempts: those become due now, too, and would be announced twice.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_attempts", now=db.now_ms):
@@ -74,22 +74,22 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
     outcome = Outcome(row["lease_loss"])
     worker_id = row["worker_id"]
     reason = {
-        Outcome.LOST: f"worker {worker_id} disconnected and did not come back",
-        Outcome.EXPIRED: f"worker {worker_id} gave no sign of life for longer than its lease",
-        Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not come back",
+        Outcome.LOST: f"worker {worker_id} disconnected and did not reconnect",
+        Outcome.EXPIRED: f"worker {worker_id} sent no beat for longer than its lease",
+        Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not reconnect",
     }[outcome]
     _lose(db, row, outcome, reason, changes)
 
 
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
     if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
-        return  # another attempt that was lost just now has ended the execution, and this one with it
-    # Nobody takes an owned node over unless a person starts it again, so it can't kill one worker after the other.
+        return  # the loss of another attempt in this transaction has ended the execution and this attempt
+    # Don't count losses of an owned node: it runs only when it is started, so it can't kill one worker after another.
     lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
     counts = {"failed": 0, "lost": lost}
     if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:
         last = f"{row['lost_attempts'] + lost} attempts were lost, the last because {reason}"
-        fail_node(db, row, f"{last}; the task may be what kills its workers", counts, changes)
+        fail_node(db, row, f"{last}; the task itself may kill its workers", counts, changes)
         return
     node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
     db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], **counts)

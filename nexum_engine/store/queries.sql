@@ -1,4 +1,4 @@
--- Every query of the store, by name. What differs between databases stands in the dialect.
+-- Every query of the store, by name. A dialect's module has what differs for its database.
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -44,7 +44,7 @@ SELECT execution_id, workflow_id, version_hash, status, input_json, idempotency_
 FROM executions WHERE execution_id = :execution_id;
 
 -- name: sequence
--- An execution's place in the order in which they were started.
+-- An execution's number in the order of starts.
 SELECT sequence FROM executions WHERE execution_id = :execution_id;
 
 -- name: executions
@@ -56,7 +56,7 @@ WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR sta
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: executions_of_prefix
--- The same for a workflow's idempotency keys from one text up to, and without, another.
+-- The latest executions of a workflow whose idempotency keys are in [first, end).
 SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
 FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
@@ -79,11 +79,11 @@ SELECT node_id, attempt, worker_id, started_ms, ended_ms, outcome, error FROM at
 WHERE execution_id = :execution_id ORDER BY attempt;
 
 -- name: output_bytes
--- How large an execution's recorded outputs are as one JSON object, at most: in a name each character may be escaped.
+-- An upper bound of the size of an execution's outputs as one JSON object: each character of a name may be escaped.
 SELECT coalesce(sum(octet_length(output_json) + 2 * octet_length(node_id) + 4), 0) AS bytes FROM nodes WHERE execution_id = :execution_id;
 
 -- name: input_sizes
--- What the size of an execution's tasks is made of: its input under an empty name, and each recorded output.
+-- The parts of the size of an execution's tasks: its input, under an empty name, and each recorded output.
 SELECT '' AS node_id, octet_length(input_json) AS bytes FROM executions WHERE execution_id = :execution_id
 UNION ALL
 SELECT node_id, octet_length(output_json) FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
@@ -113,7 +113,7 @@ LEFT JOIN attempts ON attempts.execution_id = nodes.execution_id AND attempts.no
 WHERE nodes.execution_id = :execution_id;
 
 -- name: say_why_waiting
--- Note on a READY node what it waits for.
+-- Store in a READY node what it waits for.
 UPDATE nodes SET error = :error
 WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'READY' AND error <> :error;
 
@@ -123,7 +123,7 @@ UPDATE nodes SET status = 'RUNNING', attempts = attempts + 1, error = ''
 WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'READY';
 
 -- name: add_attempt
--- Record the hand-out, under a task id of its own.
+-- Record an attempt under its own task id.
 INSERT INTO attempts (task_id, execution_id, node_id, attempt, worker_id, streamed, started_ms, outcome,
                       lease_expires_ms, lease_loss)
 VALUES (:task_id, :execution_id, :node_id, :attempt, :worker_id, :streamed, :now, 'RUNNING',
@@ -160,7 +160,7 @@ WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNIN
 UPDATE attempts SET outcome = :outcome, error = :error, ended_ms = :now WHERE task_id = :task_id;
 
 -- name: lose_attempt
--- The same for one whose lease ran out, if it was still under way.
+-- Record the end of an attempt whose lease ran out, if it was still running.
 UPDATE attempts SET outcome = :outcome, error = :error, ended_ms = :now
 WHERE task_id = :task_id AND outcome = 'RUNNING';
 
@@ -170,7 +170,7 @@ UPDATE nodes SET status = 'READY', ready_ms = :now, task_bytes = :task_bytes
 WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'PENDING';
 
 -- name: retry_node
--- Make a node a task again after an attempt that failed or was lost; an owned one waits for an owner, not for a poll.
+-- Make a node a task again after a failed or lost attempt. An owned node waits for an owner, not for a poll.
 UPDATE nodes SET status = 'READY', ready_ms = CASE WHEN owned THEN NULL ELSE :ready_ms END,
                  failed_attempts = failed_attempts + :failed,
                  lost_attempts = lost_attempts + :lost
@@ -184,12 +184,12 @@ UPDATE nodes SET status = 'FAILED', error = :error, failed_attempts = failed_att
 WHERE execution_id = :execution_id AND node_id = :node_id AND status IN ('RUNNING', 'READY');
 
 -- name: cancel_nodes
--- End what an execution has left.
+-- End the unfinished nodes of an execution.
 UPDATE nodes SET status = 'CANCELLED'
 WHERE execution_id = :execution_id AND status IN ('PENDING', 'READY', 'RUNNING');
 
 -- name: cancel_attempts
--- End the attempts that were under way.
+-- End the running attempts of an execution.
 UPDATE attempts SET outcome = 'CANCELLED', ended_ms = :now
 WHERE execution_id = :execution_id AND outcome = 'RUNNING';
 
@@ -199,13 +199,13 @@ UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE execution_id = :execution_id AND status = 'RUNNING';
 
 -- name: renew_lease
--- A worker says on its stream that it holds the task still.
+-- Extend the lease of a task that a beat names.
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
 
 -- name: handed_out
--- What a worker was handed, must have received by now, and has not reported, in the same columns as expired_attempts.
--- An owner gets its task again from its next start, so nothing of that is lost on the way.
+-- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_attempts.
+-- Without owned nodes: an owner whose answer was lost starts the key again and gets the same task.
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
        attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
 FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
@@ -213,24 +213,24 @@ WHERE attempts.worker_id = :worker_id AND attempts.outcome = 'RUNNING' AND NOT n
   AND attempts.started_ms + nodes.task_bytes / :bytes_per_ms <= :now;
 
 -- name: shorten_leases
--- A worker's connection broke: what it holds is lost unless it comes back in time.
+-- A worker's connection broke: it loses its tasks unless it reconnects in time.
 UPDATE attempts SET lease_expires_ms = min(lease_expires_ms, :lease_expires_ms), lease_loss = 'LOST'
 WHERE worker_id = :worker_id AND streamed = 1 AND outcome = 'RUNNING';
 
 -- name: restart_leases
--- The server was restarted: what was handed out is interrupted unless its worker comes back in time.
+-- The server was restarted: attempts are interrupted unless their workers reconnect in time.
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'INTERRUPTED'
 WHERE streamed = :streamed AND outcome = 'RUNNING';
 
 -- name: restart_owned_leases
--- The same for what owners hold: nobody but another owner is waiting for it.
+-- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms
 WHERE streamed = 1 AND outcome = 'RUNNING'
   AND EXISTS (SELECT 1 FROM nodes WHERE nodes.execution_id = attempts.execution_id
               AND nodes.node_id = attempts.node_id AND owned);
 
 -- name: restart_tasks
--- No task becomes due later than this.
+-- Make every task due at :latest at the latest.
 UPDATE nodes SET ready_ms = :latest WHERE status = 'READY' AND ready_ms > :latest;
 
 -- name: expired_attempts
@@ -249,5 +249,5 @@ SELECT min(lease_expires_ms) AS due FROM attempts WHERE outcome = 'RUNNING';
 SELECT version_hash, task_bytes FROM nodes WHERE status = 'READY' AND ready_ms > :since AND ready_ms <= :now;
 
 -- name: next_retry
--- When the next task that is not due yet will be.
+-- When the next task becomes due.
 SELECT min(ready_ms) AS due FROM nodes WHERE status = 'READY' AND ready_ms > :now;

@@ -1,4 +1,4 @@
-"""What the transitions answer. It may be acted on only after the commit, which the store sees to."""
+"""The results of transitions. The store returns them only after the commit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Task
 
 @dataclass(frozen=True)
 class ReadyTask:
-    """A task that became due: what wakes a waiting poll."""
+    """A task that became due, by version and size: it wakes a waiting poll."""
 
     version_hash: str
     task_bytes: int
@@ -17,32 +17,32 @@ class ReadyTask:
 
 @dataclass(frozen=True)
 class Changed:
-    """What a report or a sweep changed beyond its own row."""
+    """The effects of a report or a sweep on other nodes and executions."""
 
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
     retry_ms: int | None = None
-    """When a failed node becomes a task again."""
+    """When a failed node becomes due again."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """The outcome of `start_execution`."""
+    """The result of `start_execution`."""
 
     execution_id: str
     status: ExecutionStatus
     existing: bool
     ready: int = 0
-    """How many tasks it began with."""
+    """How many tasks the execution began with."""
     task: Task | None = None
-    """The task of the owner that started it."""
+    """The task for the owner, if one started the execution."""
     changed: Changed = Changed()
-    """What the result changed that came with the start."""
+    """The effects of an output that came with the start."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The outcome of `claim`: a task, or the size of one that was too large for the worker."""
+    """The result of `claim`: a task, or the size of a task that was too large for the worker."""
 
     task: Task | None = None
     oversized: ReadyTask | None = None
@@ -50,7 +50,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Swept:
-    """The outcome of `sweep`."""
+    """The result of `sweep`."""
 
     changed: Changed
     next_ms: int | None
@@ -59,7 +59,7 @@ class Swept:
 
 @dataclass
 class Changes:
-    """A `Changed` in the making."""
+    """A mutable `Changed`, while a transition runs."""
 
     ready: list[ReadyTask] = field(default_factory=list)
     ended: list[Execution] = field(default_factory=list)

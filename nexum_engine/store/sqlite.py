@@ -1,4 +1,4 @@
-"""The SQLite dialect: one process, one connection, one writer that commits what is waiting in one transaction."""
+"""The SQLite dialect: one process, one connection, one writer that commits waiting transitions together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4E58554D
-"""In the file's header (SQLite's application_id): this is a Nexum database."""
+"""The mark of a Nexum database: SQLite's application_id in the file's header."""
 MINIMUM_SQLITE = (3, 37, 0)  # STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
 _HEADER = b"SQLite format 3\x00"
@@ -45,8 +45,8 @@ class SqliteStore(Store):
     """A Nexum database in one SQLite file.
 
     Group commit: transitions that are submitted while a transaction is being written, or in the same turn of the event
-    loop, share the next one, each in a savepoint of its own, so that one's failure is one caller's. SQLite's bug of
-    several writing connections (WAL reset, before 3.51.3) can't arise: there is one connection.
+    loop, share the next transaction. A failure of one transition does not affect the others. SQLite's bug of several
+    writing connections (WAL reset, before 3.51.3) can't arise: there is one connection.
     """
 
     def __init__(self, path: Path, clock: Clock, lock: FileLock, connection: sqlite3.Connection) -> None:
@@ -64,7 +64,7 @@ class SqliteStore(Store):
 
     @classmethod
     async def open(cls, database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> SqliteStore:
-        """Open or create the file. Raises StoreRefused or StoreLocked; a file that isn't ours is not touched."""
+        """Open or create the file. Raises StoreRefused or StoreLocked; another program's file is left untouched."""
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise StoreRefused(
                 f"this Python has SQLite {sqlite3.sqlite_version}; Nexum needs "
@@ -82,8 +82,8 @@ class SqliteStore(Store):
             lock.acquire(timeout=lock_timeout)
         except Timeout as error:
             raise StoreLocked(
-                f"database {path} is in use by another Nexum server: stop that one, or give this one a database of "
-                "its own with --database-url sqlite:///path"
+                f"database {path} is in use by another Nexum server: stop that server, or give this one another "
+                "database with --database-url sqlite:///path"
             ) from error
         except OSError as error:
             raise StoreRefused(f"database {path} can't be opened: {error.strerror or error}") from error
@@ -110,7 +110,7 @@ class SqliteStore(Store):
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closed or self._failed.done():
-            future.set_exception(StoreUnavailable("the server is stopping: ask again when it is back"))
+            future.set_exception(StoreUnavailable("the server is stopping: retry when it is running again"))
             return future
         self._waiting.append(_Submission(lambda db: transition(db, *args, **kwargs), future))
         if self._pump is None:
@@ -146,7 +146,7 @@ class SqliteStore(Store):
             self._pump = None
 
     def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
-        """Runs in the writer thread. One outcome for each transition: its result, or the exception it raised."""
+        """Run transitions in the writer thread; return the result of each, or the exception that it raised."""
         try:
             try:
                 return self._transaction(transitions, savepoints=False)
@@ -154,17 +154,17 @@ class SqliteStore(Store):
                 pass
             except sqlite3.Error:
                 raise
-            except Exception:  # noqa: BLE001, S110 - raised again below, where it belongs
+            except Exception:  # noqa: BLE001, S110 - raised again below, for its own transition
                 pass
-            # Most batches have no failure in them, so only the others pay for savepoints.
+            # Only now use savepoints, which cost time: most batches have no failure.
             self._connection.execute("ROLLBACK")
             return self._transaction(transitions, savepoints=True)
         except Exception as error:
-            # Not sqlite3.Error alone: short of memory, it raises MemoryError, and every caller has to be told.
+            # Every exception, so that every caller gets one: without memory, SQLite raises MemoryError.
             raise _CommitFailed(error) from error
 
     def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
-        """One transaction. With savepoints a failed transition is undone alone and its exception is its outcome."""
+        """Run one transaction. With savepoints, only a failed transition is undone; its exception is its outcome."""
         connection = self._connection
         db = _SqliteDb(connection, self._queries, self._clock.now_ms())
         connection.execute("BEGIN IMMEDIATE")
@@ -180,7 +180,7 @@ class SqliteStore(Store):
         try:
             outcome = transition(db)
         except sqlite3.IntegrityError as error:
-            # A broken constraint is a bug of ours, and of this transition alone.
+            # A violated constraint is a bug in this transition only.
             outcome = error
         except sqlite3.Error:
             raise
@@ -192,8 +192,8 @@ class SqliteStore(Store):
         return outcome
 
     async def _recover(self, error: _CommitFailed) -> None:
-        """After a failed transaction: forget the connection and read the file again, or give up."""
-        # What a failed fsync left in the page cache may never reach the disk, so a re-read would prove nothing.
+        """Reopen the database after a failed transaction, or give it up."""
+        # Don't reopen after a disk error: after a failed fsync, the file may read as if the data were on the disk.
         reason: Exception | None = error
         if error.is_passing:
             try:
@@ -213,7 +213,7 @@ class SqliteStore(Store):
             look_again()
 
     def _reopen(self) -> sqlite3.Connection:
-        with contextlib.suppress(sqlite3.Error):  # the connection is given up; its error is known already
+        with contextlib.suppress(sqlite3.Error):  # the connection is dropped; its error is already known
             self._connection.close()
         return _connect(self._path)
 
@@ -227,14 +227,12 @@ class _CommitFailed(Exception):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the disk is full or another program holds the file: the file itself is sound."""
-        # sqlite3.Error.sqlite_errorcode is there from Python 3.11 on only.
+        """Whether the disk is full or another program has the file locked: the file itself is sound."""
+        # By the message: Python 3.10 has no sqlite3.Error.sqlite_errorcode.
         return isinstance(self.cause, sqlite3.Error) and any(word in str(self.cause) for word in ("full", "locked"))
 
     def for_caller(self) -> StoreUnavailable:
-        return StoreUnavailable(
-            "the database could not confirm the transaction, so whether it is stored is unknown: ask again"
-        )
+        return StoreUnavailable("the database could not confirm the transaction, so it may or may not be stored: retry")
 
 
 class _SqliteDb:
@@ -255,7 +253,7 @@ class _SqliteDb:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what isn't a Nexum database, from its first 100 bytes alone, so that it stays as it is."""
+    """Raise StoreRefused if the file is not a Nexum database; read only its header, and leave it untouched."""
     try:
         with path.open("rb") as file:
             header = file.read(100)
@@ -282,7 +280,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _migrations() -> list[str]:
-    """The schema's steps, the first makes version 1."""
+    """Return the SQL scripts of the schema; the first makes version 1."""
     folder = files("nexum_engine.store") / "sqlite_migrations"
     return [
         entry.read_text(encoding="utf-8")
@@ -297,7 +295,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         if not path.exists():
             _create(path)
         connection = _open_connection(path)
-        # The header on disk may be older than what the write-ahead log has.
+        # Check again: the write-ahead log may have a newer version than the header on disk.
         _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
         _migrate(connection)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -311,7 +309,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _was_unclean(path: Path) -> bool:
-    """Whether the last server did not close the file: its write-ahead log is still there."""
+    """Return whether the last server did not close the file, so that its write-ahead log is still there."""
     try:
         return Path(f"{path}-wal").stat().st_size > 0
     except FileNotFoundError:
@@ -319,7 +317,7 @@ def _was_unclean(path: Path) -> bool:
 
 
 def _create(path: Path) -> None:
-    """Make the database beside its place and move it there whole, so that a kill leaves no half of one."""
+    """Create the database under another name, then rename it, so that a kill leaves no incomplete database."""
     new = path.with_name(f"{path.name}.new-{uuid.uuid4().hex[:8]}")
     try:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -331,7 +329,7 @@ def _create(path: Path) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    if sys.platform != "win32":  # Windows can't open a folder, and doesn't need it for the rename to last
+    if sys.platform != "win32":  # Windows can't open a folder, and makes a rename durable without this
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -340,7 +338,7 @@ def _create(path: Path) -> None:
 
 
 def _open_connection(path: Path) -> sqlite3.Connection:
-    # autocommit: transactions are begun and ended by name; the writer thread is another one than the opener's.
+    # Autocommit: the store begins and ends transactions itself. The writer thread is not the opening thread.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=128)
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA synchronous = FULL")
@@ -355,7 +353,7 @@ def _octet_length(text: str | None) -> int | None:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Bring the schema up to date, each step in a transaction with its version number."""
+    """Update the schema; each step and its version number are in one transaction."""
     done = connection.execute("PRAGMA user_version").fetchone()[0]
     for version, script in enumerate(_migrations()[done:], start=done + 1):
         connection.executescript(

@@ -1,7 +1,7 @@
-"""Transitions of tasks: handed out, reported, taken back.
+"""Transitions of tasks: hand out, report, release.
 
-A function is one change of state inside one transaction, the same for every database. It checks the state that it
-expects and raises an error of `nexum_engine.errors` where it finds another; the transaction is then rolled back.
+Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
+change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
 """
 
 from __future__ import annotations
@@ -52,18 +52,20 @@ def start_owned(
     held_task_id: str = "",
     output_json: str = "",
 ) -> Started:
-    """Start an execution, or find the key's, and hand its only node to the owner as an attempt. No poll ever gets it.
+    """Start or find the key's execution, and hand its only node to the owner as an attempt. No poll ever gets it.
 
-    What a dead owner left is taken over. With `output_json`, the attempt is completed here and now. Raises what
-    `start_execution` raises, InvalidRequest for more than one node, Conflict (naming it) while another owner lives, or
-    if the execution is one for workers, StaleTask if nothing may be reported for the held task any more, or if the
-    execution has another result.
+    A dead owner's execution is taken over. With `output_json`, the attempt is completed at once. Raises the errors of
+    `start_execution`, and:
+
+    - InvalidRequest for a workflow of several nodes,
+    - Conflict while another owner holds the execution, and if it was started for workers,
+    - StaleTask if the owner has lost the held task, or if the execution has another result.
     """
     check_id(owner, "owner")
     if held_task_id:
         held = db.one("attempt", task_id=held_task_id)
         if held is None:
-            raise StaleTask(f"this server knows nothing of task {held_task_id}, which the owner says that it holds")
+            raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
     started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
     if started.status.ended:
@@ -72,15 +74,15 @@ def start_owned(
         return started
     node = db.one("owned_node", execution_id=started.execution_id)
     if node is None or not node["owned"]:
-        raise Conflict(f"execution {started.execution_id} was started for workers: nobody can own it")
+        raise Conflict(f"execution {started.execution_id} was started for workers: it can't have an owner")
     if node["status"] == NodeStatus.READY:
         task = _hand_out(db, node, owner, lease_ms, streamed)
     elif node["worker_id"] == owner:
         task = _task(db, node, node["task_id"], node["attempts"])
     else:
         raise Conflict(
-            f"{workflow_id} {idempotency_key!r} belongs to {node['worker_id']}, which is at work on it "
-            f"(execution {started.execution_id}): wait for its end, or end it"
+            f"{workflow_id} {idempotency_key!r} is in use by {node['worker_id']} "
+            f"(execution {started.execution_id}): wait for its end, or end that process"
         )
     if not output_json:
         return replace(started, task=task)
@@ -122,7 +124,7 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
         node_type=node["node_type"],
         version_hash=node["version_hash"],
         attempt=attempt,
-        # Without a key of the caller's: the published server's format.
+        # Without the caller's key, the format is that of the published server.
         idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
         if key
         else f"{execution_id}:{node_id}:{node['version_hash']}",
@@ -139,14 +141,14 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
                 execution_id=row["execution_id"],
                 node_id=row["node_id"],
                 error=f"the task is {row['task_bytes']:,} bytes, more than worker {worker_id} can receive "
-                f"({max_bytes:,}): it waits for a worker that takes more",
+                f"({max_bytes:,}): it waits for a worker that can receive more",
             )
             return ReadyTask(version_hash, row["task_bytes"])
     return None
 
 
 def _task_input(db: Db, node: Row) -> str:
-    """`{"input": …, "deps": {…}}`, put together from texts that were checked when they were stored."""
+    """Return `{"input": …, "deps": {…}}`, joined from JSON texts that were checked when they were stored."""
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
@@ -167,24 +169,24 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
 
 
 def _check_may_report(row: Row) -> None:
-    """Fencing: only the newest attempt at an unfinished node may report, and only once."""
+    """Raise StaleTask (fencing) unless this is the newest attempt at an unfinished node, and has not reported yet."""
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
-        raise StaleTask(f"{what}: the execution is {row['execution_status']}, the report comes too late")
+        raise StaleTask(f"{what} reports too late: the execution is {row['execution_status']}")
     if row["outcome"] in (Outcome.COMPLETED, Outcome.FAILED):
         raise StaleTask(f"{what} was already reported as {row['outcome']}, with other contents")
     if row["attempt"] != row["newest_attempt"]:
         raise StaleTask(
-            f"{what} is over ({row['outcome']}): attempt {row['newest_attempt']} was handed out since, "
-            f"and only that one may report"
+            f"{what} is over ({row['outcome']}): attempt {row['newest_attempt']} was handed out later, "
+            f"and only that attempt may report"
         )
 
 
 def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
-    """Record a node's result, schedule what follows from it, and end the execution if that was all.
+    """Record a node's result; make the next nodes ready, or end the execution after its last node.
 
-    The same report sent again changes nothing. Raises TaskNotFound, InvalidRequest for an output that isn't JSON,
-    StaleTask if the attempt may not report this.
+    A second, equal report changes nothing. Raises TaskNotFound, InvalidRequest for an output that isn't JSON, StaleTask
+    if the attempt may not report this.
     """
     jsontext.parse(output_json, "output_json")
     row = _reported_attempt(db, task_id)
@@ -202,7 +204,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
 
 
 def _advance(db: Db, row: Row, changes: Changes) -> None:
-    """Schedule the nodes that became ready, or end the execution."""
+    """Turn nodes that became ready into tasks, or end the execution."""
     execution_id = row["execution_id"]
     if row["unrecorded"] == 1:  # counted before this result was recorded
         changes.ended.append(end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
@@ -222,9 +224,9 @@ def _advance(db: Db, row: Row, changes: Changes) -> None:
 
 
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
-    """Record a failed attempt; the node is tried again later, or fails for good with its execution.
+    """Record a failed attempt. The node is retried later, or fails together with its execution.
 
-    The same report sent again changes nothing. Raises TaskNotFound, StaleTask if the attempt may not report this.
+    A second, equal report changes nothing. Raises TaskNotFound, StaleTask if the attempt may not report this.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"
@@ -232,7 +234,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
         return Changed()
     _check_may_report(row)
     db.run("end_attempt", task_id=task_id, outcome=Outcome.FAILED.value, error=error, now=db.now_ms)
-    # A lost attempt that reports after all is a failed one, not both.
+    # A lost attempt that still reports a failure counts as failed, not as lost.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     counts = {"failed": 1, "lost": lost}
     failed_attempts = row["failed_attempts"] + 1
@@ -255,7 +257,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
 
 
 def fail_node(db: Db, row: Row, reason: str, counts: dict[str, int], changes: Changes) -> None:
-    """End a node for good, and its execution with it."""
+    """Mark a node and its execution as FAILED."""
     execution_id, node_id = row["execution_id"], row["node_id"]
     db.run("fail_node", execution_id=execution_id, node_id=node_id, error=reason, **counts)
     changes.ended.append(end_execution(db, execution_id, ExecutionStatus.FAILED, f"{node_id}: {reason}"))
@@ -268,12 +270,12 @@ def _shortened(error: str) -> str:
 
 
 def release(db: Db, task_id: str, reason: str) -> Changed:
-    """Take back a task that never reached its worker; this counts for nothing."""
+    """Release a task that never reached its worker; it counts as neither failed nor lost."""
     row = db.one("attempt", task_id=task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changed()
     db.run("end_attempt", task_id=task_id, outcome=Outcome.INTERRUPTED.value, error=reason, now=db.now_ms)
     node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
     db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], failed=0, lost=0)
-    # Its size was checked when it was handed out; whoever is woken is offered it by size again.
+    # Size 0 wakes any poll: the claim checks the size again.
     return Changed(ready=(ReadyTask(row["version_hash"], 0),))

@@ -1,1 +1,1 @@
-"""Generated gRPC code for proto/nexum.proto; `generate.py` makes it."""
+"""The gRPC code of proto/nexum.proto, which `generate.py` generates, and the metadata and status codes of calls."""

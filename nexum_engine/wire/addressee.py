@@ -1,6 +1,6 @@
-"""Which server a call is meant for: metadata with which a client names the database that the server must have.
+"""Metadata in which a client names the database that the server must have open.
 
-A port can change hands between two calls, so a run's client says so with every call.
+Another server can get the same port between two calls. So a run's client sends the metadata with every call.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
-    """What to send so that a server with another database refuses; with `embedded_only`, only an embedded one."""
+    """Return metadata that makes a server with another database refuse; with `embedded_only`, only an embedded one."""
     named = ((_DATABASE, os.fsencode(database)),)
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
 
 
 def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
-    """Why a server with this database must refuse a call with this metadata; None if it may answer."""
+    """Return why a server with this database must refuse a call with this metadata; None if it may answer."""
     found = dict(metadata)
     wanted = found.get(_DATABASE)
     if wanted is None or (_EMBEDDED_ONLY in found and not embedded):
@@ -32,4 +32,4 @@ def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | 
     name = os.fsdecode(wanted)
     if is_same_database(name, database):
         return None
-    return f"it serves {'the runs of another folder, with ' if embedded else ''}{database}, not {name}"
+    return f"the server has {database} open{' for runs of another folder' if embedded else ''}, not {name}"

@@ -2,9 +2,9 @@
 
     python -m nexum_engine.wire.generate
 
-Needs grpcio-tools 1.71, which requirements.txt installs on Python 3.10 to 3.13: it has no wheels for later Pythons, and
-later versions generate for protobuf 6, which can't be imported beside AutoGen. The type stubs need mypy-protobuf, which
-tests/requirements.txt installs.
+This needs grpcio-tools 1.71 and, for the type stubs, mypy-protobuf. grpcio-tools 1.71 has no wheels for Pythons after
+3.13. Its later versions generate code for protobuf 6, which can't be imported together with AutoGen.
+tests/requirements.txt installs both packages on Python 3.10 to 3.13.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GENERATED = ("nexum_pb2.py", "nexum_pb2.pyi", "nexum_pb2_grpc.py", "nexum_pb2_gr
 def generate(target: Path) -> None:
     """Write the files named in `GENERATED` to `target`.
 
-    Raises RuntimeError if the generator isn't installed, or refuses the contract.
+    Raises RuntimeError if the generator isn't installed or refuses proto/nexum.proto.
     """
     try:
         from grpc_tools import protoc
@@ -50,7 +50,7 @@ def generate(target: Path) -> None:
     if status != 0:
         raise RuntimeError(f"protoc refused {PROTO_DIR / 'nexum.proto'} (exit status {status})")
     stub = target / "nexum_pb2_grpc.py"
-    # protoc writes an absolute import, which only resolves when the folder itself is on sys.path.
+    # Fix the import: protoc's absolute import resolves only if the folder itself is on sys.path.
     text = stub.read_text(encoding="utf-8").replace("import nexum_pb2 as", "from nexum_engine.wire import nexum_pb2 as")
     stub.write_text(text, encoding="utf-8")
     for name in GENERATED:
@@ -63,7 +63,7 @@ def generate(target: Path) -> None:
 
 
 def _plugin(name: str) -> list[str]:
-    # Beside this Python: its folder need not be on PATH.
+    # Look beside this Python: its folder need not be on PATH.
     found = shutil.which(name, path=sysconfig.get_path("scripts"))
     return [f"--plugin={name}={found}"] if found else []
 

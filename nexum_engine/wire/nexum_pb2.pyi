@@ -3,12 +3,12 @@
 isort:skip_file
 The wire contract of Nexum.
 
-The first part is the published contract (nexum-py 0.2.0, npm @nexum): its messages, field numbers and RPCs are kept,
-so that published clients and workers can talk to this server, and these scripts to a published server.
-What this project adds is marked "addition": fields are numbered from 100 and RPCs come after the published ones, so
-that a peer that doesn't know them ignores them.
+The first part is the published contract (nexum-py 0.2.0, npm @nexum). Its messages, field numbers and RPCs are
+unchanged. So published clients and workers can use this server, and this project's scripts can use a published one.
+This project's fields and RPCs are marked "Addition". The fields are numbered from 100, and the RPCs come after the
+published ones, so that a peer that doesn't know them ignores them.
 
-After a change: python -m nexum_engine.wire.generate
+After a change, run: python -m nexum_engine.wire.generate
 """
 
 import builtins
@@ -85,24 +85,24 @@ class StartRequest(google.protobuf.message.Message):
     version_hash: builtins.str
     input_json: builtins.str
     idempotency_key: builtins.str
-    """Addition: a key has at most one RUNNING or COMPLETED execution in its workflow; starting it again answers with
-    that one.
+    """Addition: a key has at most one RUNNING or COMPLETED execution in its workflow. A second start of the key answers
+    with that execution.
     """
     wait_ms: builtins.int
     """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest."""
     owner: builtins.str
-    """Addition: the id of a worker that does the work itself: the execution's node, which has to be its only one, is
-    handed to the caller here and never to a poll. As long as that worker lives, another owner is refused; after its
-    death the next one to start the key takes the node over.
+    """Addition: the id of the owner, which must have a WorkerStream. The execution's only node is handed to the caller in
+    the answer, and never to a poll. While the owner lives, another owner is refused. After its death, the next owner
+    that starts the key takes over the node.
     """
     held_task_id: builtins.str
-    """Addition: with `owner`, a task that the caller has to hold still: after another one took it over, the start is
-    refused (FAILED_PRECONDITION). So who owns one execution has the right to others, and loses it with that one.
+    """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
+    refused (FAILED_PRECONDITION). So one owned execution can guard others: its owner alone can start them.
     """
     output_json: builtins.str
-    """Addition: with `owner`, the node's result, if it is there already: it is recorded in the transaction that starts the
-    execution. The answer has the status COMPLETED, and neither `task` nor `ended`. The same start again is acknowledged;
-    one with another result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
+    """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
+    has the status COMPLETED, and neither `task` nor `ended`. A second, equal start is acknowledged; a start with another
+    result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
     """
     def __init__(
         self,
@@ -131,7 +131,7 @@ class StartResponse(google.protobuf.message.Message):
     TASK_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
-    """Addition: true if the execution was there already."""
+    """Addition: true if the key already had this execution."""
     status: builtins.str
     """Addition: the execution's status when it was started or found."""
     @property
@@ -168,9 +168,9 @@ class PollRequest(google.protobuf.message.Message):
     worker_id: builtins.str
     version_hash: builtins.str
     wait_ms: builtins.int
-    """Addition: how long the server may hold the call until a task is ready. 0: it answers at once."""
+    """Addition: how long the server may hold the call until a task is ready. 0: the server answers at once."""
     max_task_bytes: builtins.int
-    """Addition: the largest input_json that the worker can receive, in bytes. 0: what a default gRPC client takes."""
+    """Addition: the largest input_json that the worker can receive, in bytes. 0: the limit of a default gRPC client."""
     @property
     def more_version_hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Addition: further versions that the worker runs."""
@@ -223,7 +223,7 @@ class PollResponse(google.protobuf.message.Message):
     sub_workflow_id: builtins.str
     sub_input_json: builtins.str
     attempt: builtins.int
-    """Addition: which attempt of the node this is, from 1."""
+    """Addition: the number of this attempt at the node, from 1."""
     version_hash: builtins.str
     """Addition: the version that the task belongs to."""
     def __init__(
@@ -261,7 +261,7 @@ class CompleteRequest(google.protobuf.message.Message):
     output_json: builtins.str
     @property
     def next(self) -> global___PollRequest:
-        """Addition: take the next task in the same round trip, if one is due. wait_ms is not looked at."""
+        """Addition: take the next task in the same round trip, if one is due. wait_ms is ignored."""
 
     def __init__(
         self,
@@ -285,7 +285,7 @@ class FailRequest(google.protobuf.message.Message):
     task_id: builtins.str
     error_message: builtins.str
     final: builtins.bool
-    """Addition: true if repeating can't help; the node fails at once."""
+    """Addition: true if a retry can't fix the failure: the node fails at once."""
     def __init__(
         self,
         *,
@@ -346,10 +346,10 @@ class ListRequest(google.protobuf.message.Message):
     idempotency_key_prefix: builtins.str
     """Addition: only executions whose idempotency key begins with this; needs workflow_id."""
     before_execution_id: builtins.str
-    """Addition: only executions older than this one, to go on where the last answer ended."""
+    """Addition: only executions older than this one, to continue after the last one of an earlier answer."""
     with_nodes: builtins.bool
-    """Addition: also inputs and nodes with their outputs; then an answer ends early, after 16 MB of them, and only an
-    empty one says that there are no older executions.
+    """Addition: also inputs and nodes with their outputs. Such an answer ends early, after 16 MB of them. Only an empty
+    answer means that there are no older executions.
     """
     def __init__(
         self,
@@ -391,7 +391,7 @@ class ExecutionSummary(google.protobuf.message.Message):
     idempotency_key: builtins.str
     error: builtins.str
     input_json: builtins.str
-    """Additions, if they were asked for."""
+    """Additions, set if with_nodes was requested."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
     def __init__(
@@ -611,11 +611,11 @@ class GetExecutionRequest(google.protobuf.message.Message):
     WITH_ATTEMPTS_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     wait_ms: builtins.int
-    """How long the server may hold the call until the execution ends (it caps this at 30 s). When the time is up the
-    answer is OK with the current status.
+    """How long the server may hold the call until the execution ends, at most 30 s. When the time is up, the answer is OK
+    with the current status.
     """
     with_attempts: builtins.bool
-    """Also the attempts of each node."""
+    """Also return the attempts of each node."""
     def __init__(
         self,
         *,
@@ -750,11 +750,11 @@ class WorkerBeat(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     draining: builtins.bool
-    """The worker takes no more tasks: its waiting polls are answered."""
+    """True if the worker takes no more tasks: the server answers its waiting polls."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds. A task that it was handed and that two beats in a row don't name never reached it,
-        and is handed out again.
+        """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
+        never reached it: it is handed out again.
         """
 
     def __init__(
@@ -793,7 +793,7 @@ class ServerInfo(google.protobuf.message.Message):
     database: builtins.str
     """The absolute path of the database that the server has open."""
     embedded: builtins.bool
-    """The server was started by a run, for the runs of one folder, and ends with it."""
+    """True if a run started the server, for the runs of one folder: the server ends with that run."""
     def __init__(
         self,
         *,

@@ -187,21 +187,21 @@ class NexumServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetExecution(self, request, context):
-        """Addition: one execution with its nodes; can wait until it ends.
+        """Addition: get one execution with its nodes, if requested when it ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WorkerStream(self, request_iterator, context):
-        """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own.
+        """Addition: a worker's beats. Each beat renews the leases of the tasks that it names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Addition: what the server is.
+        """Addition: get the server's database, and whether the server is embedded in a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

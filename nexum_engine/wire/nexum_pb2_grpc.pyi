@@ -3,12 +3,12 @@
 isort:skip_file
 The wire contract of Nexum.
 
-The first part is the published contract (nexum-py 0.2.0, npm @nexum): its messages, field numbers and RPCs are kept,
-so that published clients and workers can talk to this server, and these scripts to a published server.
-What this project adds is marked "addition": fields are numbered from 100 and RPCs come after the published ones, so
-that a peer that doesn't know them ignores them.
+The first part is the published contract (nexum-py 0.2.0, npm @nexum). Its messages, field numbers and RPCs are
+unchanged. So published clients and workers can use this server, and this project's scripts can use a published one.
+This project's fields and RPCs are marked "Addition". The fields are numbered from 100, and the RPCs come after the
+published ones, so that a peer that doesn't know them ignores them.
 
-After a change: python -m nexum_engine.wire.generate
+After a change, run: python -m nexum_engine.wire.generate
 """
 
 import abc
@@ -91,19 +91,19 @@ class NexumServiceStub:
         nexum_pb2.GetExecutionRequest,
         nexum_pb2.GetExecutionResponse,
     ]
-    """Addition: one execution with its nodes; can wait until it ends."""
+    """Addition: get one execution with its nodes, if requested when it ends."""
 
     WorkerStream: grpc.StreamStreamMultiCallable[
         nexum_pb2.WorkerBeat,
         nexum_pb2.WorkerBeatAck,
     ]
-    """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
+    """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
 
     GetServerInfo: grpc.UnaryUnaryMultiCallable[
         nexum_pb2.EmptyRequest,
         nexum_pb2.ServerInfo,
     ]
-    """Addition: what the server is."""
+    """Addition: get the server's database, and whether the server is embedded in a run."""
 
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
@@ -170,19 +170,19 @@ class NexumServiceAsyncStub:
         nexum_pb2.GetExecutionRequest,
         nexum_pb2.GetExecutionResponse,
     ]
-    """Addition: one execution with its nodes; can wait until it ends."""
+    """Addition: get one execution with its nodes, if requested when it ends."""
 
     WorkerStream: grpc.aio.StreamStreamMultiCallable[
         nexum_pb2.WorkerBeat,
         nexum_pb2.WorkerBeatAck,
     ]
-    """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
+    """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.EmptyRequest,
         nexum_pb2.ServerInfo,
     ]
-    """Addition: what the server is."""
+    """Addition: get the server's database, and whether the server is embedded in a run."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -275,7 +275,7 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request: nexum_pb2.GetExecutionRequest,
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.GetExecutionResponse, collections.abc.Awaitable[nexum_pb2.GetExecutionResponse]]:
-        """Addition: one execution with its nodes; can wait until it ends."""
+        """Addition: get one execution with its nodes, if requested when it ends."""
 
     @abc.abstractmethod
     def WorkerStream(
@@ -283,7 +283,7 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[nexum_pb2.WorkerBeat],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.WorkerBeatAck], collections.abc.AsyncIterator[nexum_pb2.WorkerBeatAck]]:
-        """Addition: a worker's sign of life. While it is open and beats, the tasks that it names are its own."""
+        """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
 
     @abc.abstractmethod
     def GetServerInfo(
@@ -291,6 +291,6 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request: nexum_pb2.EmptyRequest,
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.ServerInfo, collections.abc.Awaitable[nexum_pb2.ServerInfo]]:
-        """Addition: what the server is."""
+        """Addition: get the server's database, and whether the server is embedded in a run."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""One table between the engine's errors and gRPC's status codes, read in both directions."""
+"""The mapping between the engine's errors and gRPC's status codes, in both directions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import grpc
 from nexum_engine import errors
 
 ANSWERED = "nexum-error"
-"""Names the error in the trailing metadata: an UNAVAILABLE without it comes from the connection and not from a server."""
+"""The trailing metadata with the error's name. An UNAVAILABLE without it comes from the connection, not a server."""
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
-    # The first class that fits counts, so a subclass stands above its base.
+    # The first matching class counts, so a subclass comes before its base class.
     errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -36,20 +36,20 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
 
 
 def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
-    """The status that a server answers with; None for an error that is the server's own fault."""
+    """Return the status that a server answers with; None for an internal error."""
     return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), None)
 
 
 def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
-    """The error that a client raises for a failed call to `address`."""
+    """Return the error that a client raises for a failed call to `address`."""
     code: grpc.StatusCode = rpc_error.code()
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
     metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of their own
     if code is grpc.StatusCode.UNAVAILABLE and any(key == ANSWERED for key, _ in metadata or ()):
-        return errors.ServerNotReady(f"the Nexum server on {address} can't do it now: {details}")
+        return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")
     if kind is errors.NotANexumServer:
-        return errors.NotANexumServer(f"what answers on {address} is not a Nexum server of this contract ({details})")
+        return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")
     return kind(details)

@@ -199,7 +199,7 @@ def test_server_killed_between_effect_and_record(scene: Scene) -> None:
     with frozen(scene.server.process):
         scene.gate.touch()
         kill(scene.server.process)
-    scene.worker.wait_for("the Nexum server is gone")
+    scene.worker.wait_for("lost the Nexum server")
     scene.restart_server()
     scene.assert_done(caller, ["COMPLETED"], 1)
 

@@ -359,7 +359,7 @@ async def test_a_second_process_is_refused_and_told_which_one_runs_the_session(s
     with OpenAIServer(reply) as model:
         running = asyncio.ensure_future(run(server, lambda: agent(model, [wait])))
         await asyncio.wait_for(begun.wait(), TIMEOUT)
-        with pytest.raises(SessionBusy, match=f"session s is being run: .*-{os.getpid()}-.*is at work on it"):
+        with pytest.raises(SessionBusy, match=f"session s is being run: .* is in use by .*-{os.getpid()}-"):
             await run(server, lambda: agent(model, [wait]))
         go_on.set()
         await running

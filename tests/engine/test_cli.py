@@ -76,7 +76,7 @@ def test_the_server_ends_with_a_worker_and_a_caller_connected(tmp_path: Path) ->
         wait_until(lambda: bool(effects(tmp_path / "log")), "the tool runs")
         server.process.interrupt()
         assert server.process.wait(10) == 0
-        worker.wait_for("the Nexum server is gone")
+        worker.wait_for("lost the Nexum server")
         assert "Traceback" not in server.process.output + worker.output
 
 
@@ -85,7 +85,7 @@ def test_a_second_server_on_the_port_is_refused_in_one_line(tmp_path: Path, serv
     assert code == 1
     assert output == (
         f"error: can't listen on {server.address}: the port is in use (by another Nexum server?) or not allowed; "
-        "give another with --listen"
+        "give another port with --listen"
     )
 
 
@@ -217,9 +217,9 @@ def test_a_database_that_was_named_is_looked_at_and_no_server_asked(
 def test_a_database_that_a_server_has_open_is_left_to_it(tmp_path: Path, server: Server) -> None:
     code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
     url = database(tmp_path)[1]
-    assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that one, with --nexum HOST:PORT")
+    assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that server with --nexum HOST:PORT")
     code, output = nexum(tmp_path, "ps", *database(tmp_path), "--nexum", server.address)
-    assert (code, output.endswith("give the one to look at")) == (1, True)
+    assert (code, output.endswith("give only one of them")) == (1, True)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel"])

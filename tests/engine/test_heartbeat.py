@@ -76,7 +76,7 @@ async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server
         assert server.calls[leases.renew] > 2
         # Twice the same is told once.
         assert [type(error) for error in beats.lost] == [ServerFault]
-        assert "its log has it under" in str(beats.lost[0])
+        assert "see its log under" in str(beats.lost[0])
 
 
 async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
@@ -95,7 +95,7 @@ async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
         stop.set()
         await asyncio.wait_for(worker, SOON)
         server.watch(executions.list_executions, is_full, is_full)
-        with pytest.raises(ServerNotReady, match="can't do it now: the database could not confirm"):
+        with pytest.raises(ServerNotReady, match="can't do this now: the database could not confirm"):
             await client.list_executions()
         assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
         assert server.calls[executions.list_executions] == 3
@@ -120,7 +120,7 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
         await beats.connected()
         assert server.calls[leases.renew] >= 2
         assert [str(error) for error in beats.lost] == [
-            f"the server on {server.address} did not answer a sign of life within 0.2 s"
+            f"the server on {server.address} did not answer a beat within 0.2 s"
         ]
 
 
@@ -237,7 +237,7 @@ async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_
         assert started.ended.outputs() == {"a": '"done"'}
         stop.set()
         await asyncio.wait_for(worker, SOON)
-    assert "did not answer a sign of life" in caplog.text
+    assert "did not answer a beat" in caplog.text
 
 
 async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(

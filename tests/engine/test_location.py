@@ -108,7 +108,7 @@ async def test_server_on_a_taken_port_listens_on_a_free_one_only_if_told_so(tmp_
 async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     async with NexumClient(str(database)) as client:
-        with pytest.raises(ServerUnavailable, match=r"no Nexum server has .*nexum.db open"):
+        with pytest.raises(ServerUnavailable, match=r"no running Nexum server has .*nexum.db open"):
             await client.ping()
         with nexum_server(tmp_path) as first:
             await client.ping()
@@ -124,7 +124,7 @@ async def test_server_refuses_calls_that_are_meant_for_another_database(tmp_path
     async with serving(tmp_path / "nexum.db") as address:
         write_address(other, address)
         async with NexumClient(str(other)) as client:
-            with pytest.raises(ServerUnavailable, match=r"it serves .*nexum.db, not .*other.db"):
+            with pytest.raises(ServerUnavailable, match=r"the server has .*nexum.db open, not .*other.db"):
                 await client.ping()
             call = client.worker_stream()
             assert (await call.code()).name == "UNAVAILABLE"
@@ -179,7 +179,7 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
     async with serving(tmp_path / "other.db", embedded=True) as other:
         default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
         async with NexumClient() as client:
-            with pytest.raises(ServerUnavailable, match="it serves the runs of another folder"):
+            with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
                 await client.ping()
         async with NexumClient(other) as client:
             await client.ping()  # named by a person
@@ -201,5 +201,5 @@ async def test_default_port_that_changes_hands_is_left(tmp_path: Path, default_p
         client = NexumClient()
         await client.ping()
     async with client, serving(tmp_path / "other.db", address, embedded=True):
-        with pytest.raises(ServerUnavailable, match="it serves the runs of another folder"):
+        with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
             await client.ping()

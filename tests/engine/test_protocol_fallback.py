@@ -168,7 +168,7 @@ async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_r
         assert task is not None
         await worker.fail_task(task.task_id, "no", final=True)
         failed = (await client.get_execution(started.execution_id, wait=1)).execution
-        assert (failed.status, failed.error) == (ExecutionStatus.FAILED, "the server did not say why")
+        assert (failed.status, failed.error) == (ExecutionStatus.FAILED, "the server gave no reason")
         cancelled = (await client.start_execution(CHAIN, {})).execution_id
         await client.cancel_execution(cancelled)
         assert (await client.get_execution(cancelled, wait=1)).execution.status is ExecutionStatus.CANCELLED

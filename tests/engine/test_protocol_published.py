@@ -142,7 +142,7 @@ def test_there_is_never_anything_to_approve(stub: NexumServiceStub) -> None:
     ):
         code, words = refused(lambda call=call, request=request: call(request, timeout=DEADLINE))  # type: ignore[misc]
         assert code is Code.NOT_FOUND
-        assert "waits for no approval" in words
+        assert "does not wait for an approval" in words
 
 
 def test_a_task_is_polled_by_its_version_alone_also_by_a_server_that_was_killed_meanwhile(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_fault_inside_is_told_by_a_number_that_the_log_has_and_by_nothing_else
         request = pb.ListVersionsRequest(workflow_id="w")
         code, words = refused(lambda: stub.ListWorkflowVersions(request, timeout=DEADLINE))
         assert code is Code.INTERNAL
-        found = re.fullmatch(r"the server had a fault; its log has it under ([0-9a-f]{8})", words)
+        found = re.fullmatch(r"the server had an internal error; see its log under ([0-9a-f]{8})", words)
         assert found, words
         assert register(stub, {"a": []}) == "NEW"
         server.terminate()
@@ -323,7 +323,7 @@ def test_a_result_may_have_16_megabytes_and_not_a_byte_more(server: Server, stub
         assert len(record(large, execution_id).nodes[0].output_json) == 16 * MEGABYTE
     code, words = refused(lambda: status(stub, execution_id))
     assert code is Code.RESOURCE_EXHAUSTED
-    assert words.endswith("ask with GetExecution")
+    assert words.endswith("use GetExecution")
 
 
 def test_get_status_carries_what_a_default_client_can_receive(stub: NexumServiceStub) -> None:
@@ -342,7 +342,7 @@ def test_get_status_counts_the_names_of_the_nodes_too(stub: NexumServiceStub) ->
         complete(stub, poll(stub), text_of(size))
     code, words = refused(lambda: status(stub, execution_id))
     assert code is Code.RESOURCE_EXHAUSTED
-    assert words.endswith("ask with GetExecution")
+    assert words.endswith("use GetExecution")
 
 
 def test_a_task_that_a_default_client_can_not_receive_is_kept_for_one_that_can(

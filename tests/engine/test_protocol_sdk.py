@@ -131,7 +131,7 @@ def test_the_published_client_and_worker_run_a_one_node_and_a_four_node_workflow
 @pytest.mark.timeout(700)
 def test_the_published_client_is_told_what_it_did_wrong(sdk_python: Path, server: Server, tmp_path: Path) -> None:
     assert run(sdk_python, REFUSED, server, tmp_path) == [
-        ["NOT_FOUND", "workflow 'nowhere' is not registered in version 'v': call RegisterWorkflow first"],
+        ["NOT_FOUND", "version 'v' of workflow 'nowhere' is not registered: call RegisterWorkflow first"],
         ["NOT_FOUND", "no execution 'exec-x' in this server's database"],
-        ["NOT_FOUND", "no task 'task-x' was handed out by this server"],
+        ["NOT_FOUND", "this server handed out no task 'task-x'"],
     ]

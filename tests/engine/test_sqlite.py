@@ -355,7 +355,7 @@ async def test_what_was_submitted_before_the_end_is_stored_and_what_comes_after_
     closing = asyncio.ensure_future(store.close())
     assert len({one.execution_id for one in await started}) == 600
     await closing
-    with pytest.raises(StoreUnavailable, match="ask again"):
+    with pytest.raises(StoreUnavailable, match="retry"):
         await store.run(executions.start_execution, "w", "v1", "1", "")
 
 

@@ -446,8 +446,8 @@ async def test_a_task_that_kills_its_workers_ends_after_ten_lost_attempts_with_t
     execution = await store.run(executions.get_execution, started.execution_id, True)
     assert execution.status is ExecutionStatus.FAILED
     assert execution.error == (
-        "a: 10 attempts were lost, the last because worker w1 disconnected and did not come back; "
-        "the task may be what kills its workers"
+        "a: 10 attempts were lost, the last because worker w1 disconnected and did not reconnect; "
+        "the task itself may kill its workers"
     )
     assert {one.outcome for one in execution.nodes[0].attempts} == {Outcome.LOST}
     assert await take(store) is None
@@ -470,7 +470,7 @@ async def test_of_two_attempts_that_run_out_together_the_one_whose_loss_ends_the
     assert (ready, [one.status for one in ended]) == (0, [ExecutionStatus.FAILED])
     last = [(await attempts(store, started.execution_id, node))[-1] for node in ("a", "b")]
     assert {one.worker_id: (one.outcome, one.error) for one in last} == {
-        "crashing": (Outcome.LOST, "worker crashing disconnected and did not come back"),
+        "crashing": (Outcome.LOST, "worker crashing disconnected and did not reconnect"),
         "steady": (Outcome.CANCELLED, ""),
     }
 
@@ -491,7 +491,7 @@ async def test_a_lease_holds_to_its_last_millisecond_and_not_longer(store: Store
     second = await taken(store, "w2")
     assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
     lost = (await attempts(store, started.execution_id))[0]
-    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 gave no sign of life for longer than its lease")
+    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no beat for longer than its lease")
 
 
 async def test_a_beat_renews_the_lease_of_what_the_worker_names_and_of_nothing_else(
@@ -708,7 +708,7 @@ async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts
         assert (len(changed.ready), changed.ended) == (1, ())
     lost = await attempts(store, started.execution_id)
     assert {(one.outcome, one.error) for one in lost} == {
-        (Outcome.LOST, "worker w1 does not have the task: two of its signs of life in a row did not name it")
+        (Outcome.LOST, "the task did not reach worker w1: two beats in a row did not name it")
     }
     last = await taken(store)
     assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
@@ -805,7 +805,7 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
     assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 2)] == ids[:1:-1]
     assert [one.execution_id for one in await store.run(executions.list_executions, "other", "", 20)] == ids[3:]
     assert [one.execution_id for one in await store.run(executions.list_executions, "", "CANCELLED", 20)] == [ids[1]]
-    with pytest.raises(InvalidRequest, match="'DONE' is none of RUNNING"):
+    with pytest.raises(InvalidRequest, match="unknown status 'DONE': use one of RUNNING"):
         await store.run(executions.list_executions, "", "DONE", 20)
 
 

@@ -185,7 +185,7 @@ async def test_a_final_error_is_not_retried_and_its_reason_is_kept(address: str,
         (ONE, object(), "can't be written as JSON"),
         (ONE, "\ud800", "can't be written as JSON"),
         (TYPED, Number(value=float("nan")), "can't be written as JSON"),
-        (TYPED, {"value": "many"}, "returned no Number"),
+        (TYPED, {"value": "many"}, "does not match Number"),
         (ONE, "x" * (16 * 1024 * 1024), "the limit is 16,777,216 bytes"),
         (ONE, json.loads("[" * 500 + "]" * 500), "recursion limit"),
     ],
@@ -248,7 +248,7 @@ async def _one(task: TaskContext) -> int:
 
 async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sent(client: NexumClient) -> None:
     built = workflow("numbers", input=Number).effect("a").build()
-    with pytest.raises(InvalidRequest, match="the input is no Number"):
+    with pytest.raises(InvalidRequest, match="the input does not match Number"):
         await client.start_execution(built, {"value": "many"})
 
 
@@ -324,14 +324,14 @@ async def test_a_worker_that_is_stopped_does_not_wait_for_a_server_that_is_gone(
                 execution_id = await begin(client, ONE)
             await asyncio.wait_for(begun.wait(), SOON)
             server.process.kill()
-            await until(lambda: "the Nexum server is gone" in caplog.text)
+            await until(lambda: "lost the Nexum server" in caplog.text)
             go_on.set()
             began = asyncio.get_running_loop().time()
             await worker.stop()
             assert asyncio.get_running_loop().time() - began < STOP_PATIENCE + 2
     (line,) = [one.getMessage() for one in caplog.records if "not reported" in one.getMessage()]
     assert line.startswith(f"finished a, execution {execution_id}, attempt 1, ")
-    assert "not reported, it will be run again: no answer from" in line
+    assert "not reported, so the task will be run again: the worker is stopping, and" in line
 
 
 async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancelled(
@@ -464,13 +464,13 @@ async def test_a_result_that_was_made_while_the_server_was_away_is_recorded_when
             async with NexumClient(address) as client:
                 execution_id = await begin(client, ONE)
                 await asyncio.wait_for(begun.wait(), SOON)
-        await until(lambda: "the Nexum server is gone" in caplog.text)
+        await until(lambda: "lost the Nexum server" in caplog.text)
         go_on.set()
         with nexum_server(tmp_path, port=port):
             async with NexumClient(address) as client:
                 await client.register_workflow(ONE, patience=SOON)
                 execution = await ended(client, execution_id)
-            await until(lambda: "connected again to" in caplog.text)
+            await until(lambda: "reconnected to" in caplog.text)
     assert execution.outputs() == {"a": '"made in between"'}
     assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.COMPLETED]
 
@@ -533,7 +533,7 @@ async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
         async with working(faulty.address, {ONE: {"a": _one}}, concurrency=1):
             execution = await ended(client, await begin(client, ONE))
     assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.LOST, Outcome.COMPLETED]
-    assert "not reported, it will be run again" in caplog.text
+    assert "not reported, so the task will be run again" in caplog.text
 
 
 async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_worker(
@@ -545,7 +545,7 @@ async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_wo
         async def complete_task(self, task_id: str, output_json: str, **options: Any) -> Task | None:
             if not Faulty.faults:
                 Faulty.faults += 1
-                raise ServerFault("the server had a fault; its log has it under 1234abcd")
+                raise ServerFault("the server had an internal error; see its log under 1234abcd")
             return await super().complete_task(task_id, output_json, **options)
 
     caplog.set_level(logging.INFO)
@@ -555,7 +555,7 @@ async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_wo
         await until(lambda: Faulty.faults > 0)
         assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
         await running.stop()
-    assert "not reported, it will be run again" in caplog.text
+    assert "not reported, so the task will be run again" in caplog.text
 
 
 async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_worker(
@@ -615,7 +615,7 @@ async def test_a_version_that_means_something_else_to_the_server_ends_the_worker
 
 def test_bindings_without_a_handler_for_each_node_are_refused() -> None:
     client: Any = None
-    with pytest.raises(InvalidRequest, match=r"has the nodes \['a', 'b'\], its handlers are for \['a'\]"):
+    with pytest.raises(InvalidRequest, match=r"has the nodes \['a', 'b'\], but handlers for \['a'\]"):
         Worker(client, [Binding(CHAIN, {"a": _number})])
-    with pytest.raises(InvalidRequest, match="at least 1 slot"):
+    with pytest.raises(InvalidRequest, match="give 1 or more"):
         Worker(client, [Binding(ONE, {"a": _number})], concurrency=0)

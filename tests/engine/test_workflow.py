@@ -81,7 +81,7 @@ def test_names_that_can_not_name_anything_are_refused(name: str) -> None:
 
 
 def test_two_nodes_of_one_name_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match=r"two nodes of one name: \['a', 'a'\]"):
+    with pytest.raises(InvalidRequest, match=r"two nodes with the same name: \['a', 'a'\]"):
         workflow("w").effect("a").effect("a").build()
 
 

@@ -253,7 +253,7 @@ def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_p
         demo.wait_for(moment)
         os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
         assert demo.wait() == 0, demo.output
-    assert "the server is gone (exit -9)" in demo.output
+    assert "the server ended (exit -9)" in demo.output
     assert_true_account(demo.output, pipelines(tmp_path)[0])
 
 

@@ -158,7 +158,7 @@ def test_a_run_waits_for_the_database_of_a_dying_server_and_says_so(tmp_path: Pa
     (tmp_path / ".nexum").mkdir()
     lock = FileLock(tmp_path / ".nexum" / "local.db.lock")
     with lock, demo(tmp_path, QUESTION) as process:
-        process.wait_for("it may wait for another one to leave the database")
+        process.wait_for("another server may still have the database open")
         lock.release()
         assert process.wait() == 0
         assert "Tool calls: 4 executed" in process.output
@@ -258,9 +258,12 @@ Other = Callable[[int], AbstractContextManager[None]]
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (web_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
-        (silent_server, "error: what listens on localhost:{port} does not answer as a Nexum server: end it, or name a"),
-        (other_grpc_server, "error: what answers on localhost:{port} is not a Nexum server of this contract"),
+        (web_server, "error: the program that listens on localhost:{port} does not answer as a Nexum server: end it"),
+        (
+            silent_server,
+            "error: the program that listens on localhost:{port} does not answer as a Nexum server: end it",
+        ),
+        (other_grpc_server, "error: the server on localhost:{port} does not speak this Nexum contract"),
     ],
 )
 def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, other: Other, told: str) -> None:

@@ -111,7 +111,7 @@ def test_a_demo_whose_server_is_killed_starts_another_and_finishes(tmp_path: Pat
         process.wait_for("Submitted")
         process.wait_for("Submitted")
         os.kill(pids["server"], signal.SIGKILL)
-        process.wait_for("the server is gone (exit -9)")
+        process.wait_for("the server ended (exit -9)")
         os.kill(pids["worker"], signal.SIGCONT)
         assert process.wait() == 0
     assert "Tokyo" in answer(process.output)
@@ -123,7 +123,7 @@ def test_a_demo_whose_worker_is_killed_starts_another_and_finishes(tmp_path: Pat
         pids = freeze_worker(process)
         process.wait_for("waiting:")
         os.kill(pids["worker"], signal.SIGKILL)
-        process.wait_for("[Nexum] worker.py is gone (exit -9): started another")
+        process.wait_for("[Nexum] worker.py ended (exit -9): restarted it")
         assert process.wait() == 0
     assert "Tokyo" in answer(process.output)
     assert len(recorded(tmp_path)) == 4
@@ -135,13 +135,13 @@ def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
         process.wait_for("waiting:")
         for _ in range(5):
             os.kill(worker, signal.SIGKILL)
-            process.wait_for("worker.py is gone (exit -9): started another")
+            process.wait_for("worker.py ended (exit -9): restarted it")
             wait_until(lambda: "worker" in children(process.popen.pid), "another worker is started")
             worker = children(process.popen.pid)["worker"]
             os.kill(worker, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
         assert process.wait() == 2
-    assert process.lines[-1] == "error: worker.py is gone, again: giving up after 5 restarts within a minute"
+    assert process.lines[-1] == "error: worker.py ended again: giving up after 5 restarts within a minute"
     assert "Traceback" not in process.output
 
 
@@ -186,7 +186,7 @@ def test_second_demo_in_the_folder_uses_the_first_ones_server_and_continues_with
             assert "started one for this run" not in second.output
             first.kill()
             os.kill(pids["worker"], signal.SIGCONT)
-            second.wait_for("the server is gone: started one for this run")
+            second.wait_for("the server does not answer: started one for this run")
             assert second.wait() == 0
         assert first.wait() == -signal.SIGKILL
     assert "asyncio" in answer(second.output)

@@ -407,7 +407,7 @@ def test_a_call_that_waits_completes_when_the_server_is_killed_and_started_again
             wait_until(lambda: bool(effects(log)), "the tool runs")
             server.process.kill()
             assert server.process.popen.returncode == -9
-            worker.wait_for("the Nexum server is gone")
+            worker.wait_for("lost the Nexum server")
             process.wait_for(f"no Nexum server answers on {server.address}: trying for")
             with nexum_server(tmp_path, port=server.port):
                 gate.touch()

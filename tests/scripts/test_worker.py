@@ -75,7 +75,7 @@ def test_worker_finds_the_server_of_its_folder_and_follows_it_to_another_port(tm
             first.process.kill()
         with nexum_server(tmp_path) as second:
             assert second.address != first.address
-            worker.wait_for(f"connected again to {tmp_path / 'nexum.db'} as worker")
+            worker.wait_for(f"reconnected to {tmp_path / 'nexum.db'} as worker")
 
 
 def test_ctrl_c_ends_it_while_it_waits_for_a_server(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: 
     ):
         wait_until(lambda: bool(effects(log)), "the tool runs")
         worker.interrupt()
-        worker.wait_for("stopping: finishing 1 task(s) first (Ctrl+C again to leave them)")
+        worker.wait_for("stopping: finishing 1 task(s) first (Ctrl+C again to abandon them)")
         with submitter(tmp_path, server.address, "count_effect", {"log": str(log), "number": 1}) as second:
             second.wait_for("Submitted")
             gate.touch()

@@ -39,13 +39,13 @@ CREATE TABLE nodes (
     version_hash TEXT NOT NULL,         -- the execution's, here for the index below
     status TEXT NOT NULL
         CHECK (status IN ('PENDING', 'READY', 'RUNNING', 'COMPLETED', 'FAILED', 'CANCELLED')),
-    ready_ms INTEGER,                   -- from when a READY node may be handed out; NULL: to no poll, as its owner's
+    ready_ms INTEGER,                   -- when a READY node becomes due; NULL if owned: no poll gets it
     task_bytes INTEGER,                 -- of the task's input_json
     attempts INTEGER NOT NULL DEFAULT 0,
     failed_attempts INTEGER NOT NULL DEFAULT 0,
     lost_attempts INTEGER NOT NULL DEFAULT 0,
     output_json TEXT,
-    owned INTEGER NOT NULL DEFAULT 0,   -- 1 if whoever starts its execution does the work, and no poller
+    owned INTEGER NOT NULL DEFAULT 0,   -- 1 if the process that starts the execution does the work
     error TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (execution_id, node_id),
     CHECK ((status = 'COMPLETED') = (output_json IS NOT NULL))
