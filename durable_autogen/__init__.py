@@ -1,19 +1,18 @@
-"""AutoGen on durable execution: what a program asks AutoGen for is recorded before the program sees the answer.
+"""Durable AutoGen programs: each model reply, tool result and input is recorded before the program sees it.
 
-A program that was killed and is started again continues as the same run: recorded replies, tool results and inputs are
-replayed; nothing that is recorded is paid for or executed again. A Nexum server has to be running
-(`python -m nexum_engine`):
+After a crash, run the program again: it continues where it stopped. Recorded results are replayed, and nothing that is
+recorded is paid for or executed again. Start a Nexum server first (`python -m nexum_engine`):
 
     from durable_autogen import DurableSession
     async with DurableSession("order-4711"):
-        result = await team.run(task="...")      # or whatever else the program does with AutoGen
+        result = await team.run(task="...")      # or any other AutoGen call
 
-`run_durable` and `run_durable_stream` are the same with a task and a result, and
-`python -m durable_autogen run their_script.py` makes a script durable that knows nothing of this package. Tools run in
-the program's process. The loggers `durable_autogen` and `nexum_engine` say what a person should read.
+`run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
+an unchanged script durable. Tools run in the program's process. Messages for a person are logged by the loggers
+`durable_autogen` and `nexum_engine`.
 
-The folder `record` records and replays, and imports nothing of AutoGen; the folder `autogen` says which of AutoGen's
-methods record, and how.
+The folder `record` records and replays, and imports nothing of AutoGen. The folder `autogen` defines which of AutoGen's
+methods are recorded, and how.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: durable runs of scripts, and what sessions have recorded."""
+"""The command line of durable_autogen: run a script durably; list, show and fork sessions."""
 
 from __future__ import annotations
 
@@ -35,28 +35,32 @@ def build_parser() -> argparse.ArgumentParser:
         "run",
         parents=[server],
         help="run a script so that it survives crashes",
-        description="Run SCRIPT as `python SCRIPT` would, with everything that it asks AutoGen for on record. After a "
-        "crash, run the same command again: the script continues where it stopped. Each further asyncio.run of the "
-        "script has a session of its own (ID-2, ID-3, ...).",
+        description="Run SCRIPT as `python SCRIPT` would, and record its AutoGen calls. After a crash, run the same "
+        "command again: the script continues where it stopped. Each further asyncio.run of the script gets its own "
+        "session (ID-2, ID-3, ...).",
     )
-    run.add_argument("--session", metavar="ID", help="the session (default: from the script's path and arguments)")
+    run.add_argument(
+        "--session", metavar="ID", help="the session's id (default: made from the script's path and arguments)"
+    )
     run.add_argument(
         "--on-drift",
         choices=("stop", "continue"),
         default="stop",
-        help="if the session has recorded another program: stop, or continue live from there",
+        help="what to do if the session has recorded another program: stop, or continue live from there (default: "
+        "%(default)s)",
     )
     run.add_argument(
         "--on-unrecorded",
         choices=("tell", "stop"),
         default="tell",
-        help="if the script connects to something or starts a process outside a recorded call: tell, or stop",
+        help="what to do if the script connects to something or starts a process outside a recorded call: report it "
+        "(tell), or stop (default: %(default)s)",
     )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # argparse of Python 3.10 to 3.12 asks for them if SCRIPT is missing
+    arguments.required = False  # Python 3.10 to 3.12 would also report them if SCRIPT is missing
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
@@ -66,22 +70,22 @@ def build_parser() -> argparse.ArgumentParser:
         description="Show the events of SESSION in their order. The number before an event is the N of `fork`.",
     )
     show.add_argument("session", metavar="SESSION")
-    show.add_argument("--json", action="store_true", help="print every event whole, as JSON")
+    show.add_argument("--json", action="store_true", help="print the whole events as JSON")
     fork = commands.add_parser(
         "fork",
         parents=[server],
         help="begin a session with the first events of another",
         description="Begin the session NEW with the first N events of SESSION. Run your program in NEW: it replays "
-        "these, and continues live.",
+        "these events and continues live.",
     )
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
-    fork.add_argument("--message", metavar="TEXT", default="", help="what the user says after these events")
+    fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
     return parser
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Do what `ls`, `show` or `fork` ask for; return what to print."""
+    """Run the command `ls`, `show` or `fork`; return its output."""
     from durable_autogen import report
     from durable_autogen.sessions import fork_session, fork_source, list_sessions, show_session
     from nexum_engine.client import NexumClient
@@ -100,21 +104,21 @@ async def look(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: the script's own, or 2 if it can't be run as requested."""
+    """Run the command line; return the script's exit code, or 2 after an error of this command."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
-            _print_what_is_logged()
+            _print_logs()
             return run_script(args)
         try:
             _print(asyncio.run(look(args)))
-        except KeyboardInterrupt:  # of a script that is run, Python tells it
+        except KeyboardInterrupt:  # while a script runs, Python itself handles it
             return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
     except BrokenPipeError:
-        with suppress(OSError):  # nobody reads: what is left in the buffer goes nowhere, without a complaint at exit
+        with suppress(OSError):  # otherwise Python reports the closed pipe when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -126,19 +130,19 @@ def _print(text: str) -> None:
 
 
 class _Lines(logging.Handler):
-    """Prints what is logged for a person."""
+    """A handler that prints log records on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # nobody reads them: the script goes on
+        with suppress(OSError):  # a closed standard error must not end the script
             complain(f"[Nexum] {record.getMessage()}")
 
 
-def _print_what_is_logged() -> None:
+def _print_logs() -> None:
     for name in ("durable_autogen", "nexum_engine"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.addHandler(_Lines())
-        logger.propagate = False  # the script's own logging shows what the script logs
+        logger.propagate = False  # otherwise the script's own handlers would print these lines again
 
 
 if __name__ == "__main__":

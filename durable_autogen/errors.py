@@ -1,8 +1,8 @@
-"""What a durable run raises.
+"""The errors of a durable run.
 
 NexumError
-|-- DriftError          the program asks for something else than what is recorded
-|-- SessionBusy         another process runs the session
+|-- DriftError          the program differs from the recorded one
+|-- SessionBusy         another process is running the session
 |-- NotDurable          a call can't be recorded where it is made
 `-- RunCancelled        the run was cancelled; what is recorded stays
 """
@@ -13,11 +13,11 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError
 
 
 class DriftError(NexumError):
-    """The program asks for something else than what the session has recorded."""
+    """The program differs from the one that the session has recorded; the message says how."""
 
 
 class SessionBusy(Conflict):
-    """Another process runs the session; the message names it."""
+    """Another process is running the session; the message names it."""
 
 
 class NotDurable(InvalidRequest):

@@ -1,4 +1,4 @@
-"""Sessions and their events for a person (one line each) and for a program (JSON)."""
+"""Reports of sessions and their events, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returne
 from durable_autogen.sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters of what an event holds
+EXCERPT = 100  # characters of an event's content
 NAME_WIDTH = 32  # characters
 
 
 def table(sessions: Sequence[SessionInfo], now: float) -> str:
-    """Describe each session in three lines, the latest first. `now` is in seconds since 1970."""
+    """Return three lines for each session, the latest first. `now` is in seconds since 1970."""
     if not sessions:
         return "no session is on record here"
     return "\n".join(line for one in sessions for line in _summary(one, now))
@@ -30,7 +30,7 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 
 
 def details(shown: ShownSession, now: float) -> str:
-    """Describe a session and each of its events. The number before an event is the N of a fork `SESSION@N`."""
+    """Return a line for each event of a session. The number before an event is the N of a fork `SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
     number = 0
     for event in shown.events:
@@ -84,7 +84,7 @@ def _words(event: Event) -> str:
 
 
 def _value(value: Any) -> str:
-    """Say what a call returned: a reply's text or the calls that it asks for, a tool's text, else JSON."""
+    """Return a reply's text or tool calls, or a tool's text, or any other value as JSON."""
     match value:
         case {"content": content, "usage": _}:
             return _content(content)

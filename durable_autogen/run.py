@@ -1,4 +1,4 @@
-"""A whole run of one agent or team, which can be resumed: `run_durable`."""
+"""`run_durable`: run one agent or team in a session, and resume that run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from nexum_engine.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
 
-END_PATIENCE = 5.0  # seconds that a stopped team gets to end
+END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
 
 Runnable = ChatAgent | Team
 
 _at_work: WeakKeyDictionary[Any, DurableSession] = WeakKeyDictionary()
-"""The agents and teams that are being run, and in which session."""
+"""The session of each agent or team that is being run."""
 
 
 async def run_durable(
@@ -47,12 +47,12 @@ async def run_durable(
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
-    `team` is a function that builds the agent or team, or one that has never run. What the session has recorded is
-    replayed, the rest runs live and is recorded. `task` can be left out if the session has one; a session holds one
-    task. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`, and the other arguments those of
+    `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed; later
+    calls run live and are recorded. A session holds one task; leave `task` out to resume with the recorded one.
+    `cancellation_token` and `output_task_messages` are those of AutoGen's `run`; the other arguments are those of
     DurableSession.
 
-    Raises RunCancelled, what a DurableSession raises, and what the team's run raises.
+    Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
     """
     result: TaskResult | None = None
     async for item in run_durable_stream(
@@ -82,7 +82,7 @@ async def run_durable_stream(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
 ) -> AsyncGenerator[Item, None]:
-    """Run an agent or team as `run_durable` does; yield its messages and then its result, as AutoGen's `run_stream`."""
+    """Run an agent or team as `run_durable` does; yield its messages and then its result."""
     session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded)
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():
@@ -90,8 +90,11 @@ async def run_durable_stream(
 
 
 class _Run:
-    """The run in a task of its own: its session never leaks into the consumer's context, and AutoGen, which may wait
-    for ever for an agent that was stopped, holds nobody up."""
+    """A durable run in its own task.
+
+    So the session doesn't leak into the consumer's context, and the consumer isn't blocked if AutoGen waits for ever
+    for a stopped agent.
+    """
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class _Run:
         self._items: asyncio.Queue[Item | None] = asyncio.Queue()
 
     async def items(self) -> AsyncGenerator[Item, None]:
-        """Yield what the team says, and then its result."""
+        """Yield the team's messages, and then its result."""
         running = asyncio.create_task(self._whole(), name="durable run")
         running.add_done_callback(lambda _: self._items.put_nowait(None))
         try:
@@ -122,7 +125,7 @@ class _Run:
                 running.cancel()
                 await asyncio.wait({running})
             if not running.cancelled():
-                running.exception()  # looked at: it is raised above, or the consumer has left
+                running.exception()  # mark it as retrieved: it is raised above, or the consumer has left
 
     async def _whole(self) -> None:
         session, result = self._session, TaskResult(messages=[])
@@ -141,7 +144,7 @@ class _Run:
                 added = work_of(session).added
                 for message in added.messages:
                     if message.seq not in added.delivered:
-                        # It was added after the end of the run: it is the next thing that the user says.
+                        # The run ended before any call got this message: run the team with it as the task.
                         added.as_task.add(message.seq)
                         more = await self._run(runnable, text_of(message))
                         result = TaskResult(messages=[*result.messages, *more.messages], stop_reason=more.stop_reason)
@@ -150,7 +153,7 @@ class _Run:
             session.stop_reason = result.stop_reason or ""
             if not (recorder.live or recorder.replayed):
                 _log.warning(
-                    "session %s: nothing was recorded: the run asked no model, tool or person through AutoGen",
+                    "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
                     session.session_id,
                 )
         self._items.put_nowait(result)
@@ -176,11 +179,11 @@ class _Run:
                 await asyncio.wait({running}, timeout=END_PATIENCE)
                 running.cancel()
             if running.done() and not running.cancelled():
-                running.exception()  # looked at: what counts is raised already
+                running.exception()  # mark it as retrieved: the error that counts is raised already
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
-        # A custom runnable may know no such argument.
+        # A custom agent or team may not have this argument.
         more: Any = {} if self._output_task_messages else {"output_task_messages": False}
         async for item in runnable.run_stream(task=task, **more):
             if isinstance(item, TaskResult):
@@ -194,7 +197,7 @@ class _Run:
         if self._token is None:
             return
         loop = asyncio.get_running_loop()
-        # Not handed to the team: AutoGen would wait for ever for a tool call that it cancels.
+        # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
 
         def cancelled() -> None:
             if not loop.is_closed():
@@ -205,19 +208,21 @@ class _Run:
     def _cancelled(self) -> None:
         session = self._session
         session.recorder.stop(
-            RunCancelled(f"the run of session {session.session_id} was cancelled; what is recorded stays")
+            RunCancelled(
+                f"the run of session {session.session_id} was cancelled; run it again to resume from what is recorded"
+            )
         )
 
 
 def _check_new(runnable: Runnable) -> None:
-    """Raise InvalidRequest for an agent or team that is at work, or that has run before."""
+    """Raise InvalidRequest for an agent or team that is running, or that has run before."""
     busy = _at_work.get(runnable)
     if busy is not None:
-        raise InvalidRequest(f"{runnable.name} is at work in session {busy.session_id}: build another one")
+        raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build another one")
     if getattr(runnable, "_initialized", False):
         raise InvalidRequest(
-            f"{runnable.name} has run before, and what it remembers of that is in no record: give run_durable a "
-            "function that builds a new one"
+            f"{runnable.name} has run before, and its memory of that run isn't recorded: give run_durable a function "
+            "that builds a new one"
         )
 
 
@@ -234,14 +239,14 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     assert isinstance(begun.content, Begun)
     if task is None:
         if not begun.content.task:
-            raise InvalidRequest(f"session {journal.session} has no task of its own: give it one")
-        return _task_again(begun.content)
-    if begun.accepted:  # in a fork, the team may be another one
+            raise InvalidRequest(f"session {journal.session} has recorded no task: give it one")
+        return _recorded_task(begun.content)
+    if begun.accepted:  # a fork may have another team
         differing = compare(hashed({"task": begun.content.task}), hashed({"task": _texts(task)}))
     else:
         differing = compare(begun.request, _description(runnable, task))
     if differing:
-        await recorder.drift(begun.seq - 1, f"the session began with something else: {'; '.join(differing)}")
+        await recorder.drift(begun.seq - 1, f"the session began differently: {'; '.join(differing)}")
         await _record_beginning(recorder, runnable, task)
     return task
 
@@ -252,19 +257,19 @@ async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) 
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:
-    """A message without the id and time that it was given by chance."""
+    """Return a message without a random id and a default time."""
     return message.model_dump(mode="json", exclude={"id", "created_at"} - message.model_fields_set)
 
 
-def _task_again(begun: Begun) -> Task:
-    """The task as it was given."""
+def _recorded_task(begun: Begun) -> Task:
+    """Return the recorded task in its original form."""
     if not begun.messages:
         return "\n".join(begun.task)
     factory = MessageFactory()
     try:
         messages = [factory.create(one) for one in begun.messages]
     except ValueError as error:
-        raise InvalidRequest(f"the session's task can't be built here: {error}. Give it as the task") from error
+        raise InvalidRequest(f"the recorded task can't be built here: {error}. Pass it as the task") from error
     return [message for message in messages if isinstance(message, BaseChatMessage)]
 
 
@@ -279,7 +284,7 @@ def _texts(task: Task) -> list[str]:
 
 
 def _recordable(task: Task) -> Task:
-    """The task as it can be recorded: half a surrogate pair is replaced, and the run gets what a resumed one gets."""
+    """Return the task with half surrogate pairs replaced, so that the first run gets what a resumed run gets."""
     texts = _texts(task)
     if representable(texts) == texts:
         return task

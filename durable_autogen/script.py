@@ -1,4 +1,4 @@
-"""A script that knows nothing of this package, run inside sessions."""
+"""Run an unchanged script inside sessions."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ MAX_STEM = 40  # characters of a script's name in a session id
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
-    """Return the session id that a script with these arguments always has."""
+    """Return the default session id: the same for the same script path and arguments."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", script.stem).strip("-_") or "script"
-    told = "\0".join([str(script.resolve()), *arguments])
-    return f"{stem[:MAX_STEM]}-{hashlib.sha256(told.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
+    named = "\0".join([str(script.resolve()), *arguments])
+    return f"{stem[:MAX_STEM]}-{hashlib.sha256(named.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
 def complain(text: str) -> None:
-    """Print a line on standard error, apart from what the script prints."""
+    """Print a line on standard error; the script's output stays separate on standard output."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
 
 
 class _Sessions:
-    """Runs each main coroutine of a script in a session of its own."""
+    """A wrapper that runs each main coroutine of a script in its own session."""
 
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
@@ -76,14 +76,17 @@ class _Sessions:
                 async with session:
                     found = await main
                 if not (session.recorder.live or session.recorder.replayed):
-                    _log.warning("session %s: nothing was recorded: the script asked AutoGen for nothing", name)
+                    _log.warning(
+                        "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
+                        name,
+                    )
                 return found
         finally:
             main.close()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Give each main coroutine that an event loop runs its session, for the length of a `with`."""
+        """Run each main coroutine in its own session, for the length of a `with`."""
         replaced: list[tuple[Any, str, Any]] = []
 
         def replace(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -122,7 +125,7 @@ class _Sessions:
 
     def _run_until_complete(self, original: Any) -> Any:
         def run_until_complete(loop: Any, future: Any) -> Any:
-            # A Runner hands over a task. What remains is a script that drives its loop by hand, and the loop's own.
+            # A Runner passes a task. A coroutine comes from a script with its own loop, or from the loop.
             is_main = (
                 inspect.iscoroutine(future)
                 and not self._is_inside
@@ -137,11 +140,11 @@ def run_script(args: argparse.Namespace) -> int:
     """Run the script; return its exit code."""
     script: Path = args.script
     if not script.is_file():
-        complain(f"error: there is no script {script}")
+        complain(f"error: there is no script {script}: check the path")
         return 2
     if args.session is None:
         session = default_session(script, args.arguments)
-        _log.info("session %s (from the script's path and arguments; --session names another)", session)
+        _log.info("session %s (from the script's path and arguments; choose another one with --session)", session)
     else:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
@@ -153,19 +156,19 @@ def run_script(args: argparse.Namespace) -> int:
         except NexumError as error:
             complain(f"error: {error}")
             return 2
-        except Exception as error:  # noqa: BLE001 - the script's own: shown as Python shows it
+        except Exception as error:  # noqa: BLE001 - any error of the script
             _print_traceback(error, script)
             return 1
     if not sessions.count:
         _log.warning(
-            "nothing was recorded: the script ran no main coroutine by asyncio.run, a Runner, or an event loop of "
-            "asyncio's own"
+            "nothing was recorded: the script ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio "
+            "event loop's run_until_complete"
         )
     return 0
 
 
 def _run_as_main(script: Path) -> None:
-    """Run a script as Python does. (runpy would name it by the same path in sys.argv and in __file__.)"""
+    """Run a script as Python does. (runpy would set sys.argv[0] and __file__ to the same path.)"""
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
     before = sys.modules["__main__"]
@@ -178,8 +181,10 @@ def _run_as_main(script: Path) -> None:
 
 def _print_traceback(error: Exception, script: Path) -> None:
     """Print the error as `python SCRIPT` would: without the frames of this command."""
-    told = traceback.TracebackException.from_exception(error)
-    paths = [frame.filename for frame in told.stack]
+    shown = traceback.TracebackException.from_exception(error)
+    paths = [frame.filename for frame in shown.stack]
     begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
-    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack[begin:] if frame.filename != __file__])
-    complain("".join(told.format()).rstrip())
+    shown.stack = traceback.StackSummary.from_list(
+        [frame for frame in shown.stack[begin:] if frame.filename != __file__]
+    )
+    complain("".join(shown.format()).rstrip())

@@ -1,4 +1,4 @@
-"""One session of an AutoGen program: `DurableSession`."""
+"""`DurableSession`: a session of an AutoGen program."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from durable_autogen.record.session import OnUnrecorded, Session
 
 
 class DurableSession(Session):
-    """What AutoGen is asked for inside is recorded on a Nexum server; the next run with the same id replays it.
+    """A session: AutoGen calls inside are recorded on a Nexum server, and the next run with the same id replays them.
 
         async with DurableSession("order-4711"):
             result = await team.run(task="...")
 
-    Whatever the program does with AutoGen inside belongs to the session: it runs agents and teams, asks model clients,
-    calls tools. Nothing of it has to be told to the session. The place of an event in the record is its agent's name
-    and the number of its reply; if the program asks for something else than what is recorded there, that is an error
-    which says what differs (`on_drift="stop"`), or the session continues live from there (`on_drift="continue"`).
+    Run agents and teams, ask model clients and call tools inside: all of it is recorded, and nothing has to be
+    registered. A call is recorded under its agent's name and the number of that agent's reply. If the program differs
+    from the recorded one, it gets an error that says how (`on_drift="stop"`), or the session continues live from there
+    (`on_drift="continue"`).
 
-    A connection or a process that the program starts outside a recorded call is told (`on_unrecorded="tell"`), or ends
-    the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then to the server
-    of this folder's database, then to localhost:50051. What a person should read is logged by the logger
+    A connection or a process that the program starts outside a recorded call is reported (`on_unrecorded="tell"`), or
+    ends the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then to the
+    server of this folder's database, then to localhost:50051. Messages for a person are logged by the logger
     `durable_autogen`.
 
-    Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside, and leaving,
-    raise DriftError, NotDurable, and what the server answers. A session can be entered once.
+    Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside and leaving
+    raise DriftError, NotDurable and the server's errors. A session can be entered once.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DurableSession(Session):
         )
 
     def entry_points(self) -> AbstractContextManager[None]:
-        """Let AutoGen's methods record for the length of a `with`."""
+        """Record AutoGen's methods for the length of a `with`."""
         return entry_points(self)
 
     async def __aenter__(self) -> DurableSession:

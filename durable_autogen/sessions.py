@@ -1,4 +1,4 @@
-"""Sessions from outside: what is on record, and a new session from the first events of another."""
+"""List, show and fork recorded sessions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """One session for a person."""
+    """A summary of one session."""
 
     session: str
     question: str
@@ -83,25 +83,29 @@ async def _info(
 
 @dataclass(frozen=True)
 class ShownSession:
-    """One session with its events."""
+    """A session's summary and events."""
 
     info: SessionInfo
     events: tuple[Event, ...]
-    """In recorded order, without what was revoked."""
+    """The events in recorded order, without revoked ones."""
 
 
 async def show_session(client: NexumClient, session: str) -> ShownSession:
-    """Return a session with its events. Raises InvalidRequest if the server has none of this id."""
+    """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
     for info in await list_sessions(client):
         if info.session == session:
             return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise InvalidRequest(
+    raise _unknown(session)
+
+
+def _unknown(session: str) -> InvalidRequest:
+    return InvalidRequest(
         f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
     )
 
 
 def fork_source(text: str) -> tuple[str, int]:
-    """Read `SESSION@N`. Raises InvalidRequest."""
+    """Return the session and the number of `SESSION@N`. Raises InvalidRequest for any other text."""
     session, _, count = text.rpartition("@")
     if not session or not count.isdecimal():
         raise InvalidRequest(f"{text!r} must be SESSION@N, for example demo1@2")
@@ -119,7 +123,7 @@ def _task_of(events: Sequence[Event]) -> list[str]:
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:
-    """A finished session stays finished, whatever later runs of it have tried."""
+    """Return a session's status. A finished session stays finished, whatever later runs try."""
     if any(node.status is NodeStatus.RUNNING for node in run.nodes):
         return "running"
     if is_finished:
@@ -134,20 +138,19 @@ async def fork_session(
     session: str,
     message: str = "",
 ) -> list[Event]:
-    """Begin a session with the first `count` recorded calls of another, which are accepted as recorded.
+    """Begin a session with the first `count` recorded calls of another one; return the copied events.
 
-    `message` is what the user says there. Doing it again changes nothing.
-    Returns the copied events. Raises InvalidRequest, and DriftError if the new session has something else on record.
+    The copied events are accepted: they count, whatever the program asks for. `message` is a user message to add after
+    them. Forking again with the same arguments changes nothing.
+    Raises InvalidRequest, and DriftError if the new session has something else on record.
     """
     check_session_id(session)
     if session == source:
-        raise InvalidRequest(f"session {source!r} can't be forked onto itself: give the new one another id")
+        raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
     events = (await read_record(client, source)).events
     calls = [event for event in events if event.kind.is_call]
     if not events:
-        raise InvalidRequest(
-            f"session {source!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
-        )
+        raise _unknown(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
             f"session {source!r} has {len(calls)} recorded event(s): give 0 to {len(calls)}, not {count}"
@@ -163,18 +166,18 @@ async def fork_session(
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)
         if any(isinstance(event.content, Revoked) for event in journal.events):
-            # What the new session has done since may have dropped some of the copies.
+            # A later run of the new session may have revoked some of the copies.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
         if not is_same:
-            raise DriftError(f"session {session} has something else on record than {source}: take another id")
+            raise DriftError(f"session {session} has something else on record than {source}: use another id")
         if not continued and not added:
             for event in kept[len(copied) :]:
                 await journal.add_copy(event)
         if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
             if continued or added:
-                raise DriftError(f"session {session} has continued already, without this message: take another id")
+                raise DriftError(f"session {session} has already continued without this message: use another id")
             await journal.add_message(message)
         await journal.release()
     return kept
@@ -185,6 +188,6 @@ def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:
 
 
 def _is_within(some: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Whether these are among the events, in the same order."""
+    """Return whether `events` has all of `some`, in the same order."""
     ahead = iter(_identities(events))
     return all(one in ahead for one in _identities(some))

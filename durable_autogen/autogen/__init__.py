@@ -1,1 +1,1 @@
-"""What knows AutoGen: which of its methods record, and how its calls, replies and messages are written down."""
+"""The AutoGen part: which of its methods are recorded, and how calls, replies and messages are written."""

@@ -1,6 +1,6 @@
-"""Who is at work: the agent, the team or the core agent whose method runs, and in which session.
+"""Tracking of the agent or team at work, so that its calls are recorded under its name.
 
-The place is set around each step of an agent's stream, so a stream never leaks it to its consumer.
+The place is set around each step of an agent's stream, so it never leaks to the stream's consumer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AtWork:
             self._path = work.names.of(runnable, outer.inside(runnable.name))
         self._label = self._path
         if is_team:
-            # What the team itself asks, as to choose a speaker.
+            # The name for the team's own calls, such as one that selects the speaker.
             self._label = work.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
         else:
             work.speaks_as(self._label, runnable.name)
@@ -54,7 +54,7 @@ class AtWork:
         )
 
     async def turn(self, stream: AsyncIterator[Any], token: CancellationToken | None) -> AsyncGenerator[Any, None]:
-        """Pass on what an agent says in a turn."""
+        """Yield the items of an agent's streamed turn."""
         steps = steps_at(self.place, stream)
         try:
             async for item in steps:
@@ -62,29 +62,29 @@ class AtWork:
                 yield item
         except GeneratorExit:
             raise
-        except BaseException as error:  # noqa: BLE001 - raised again, if need be as an ordinary one
+        except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
         finally:
             await steps.aclose()
 
     async def whole_turn(self, turn: Awaitable[Any], token: CancellationToken | None) -> Any:
-        """Return what an agent says in a turn that isn't streamed."""
+        """Return the response of an agent's turn that isn't streamed."""
         try:
             with at(self.place):
                 item = await turn
-        except BaseException as error:  # noqa: BLE001 - raised again, if need be as an ordinary one
+        except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
         await self._passes_on(item)
         return item
 
     async def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
-        """Pass on the run of a team."""
+        """Yield the items of a team's run."""
         async with closing(self.run(steps_at(self.place, stream), task)) as items:
             async for item in items:
                 yield item
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
-        """Pass on a run of an agent or a team."""
+        """Yield the items of an agent's or a team's run."""
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()
@@ -94,7 +94,7 @@ class AtWork:
                 yield self._work.transcript.result(item) if is_programs_own and isinstance(item, TaskResult) else item
 
     async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
-        """Return the result of a run that isn't streamed."""
+        """Return the result of an agent's run that isn't streamed."""
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()
@@ -107,23 +107,23 @@ class AtWork:
         if isinstance(item, (Response, TaskResult)):
             self._recorder.survival.turn_is_over(self._path)
             if self._outer.ends_in_order:
-                # Members that work side by side end in the recorded order, whatever made one of them slow.
+                # Members that work in parallel end their turns in the recorded order, however slow each one is.
                 with at(self.place):
                     position = self._work.asker(self._label).next("turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
 
     def _raise(self, error: BaseException, token: CancellationToken | None) -> NoReturn:
-        """Raise the error; an ordinary one if AutoGen would wait for ever for an agent that ends with it."""
+        """Raise the error; make it ordinary if AutoGen would otherwise wait for ever for the agent."""
         if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
             raise error
         is_meant = self._recorder.failed.done() or (token is not None and token.is_cancelled()) or is_being_cancelled()
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
-            raise error  # before Python 3.11, it can't be told who cancels
+            raise error  # Python 3.10 can't tell who cancels
         raise made_ordinary(error, self._label) from error
 
 
 def _given(task: Any) -> list[BaseChatMessage]:
-    """The messages that the caller of a run has made."""
+    """Return the messages that the caller of a run passed as its task."""
     if isinstance(task, BaseChatMessage):
         return [task]
     return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, (list, tuple)) else []

@@ -1,4 +1,4 @@
-"""How AutoGen's calls are recorded, and what their callers get: live what the call gave, replayed the same again."""
+"""Recording of AutoGen's calls. A replay gives the caller the same value as the live call."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 _log = logging.getLogger(__name__)
 
-HOLD_FOR = 0.5  # seconds for which the newest piece of a stream is held back, as it may be the last one
-MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the fingerprint of what was asked stands beside it
+HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, which may be the last one
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the rest is for its fingerprint
 
 
 class _Stream:
-    """What a call passes on before its result."""
+    """The items that a call yields before its result."""
 
     def __init__(self) -> None:
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.passed_on: list[Any] = []
         self.produced: list[Any] = []
-        """What a live call has produced by now, passed on or not."""
+        """All items that a live call has produced, passed on or not."""
 
     async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
-        """Pass items on until the call is over. If the consumer leaves, the call is cancelled."""
+        """Yield items until the call is over. Cancel the call if the consumer leaves."""
         running.add_done_callback(lambda _: self.items.put_nowait(_END))
         try:
             while (item := await self.items.get()) is not _END:
@@ -63,7 +63,7 @@ class _Stream:
                 running.cancel()
                 await asyncio.wait({running})
             if not running.cancelled():
-                running.exception()  # looked at: the consumer raises it, or has left
+                running.exception()  # mark it as retrieved: the consumer raises it, or has left
 
 
 _END = object()
@@ -71,7 +71,7 @@ _END = object()
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call as it is made."""
+    """The arguments of a tool call."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -80,7 +80,7 @@ class ToolCall:
 
 
 class Calls:
-    """Records calls at one place: for one agent of one session."""
+    """The calls at one place: of one agent in one session."""
 
     def __init__(self, place: Place, work: Work) -> None:
         self._place = place
@@ -99,7 +99,7 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> CreateResult:
-        """Return the recorded reply, or the model's, recorded."""
+        """Return the recorded reply, or ask the model and record its reply."""
         messages, call = self._reply_call(client, messages, options)
 
         async def perform() -> Performed:
@@ -118,7 +118,7 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """Pass on pieces as they come, the last one when the reply is recorded; a replay has the same pieces."""
+        """Yield a reply's pieces as they come, the last one once the reply is recorded. A replay yields the same."""
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
@@ -141,10 +141,10 @@ class Calls:
                     release()
                     held.append(piece)
                     stream.produced.append(piece)
-                    # It may be the last one, which is passed on when the reply is recorded, or the model takes a while.
+                    # The last piece waits until the reply is recorded. If no other piece comes soon, release this one.
                     releasing = loop.call_later(HOLD_FOR, release)
             except BaseException:
-                release()  # the stream broke: the agent gets what came
+                release()  # the stream broke: the agent gets all pieces that came
                 raise
             finally:
                 if releasing is not None:
@@ -160,7 +160,7 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if isinstance(content, Returned):
-                self._log_replayed(call)  # before its pieces, which a program may print
+                self._log_replayed(call)  # before the program prints its pieces
                 held[:] = pieces_again(content.streamed, reply_again(content.value))
             elif isinstance(content, (Raised, GivenUp)):
                 held[:] = content.streamed
@@ -222,12 +222,11 @@ class Calls:
 
     async def workbench_tool(
         self,
-        workbench: Workbench,
         run: Callable[[], Awaitable[ToolResult]],
         made: ToolCall,
         stream: _Stream | None = None,
     ) -> ToolResult:
-        """Return the recorded result of a workbench's tool, or the tool's, recorded."""
+        """Return the recorded result of a workbench's tool, or call the tool and record its result."""
         try:
             answer = await self._tool(run, made, ToolResult, stream)
         except asyncio.CancelledError:
@@ -241,10 +240,8 @@ class Calls:
         result: ToolResult = self._value(answer, ToolResult)
         return result
 
-    def workbench_tool_stream(
-        self, workbench: Workbench, run: Callable[[], AsyncIterator[Any]], made: ToolCall
-    ) -> AsyncGenerator[Any, None]:
-        """Pass on what a workbench's tool streams, and then its result, which is recorded with it."""
+    def workbench_tool_stream(self, run: Callable[[], AsyncIterator[Any]], made: ToolCall) -> AsyncGenerator[Any, None]:
+        """Yield the items of a workbench's streaming tool, then its result; record both."""
         stream = _Stream()
 
         async def last() -> ToolResult:
@@ -258,7 +255,7 @@ class Calls:
                 raise RuntimeError(f"the stream of {made.name} ended without a result")
             return result
 
-        return _passed_on(stream, self.workbench_tool(workbench, last, made, stream))
+        return _passed_on(stream, self.workbench_tool(last, made, stream))
 
     async def tool(
         self,
@@ -267,14 +264,14 @@ class Calls:
         made: ToolCall,
         stream: _Stream | None = None,
     ) -> Any:
-        """Return the recorded value of a tool that is called directly, or the tool's, recorded."""
+        """Return the recorded value of a directly called tool, or call the tool and record its value."""
         answer = await self._tool(run, made, tool.return_type(), stream)
         return self._value(answer, tool.return_type())
 
     def tool_stream(
         self, tool: BaseTool[Any, Any], run: Callable[[], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
-        """Pass on what a tool that is called directly streams, and then its value, which is recorded with it."""
+        """Yield the items of a directly called streaming tool, then its value; record both."""
         stream = _Stream()
 
         async def last() -> Any:
@@ -305,7 +302,7 @@ class Calls:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
             streamed = [] if stream is None else stream.produced
-            # In a task of its own: so a tool that ends as cancelled is told from a caller that is cancelled.
+            # In its own task: so a tool that raises CancelledError differs from a caller that is cancelled.
             running = started_at(current.get(), ordinary(run(), name))
             try:
                 value = await in_a_task(running, name)
@@ -315,7 +312,7 @@ class Calls:
                     raise asyncio.CancelledError from error
                 if not (is_result and self._place.must_not_raise):
                     raise
-                # It ran: as a result that tells of the error, it does not run again when the session is continued.
+                # The tool ran: record its error as a result, so that the next run doesn't run it again.
                 failed = failed_result(name, error)
                 return Performed(failed, self._checked(name, failed, declared, []))
 
@@ -336,20 +333,22 @@ class Calls:
         return answer
 
     def _streams(self, stream: _Stream, item: Any) -> None:
-        # A message gets its lasting id and time before it is recorded or passed on.
+        # Set a message's lasting id and time before it is recorded or passed on.
         self._work.transcript.settle(self._agent, item)
         stream.produced.append(item)
         stream.items.put_nowait(item)
 
     def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
-        """Write down what a tool gave. Raises ValueError if that can't be recorded."""
+        """Return a tool's value as content. Raises ValueError if the value can't be recorded."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
             _log.warning(
-                "%s returned a %s, which can't be recorded: a replay will stop here", name, type(value).__name__
+                "%s returned a %s, which can't be recorded: a replay will stop here. Return a model, a dataclass or plain values",
+                name,
+                type(value).__name__,
             )
             written = unrecorded_value(value)
         try:
@@ -360,15 +359,15 @@ class Calls:
         return content
 
     def agent_as_tool(self, made: ToolCall) -> Place:
-        """Note that the reply's call of an agent or team was made, and return the place at which that works.
+        """Note a reply's call of an agent or team as a tool; return the place for that agent or team.
 
-        What it asks is recorded as its own.
+        Its calls are recorded under its own name.
         """
         self._asker.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
     async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
-        """Return the recorded list of a workbench's tools, or the workbench's, recorded."""
+        """Return the recorded list of a workbench's tools, or ask the workbench and record its list."""
         request = hashed({"workbench": type(workbench).__name__})
         label = f"the tools of {self._agent or 'the program'}"
         found: list[ToolSchema] = await self._other(Kind.TOOLS, "tools", request, run, None, None, label=label)
@@ -377,11 +376,11 @@ class Calls:
     # ---- People, code, memory ----------------------------------------------------------------------------------------
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
-        """Return a person's recorded input, or the person's, recorded."""
+        """Return a person's recorded input, or ask the person and record the input."""
         position = self._asker.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask at once, and not when the server knows of it: AutoGen's UserInputManager waits for ever if its callback is
-        # not under way when the request is shown.
+        # Ask before the beginning is recorded: AutoGen's UserInputManager waits for ever if its callback hasn't started
+        # when the request is shown.
         is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
@@ -402,7 +401,7 @@ class Calls:
     async def code(
         self, run: Callable[[], Awaitable[CodeResult]], blocks: Sequence[CodeBlock], token: CancellationToken | None
     ) -> CodeResult:
-        """Return the recorded result of executed code, or the executor's, recorded."""
+        """Return the recorded result of executed code, or execute the code and record its result."""
         request = hashed({"code": "\n".join(block.code for block in blocks)})
         found: CodeResult = await self._other(Kind.CODE, "code", request, run, CodeResult, token, counts="tool calls")
         return found
@@ -410,7 +409,7 @@ class Calls:
     async def memory(
         self, run: Callable[[], Awaitable[MemoryQueryResult]], query: Any, token: CancellationToken | None
     ) -> MemoryQueryResult:
-        """Return a memory's recorded answer, or the memory's, recorded."""
+        """Return a memory's recorded answer, or query the memory and record its answer."""
         request = hashed({"query": plain(query)})
         found: MemoryQueryResult = await self._other(Kind.MEMORY, "memory", request, run, MemoryQueryResult, token)
         return found
@@ -449,7 +448,7 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Get the recorder's answer. A live call heeds the token itself; a replayed one is given up as it was."""
+        """Return the recorder's answer. A replayed call that was given up is cancelled by its token."""
         loop = asyncio.get_running_loop()
 
         def give_up() -> None:
@@ -460,7 +459,7 @@ class Calls:
                 return await perform()
             except asyncio.CancelledError:
                 if token is not None and token.is_cancelled():
-                    asking.cancel()  # the call was given up, and did not fail
+                    asking.cancel()  # the program gave the call up: it didn't fail
                 raise
 
         def replayed(content: Content) -> None:
@@ -495,7 +494,7 @@ class Calls:
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
-    """Pass on what a call streams, and then what it returns."""
+    """Yield a call's streamed items, then its result."""
     running = asyncio.ensure_future(call)
     items = stream.until(running)
     try:
@@ -507,12 +506,12 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether a tool is not recorded as one: what its agent or team does is."""
+    """Return whether a tool is an agent or team: its calls are recorded, and not its own result."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 
 def has_agent_as_tool(workbench: Workbench, name: str) -> bool:
-    """Return whether this name is an agent or a team that a workbench offers as a tool."""
+    """Return whether the workbench's tool of this name is an agent or a team."""
     if not isinstance(workbench, StaticWorkbench):
         return False
     original = workbench._override_name_to_original.get(name, name)

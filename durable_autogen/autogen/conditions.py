@@ -1,4 +1,4 @@
-"""Conditions that end a team's run by something outside: in a replay they end it where they have ended the run."""
+"""Recording of termination conditions that depend on more than messages: a replay stops where the run stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MESSAGES_ALONE = {
     conditions.TextMessageTermination,
     conditions.TokenUsageTermination,
 }
-"""Conditions that follow from the messages: they need no record, and a changed one shows as a drift."""
+"""Conditions that depend only on messages. They need no record; a changed one shows as drift."""
 
 
 async def look(
@@ -38,9 +38,9 @@ async def look(
     work: Work,
     ask: Callable[[], Awaitable[StopMessage | None]],
 ) -> StopMessage | None:
-    """Ask a condition live. That it stops the run is recorded with the number of the look; a replay stops there.
+    """Check a condition; record a stop with the number of the check. A replay stops at the same check.
 
-    A stop that comes while the session is replayed, and that the record doesn't have, comes after the replay.
+    If the condition stops during a replay where the record has no stop, the stop is put off until the replay is over.
     """
     recorder = place.session.recorder
     name = work.names.of(condition, place.inside(type(condition).__name__))
@@ -55,7 +55,7 @@ async def look(
     is_recorded = recorder.ahead(f"{name}/{position}") is not None
     is_decided = recorder.is_replaying or recorder.was_asked(name, look_number)
     if not is_recorded and message is not None and is_decided:
-        # As if it had not been asked: after its answer it refuses to be asked again.
+        # Restore its state: a condition that has stopped raises an error at the next check.
         state.clear()
         state.update(before)
         return None
@@ -70,17 +70,16 @@ async def look(
         return message
     assert isinstance(answer.content, Returned)
     if message is None and "_terminated" in state:
-        # AutoGen's own conditions keep that they have stopped there.
+        # AutoGen's conditions keep here whether they have stopped.
         state["_terminated"] = True
     stop: Any = value_again(answer.content.value)
     return stop if isinstance(stop, StopMessage) else message
 
 
 def _count_the_sessions_time(condition: TimeoutTermination, work: Work, active_ms: int) -> None:
-    """Let a TimeoutTermination count the time that the session was at work.
+    """Make a TimeoutTermination count the session's active time in place of the clock's.
 
-    By its own clock a replay, which is quick, would not stop where the run was stopped, and a run that was resumed
-    would have all of its time again.
+    By the clock, a replay is too quick to stop where the run stopped, and a resumed run would get its whole time again.
     """
     now = time.monotonic()
     started, begun_ms = work.timeouts.get(condition, (None, 0))

@@ -1,8 +1,7 @@
-"""AutoGen's methods that record: wrapped once for each class that defines them, while at least one session is open.
+"""AutoGen's recorded methods: wrapped in each class that defines them, while at least one session is open.
 
-Nothing of a program's is searched or replaced: an object keeps its class, its attributes and its methods. Outside a
-session, and inside a call that is being recorded, the wrapped methods pass everything through, so only the outermost
-call is on record.
+The program's objects are neither searched nor replaced. Outside a session and inside a recorded call, a wrapped method
+calls the original, so only the outermost call is recorded.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from durable_autogen.record.place import Place, at, closing, current, recording_
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
-"""A method as the class defines it, bound to its object."""
+"""A class's original method, bound to its object."""
 
 _works: weakref.WeakKeyDictionary[Session, Work] = weakref.WeakKeyDictionary()
 
 
 def work_of(session: Session) -> Work:
-    """Return AutoGen's state of an open session."""
+    """Return the AutoGen part's state of an open session."""
     if session not in _works:
         _works[session] = Work(session.recorder)
     return _works[session]
@@ -53,26 +52,27 @@ def work_of(session: Session) -> Work:
 
 
 class _Given:
-    """The arguments of a call. The original gets them exactly as the caller gave them."""
+    """The arguments of a call. They are passed to the original unchanged."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
 
     def __call__(self, number: int, name: str) -> Any:
-        """Return an argument, however it was passed."""
+        """Return an argument, passed by position or by name."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
     def with_first(self, name: str, value: Any) -> _Given:
-        """Return the arguments with another first one."""
+        """Return the arguments with the first one replaced."""
         return _Given((value, *self.args[1:]), self.kwargs) if self.args else _Given((), {**self.kwargs, name: value})
 
 
 Recording = Callable[[Calls, Any, Original, _Given], Any]
-"""Records a call: gets the object, its bound method and the arguments. Returns an awaitable or a stream."""
+"""A function that records a call. It gets the object, its bound method and the arguments; it returns an awaitable or a
+stream."""
 
 
 def _recorded(recording: Recording) -> Callable[..., Any]:
-    """A wrapper that records with this function where a session has to; elsewhere it passes through."""
+    """Return a wrapper that records a call with this function if a session has to, else calls the original."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         place = recording_place()
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """The same for a method that returns a stream."""
+    """Return a wrapper as `_recorded` does, for a method that returns a stream."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -104,8 +104,8 @@ def _reply(stream: bool) -> Recording:
     def recording(calls: Calls, client: Any, original: Original, given: _Given) -> Any:
         messages = given(0, "messages")
 
-        def ask(told: Any) -> Any:
-            asked = given if told is messages else given.with_first("messages", told)
+        def ask(whole: Any) -> Any:
+            asked = given if whole is messages else given.with_first("messages", whole)
             return original(*asked.args, **asked.kwargs)
 
         return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, given.kwargs)
@@ -123,7 +123,7 @@ def _workbench_tool(stream: bool) -> Recording:
             place = calls.agent_as_tool(made)
             return steps_at(place, inside) if stream else inside
         record = calls.workbench_tool_stream if stream else calls.workbench_tool
-        return record(workbench, lambda: original(*given.args, **given.kwargs), made)
+        return record(lambda: original(*given.args, **given.kwargs), made)
 
     return recording
 
@@ -144,7 +144,7 @@ def _tool(stream: bool) -> Recording:
 
 
 def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-    # The tools of a StaticWorkbench are the program's own.
+    # The program itself defines a StaticWorkbench's tools: nothing has to be recorded.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original(*given.args, **given.kwargs)
     return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
@@ -163,7 +163,7 @@ def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
 
 
 def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
-    # What a ListMemory holds, the program itself has put into it.
+    # The program itself fills a ListMemory: nothing has to be recorded.
     if type(memory) is ListMemory:
         return original(*given.args, **given.kwargs)
     return calls.memory(
@@ -174,7 +174,7 @@ def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any
 async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     place = current.get()
     if place is not None and place.in_call:
-        # Inside a recorded call, StaticWorkbench gives each tool a task: SystemExit in it would end the event loop.
+        # Inside a recorded call, StaticWorkbench runs each tool in a task, where SystemExit would end the event loop.
         return await ordinary(original(*args, **kwargs), self.name)
     return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
 
@@ -185,7 +185,7 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         return await original(*args, **kwargs)
 
     async def ask() -> Any:
-        # A class that calls its base's method is one condition, and has one look.
+        # A subclass may call its base's method: that is still one check.
         with at(replace(place, owner=self)):
             return await original(*args, **kwargs)
 
@@ -198,22 +198,22 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # A program that decides by what it has used has to decide the same in a replay.
+    # Add the replayed usage: a program that decides by its usage must decide the same in a replay.
     return total(usage, work_of(place.session).replayed_usage_of(self))
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Start or stop what runs tools or code: no effect of the program's, so it is neither recorded nor told."""
+    """Start or stop a workbench or executor. That is no effect of the program: neither record nor report it."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
 
 
-# ---- Who is at work --------------------------------------------------------------------------------------------------
+# ---- Agents and teams at work ----------------------------------------------------------------------------------------
 
 
 def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
-    """The agent or team at work inside a session; None if its own method has called it, or outside a session."""
+    """Return the agent or team at work; None outside a session, or if the object's own method has called it."""
     place = recording_place()
     if place is None or place.owner is self:
         return None
@@ -221,7 +221,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
 
 
 def _whole(method: str) -> Callable[..., Any]:
-    """A wrapper for an agent's turn or run that isn't streamed; the method is AtWork's."""
+    """Return a wrapper for an agent's turn or run that isn't streamed. `method` names the method of AtWork."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         working = _at_work(self, is_team=False)
@@ -234,7 +234,7 @@ def _whole(method: str) -> Callable[..., Any]:
 
 
 def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
-    """A wrapper for a streamed turn or run."""
+    """Return a wrapper for a streamed turn or run. `method` names the method of AtWork."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
@@ -249,7 +249,7 @@ def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
 
 
 def _task_or_token(args: Any, kwargs: Any) -> Any:
-    """The task of a run, which is passed by name, or the token of a turn."""
+    """Return the task of a run, which is always passed by name, or else the token of a turn."""
     return kwargs["task"] if "task" in kwargs else _Given(args, kwargs)(1, "cancellation_token")
 
 
@@ -258,7 +258,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
     if place is None or place.in_call or place.session.is_over:
         return await original(*args, **kwargs)
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
-        # A core agent goes by its type. AgentChat's own work as their team, and its agents by their names.
+        # A core agent is recorded under its type. AgentChat's containers and managers keep the sender's place.
         name = work_of(place.session).names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
     with at(place):
@@ -266,12 +266,12 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
-"""Messages that were sent inside a session, with the place of their sender."""
-MAX_SENT = 10_000  # messages; nothing tells when all subscribers have got one, so the oldest is dropped
+"""Messages sent inside a session, by id, with their sender's place."""
+MAX_SENT = 10_000  # messages; the oldest is dropped, as nothing shows when all subscribers have got a message
 
 
 def _place_of(message: Any) -> Place | None:
-    """The place from which a message was sent: a runtime that was started before the session doesn't pass it on."""
+    """Return the place of a message's sender: a runtime that was started before the session has no place itself."""
     sent = _sent.get(id(message))
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
@@ -339,28 +339,28 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (BaseAgent, {"on_message_impl": _on_message}),
     (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )
-"""For each base class, the methods that are wrapped wherever one of its subclasses defines them."""
+"""The recorded methods of each base class. They are wrapped in every subclass that defines them."""
 
 _lock = threading.RLock()
 _open_sessions = 0
 _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
-"""The original and the wrapper of each method."""
+"""The original and the wrapper of each wrapped method."""
 
 
 @contextmanager
 def entry_points(session: Session) -> Iterator[None]:
-    """Let AutoGen's methods record for the length of a `with`; several may overlap."""
+    """Record AutoGen's methods for the length of a `with`. Several sessions may overlap."""
     global _open_sessions
     with _lock:
         _open_sessions += 1
         for base, methods in ENTRY_POINTS:
-            if _open_sessions == 1:  # classes that are defined later announce themselves
+            if _open_sessions == 1:  # `_watch_subclasses` wraps classes that are defined later
                 _watch_subclasses(base, methods)
                 _wrap_all(base, methods)
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # AutoGen logs a traceback for every agent that ends with the run; the run's own error says it all.
+        # AutoGen logs a traceback for every agent that a failed run ends; the run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 
@@ -398,7 +398,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
-        # A parent that is no AutoGen class may bring the method.
+        # The class may inherit the method from a parent that is no AutoGen class.
         owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
         is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
         original = owner.__dict__[name] if owner is not None and is_inherited else None
@@ -417,7 +417,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
 
 
 def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
-    """A method of the same kind, name and signature, which calls the wrapper with its object and the bound original."""
+    """Return a method of the same kind, name and signature that calls the wrapper with object and original."""
 
     def bound(self: Any) -> Original:
         get = getattr(original, "__get__", None)
@@ -446,7 +446,7 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
-    """Wrap the methods of classes that are defined from now on, as by an import inside the session."""
+    """Wrap the methods of classes that are defined later, such as by an import inside the session."""
     own = base.__dict__.get("__init_subclass__")
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
@@ -466,7 +466,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
 def _restore() -> None:
     for (kind, name), (original, wrapped) in _wrapped.items():
         if wrapped is not None and kind.__dict__.get(name) is not wrapped:
-            continue  # the program has put something else in its place
+            continue  # the program has replaced the wrapper
         if original is None:
             delattr(kind, name)
         else:

@@ -1,6 +1,6 @@
-"""What a call asks for, in a form that two runs can compare: what differs is told in words.
+"""Fingerprints of calls, and the words for their differences.
 
-Each message of a conversation is fingerprinted once. A request holds only what is new in it; `base` names the earlier
+Each message of a conversation is fingerprinted once. A request holds only its new parts; `base` names the earlier
 request of the same agent that has the rest.
 """
 
@@ -19,33 +19,33 @@ from pydantic import BaseModel
 from durable_autogen.record.events import Call, Event
 
 EXCERPT = 80  # characters
-MAX_ARGUMENTS = 20_000  # characters of a tool call's arguments that are kept beside their hash
+MAX_ARGUMENTS = 20_000  # characters of a tool call's arguments that are recorded beside their hash
 SETTINGS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
     *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
     "extra_body",
 )
-"""Of a client's configuration, what changes its replies. Keys and addresses are never recorded."""
+"""The settings of a client that change its replies. Keys and addresses are never recorded."""
 
 Fingerprint = Mapping[str, Any]
 
 
 class Conversation:
-    """The requests of one agent: each is described by what is new beside the one before it."""
+    """The requests of one agent. Each fingerprint holds only the parts that the previous request lacks."""
 
     def __init__(self) -> None:
         self._position = ""
         self._messages: list[LLMMessage] = []
         self._contents: list[Any] = []
-        """What each message held when it was fingerprinted."""
+        """The content of each message when it was fingerprinted."""
         self._lists: list[list[Any]] = []
-        """Those contents that are lists, which may grow in place."""
+        """The contents that are lists: they may grow in place."""
         self._lengths: list[int] = []
-        """How long each of these lists was."""
+        """The length of each of these lists when it was fingerprinted."""
         self._seen: list[_Seen] = []
         self._whole: dict[str, Any] = {}
         self._written = ""
-        """The same as JSON."""
+        """`_whole` as JSON."""
         self._tools: list[Tool | ToolSchema] = []
         self._settings: tuple[ChatCompletionClient, str, dict[str, Any]] | None = None
 
@@ -57,7 +57,7 @@ class Conversation:
         tools: Sequence[Tool | ToolSchema],
         options: Mapping[str, Any],
     ) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-        """Describe a request: what is new in it, and a function that describes all of it."""
+        """Return a request's fingerprint with its new parts only, and a function that returns the whole fingerprint."""
         leading = 0
         while leading < len(messages) and isinstance(messages[leading], SystemMessage):
             leading += 1
@@ -89,9 +89,9 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Take over the messages; return how many are the same as in the request before."""
+        """Store the messages; return how many of the first ones are unchanged since the previous request."""
         limit = min(len(messages), len(self._messages))
-        # The usual case is a conversation that only grew. Python's loops would make each request of a long one slow.
+        # Usually the conversation only grew. Check that without a Python loop, which would be slow for a long one.
         is_grown = (
             limit == len(self._messages)
             and all(map(operator.is_, messages, self._messages))
@@ -121,7 +121,7 @@ class Conversation:
 
 
 class _Seen:
-    """A message as it was fingerprinted, with those before it. Its list of calls or results may grow in place."""
+    """A fingerprinted message, linked to the one before it. Its list of calls or results may grow in place."""
 
     __slots__ = ("before", "chain", "content", "length", "message", "print")
 
@@ -137,12 +137,12 @@ class _Seen:
         """The hash of all messages up to this one."""
 
     def is_still(self, message: LLMMessage) -> bool:
-        """Return whether the message is this one, unchanged."""
+        """Return whether `message` is this message, unchanged."""
         return message is self.message and message.content is self.content and len(message.content) == self.length
 
 
 def _prints(last: _Seen | None) -> list[dict[str, str]]:
-    """Return what describes the messages up to this one."""
+    """Return the fingerprints of all messages up to this one."""
     found = []
     while last is not None:
         found.append(last.print)
@@ -154,24 +154,24 @@ _CONTENT = operator.attrgetter("content")
 
 
 def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a tool call."""
+    """Return a tool call's fingerprint."""
     try:
         written = plain(arguments)
         text = json.dumps(written, sort_keys=True, ensure_ascii=False)
     except (RecursionError, ValueError):
         text = repr(arguments)
-    # As a text: arguments may nest more deeply than a record can. A long one is told by its hash.
+    # Keep the arguments as a text: they may be nested more deeply than a record can be.
     shown = text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
     return {"hash": hashed_value([name, text]), "tool": name, "arguments": shown}
 
 
 def describe_turn(said: str) -> dict[str, Any]:
-    """Describe what an agent said in its turn."""
+    """Return the fingerprint of the text that an agent said in its turn."""
     return {"hash": hashed_value(said), "said": _excerpt(said)}
 
 
 def differences(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Tell what differs, one line each; none if both requests are the same."""
+    """Return a line for each difference between two requests."""
     if recorded.kind is not now.kind:
         return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
     if recorded.request.get("hash") == now.request.get("hash"):
@@ -181,7 +181,7 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
 
 
 def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
-    """Put a request together from what is new in it and the requests before it."""
+    """Return an event's whole fingerprint: its new parts, and the rest from earlier requests."""
     chain = [event]
     while (base := chain[-1].request.get("base")) is not None:
         earlier = find(f"{event.agent}/{base}")
@@ -196,7 +196,7 @@ def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
 
 
 def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
-    """Tell what differs between two whole descriptions, one line each; none if both are the same."""
+    """Return a line for each difference between two whole fingerprints."""
     if recorded.get("hash") == now.get("hash"):
         return []
     found = [
@@ -209,26 +209,26 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
         *_values("the arguments", recorded.get("arguments"), now.get("arguments")),
         *_texts("the question", recorded.get("task"), now.get("task")),
         *_values("the team", recorded.get("team"), now.get("team")),
-        *_values("what it said", recorded.get("said"), now.get("said")),
+        *_values("the text", recorded.get("said"), now.get("said")),
         *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
         *_values("the query", recorded.get("query"), now.get("query")),
         *_values("the code", recorded.get("code"), now.get("code")),
     ]
-    return found or ["something that is not kept in words"]
+    return found or ["a part that is recorded only as a hash"]
 
 
 def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Add its hash to any other description."""
+    """Return a request with its hash, as a fingerprint."""
     return {"hash": hashed_value(request), **request}
 
 
 def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
-    """The model's name and settings, as far as the client tells them."""
+    """Return the model's name and settings, as far as the client shows them."""
     try:
         config = client.dump_component().config
-    except Exception:  # noqa: BLE001 - many clients have no configuration to dump, each for a reason of its own
+    except Exception:  # noqa: BLE001 - clients without a configuration raise different errors
         config = {}
-    # What AutoGen's OpenAI client sends, and leaves out of its configuration.
+    # AutoGen's OpenAI client sends these settings, and leaves some out of its configuration.
     sent = getattr(client, "_create_args", None)
     config = {**(sent if isinstance(sent, dict) else {}), **config}
     name = config.get("model") or getattr(client, "model", None) or type(client).__name__
@@ -241,7 +241,7 @@ def _schema(tool: Tool | ToolSchema) -> ToolSchema:
 
 def _message(message: LLMMessage) -> dict[str, str]:
     if isinstance(message, FunctionExecutionResultMessage):
-        # A result may be long: it is hashed as it is, and only its beginning is shown.
+        # A result may be long: hash all of it, and show only its beginning.
         results = [[one.name, one.call_id, one.is_error, _hash(one.content)] for one in message.content]
         shown = json.dumps([one.content[: 2 * EXCERPT] for one in message.content], ensure_ascii=False)
         return {"from": "tool results", "hash": hashed_value(results), "text": _excerpt(shown)}
@@ -256,7 +256,7 @@ def _message(message: LLMMessage) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Write a value as plain JSON, with names in place of what JSON lacks."""
+    """Return a value as plain JSON; values that JSON lacks become names or texts."""
     if isinstance(value, type) and issubclass(value, BaseModel):
         return value.model_json_schema()
     if isinstance(value, Tool):
@@ -269,7 +269,7 @@ def _of_another_type(value: object) -> Any:
 
 
 def hashed_value(value: object) -> str:
-    """Hash a JSON-like value."""
+    """Return the hash of a JSON-like value."""
     return _hash(_written(value))
 
 

@@ -1,8 +1,8 @@
-"""What a run's messages are called: the same in every replay.
+"""The ids and times of a session's messages: the same in every replay.
 
-AutoGen gives each message a random id and the current time. Inside a session both follow from the record: the id from
-session, agent and position, the time from the last event that was delivered before the message was made. They are set
-where an agent passes a message on, before anybody else sees it.
+AutoGen gives each message a random id and the current time. Inside a session, the id is made from session, agent and
+position, and the time is that of the last event delivered before the message. Both are set when an agent passes the
+message on, before any other code sees it.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "durable_autogen.invalid")
 
 
 class Transcript:
-    """The messages of one session."""
+    """The ids and times of one session's messages."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._lasting: dict[str, str] = {}
-        """The lasting id for each random one."""
+        """The lasting id of each random id."""
         self._done: set[str] = set()
-        """The lasting ids that were given."""
+        """The lasting ids in use."""
         self._count: Counter[tuple[str, str]] = Counter()
         self._requests: dict[str, str] = {}
 
     def settle(
         self, agent: str, item: Any, given: Sequence[BaseChatMessage] = (), *, made_before: bool = False
     ) -> None:
-        """Set the lasting id and time of what an agent passes on; what the caller has set in a `given` one stays.
+        """Set the lasting ids and times of the messages that an agent passes on.
 
-        What was `made_before` is a message from the record: it has its time, and its id is the next one.
+        In a `given` message, values that the caller has set stay. With `made_before` the messages come from the record
+        and keep their times.
         """
         for message in _messages_in(item):
             if isinstance(message, ModelClientStreamingChunkEvent):
@@ -70,7 +71,7 @@ class Transcript:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
-        """Return the result with the lasting ids of requests; who answers one needs the random id until then."""
+        """Return the result with lasting ids of input requests. Until then, answers need their random ids."""
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [
@@ -83,7 +84,7 @@ class Transcript:
 
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
-            # A streamed message's id is met before the message, and only where there was something to stream.
+            # Count per kind: a streamed message's id comes before the message, and only if something was streamed.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"
@@ -93,7 +94,7 @@ class Transcript:
 
 
 def _set(message: Message, **values: Any) -> None:
-    # Not by setattr: a field that the caller has set is told from one that has its default.
+    # Without setattr, which would mark the field as set by the caller.
     vars(message).update(values)
 
 
@@ -106,12 +107,12 @@ def _messages_in(item: Any) -> Iterable[Message]:
 
 
 def messages_of(task: Task) -> list[BaseChatMessage]:
-    """Return the messages that the caller has made."""
+    """Return the task's messages; none for a text."""
     if task is None or isinstance(task, str):
         return []
     return [task] if isinstance(task, BaseChatMessage) else list(task)
 
 
 def marked(message: Message) -> Message:
-    """Copy a message, marked as replayed."""
+    """Return a copy of a message, marked as replayed."""
     return message.model_copy(update={"metadata": {REPLAYED: "replayed", **message.metadata}})

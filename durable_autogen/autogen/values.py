@@ -1,4 +1,4 @@
-"""How what a call gave is written down, and given back to the caller of its replay as the same types."""
+"""Values of calls, written as JSON and built again with the same types."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     uuid.UUID: (str, uuid.UUID),
     complex: (repr, complex),
 }
-"""How values of these types are written as JSON, and read."""
+"""For each type, a function that writes its values as JSON, and one that reads them."""
 
 
 def written_value(value: Any) -> Any:
-    """Write a value as JSON: models, dataclasses and other types that JSON lacks with the name of their class.
+    """Return a value as JSON. Values of types that JSON lacks, such as models, are tagged with their class.
 
-    Raises ValueError if the value has no JSON.
+    Raises ValueError if the value can't be written as JSON.
     """
     return encoded(_written(value))
 
@@ -73,7 +73,7 @@ def _written(value: Any) -> Any:
         return _tagged(kind, {one.name: _written(getattr(value, one.name)) for one in dataclasses.fields(value)})
     if isinstance(value, Exception):
         raise ValueError(f"a {kind.__name__} can't be recorded as a value")
-    # A type of its own that tells pydantic how it is written, as AutoGen's Image does.
+    # A class that tells pydantic how to write it, such as AutoGen's Image.
     return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
 
 
@@ -82,14 +82,14 @@ def _tagged(kind: type, value: Any) -> Any:
 
 
 def unrecorded_value(value: Any) -> Any:
-    """Write that a value was returned that can't be written."""
+    """Return a placeholder for a value that can't be recorded."""
     return {_UNRECORDED: type(value).__name__}
 
 
 def value_again(written: Any, declared: Any = None) -> Any:
-    """Build a value from what `written_value` wrote; `declared` is its type where the recorded class isn't there.
+    """Return the value that `written_value` wrote; `declared` is its type if the recorded class isn't loaded.
 
-    Raises NotDurable if the value was not recorded.
+    Raises NotDurable if the value could not be recorded.
     """
     value = decoded(written)
     if isinstance(value, dict) and _UNRECORDED in value:
@@ -100,18 +100,14 @@ def value_again(written: Any, declared: Any = None) -> Any:
     found = _again(value)
     if isinstance(found, _Unknown):
         return _adapted(declared, found.value)
-    return (
-        [_adapted(declared, one) if isinstance(one, _Unknown) else one for one in found] if _is_list(found) else found
-    )
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(one, _Unknown) for one in value)
+    if type(found) is list:
+        return [_adapted(declared, one) if isinstance(one, _Unknown) else one for one in found]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Unknown:
-    """A value whose class isn't there."""
+    """A value whose class isn't loaded."""
 
     value: Any
 
@@ -119,7 +115,7 @@ class _Unknown:
 def _adapted(declared: Any, value: Any) -> Any:
     try:
         return TypeAdapter(declared).validate_python(value)
-    except Exception:  # noqa: BLE001 - a type that pydantic knows nothing of, or another value
+    except Exception:  # noqa: BLE001 - pydantic doesn't know the type, or the value doesn't match
         return value
 
 
@@ -150,7 +146,7 @@ def _again(written: Any) -> Any:
 
 
 def _model(kind: type[BaseModel], values: Mapping[str, Any]) -> BaseModel:
-    # The values are those of a valid model; validation would want their aliases, and might change them.
+    # Don't validate: the recorded values are valid, and validation needs aliases and may change values.
     found = kind.model_construct(**values)
     if set(values) - set(kind.model_fields) and kind.model_config.get("extra") != "allow":
         return kind.model_validate(values)
@@ -168,12 +164,12 @@ def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
-    """Write a model's reply as JSON; return that, and the reply as its caller gets it, live and in a replay."""
+    """Return a model's reply as JSON, and the reply for the caller: the same live and in a replay."""
     if isinstance(result.content, list):
         for call in result.content:
             arguments: Any = call.arguments
             if not isinstance(arguments, str):
-                # Some servers send the arguments as an object; AutoGen and its models take a text.
+                # Some servers send the arguments as an object; AutoGen needs a text.
                 call.arguments = json.dumps(arguments, ensure_ascii=False)
     dumped = result.model_dump(mode="python", warnings=False)
     kept = representable(dumped)
@@ -181,17 +177,17 @@ def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
 
 
 def reply_again(written: Any) -> CreateResult:
-    """Build a reply from what `written_reply` wrote."""
+    """Return the reply that `written_reply` wrote."""
     return CreateResult.model_validate(decoded(written))
 
 
 def text_of_reply(result: CreateResult) -> str:
-    """Return what a stream of the reply says: a tool call's text is its thought."""
+    """Return a reply's text; for a reply with tool calls, its thought."""
     return result.content if isinstance(result.content, str) else result.thought or ""
 
 
 def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
-    """Write what a reply's stream passed on: lengths alone, if the pieces are the reply's own text."""
+    """Return a stream's pieces as JSON: only their lengths, if they join to the reply's text."""
     if "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
     found: list[Any] = representable(list(pieces))
@@ -208,7 +204,7 @@ def pieces_again(written: Sequence[Any], result: CreateResult) -> list[str]:
 
 
 def is_broken(result: CreateResult) -> bool:
-    """Return whether a reply is empty, or was cut off within a call's arguments."""
+    """Return whether a reply is empty, or was cut off within a tool call's arguments."""
     if isinstance(result.content, str):
         return not result.content and not result.thought
     was_cut = result.finish_reason in ("length", "unknown")
@@ -226,13 +222,13 @@ def _is_json(text: str) -> bool:
 
 
 def failed_result(name: str, error: BaseException) -> ToolResult:
-    """Build a tool's result that tells of an error."""
+    """Return a tool's result that holds an error."""
     text = representable(str(error) or type(error).__name__)
     return ToolResult(name=name, result=[TextResultContent(content=text)], is_error=True)
 
 
 def without_classes(written: Any) -> Any:
-    """Return what `written_value` wrote without the names of classes, to show it to a person."""
+    """Return a written value without its class names, for a person."""
     if isinstance(written, list):
         return [without_classes(one) for one in written]
     if isinstance(written, dict):

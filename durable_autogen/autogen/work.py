@@ -1,4 +1,4 @@
-"""What is at work in one session: its agents' names, how far each has come, and the ids of its messages."""
+"""The AutoGen part's state of one session: its agents' names and positions, and its messages' ids."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from durable_autogen.record.events import Event, Kind, Said
 if TYPE_CHECKING:
     from durable_autogen.record.recorder import Recorder
 
-MAX_OPEN_CALLS = 1000  # tool calls that replies asked for and nobody made
+MAX_OPEN_CALLS = 1000  # tool calls that replies asked for and no agent has made
 
 
 class Asker:
-    """How far one agent has come: its calls are counted, and each tool call belongs to the reply that asked for it."""
+    """The position of one agent: counts of its calls, and the tool calls that its replies asked for."""
 
     def __init__(self) -> None:
         self.conversation = Conversation()
@@ -34,22 +34,22 @@ class Asker:
         self._unasked = 0
 
     def next(self, what: str) -> str:
-        """Return the position of the next call of a sort: `reply/3`, `input/1`."""
+        """Return the position of the next call of a kind: `reply/3`, `input/1`."""
         self._counts[what] += 1
         if what == "reply":
             self.replies += 1
         return f"{what}/{self._counts[what]}"
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
-        """Note the reply that the agent gets now."""
+        """Note a reply to the agent, with its tool calls."""
         calls = [] if isinstance(result.content, str) else result.content
-        # The newest first, in the order of the reply.
+        # The newest reply's calls come first, in the reply's order.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
         self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
         self.replayed = replayed
 
     def position_of_call(self, call_id: str | None, name: str) -> str:
-        """Return the place of a tool call: with the reply that asked for this id, else for this name."""
+        """Return a tool call's position: by the call with the same id that a reply asked for, else by the name."""
         same_name = [one for one in self._calls if one[1].name == name]
         same_id = [one for one in same_name if one[1].id == call_id]
         for found in (*same_id, *same_name):
@@ -61,16 +61,16 @@ class Asker:
 
 
 class Names:
-    """Names for objects: the same object has the same name, and two objects never share one."""
+    """Unique names for objects: an object keeps its name, and no two objects share one."""
 
     def __init__(self) -> None:
         self._names: dict[tuple[int, str], str] = {}
         self._counts: Counter[str] = Counter()
         self._kept: list[object] = []
-        """Objects that can't be referenced weakly: kept, so that no other object gets their id."""
+        """Objects without weak references, kept alive so that no other object gets their id."""
 
     def of(self, owner: object, wanted: str) -> str:
-        """Return the object's name: the wanted one, numbered if another object has it."""
+        """Return an object's name: the wanted name, with a number if another object has it."""
         key = (id(owner), wanted)
         if key not in self._names:
             self._counts[wanted] += 1
@@ -84,16 +84,16 @@ class Names:
 
 
 class Work:
-    """The state that AutoGen's entry points keep for one session."""
+    """The state that the entry points keep for one session."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.names = Names()
         self.transcript = Transcript(recorder)
         self.added = Added(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination the start that was set, and the session's active time at its own start."""
+        """For each TimeoutTermination, its adjusted start, and the session's active time at its real start."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
-        """What replayed replies of each client had used."""
+        """The usage of each client's replayed replies."""
         self._askers: dict[str, Asker] = {}
         self._sources: dict[str, set[str]] = {}
 
@@ -102,38 +102,38 @@ class Work:
         return self._askers.setdefault(agent, Asker())
 
     def speaks_as(self, agent: str, source: str) -> None:
-        """Note under which source an agent's messages are found."""
+        """Note the source that an agent's messages have."""
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:
-        """Return whether the last reply of the agent behind a message came from the record."""
+        """Return whether the last reply of the agent with this source was replayed."""
         askers = [self._askers[name] for name in self._sources.get(source, ()) if name in self._askers]
         return any(one.replayed for one in askers) and all(one.replayed or not one.replies for one in askers)
 
     def used(self, client: object, usage: RequestUsage) -> None:
-        """Add the usage of a replayed reply to what its client reports."""
+        """Add the usage of a replayed reply to its client's usage."""
         self.replayed_usage[id(client)] = (client, total(self.replayed_usage_of(client), usage))
 
     def replayed_usage_of(self, client: object) -> RequestUsage:
-        """Return what replayed replies of this client had used."""
+        """Return the usage of this client's replayed replies."""
         found = self.replayed_usage.get(id(client))
         return RequestUsage(prompt_tokens=0, completion_tokens=0) if found is None else found[1]
 
 
 class Added:
-    """The user messages that were added to a fork: each agent is told where it first met them."""
+    """The user messages added to a fork. Each agent gets them in its first live request, and keeps them there."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.messages = [event for event in recorder.journal.events if event.kind is Kind.MESSAGE]
         self.delivered: set[int] = set()
-        """The numbers of those that an agent was told."""
+        """The event numbers of the messages that an agent got."""
         self.as_task: set[int] = set()
-        """The numbers of those that were given as a task of their own, because the run was over."""
+        """The event numbers of the messages that became a task, as the run was over."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 
     def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
-        """Return the messages of a request with those that the user has added."""
+        """Return a request's messages with the added user messages."""
         if not self.messages:
             return messages
         at = self._at.setdefault(agent, {})
@@ -151,13 +151,13 @@ class Added:
 
 
 def text_of(added: Event) -> str:
-    """Return the text of a message that was added to a fork."""
+    """Return the text of an added user message."""
     assert isinstance(added.content, Said)
     return added.content.text
 
 
 def total(one: RequestUsage, other: RequestUsage) -> RequestUsage:
-    """Add two usages."""
+    """Return the sum of two usages."""
     return RequestUsage(
         prompt_tokens=one.prompt_tokens + other.prompt_tokens,
         completion_tokens=one.completion_tokens + other.completion_tokens,

@@ -1,7 +1,7 @@
-"""What a person types at the console: `input()` is recorded, too.
+"""Recording of `input()`: the lines that a person types at the console.
 
-`input()` blocks its thread, so its answer can't wait for the server. It is recorded before the session's next call is
-made, and at the session's end; its replay answers at once, without a place in the order.
+`input()` blocks its thread, so its answer can't wait for the server. The answer is recorded before the session's next
+call, or at the session's end. A replay returns it at once, outside the order of events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _input(prompt: Any = "", /) -> str:
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:
-        # As it stood on the screen: a terminal has shown what was typed, and nothing else has.
+        # Show what the screen showed then: only a terminal echoes the typed line.
         sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
         sys.stdout.flush()
         return recorded

@@ -1,8 +1,8 @@
-"""What a session has on record: its runs and its events, and how they are read.
+"""The runs and events of a session, and how they are read from the server.
 
 An event is a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn is over, the run
-was stopped). Each is one execution with one node, owned by the recording process, under a key that names session, agent
-and position. A run of the session is an execution, too: only the process that owns it may record.
+was stopped). Each event is one execution with one node, owned by the recording process. Its key names session, agent
+and position. A run of the session is an execution, too: only the process that owns the run may record events.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 PAGE = 100  # executions in one answer, at most
-MAX_DEPTH = 100  # levels of a value that is recorded as it is; a deeper one is recorded as a text
+MAX_DEPTH = 100  # levels of a value that is recorded as it is; a deeper value is recorded as a text
 
 
 class Kind(str, Enum):
-    """What an event is."""
+    """The kind of an event."""
 
     BEGIN = "begin"
     """The session's task and team."""
@@ -49,27 +49,27 @@ class Kind(str, Enum):
     MEMORY = "memory"
     """The answer of a memory."""
     MESSAGE = "message"
-    """A user message that was added to a fork."""
+    """A user message added to a fork."""
     TURN = "turn"
-    """An agent that works beside others has finished its turn."""
+    """The end of an agent's turn, where agents work in parallel."""
     STOP = "stop"
-    """A termination condition has stopped the run."""
+    """A stop by a termination condition."""
     REVOKE = "revoke"
-    """Earlier events no longer count."""
+    """A note that earlier events no longer count."""
 
     @property
     def is_call(self) -> bool:
-        """Whether it was paid for: in money, effects or a person's time."""
+        """Whether an event of this kind cost money, an effect or a person's time."""
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
 
     @property
     def acts(self) -> bool:
-        """Whether the call acts on the world or asks a person: then it is on record before it is made."""
+        """Whether the call acts on the world or asks a person: its beginning is recorded before it is made."""
         return self in (Kind.TOOL, Kind.INPUT, Kind.CODE)
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether a run asks for it; the others are the session's own."""
+        """Whether the program makes a call of this kind; the session itself records the other kinds."""
         return self not in (Kind.BEGIN, Kind.MESSAGE, Kind.REVOKE)
 
 
@@ -77,23 +77,23 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-# ---- What an event holds ---------------------------------------------------------------------------------------------
+# ---- Contents of an event --------------------------------------------------------------------------------------------
 
 
 class Returned(_Frozen):
-    """What a call returned."""
+    """The content of a call that returned."""
 
     type: Literal["returned"] = "returned"
     value: Any = None
-    """The value as `encoded` writes it."""
+    """The returned value, as `encoded` writes it."""
     streamed: list[Any] = []
-    """What a stream passed on before its result."""
+    """The items that a stream yielded before its result."""
     is_broken: bool = False
-    """Whether a model's reply is empty or cut off: as a run's last one it is asked for again by the next run."""
+    """Whether a model's reply is empty or cut off. If it is a run's last reply, the next run makes the call again."""
 
 
 class Raised(_Frozen):
-    """What a call raised."""
+    """The content of a call that raised an error."""
 
     type: Literal["raised"] = "raised"
     failure: Failure
@@ -101,41 +101,41 @@ class Raised(_Frozen):
 
 
 class GivenUp(_Frozen):
-    """The program cancelled the call, or left its stream."""
+    """The content of a call that the program cancelled, or whose stream it left."""
 
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
 
 
 class Begun(_Frozen):
-    """The task of a session."""
+    """The content of a session's first event: its task."""
 
     type: Literal["begun"] = "begun"
     task: list[str] = []
-    """The task's texts; none if the program runs its agents itself."""
+    """The task's texts; empty if the program runs its agents itself."""
     messages: list[dict[str, Any]] = []
-    """The task's messages, as they are built again."""
+    """The task's messages, dumped; empty if the task is a text."""
 
 
 class Said(_Frozen):
-    """A message that the user added to a fork."""
+    """The content of a user message added to a fork."""
 
     type: Literal["said"] = "said"
     text: str
 
 
 class Revoked(_Frozen):
-    """Which events no longer count."""
+    """The content of an event that names earlier events which no longer count."""
 
     type: Literal["revoked"] = "revoked"
     why: str
     seqs: list[int]
     is_another_program: bool = False
-    """Whether the session continues as another program from here."""
+    """Whether another program continues the session from here."""
 
 
 class Mark(_Frozen):
-    """Nothing but the event's place in the order."""
+    """The content of an event that records only its place in the order."""
 
     type: Literal["mark"] = "mark"
 
@@ -147,36 +147,36 @@ Content: TypeAlias = Annotated[Returned | Raised | GivenUp | Begun | Said | Revo
 
 
 class RunInput(_Frozen):
-    """Which run of a session this is."""
+    """The input of a run's execution: session and run number."""
 
     session: str
     run: int
 
 
 class RunSummary(_Frozen):
-    """What a run did."""
+    """The result of a run's execution: counts and the reason for the run's end."""
 
     stop_reason: str = ""
     live: dict[str, int]
     replayed: dict[str, int]
     last: int = 0
-    """The number of the session's last event. The session is finished as long as it is the last one."""
+    """The number of the session's last event. The session is finished while no later event exists."""
     looks: dict[str, int] = {}
-    """How often each condition that may stop the run was asked."""
+    """How often each recorded termination condition was checked."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """When a call was made."""
+    """The moment at which a call was made."""
 
     after: int = 0
-    """The number of the last event that had been delivered by then."""
+    """The number of the last event delivered before that moment."""
     active_ms: int = 0
-    """For how long the session's runs had been at work by then."""
+    """The session's active time at that moment."""
 
 
 class EventInput(_Frozen):
-    """Which event of a session this is."""
+    """The input of an event's execution: session, agent, position and kind."""
 
     session: str
     agent: str
@@ -198,24 +198,24 @@ class Event(_Frozen):
     position: str
     content: Content
     request: dict[str, Any] = {}
-    """The fingerprint of what was asked."""
+    """The fingerprint of the call."""
     accepted: bool = False
-    """Whether the event was copied into a fork: it counts, whatever it is asked with."""
+    """Whether the event was copied into a fork: it counts, whatever the program asks for."""
     asked_after: int = 0
-    """The number of the last event that had been delivered when this one was asked for."""
+    """The number of the last event delivered before this call was made."""
     recorded_ms: int = 0
-    """When it was recorded, in milliseconds since 1970 by the recording process's clock."""
+    """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """For how long the session's runs had been at work by then; the time between two runs doesn't count."""
+    """The session's active time at the recording: the time of all its runs, without the time between runs."""
     asked_ms: int = 0
-    """The same for the moment at which it was asked for."""
+    """The session's active time when the call was made."""
     under_way: list[str] = []
-    """The addresses of the calls without a recorded beginning that were made since the event before, and were under way
-    when this one was recorded."""
+    """The addresses of other calls that were under way when this event was recorded: those made since the previous
+    event without a recorded beginning."""
 
     @property
     def is_setback(self) -> bool:
-        """Whether a run that ends with this event has to make the call again: it failed, or its reply is broken."""
+        """Whether the call failed or its reply is broken: if a run ends with it, the next run makes the call again."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
     @property
@@ -228,17 +228,17 @@ class Event(_Frozen):
 
 @dataclass(frozen=True)
 class Call:
-    """What a run asks for, or what is recorded on its own."""
+    """A call that a run makes, or a mark that the session records."""
 
     kind: Kind
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The fingerprint: what is new in it, beside what an earlier request of the agent has."""
+    """The fingerprint; only its new parts, if `base` names an earlier request of the agent."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
-    """All of the fingerprint, where `request` is only a part."""
+    """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
-    """What an error calls it, if not by its name."""
+    """The call's name in errors; empty for the default name."""
 
     @property
     def address(self) -> str:
@@ -249,8 +249,8 @@ class Call:
 
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
-    """Name an event for a person: `reply 2 of writer`."""
-    words = position.removeprefix("reply/0/").replace("/", " ")  # what no reply has asked for
+    """Return an event's name for a person: `reply 2 of writer`."""
+    words = position.removeprefix("reply/0/").replace("/", " ")  # the agent made the call before its first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 
 
@@ -265,10 +265,10 @@ _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 
 
 def encoded(value: Any) -> Any:
-    """Write a JSON-like value so that every database takes it: `decoded` gives the same value back.
+    """Return a JSON-like value in a form that every database stores; `decoded` restores it.
 
-    Infinite numbers and NaN, which JSON lacks, and values that nest too deeply get a form of their own.
-    Raises InvalidRequest if the value can't be written at all.
+    Infinite numbers and NaN, which JSON lacks, and values that are nested too deeply are tagged.
+    Raises InvalidRequest if the value can't be written as JSON.
     """
     try:
         return _encoded(value, MAX_DEPTH)
@@ -296,7 +296,7 @@ def _encoded(value: Any, levels: int) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Read a value that `encoded` wrote."""
+    """Return the value that `encoded` wrote."""
     if isinstance(value, list):
         return [decoded(item) for item in value]
     if not isinstance(value, dict):
@@ -309,7 +309,7 @@ def decoded(value: Any) -> Any:
 
 
 def representable(value: Any) -> Any:
-    """Replace half surrogate pairs, which are no characters and which no database takes, in a JSON-like value."""
+    """Return a JSON-like value with its half surrogate pairs replaced: no database stores them."""
     if isinstance(value, str):
         return _HALVES.sub("\ufffd", value) if not value.isascii() else value
     if isinstance(value, dict):
@@ -324,27 +324,26 @@ def representable(value: Any) -> Any:
 
 @dataclass
 class Record:
-    """A session's events as they are read from the server."""
+    """A session's events, read from the server."""
 
     events: list[Event] = field(default_factory=list)
     """The events that count, in order."""
     begun: list[EventInput] = field(default_factory=list)
-    """What a run had begun and not finished."""
+    """The events that a run began and didn't finish."""
     tried: set[str] = field(default_factory=set)
-    """The addresses of all calls that were made and have no result, as far as the record tells, and of those that were
-    revoked."""
+    """The addresses of revoked events, and of all calls that are known to have been made without a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
-    """How often the event of an address was revoked."""
+    """How often each address's event was revoked."""
     last_seq: int = 0
-    """The highest number that an event has, whether it counts or not."""
+    """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
-    """When each event was recorded, by the server's clock."""
+    """The time at which each event was recorded, by the server's clock."""
     last_begun_ms: int = 0
-    """When the last call was begun that has no result, by the server's clock."""
+    """The time at which the last call without a result was begun, by the server's clock."""
 
 
 async def read_record(client: NexumClient, session: str) -> Record:
-    """Read all that a session has recorded."""
+    """Return everything that a session has recorded."""
     recorded: list[Event] = []
     found = Record()
     before = ""
@@ -385,7 +384,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
 
 
 def end_of(completed: Execution | None, events: list[Event]) -> RunSummary | None:
-    """Return what a session's last completed run did, if nothing was recorded after it: the session is finished."""
+    """Return the summary of a finished session's last completed run; None if a later event was recorded."""
     if completed is None:
         return None
     summary = RunSummary.model_validate_json(completed.outputs()["run"])

@@ -1,4 +1,4 @@
-"""What a call raised: turned into an ordinary error, recorded, and raised again."""
+"""Exceptions of calls: made ordinary, recorded, and raised again."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Plain = str | int | float | bool | None
 
 
 class RecordedFailure(Exception):
-    """A recorded failure whose class this program has not loaded or can't build; it has the recorded name and text."""
+    """A recorded failure whose class this program hasn't loaded or can't build."""
 
 
 class Failure(BaseModel):
-    """An exception, as far as JSON can hold it."""
+    """An exception in a form that JSON can hold."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,11 +37,11 @@ class Failure(BaseModel):
     """The constructor's arguments, if all of them are plain values."""
     attributes: dict[str, Plain] = {}
     validation: list[dict[str, Any]] | None = None
-    """The errors of a pydantic ValidationError, which has no other constructor."""
+    """The errors of a pydantic ValidationError: it is built from them, and not from arguments."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Capture an exception for the record."""
+        """Return an exception as a Failure."""
         kind = type(error)
         args = [_plain(one) for one in _made_with(error)]
         return cls(
@@ -54,10 +54,10 @@ class Failure(BaseModel):
         )
 
     def again(self) -> Exception:
-        """Build an exception of the same class with the same text, arguments and attributes, as far as they are plain.
+        """Return an exception of the same class with the same text and the same plain arguments and attributes.
 
-        If the class can't be built from its arguments, the exception has a class derived from it, or from the nearest
-        base that can be built.
+        If the class can't be built, the exception's class is derived from it, or from its nearest base that can be
+        built.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:
@@ -73,7 +73,7 @@ class Failure(BaseModel):
         return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
 
     def _validation_error(self) -> Exception | None:
-        with contextlib.suppress(Exception):  # an error of a type of the program's own
+        with contextlib.suppress(Exception):  # an error type that only the program knows
             details: list[Any] = [
                 {
                     "type": one["type"]
@@ -89,7 +89,7 @@ class Failure(BaseModel):
         return None
 
     def _made_from_args(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # the class has a constructor of its own
+        with contextlib.suppress(Exception):  # the class has another constructor
             error = kind(*self.args or ())
             vars(error).update(self.attributes)
             if type(error) is kind and _text(error) == self.text:
@@ -97,7 +97,7 @@ class Failure(BaseModel):
         return None
 
     def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # the class holds more than Python's part of it
+        with contextlib.suppress(Exception):  # the class keeps state outside Python, such as one in C
             error = kind.__new__(kind)
             error.args = (self.text,) if self.args is None else tuple(self.args)
             vars(error).update(self.attributes)
@@ -108,7 +108,7 @@ class Failure(BaseModel):
     def _derived_from(self, base: type[Exception]) -> Exception | None:
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
-        with contextlib.suppress(Exception):  # the class refuses to be derived from, or needs its arguments
+        with contextlib.suppress(Exception):  # the class can't be derived from, or needs its arguments
             kind: Any = type(self.name.rpartition(".")[2], (base,), body)
             error: Exception = kind.__new__(kind)
             error.args = (text,) if self.args is None else tuple(self.args)
@@ -118,7 +118,7 @@ class Failure(BaseModel):
 
 
 def class_named(module: str, name: str, base: type) -> type | None:
-    """Find a class that this program has loaded; one that a function defines, among those derived from `base`."""
+    """Return a loaded class by its name, or None. A class defined in a function is looked for below `base`."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -136,7 +136,7 @@ def class_named(module: str, name: str, base: type) -> type | None:
         ahead += type.__subclasses__(kind)
         if (kind.__module__, kind.__qualname__) == (module, name):
             matching.append(kind)
-    # A function that ran twice has defined it twice; only the same definition can be told to be the right one.
+    # A function that ran several times has defined several such classes: take one of them.
     return matching[-1] if matching else None
 
 
@@ -154,7 +154,7 @@ def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
 
 
 def _made_with(error: Exception) -> tuple[Any, ...]:
-    """The constructor's arguments. `__reduce__` also knows those that a class doesn't keep in `args`."""
+    """Return the constructor's arguments. `__reduce__` also has those that a class doesn't keep in `args`."""
     with contextlib.suppress(Exception):
         made = error.__reduce__()
         if isinstance(made, tuple) and made[0] is type(error) and isinstance(made[1], tuple):
@@ -179,9 +179,9 @@ def _text(error: Exception) -> str:
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:
-    """Await the call; an exception that is no Exception (SystemExit, a library's own) becomes a RuntimeError.
+    """Await the call; turn a BaseException that is no Exception (such as SystemExit) into a RuntimeError.
 
-    Raised inside a task, such an exception would end the event loop. CancelledError passes.
+    Raised inside a task, such an exception would end the event loop. CancelledError is raised unchanged.
     """
     try:
         return await call
@@ -192,7 +192,7 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
 
 
 async def in_a_task(running: asyncio.Future[T], name: str) -> T:
-    """Wait for a task of its own; it is cancelled with the caller, and ends before the caller does."""
+    """Return the task's result. If the caller is cancelled, cancel the task and wait for its end first."""
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
@@ -205,12 +205,12 @@ async def in_a_task(running: asyncio.Future[T], name: str) -> T:
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:
-    """The ordinary error in place of an exception that would leave a framework waiting, or end the event loop."""
+    """Return a RuntimeError in place of an exception that would block a framework or end the event loop."""
     return RuntimeError(f"{name} ended with {type(error).__name__}: {error}")
 
 
 def is_being_cancelled() -> bool:
-    """Whether somebody is cancelling this task, so that a CancelledError in it is theirs."""
+    """Return whether this task is being cancelled from outside."""
     task = asyncio.current_task()
-    # Before Python 3.11 it can't be told; an ordinary error is raised in place of the cancellation.
+    # Python 3.10 has no Task.cancelling: return False there.
     return task is not None and bool(getattr(task, "cancelling", lambda: 0)())

@@ -1,4 +1,4 @@
-"""The right to write a session's record, and the writing of it."""
+"""Ownership of a session, and writing to its record."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ from nexum_engine.workflow import MAX_ID_LENGTH
 
 _log = logging.getLogger(__name__)
 
-TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have died a moment ago
+TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
 
 T = TypeVar("T")
 
 
 class Journal:
-    """One session's record, owned by this process for the length of an `async with`. Raises SessionBusy."""
+    """A session's record, owned by this process for the length of an `async with`. Entering raises SessionBusy."""
 
     def __init__(self, client: NexumClient, session: str) -> None:
         self.session = session
         self.events: list[Event] = []
         """The events that count, in order."""
         self.ended: RunSummary | None = None
-        """What the session's run did, if the session is finished."""
+        """The summary of the session's last run, if the session is finished."""
         self._client = client
         self._owner = Owner(client, on_lost=lambda error: _log.warning("%s; trying for %g s", error, OWNER_PATIENCE))
         self._run: Task | None = None
         self.next_seq = 1
-        """The number that the next event gets."""
+        """The number of the next event."""
         self._starting: set[asyncio.Task[Started]] = set()
         self._times_revoked: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The events after which no call was begun."""
+        """The last events: no call was begun after them."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
         self._unrecorded: list[str] = []
-        """The addresses of the calls that were made since the last event and are not on record."""
+        """The addresses of the calls made since the last event without a recorded beginning."""
 
     async def __aenter__(self) -> Journal:
         latest = await self._runs()
@@ -95,31 +95,34 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
         except NexumError as ending:
-            _log.warning("the end of this run of session %s could not be recorded: %s", self.session, ending)
+            _log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
             await self._owner.__aexit__()
 
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
-        """Begin the run after the latest one, or take that over; return it, and the latest run there was, if any."""
+        """Begin the next run, or take over the latest one; return the run's task and the latest run."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
-        said = False
+        is_reported = False
         while True:
             try:
                 input = RunInput(session=self.session, run=_run_number(latest))
                 started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
             except Conflict as conflict:
                 if loop.time() >= give_up:
-                    raise SessionBusy(f"session {self.session} is being run: {conflict}") from conflict
-                if not said:
+                    raise SessionBusy(
+                        f"session {self.session} is being run: {conflict}. Wait for that run to end, or use another "
+                        "session"
+                    ) from conflict
+                if not is_reported:
                     _log.warning(
                         "session %s is in use by another run. If that run was killed, the server will notice within "
                         "%g s",
                         *(self.session, TAKE_OVER_PATIENCE),
                     )
-                    said = True
+                    is_reported = True
             else:
                 if started.task is not None:
                     if started.task.attempt > 1:
@@ -130,7 +133,7 @@ class Journal:
             latest = await self._runs()
 
     async def _runs(self, status: str = "") -> Execution | None:
-        """Return the latest run of this session, with its result."""
+        """Return this session's latest run (with this status), with its result; None if there is none."""
         found = await self._client.list_executions(
             workflow_id=AGENT_RUN.workflow_id,
             status=status,
@@ -142,25 +145,25 @@ class Journal:
         return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
-        """Read the record. Take over what was only begun, so that a process that hung can't record it later."""
+        """Read the record, and take over unfinished events, so that a process that hung can't record them later."""
         while True:
             record = await read_record(self._client, self.session)
             self._times_revoked, self._tried = record.times_revoked, record.tried
             for input in record.begun:
                 started = await self._start(input)
                 if started.task is None:
-                    break  # recorded a moment ago
+                    break  # it was just recorded: read again
                 self._inherited[self._key(input)] = started.task
             else:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # A run that began another call after a failure has survived it.
+                # A run that began another call after a failure survived that failure.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
     async def _revoke_trailing_failures(self) -> None:
-        """Drop failures and broken replies that an unfinished session ends with: nothing depends on them yet."""
+        """Revoke the failures and broken replies at the end of an unfinished session: nothing depends on them."""
         trailing: list[Event] = []
         for event in reversed(self._trailing):
             if not event.is_setback:
@@ -170,7 +173,7 @@ class Journal:
             await self.revoke(trailing, "the run ended with it")
 
     async def _start(self, input: EventInput) -> Started:
-        """Begin an event under this run, or take it over. Raises SessionBusy if another process has the run now."""
+        """Begin an event under this run, or take it over. Raises SessionBusy if another process owns the run."""
 
         async def start() -> Started:
             return await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run)
@@ -181,7 +184,7 @@ class Journal:
         return started
 
     async def _record_at_once(self, input: EventInput, event: Event) -> None:
-        """Begin an event under this run and record it. Raises SessionBusy if another process has the run now."""
+        """Begin an event under this run and record it. Raises SessionBusy if another process owns the run."""
 
         async def record() -> None:
             key = self._key(input)
@@ -200,22 +203,22 @@ class Journal:
                     continue
                 if loop.time() >= give_up:
                     raise SessionBusy(
-                        f"session {self.session} is not this process's any more: {conflict}. Run it again when the "
-                        "other one has ended"
+                        f"session {self.session} was taken over by another process: {conflict}. Run it again when "
+                        "that process has ended"
                     ) from conflict
-                # The server may be about to notice that the event's owner is gone.
+                # The event's owner may have died, and the server hasn't noticed yet: try again.
                 await asyncio.sleep(LOOK_INTERVAL)
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
         if again := self._times_revoked[input.address]:
-            key += f"/again/{again}"  # a key has one result, and the first one was revoked
+            key += f"/again/{again}"  # the old key keeps its revoked result
         if len(key) <= MAX_ID_LENGTH and key.isprintable():
             return key
         return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
 
     async def _move_if_replaced(self) -> bool:
-        """Record everything again if the server's database was replaced; return whether it was."""
+        """Record all events again if the server's database was replaced; return whether it was."""
         if self._run is None:
             return False
         try:
@@ -229,7 +232,9 @@ class Journal:
         self._inherited.clear()
         self._run, _ = await self._take_session(await self._runs())
         if (await read_record(self._client, self.session)).events:
-            raise SessionBusy(f"the server that replaced the last one has another session {self.session}")
+            raise SessionBusy(
+                f"the server was replaced, and the new one has another session {self.session}. Use another session"
+            )
         for event in self.events:
             input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
@@ -238,22 +243,22 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run has begun this event and has no result of it."""
+        """Return whether an earlier run made the call of this address without recording a result that counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return a name of the event that it shares with no revoked event of the same address."""
+        """Return a name for the address's next event that none of its revoked events has."""
         again = self._times_revoked[address]
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often the session had continued as another program before the event of this number."""
+        """Return how often another program continued the session before the event of this number."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
-        """Make sure that a call may be made; record that it is under way, where the next run has to know that."""
-        # After a setback, any call shows that the run has survived it. And if another run may have taken the session
-        # over, the server has to be asked before the call is paid for.
+        """Record that a call is about to be made, if the next run has to know that. Raises SessionBusy."""
+        # After a failure or a broken reply, the next call shows that the run survived it. If another run may have taken
+        # the session over, ask the server before the call is paid for.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)
@@ -268,22 +273,21 @@ class Journal:
         starting = asyncio.create_task(self._start(input))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
-        # Shielded: if the caller is cancelled, the task is still known here, and is closed when the run ends.
+        # Shielded: if the caller is cancelled, the started task is still kept, and closed when the run ends.
         started = await asyncio.shield(starting)
         if started.task is None:
             raise SessionBusy(
-                f"session {self.session}: another process has recorded {call} meanwhile. Run it again when that one "
-                "has ended"
+                f"session {self.session}: another process has recorded {call}. Run it again when that process has ended"
             )
         return started.task
 
     async def record(
         self, call: Call, content: Content, task: Task | None = None, asked: Asked | None = None, active_ms: int = 0
     ) -> Event:
-        """Record what a call came to, as the session's next event; return it as it was recorded.
+        """Record a call's outcome as the session's next event; return the event.
 
-        `task` is the call's, if it was begun; `active_ms` is for how long the session's runs have been at work by now.
-        Raises SessionBusy if another process has the session now.
+        `task` is the call's task, if its beginning was recorded; `active_ms` is the session's active time.
+        Raises SessionBusy if another process owns the session.
         """
         asked = asked or Asked()
         event = Event(
@@ -315,7 +319,8 @@ class Journal:
             task = None
         except StaleTask as stale:
             raise SessionBusy(
-                f"session {self.session}: another process has taken over {event} from this one ({stale})"
+                f"session {self.session}: another process has taken over {event} ({stale}). Run it again when that "
+                "process has ended"
             ) from stale
         if task is None:
             await self._record_at_once(input, event)
@@ -331,23 +336,23 @@ class Journal:
             self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
-        """Record an event of another session. It is accepted, whatever it will be asked with."""
+        """Record a copy of another session's event. The copy is accepted: it counts, whatever the program asks for."""
         call = Call(event.kind, event.agent, event.position)
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
         await self._write(None, call, copy)
 
     async def add_message(self, text: str) -> None:
-        """Record what the user says next."""
+        """Record a user message."""
         taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
         await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke every event after this number, except what a person has added: that still has to be said."""
+        """Revoke every event after this number, except added user messages: agents still get those."""
         left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
         await self.revoke(left, why, is_another_program=True)
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
-        """Record that these events no longer count: they will be asked for again."""
+        """Record that these events no longer count: their calls are made again."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
@@ -365,8 +370,10 @@ class Journal:
         looks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
-        """Record that the run is over, and the session finished. Raises SessionBusy if another process has it now."""
-        await self._close_open("the run that asked for it died, and a later one did not ask again", OWNER_PATIENCE)
+        """Record the end of the run. Raises SessionBusy if another process owns the session."""
+        await self._close_open(
+            "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
+        )
         if self._run is not None:
             last = max((event.seq for event in self.events), default=0) if is_finished else -1
             summary = RunSummary(
@@ -379,19 +386,22 @@ class Journal:
                     await self._move_if_replaced()
                     await self._owner.complete(self._run, summary)
             except StaleTask as stale:
-                raise SessionBusy(f"session {self.session} was taken over by another process ({stale})") from stale
+                raise SessionBusy(
+                    f"session {self.session} was taken over by another process ({stale}). Run it again when that "
+                    "process has ended"
+                ) from stale
             finally:
                 self._run = None
 
     async def release(self) -> None:
-        """Leave the session without having run it."""
+        """Release the session without running it."""
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # The task's record was on the way and has arrived, or another server has taken this one's place.
+            # The task was recorded in the meantime, or the server was replaced.
             with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]

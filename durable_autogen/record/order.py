@@ -1,7 +1,7 @@
-"""When nothing of a session is ready to run: whatever one recorded event set off has happened.
+"""Waiting until a session is idle: nothing of it is ready to run, and the last event's effects are complete.
 
-A session delivers its recorded events one at a time, each when the session is idle. So an event has the same effects in
-a replay as in the recorded run. Other sessions and other tasks of the event loop are neither waited for nor delayed.
+A session delivers its events one at a time, each when the session is idle. So an event has the same effects in a replay
+as in the recorded run. Other sessions and other tasks of the event loop are neither waited for nor delayed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from durable_autogen.record.place import at, current
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session
 
-ROUNDS_WITHOUT_A_LOOK = 100  # turns of an event loop whose queue can't be seen (uvloop)
-BUSY_PATIENCE = 5.0  # seconds after which a session that is never idle is no longer waited for
-LESS_BUSY_PATIENCE = 0.05  # seconds, once a session was found to be never idle
+ROUNDS_WITHOUT_A_LOOK = 100  # turns to wait on an event loop whose queue can't be read (uvloop)
+BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
+LESS_BUSY_PATIENCE = 0.05  # seconds to wait after a session was busy for longer than that
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
 
 
 class Activity:
-    """What keeps one session busy beside its tasks: work that it gave to threads."""
+    """The work that a session gave to threads: it keeps the session busy, as its tasks do."""
 
     def __init__(self) -> None:
         self.threads = 0
-        """How many functions of the session run in threads, or wait for one."""
+        """The number of the session's functions that run in threads, or wait for a thread."""
         self.is_never_idle = False
         """Whether the session was once busy for longer than BUSY_PATIENCE."""
 
@@ -50,15 +50,15 @@ class _Waiting:
 
 
 class _Watcher:
-    """Looks at one event loop's queue for all of its sessions: once a turn, while at least one of them waits."""
+    """A watcher of one event loop's queue, for all sessions in the loop. It looks once a turn while a session waits."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
-    def sees_at_once_that_it_is_idle(self, session: Session) -> bool:
-        """Return whether the session is idle, which then costs no turn of the loop. Nobody overtakes who waits."""
+    def is_idle_now(self, session: Session) -> bool:
+        """Return whether the session is idle and no earlier caller waits for it: then no turn of the loop is needed."""
         ready = getattr(self._loop, "_ready", None)
         return (
             ready is not None
@@ -71,7 +71,7 @@ class _Watcher:
         waiting = _Waiting(session, self._loop)
         self._waiting.append(waiting)
         if self._watching is None or self._watching.done():
-            # Without a session of its own: otherwise the watcher would keep the first session that waits busy.
+            # In an empty context: otherwise the watcher itself would keep the first waiting session busy.
             context = contextvars.Context()
             self._watching = context.run(self._loop.create_task, self._watch())
         try:
@@ -81,7 +81,7 @@ class _Watcher:
                 self._waiting.remove(waiting)
 
     async def _watch(self) -> None:
-        # asyncio has no public way to see its queue, and no other place where a handle's context shows.
+        # asyncio has no public way to read its queue.
         ready = getattr(self._loop, "_ready", None)
         while self._waiting:
             threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
@@ -129,15 +129,15 @@ _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watcher] = WeakKeyDicti
 
 
 async def idle(session: Session) -> None:
-    """Return when nothing of the session is ready to run.
+    """Wait until nothing of the session is ready to run.
 
-    Call it from a task of the session's: the caller is not counted.
+    Call it from one of the session's tasks: that task isn't counted.
     """
     loop = asyncio.get_running_loop()
     watcher = _watchers.get(loop)
     if watcher is None:
         watcher = _watchers[loop] = _Watcher(loop)
-    if not watcher.sees_at_once_that_it_is_idle(session):
+    if not watcher.is_idle_now(session):
         await watcher.wait(session)
 
 
@@ -153,8 +153,8 @@ _original_start = threading.Thread.start
 def watched_threads() -> Iterator[None]:
     """Count the work that sessions give to threads, for the length of a `with`.
 
-    Every executor stays the program's own: only `ThreadPoolExecutor.submit` is wrapped, and `Thread.start`, so that a
-    thread knows its session.
+    `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program's
+    executors stay in use.
     """
     global _open_sessions, _original_submit, _original_start
     with _lock:
@@ -179,7 +179,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     place = current.get()
     if place is None or place.session.is_over:
         return _original_submit(self, fn, *args, **kwargs)
-    # run_in_executor leaves the context behind, and with it the session of what the function calls.
+    # run_in_executor doesn't copy the context, and the context holds the session.
     context = contextvars.copy_context()
     session, loop = place.session, place.session.loop
     if not place.in_call:
@@ -197,13 +197,13 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # In the loop's next turn: by then the caller has its own callback on the future, and that one runs first.
+        # Add the callback in the loop's next turn: the caller's own callback is then added, and run, first.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 
 
 def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
-    """Return whether the pool runs its functions in other interpreters (Python 3.14), where no context can follow."""
+    """Return whether the pool runs its functions in other interpreters (Python 3.14): no context can be passed."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 
@@ -215,8 +215,8 @@ def _start(self: threading.Thread) -> None:
         return
     target: Any = getattr(self, "_target", None)
     if getattr(target, "__module__", "") == "concurrent.futures.thread":
-        # A pool's thread outlives the session, and gets the context of each function that it runs. Python 3.14 can make
-        # every thread inherit its starter's context (-X thread_inherit_context, and without the lock always).
+        # A pool's thread outlives the session, and each function brings its own context. Python 3.14 may let a thread
+        # inherit its starter's context (with -X thread_inherit_context, or always if free-threaded).
         with at(None):
             _original_start(self)
         return
@@ -225,7 +225,7 @@ def _start(self: threading.Thread) -> None:
         context = contextvars.copy_context()
         self.run = lambda: context.run(run)  # type: ignore[method-assign]
     else:
-        # Python 3.14: the program chose a context by Thread(context=...), in which the thread also needs the session.
+        # Python 3.14: the program passed Thread(context=...); the thread needs the session in that context, too.
         def run_at_place() -> None:
             with at(place):
                 run()
@@ -238,5 +238,5 @@ def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     try:
         return fn(*args, **kwargs)
     except StopIteration as error:
-        # A future can't hold a StopIteration: its waiter would wait for ever.
-        raise RuntimeError("StopIteration was raised: nothing was found where something was looked for") from error
+        # A future can't hold a StopIteration: its caller would wait for ever.
+        raise RuntimeError("StopIteration was raised: next() found nothing") from error

@@ -1,8 +1,8 @@
-"""What leaves a session by a way that isn't recorded, named by Python's own audit events.
+"""Detection of connections and processes outside the record, by Python's audit events.
 
 A connection or a process that the program starts inside a session and outside a recorded call is started again by every
-later run of that session. Connections that a library makes without Python's socket module (uvloop, gRPC) raise no audit
-event, and neither does a second request over a connection that is open already.
+later run of that session. No audit event is raised for a connection that a library makes without Python's socket module
+(uvloop, gRPC), nor for a second request over an open connection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _installed = False
 
 
 def watch() -> None:
-    """Begin to watch this process. An audit hook can't be removed: outside a session it only looks at a variable."""
+    """Install the audit hook once. It can't be removed; outside a session it only reads a variable."""
     global _installed
     if not _installed:
         _installed = True

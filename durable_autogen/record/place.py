@@ -1,6 +1,6 @@
-"""Where a call is made: in which session, by which agent, and whether inside a call that is being recorded.
+"""The place of a call: its session, its agent, and whether it is inside a call that is being recorded.
 
-A context variable holds the place. Tasks inherit it, so whatever a program starts inside a session belongs to it.
+A context variable holds the place. Tasks inherit it, so all tasks that a program starts inside a session belong to it.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Who is at work in a session."""
+    """The agent or program at work in a session."""
 
     session: Session
     agent: str = ""
     """The name under which calls are recorded; empty for the program itself."""
     path: str = ""
-    """What the names of agents that work inside begin with."""
+    """The prefix of the names of agents that work inside this one."""
     is_inside: bool = False
-    """Whether an agent or a team is at work, and not the program itself."""
+    """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
-    """Whether a call is being recorded: what happens inside belongs to its result."""
+    """Whether a call is being recorded: calls inside it belong to its result."""
     ends_in_order: bool = False
-    """Whether the agents that work inside work side by side, so that the order of their ends is recorded."""
+    """Whether the agents inside work in parallel: then the order in which their turns end is recorded."""
     must_not_raise: bool = False
-    """Whether the agent at work waits for ever for a tool that raises."""
+    """Whether a tool that raises would block the agent for ever."""
     is_beside_others: bool = False
-    """Whether some agent around works side by side with others."""
+    """Whether the agent, or one that it works for, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether what the agent says is handed on only when it says the next thing, while others are at work."""
+    """Whether each of the agent's messages is passed on only with the next one, while other agents work."""
     owner: Any = None
     """The agent or team at work."""
 
     def inside(self, name: str) -> str:
-        """The name of an agent that works inside."""
+        """Return the recorded name of an agent that works inside this one."""
         return f"{self.path}/{name}" if self.path else name
 
 
@@ -55,18 +55,17 @@ recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
 
 
 def call_id() -> str:
-    """Return the id of the recorded tool call that is being made; empty outside one.
+    """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
-    No other call has this id, in this session or another; a re-run that makes the call again has the same one. Use it
-    as an idempotency key.
+    The id is unique over all sessions, and the same if a re-run makes the call again. Use it as an idempotency key.
     """
     return recorded_call.get()
 
 
 def recording_place() -> Place | None:
-    """The place whose session has to record what is called now; None if no session has to.
+    """Return the place whose session has to record the current call; None if no session has to.
 
-    Raises NotDurable where it would have to and can't: after the session's end, and in another event loop.
+    Raises NotDurable if the session can't record the call: after the session's end, or in another event loop.
     """
     place = current.get()
     if place is None or place.in_call:
@@ -74,32 +73,32 @@ def recording_place() -> Place | None:
     session = place.session
     if session.is_over:
         raise NotDurable(
-            f"session {session.session_id} has ended, and this call was started inside it: wait for it before the "
+            f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
             "session ends, or start it outside"
         )
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
-            f"this call belongs to session {session.session_id} and is made in another event loop, where it can't be "
-            "recorded: make it in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
+            f"this call of session {session.session_id} can't be recorded: it is made in another event loop. Make it "
+            "in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
         )
     return place
 
 
 @contextmanager
 def at(place: Place | None) -> Iterator[None]:
-    """Work at this place for the length of a `with`."""
+    """Set the current place for the length of a `with`."""
     token = current.set(place)
     try:
         yield
     finally:
         try:
             current.reset(token)
-        except ValueError:  # ended in another context, which never had this value
+        except ValueError:  # this context is not the one that set the value
             current.set(None)
 
 
 def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
-    """Start the call as a task that works at this place."""
+    """Return a new task that awaits the call at this place."""
 
     async def run() -> T:
         return await call
@@ -111,7 +110,7 @@ def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
 
 @asynccontextmanager
 async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], None]:
-    """Close the stream at the end of a `with`: a loop that is left in the middle leaves it open."""
+    """Close the stream at the end of a `with`: an `async for` that is left early doesn't close it."""
     try:
         yield stream
     finally:
@@ -121,7 +120,7 @@ async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], 
 
 
 async def steps_at(place: Place | None, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    """Pass on the stream's items; each of its steps works at this place, and its consumer does not."""
+    """Yield the stream's items. The stream's steps run at this place; the consumer keeps its own."""
     steps = stream.__aiter__()
     try:
         while True:

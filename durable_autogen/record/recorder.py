@@ -1,8 +1,8 @@
-"""Gives a run its recorded events in their order; what the run asks for after them is called live, and recorded.
+"""The recorder of a run: it delivers the recorded events in order, then makes calls live and records them.
 
-Events are delivered one at a time. The next one is delivered when the session is idle, in the live run in the order of
-recording, in a replay in the same order. So parallel branches meet as they met in the recorded run, and an agent that
-comes after them gets the same prompt.
+Events are delivered one at a time, in recorded order, in the live run as in a replay. The next event is delivered when
+the session is idle. So parallel branches join as they did in the recorded run, and an agent after the join gets the
+same prompt.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 OnDrift = Literal["stop", "continue"]
 
-GIVE_UP_PATIENCE = 1.0  # seconds for what was given up to end, before the next call is made
+GIVE_UP_PATIENCE = 1.0  # seconds to wait for given-up calls to end before the next call
 
 _NOTHING: Any = object()
 
 
 @dataclass(frozen=True)
 class Performed:
-    """What a live call came to: the value for the caller, and what is recorded of it."""
+    """The outcome of a live call: the value for the caller, and the content to record."""
 
     value: Any
     content: Returned
@@ -60,24 +60,24 @@ class Performed:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call came to, live or replayed."""
+    """The outcome of a call, live or replayed."""
 
     content: Content
     replayed: bool
     position: str
     """The position at which the call is recorded."""
     value: Any = _NOTHING
-    """The live call's value; a replayed one is built from the content."""
+    """The live call's value; unset in a replay, where the caller builds the value from the content."""
 
     @property
     def has_value(self) -> bool:
-        """Whether the call was live."""
+        """Whether the call was live, and so has its value here."""
         return self.value is not _NOTHING
 
 
 @dataclass(eq=False)
 class _LiveCall:
-    """A call that is being made."""
+    """A live call that is being made."""
 
     call: Call
     asked: Asked
@@ -85,16 +85,16 @@ class _LiveCall:
     asker: Asker
     task: Task | None = None
     given_up: bool = False
-    went_on: bool = False
-    """Whether the task or the agent that gave it up has asked for something since."""
+    survived: bool = False
+    """Whether the task or agent that gave the call up has made another call since."""
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    """The answer, or what the call raised: as a value, so that an error that nobody waits for is no noise."""
+    """The answer, or the call's error as a value: asyncio would warn of an exception that nobody retrieves."""
 
 
 class Recorder:
-    """The events of one run."""
+    """The recorder of one run: it replays events and records new ones."""
 
     def __init__(
         self, journal: Journal, session: Session, *, on_drift: OnDrift = "stop", compare: Compare = same_request
@@ -102,15 +102,15 @@ class Recorder:
         self.journal = journal
         self.on_drift = on_drift
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        """Resolves when the run can't continue; every call then raises this error."""
+        """A future with the error that ended the run; every later call raises it."""
         self.ended: str | None = None
-        """Why the recorded run was over, if it was and if nothing may be asked for after it."""
+        """The stop reason of the recorded run, if it ended and no call may follow it; else None."""
         self.last_recorded_ms = 0
-        """When the last delivered event was recorded, in milliseconds since 1970."""
+        """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
         """The number of the last delivered event."""
         self.looks: Counter[str] = Counter()
-        """How often each condition that may stop the run was asked."""
+        """How often each recorded termination condition was checked."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self._session = session
@@ -120,7 +120,7 @@ class Recorder:
         self.survival = Survival()
         self._questions: Counter[str] = Counter()
         self._typed: list[tuple[Call, Returned, Asked]] = []
-        """What was typed at the console and is not recorded yet."""
+        """The lines typed at the console that are not recorded yet."""
         self._given_up: list[_LiveCall] = []
         self._turnstile = asyncio.Lock()
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
@@ -137,7 +137,7 @@ class Recorder:
         await idle(self._session)
 
     async def close(self) -> None:
-        """Stop what is under way; record nothing more."""
+        """Cancel the replay and all live calls; record nothing more."""
         self.stop(NexumError("the run is over"))
         running = [self._replaying, *self._calls]
         for one in running:
@@ -145,7 +145,7 @@ class Recorder:
         await asyncio.gather(*running, return_exceptions=True)
 
     def stop(self, error: Exception) -> None:
-        """Fail the run with this error."""
+        """End the run with this error: every waiting and later call raises it."""
         if not self.failed.done():
             self.failed.set_result(error)
         self._replay.fail(error)
@@ -153,7 +153,7 @@ class Recorder:
             running.cancel()
 
     def ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address, if it was not delivered yet."""
+        """Return the recorded event of an address if it wasn't delivered yet, else None."""
         return self._replay.event_ahead(address)
 
     def _delivered(self, event: Event) -> None:
@@ -161,32 +161,32 @@ class Recorder:
 
     @property
     def programs(self) -> int:
-        """How often the session had continued as another program when the last delivered event was recorded."""
+        """How often another program had continued the session when the last delivered event was recorded."""
         return self.journal.programs_before(self.last_seq)
 
     @property
     def is_live(self) -> bool:
-        """Whether everything recorded was asked for."""
+        """Whether the replay is over."""
         return self._replay.over_since is not None
 
     def was_asked(self, condition: str, look: int) -> bool:
-        """Return whether the finished run that is replayed had asked a condition so often."""
+        """Return whether the replayed run, which is finished, checked a condition at least this often."""
         ended = self.journal.ended
         return ended is not None and look <= ended.looks.get(condition, 0)
 
     @property
     def is_replaying(self) -> bool:
-        """Whether something recorded was not asked for yet."""
+        """Whether an event of the record wasn't delivered yet."""
         return bool(self._replay.ahead)
 
     @property
     def active_now_ms(self) -> int:
-        """For how long the session's runs have been at work by now."""
+        """The session's active time: the time of all its runs by now, without the time between runs."""
         since = self._replay.over_since
         return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
-        """Record the task of a session that has none, or of one that continues as another program."""
+        """Record the beginning of a new session, or of another program that continues a session."""
         async with self._turnstile:
             if request is not None or not self.journal.events:
                 position = "begin"
@@ -199,12 +199,12 @@ class Recorder:
     # ---- The end -----------------------------------------------------------------------------------------------------
 
     async def end(self, stop_reason: str) -> None:
-        """The run is over, and whole. Raises DriftError if more was recorded than it asked for."""
+        """Record the run's end. Raises DriftError if the program didn't ask for every recorded event."""
         if self._replay.ahead:
             event = self._replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
         if self._calls:
-            # The program has left these calls behind, and so will its replay.
+            # The program ended without waiting for these calls, and its replay will do the same.
             left = dict(self._calls)
             for running, live in left.items():
                 if not live.answer.done():
@@ -219,7 +219,7 @@ class Recorder:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
         for event in broken:
             _log.warning(
-                "%s is empty or cut off, and nothing came after it: it is not kept. Run the session again to retry",
+                "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
                 event,
             )
         await self.journal.end(
@@ -235,7 +235,7 @@ class Recorder:
         )
 
     async def end_with(self, error: BaseException) -> None:
-        """The run ended with an error: revoke the failures that it ended with, so that the next run calls again."""
+        """Revoke the failures that ended the run with this error, so that the next run makes the calls again."""
         async with self._turnstile:
             await self._record_typed()
             if ended_it := self.survival.ended_by(error, self.journal.events):
@@ -244,8 +244,7 @@ class Recorder:
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
     async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
-        """Wait for the turn of an event that holds nothing but its place in the order."""
-
+        """Record a mark, or wait for its turn in a replay."""
         await self.call(Call(kind, agent, position, request), None)
 
     async def call(
@@ -259,28 +258,30 @@ class Recorder:
         early: bool = False,
         is_cancelled: bool = False,
     ) -> Answer:
-        """Return the recorded answer, or what `perform` returns, recorded. A failure is recorded and raised, too.
+        """Return the call's recorded answer, or make the call live with `perform` and record it. Raises its failure.
 
-        If the caller is cancelled, the call is recorded as given up, with what `streamed` says that it had got by then;
-        its replay calls nothing and waits for the program to give it up again. `on_replay` is called with the content
-        of a replayed answer before it is returned or raised; at once for a call that was given up, and with `early`.
-        `asker` is the task that asks, if another one waits for it here. With `is_cancelled`, the program has cancelled
-        the call before it began, so the call does not show that the program goes on after what it gave up.
+        If the caller is cancelled, the call is recorded as given up, with the items that `streamed` returns. A replay
+        of a given-up call calls nothing, and waits until the program cancels it again.
+
+        `on_replay` gets the content of a replayed answer before the answer is returned or raised; at once if the call
+        was given up, or with `early`. `asker` is the task that makes the call, if it isn't the current task.
+        `is_cancelled` says that the program cancelled the call before it began: such a call doesn't show that the
+        program survived an earlier given-up call.
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()
         self.survival.asks(call, asker)
         for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.went_on = live.went_on or continues(live.call.agent, live.asker, call, asker)
+            live.survived = live.survived or continues(live.call.agent, live.asker, call, asker)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
-            on_replay = _already_told
+            on_replay = _ignore
         answer = await self._replayed(call, on_replay, asker)
         if answer is None:
             answer = await self._made_live(call, perform, streamed, asker)
         if isinstance(answer, Exception):
-            # In a replay from here as well, and without a traceback: AutoGen tells it to models.
+            # Raise without the old traceback, live as in a replay: AutoGen passes tracebacks on to models.
             raise answer.with_traceback(None) from None
         return answer
 
@@ -318,7 +319,7 @@ class Recorder:
             raise
 
     async def _wait_to_be_given_up(self, event: Event, call: Call, on_replay: Callable[[Content], None]) -> None:
-        """Wait until the caller is cancelled, as in the recorded run. Return if the call is to be made after all."""
+        """Wait until the caller is cancelled, as in the recorded run. If it isn't in time, that is drift."""
         differing = self._replay.differences(event, call)
         if differing:
             await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -330,7 +331,7 @@ class Recorder:
         self._check_not_failed()
         await self.drift(
             event.seq - 1,
-            f"{event} was given up by the recorded run after {waited_ms / 1000:g} s, and this run waits for it",
+            f"the recorded run gave {event} up after {waited_ms / 1000:g} s, and this run still waits for it",
         )
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
@@ -342,7 +343,7 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            # What the program has left behind, as a stream in the middle, is closed before it is idle.
+            # Once idle, the program has closed the streams that it left.
             await self._idle()
             giving_up = [running for running, one in self._calls.items() if one.given_up]
             if giving_up:
@@ -374,12 +375,12 @@ class Recorder:
                 if not live.answer.done():
                     live.answer.set_result(self.failed.result())
             elif live.given_up:
-                await self._take_back(live)
+                await self._give_up(live)
                 live.answer.cancel()
             elif not live.answer.done():
                 live.answer.set_result(RuntimeError(f"{call} was cancelled"))
             raise
-        except Exception as error:  # noqa: BLE001 - it is the caller's
+        except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
                 self.stop(error)
             if not live.answer.done():
@@ -394,13 +395,13 @@ class Recorder:
         try:
             name = call.label or str(call)
             done = await in_a_task(started_at(inside, ordinary(perform(), name)), name)
-        except Exception as error:  # noqa: BLE001 - it is the caller's, and is recorded
+        except Exception as error:  # noqa: BLE001 - it is recorded, and the caller raises it
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
             return None, Raised(failure=failure, streamed=live.streamed()), error
         return done.value, done.content, None
 
-    async def _take_back(self, live: _LiveCall) -> None:
-        """Keep in mind that the program gave this call up. If it was recorded meanwhile, revoke that."""
+    async def _give_up(self, live: _LiveCall) -> None:
+        """Note that the program gave this call up, and revoke its event if it was already recorded."""
         event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
         if event is not None:
             try:
@@ -412,12 +413,12 @@ class Recorder:
         self._given_up.append(live)
 
     def next_question(self, agent: str) -> int:
-        """Return the number of an agent's next question at the console."""
+        """Count a question of an agent at the console; return its number."""
         self._questions[agent] += 1
         return self._questions[agent]
 
     def typed_before(self, call: Call) -> str | None:
-        """Return the line that a person typed in the recorded run. Raises DriftError for another prompt."""
+        """Return the recorded line for a question at the console, or None. Raises DriftError for another prompt."""
         event = self._replay.typed(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None
@@ -431,7 +432,7 @@ class Recorder:
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
-        """Keep what a person has typed until it can be recorded."""
+        """Keep a typed line until it can be recorded."""
         self.live["inputs"] += 1
         self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
 
@@ -448,19 +449,19 @@ class Recorder:
                     self._typed.pop(0)
 
     async def _record_apart(self) -> None:
-        """Record what has no place in the order, before the next event that has one."""
+        """Record typed lines and given-up calls before the next event: they have no place in the order."""
         await self._record_typed()
         await self._record_given_up()
 
     async def _record_given_up(self) -> None:
-        """Record the calls that the program gave up: it goes on after them, so it was not the run that ended."""
+        """Record given-up calls: the run continued after them, so they were cancelled by the program itself."""
         while self._given_up:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
-                self.survival.add(event, None, live.asker, survived=live.went_on)
+                self.survival.add(event, None, live.asker, survived=live.survived)
             finally:
-                # The caller may be cancelled while the server records it all the same.
+                # The event may be recorded although this task was cancelled.
                 if any(event.address == live.call.address for event in self.journal.events):
                     self._given_up.remove(live)
 
@@ -472,7 +473,7 @@ class Recorder:
         try:
             return await asyncio.shield(recording)
         except asyncio.CancelledError:
-            # The server may have recorded it: then it has to be known here as well.
+            # The server may already have recorded the event: wait, so that the journal gets it, too.
             await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
             raise
         finally:
@@ -498,7 +499,7 @@ class Recorder:
         )
 
     async def drift(self, after: int, what: str) -> None:
-        """The run has left the record after this event's number. Raises DriftError, or revokes the rest."""
+        """Handle drift after this event's number: raise DriftError, or revoke the later events and go live."""
         session = self.journal.session
         if self.on_drift == "stop":
             raise DriftError(self._drifted(what))
@@ -510,5 +511,5 @@ class Recorder:
         self._replay.leave()
 
 
-def _already_told(_: Content) -> None:
-    """What is replayed was told when the call was asked for."""
+def _ignore(_: Content) -> None:
+    """Do nothing: `on_replay` was called early."""

@@ -1,4 +1,4 @@
-"""The recorded events of a run, delivered one at a time in their order, as the run asks for them."""
+"""Delivery of recorded events: one at a time, in order, as the run asks for them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _log = logging.getLogger(__name__)
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
 CHOICE_HINT = (
-    "If the program chooses by chance, by the clock or by something outside (as in a selector_func), let it choose by "
-    "the messages, or in a tool"
+    "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
+    "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # the same, while the run asks for nothing but what was in flight when an earlier run ended
+TRIED_PATIENCE = 30.0  # seconds, while the run asks only for calls that were in flight when an earlier run ended
 
 
 class Compare(Protocol):
-    """Tells what differs between a recorded request and the one that is made now, one line each."""
+    """A function that compares a recorded request with the current one."""
 
     def __call__(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-        """Compare; `find` gives the recorded event of an address."""
+        """Return a line for each difference. `find` returns the recorded event of an address."""
         ...
 
 
@@ -40,7 +40,7 @@ class _Asked:
 
 
 class Replay:
-    """What the record holds and the run has not asked for yet."""
+    """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Replay:
         on_drift: Callable[[int, str], Awaitable[None]],
     ) -> None:
         self.ahead = deque(event for event in journal.events if _is_in_order(event))
-        """What was not asked for yet, in order."""
+        """The events that are not delivered yet, in order."""
         self.active_ms = 0
-        """For how long the session had been at work when the last delivered event was recorded."""
+        """The session's active time when the last delivered event was recorded."""
         self.over_since: float | None = None
-        """When everything recorded had been asked for, by time.monotonic()."""
+        """The time at which the replay was over, by time.monotonic(); None before."""
         self._journal = journal
         self._wait_until_idle = wait_until_idle
         self._compare = compare
@@ -68,21 +68,20 @@ class Replay:
         self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
-        """The addresses that calls have taken which asked in another order."""
+        """The addresses of events that `matching` gave to calls of other positions."""
         self._waiting_live: dict[str, bool] = {}
-        """What has to wait for the end of the replay, and whether an earlier run has asked for it, too."""
+        """The calls that wait for the end of the replay, and whether an earlier run made them, too."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
     def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address, if it was not delivered yet."""
+        """Return the recorded event of an address if it wasn't delivered yet, else None."""
         return self._by_address[address] if address in self._addresses else None
 
     def matching(self, call: Call) -> Call:
-        """Return the call with the position of the recorded one that it equals.
+        """Return the call with the position of the recorded event that has the same fingerprint.
 
-        Tasks that ask at the same moment may ask in another order than in the recorded run: what they ask for tells
-        which is which.
+        Tasks that ask at the same moment may ask in another order than in the recorded run.
         """
         at_its_place = self.event_ahead(call.address)
         if at_its_place is None or at_its_place.accepted:
@@ -101,24 +100,24 @@ class Replay:
         return call
 
     def peek(self, call: Call) -> Event | None:
-        """Return the recorded event of a call, before its turn, if both ask for the same."""
+        """Return the recorded event of a call before its turn, if their fingerprints are equal; else None."""
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
     def typed(self, address: str) -> Event | None:
-        """Return the recorded line that was typed at an address, once."""
+        """Return the recorded console event of an address; None the next time."""
         return self._typed.pop(address, None)
 
     def take_given_up(self, call: Call) -> Event | None:
-        """Return the record of a call that the program gave up, once."""
+        """Return the event of a given-up call; None the next time."""
         return self._given_up.pop(call.address, None)
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
-        """Return what differs between the recorded request and this one, one line each."""
+        """Return a line for each difference between the recorded request and this one."""
         return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
-        """Return the recorded event when its turn has come; None if it no longer counts and the call is to be made."""
+        """Wait for the turn of a call's recorded event; return the event, or None if it no longer counts."""
         asked = _Asked(call, asyncio.get_running_loop().create_future())
         self._asked[call.address] = asked
         self._changed.set()
@@ -128,7 +127,7 @@ class Replay:
             self._asked.pop(call.address, None)
 
     async def wait_until_over(self, call: Call) -> None:
-        """Return when everything recorded was asked for. A call that waits here is new, which may show a drift."""
+        """Wait until the replay is over. A call that waits here has no event, which may mean drift."""
         if self._over.is_set():
             return
         self._waiting_live[str(call)] = self._journal.was_tried(call.address)
@@ -139,13 +138,13 @@ class Replay:
             self._waiting_live.pop(str(call), None)
 
     def fail(self, error: Exception) -> None:
-        """Raise this for every call that waits for a recorded event."""
+        """Raise this error in every call that waits for a recorded event."""
         for asked in self._asked.values():
             if not asked.delivered.done():
                 asked.delivered.set_exception(error)
 
     def leave(self) -> None:
-        """Drop what is ahead: the calls that wait for it are made."""
+        """Drop all events that are not delivered yet: calls that wait for them are made live."""
         self.ahead.clear()
         self._addresses.clear()
         self._given_up.clear()
@@ -155,7 +154,7 @@ class Replay:
             _deliver(asked, None)
 
     async def run(self) -> None:
-        """Deliver everything; return when nothing is ahead. Raises what `on_drift` raises."""
+        """Deliver all events in order; return after the last one. Raises the errors of `on_drift`."""
         while self.ahead:
             await self._wait_until_idle()
             if not self.ahead:
@@ -189,7 +188,7 @@ class Replay:
         begun = loop.time()
         # An event that was asked for late in the recorded run may be asked for late again.
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
-        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
+        notice = loop.call_later(DRIFT_PATIENCE, self._warn_waiting, event, late)
         try:
             while event.address in self._addresses and event.address not in self._asked:
                 self._changed.clear()
@@ -205,15 +204,15 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _tell_waiting(self, event: Event, late: float) -> None:
+    def _warn_waiting(self, event: Event, late: float) -> None:
         if (patience := self._patience()) is not None:
             limit = patience + late
             _log.warning("%s is next on record: waiting up to %g s for the run to ask for it", event, limit)
 
     def _patience(self) -> float | None:
-        """How long the run may go without asking for what is recorded next, in seconds.
+        """Return the seconds to wait for the call of the next event; None for no limit.
 
-        As long as nothing waits, the program is at work on something of its own, and will ask for it or end.
+        While no call waits, the program does work of its own: it will make the call, or end.
         """
         if self._asked or not all(self._waiting_live.values()):
             return DRIFT_PATIENCE
@@ -221,7 +220,7 @@ class Replay:
 
 
 def _is_in_order(event: Event) -> bool:
-    # The moment at which a program gives up a call is its own, and `input()` can't wait: neither has a place in order.
+    # The program itself decides when to give up a call, and `input()` can't wait: neither has a place in the order.
     is_apart = isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
     return event.kind.is_asked_for and not is_apart
 
@@ -232,6 +231,6 @@ def _deliver(asked: _Asked, event: Event | None) -> None:
 
 
 def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Compare requests by equality alone, for a framework that has no words for what differs."""
+    """Compare two requests for equality, without naming the differences."""
     requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
-    return [] if requests[0] == requests[1] else ["the request is another one"]
+    return [] if requests[0] == requests[1] else ["the request differs"]

@@ -1,4 +1,4 @@
-"""One session of recorded work, for any framework."""
+"""`Session`: a recorded session, for any framework."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def check_session_id(session_id: str) -> str:
-    """Return the id. Raises InvalidRequest if it isn't one."""
+    """Return the session id. Raises InvalidRequest if it isn't valid."""
     if not _SESSION_ID.fullmatch(session_id):
         raise InvalidRequest(
             f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
@@ -39,7 +39,7 @@ def check_session_id(session_id: str) -> str:
 
 
 class Session:
-    """What a program calls inside is recorded on a Nexum server; the next run with the same id replays it."""
+    """A session: calls inside are recorded on a Nexum server, and the next run with the same id replays them."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Session:
                 raise InvalidRequest(f"{name} is {value!r}: give one of {', '.join(choices)}")
         self.session_id = check_session_id(session_id)
         self.stop_reason = ""
-        """The recorded reason for the run's end."""
+        """The reason for the run's end, recorded when the session is left."""
         self.is_over = False
         self.activity = Activity()
         self._address = nexum
@@ -69,19 +69,19 @@ class Session:
         self._recorder: Recorder | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
-        """What left the record, and how often."""
+        """How often each connection or process outside the record was started."""
 
     # ---- What a framework adds ---------------------------------------------------------------------------------------
 
     def entry_points(self) -> AbstractContextManager[None]:
-        """Make the framework's methods record for the length of a `with`."""
+        """Record the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
     # ---- Its run -----------------------------------------------------------------------------------------------------
 
     @property
     def recorder(self) -> Recorder:
-        """The run's events. Raises RuntimeError outside `async with`."""
+        """The run's recorder. Raises RuntimeError outside `async with`."""
         if self._recorder is None:
             raise RuntimeError("a session is used inside `async with`")
         return self._recorder
@@ -95,9 +95,9 @@ class Session:
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
-        """Record what the program itself calls inside the `with` under this name.
+        """Record the program's own calls inside the `with` under this name.
 
-        Name the branches of a program that works on several things at once, and asks models or tools itself.
+        Use it to name parallel branches of a program that calls models or tools itself.
         """
         place = current.get()
         if place is None or place.session is not self:
@@ -108,9 +108,9 @@ class Session:
 
     async def __aenter__(self) -> Session:
         if self._recorder is not None:
-            raise RuntimeError(f"session {self.session_id} was entered already: make another DurableSession")
+            raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
-            # Without a place: the connection and its heartbeat are no work of the program's.
+            # Without a place: the connection and its heartbeat are not the program's work.
             with at(None):
                 client = await stack.enter_async_context(NexumClient(self._address))
                 try:
@@ -138,13 +138,17 @@ class Session:
                 if failure is None:
                     await recorder.end_with(error)
             except NexumError as ending:
-                _log.warning("session %s: the failure could not be revoked: %s", self.session_id, ending)
+                _log.warning(
+                    "session %s: the failure could not be revoked: %s",
+                    self.session_id,
+                    ending,
+                )
             finally:
                 await self._stack.__aexit__(kind, error, traceback)
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # AutoGen passes on only its text
+                raise failure from error  # `error` may have only the failure's text, if it came through AutoGen
             await recorder.end(self.stop_reason)
 
     async def _close(self) -> None:
@@ -152,10 +156,10 @@ class Session:
         await self.recorder.close()
         self._log_counts()
 
-    # ---- What leaves the record --------------------------------------------------------------------------------------
+    # ---- Outside the record ------------------------------------------------------------------------------------------
 
     def left_the_record(self, agent: str, what: str) -> None:
-        """Something was connected to or started outside a recorded call. Raises NotDurable if that stops the run."""
+        """Report a connection or process outside a recorded call. Raises NotDurable with `on_unrecorded="stop"`."""
         who = agent or "the program"
         line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
         self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1

@@ -1,7 +1,7 @@
-"""Which failures and given-up calls a run has survived, and which it ended with.
+"""Tracking of failures and given-up calls: which ones the run survived, and which one ended it.
 
-A failure that the run survived stays on record, and is replayed. One that ended the run is revoked: the next run makes
-the call again.
+A failure that the run survived stays on record, and is replayed. A failure that ended the run is revoked: the next run
+makes the call again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Asker = asyncio.Task[Any] | None
 class _Setback:
     event: Event
     error: Exception | None
-    """What the call raised; None if it was given up."""
+    """The call's error; None if the call was given up."""
     asker: Asker
     """The task that made the call."""
     survived: bool
 
 
 class Survival:
-    """The setbacks of one run whose agents have not finished their turns since."""
+    """The failed and given-up calls of a run, until their agents finish their turns."""
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []
@@ -37,34 +37,34 @@ class Survival:
         self._setbacks.append(_Setback(event, error, asker, survived))
 
     def asks(self, call: Call, asker: Asker) -> None:
-        """A task makes another call: it has survived, and so have the agents that work for its agent."""
+        """Note that a task makes a call: it and the agents that work for its agent survived their setbacks."""
         for one in self._setbacks:
             one.survived = one.survived or continues(one.event.agent, one.asker, call, asker)
 
     def turn_is_over(self, path: str) -> None:
-        """An agent or a team has finished its turn, and with it all who work inside."""
+        """Note that an agent or team, and all agents inside it, finished their turn."""
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
-        """Return the failure whose text this error repeats: AutoGen's teams pass on only texts."""
+        """Return the failure whose text this error contains, or None: AutoGen's teams pass on only texts."""
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
-        """Return those of the events with which a run ended that ended with this error."""
+        """Return the events of the calls that ended the run with this error."""
         setbacks = [one for one in self._setbacks if one.event in events and not one.event.accepted]
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)
-        # Python keeps the cause, where a team passes on only its text; a program may raise an error of its own.
+        # Python chains the cause. A team passes on only its text. A program may raise an unrelated error.
         found = [one for one in failures if one.error in causes]
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         found = found or [one for one in failures if not one.survived]
-        # A run that ends cancels the calls of those who work beside the one that failed.
+        # The end of the run also cancelled the calls of agents that worked in parallel.
         found += [one for one in setbacks if one.error is None and not one.survived]
         return [one.event for one in found]
 
 
 def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
-    """Return whether a call shows that an agent, or one that it works for, continued; all work for the program."""
+    """Return whether a call shows that the agent, or one that it works for, continued after its setback."""
     return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 
 
@@ -78,7 +78,7 @@ def _repeats(error: BaseException, cause: Exception | None) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An exception with everything that caused it."""
+    """Return an exception with all of its causes."""
     found: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:

@@ -142,7 +142,7 @@ async def test_one_team_is_in_one_run_at_a_time(server: Server) -> None:
         team = agent(model, "one", [wait])
         running = asyncio.ensure_future(run(server, lambda: team))
         await asyncio.wait_for(begun.wait(), TIMEOUT)
-        with pytest.raises(InvalidRequest, match="one is at work in session s: build another one"):
+        with pytest.raises(InvalidRequest, match="one is already running in session s: build another one"):
             await run(server, lambda: team, session="other")
         go_on.set()
         assert "end" in texts(await running)[-1]

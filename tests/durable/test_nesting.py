@@ -102,7 +102,7 @@ async def test_a_member_of_a_graph_that_says_something_else_is_told(server: Serv
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, build)
         said = "the file says 43"
-        with pytest.raises(DriftError, match=r"turn 1 of a .* what it said was the file says 42, now it is .* 43"):
+        with pytest.raises(DriftError, match=r"turn 1 of a .* the text was the file says 42, now it is .* 43"):
             await run(server, build)
         assert len(model.requests) == 1
 

@@ -75,7 +75,7 @@ async def test_who_lost_the_session_records_nothing_more(server: Server) -> None
                 await again.create([UserMessage(content="two", source="user")])
 
     with OpenAIServer(lambda _: answer("yes")) as model:
-        with pytest.raises(SessionBusy, match="session s is not this process's any more"):
+        with pytest.raises(SessionBusy, match="session s was taken over by another process"):
             await program()
         async with NexumClient(server.address) as nexum:
             record = await read_record(nexum, "s")
@@ -242,9 +242,9 @@ async def test_the_server_is_asked_before_a_reply_is_paid_for_if_the_session_may
         assert await hung.before(REPLIES[0]) is None
         await hung._owner.__aexit__()
         async with next_run(server):
-            with pytest.raises(SessionBusy, match="is not this process's any more"):
+            with pytest.raises(SessionBusy, match="was taken over by another process"):
                 await hung.before(REPLIES[1])
-            with pytest.raises(SessionBusy, match="is not this process's any more"):
+            with pytest.raises(SessionBusy, match="was taken over by another process"):
                 await hung.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         assert not (await read_record(nexum, "s")).events
@@ -257,7 +257,7 @@ async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(serv
         async with Journal(nexum, "s") as journal:
             await journal.end("done", live={}, replayed={})
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
-        assert left.error == "event: the run that asked for it died, and a later one did not ask again"
+        assert left.error == "event: the run that made this call died, and a later run did not make it again"
 
 
 @pytest.mark.parametrize("when", ["between calls", "during a call", "before the end"])

@@ -207,7 +207,7 @@ def test_interrupted_script_ends_as_python_ends_it(folder: Folder) -> None:
 def test_missing_script_is_told_in_one_line(folder: Folder) -> None:
     done = folder.durable()
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["error: there is no script script.py"]
+    assert done.stderr.splitlines() == ["error: there is no script script.py: check the path"]
 
 
 async def test_each_asyncio_run_has_a_session_of_its_own(folder: Folder, server: Server, model: OpenAIServer) -> None:
