@@ -1,17 +1,17 @@
-"""A four-step agent pipeline whose worker is killed, and a fresh worker that goes on exactly where the record ends.
+"""Kill the worker of a four-step agent pipeline; a new worker resumes exactly where the record ends.
 
     research -> validate -> [worker 1 is killed] -> summarize -> report
                                                     ^ worker 2 resumes here
 
-Needs nothing else running: without a Nexum server it starts one for the run, and the workers are its
-own in any case. Without a model key it answers offline.
+If no Nexum server answers, the script starts one for the run. It always starts its own workers. Without a model key the
+agents answer offline.
 
-    python crash_demo.py                                # killed after validate
+    python crash_demo.py                                # kill worker 1 after validate
     python crash_demo.py --crash-after research
     python crash_demo.py --query "Impact of Rust on systems programming" --html timeline.html
     python crash_demo.py --all                          # every crash point, also within a step
-    python crash_demo.py --graphflow                    # what AutoGen alone does instead, and a durable run of the same
-    python crash_demo.py --cyclic
+    python crash_demo.py --graphflow                    # instead: an interrupted GraphFlow, in AutoGen and durable
+    python crash_demo.py --cyclic                       # the same for a GraphFlow with a loop
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
 from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say, say_what_is_logged
 from support.graphflow.comparison import compare
 from support.launcher import NexumForRun
-from support.models import ModelChoice, ModelChoiceError, choose_model
+from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, choose_model
+from support.options import add_nexum_option
 from support.pipeline.drill import Drill, DrillFailed
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
@@ -43,17 +44,16 @@ from support.pipeline.page import page
 from support.pipeline.timeline import timeline
 
 QUERY = "Impact of Rust on systems programming"
-OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
 CRASH_AFTER = STEPS[:-1]  # after the last step nothing is left to resume
 EVERY_POINT = (*(CrashPoint(step) for step in CRASH_AFTER), CrashPoint("summarize", within=True))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if the run shows what "
-        "it is meant to show, 1 if not, 2 if it can't run as asked.",
+        epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if every check of the "
+        "run passed, 1 if one failed, 2 if the script could not run.",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -62,28 +62,24 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--crash-during", choices=STEPS, help="kill worker 1 within this step, after its effect and before its record"
     )
-    where.add_argument("--all", action="store_true", help="every crash point, one after the other")
+    where.add_argument("--all", action="store_true", help="run every crash point, one after the other")
     where.add_argument(
-        "--graphflow", action="store_true", help="instead: an interrupted AutoGen GraphFlow, without and with a record"
+        "--graphflow",
+        action="store_true",
+        help="instead: interrupt an AutoGen GraphFlow and resume it, with save_state and as a durable run",
     )
-    where.add_argument("--cyclic", action="store_true", help="the same for a GraphFlow with a loop")
-    parser.add_argument("--query", default=QUERY, metavar="TEXT", help="what to find out about (default: %(default)s)")
+    where.add_argument("--cyclic", action="store_true", help="as --graphflow, for a GraphFlow with a loop")
+    parser.add_argument("--query", default=QUERY, metavar="TEXT", help="the topic of the report (default: %(default)s)")
     parser.add_argument("--offline", action="store_true", help="run without a model key and without the web")
-    parser.add_argument(
-        "--nexum",
-        metavar="HOST:PORT",
-        default=os.environ.get("NEXUM_ADDRESS") or None,
-        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
-        "localhost:50051, else an embedded one)",
-    )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the timeline as a page for a browser, too")
+    add_nexum_option(parser, embedded=True)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the timeline as an HTML page")
     return parser
 
 
 async def run(
     points: Sequence[CrashPoint], query: str, model: ModelChoice, nexum_address: str | None
 ) -> list[PipelineRun]:
-    """One drill for each crash point."""
+    """Run one drill for each crash point; return the runs."""
     let_ctrl_c_cancel()
     workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
     runs: list[PipelineRun] = []
@@ -105,7 +101,7 @@ async def run(
 
 
 def show(run: PipelineRun) -> None:
-    """The timeline, what it says, and the report."""
+    """Print the run's timeline, remarks and report."""
     say(f"\n{timeline(run)}\n")
     for remark in remarks(run):
         say(remark)
@@ -114,7 +110,7 @@ def show(run: PipelineRun) -> None:
 
 
 def verdict(run: PipelineRun) -> str:
-    """One line for one crash point."""
+    """Return one line about the run of one crash point."""
     shares = "; ".join(f"{worker.name} ran {', '.join(run.steps_of(worker)) or 'nothing'}" for worker in run.workers)
     repeated = ", ".join(
         f"{node.node_id} took {len(node.attempts)} attempts, its effect happened {effect_times(run, node)}"
@@ -126,7 +122,7 @@ def verdict(run: PipelineRun) -> str:
 
 
 def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | None) -> int:
-    """Print what the runs came to; the exit code."""
+    """Print the results of the runs; return the exit code: 1 if a check failed, else 0."""
     if len(runs) == 1:
         show(runs[0])
         where = f" --nexum {nexum_address}" if nexum_address else ""
@@ -145,14 +141,14 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code: 0 shown, 1 it doesn't hold, 2 can't run as asked."""
+    """Run the script from the command line; return the exit code: 0 passed, 1 a check failed, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     query = " ".join(argument_text(args.query).split())
     if not query:
         parser.error("the query is empty")
     if args.html is not None and (args.html.is_dir() or not args.html.resolve().parent.is_dir()):
-        parser.error(f"--html {args.html}: give a file in a folder that exists")
+        parser.error(f"--html {args.html}: give a file name in a folder that exists")
     if args.crash_during:
         points: Sequence[CrashPoint] = [CrashPoint(args.crash_during, within=True)]
     else:
@@ -174,4 +170,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
     say_what_is_logged("durable_autogen", "nexum_engine")
-    run_script(main, interrupted="nothing of it is left running")
+    run_script(main, interrupted="its server and workers were stopped")

@@ -1,12 +1,12 @@
-"""The pipeline's worker: runs research, validate, summarize and report with AutoGen agents, one step at a time.
+"""Run the pipeline's steps (research, validate, summarize, report) with AutoGen agents, one step at a time.
 
-Needs a Nexum server (`python -m nexum_engine`), and waits for one. With a model key it serves live pipelines as well as
-offline ones; without, offline ones alone.
+Needs a Nexum server (`python -m nexum_engine`), and waits for one. With a model key the worker serves live and offline
+pipelines; without one, only offline pipelines.
 
     python pipeline_worker.py
-    python pipeline_worker.py --query "Impact of Rust on systems programming"          # start one, then work
-    CRASH_AFTER=validate python pipeline_worker.py      # is killed as soon as the server has recorded `validate`
-    CRASH_DURING=summarize python pipeline_worker.py    # is killed after the step's effect, before its record
+    python pipeline_worker.py --query "Impact of Rust on systems programming"          # start a pipeline, then work
+    CRASH_AFTER=validate python pipeline_worker.py      # kill the worker once the server has recorded `validate`
+    CRASH_DURING=summarize python pipeline_worker.py    # kill it after the effect of `summarize`, before its record
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.signals import stop_event
@@ -37,6 +37,7 @@ from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput, 
 from support.console import complain, log_to, run_script, say
 from support.launcher import kill_this_process
 from support.models import ModelChoice, ModelChoiceError, choose_model
+from support.options import add_nexum_option, add_until_stdin_closes_option
 from support.pipeline.effects import EffectLog
 
 if TYPE_CHECKING:
@@ -46,38 +47,33 @@ SERVER_PATIENCE = 30.0  # seconds that --query waits for a server
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
-        epilog=f"CRASH_AFTER=STEP kills the worker once STEP is recorded, CRASH_DURING=STEP between its effect and its "
-        f"record. The steps are {', '.join(STEPS)}.",
+        epilog="CRASH_AFTER=STEP kills the worker once STEP is recorded, CRASH_DURING=STEP between the step's effect "
+        f"and its record. The steps are {', '.join(STEPS)}.",
     )
+    add_nexum_option(parser)
     parser.add_argument(
-        "--nexum",
-        default=os.environ.get("NEXUM_ADDRESS") or None,
-        metavar="HOST:PORT",
-        help=f"the server (default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS})",
+        "--offline", action="store_true", help="serve only offline pipelines, even if a model key is set"
     )
-    parser.add_argument("--offline", action="store_true", help="serve offline pipelines alone, whatever keys are set")
-    parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query first")
+    parser.add_argument("--query", metavar="TEXT", help="start a pipeline with this query, then work")
     parser.add_argument(
         "--name",
         default=f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}",
-        help="its id in the records is NAME-pid<process id>; no two workers may share one (default: this host's "
-        "name and a random ending)",
+        help="the worker's id in the records is NAME-pid<process id>; give each worker another name (default: this "
+        "host's name and a random suffix)",
     )
     parser.add_argument(
-        "--drill", metavar="NAME", help="serve the pipelines of this drill of crash_demo.py alone (default: all others)"
+        "--drill", metavar="NAME", help="serve only the pipelines of this drill of crash_demo.py (default: all others)"
     )
-    parser.add_argument("--effects", type=Path, metavar="FILE", help="append a line for each step's effect")
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
-    )
+    parser.add_argument("--effects", type=Path, metavar="FILE", help="append a line to FILE for each step's effect")
+    add_until_stdin_closes_option(parser)
     return parser
 
 
 def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
-    """The step that a variable names. Raises ValueError for one that doesn't exist."""
+    """Return the step that an environment variable names, or None. Raises ValueError if there is no such step."""
     step = env.get(variable, "").strip()
     if step and step not in STEPS:
         raise ValueError(f"{variable}={step} names no step; the steps are {', '.join(STEPS)}")
@@ -86,7 +82,7 @@ def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Acting:
-    """What happens around a step's work: its effect is written to the log, and the worker dies where it was told to."""
+    """The effects and the crash of a worker: each step's effect is logged, and the worker dies at its crash point."""
 
     effects: EffectLog | None
     crash_after: str | None
@@ -94,14 +90,14 @@ class Acting:
     _done: set[tuple[str, str, int]] = field(default_factory=set)
 
     def around(self, handler: Handler) -> Handler:
-        """The handler, with what happens between its work and its report."""
+        """Return a handler that also logs the step's effect, and crashes before the report if requested."""
 
         async def run(task: TaskContext) -> object:
             output = await handler(task)
             if self.effects is not None:
                 self.effects.append(task)
             if task.node_id == self.crash_during:
-                say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as asked")
+                say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as requested")
                 kill_this_process()
             self._done.add((task.execution_id, task.node_id, task.attempt))
             return output
@@ -109,15 +105,15 @@ class Acting:
         return run
 
     def after_report(self, task: Task) -> None:
-        """A report was acknowledged; only a result is a record, a failure isn't."""
+        """Crash, if requested, after the server has acknowledged a result. A reported failure doesn't count."""
         if task.node_id == self.crash_after and (task.execution_id, task.node_id, task.attempt) in self._done:
-            say(f"[pipeline] {task.node_id} is recorded; crashing now, as asked")
+            say(f"[pipeline] {task.node_id} is recorded; crashing now, as requested")
             kill_this_process()
 
 
 def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Binding]:
-    """The workflows that this worker can serve with this model, in the version of the drill if there is one."""
-    # Here, so that a wrong command line is told at once: they import AutoGen.
+    """Return the workflows that this worker can serve with this model, each with its handlers."""
+    # Imported here because these import AutoGen, and a wrong command line should be reported at once.
     from support.offline.pipeline import pipeline_model
     from support.offline.web import OfflineWeb
     from support.pipeline.steps import PipelineSteps
@@ -140,12 +136,12 @@ def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Bind
 
 
 def version_of(pipeline: Workflow, drill: str | None) -> Workflow:
-    """The version of the pipeline that a worker of the drill serves; without a drill, the plain one."""
+    """Return the pipeline's version for a drill; without a drill, the pipeline itself."""
     return pipeline if drill is None else drill_version(pipeline, drill)
 
 
 async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> None:
-    """Start an execution, live if there is a model for it."""
+    """Start an execution with this query: live, or offline if the model is offline."""
     workflow = version_of(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
     await client.register_workflow(workflow, patience=SERVER_PATIENCE)
     started = await client.start_execution(workflow, PipelineInput(query=query))
@@ -153,7 +149,7 @@ async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, dr
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Work until told to stop; the exit code."""
+    """Run the worker until a signal stops it; return the exit code: 0 stopped, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

@@ -1,8 +1,8 @@
-"""The research pipeline: four EFFECT nodes, as data. `pipeline_worker.py` binds the work, `crash_demo.py` starts it.
+"""The research pipeline: four EFFECT nodes, as data. `pipeline_worker.py` runs the nodes, `crash_demo.py` starts it.
 
     research -> validate -> summarize -> report
 
-Each node depends on all before it: what it gets is their recorded output.
+Each node depends on all nodes before it, and gets their recorded outputs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class _Record(BaseModel):
 
 
 class PipelineInput(_Record):
-    """What to find out about."""
+    """The pipeline's input: the query that the report answers."""
 
     query: str = Field(min_length=1)
 
 
 class Claim(_Record):
-    """A statement with its evidence: the page that says so, and the words in which it does."""
+    """A statement with its evidence: a page, and a quote from that page."""
 
     statement: str
     url: str
@@ -31,14 +31,14 @@ class Claim(_Record):
 
 
 class Research(_Record):
-    """What the researcher found; without claims, why."""
+    """The output of `research`: claims, or a note that says why there are none."""
 
     claims: list[Claim]
     note: str = ""
 
 
 class Source(_Record):
-    """A page that was read again, with the number under which the report cites it."""
+    """A page that `validate` has read, with the number by which the report cites it."""
 
     number: int
     url: str
@@ -46,7 +46,7 @@ class Source(_Record):
 
 
 class ValidClaim(_Record):
-    """A claim whose quote stands on its page."""
+    """A claim that `validate` kept: its quote is on the page and supports the statement."""
 
     statement: str
     quote: str
@@ -54,14 +54,14 @@ class ValidClaim(_Record):
 
 
 class DroppedClaim(_Record):
-    """A claim that nothing after `validate` may use."""
+    """A claim that `validate` dropped, with the reason. No later step uses it."""
 
     claim: Claim
     reason: str
 
 
 class Validation(_Record):
-    """The claims that stand, their sources, and those that fell."""
+    """The output of `validate`: the kept claims, their sources, and the dropped claims."""
 
     sources: list[Source]
     kept: list[ValidClaim]
@@ -69,19 +69,19 @@ class Validation(_Record):
 
 
 class Summary(_Record):
-    """Prose that cites sources by number, as in [1]."""
+    """The output of `summarize`: prose that cites sources by number, as in [1]."""
 
     text: str
 
 
 class Report(_Record):
-    """The whole report, in Markdown."""
+    """The output of `report`: the whole report, in Markdown."""
 
     markdown: str
 
 
 def _pipeline(workflow_id: str) -> Workflow:
-    """Build the pipeline under an id. The version hash covers the id, and tasks are polled by that hash alone."""
+    """Build the pipeline under an id. Workers poll by the version hash, and the hash covers the id."""
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)
@@ -94,12 +94,12 @@ def _pipeline(workflow_id: str) -> Workflow:
 
 PIPELINE = _pipeline("research-pipeline")
 
-# A workflow of its own, so that an offline result is never served to a live run.
+# A separate workflow, so that a live run never gets an offline result.
 OFFLINE_PIPELINE = _pipeline("research-pipeline-offline")
 
 STEPS = tuple(node.node_id for node in PIPELINE.nodes)
 
 
 def drill_version(pipeline: Workflow, drill: str) -> Workflow:
-    """The same pipeline as a version of its own, whose steps no worker takes but those of this drill."""
+    """Return the pipeline in a version of its own: only workers of this drill take its steps."""
     return _pipeline(f"{pipeline.workflow_id}-{drill}")

@@ -1,11 +1,11 @@
-"""One durable tool call: key, session file, StartExecution, GetExecution, result.
+"""Make one durable tool call: key, session file, StartExecution, GetExecution, result.
 
     from submit_task import submit_tool_call
     text = submit_tool_call("web_search", {"query": "Tokyo"}, session_id="demo1")
     python submit_task.py web_search '{"query": "Tokyo"}' --session-id demo1
 
-Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). Asked again in the same session, also
-after a crash of any process, the same call is answered with the recorded result.
+Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). The same call in the same session
+returns the recorded result, also after a crash of any process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient, Observed, Started
+from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
     InvalidRequest,
@@ -42,31 +42,32 @@ from nexum_engine.errors import (
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from support.console import complain, let_ctrl_c_cancel, run_script, say
+from support.options import add_nexum_option
 from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
-BRIEFLY = 0.05  # seconds that starting a call may wait for its end
-FIRST_NOTICE = 1.0  # seconds until a wait is explained
-NOTICE_EVERY = 5.0  # seconds
+BRIEFLY = 0.05  # seconds for which StartExecution waits for the execution's end
+FIRST_NOTICE = 1.0  # seconds until the first line about a wait
+NOTICE_EVERY = 5.0  # seconds between such lines
 SHOWN_REASON = 200  # characters of a failure in a line about waiting
 
 T = TypeVar("T")
 
 
 class Origin(Enum):
-    """Where a result came from."""
+    """How a tool call got its result."""
 
     EXECUTED = "executed"
     """This call started the execution."""
     ATTACHED = "attached"
-    """It was running already."""
+    """The execution was already RUNNING."""
     CACHED = "cached"
-    """It was recorded already."""
+    """The execution was already COMPLETED."""
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """A tool's result."""
+    """A tool's result, with its origin and its execution."""
 
     text: str
     origin: Origin
@@ -74,11 +75,14 @@ class ToolResult:
 
 
 class ToolCallFailed(NexumError, RuntimeError):
-    """The tool failed for good, or its execution was cancelled. The message has the tool's own reason."""
+    """The tool call's execution is FAILED or CANCELLED. The message has the tool's own reason."""
 
 
 def call_key(tool_name: str, tool_args: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, over the tool's name and its canonical arguments. Raises InvalidRequest for what isn't JSON."""
+    """Return the SHA-256, in hex, of the tool's name and its canonical arguments.
+
+    Raises InvalidRequest if the arguments can't be written as JSON.
+    """
     try:
         canonical = json.dumps(tool_args, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return hashlib.sha256((tool_name + canonical).encode()).hexdigest()
@@ -87,7 +91,7 @@ def call_key(tool_name: str, tool_args: Mapping[str, Any]) -> str:
 
 
 class _Deadline:
-    """Until when a caller waits."""
+    """The time at which a caller stops waiting."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -99,10 +103,10 @@ class _Deadline:
 
 
 class Session:
-    """The durable calls of one session on one server. Use as an async context manager, or call `close`.
+    """The durable tool calls of one session on one server. Use it as an async context manager, or call `close`.
 
-    `nexum` is a server's address, with the defaults of NexumClient; a `client` is used instead of it, and stays open.
-    `tell` gets the lines that say how the calls go, from the event loop and from the session file's thread.
+    `nexum` is the server's address, with the defaults of NexumClient. A given `client` is used instead, and stays open.
+    `tell` prints the lines about progress. It is called from the event loop and from the session file's thread.
     """
 
     def __init__(
@@ -128,18 +132,18 @@ class Session:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection to the server."""
+        """Close the connection to the server, unless the client was given."""
         if self._owns_client:
             await self._client.close()
 
     async def call(
         self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
     ) -> ToolResult:
-        """Run the tool, or find its result. `scope` tells two equal calls apart that are meant to run twice.
+        """Run the tool, or find its recorded result. Two equal calls run twice if their `scope` differs.
 
-        Raises ToolCallFailed, WaitTimeout after `timeout` seconds (the execution goes on, and the next call attaches to
-        it), ServerUnavailable, NotANexumServer, InvalidRequest, ExecutionNotFound if the server forgot the call just as
-        the time was up, and the server's own refusals and faults: each is a NexumError.
+        Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or one of the server's
+        refusals and faults. Raises WaitTimeout after `timeout` seconds; the execution continues, and the next equal
+        call attaches to it. Raises ExecutionNotFound if the server doesn't know the execution when the time is up.
         """
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
         deadline = _Deadline(timeout)
@@ -156,17 +160,17 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    await writing  # at the same time as the tool runs
+                    await writing  # it was written while the tool ran
             except ExecutionNotFound as gone:
-                # Its database was replaced, or another server took its place, perhaps while we waited.
+                # The server's database was replaced, or another server took its place, perhaps while we waited.
                 if not deadline.left:
                     raise
                 lost = f"{_short(gone.execution_id)} ({tool_name})"
-                self._tell(f"[Nexum] {lost} is unknown to this server: asking by its key")
+                self._tell(f"[Nexum] {lost} is unknown to this server: looking it up by its key")
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
-        """The server's answer. While no server answers, until the deadline, that is said."""
+        """Return the server's answer. Retry until the deadline while no server answers, and print that."""
         patience = FIRST_NOTICE
         while True:
             try:
@@ -179,7 +183,7 @@ class Session:
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
-        """The result of the execution in the session file; None if it ended without one."""
+        """Return the result of an execution that the session file names; None if it is FAILED or CANCELLED."""
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
         if status is ExecutionStatus.COMPLETED:
@@ -188,7 +192,7 @@ class Session:
         if status is ExecutionStatus.RUNNING:
             self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
             return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline)
-        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {status.value} before: starting it anew")
+        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) was {status.value}: starting it again")
         return None
 
     async def _start(
@@ -200,7 +204,7 @@ class Session:
             self._workflow,
             task,
             idempotency_key=f"{self.session_id}:{key}",
-            # What is done that soon, or was done before, needs no second question.
+            # A call that ends this soon, or ended before, needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
@@ -224,7 +228,7 @@ class Session:
         deadline: _Deadline,
         ended: Execution | None = None,
     ) -> ToolResult:
-        """Wait for the end, unless it is known already."""
+        """Return the execution's result; wait for its end unless `ended` is given."""
         notice = FIRST_NOTICE
         while ended is None:
             observed = await self._ask(
@@ -241,8 +245,8 @@ class Session:
                 break
             if not deadline.left:
                 raise WaitTimeout(
-                    f"{tool_name} has no result after {deadline.timeout:g} s (execution {execution_id}): it goes on, "
-                    "and the same call attaches to it"
+                    f"{tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
+                    "make the same call again to attach to it"
                 )
             what_for = f"{self._what_for(observed)}{_last_failure(observed.execution)}"
             self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
@@ -264,8 +268,8 @@ class Session:
             version = observed.execution.version_hash
             if version != self._workflow.version_hash:
                 return (
-                    f"no worker polls for {self._workflow.workflow_id} in the version that this execution was started "
-                    f"in ({version[:19]}...); start a worker of that code, or cancel it: nexum cancel "
+                    f"no worker polls for {self._workflow.workflow_id} in this execution's version "
+                    f"({version[:19]}...); start a worker of that code, or cancel the execution: nexum cancel "
                     f"{observed.execution.execution_id}"
                 )
             return (
@@ -274,10 +278,10 @@ class Session:
             )
         for node in nodes:
             if node.status is NodeStatus.RUNNING:
-                # A published server names no attempts.
-                which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "it"
+                # A server with the published protocol alone reports no attempts.
+                which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
-        return "it is queued, or its next attempt is not due yet"
+        return "the task is queued, or its next attempt is not due yet"
 
 
 def _short(execution_id: str) -> str:
@@ -298,7 +302,7 @@ def _result(tool_name: str, execution: Execution) -> str:
 
 
 def _last_failure(execution: Execution) -> str:
-    """Why another attempt has to be made, to be added to a line; empty as long as none failed or was lost."""
+    """Return why the last attempt ended, to be added to a line; "" before an attempt has ended."""
     ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
     if not ended:
         return ""
@@ -317,27 +321,27 @@ def _reason(execution: Execution) -> str:
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
 _clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
-# A file that is about to be written is kept by that, and knows what is not in it yet.
+# Weak: a SessionFile is needed only while a call that uses it has not been written to disk.
 _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
 
 
 def _client_here() -> NexumClient:
-    """The running event loop's client of the server that NEXUM_ADDRESS names, or of the default one."""
-    for place in list(_clients):
-        if place[0].is_closed():
-            _clients.pop(place, None)  # which closes the connection, too
-    place = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
-    if place not in _clients:
-        _clients[place] = NexumClient(place[1])
-    return _clients[place]
+    """Return the running event loop's client for the server that NEXUM_ADDRESS names, or for the default one."""
+    for known in list(_clients):
+        if known[0].is_closed():
+            _clients.pop(known, None)  # this closes the connection, too
+    key = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
+    if key not in _clients:
+        _clients[key] = NexumClient(key[1])
+    return _clients[key]
 
 
 async def submit_tool_call_async(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """`Session.call` in the session of this id; only the text.
+    """Make a durable tool call in the session of this id; return the tool's text. Raises as `Session.call` does.
 
-    The sessions of an event loop share a connection. It is kept until a call is made after the loop was closed.
+    The sessions of an event loop share a connection. It stays open until a call is made after the loop was closed.
     """
     session = Session(session_id, client=_client_here())
     session.file = _files.setdefault((os.getcwd(), session_id), session.file)
@@ -347,7 +351,10 @@ async def submit_tool_call_async(
 def submit_tool_call(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """The same from a program without an event loop. Blocks, so call `submit_tool_call_async` inside one."""
+    """Make a durable tool call in the session of this id; return the tool's text. Raises as `Session.call` does.
+
+    This blocks: inside an event loop, await `submit_tool_call_async` instead.
+    """
     call = submit_tool_call_async(tool_name, tool_args, session_id, timeout, scope)
     future = asyncio.run_coroutine_threadsafe(call, _background_loop())
     try:
@@ -375,18 +382,16 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tool", help="the tool's name: web_search, visit_webpage, or one of your own")
-    parser.add_argument("arguments", nargs="?", default="{}", help='as a JSON object: {"query": "Tokyo"}')
-    parser.add_argument("--session-id", metavar="ID", default="default", help="default: %(default)s")
-    parser.add_argument("--offline", action="store_true", help="on the offline pages instead of the web")
+    parser.add_argument("tool", help="name of the tool: web_search, visit_webpage, or a custom tool")
+    parser.add_argument("arguments", nargs="?", default="{}", help='a JSON object, such as {"query": "Tokyo"}')
+    parser.add_argument(
+        "--session-id", metavar="ID", default="default", help="session of the call (default: %(default)s)"
+    )
+    parser.add_argument("--offline", action="store_true", help="use the offline pages instead of the web")
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=120.0, help="how long to wait for the result (%(default)g)"
     )
-    parser.add_argument(
-        "--nexum",
-        metavar="HOST:PORT",
-        help=f"default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS}",
-    )
+    add_nexum_option(parser)
     return parser
 
 
@@ -398,13 +403,13 @@ async def _call_once(args: argparse.Namespace, tool_args: Mapping[str, Any]) -> 
 
 
 def main() -> int:
-    """Make one call and print its result; the exit code: 0 done, 1 failed or not in time, 2 can't run as asked."""
+    """Make one tool call and print its result; return the exit code: 0 done, 1 failed or timed out, 2 not run."""
     parser = _build_parser()
     args = parser.parse_args()
     try:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
-        parser.error(f"the arguments are no JSON object: {args.arguments}")
+        parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
     except (ToolCallFailed, WaitTimeout) as error:
@@ -417,4 +422,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted="the call itself goes on; the same command finds its result")
+    run_script(main, interrupted="the tool call continues; run the same command again for its result")

@@ -1,4 +1,4 @@
-"""The Nexum worker: runs `tool_call` nodes with the tools that `tools/` declares.
+"""Run tool calls: poll a Nexum server for `tool_call` nodes, run the tools that support/tools declares, and report.
 
 Needs a Nexum server (`python -m nexum_engine`), and waits for one. Start as many workers as you like.
 
@@ -15,20 +15,20 @@ begin_script(__name__)  # before the slow imports
 import argparse
 import asyncio
 import logging
-import os
 import sys
 
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
 from support.console import complain, log_to, run_script
+from support.options import add_nexum_option, add_until_stdin_closes_option
 from support.tools import ToolContext, Web, find_tool
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 
 def tool_call_handler(web: Web) -> Handler:
-    """The work of a `tool_call` node, with this web for the tools that ask for one."""
+    """Return the handler of a `tool_call` node. Tools that use the web get this one."""
 
     async def tool_call(task: TaskContext) -> ToolCallOutput:
         call = ToolCallInput.model_validate(task.input)
@@ -39,25 +39,18 @@ def tool_call_handler(web: Web) -> Handler:
 
 
 def describe(task: TaskContext) -> str:
-    """Names a task in the log."""
+    """Return a task's name for the log: its tool, or else its node."""
     return str(task.input.get("tool_name")) if isinstance(task.input, dict) else task.node_id
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Work until told to stop; the exit code."""
+    """Run the worker until a signal stops it; return the exit code: 0 stopped, 2 could not run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--nexum",
-        default=os.environ.get("NEXUM_ADDRESS") or None,
-        metavar="HOST:PORT",
-        help=f"the server (default: $NEXUM_ADDRESS, else the server of this folder's database, else {DEFAULT_ADDRESS})",
-    )
+    add_nexum_option(parser)
     parser.add_argument(
         "--concurrency", type=int, default=4, metavar="N", help="tasks at the same time (default: %(default)s)"
     )
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
-    )
+    add_until_stdin_closes_option(parser)
     args = parser.parse_args(argv)
     if not 1 <= args.concurrency <= 1000:
         parser.error(f"--concurrency is {args.concurrency}: give 1 to 1000")

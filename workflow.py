@@ -1,4 +1,4 @@
-"""The tool-call workflow: one EFFECT node, as data. `worker.py` binds the work to it, `submit_task.py` starts it."""
+"""The tool-call workflow: one EFFECT node, as data. `worker.py` runs the node, `submit_task.py` starts executions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nexum_engine.workflow import workflow
 
 
 class ToolCallInput(BaseModel):
-    """Which tool to run, with the arguments as the model gave them."""
+    """The input of a tool call: the tool's name, and the arguments that the model gave."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -19,7 +19,7 @@ class ToolCallInput(BaseModel):
 
 
 class ToolCallOutput(BaseModel):
-    """What the tool returned."""
+    """The output of a tool call: the text that the tool returned."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,5 +28,5 @@ class ToolCallOutput(BaseModel):
 
 TOOL_CALL = workflow("tool-call", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
 
-# A workflow of its own, so that an offline result is never served to a live run.
+# A separate workflow, so that a live run never gets an offline result.
 OFFLINE_TOOL_CALL = workflow("tool-call-offline", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()

@@ -1,1 +1,1 @@
-"""What the scripts share. Nothing here is started by a user."""
+"""Modules that the scripts share. Users start none of them."""

@@ -1,7 +1,7 @@
-"""The scripts and their console: how they begin, what they print, how they end.
+"""Start, printing and exit of the scripts.
 
-What they print is safe on any terminal: a character that it doesn't know becomes a question mark, never a traceback,
-and what came from a model, a page or a file can't control it. Ctrl+C and a pipe that nobody reads end a script quietly.
+Printed text is safe on any terminal. A character that the terminal can't encode becomes a question mark, and control
+characters from a model, a page or a file are escaped. Ctrl+C and a closed output pipe end a script quietly.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn, TextIO
 
-INTERRUPTED = 130  # the exit code after Ctrl+C, as shells have it
+INTERRUPTED = 130  # the exit code after Ctrl+C, as in shells
 
-# All of C0 but tab and newline, DEL, and C1: shown as Python writes them.
+# All of C0 except tab and newline, DEL, and C1; each as a Python escape.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
@@ -28,32 +28,32 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0
 
 
 def printable(text: str) -> str:
-    """The text with its control characters shown instead of sent; newlines and tabs stay."""
+    """Return the text with its control characters escaped, except newlines and tabs."""
     return text.replace("\r\n", "\n").translate(_CONTROLS)
 
 
 def argument_text(argument: str) -> str:
-    """A command line's argument as text: where the locale isn't UTF-8, it comes with undecoded bytes in it."""
+    """Return a command-line argument as text. Where the locale isn't UTF-8, Python leaves undecoded bytes in it."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def say(text: str, *, end: str = "\n") -> None:
-    """Print one line at once. Raises BrokenPipeError once nobody reads standard output, on every system."""
+    """Print one line and flush it. Raises BrokenPipeError, on every system, if standard output was closed."""
     _print(text + end, sys.stdout)
 
 
 def say_or_stop(text: str) -> None:
-    """Print one line at once. If nobody reads standard output, stop this process instead of raising an error."""
+    """Print one line and flush it. If standard output was closed, stop this process instead of raising an error."""
     _print_or_stop(f"{text}\n", sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Print one line to standard error, in the same way."""
+    """Print one line to standard error and flush it. Raises BrokenPipeError if standard error was closed."""
     _print(f"{text}\n", sys.stderr)
 
 
 def log_to(stream: TextIO, level: int, format: str = "%(message)s") -> None:
-    """Print what is logged, and warnings, in the same way. A process whose log nobody reads is told to stop."""
+    """Print log messages and warnings to the stream. If the stream was closed, stop this process."""
     import logging
 
     logging.basicConfig(level=level, stream=_Log(stream), format=format, datefmt="%H:%M:%S")
@@ -61,7 +61,7 @@ def log_to(stream: TextIO, level: int, format: str = "%(message)s") -> None:
 
 
 def say_what_is_logged(*names: str) -> None:
-    """Print what these loggers have for a person on standard output, with `[Nexum]` before it."""
+    """Print the messages of these loggers, from level INFO on, to standard output, prefixed with `[Nexum]`."""
     import logging
 
     handler = logging.StreamHandler(_Log(sys.stdout))
@@ -74,7 +74,7 @@ def say_what_is_logged(*names: str) -> None:
 
 
 class _Log:
-    """What logging takes for a stream."""
+    """A stream for logging handlers that escapes control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -87,12 +87,12 @@ class _Log:
 def _print(text: str, stream: TextIO) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        # In one piece, so that lines of several threads don't mix.
+        # One call of print, so that lines of several threads don't mix.
         print(printable(text).encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # What Windows says of a pipe that nobody reads.
+        # Windows reports a closed pipe as EINVAL.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
@@ -100,7 +100,7 @@ _nobody_reads = False
 
 
 def _print_or_stop(text: str, stream: TextIO) -> None:
-    """Print, or stop this process: in good order if it has a way to, as a worker has, else as after Ctrl+C."""
+    """Print the text; if the stream was closed, stop this process: by its SIGTERM handler, else as after Ctrl+C."""
     global _nobody_reads
     try:
         _print(text, stream)
@@ -117,7 +117,7 @@ def _print_or_stop(text: str, stream: TextIO) -> None:
 
 
 def _abandon_output() -> None:
-    """Nobody reads the output any more: what is left in its buffers goes nowhere, without a complaint at exit."""
+    """Discard all further output, so that the interpreter doesn't report a closed pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
@@ -127,31 +127,31 @@ def _abandon_output() -> None:
 
 
 def begin_script(name: str) -> None:
-    """A script's first act, before its slow imports, with its `__name__`. From here to `run_script` Ctrl+C ends it.
+    """Let Ctrl+C end the script at once until `run_script` is called. Call it before the slow imports.
 
-    Does nothing in a module that is imported.
+    `name` is the script's `__name__`. In an imported module this does nothing.
     """
     if name != "__main__":
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it isn't where Ctrl+C is to be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent ignores Ctrl+C
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # libraries print by themselves, too
+            stream.reconfigure(errors="replace")  # for libraries that print
 
 
 def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
     """Run the script's main and exit with its code.
 
-    After Ctrl+C that is 130, and `interrupted` says what it means; once nobody reads the output it is 1, as after an
-    error of the operating system, which is told in one line.
+    After Ctrl+C, print `interrupted` and exit with 130. After an error of the operating system, print it in one line
+    and exit with 1. If the output was closed, exit with 1.
     """
     try:
         code = _exit_code(main, interrupted)
-        say("", end="")  # what is left in the buffer
+        say("", end="")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {error}")  # a full disk, under the output or elsewhere
+            complain(f"error: {error}")  # such as a full disk
         _abandon_output()
         code = 1
     sys.exit(code)
@@ -181,14 +181,14 @@ def _exit_code(main: Callable[[], int], interrupted: str) -> int:
 
 
 def _end_at_once(_number: int, _frame: FrameType | None) -> None:
-    # Not an exception: an import may swallow it, or print it where it can't be raised.
+    # Don't raise here: an import may swallow an exception.
     os._exit(INTERRUPTED)
 
 
 def let_ctrl_c_cancel() -> None:
-    """Ctrl+C cancels the running task, as `asyncio.run` does from Python 3.11 on.
+    """Let Ctrl+C cancel the running task, as `asyncio.run` does since Python 3.11.
 
-    Before, it cancels every task there is, and prints a traceback for each that ends with another error.
+    Python 3.10 cancels all tasks, and prints a traceback for each that ends with another error.
     """
     if sys.version_info < (3, 11):
         import asyncio

@@ -1,4 +1,4 @@
-"""What the agents of a run say and do, printed as it happens."""
+"""Print the messages and tool calls of a run's agents as they happen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.console import say
 
 
 class Conversation:
-    """Prints the messages of a run. `answerer` is the agent whose text is the answer."""
+    """A printer of one run's messages. `answerer` is the agent whose text is the answer."""
 
     def __init__(self, answerer: str, *, short_names: Mapping[str, str]) -> None:
         self._answerer = answerer
@@ -18,12 +18,12 @@ class Conversation:
         self.answered = False
         """Whether the run ended with an answer."""
         self.results = 0
-        """How many tool calls had a result that is no error."""
+        """Number of tool calls that returned a result."""
         self.failed = 0
-        """How many tool calls ended with an error."""
+        """Number of tool calls that failed."""
 
     async def show(self, items: AsyncGenerator[Any, None]) -> None:
-        """Print what comes, to the end of the run."""
+        """Print the run's messages until the run ends."""
         from autogen_agentchat.messages import ModelClientStreamingChunkEvent
 
         try:

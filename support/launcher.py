@@ -1,4 +1,4 @@
-"""Server and worker for one run of a script: the ones that answer already, or children that can't outlive it."""
+"""Server and worker for one run of a script: running ones, or children that end with the script."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def kill_this_process() -> NoReturn:
-    """Crash for real: no clean-up, no exception, nothing runs after it."""
+    """Kill this process without clean-up: no `finally` block and no exit handler runs."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Windows has no SIGKILL; there os.kill is TerminateProcess for every other signal.
+    # Windows has no SIGKILL. There, os.kill with SIGTERM calls TerminateProcess.
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     raise SystemError("unreachable: this process was killed")
 
 
 class NexumForRun(EmbeddedNexum):
-    """An EmbeddedNexum with this project's workers."""
+    """An EmbeddedNexum that starts this project's worker scripts."""
 
     def __init__(
         self,

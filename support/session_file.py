@@ -1,6 +1,6 @@
-"""The session file `.session-<id>.json`: which execution a session started for which call.
+"""The session file `.session-<id>.json`: an index from a session's tool calls to their executions.
 
-It is an index, not the record: results are on the server, and if the file is lost the idempotency key finds them.
+Results are on the server, not in the file. If the file is lost, the idempotency key finds them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _Signature: TypeAlias = tuple[int, int, int]  # inode, time of the last change, 
 
 
 class SessionFileError(NexumError, OSError):
-    """The file is there and can't be read."""
+    """The session file exists but can't be read."""
 
 
 class SessionRecord(BaseModel):
-    """The file's contents, all of them: anything else was not written by us."""
+    """The contents of a session file. A file with any other field was not written by this project."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class SessionRecord(BaseModel):
 
 
 def check_session_id(session_id: str) -> str:
-    """Raise InvalidRequest unless the id can be part of a file's name (and can't leave the folder)."""
+    """Return the session id; raise InvalidRequest unless it is safe as a part of a file's name."""
     if not _SESSION_ID.fullmatch(session_id):
         raise InvalidRequest(
             f"session id {session_id!r} can't be used: give 1 to 64 letters, digits, '-' or '_', "
@@ -60,9 +60,9 @@ def check_session_id(session_id: str) -> str:
 
 
 class SessionFile:
-    """One session's file in `folder` (the working directory). Safe to use from many tasks and processes at once.
+    """One session's file in `folder` (default: the working directory). Many tasks and processes may use it at once.
 
-    `tell` gets the lines that say what is wrong with the file, from a thread.
+    `tell` prints the lines about problems with the file. It is called from a thread.
     """
 
     def __init__(self, session_id: str, folder: Path | None = None, *, tell: Callable[[str], None] = say) -> None:
@@ -72,12 +72,12 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: _Signature | None = None
         self._unreadable: _Signature | None = None
-        self._one_at_a_time = threading.Lock()  # a FileLock that a process holds lets its other threads in
+        self._one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
         # Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
     def load(self) -> SessionRecord | None:
-        """Return the contents; None if there is no file. A corrupt file is set aside. Raises SessionFileError."""
+        """Return the file's contents, or None if there is no file; rename a corrupt file. Raises SessionFileError."""
         try:
             if not self.path.exists():
                 return None
@@ -87,7 +87,7 @@ class SessionFile:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
 
     async def find(self, workflow_id: str, key: str) -> str | None:
-        """Return the execution that was started for this call. A file that can't be read is reported and knows none."""
+        """Return the id of the execution that was started for this call, or None. Report a file that can't be read."""
         known = self._known_id(workflow_id, key)
         if known is None and self._signature() not in (self._seen, self._unreadable):
             await asyncio.to_thread(self._refresh)
@@ -95,12 +95,12 @@ class SessionFile:
         return known
 
     async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
-        """Write down an execution. A file that can't be written is reported: the key finds the execution, too."""
+        """Write an execution's id to the file. Report a file that can't be written: the idempotency key still works."""
         self._known.executions.setdefault(workflow_id, {})[key] = execution_id
         await asyncio.to_thread(self._write_down, {(workflow_id, key): execution_id})
 
     async def create(self) -> None:
-        """Begin the session, unless it has begun: write the file, with no calls in it yet."""
+        """Write the file, without calls, unless it exists."""
         await asyncio.to_thread(self._write_down, {})
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
@@ -136,7 +136,7 @@ class SessionFile:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
     def _merge(self, entries: Mapping[tuple[str, str], str]) -> None:
-        # Unless another process wrote since, what is in memory is what is in the file.
+        # Read the file only if another process has written to it since.
         if self._signature() != self._seen or self._seen is None:
             self._known = self._read() or SessionRecord.new()
         for (workflow_id, key), execution_id in entries.items():
@@ -147,7 +147,7 @@ class SessionFile:
     def _write(self, text: str) -> None:
         """Replace the file as a whole, so that no reader sees a part of it.
 
-        Nothing is flushed to the disk: after a power failure the server's keys find what the file has lost.
+        Don't fsync: after a power failure the idempotency keys find the executions that the file has lost.
         """
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
@@ -158,6 +158,6 @@ class SessionFile:
     def _signature(self) -> _Signature | None:
         try:
             stat = self.path.stat()
-        except OSError:  # there is none, or its folder can't be entered
+        except OSError:  # there is no file, or its folder can't be entered
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size

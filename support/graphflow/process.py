@@ -31,6 +31,7 @@ from support.console import complain, log_to, run_script, say, say_what_is_logge
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, TASK, Graph
 from support.launcher import kill_this_process
 from support.models import ModelChoice, choose_model
+from support.options import add_until_stdin_closes_option
 
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
@@ -126,9 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nexum", metavar="HOST:PORT")
     parser.add_argument("--cyclic", action="store_true", help="the loop instead of the row")
     parser.add_argument("--offline", action="store_true", help="run without a model key")
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end with the process that holds standard input"
-    )
+    add_until_stdin_closes_option(parser)
     return parser
 
 

@@ -20,6 +20,7 @@ from support.models.vendors import GEMINI, OPENAI, VENDORS, ModelChoiceError, Ve
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
+OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
 KEYLESS = "no-key-needed"  # servers without authentication still get a header; the client insists on one
 
 

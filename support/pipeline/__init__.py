@@ -1,1 +1,1 @@
-"""What the pipeline's scripts share: the four steps, the log of their effects, and how a run is shown."""
+"""Modules that the pipeline's scripts share: the four steps, the log of their effects, and the display of a run."""

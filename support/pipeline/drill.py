@@ -1,8 +1,7 @@
-"""One drill: a pipeline whose first worker dies, and as many more workers as it takes to finish it.
+"""One drill: a pipeline whose first worker dies, and as many more workers as are needed to finish it.
 
-Everything that is printed about the pipeline comes from the server's records; the drill itself only starts workers and
-sees them end. It has a version of the workflow of its own, so no other worker takes its steps, and its workers take no
-others.
+Every printed line about the pipeline comes from the server's records; the drill only starts workers and sees them end.
+A drill has its own version of the workflow: no other worker takes its steps, and its workers take no other steps.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 
 WORKER = "pipeline_worker.py"
-LOOK_INTERVAL = 0.1  # seconds between looks at the record
+LOOK_INTERVAL = 0.1  # seconds between two reads of the record
 SAY_WAITING_EVERY = 10.0  # seconds
-SERVER_PATIENCE = 30.0  # seconds for a server that was killed to be there again
-MAX_WORKERS = 12  # whatever kills so many won't stop
-CANT_RUN = (1, 2)  # exit codes with which a worker gives up by itself
+SERVER_PATIENCE = 30.0  # seconds in which a killed server has to be back
+MAX_WORKERS = 12  # after so many deaths the next worker would die, too
+CANT_RUN = (1, 2)  # exit codes of a worker that was not killed
 
 
 class DrillFailed(NexumError):
-    """The drill could not be brought to an end."""
+    """The drill could not finish the pipeline."""
 
 
 class Drill:
-    """Runs the pipeline once, as a version of its own. Use once."""
+    """One run of the pipeline, in its own version. Call `run` once."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class Drill:
         self._execution_id = ""
 
     async def run(self) -> PipelineRun:
-        """Start an execution and see it through. However this ends, no worker is left, and nothing RUNNING."""
+        """Start an execution, run workers until it ends, and return the run. On an error, cancel the execution."""
         await self._client.register_workflow(self._workflow, patience=SERVER_PATIENCE)
         started = await self._client.start_execution(
             self._workflow, PipelineInput(query=self._query), idempotency_key=self._name, patience=SERVER_PATIENCE
@@ -70,7 +69,7 @@ class Drill:
             say(f'[demo] Pipeline {self._execution_id}: "{self._query}"')
             while not await self._one_worker():
                 if len(self._workers) == MAX_WORKERS:
-                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other: giving up")
+                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see their ends above")
         except BaseException:
             await self._cancel()
             raise
@@ -79,7 +78,7 @@ class Drill:
         return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects)
 
     async def _one_worker(self) -> bool:
-        """Start a worker and follow it; True when the execution has ended, False when the worker has."""
+        """Start a worker and follow it. Return True if the execution has ended, False if the worker died before."""
         number = len(self._workers) + 1
         name = f"worker-{number}"
         child = await start_child(
@@ -91,7 +90,7 @@ class Drill:
         )
         try:
             self._workers.append(SeenWorker(name, child.process.pid))
-            fate = f"to be killed {self._point.in_words}" if number == 1 else "in its place"
+            fate = f"to be killed {self._point.in_words}" if number == 1 else f"in place of worker-{number - 1}"
             say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
             execution = await self._follow(child)
         except BaseException:
@@ -105,12 +104,12 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Tell what is recorded as it is recorded, until the execution or the worker ends."""
+        """Print each attempt as it is recorded, until the execution or the worker ends; return the execution."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
         while True:
-            child_ended = child.ended  # before the look, so that the look is the last word on what it left
+            child_ended = child.ended  # checked before the read, so that the read sees all that the worker reported
             execution = await self._look()
             if self._tell(execution):
                 said_at = loop.time()
@@ -119,21 +118,21 @@ class Drill:
             if loop.time() - said_at > SAY_WAITING_EVERY:
                 said_at = loop.time()
                 say(f"  {_what_is_awaited(execution)}")
-            # Not wait_for: before Python 3.12 it forgets a Ctrl+C that comes in the moment in which the worker ends.
+            # Not wait_for: before Python 3.12 it loses a Ctrl+C that comes just when the worker ends.
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """The record as it is. Raises DrillFailed if the server doesn't tell who ran which step."""
+        """Return the execution as recorded. Raises DrillFailed if the server doesn't report its attempts."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         if observed.has_poller is None:
             raise DrillFailed(
-                f"the server on {self._client.address} has no GetExecution, so it can't show who ran which step: use "
-                "this project's own server"
+                f"the server on {self._client.address} has no GetExecution, so it can't show which worker ran a step: "
+                "use this project's own server"
             )
         return observed.execution
 
     def _tell(self, execution: Execution) -> bool:
-        """Print every attempt that ended since the last look; whether there was one."""
+        """Print every attempt that ended since the last call; return whether there was one."""
         ended = [
             (attempt.ended_ms, STEPS.index(node.node_id), node, attempt)
             for node in execution.nodes
@@ -146,7 +145,7 @@ class Drill:
         return bool(ended)
 
     def _bury(self, name: str, child: Child, execution: Execution) -> None:
-        """Note a worker's death, and what was recorded then."""
+        """Keep and print a worker's death and the steps that were recorded then. Raises DrillFailed on an error."""
         code = child.process.returncode
         if code in CANT_RUN:
             raise DrillFailed(f"{name} gave up (exit {code}); see its error above")
@@ -157,21 +156,21 @@ class Drill:
 
     async def _cancel(self) -> None:
         try:
-            # It may have been cancelled already, where the worker was followed.
+            # `_one_worker` may have cancelled it already.
             if not (await self._client.get_execution(self._execution_id)).execution.status.ended:
                 await self._client.cancel_execution(self._execution_id)
                 say(f"[demo] Cancelled {self._execution_id}")
         except NexumError as error:
             say(
-                f"[demo] Could not cancel {self._execution_id}: {error}. No worker is left that would take its steps; "
+                f"[demo] Could not cancel {self._execution_id}: {error}. No worker takes its steps any more; "
                 f"cancel it with: python -m nexum_engine cancel {self._execution_id}"
             )
         except BrokenPipeError:
-            return  # it is cancelled, and nobody reads that
+            return  # it is cancelled, and the output was closed
 
 
 async def _end(child: Child) -> None:
-    """End it, also when interrupted meanwhile, and don't forget that it was."""
+    """End the child process. If this is cancelled meanwhile, end the child first, then raise CancelledError."""
     ending = asyncio.ensure_future(child.end())
     try:
         await asyncio.wait({ending})
@@ -217,4 +216,4 @@ def _what_is_awaited(execution: Execution) -> str:
             return f"{node.node_id:<10} still at work (attempt {len(node.attempts)})"
         if node.status is NodeStatus.READY:
             return f"{node.node_id:<10} waits: {node.error or 'no worker has taken it yet'}"
-    return "nothing is handed out"
+    return "no step is queued or handed out"

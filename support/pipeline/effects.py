@@ -1,7 +1,7 @@
-"""The effects that the pipeline's steps have outside Nexum's database: one line of a file each.
+"""The effects of the pipeline's steps outside Nexum's database: one line of a file for each.
 
-A step writes its line when its work is done and before its result is reported. The file is the witness beside the
-server's record: a step that ran again stands in it twice, with one idempotency key.
+A step writes its line after its work and before the report of its result. The file is evidence beside the server's
+record: a step that ran twice has two lines, with one idempotency key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nexum_engine.worker import TaskContext
 
 
 class Effect(BaseModel):
-    """One line."""
+    """One line of the effect log: an attempt at a step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,13 +29,13 @@ class Effect(BaseModel):
 
 
 class EffectLog:
-    """Appends to the file and reads it."""
+    """The file that holds the effects."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, task: TaskContext) -> None:
-        """Write the task's line; it is in the file when this returns."""
+        """Append the task's line to the file before returning."""
         effect = Effect(
             execution_id=task.execution_id,
             step=task.node_id,
@@ -48,7 +48,7 @@ class EffectLog:
             file.write(effect.model_dump_json() + "\n")
 
     def of(self, execution_id: str) -> list[Effect]:
-        """The effects of an execution, in the order in which they happened."""
+        """Return the effects of an execution, in the order in which they happened."""
         if not self.path.exists():
             return []
         effects: list[Effect] = []
@@ -56,5 +56,5 @@ class EffectLog:
             try:
                 effects.append(Effect.model_validate_json(line))
             except ValidationError:
-                continue  # a writer was killed within its line: this effect didn't happen
+                continue  # the writer was killed within this line: the effect didn't happen
         return [effect for effect in effects if effect.execution_id == execution_id]

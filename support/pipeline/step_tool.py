@@ -1,4 +1,4 @@
-"""A declared tool inside a step: it runs here and now, because the step is what is recorded."""
+"""A declared tool for the agent of a step. It runs in the step's process: the step is recorded, not the tool call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from support.tools import Tool, ToolContext
 
 
 class StepTool(BaseTool[BaseModel, BaseModel]):
-    """`passing_failures` collects what went wrong and may go better in another attempt; AutoGen swallows errors."""
+    """An AutoGen tool that runs a declared tool.
+
+    `passing_failures` collects the errors that a retry may fix, because AutoGen swallows a tool's errors.
+    """
 
     def __init__(self, declared: Tool, context: ToolContext, passing_failures: list[str]) -> None:
-        # AutoGen's annotations say BaseModel, its FunctionTool passes plain types, and so do we.
+        # AutoGen annotates the type as BaseModel, but its own FunctionTool passes plain types, too.
         text: type[Any] = str
         super().__init__(declared.arguments, text, declared.name, declared.description)
         self._declared = declared
@@ -28,7 +31,7 @@ class StepTool(BaseTool[BaseModel, BaseModel]):
     async def run_json(
         self, args: Mapping[str, Any], cancellation_token: CancellationToken, call_id: str | None = None
     ) -> str:
-        """Run the tool on the arguments as the model gave them."""
+        """Run the tool with the arguments that the model gave."""
         try:
             return await self._declared.run(args, self._context)
         except FinalError:
@@ -41,5 +44,5 @@ class StepTool(BaseTool[BaseModel, BaseModel]):
             raise
 
     async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:
-        """For callers that validate first."""
+        """Run the tool with validated arguments."""
         return await self.run_json(args.model_dump(exclude_unset=True), cancellation_token)

@@ -1,4 +1,4 @@
-"""A run of the pipeline as text of 80 columns: every attempt, with the deaths between them."""
+"""A run of the pipeline as a text table of 80 columns: every attempt, and the deaths of workers between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WIDTH = 80
 
 
 def timeline(run: PipelineRun) -> str:
-    """The table. Starts are counted from the first one."""
+    """Return the table of a run's attempts. Start times count from the first attempt."""
     lines = [
         f"Timeline of {run.execution.execution_id} (from the server's records)",
         "",
@@ -33,12 +33,12 @@ def _line(run: PipelineRun, row: Row) -> str:
 
 
 def _between(run: PipelineRun, worker: SeenWorker, step: str) -> list[str]:
-    """What happened before the first attempt of a worker that took over."""
+    """Return the deaths and the resumption to show before the first attempt of this worker."""
     number = run.workers.index(worker)
-    # Those who died before an earlier worker took over were told there.
+    # Deaths before an earlier resumption are shown there.
     earlier = [run.workers.index(other) for other, _ in run.resumptions]
-    told = max((index for index in earlier if index < number), default=0)
-    deaths = [f"{one.name} died: {one.death}" for one in run.workers[told:number] if one.death]
+    shown = max((index for index in earlier if index < number), default=0)
+    deaths = [f"{one.name} died: {one.death}" for one in run.workers[shown:number] if one.death]
     return [*deaths, f"{worker.name} resumes at {step}"] if number else []
 
 

@@ -145,7 +145,7 @@ def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -
     # A step that is never reached is said.
     code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code == 0
-    assert output.splitlines()[-1] == "[demo] No crash: the run executed 0 call(s) of its own, not 3"
+    assert output.splitlines()[-1] == "[demo] No crash: this run executed 0 tool call(s), not 3"
 
 
 def test_it_crashes_at_the_step_that_was_asked_for(tmp_path: Path) -> None:

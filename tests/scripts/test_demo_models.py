@@ -150,7 +150,7 @@ def test_a_model_that_never_answers_is_stopped_after_its_rounds(tmp_path: Path, 
         assert len(model.requests) == 12
     assert code == 1
     assert "Tool calls: 12 executed, 0 cached" in output
-    assert "12 rounds of tools" in output.splitlines()[-1]
+    assert "12 rounds of tool calls" in output.splitlines()[-1]
 
 
 def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, server: Server) -> None:

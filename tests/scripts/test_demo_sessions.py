@@ -193,8 +193,8 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
         (["--fork", "s@8", "--session-id", "t"], "session 's' has 7 recorded event(s): give 0 to 7, not 8"),
         (["--fork", "none@1", "--session-id", "t"], "session 'none' has nothing on record here"),
         (["--fork", "s@1", "--session-id", "s2"], "session s2 has something else on record than s"),
-        (["--sessions", RUST], "--sessions lists what is on record: it takes no question"),
-        (["--sessions", "--team"], "--sessions lists what is on record: it takes no question"),
+        (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
+        (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
     ],
 )
 def test_a_fork_that_can_not_be_is_one_line_and_exit_code_2(

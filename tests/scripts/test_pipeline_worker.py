@@ -43,7 +43,7 @@ def test_crash_after_kills_it_with_the_step_recorded_and_no_next_one_taken(
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first"]
     code, output = run_script(command, tmp_path, {"CRASH_AFTER": step})
     assert code == KILLED
-    assert f"{step} is recorded; crashing now, as asked" in output
+    assert f"{step} is recorded; crashing now, as requested" in output
     upto = STEPS[: STEPS.index(step) + 1]
     (execution,) = pipelines(tmp_path, server.address)
     done = [(one, 1, "first", "COMPLETED") for one in upto]
@@ -60,7 +60,7 @@ def test_crash_during_kills_it_after_the_effect_and_before_the_record(server: Se
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first", "--effects", str(log)]
     code, output = run_script(command, tmp_path, {"CRASH_DURING": "validate"})
     assert code == KILLED
-    assert "validate has had its effect; crashing before its report, as asked" in output
+    assert "validate has had its effect; crashing before its report, as requested" in output
     (execution,) = pipelines(tmp_path, server.address)
     assert [node["status"] for node in execution["nodes"]][:2] == ["COMPLETED", "RUNNING"]
     effects = [json.loads(line) for line in log.read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_a_failed_attempt_at_the_step_is_no_record_and_no_reason_to_crash(server
         code, output = run_script(command, tmp_path, env)
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
-    assert output.index("failed   research") < output.index("research is recorded; crashing now, as asked")
+    assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
     assert pipelines(tmp_path, server.address) == []  # it was a live one
 
 

@@ -298,7 +298,7 @@ def test_a_failed_tool_raises_its_reason_and_is_started_anew_with_the_same_key(
         submit_tool_call("fail_until", arguments, "s")
     gate.touch()
     assert submit_tool_call("fail_until", arguments, "s") == "the gate is open"
-    assert "(fail_until) FAILED before: starting it anew" in capsys.readouterr().out
+    assert "(fail_until) was FAILED: starting it again" in capsys.readouterr().out
     assert [one["status"] for one in recorded(tmp_path, address)] == ["FAILED", "COMPLETED"]
     first, second = effects(log)
     assert first.key == second.key != ""
@@ -329,7 +329,7 @@ async def test_a_timeout_leaves_the_execution_running_and_a_later_call_attaches(
     session = Session("s", nexum=address)
     for said in ("Submitted", "already RUNNING, attached"):
         with pytest.raises(
-            WaitTimeout, match=r"has no result after 0\.3 s .*it goes on, and the same call attaches to"
+            WaitTimeout, match=r"has no result after 0\.3 s\. Execution \S+ continues; make the same call again"
         ):
             await session.call("effect_then_gate", arguments, timeout=0.3)
         assert said in capsys.readouterr().out
@@ -430,7 +430,7 @@ def test_an_execution_that_a_new_database_does_not_know_is_replaced_through_the_
     with nexum_server(tmp_path / "other") as server, counting_worker(tmp_path, server.address):
         with submitter(tmp_path, server.address, "count_effect", arguments) as two:
             assert two.wait() == 0
-        assert re.search(r"exec-\S+ \(count_effect\) is unknown to this server: asking by its key", two.output)
+        assert re.search(r"exec-\S+ \(count_effect\) is unknown to this server: looking it up by its key", two.output)
         with submitter(tmp_path, server.address, "count_effect", arguments) as three:
             assert three.wait() == 0
         assert "already COMPLETED (cached)" in three.output
@@ -474,7 +474,7 @@ def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["web_search", "[1]"], 2, "the arguments are no JSON object: [1]"),
+        (["web_search", "[1]"], 2, "the arguments must be a JSON object, not: [1]"),
         (["web_search", "{}", "--nexum", "127.0.0.1:1", "--timeout", "1"], 2, "no Nexum server answers on 127.0.0.1:1"),
         (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
     ],

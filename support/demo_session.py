@@ -1,0 +1,45 @@
+"""The session of a demo run: its id, its announcement, and the question that it has recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+from nexum_engine.report import age
+from support.console import say
+from support.models import ModelChoice
+from support.session_file import SessionFile
+
+
+def derived_session_id(question: str, model: ModelChoice, *, team: bool) -> str:
+    """Return the session id that this question has with this model, for one agent or for the team."""
+    kind = "\nteam" if team else ""
+    return hashlib.sha256(f"{question}\n{model.slug}{kind}".encode()).hexdigest()[:12]
+
+
+def announce_session(session_id: str) -> None:
+    """Print whether the session is new or continues."""
+    record = SessionFile(session_id).load()
+    if record is None:
+        say(f"[demo] Session: {session_id} (new; continue it with --session-id {session_id})")
+    else:
+        begun = age(round((time.time() - record.created_at) * 1000))
+        say(f"[demo] Session: {session_id}, begun {begun}: continuing it (--new-session starts afresh)")
+
+
+async def recorded_question(session_id: str, question: str, fork_of: str | None, nexum: str, *, default: str) -> str:
+    """Return the question that the session has recorded, or the default one; first fork the session, if requested."""
+    from durable_autogen import fork_session, fork_source, question_of
+    from nexum_engine.client import NexumClient
+
+    async with NexumClient(nexum) as client:
+        if fork_of:
+            source, count = fork_source(fork_of)
+            await fork_session(client, source, count, session_id, question)
+            said = f"; the user says: {question}" if question else ""
+            say(f"[demo] Forked from the first {count} event(s) of {source}{said}")
+        recorded = await question_of(client, session_id)
+    why = "Forked" if question else "No question given"
+    whose = "this demo" if recorded is None else "the session"
+    say(f"[demo] {why}; asking {whose}'s own: {recorded or default}")
+    return recorded or default

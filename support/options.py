@@ -1,0 +1,26 @@
+"""Command-line options that several scripts have."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from nexum_engine.client import DEFAULT_ADDRESS
+
+
+def add_nexum_option(parser: argparse.ArgumentParser, *, embedded: bool = False) -> None:
+    """Add `--nexum`, the server's address. `embedded` tells that the script starts a server if none answers."""
+    parser.add_argument(
+        "--nexum",
+        metavar="HOST:PORT",
+        default=os.environ.get("NEXUM_ADDRESS") or None,
+        help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
+        f"{DEFAULT_ADDRESS}{', else an embedded one' if embedded else ''})",
+    )
+
+
+def add_until_stdin_closes_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--until-stdin-closes`, with which a child ends when its parent dies."""
+    parser.add_argument(
+        "--until-stdin-closes", action="store_true", help="end when the process that holds standard input ends"
+    )
