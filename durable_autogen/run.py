@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,8 +23,6 @@ from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
 
-_log = logging.getLogger(__name__)
-
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
 
 Runnable = ChatAgent | Team
@@ -44,6 +41,7 @@ async def run_durable(
     on_unrecorded: OnUnrecorded = "tell",
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
@@ -51,6 +49,8 @@ async def run_durable(
     calls run live and are recorded. A session holds one task; leave `task` out to resume with the recorded one.
     `cancellation_token` and `output_task_messages` are those of AutoGen's `run`; the other arguments are those of
     DurableSession.
+
+    `tell` gets the messages for a person, which otherwise go to the logger `durable_autogen`.
 
     Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
     """
@@ -64,6 +64,7 @@ async def run_durable(
         on_unrecorded=on_unrecorded,
         cancellation_token=cancellation_token,
         output_task_messages=output_task_messages,
+        tell=tell,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -81,9 +82,10 @@ async def run_durable_stream(
     on_unrecorded: OnUnrecorded = "tell",
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
-    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded)
+    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell)
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():
         yield item
@@ -152,7 +154,7 @@ class _Run:
                 _at_work.pop(runnable, None)
             session.stop_reason = result.stop_reason or ""
             if not (recorder.live or recorder.replayed):
-                _log.warning(
+                session.log.warning(
                     "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
                     session.session_id,
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from durable_autogen.autogen.entry_points import entry_points
@@ -23,8 +24,8 @@ class DurableSession(Session):
 
     A connection or a process that the program starts outside a recorded call is reported (`on_unrecorded="tell"`), or
     ends the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then to the
-    server of this folder's database, then to localhost:50051. Messages for a person are logged by the logger
-    `durable_autogen`.
+    server of this folder's database, then to localhost:50051. Messages for a person go to `tell`, or are
+    logged by the logger `durable_autogen`.
 
     Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside and leaving
     raise DriftError, NotDurable and the server's errors. A session can be entered once.
@@ -37,12 +38,14 @@ class DurableSession(Session):
         nexum: str | None = None,
         on_drift: OnDrift = "stop",
         on_unrecorded: OnUnrecorded = "tell",
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__(
             session_id,
             nexum=nexum,
             on_drift=on_drift,
             on_unrecorded=on_unrecorded,
+            tell=tell,
             compare=differences,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from durable_autogen.record.events import (
     read_record,
 )
 from durable_autogen.record.journal import Journal
+from durable_autogen.record.lines import log_for
 from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
@@ -131,17 +132,23 @@ def _status(run: Execution, *, is_finished: bool) -> str:
     return "interrupted" if run.status is ExecutionStatus.RUNNING else "stopped"
 
 
+def _ignore(_: Exception) -> None:
+    """Fork although nobody reads the messages."""
+
+
 async def fork_session(
     client: NexumClient,
     source: str,
     count: int,
     session: str,
     message: str = "",
+    *,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Event]:
     """Begin a session with the first `count` recorded calls of another one; return the copied events.
 
     The copied events are accepted: they count, whatever the program asks for. `message` is a user message to add after
-    them. Forking again with the same arguments changes nothing.
+    them. Messages for a person go to `tell`, or to the logger. Forking again with the same arguments changes nothing.
     Raises InvalidRequest, and DriftError if the new session has something else on record.
     """
     check_session_id(session)
@@ -161,7 +168,7 @@ async def fork_session(
         *begin,
         *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
     ]
-    async with Journal(client, session) as journal:
+    async with Journal(client, session, log_for(tell, _ignore)) as journal:
         copied = [event for event in journal.events if event.accepted]
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)

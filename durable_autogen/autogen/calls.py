@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +34,6 @@ from durable_autogen.record.failures import in_a_task, ordinary
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
-
-_log = logging.getLogger(__name__)
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, which may be the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the rest is for its fingerprint
@@ -329,7 +326,7 @@ class Calls:
         answer = await self._answer(call, perform, token, streamed=got, on_replay=replayed)
         self._count(answer.replayed, "tool calls")
         if answer.replayed:
-            _log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
+            self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
         return answer
 
     def _streams(self, stream: _Stream, item: Any) -> None:
@@ -345,8 +342,9 @@ class Calls:
         except (ValueError, PydanticUserError) as error:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
-            _log.warning(
-                "%s returned a %s, which can't be recorded: a replay will stop here. Return a model, a dataclass or plain values",
+            self._recorder.journal.log.warning(
+                "%s returned a %s, which can't be recorded: a replay will stop here. Return a model, a dataclass or "
+                "plain values",
                 name,
                 type(value).__name__,
             )
@@ -490,7 +488,7 @@ class Calls:
         (self._recorder.replayed if replayed else self._recorder.live)[what] += number
 
     def _log_replayed(self, call: Call) -> None:
-        _log.info("%s: replayed from the record ✓", call)
+        self._recorder.journal.log.info("%s: replayed from the record ✓", call)
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:

@@ -29,14 +29,13 @@ from durable_autogen.record.events import (
     read_record,
     representable,
 )
+from durable_autogen.record.lines import LOG
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
 from nexum_engine.workflow import MAX_ID_LENGTH
-
-_log = logging.getLogger(__name__)
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
@@ -47,14 +46,17 @@ T = TypeVar("T")
 class Journal:
     """A session's record, owned by this process for the length of an `async with`. Entering raises SessionBusy."""
 
-    def __init__(self, client: NexumClient, session: str) -> None:
+    def __init__(self, client: NexumClient, session: str, log: logging.Logger = LOG) -> None:
         self.session = session
+        self.log = log
         self.events: list[Event] = []
         """The events that count, in order."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self._client = client
-        self._owner = Owner(client, on_lost=lambda error: _log.warning("%s; trying for %g s", error, OWNER_PATIENCE))
+        self._owner = Owner(
+            client, on_lost=lambda error: self.log.warning("%s; trying for %g s", error, OWNER_PATIENCE)
+        )
         self._run: Task | None = None
         self.next_seq = 1
         """The number of the next event."""
@@ -95,7 +97,7 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
         except NexumError as ending:
-            _log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
+            self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
             await self._owner.__aexit__()
 
@@ -117,7 +119,7 @@ class Journal:
                         "session"
                     ) from conflict
                 if not is_reported:
-                    _log.warning(
+                    self.log.warning(
                         "session %s is in use by another run. If that run was killed, the server will notice within "
                         "%g s",
                         *(self.session, TAKE_OVER_PATIENCE),
@@ -126,7 +128,7 @@ class Journal:
             else:
                 if started.task is not None:
                     if started.task.attempt > 1:
-                        _log.info("session %s: the previous run died; taking over", self.session)
+                        self.log.info("session %s: the previous run died; taking over", self.session)
                         latest = latest or await self._runs()
                     return started.task, latest
             await asyncio.sleep(LOOK_INTERVAL)
@@ -225,7 +227,7 @@ class Journal:
             await self._client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
             return False
         except ExecutionNotFound:
-            _log.warning(
+            self.log.warning(
                 "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
             )
         self._open.clear()

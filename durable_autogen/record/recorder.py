@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -37,8 +36,6 @@ from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_
 from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
-
-_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session
@@ -218,7 +215,7 @@ class Recorder:
             if broken:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
         for event in broken:
-            _log.warning(
+            self.journal.log.warning(
                 "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
                 event,
             )
@@ -428,7 +425,7 @@ class Recorder:
                 raise DriftError(self._drifted(f"{event} asked {was!r}, now it asks {now!r}"))
             return None
         self.replayed["inputs"] += 1
-        _log.info("%s: replayed from the record ✓", event)
+        self.journal.log.info("%s: replayed from the record ✓", event)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
@@ -504,9 +501,9 @@ class Recorder:
         if self.on_drift == "stop":
             raise DriftError(self._drifted(what))
         self.ended = None
-        _log.warning("%s", what)
+        self.journal.log.warning("%s", what)
         left = len(self._replay.ahead)
-        _log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
+        self.journal.log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
         await self.journal.revoke_after(after, what)
         self._replay.leave()
 

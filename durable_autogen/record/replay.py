@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,8 +13,6 @@ from typing import Any, Protocol
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
-
-_log = logging.getLogger(__name__)
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
 CHOICE_HINT = (
@@ -207,7 +204,9 @@ class Replay:
     def _warn_waiting(self, event: Event, late: float) -> None:
         if (patience := self._patience()) is not None:
             limit = patience + late
-            _log.warning("%s is next on record: waiting up to %g s for the run to ask for it", event, limit)
+            self._journal.log.warning(
+                "%s is next on record: waiting up to %g s for the run to ask for it", event, limit
+            )
 
     def _patience(self) -> float | None:
         """Return the seconds to wait for the call of the next event; None for no limit.

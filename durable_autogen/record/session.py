@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from types import TracebackType
 from typing import Literal, get_args
@@ -14,14 +13,13 @@ from durable_autogen.errors import NotDurable
 from durable_autogen.record import outside
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.journal import Journal
+from durable_autogen.record.lines import log_for
 from durable_autogen.record.order import Activity, watched_threads
 from durable_autogen.record.place import Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
-
-_log = logging.getLogger(__name__)
 
 OnUnrecorded = Literal["tell", "stop"]
 
@@ -48,6 +46,7 @@ class Session:
         nexum: str | None,
         on_drift: OnDrift,
         on_unrecorded: OnUnrecorded,
+        tell: Callable[[str], None] | None,
         compare: Compare = same_request,
     ) -> None:
         for name, value, choices in (
@@ -62,6 +61,7 @@ class Session:
         self.is_over = False
         self.activity = Activity()
         self._address = nexum
+        self.log = log_for(tell, self._could_not_tell)
         self._on_drift: OnDrift = on_drift
         self._on_unrecorded: OnUnrecorded = on_unrecorded
         self._compare = compare
@@ -70,6 +70,11 @@ class Session:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
         """How often each connection or process outside the record was started."""
+
+    def _could_not_tell(self, error: Exception) -> None:
+        # Perhaps in another thread.
+        if self._recorder is not None and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._recorder.stop, error)
 
     # ---- What a framework adds ---------------------------------------------------------------------------------------
 
@@ -114,7 +119,7 @@ class Session:
             with at(None):
                 client = await stack.enter_async_context(NexumClient(self._address))
                 try:
-                    journal = await stack.enter_async_context(Journal(client, self.session_id))
+                    journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
                 except ServerUnavailable as error:
                     raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
             self._loop = asyncio.get_running_loop()
@@ -138,7 +143,7 @@ class Session:
                 if failure is None:
                     await recorder.end_with(error)
             except NexumError as ending:
-                _log.warning(
+                self.log.warning(
                     "session %s: the failure could not be revoked: %s",
                     self.session_id,
                     ending,
@@ -168,16 +173,16 @@ class Session:
             self.loop.call_soon_threadsafe(self.recorder.stop, error)
             raise error
         if self._left[f"{who} {what}"] == 1:
-            _log.warning("%s", line)
+            self.log.warning("%s", line)
 
     def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live or recorder.replayed:
             counts = (self.session_id, _counts(recorder.live), _counts(recorder.replayed))
-            _log.info("session %s: %s live, %s replayed from the record", *counts)
+            self.log.info("session %s: %s live, %s replayed from the record", *counts)
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
-            _log.warning("session %s: outside the record: %s", self.session_id, times)
+            self.log.warning("session %s: outside the record: %s", self.session_id, times)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

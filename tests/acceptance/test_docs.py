@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from harness import ROOT, Process, Server
 
 from durable_autogen.__main__ import build_parser
+
+pytestmark = pytest.mark.every_python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_AGENT = (ROOT / "docs" / "your-own-agent.md").read_text(encoding="utf-8")
@@ -114,7 +117,6 @@ def test_tool_that_is_added_to_this_folder_is_executed_once(server: Server, tmp_
 TEAM = """
 import pathlib
 
-pytestmark = pytest.mark.every_python
 
 def charge(customer: str) -> str:
     "Charge a customer."

@@ -25,6 +25,7 @@ from support.models import ModelFailed
 
 pytestmark = pytest.mark.every_python
 
+
 # ---- What is next on record, and nobody asks for ---------------------------------------------------------------------
 
 

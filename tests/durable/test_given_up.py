@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 pytestmark = pytest.mark.every_python
 
+
 GIVEN_UP_AFTER = 0.1  # seconds
 
 

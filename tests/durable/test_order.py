@@ -31,6 +31,7 @@ from durable_autogen.record.place import current
 
 pytestmark = pytest.mark.every_python
 
+
 T = TypeVar("T")
 OnLoop = Callable[[Coroutine[Any, Any, T]], T]
 

@@ -103,12 +103,3 @@ async def test_the_question_may_be_left_out_of_the_messages(server: Server) -> N
 async def test_a_misspelt_on_drift_is_refused(server: Server) -> None:
     with pytest.raises(InvalidRequest, match="on_drift is 'Stop': give one of stop, continue"):
         await run(server, lambda: None, on_drift="Stop")
-
-
-async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    lines: list[str] = []
-    with OpenAIServer(lambda _: answer("yes")) as model:
-        for _ in range(2):
-            await run(server, lambda: agent(model, "one"), logs=lines)
-    assert capsys.readouterr().out == ""
-    assert "reply 1 of one: replayed from the record ✓" in lines

@@ -15,6 +15,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 
 pytestmark = pytest.mark.every_python
 
+
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
     st.none()

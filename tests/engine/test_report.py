@@ -14,6 +14,7 @@ from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, Node
 
 pytestmark = pytest.mark.every_python
 
+
 START = 1_700_000_000_000
 LONG = "a word and averyveryverylongwordwithoutaspace" * 60
 

@@ -27,6 +27,8 @@ from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore
 from nexum_engine.workflow import workflow
 
+pytestmark = pytest.mark.every_python
+
 NOOP = workflow("noop").effect("a").build()
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 MIGRATIONS = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))
@@ -479,7 +481,6 @@ ORPHAN: dict[str, object] = {
 LIMITED = """
 import resource, runpy
 
-pytestmark = pytest.mark.every_python
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 """

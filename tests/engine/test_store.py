@@ -28,6 +28,7 @@ from nexum_engine.store.results import Changed, Started
 
 pytestmark = pytest.mark.every_python
 
+
 LEASE_MS = 30_000
 GRACE_MS = 1_000
 NO_RETRIES = 2**60  # none has become due since then

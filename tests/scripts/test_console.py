@@ -16,6 +16,8 @@ from processes import answer, read_one_line, run_demo, run_script, submitter
 
 from support.console import printable, say
 
+pytestmark = pytest.mark.every_python
+
 CLEAR = "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
 SHOWN = r"\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -194,7 +196,6 @@ def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_
 READER = """
 import subprocess, sys
 
-pytestmark = pytest.mark.every_python
 
 worker = subprocess.Popen(
     [sys.executable, {worker!r}, "--nexum", {address!r}], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

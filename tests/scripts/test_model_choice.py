@@ -21,6 +21,7 @@ from support.offline.model import OfflineModel
 
 pytestmark = pytest.mark.every_python
 
+
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"GEMINI_API_KEY": "gem-secret", "OPENAI_API_KEY": "oai-secret", "ANTHROPIC_API_KEY": "ant-secret"}
 ASK = [UserMessage(content="Hello", source="user")]

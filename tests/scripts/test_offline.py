@@ -30,6 +30,7 @@ from support.tools.web.page import page_to_markdown
 
 pytestmark = pytest.mark.every_python
 
+
 POPULATIONS = "What is the population of Tokyo vs New York?"
 TOKYO = "https://offline.example/tokyo-population"
 NEW_YORK = "https://offline.example/new-york-population"

@@ -20,6 +20,7 @@ from support.tools.web import WebError
 
 pytestmark = pytest.mark.every_python
 
+
 TRUE = {"statement": "The Rust Foundation looks after Rust.", "url": RUST_PAGE, "quote": RUST_QUOTE}
 FALSE = {**TRUE, "quote": "The Rust Foundation has looked after the language since 1921."}
 

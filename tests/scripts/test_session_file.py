@@ -14,11 +14,12 @@ from harness import running
 from nexum_engine.errors import InvalidRequest
 from support.session_file import SessionFile, SessionFileError, SessionRecord, check_session_id
 
+pytestmark = pytest.mark.every_python
+
 WRITER = """
 import asyncio, sys
 from support.session_file import SessionFile
 
-pytestmark = pytest.mark.every_python
 
 async def main(name):
     file = SessionFile("shared")

@@ -31,6 +31,8 @@ from nexum_engine.records import Execution, ExecutionStatus
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
 from workflow import OFFLINE_TOOL_CALL
 
+pytestmark = pytest.mark.every_python
+
 MANY_LOOPS = """
 import asyncio, sys, weakref
 from submit_task import submit_tool_call_async
@@ -49,7 +51,6 @@ MANY_SESSIONS = """
 import sys, threading
 from submit_task import submit_tool_call
 
-pytestmark = pytest.mark.every_python
 
 seen = []
 for number in range(20):

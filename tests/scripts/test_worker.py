@@ -24,6 +24,7 @@ from processes import (
 
 pytestmark = pytest.mark.every_python
 
+
 WORKER = str(ROOT / "worker.py")
 HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
 

@@ -15,6 +15,8 @@ from planned_web import context
 from nexum_engine.errors import FinalError
 from support.tools import Tool, ToolTimeout, WebError
 
+pytestmark = pytest.mark.every_python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -149,7 +151,6 @@ import asyncio, threading
 from support.tools import Tool, ToolContext, ToolTimeout
 from support.tools.web.live import LiveWeb
 
-pytestmark = pytest.mark.every_python
 
 def hang() -> str:
     "Hang."

@@ -18,6 +18,7 @@ from support.tools.declare import REGISTRY
 
 pytestmark = pytest.mark.every_python
 
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -13,6 +13,7 @@ from support.tools.web.page import page_to_markdown
 
 pytestmark = pytest.mark.every_python
 
+
 URL = "https://example.org/dir/page"
 
 
