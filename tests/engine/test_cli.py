@@ -49,9 +49,7 @@ def run_one_call(folder: Path, server: Server) -> str:
 
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
-def test_the_server_says_in_one_line_what_it_is_and_ends_in_good_order(
-    tmp_path: Path, end: Callable[[Process], None]
-) -> None:
+def test_server_prints_one_line_and_stops_cleanly(tmp_path: Path, end: Callable[[Process], None]) -> None:
     port = free_port()
     with running(["-m", "nexum_engine", "--listen", f"127.0.0.1:{port}"], cwd=tmp_path) as server:
         line = server.wait_for("Nexum engine")
@@ -66,7 +64,7 @@ def test_the_server_says_in_one_line_what_it_is_and_ends_in_good_order(
     assert (tmp_path / ".nexum" / "local.db").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_server_ends_with_a_worker_and_a_caller_connected(tmp_path: Path) -> None:
+def test_server_stops_while_worker_and_caller_are_connected(tmp_path: Path) -> None:
     arguments = {"log": str(tmp_path / "log"), "gate": str(tmp_path / "gate")}
     with (
         nexum_server(tmp_path) as server,
@@ -80,7 +78,7 @@ def test_the_server_ends_with_a_worker_and_a_caller_connected(tmp_path: Path) ->
         assert "Traceback" not in server.process.output + worker.output
 
 
-def test_a_second_server_on_the_port_is_refused_in_one_line(tmp_path: Path, server: Server) -> None:
+def test_second_server_on_port_is_refused_in_one_line(tmp_path: Path, server: Server) -> None:
     code, output = nexum(tmp_path, "--listen", server.address, "--database-url", f"sqlite:///{tmp_path / 'other.db'}")
     assert code == 1
     assert output == (
@@ -90,7 +88,7 @@ def test_a_second_server_on_the_port_is_refused_in_one_line(tmp_path: Path, serv
 
 
 @pytest.mark.usefixtures("server")
-def test_a_second_server_on_the_database_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> None:
     code, output = nexum(tmp_path, "--listen", f"127.0.0.1:{free_port()}", *database(tmp_path))
     assert code == 1
     assert output.startswith(f"error: database {tmp_path / 'nexum.db'} is in use by another Nexum server")
@@ -118,7 +116,7 @@ def test_a_second_server_on_the_database_is_refused_in_one_line(tmp_path: Path) 
         (["ps", "--nexum", "nonsense"], 1, "'nonsense' is not the address of a server"),
     ],
 )
-def test_what_can_not_work_is_refused_in_one_line(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+def test_bad_arguments_are_refused_in_one_line(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
     got, output = nexum(tmp_path, *arguments)
     assert got == code
     assert "error: " in output.splitlines()[-1]
@@ -126,7 +124,7 @@ def test_what_can_not_work_is_refused_in_one_line(tmp_path: Path, arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_foreign_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
     foreign = tmp_path / "nexum.db"
     with sqlite3.connect(foreign) as connection:
         connection.execute("CREATE TABLE diary (entry TEXT)")
@@ -145,7 +143,7 @@ def test_a_foreign_database_is_refused_and_left_alone(tmp_path: Path) -> None:
 # ---- ps and show -----------------------------------------------------------------------------------------------------
 
 
-def test_ps_and_show_say_the_same_with_the_server_and_without_it_in_80_columns(tmp_path: Path) -> None:
+def test_ps_and_show_print_the_same_with_and_without_server(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server:
         execution_id = run_one_call(tmp_path, server)
         online = [nexum(tmp_path, *command, "--nexum", server.address) for command in commands(execution_id)]
@@ -175,7 +173,7 @@ def commands(execution_id: str) -> list[list[str]]:
     return [ps, [*ps, "--status", "completed"], [*ps, "--json"], show, [*show, "--json"]]
 
 
-def test_what_a_caller_sent_can_not_control_the_terminal(tmp_path: Path, server: Server) -> None:
+def test_show_removes_control_characters(tmp_path: Path, server: Server) -> None:
     run_one_call(tmp_path, server)
     failed = recorded(tmp_path, server.address)[1]
     code, output = nexum(tmp_path, "show", failed["execution_id"], "--nexum", server.address)
@@ -185,13 +183,13 @@ def test_what_a_caller_sent_can_not_control_the_terminal(tmp_path: Path, server:
     assert max(map(len, output.splitlines())) <= WIDTH
 
 
-def test_nothing_recorded_is_said(tmp_path: Path, server: Server) -> None:
+def test_ps_reports_an_empty_database(tmp_path: Path, server: Server) -> None:
     assert nexum(tmp_path, "ps", "--nexum", server.address) == (0, "no executions")
     assert nexum(tmp_path, "ps", "--json", "--nexum", server.address) == (0, "[]")
 
 
 @pytest.mark.parametrize("command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"]], ids=lambda one: one[0])
-def test_without_server_and_database_it_says_so_and_makes_none(tmp_path: Path, command: list[str]) -> None:
+def test_look_without_server_and_database_fails_and_creates_none(tmp_path: Path, command: list[str]) -> None:
     code, output = nexum(tmp_path, *command)
     assert code == 1
     assert output == (
@@ -202,7 +200,7 @@ def test_without_server_and_database_it_says_so_and_makes_none(tmp_path: Path, c
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
 @pytest.mark.parametrize("command", ["ps", "show", "cancel"])
-def test_a_database_that_was_named_is_looked_at_and_no_server_asked(
+def test_database_url_is_opened_without_asking_a_server(
     tmp_path: Path, server: Server, command: str, before: bool
 ) -> None:
     run_one_call(tmp_path, server)
@@ -214,7 +212,7 @@ def test_a_database_that_was_named_is_looked_at_and_no_server_asked(
     assert nexum(tmp_path, *command_line, NEXUM_ADDRESS=server.address) == there
 
 
-def test_a_database_that_a_server_has_open_is_left_to_it(tmp_path: Path, server: Server) -> None:
+def test_database_open_in_a_server_is_not_opened(tmp_path: Path, server: Server) -> None:
     code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
     url = database(tmp_path)[1]
     assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that server with --nexum HOST:PORT")
@@ -223,7 +221,7 @@ def test_a_database_that_a_server_has_open_is_left_to_it(tmp_path: Path, server:
 
 
 @pytest.mark.parametrize("command", ["show", "cancel"])
-def test_an_unknown_execution_is_an_error_that_names_it(tmp_path: Path, server: Server, command: str) -> None:
+def test_unknown_execution_is_named_in_the_error(tmp_path: Path, server: Server, command: str) -> None:
     for name in ("exec-nope", "x" * 200, "'; DROP TABLE executions; --"):
         code, output = nexum(tmp_path, command, name, "--nexum", server.address)
         assert code == 1
@@ -232,14 +230,14 @@ def test_an_unknown_execution_is_an_error_that_names_it(tmp_path: Path, server: 
         assert name[:60] in output
 
 
-def test_a_server_that_was_named_has_to_answer(tmp_path: Path) -> None:
+def test_named_server_must_answer(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     code, output = nexum(tmp_path, "ps", NEXUM_ADDRESS=address)
     assert code == 2
     assert output.startswith(f"error: no Nexum server answers on {address}")
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path: Path, server: Server) -> None:
+def test_closed_pipe_prints_no_traceback(tmp_path: Path, server: Server) -> None:
     run_one_call(tmp_path, server)
     (execution_id, *_) = [one["execution_id"] for one in recorded(tmp_path, server.address)]
     with subprocess.Popen(
@@ -258,7 +256,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path, server: Server) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 @pytest.mark.parametrize("command", [["ps"], ["--listen", "127.0.0.1:0"]], ids=["ps", "the server"])
-def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, server: Server, command: list[str]) -> None:
+def test_full_disk_under_output_is_a_one_line_error(tmp_path: Path, server: Server, command: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
         run = subprocess.run(
             [sys.executable, "-m", "nexum_engine", *command],
@@ -271,7 +269,7 @@ def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, serve
     assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
 
 
-def test_what_windows_says_of_a_closed_pipe_is_no_traceback_either(tmp_path: Path, server: Server) -> None:
+def test_closed_pipe_on_windows_prints_no_traceback(tmp_path: Path, server: Server) -> None:
     program = (
         "import errno, io, sys\n"
         "from nexum_engine.__main__ import main\n"
@@ -287,7 +285,7 @@ def test_what_windows_says_of_a_closed_pipe_is_no_traceback_either(tmp_path: Pat
 # ---- cancel ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_running_execution_can_be_cancelled_and_an_ended_one_can_not(tmp_path: Path) -> None:
+def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     arguments = {"log": str(log), "gate": str(gate)}
     with nexum_server(tmp_path) as server, counting_worker(tmp_path, server.address) as worker:
@@ -314,7 +312,7 @@ def test_a_running_execution_can_be_cancelled_and_an_ended_one_can_not(tmp_path:
         assert output == f"error: execution {done['execution_id']} is COMPLETED and can't be cancelled any more"
 
 
-def test_an_execution_can_be_cancelled_after_the_server_has_ended(tmp_path: Path) -> None:
+def test_cancel_works_after_server_has_ended(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server:
         with submitter(tmp_path, server.address, "web_search", {"query": "x"}) as process:
             process.wait_for("Submitted")

@@ -25,7 +25,7 @@ async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
         yield running
 
 
-async def test_a_start_is_sent_again_only_if_its_key_keeps_it_from_starting_twice(server: EngineServer) -> None:
+async def test_start_is_retried_only_with_an_idempotency_key(server: EngineServer) -> None:
     async with NexumClient(server.address) as client:
         await client.register_workflow(ONE)
         server.watch(executions.start_execution, is_full, is_full)
@@ -36,9 +36,7 @@ async def test_a_start_is_sent_again_only_if_its_key_keeps_it_from_starting_twic
         assert server.calls[executions.start_execution] == 3
 
 
-async def test_a_call_asks_the_server_for_no_longer_wait_than_it_grants(
-    server: EngineServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_client_caps_the_wait_that_it_requests(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nexum_engine.client.MAX_SERVER_WAIT", 0.1)
     async with NexumClient(server.address) as client:
         await client.register_workflow(ONE)

@@ -1,4 +1,4 @@
-"""The connection of a worker or an owner: opened again whenever it breaks, is refused or falls silent."""
+"""Heartbeat: the stream of a worker or owner is reopened when it breaks, is refused or gets no answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
 
 
 class Beating:
-    """A heartbeat that runs."""
+    """A running heartbeat, with the errors that it reported."""
 
     def __init__(self, client: NexumClient, worker_id: str = "w1") -> None:
         self.lost: list[NexumError] = []
@@ -69,17 +69,17 @@ async def until(happened: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_a_fault_of_the_server_is_told_as_what_it_is_and_waited_out(server: EngineServer) -> None:
+async def test_heartbeat_reports_server_fault_and_reconnects(server: EngineServer) -> None:
     server.watch(leases.renew, raises, raises)
     async with beating(server.address) as beats:
         await beats.connected()
         assert server.calls[leases.renew] > 2
-        # Twice the same is told once.
+        # Two equal errors in a row are reported once.
         assert [type(error) for error in beats.lost] == [ServerFault]
         assert "see its log under" in str(beats.lost[0])
 
 
-async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
+async def test_heartbeat_reports_failing_database_as_server_not_ready(
     server: EngineServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.watch(leases.renew, is_full)
@@ -100,20 +100,16 @@ async def test_a_server_whose_database_fails_is_not_told_as_one_that_is_gone(
         assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
         assert server.calls[executions.list_executions] == 3
     (line,) = [one.getMessage() for one in caplog.records if one.name == "nexum_engine.worker"]
-    assert line.startswith(
-        f"not connected to {server.address}, trying again: the Nexum server on {server.address} can't"
-    )
+    assert line.startswith(f"not connected to {server.address}, retrying: the Nexum server on {server.address} can't")
 
 
-async def test_an_id_that_the_server_refuses_ends_it_with_the_servers_reason(server: EngineServer) -> None:
+async def test_refused_worker_id_ends_heartbeat_with_the_servers_reason(server: EngineServer) -> None:
     async with beating(server.address, "x" * 300) as beats:
         with pytest.raises(InvalidRequest, match="worker_id has 300 characters; the limit is 200"):
             await asyncio.wait_for(beats.run, SOON)
 
 
-async def test_a_stream_that_gets_no_first_answer_is_opened_again(
-    server: EngineServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stream_without_first_answer_is_reopened(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.2)
     server.watch(leases.renew, hangs)
     async with beating(server.address) as beats:
@@ -124,7 +120,7 @@ async def test_a_stream_that_gets_no_first_answer_is_opened_again(
         ]
 
 
-async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease_runs_out(tmp_path: Path) -> None:
+async def test_silent_stream_is_reopened_before_the_lease_runs_out(tmp_path: Path) -> None:
     async with engine_server(tmp_path, lease=4.5) as server, beating(server.address) as beats:
         await beats.connected()
         server.watch(leases.renew, hangs)
@@ -135,8 +131,8 @@ async def test_a_stream_that_falls_silent_later_is_opened_again_before_the_lease
         assert "within 1.5 s" in str(beats.lost[0])
 
 
-async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent(tmp_path: Path) -> None:
-    """A handler that blocks: the answer is there, and only has to be read."""
+async def test_blocked_event_loop_does_not_reopen_its_stream(tmp_path: Path) -> None:
+    """A handler blocks the loop: the server's answer has arrived, but is not read yet."""
     asked = asyncio.Event()
 
     async def slowly() -> frozenset[str]:
@@ -149,12 +145,12 @@ async def test_an_event_loop_that_is_held_up_does_not_take_its_server_for_silent
         server.watch(leases.renew, slowly)
         beats.heart.beat()
         await asyncio.wait_for(asked.wait(), SOON)
-        time.sleep(2 * MIN_ACK_TIMEOUT)  # noqa: ASYNC251 - it is what a handler that blocks does
+        time.sleep(2 * MIN_ACK_TIMEOUT)  # noqa: ASYNC251 - block the event loop
         await until(lambda: server.calls[leases.renew] >= 3)
         assert beats.lost == []
 
 
-async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(tmp_path: Path) -> None:
+async def test_beats_keep_a_lease_shorter_than_second_beat_delay(tmp_path: Path) -> None:
     async with engine_server(tmp_path, lease=0.4) as server, NexumClient(server.address) as client:
         await client.register_workflow(ONE)
         started = await client.start_execution(ONE, {})
@@ -169,7 +165,7 @@ async def test_a_lease_that_is_shorter_than_the_time_to_the_second_beat_is_kept(
             assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
 
 
-async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path: Path) -> None:
+async def test_owner_keeps_its_task_beyond_its_lease(tmp_path: Path) -> None:
     async with (
         engine_server(tmp_path, lease=0.4) as server,
         NexumClient(server.address) as client,
@@ -185,7 +181,7 @@ async def test_an_owner_keeps_what_it_started_for_longer_than_its_lease(tmp_path
         assert (await client.get_execution(owned.execution_id)).execution.status is ExecutionStatus.COMPLETED
 
 
-async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_lease_is_over(
+async def test_second_beat_follows_soon_after_connecting(
     server: EngineServer,
 ) -> None:
     server.watch(leases.renew)
@@ -194,7 +190,7 @@ async def test_a_second_beat_follows_the_first_soon_and_not_when_a_third_of_the_
         await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 2), 5)
 
 
-async def test_beat_that_is_asked_for_is_followed_by_another_one_soon(server: EngineServer) -> None:
+async def test_requested_beat_is_followed_by_another_one_soon(server: EngineServer) -> None:
     async with beating(server.address) as beats:
         await beats.connected()
         server.watch(leases.renew)
@@ -205,7 +201,7 @@ async def test_beat_that_is_asked_for_is_followed_by_another_one_soon(server: En
         await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 3), 5)
 
 
-async def test_where_no_server_is_that_is_told_and_a_server_that_comes_is_found(tmp_path: Path) -> None:
+async def test_heartbeat_reports_missing_server_and_finds_later_one(tmp_path: Path) -> None:
     async with engine_server(tmp_path) as server:
         address = server.address
     async with beating(address) as beats:
@@ -214,7 +210,7 @@ async def test_where_no_server_is_that_is_told_and_a_server_that_comes_is_found(
         assert not beats.heart.connected.is_set()
 
 
-async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_their_work(
+async def test_worker_and_owner_work_after_unanswered_first_streams(
     server: EngineServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -240,9 +236,7 @@ async def test_a_worker_and_an_owner_whose_streams_are_not_answered_at_first_do_
     assert "did not answer a beat" in caplog.text
 
 
-async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_sweep_continues_after_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with engine_server(tmp_path, lease=0.2) as server, NexumClient(server.address) as client:
         await client.register_workflow(ONE)
         await client.start_execution(ONE, {})
@@ -258,7 +252,7 @@ async def test_a_fault_while_leases_are_swept_is_not_the_end_of_sweeping(
 
 @asynccontextmanager
 async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
-    """An address on which everything that the server sends arrives `delay` seconds later."""
+    """Yield an address through which the server's data arrive `delay` seconds late."""
     pumps: set[asyncio.Task[None]] = set()
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait: float) -> None:
@@ -288,13 +282,13 @@ async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def test_a_server_that_takes_a_second_to_take_up_a_connection_is_reached(server: EngineServer) -> None:
-    """A busy machine, or a far one through a tunnel."""
+async def test_client_reaches_server_that_accepts_connections_slowly(server: EngineServer) -> None:
+    """The server is on a busy machine, or on a distant one behind a tunnel."""
     async with slow_line(int(server.address.rpartition(":")[2]), 1.0) as address, NexumClient(address) as client:
         await client.ping(patience=SOON)
 
 
-async def test_what_a_worker_holds_is_its_own_for_half_a_lease_after_an_answered_beat(
+async def test_is_holding_lasts_half_a_lease_after_an_answered_beat(
     server: EngineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with beating(server.address) as beats:
@@ -303,7 +297,7 @@ async def test_what_a_worker_holds_is_its_own_for_half_a_lease_after_an_answered
         holding.append(beats.heart.is_holding)
         now = time.monotonic()
         for later in (14.0, 15.1):
-            # As a process that was stopped meanwhile, and has not sent its next beat yet.
+            # As if the process had been stopped meanwhile and had not sent its next beat yet.
             monkeypatch.setattr("nexum_engine.heartbeat.time.monotonic", lambda later=later: now + later)
             holding.append(beats.heart.is_holding)
         monkeypatch.undo()

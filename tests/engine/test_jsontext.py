@@ -30,7 +30,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(JSON)
-def test_what_is_dumped_parses_to_the_same_value(value: object) -> None:
+def test_dumped_text_parses_to_the_same_value(value: object) -> None:
     text = jsontext.dump(value, "value")
     parsed = jsontext.parse(text, "value")
     assert parsed == value
@@ -45,25 +45,25 @@ def test_two_spellings_of_one_value_are_the_same(value: object) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(_text, st.integers(), min_size=2, max_size=5))
-def test_the_order_of_keys_does_not_matter(value: dict[str, int]) -> None:
+def test_order_of_keys_does_not_matter(value: dict[str, int]) -> None:
     assert jsontext.same(json.dumps(value), json.dumps(dict(reversed(value.items()))))
 
 
 @settings(max_examples=200, deadline=None)
 @given(JSON, JSON)
-def test_two_values_are_the_same_only_if_their_canonical_texts_are(one: object, other: object) -> None:
+def test_values_are_the_same_only_if_their_canonical_texts_are(one: object, other: object) -> None:
     equal = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert jsontext.same(json.dumps(one), json.dumps(other)) is equal
 
 
 @pytest.mark.parametrize(("one", "other"), [("1", "1.0"), ("1", "true"), ("0", "false"), ('"1"', "1"), ("[]", "{}")])
-def test_values_of_two_types_are_never_the_same(one: str, other: str) -> None:
+def test_values_of_different_types_are_never_the_same(one: str, other: str) -> None:
     assert not jsontext.same(one, other)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40))
-def test_any_text_is_parsed_or_refused_and_nothing_else(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         jsontext.parse(text, "it")
     except InvalidRequest as error:
@@ -93,12 +93,12 @@ def test_any_text_is_parsed_or_refused_and_nothing_else(text: str) -> None:
         "﻿1",
     ],
 )
-def test_what_is_not_json_is_refused(text: str) -> None:
+def test_text_that_is_not_json_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="the thing is not valid JSON"):
         jsontext.parse(text, "the thing")
 
 
-def test_depth_and_integers_are_bounded() -> None:
+def test_parse_limits_depth_and_integers() -> None:
     assert jsontext.parse("[" * 100 + "]" * 100, "it") is not None
     for endless in ("[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "[" * 100_000):
         with pytest.raises(InvalidRequest, match="recursion limit"):
@@ -108,7 +108,7 @@ def test_depth_and_integers_are_bounded() -> None:
         jsontext.parse("9" * 5000, "it")
 
 
-def test_the_size_limit_counts_bytes_and_holds_to_the_byte() -> None:
+def test_size_limit_is_exact_and_counts_bytes() -> None:
     text = '"é"'
     assert jsontext.parse(text, "it", max_bytes=4) == "é"
     with pytest.raises(TooLarge, match="it is 4 bytes; the limit is 3 bytes"):
@@ -120,12 +120,12 @@ def test_the_size_limit_counts_bytes_and_holds_to_the_byte() -> None:
     [float("nan"), [float("inf")], {1, 2}, "\ud800", {("a", "b"): 1}],
     ids=["nan", "infinity", "a set", "a lone surrogate", "a tuple as key"],
 )
-def test_what_json_can_not_say_is_not_dumped(value: object) -> None:
+def test_dump_refuses_values_that_json_lacks(value: object) -> None:
     with pytest.raises(InvalidRequest, match="the result can't be written as JSON"):
         jsontext.dump(value, "the result")
 
 
-def test_a_circle_is_not_dumped() -> None:
+def test_dump_refuses_a_cycle() -> None:
     circle: list[object] = []
     circle.append(circle)
     with pytest.raises(InvalidRequest, match="can't be written as JSON"):
@@ -139,7 +139,7 @@ class Holder(BaseModel):
 
 @settings(max_examples=200, deadline=None)
 @given(JSON | st.sampled_from(["NaN", "to Infinity", {"NaN": [1.0]}]))
-def test_a_model_is_dumped_as_its_fields_are(value: object) -> None:
+def test_model_is_dumped_like_its_fields(value: object) -> None:
     parsed = jsontext.parse(jsontext.dump_model(Holder(value=value), "it"), "it")
     assert json.dumps(parsed) == json.dumps({"value": value, "number": 0.5})
 
@@ -149,6 +149,6 @@ def test_a_model_is_dumped_as_its_fields_are(value: object) -> None:
     [Holder(number=float("nan")), Holder(number=float("-inf")), Holder(value="\ud800"), Holder(value=object())],
     ids=["nan", "infinity", "a lone surrogate", "an object"],
 )
-def test_a_model_of_what_json_can_not_say_is_not_dumped(model: Holder) -> None:
+def test_dump_model_refuses_values_that_json_lacks(model: Holder) -> None:
     with pytest.raises(InvalidRequest, match="the result can't be written as JSON"):
         jsontext.dump_model(model, "the result")

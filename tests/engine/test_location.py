@@ -69,7 +69,7 @@ def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- The file beside the database ------------------------------------------------------------------------------------
 
 
-async def test_address_stands_beside_the_database_as_long_as_the_server_runs(tmp_path: Path) -> None:
+async def test_address_file_exists_while_the_server_runs(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     async with serving(database) as address:
         assert read_address(database) == address
@@ -79,18 +79,18 @@ async def test_address_stands_beside_the_database_as_long_as_the_server_runs(tmp
 @pytest.mark.parametrize(
     "text", ["", "localhost", "example.com:80", "127.0.0.1:0", "127.0.0.1:80\n10.0.0.1:80", "\xff"]
 )
-def test_file_that_holds_no_loopback_address_counts_as_none(tmp_path: Path, text: str) -> None:
+def test_file_without_loopback_address_is_ignored(tmp_path: Path, text: str) -> None:
     database = tmp_path / "nexum.db"
     address_file(database).write_bytes(text.encode("latin-1"))
     assert read_address(database) is None
 
 
 @pytest.mark.parametrize("name", ["nexum.db", "with space.db", "100%.db", "ünï?code#.db"])
-def test_url_of_a_path_names_that_path(tmp_path: Path, name: str) -> None:
+def test_database_url_names_its_path(tmp_path: Path, name: str) -> None:
     assert database_path(database_url(tmp_path / name)) == tmp_path / name
 
 
-async def test_server_on_a_taken_port_listens_on_a_free_one_only_if_told_so(tmp_path: Path) -> None:
+async def test_server_leaves_taken_port_only_with_else_free_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         async with serving(tmp_path / "one.db", listen, else_free_port=True) as address:
@@ -119,7 +119,7 @@ async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path:
             await client.ping(patience=10)
 
 
-async def test_server_refuses_calls_that_are_meant_for_another_database(tmp_path: Path) -> None:
+async def test_server_refuses_calls_for_another_database(tmp_path: Path) -> None:
     other = tmp_path / "other.db"
     async with serving(tmp_path / "nexum.db") as address:
         write_address(other, address)
@@ -130,7 +130,7 @@ async def test_server_refuses_calls_that_are_meant_for_another_database(tmp_path
             assert (await call.code()).name == "UNAVAILABLE"
 
 
-async def test_link_to_the_database_names_the_same_one(tmp_path: Path) -> None:
+async def test_link_names_the_same_database(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     async with serving(tmp_path / "real" / "nexum.db"), NexumClient(str(tmp_path / "link" / "nexum.db")) as client:
@@ -138,7 +138,7 @@ async def test_link_to_the_database_names_the_same_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999"])
-async def test_what_is_no_address_is_refused(address: str) -> None:
+async def test_bad_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not the address of a server"):
         NexumClient(address)
 
@@ -146,7 +146,7 @@ async def test_what_is_no_address_is_refused(address: str) -> None:
 # ---- A client that was told no address -------------------------------------------------------------------------------
 
 
-async def test_own_server_comes_before_the_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+async def test_client_prefers_own_server_to_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     own = enter(tmp_path / "own", default_port)
     async with serving(own, embedded=True), serving(tmp_path / "other.db") as other:
         default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
@@ -155,9 +155,7 @@ async def test_own_server_comes_before_the_default_port(tmp_path: Path, default_
             assert client.address == str(own)
 
 
-async def test_server_that_a_person_started_on_the_default_port_is_used(
-    tmp_path: Path, default_port: pytest.MonkeyPatch
-) -> None:
+async def test_client_uses_a_persons_server_on_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     own = enter(tmp_path / "own", default_port)
     async with serving(tmp_path / "other.db") as other:
         default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
@@ -194,7 +192,9 @@ async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, defau
             await pinging
 
 
-async def test_default_port_that_changes_hands_is_left(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
+async def test_client_leaves_default_port_after_its_server_changes(
+    tmp_path: Path, default_port: pytest.MonkeyPatch
+) -> None:
     enter(tmp_path / "own", default_port)
     async with serving(tmp_path / "person.db") as address:
         default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", address)

@@ -59,7 +59,7 @@ async def lose(store: Store, clock: ManualClock, owner: str) -> None:
     await store.run(leases.sweep, 0)
 
 
-async def test_the_owner_gets_the_task_and_no_poll_does(store: Store, clock: ManualClock) -> None:
+async def test_owner_gets_the_task_and_no_poll_does(store: Store, clock: ManualClock) -> None:
     started = await own(store, "one")
     assert started.task is not None
     assert started.task.attempt == 1
@@ -72,11 +72,11 @@ async def test_the_owner_gets_the_task_and_no_poll_does(store: Store, clock: Man
     assert node.status is NodeStatus.READY
 
 
-async def test_the_same_owner_that_asks_again_gets_the_same_task(store: Store) -> None:
+async def test_second_start_by_same_owner_gets_the_same_task(store: Store) -> None:
     assert (await own(store, "one")).task == (await own(store, "one")).task
 
 
-async def test_beats_that_do_not_name_the_task_leave_it_to_its_owner(store: Store) -> None:
+async def test_owner_keeps_a_task_that_its_beats_do_not_name(store: Store) -> None:
     """The answer to its start may be lost: the owner starts the key again, and gets the same task."""
     started = await own(store, "one")
     assert started.task is not None
@@ -85,7 +85,7 @@ async def test_beats_that_do_not_name_the_task_leave_it_to_its_owner(store: Stor
     assert (await own(store, "one")).task == started.task
 
 
-async def test_another_owner_is_refused_by_name_while_the_first_one_lives(store: Store, clock: ManualClock) -> None:
+async def test_second_owner_is_refused_while_first_owner_lives(store: Store, clock: ManualClock) -> None:
     await own(store, "one")
     await store.run(leases.disconnect, "one", 1000)
     clock.advance(0.999)
@@ -94,7 +94,7 @@ async def test_another_owner_is_refused_by_name_while_the_first_one_lives(store:
         await own(store, "other")
 
 
-async def test_a_dead_owner_is_taken_over_and_can_not_report_any_more(store: Store, clock: ManualClock) -> None:
+async def test_dead_owner_is_taken_over_and_can_not_report(store: Store, clock: ManualClock) -> None:
     first = await own(store, "one")
     await lose(store, clock, "one")
     second = await own(store, "other")
@@ -109,7 +109,7 @@ async def test_a_dead_owner_is_taken_over_and_can_not_report_any_more(store: Sto
     assert [attempt.outcome for attempt in execution.nodes[0].attempts] == [Outcome.LOST, Outcome.COMPLETED]
 
 
-async def test_an_ended_one_is_found_and_a_failed_one_begins_anew(store: Store) -> None:
+async def test_owner_finds_completed_execution_and_restarts_failed_one(store: Store) -> None:
     first = await own(store, "one")
     assert first.task is not None
     await store.run(tasks.fail_task, first.task.task_id, "no", True)
@@ -121,7 +121,7 @@ async def test_an_ended_one_is_found_and_a_failed_one_begins_anew(store: Store) 
     assert (third.execution_id, third.status, third.task) == (second.execution_id, ExecutionStatus.COMPLETED, None)
 
 
-async def test_who_lost_what_it_held_starts_nothing_under_it(store: Store, clock: ManualClock) -> None:
+async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: ManualClock) -> None:
     async def under(held: Started, owner: str, key: str) -> Started:
         assert held.task is not None
         return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held.task.task_id)
@@ -145,7 +145,7 @@ async def record(store: Store, output: str, owner: str = "one", key: str = "k", 
     return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held, output)
 
 
-async def test_a_result_that_comes_with_the_start_is_recorded_with_it(store: Store) -> None:
+async def test_start_with_result_records_the_result(store: Store) -> None:
     started = await record(store, '{"n":1}')
     assert (started.status, started.existing, started.task) == (ExecutionStatus.COMPLETED, False, None)
     execution = await store.run(executions.get_execution, started.execution_id, with_attempts=True)
@@ -155,7 +155,7 @@ async def test_a_result_that_comes_with_the_start_is_recorded_with_it(store: Sto
     assert started.changed.ended == (await store.run(executions.get_execution, started.execution_id),)
 
 
-async def test_the_same_start_with_its_result_is_acknowledged_again_and_another_result_is_refused(
+async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
     store: Store,
 ) -> None:
     first = await record(store, '{"n":1}')
@@ -168,9 +168,7 @@ async def test_the_same_start_with_its_result_is_acknowledged_again_and_another_
     assert (await store.run(executions.get_execution, first.execution_id)).outputs() == {"a": '{"n":1}'}
 
 
-async def test_a_start_with_a_result_completes_what_its_owner_has_begun_and_what_a_dead_one_has(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_start_with_result_completes_own_and_dead_owners_execution(store: Store, clock: ManualClock) -> None:
     begun, left = await own(store, "one"), await own(store, "dead", "l")
     with pytest.raises(Conflict, match="is in use by one"):
         await record(store, "1", "other")
@@ -183,7 +181,7 @@ async def test_a_start_with_a_result_completes_what_its_owner_has_begun_and_what
         assert len(execution.nodes[0].attempts) == attempts
 
 
-async def test_a_start_with_a_result_that_is_refused_leaves_nothing(store: Store, clock: ManualClock) -> None:
+async def test_refused_start_with_result_stores_nothing(store: Store, clock: ManualClock) -> None:
     run = await own(store, "one", "run")
     assert run.task is not None
     await lose(store, clock, "one")
@@ -198,7 +196,7 @@ async def test_a_start_with_a_result_that_is_refused_leaves_nothing(store: Store
     assert [one.idempotency_key for one in await store.run(executions.list_executions, "w", "", 10)] == ["e/1", "run"]
 
 
-async def test_owners_may_die_as_often_as_they_like(store: Store, clock: ManualClock) -> None:
+async def test_deaths_of_owners_are_not_counted(store: Store, clock: ManualClock) -> None:
     for number in range(MAX_LOST_ATTEMPTS + 2):
         assert (await own(store, f"owner {number}")).task is not None
         await lose(store, clock, f"owner {number}")
@@ -207,9 +205,7 @@ async def test_owners_may_die_as_often_as_they_like(store: Store, clock: ManualC
     assert last.task.attempt == MAX_LOST_ATTEMPTS + 3, "the execution was given up, and this is another one"
 
 
-async def test_after_a_restart_an_owner_keeps_its_task_if_it_comes_back_within_half_a_second(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_owner_that_reconnects_soon_after_restart_keeps_its_task(store: Store, clock: ManualClock) -> None:
     kept, lost = await own(store, "one"), await own(store, "two", "l")
     assert kept.task is not None
     await store.run(leases.restart, 5000, 2 * LEASE_MS)
@@ -225,13 +221,13 @@ async def test_after_a_restart_an_owner_keeps_its_task_if_it_comes_back_within_h
     assert (await own(store, "other", "l")).execution_id == lost.execution_id
 
 
-async def test_what_was_started_for_workers_can_not_be_owned(store: Store) -> None:
+async def test_execution_for_workers_can_not_be_owned(store: Store) -> None:
     await store.run(executions.start_execution, "w", "v1", "{}", "k")
     with pytest.raises(Conflict, match="started for workers"):
         await own(store, "one")
 
 
-async def test_only_a_single_node_can_be_owned(store: Store) -> None:
+async def test_workflow_of_two_nodes_can_not_be_owned(store: Store) -> None:
     nodes = {"a": {"type": "EFFECT", "dependencies": []}, "b": {"type": "EFFECT", "dependencies": ["a"]}}
     await store.run(executions.register_workflow, "w", "v2", json.dumps({"nodes": nodes}))
     with pytest.raises(InvalidRequest, match="has 2 nodes: an owned execution has one"):
@@ -239,7 +235,7 @@ async def test_only_a_single_node_can_be_owned(store: Store) -> None:
     assert await store.run(executions.list_executions, "w", "", 10) == []
 
 
-async def test_executions_are_listed_by_the_beginning_of_their_key_page_by_page(store: Store) -> None:
+async def test_executions_are_listed_by_key_prefix_page_by_page(store: Store) -> None:
     for key in ("a/1", "a/2", "a/3", "ab/1", "b"):
         await own(store, "one", key)
     newest = await store.run(executions.list_executions, "w", "", 2, key_prefix="a/")
@@ -253,13 +249,13 @@ async def test_executions_are_listed_by_the_beginning_of_their_key_page_by_page(
 
 
 @pytest.mark.parametrize("prefix", ["", "a/"])
-async def test_a_page_before_an_execution_that_there_is_not_is_no_end_of_the_list(server: Server, prefix: str) -> None:
+async def test_page_before_unknown_execution_is_an_error(server: Server, prefix: str) -> None:
     async with NexumClient(server.address) as client:
         with pytest.raises(ExecutionNotFound, match="'typo'"):
             await client.list_executions(workflow_id="owned", key_prefix=prefix, before="typo")
 
 
-async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> None:
+async def test_list_with_nodes_ends_at_its_size_limit(store: Store) -> None:
     large = json.dumps("x" * 6_000_000)
     for key in ("a/1", "a/2", "a/3", "a/4"):
         started = await own(store, "one", key)
@@ -276,9 +272,7 @@ async def test_a_list_with_nodes_ends_before_it_is_too_large(store: Store) -> No
     assert len(await store.run(executions.list_executions, "w", "", 100, key_prefix="a/")) == 4
 
 
-async def test_an_execution_that_is_larger_than_a_list_may_be_is_a_page_of_its_own(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_execution_above_list_limit_is_its_own_page(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nexum_engine.store.executions.MAX_LIST_BYTES", 1)
     for key in ("a", "b"):
         await own(store, "one", key)
@@ -306,9 +300,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_killed_process_is_taken_over_within_seconds_and_a_live_one_is_not(
-    server: Server, tmp_path: Path
-) -> None:
+async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: Server, tmp_path: Path) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         with running(["-c", DIES, server.address], cwd=tmp_path) as process:
             name = process.wait_for("OWNED").split()[1]
@@ -332,7 +324,7 @@ async def test_a_killed_process_is_taken_over_within_seconds_and_a_live_one_is_n
         assert again.ended.outputs() == {"a": '{"done":true}'}
 
 
-async def test_a_server_that_ignores_the_owner_is_left_without_the_execution_that_it_queued(server: Server) -> None:
+async def test_owner_cancels_execution_on_server_without_owners(server: Server) -> None:
     class Ownerless(NexumClient):
         async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
             return await super().start_execution(*args, **{**options, "owner": ""})
@@ -344,7 +336,7 @@ async def test_a_server_that_ignores_the_owner_is_left_without_the_execution_tha
     assert execution.status is ExecutionStatus.CANCELLED
 
 
-async def test_who_waits_for_an_execution_hears_of_a_result_that_came_with_a_start(server: Server) -> None:
+async def test_start_with_result_wakes_callers_that_wait(server: Server) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         started = await owner.start(OWNED, {}, idempotency_key="k")
         waiting = asyncio.create_task(client.get_execution(started.execution_id, wait=20))
@@ -356,7 +348,7 @@ async def test_who_waits_for_an_execution_hears_of_a_result_that_came_with_a_sta
             await owner.record(OWNED, {}, {"n": 2}, idempotency_key="k")
 
 
-async def test_an_older_server_is_told_the_result_after_the_start(server: Server) -> None:
+async def test_owner_completes_the_task_on_an_older_server(server: Server) -> None:
     class Older(NexumClient):
         """Its server doesn't know `output_json`."""
 
@@ -371,7 +363,7 @@ async def test_an_older_server_is_told_the_result_after_the_start(server: Server
             await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
 
 
-async def test_a_published_poll_gets_no_owned_task(server: Server) -> None:
+async def test_published_poll_gets_no_owned_task(server: Server) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         await owner.start(OWNED, {}, idempotency_key="k")
         with grpc.insecure_channel(server.address) as channel:

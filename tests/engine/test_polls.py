@@ -152,7 +152,7 @@ async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
 # ---- Waking ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_waiting_poll_gets_a_task_with_its_start(engine: Engine) -> None:
+async def test_waiting_poll_gets_a_task_as_it_is_started(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
@@ -160,7 +160,7 @@ async def test_a_waiting_poll_gets_a_task_with_its_start(engine: Engine) -> None
     assert (await engine.task(poll)).execution_id == execution_id
 
 
-async def test_every_root_of_a_workflow_wakes_a_poll_of_its_own(engine: Engine) -> None:
+async def test_each_root_of_a_workflow_wakes_one_poll(engine: Engine) -> None:
     await engine.register({"a": [], "b": [], "c": []})
     polls = [engine.poll(f"w{n}") for n in range(3)]
     await until_idle(engine, *polls)
@@ -168,14 +168,14 @@ async def test_every_root_of_a_workflow_wakes_a_poll_of_its_own(engine: Engine) 
     assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b", "c"}
 
 
-async def test_every_root_of_a_workflow_is_found_by_polls_that_come_later(engine: Engine) -> None:
+async def test_later_polls_find_every_root_of_a_workflow(engine: Engine) -> None:
     await engine.register({"a": [], "b": []})
     assert await engine.poll(wait_ms=0) is None
     await engine.start()
     assert {(await engine.task(engine.poll(wait_ms=0))).node_id for _ in range(2)} == {"a", "b"}
 
 
-async def test_every_node_that_a_result_makes_ready_wakes_a_poll(engine: Engine) -> None:
+async def test_each_node_that_becomes_ready_wakes_a_poll(engine: Engine) -> None:
     await engine.register({"a": [], "b": ["a"], "c": ["a"]})
     await engine.start()
     first = await engine.task(engine.poll())
@@ -186,9 +186,7 @@ async def test_every_node_that_a_result_makes_ready_wakes_a_poll(engine: Engine)
 
 
 @pytest.mark.parametrize("hops", range(4))
-async def test_a_worker_that_dies_while_its_result_is_stored_does_not_hold_up_what_follows(
-    engine: Engine, hops: int
-) -> None:
+async def test_worker_death_during_its_report_does_not_delay_next_nodes(engine: Engine, hops: int) -> None:
     await engine.register({"a": [], "b": ["a"]})
     execution_id = await engine.start()
     first = await engine.task(engine.poll())
@@ -203,7 +201,7 @@ async def test_a_worker_that_dies_while_its_result_is_stored_does_not_hold_up_wh
     assert (await engine.store.run(executions.get_execution, execution_id)).outputs() == {"a": "1"}
 
 
-async def test_a_canceller_that_dies_meanwhile_still_ends_the_wait_for_the_execution(engine: Engine) -> None:
+async def test_cancel_by_dying_caller_still_wakes_waiting_callers(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
     request = pb.GetExecutionRequest(execution_id=execution_id, wait_ms=LONG_MS)
@@ -218,7 +216,7 @@ async def test_a_canceller_that_dies_meanwhile_still_ends_the_wait_for_the_execu
     assert (await asyncio.wait_for(waiting, SOON)).status == "CANCELLED"
 
 
-async def test_a_starter_that_dies_meanwhile_leaves_a_task_that_is_handed_out(engine: Engine) -> None:
+async def test_start_by_dying_caller_still_hands_out_the_task(engine: Engine) -> None:
     await engine.register({"a": [], "b": []})
     polls = [engine.poll(f"w{n}") for n in range(2)]
     await until_idle(engine, *polls)
@@ -229,7 +227,7 @@ async def test_a_starter_that_dies_meanwhile_leaves_a_task_that_is_handed_out(en
     assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b"}
 
 
-async def test_a_retry_reaches_a_waiting_poll_when_it_is_due(engine: Engine) -> None:
+async def test_due_retry_reaches_a_waiting_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     await engine.start()
     first = await engine.task(engine.poll())
@@ -242,7 +240,7 @@ async def test_a_retry_reaches_a_waiting_poll_when_it_is_due(engine: Engine) -> 
 
 
 @pytest.mark.parametrize("hops", range(12))
-async def test_a_poll_given_up_at_any_moment_leaves_its_task_to_the_next(engine: Engine, hops: int) -> None:
+async def test_cancelled_poll_leaves_its_task_to_the_next_poll(engine: Engine, hops: int) -> None:
     await engine.register({"a": []})
     given_up, waiting = engine.poll("w1"), engine.poll("w2")
     await until_idle(engine, given_up, waiting)
@@ -261,7 +259,7 @@ def _has_task(poll: asyncio.Task[Task | None]) -> bool:
     return poll.done() and not poll.cancelled() and poll.result() is not None
 
 
-async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_next(engine: Engine) -> None:
+async def test_task_of_unsent_answer_goes_to_the_next_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     await engine.start()
     call = Call()
@@ -275,7 +273,7 @@ async def test_a_task_whose_call_ended_before_its_answer_was_sent_goes_to_the_ne
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_poll_too_small_for_what_is_due_answers_at_once_and_asks_the_store_once(engine: Engine) -> None:
+async def test_too_small_poll_answers_at_once_after_one_claim(engine: Engine) -> None:
     await engine.register({"a": []})
     await engine.start(input_json=json.dumps("x" * 5000))
     before = engine.claims
@@ -283,7 +281,7 @@ async def test_a_poll_too_small_for_what_is_due_answers_at_once_and_asks_the_sto
     assert engine.claims == before + 1
 
 
-async def test_a_waiting_poll_that_is_too_small_waits_and_the_large_one_beside_it_gets_the_task(engine: Engine) -> None:
+async def test_large_waiting_poll_gets_task_too_large_for_another(engine: Engine) -> None:
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1000), engine.poll("large")
     await until_idle(engine, small, large)
@@ -296,7 +294,7 @@ async def test_a_waiting_poll_that_is_too_small_waits_and_the_large_one_beside_i
     assert (await engine.task(small)).execution_id == execution_id
 
 
-async def test_a_task_that_is_just_too_large_with_its_frame_is_passed_on(engine: Engine) -> None:
+async def test_task_too_large_only_with_its_frame_is_passed_on(engine: Engine) -> None:
     """The start announces the input alone; what is handed out is a little larger."""
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
@@ -309,7 +307,7 @@ async def test_a_task_that_is_just_too_large_with_its_frame_is_passed_on(engine:
 # ---- What is remembered ----------------------------------------------------------------------------------------------
 
 
-async def test_clients_that_name_ever_new_versions_do_not_make_the_server_remember_them_all(make: Make) -> None:
+async def test_polls_remember_a_limited_number_of_versions(make: Make) -> None:
     clock = ManualClock()
     engine = await make(clock)
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
@@ -325,7 +323,7 @@ async def test_clients_that_name_ever_new_versions_do_not_make_the_server_rememb
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
-async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(engine: Engine) -> None:
+async def test_task_started_during_another_workers_claim_is_found_by_next_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     claim = engine.polls.take_due("w1", ("v1",), LARGE)
     assert claim is not None
@@ -337,7 +335,7 @@ async def test_a_task_that_came_while_another_worker_asked_is_found_by_the_next(
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
 
 
-async def test_poll_asks_the_store_once_until_a_task_comes(engine: Engine) -> None:
+async def test_waiting_poll_claims_once_until_a_task_is_due(engine: Engine) -> None:
     await engine.register({"a": []})
     for _ in range(3):
         assert await engine.poll(wait_ms=0) is None
@@ -348,7 +346,7 @@ async def test_poll_asks_the_store_once_until_a_task_comes(engine: Engine) -> No
     assert engine.claims == 2
 
 
-async def test_large_task_that_came_while_a_small_poll_asked_is_found_by_a_large_one(engine: Engine) -> None:
+async def test_large_task_started_during_small_polls_claim_is_found_by_large_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     small = engine.poll("small", wait_ms=0, max_bytes=1000)
     await turns(1)
@@ -358,7 +356,7 @@ async def test_large_task_that_came_while_a_small_poll_asked_is_found_by_a_large
     assert (await engine.task(engine.poll("large", wait_ms=0))).execution_id == await start
 
 
-async def test_task_that_another_poll_took_while_a_worker_asked_is_counted_once(engine: Engine) -> None:
+async def test_task_taken_during_another_claim_is_counted_once(engine: Engine) -> None:
     await engine.register({"a": []})
     idle = engine.poll("w1")
     await until_idle(engine, idle)
@@ -371,7 +369,7 @@ async def test_task_that_another_poll_took_while_a_worker_asked_is_counted_once(
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == later
 
 
-async def test_a_task_that_came_while_a_poll_asked_is_found(engine: Engine) -> None:
+async def test_task_started_during_a_claim_is_found(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await turns(1)
@@ -421,7 +419,7 @@ async def swept(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize("hops", range(8))
-async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_its_task(make: Make, hops: int) -> None:
+async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Make, hops: int) -> None:
     clock = ManualClock()
     engine = await make(clock)
     await engine.register({"a": []})
@@ -442,7 +440,7 @@ async def test_a_worker_whose_new_stream_overtakes_the_end_of_the_old_one_keeps_
     assert await swept(engine) == 1  # it was silent since
 
 
-async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back_on_a_new_one(make: Make) -> None:
+async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Make) -> None:
     clock = ManualClock()
     engine = await make(clock)
     await engine.register({"a": []})
@@ -461,7 +459,7 @@ async def test_the_end_of_an_old_stream_takes_nothing_from_a_worker_that_is_back
     assert await swept(engine) == 0
 
 
-async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(make: Make) -> None:
+async def test_worker_that_stays_disconnected_loses_task_after_grace(make: Make) -> None:
     clock = ManualClock()
     engine = await make(clock)
     await engine.register({"a": []})
@@ -479,7 +477,7 @@ async def test_a_worker_that_does_not_come_back_loses_its_task_after_the_grace(m
     assert await swept(engine) == 1
 
 
-async def test_a_draining_worker_has_its_polls_answered_and_gets_no_more(engine: Engine) -> None:
+async def test_draining_worker_gets_polls_answered_and_no_tasks(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = Stream(engine)
     stream.beat()
@@ -500,7 +498,7 @@ async def test_a_draining_worker_has_its_polls_answered_and_gets_no_more(engine:
     await engine.task(back)
 
 
-async def test_a_worker_that_drained_and_comes_back_before_its_old_stream_has_ended_gets_tasks(engine: Engine) -> None:
+async def test_drained_worker_gets_tasks_on_a_new_stream(engine: Engine) -> None:
     await engine.register({"a": []})
     old, new = Stream(engine), Stream(engine)
     old.beat(draining=True)
@@ -515,7 +513,7 @@ async def test_a_worker_that_drained_and_comes_back_before_its_old_stream_has_en
     assert (await engine.task(back)).execution_id == execution_id
 
 
-async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_once(engine: Engine) -> None:
+async def test_stream_cancelled_during_its_answer_ends_at_once(engine: Engine) -> None:
     async def beats() -> AsyncIterator[pb.WorkerBeat]:
         yield pb.WorkerBeat(worker_id="w1")
         await asyncio.Event().wait()
@@ -528,7 +526,7 @@ async def test_a_stream_that_is_given_up_while_its_answer_is_sent_has_ended_at_o
 
 
 @pytest.mark.parametrize("hops", range(8))
-async def test_a_task_that_becomes_due_while_a_worker_drains_is_not_lost(engine: Engine, hops: int) -> None:
+async def test_task_due_while_worker_drains_is_not_lost(engine: Engine, hops: int) -> None:
     await engine.register({"a": []})
     stream = Stream(engine)
     stream.beat()
@@ -558,7 +556,7 @@ async def outcomes(engine: Engine, execution_id: str) -> list[str]:
     return [attempt.outcome.value for attempt in node.attempts]
 
 
-async def test_task_that_two_beats_in_a_row_do_not_name_goes_to_another_worker_at_once(engine: Engine) -> None:
+async def test_task_missing_in_two_beats_goes_to_another_worker(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -575,7 +573,7 @@ async def test_task_that_two_beats_in_a_row_do_not_name_goes_to_another_worker_a
     assert await outcomes(engine, execution_id) == ["LOST", "RUNNING"]
 
 
-async def test_task_that_is_named_by_every_second_beat_is_kept(engine: Engine) -> None:
+async def test_task_named_by_every_second_beat_is_kept(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -586,7 +584,7 @@ async def test_task_that_is_named_by_every_second_beat_is_kept(engine: Engine) -
     assert await outcomes(engine, execution_id) == ["RUNNING"]
 
 
-async def test_two_tasks_of_one_worker_are_lost_and_kept_separately(engine: Engine) -> None:
+async def test_tasks_of_one_worker_are_lost_separately(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     kept_id, lost_id = await engine.start(), await engine.start()
@@ -613,7 +611,7 @@ async def test_beats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
     assert await outcomes(engine, execution_id) == ["RUNNING"]
 
 
-async def test_report_between_two_beats_that_do_not_name_the_task_is_recorded(engine: Engine) -> None:
+async def test_report_between_two_beats_without_the_task_is_recorded(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -637,7 +635,7 @@ async def test_beats_of_one_worker_take_nothing_from_another_without_a_stream(en
     assert await outcomes(engine, execution_id) == ["RUNNING"]
 
 
-async def test_new_stream_answers_the_polls_that_its_worker_left_waiting(engine: Engine) -> None:
+async def test_new_stream_answers_earlier_polls_of_its_worker(engine: Engine) -> None:
     """They were sent on a connection that may be dead, and would take tasks that never arrive."""
     await engine.register({"a": []})
     dead, other = engine.poll("w1"), engine.poll("w2")
@@ -651,7 +649,7 @@ async def test_new_stream_answers_the_polls_that_its_worker_left_waiting(engine:
 # ---- The end ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -> None:
+async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
     await engine.task(engine.poll())
@@ -673,7 +671,7 @@ async def test_a_stopping_server_answers_everything_that_waits(engine: Engine) -
     assert await asyncio.wait_for(engine.poll(), SOON) is None
 
 
-async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engine) -> None:
+async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
@@ -684,7 +682,7 @@ async def test_when_the_outcome_is_unknown_every_waiter_looks_again(engine: Engi
     await engine.task(poll)
 
 
-async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_all_the_same(engine: Engine) -> None:
+async def test_waiting_caller_sees_end_stored_despite_unknown_outcome(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
     task = await engine.task(engine.poll())
@@ -699,7 +697,7 @@ async def test_when_the_outcome_is_unknown_callers_see_an_end_that_was_stored_al
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("unknown"), RuntimeError("a bug")], ids=["unknown", "a bug"])
-async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
+async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
     engine: Engine, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     await engine.register({"a": []})
@@ -725,7 +723,7 @@ async def test_a_store_that_fails_is_told_to_polls_and_leaves_nothing_unheard(
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_no_wake_up_is_lost_among_pollers_and_reporters_that_die_at_random(engine: Engine, seed: int) -> None:
+async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
     """Nothing here waits for a lease or for the next poll: who isn't woken waits for longer than the test."""
     chance = random.Random(seed)
     graphs: dict[str, dict[str, list[str]]] = {

@@ -68,7 +68,7 @@ class Stream:
 # ---- Long polls ------------------------------------------------------------------------------------------------------
 
 
-def test_a_long_poll_gets_a_task_at_once(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
+def test_long_poll_gets_a_task_at_once(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
     register(stub, {"a": []})
     probe = start(stub)
     assert not record(stub, probe).has_poller
@@ -81,13 +81,13 @@ def test_a_long_poll_gets_a_task_at_once(stub: NexumServiceStub, pool: ThreadPoo
     assert time.monotonic() - began < AT_ONCE
 
 
-def test_a_long_poll_ends_without_a_task_when_its_time_is_up(stub: NexumServiceStub) -> None:
+def test_long_poll_ends_without_task_after_its_wait(stub: NexumServiceStub) -> None:
     began = time.monotonic()
     assert not poll(stub, wait_ms=300).has_task
     assert 0.25 < time.monotonic() - began < AT_ONCE
 
 
-def test_one_poll_asks_for_several_versions(stub: NexumServiceStub) -> None:
+def test_one_poll_takes_tasks_of_several_versions(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     register(stub, {"a": []}, version="v2")
     start(stub, version="v2")
@@ -96,7 +96,7 @@ def test_one_poll_asks_for_several_versions(stub: NexumServiceStub) -> None:
     assert not poll(stub, version="v1", more_version_hashes=["v2"]).has_task
 
 
-def test_a_poll_that_is_given_up_leaves_its_place(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
+def test_cancelled_poll_takes_no_task(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
     register(stub, {"a": []})
     probe = start(stub)
     complete(stub, poll(stub))
@@ -109,7 +109,7 @@ def test_a_poll_that_is_given_up_leaves_its_place(stub: NexumServiceStub, pool: 
     assert task.execution_id == execution_id
 
 
-def test_has_poller_says_so_until_two_seconds_after_the_last_poll(stub: NexumServiceStub) -> None:
+def test_has_poller_is_true_until_two_seconds_after_last_poll(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     assert not record(stub, execution_id).has_poller
@@ -138,7 +138,7 @@ def test_get_execution_waits_for_the_end(stub: NexumServiceStub, pool: ThreadPoo
     assert time.monotonic() - began < AT_ONCE
 
 
-def test_a_wait_that_is_up_answers_with_the_present_state_and_no_error(stub: NexumServiceStub) -> None:
+def test_get_execution_answers_running_after_its_wait(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     began = time.monotonic()
@@ -146,7 +146,7 @@ def test_a_wait_that_is_up_answers_with_the_present_state_and_no_error(stub: Nex
     assert 0.15 < time.monotonic() - began < AT_ONCE
 
 
-def test_the_server_holds_no_call_for_longer_than_its_cap() -> None:
+def test_server_caps_the_wait_of_a_call() -> None:
     from nexum_engine.client import CALL_DEADLINE, MAX_SERVER_WAIT
     from nexum_engine.server.servicer import MAX_WAIT_MS, _wait_seconds
 
@@ -155,7 +155,9 @@ def test_the_server_holds_no_call_for_longer_than_its_cap() -> None:
 
 
 @pytest.mark.parametrize("end", ["COMPLETED", "FAILED", "CANCELLED"])
-def test_a_start_that_waits_answers_with_the_end(stub: NexumServiceStub, pool: ThreadPoolExecutor, end: str) -> None:
+def test_start_with_wait_answers_with_ended_execution(
+    stub: NexumServiceStub, pool: ThreadPoolExecutor, end: str
+) -> None:
     register(stub, {"a": []})
     request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", wait_ms=LONG_MS)
     starting = pool.submit(stub.StartExecution, request, timeout=DEADLINE + 30)
@@ -171,7 +173,7 @@ def test_a_start_that_waits_answers_with_the_end(stub: NexumServiceStub, pool: T
     assert answer.ended.error == ("a: no" if end == "FAILED" else "")
 
 
-def test_a_start_whose_wait_is_up_answers_with_the_id(stub: NexumServiceStub) -> None:
+def test_start_answers_with_the_id_after_its_wait(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", wait_ms=100)
     answer = stub.StartExecution(request, timeout=DEADLINE)
@@ -181,7 +183,7 @@ def test_a_start_whose_wait_is_up_answers_with_the_id(stub: NexumServiceStub) ->
 # ---- A report that takes the next task -------------------------------------------------------------------------------
 
 
-def test_a_report_brings_back_the_next_task(stub: NexumServiceStub) -> None:
+def test_report_takes_the_next_task(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     ids = [start(stub) for _ in range(3)]
     task, order = poll(stub), []
@@ -194,7 +196,7 @@ def test_a_report_brings_back_the_next_task(stub: NexumServiceStub) -> None:
     assert order == ids
 
 
-def test_a_report_with_a_bad_question_is_refused_whole(stub: NexumServiceStub) -> None:
+def test_report_with_bad_poll_is_refused_whole(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     task = poll(stub)
@@ -204,7 +206,7 @@ def test_a_report_with_a_bad_question_is_refused_whole(stub: NexumServiceStub) -
     assert record(stub, execution_id).status == "RUNNING"
 
 
-def test_a_report_that_is_refused_takes_no_task_with_it(stub: NexumServiceStub) -> None:
+def test_refused_report_takes_no_task(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     for _ in range(2):
         start(stub)
@@ -224,7 +226,7 @@ def outcomes(stub: NexumServiceStub, execution_id: str) -> list[str]:
     return [one.outcome for one in record(stub, execution_id).nodes[0].attempts]
 
 
-def test_a_dead_workers_task_is_handed_to_a_waiting_one(
+def test_dead_workers_task_goes_to_a_waiting_worker(
     server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
 ) -> None:
     register(stub, {"a": []})
@@ -244,7 +246,7 @@ def test_a_dead_workers_task_is_handed_to_a_waiting_one(
     complete(stub, second)
 
 
-def test_a_worker_that_comes_back_in_time_keeps_its_task(server: Server, stub: NexumServiceStub) -> None:
+def test_worker_that_reconnects_in_time_keeps_its_task(server: Server, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     first = Stream(server.address, "w1")
@@ -259,7 +261,7 @@ def test_a_worker_that_comes_back_in_time_keeps_its_task(server: Server, stub: N
     again.dies()
 
 
-def test_a_worker_that_is_connected_and_silent_loses_its_task_after_its_lease(tmp_path: Path) -> None:
+def test_connected_silent_worker_loses_task_after_lease(tmp_path: Path) -> None:
     with nexum_server(tmp_path, lease=1.0) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
@@ -273,7 +275,7 @@ def test_a_worker_that_is_connected_and_silent_loses_its_task_after_its_lease(tm
         silent.dies()
 
 
-def test_a_worker_that_beats_keeps_its_task_for_longer_than_its_lease(tmp_path: Path) -> None:
+def test_beating_worker_keeps_task_beyond_its_lease(tmp_path: Path) -> None:
     with nexum_server(tmp_path, lease=0.5) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
@@ -289,7 +291,7 @@ def test_a_worker_that_beats_keeps_its_task_for_longer_than_its_lease(tmp_path: 
         alive.dies()
 
 
-def test_a_worker_without_a_stream_has_twice_the_lease(tmp_path: Path) -> None:
+def test_worker_without_stream_has_twice_the_lease(tmp_path: Path) -> None:
     with nexum_server(tmp_path, lease=0.7) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         start(stub)
@@ -299,7 +301,7 @@ def test_a_worker_without_a_stream_has_twice_the_lease(tmp_path: Path) -> None:
         assert 1.3 < time.monotonic() - began < 4
 
 
-def test_a_draining_worker_gets_its_polls_answered_and_no_more_tasks(
+def test_draining_worker_gets_its_polls_answered_and_no_tasks(
     server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
 ) -> None:
     register(stub, {"a": []})
@@ -320,14 +322,14 @@ def test_a_draining_worker_gets_its_polls_answered_and_no_more_tasks(
     assert outcomes(stub, held) == ["COMPLETED"]
 
 
-def test_a_stream_without_a_name_is_refused(server: Server) -> None:
+def test_stream_without_worker_id_is_refused(server: Server) -> None:
     nameless = Stream(server.address, "")
     code, words = refused(nameless.beat)
     assert (code, words) == (grpc.StatusCode.INVALID_ARGUMENT, "worker_id is empty")
     nameless.dies()
 
 
-def test_workers_keep_their_tasks_across_a_server_that_is_killed(tmp_path: Path) -> None:
+def test_workers_keep_their_tasks_when_server_is_killed(tmp_path: Path) -> None:
     port = free_port()
     with nexum_server(tmp_path, port=port) as first, connected(first.address) as stub:
         register(stub, {"a": []})
@@ -358,7 +360,7 @@ def test_workers_keep_their_tasks_across_a_server_that_is_killed(tmp_path: Path)
 @pytest.mark.parametrize(
     "listen", ["0.0.0.0:0", "[::]:0", "192.168.1.1:0", "example.com:0", "nonsense", "127.0.0.1:x", ":50051"]
 )
-def test_an_address_beyond_this_machine_is_refused(tmp_path: Path, listen: str) -> None:
+def test_address_beyond_this_machine_is_refused(tmp_path: Path, listen: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -376,7 +378,7 @@ def test_an_address_beyond_this_machine_is_refused(tmp_path: Path, listen: str) 
 
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate"])
-def test_a_server_with_waiting_calls_stops_at_once_and_in_silence(
+def test_server_with_waiting_calls_stops_at_once_without_log(
     tmp_path: Path, pool: ThreadPoolExecutor, end: str
 ) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
@@ -396,14 +398,14 @@ def test_a_server_with_waiting_calls_stops_at_once_and_in_silence(
         stream.dies()
 
 
-def test_the_first_line_names_address_database_and_version(server: Server) -> None:
+def test_first_line_names_address_database_and_version(server: Server) -> None:
     (line,) = server.process.lines
     assert re.fullmatch(
         r"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:\d+, database /\S+/nexum\.db \(Ctrl\+C to stop\)", line
     )
 
 
-def test_the_records_are_shown_while_the_server_runs_and_after_it_ended(tmp_path: Path) -> None:
+def test_show_works_while_server_runs_and_afterwards(tmp_path: Path) -> None:
     def look(*arguments: str) -> subprocess.CompletedProcess[str]:
         url = f"sqlite:///{tmp_path / 'nexum.db'}"
         where = [] if "--nexum" in arguments else ["--database-url", url]
@@ -429,7 +431,7 @@ def test_the_records_are_shown_while_the_server_runs_and_after_it_ended(tmp_path
     assert (unknown.returncode, unknown.stderr) == (1, "error: no execution 'exec-x' in this server's database\n")
 
 
-def test_a_start_with_its_result_is_answered_without_a_task_and_without_the_result(stub: NexumServiceStub) -> None:
+def test_start_with_result_is_answered_without_task_and_result(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
 
     def start(output: str, owner: str = "me") -> pb.StartResponse:
@@ -456,7 +458,7 @@ def test_a_start_with_its_result_is_answered_without_a_task_and_without_the_resu
     assert (code, "give owner" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
-def test_threads_of_starters_with_one_key_get_one_execution(server: Server) -> None:
+def test_concurrent_starts_with_one_key_get_one_execution(server: Server) -> None:
     ready = threading.Barrier(16)
 
     def race(_: int) -> tuple[str, bool]:

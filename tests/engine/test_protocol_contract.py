@@ -14,7 +14,7 @@ from nexum_engine.wire.generate import GENERATED, HERE, generate
 
 
 @pytest.mark.parametrize("message", PUBLISHED_MESSAGES)
-def test_a_published_message_has_its_fields_and_what_is_added_is_numbered_from_100(message: str) -> None:
+def test_published_fields_are_kept_and_additions_start_at_100(message: str) -> None:
     ours = nexum_pb2.DESCRIPTOR.message_types_by_name[message]
     fields = {field.name: (field.number, field.type) for field in ours.fields}
     published = PUBLISHED_MESSAGES[message]
@@ -28,7 +28,7 @@ def test_a_published_message_has_its_fields_and_what_is_added_is_numbered_from_1
         assert len(getattr(getattr(nexum_pb2, message)(), field.name)) == 0  # a list
 
 
-def test_the_published_rpcs_are_there_under_their_names() -> None:
+def test_published_rpcs_keep_their_names() -> None:
     assert nexum_pb2.DESCRIPTOR.package == "nexum"
     service = nexum_pb2.DESCRIPTOR.services_by_name["NexumService"]
     ours = {method.name: (method.input_type.name, method.output_type.name) for method in service.methods}
@@ -36,7 +36,7 @@ def test_the_published_rpcs_are_there_under_their_names() -> None:
     assert set(ours) - set(PUBLISHED_RPCS) == {"GetExecution", "WorkerStream", "GetServerInfo"}
 
 
-def test_the_generated_code_is_what_the_contract_generates_today(tmp_path: Path) -> None:
+def test_generated_code_matches_the_contract(tmp_path: Path) -> None:
     # Only its absence: a generator that is there and fails to load must not pass for one that isn't there.
     if find_spec("grpc_tools") is None:
         pytest.skip("the generator (grpcio-tools 1.71) is not installed: it has no wheels for Python 3.14 and later")
@@ -46,5 +46,5 @@ def test_the_generated_code_is_what_the_contract_generates_today(tmp_path: Path)
     assert stale == [], "run: python -m nexum_engine.wire.generate"
 
 
-def test_the_folder_of_the_contract_holds_no_python() -> None:
+def test_proto_folder_has_no_python() -> None:
     assert [path.name for path in (ROOT / "proto").iterdir() if path.name != "__pycache__"] == ["nexum.proto"]

@@ -92,7 +92,7 @@ def old(server: Server) -> Iterator[Proxy]:
         yield proxy
 
 
-def test_the_proxy_speaks_nothing_but_the_published_contract(old: Proxy) -> None:
+def test_proxy_speaks_only_the_published_contract(old: Proxy) -> None:
     """Else the tests below prove nothing."""
     start = published(pb.StartRequest(workflow_id="w", idempotency_key="k", wait_ms=5))
     assert start == pb.StartRequest(workflow_id="w")
@@ -104,7 +104,7 @@ def test_the_proxy_speaks_nothing_but_the_published_contract(old: Proxy) -> None
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_our_client_and_worker_run_a_workflow_on_an_existing_server(
+async def test_our_client_and_worker_run_a_workflow_on_published_server(
     old: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -135,9 +135,7 @@ async def test_our_client_and_worker_run_a_workflow_on_an_existing_server(
     assert caplog.text.count("has no WorkerStream") == 1
 
 
-async def test_calls_that_find_out_together_all_fall_back_and_one_line_says_so(
-    old: Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_parallel_calls_fall_back_and_log_one_line(old: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     async with NexumClient(old.address) as client:
         await client.register_workflow(CHAIN)
         ids = [(await client.start_execution(CHAIN, {})).execution_id for _ in range(10)]
@@ -148,7 +146,7 @@ async def test_calls_that_find_out_together_all_fall_back_and_one_line_says_so(
     assert caplog.text.count("has no GetExecution") == 1
 
 
-async def test_the_fallback_waits_no_longer_than_it_was_asked_to(old: Proxy) -> None:
+async def test_fallback_waits_no_longer_than_requested(old: Proxy) -> None:
     async with NexumClient(old.address) as client:
         await client.register_workflow(CHAIN)
         started = await client.start_execution(CHAIN, {})
@@ -158,9 +156,7 @@ async def test_the_fallback_waits_no_longer_than_it_was_asked_to(old: Proxy) -> 
         assert 0.5 <= asyncio.get_running_loop().time() - before < 3
 
 
-async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_reason(
-    server: Server, old: Proxy
-) -> None:
+async def test_failed_execution_on_published_server_has_no_reason(server: Server, old: Proxy) -> None:
     async with NexumClient(old.address) as client, NexumClient(server.address) as worker:
         await client.register_workflow(CHAIN)
         started = await client.start_execution(CHAIN, {})
@@ -174,7 +170,7 @@ async def test_a_failed_execution_is_told_although_an_existing_server_gives_no_r
         assert (await client.get_execution(cancelled, wait=1)).execution.status is ExecutionStatus.CANCELLED
 
 
-def test_a_real_worker_process_drains_on_an_existing_server(old: Proxy, tmp_path: Path) -> None:
+def test_worker_process_drains_on_published_server(old: Proxy, tmp_path: Path) -> None:
     with running([str(ROOT / "worker.py"), "--nexum", old.address], cwd=tmp_path) as worker:
         worker.wait_for("has no WorkerStream")
         worker.interrupt()

@@ -35,7 +35,7 @@ def stub(server: Server) -> Iterator[NexumServiceStub]:
 # ---- What existing clients rely on -----------------------------------------------------------------------------------
 
 
-def test_an_execution_runs_from_registration_to_its_outputs(stub: NexumServiceStub) -> None:
+def test_execution_runs_from_registration_to_outputs(stub: NexumServiceStub) -> None:
     assert register(stub, {"a": [], "b": ["a"]}) == "NEW"
     execution_id = start(stub, '{"q": "é"}')
     first = poll(stub)
@@ -52,7 +52,7 @@ def test_an_execution_runs_from_registration_to_its_outputs(stub: NexumServiceSt
     assert not poll(stub).has_task
 
 
-def test_a_poll_that_does_not_ask_to_wait_never_waits(stub: NexumServiceStub) -> None:
+def test_poll_without_wait_answers_at_once(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     for version in ("v1", "never registered"):
         began = time.monotonic()
@@ -60,7 +60,7 @@ def test_a_poll_that_does_not_ask_to_wait_never_waits(stub: NexumServiceStub) ->
         assert time.monotonic() - began < 1
 
 
-def test_a_completion_sent_again_is_acknowledged_and_another_one_is_refused(stub: NexumServiceStub) -> None:
+def test_equal_second_completion_is_acknowledged_and_different_one_refused(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     task = poll(stub)
@@ -72,7 +72,7 @@ def test_a_completion_sent_again_is_acknowledged_and_another_one_is_refused(stub
     assert status(stub, execution_id)[1] == {"a": {"x": 1, "y": 2}}
 
 
-def test_a_task_is_tried_four_times_in_all(stub: NexumServiceStub) -> None:
+def test_failing_task_has_four_attempts(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     keys = set()
@@ -86,7 +86,7 @@ def test_a_task_is_tried_four_times_in_all(stub: NexumServiceStub) -> None:
     assert record(stub, execution_id).error == "a: no 4 (attempt 4 of 4)"
 
 
-def test_compatibility_is_said_in_the_published_words(stub: NexumServiceStub) -> None:
+def test_compatibility_uses_the_published_words(stub: NexumServiceStub) -> None:
     assert register(stub, {"a": []}) == "NEW"
     assert register(stub, {"a": []}) == "IDENTICAL"
     assert register(stub, {"a": [], "b": ["a"]}, version="v2") == "SAFE"
@@ -121,7 +121,7 @@ def test_executions_are_listed_newest_first_and_twenty_by_default(stub: NexumSer
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", one.created_at)
 
 
-def test_a_cancelled_execution_accepts_no_result_and_cancelling_it_again_is_fine(stub: NexumServiceStub) -> None:
+def test_cancelled_execution_refuses_results_and_accepts_second_cancel(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     task = poll(stub)
@@ -132,7 +132,7 @@ def test_a_cancelled_execution_accepts_no_result_and_cancelling_it_again_is_fine
     assert status(stub, execution_id) == ("CANCELLED", {})
 
 
-def test_there_is_never_anything_to_approve(stub: NexumServiceStub) -> None:
+def test_approvals_are_always_empty(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     assert list(stub.GetPendingApprovals(pb.EmptyRequest(), timeout=DEADLINE).items) == []
@@ -145,7 +145,7 @@ def test_there_is_never_anything_to_approve(stub: NexumServiceStub) -> None:
         assert "does not wait for an approval" in words
 
 
-def test_a_task_is_polled_by_its_version_alone_also_by_a_server_that_was_killed_meanwhile(tmp_path: Path) -> None:
+def test_task_is_polled_by_version_also_after_server_is_killed(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as first, connected(first.address) as before:
         register(before, {"a": [], "b": ["a"]}, version="sha256:abc")
         execution_id = start(before, version="sha256:abc")
@@ -254,7 +254,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NexumServiceStu
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_in_one_clear_line_and_nothing_is_stored(shared: NexumServiceStub, name: str) -> None:
+def test_bad_input_is_refused_in_one_line_and_not_stored(shared: NexumServiceStub, name: str) -> None:
     call, expected, words = BAD[name]
     code, said = refused(lambda: call(shared))
     assert (code, words in said) == (expected, True), said
@@ -265,7 +265,7 @@ def test_bad_input_is_refused_in_one_clear_line_and_nothing_is_stored(shared: Ne
     assert list(shared.ListWorkflowVersions(pb.ListVersionsRequest(workflow_id="w2"), timeout=DEADLINE).versions) == []
 
 
-def test_bytes_that_are_not_utf8_are_refused_and_the_server_goes_on(server: Server, stub: NexumServiceStub) -> None:
+def test_bytes_that_are_not_utf8_are_refused(server: Server, stub: NexumServiceStub) -> None:
     with grpc.insecure_channel(server.address) as channel:
         call: Any = channel.unary_unary("/nexum.NexumService/StartExecution")
         for raw in (b"\x0a\x02\xff\xfe", b"\xff" * 50):
@@ -276,7 +276,7 @@ def test_bytes_that_are_not_utf8_are_refused_and_the_server_goes_on(server: Serv
     assert register(stub, {"a": []}) == "NEW"
 
 
-def test_a_fault_inside_is_told_by_a_number_that_the_log_has_and_by_nothing_else(tmp_path: Path) -> None:
+def test_server_fault_is_answered_with_only_its_log_id(tmp_path: Path) -> None:
     program = (
         "import runpy\nfrom nexum_engine.store import executions\n"
         "def broken(*_, **__): raise RuntimeError('SELECT secret FROM /tmp/nexum.db')\n"
@@ -310,7 +310,7 @@ def text_of(size: int) -> str:
     return '"' + "x" * (size - 2) + '"'
 
 
-def test_a_result_may_have_16_megabytes_and_not_a_byte_more(server: Server, stub: NexumServiceStub) -> None:
+def test_result_above_16_megabytes_is_refused(server: Server, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     task = poll(stub)
@@ -326,14 +326,14 @@ def test_a_result_may_have_16_megabytes_and_not_a_byte_more(server: Server, stub
     assert words.endswith("use GetExecution")
 
 
-def test_get_status_carries_what_a_default_client_can_receive(stub: NexumServiceStub) -> None:
+def test_get_status_answers_only_what_a_default_client_can_receive(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     complete(stub, poll(stub), text_of(4 * MEGABYTE - 4200))
     assert len(status(stub, execution_id)[1]["a"]) == 4 * MEGABYTE - 4202
 
 
-def test_get_status_counts_the_names_of_the_nodes_too(stub: NexumServiceStub) -> None:
+def test_get_status_size_limit_counts_node_names(stub: NexumServiceStub) -> None:
     """Else the client refuses what the server sends, in words that name no way out."""
     names = [f"{n}{'é' * 199}" for n in range(9)]
     register(stub, {name: [] for name in names})
@@ -345,9 +345,7 @@ def test_get_status_counts_the_names_of_the_nodes_too(stub: NexumServiceStub) ->
     assert words.endswith("use GetExecution")
 
 
-def test_a_task_that_a_default_client_can_not_receive_is_kept_for_one_that_can(
-    server: Server, stub: NexumServiceStub
-) -> None:
+def test_task_too_large_for_default_client_waits_for_larger_one(server: Server, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     with connected(server.address, UNLIMITED) as large:
         execution_id = start(large, text_of(5 * MEGABYTE))
@@ -363,7 +361,7 @@ def test_a_task_that_a_default_client_can_not_receive_is_kept_for_one_that_can(
         assert record(large, execution_id).status == "COMPLETED"
 
 
-def test_a_default_client_receives_the_largest_task_that_it_is_handed(stub: NexumServiceStub) -> None:
+def test_default_client_receives_its_largest_task(stub: NexumServiceStub) -> None:
     register(stub, {"a": []}, workflow_id="é" * 200, version="é" * 200)
     start(stub, text_of(4_190_208 - 64), workflow_id="é" * 200, version="é" * 200, idempotency_key="é" * 200)
     assert poll(stub, version="é" * 200).has_task
@@ -372,7 +370,7 @@ def test_a_default_client_receives_the_largest_task_that_it_is_handed(stub: Nexu
 # ---- Many ------------------------------------------------------------------------------------------------------------
 
 
-def test_two_hundred_tasks_and_fifty_pollers_and_each_task_once(server: Server) -> None:
+def test_fifty_pollers_get_each_of_200_tasks_once(server: Server) -> None:
     tasks, pollers = 200, 50
     handed_out: list[tuple[str, str]] = []
     guard = threading.Lock()

@@ -105,9 +105,7 @@ def run(python: Path, program: str, server: Server, folder: Path) -> object:
 
 
 @pytest.mark.timeout(700)
-def test_the_published_client_and_worker_run_a_one_node_and_a_four_node_workflow(
-    sdk_python: Path, server: Server, tmp_path: Path
-) -> None:
+def test_published_client_and_worker_run_two_workflows(sdk_python: Path, server: Server, tmp_path: Path) -> None:
     said = run(sdk_python, PROGRAM, server, tmp_path)
     assert isinstance(said, dict)
     one_id, one_compatibility, one_outputs, one_status = said["sdk-one"]
@@ -129,7 +127,7 @@ def test_the_published_client_and_worker_run_a_one_node_and_a_four_node_workflow
 
 
 @pytest.mark.timeout(700)
-def test_the_published_client_is_told_what_it_did_wrong(sdk_python: Path, server: Server, tmp_path: Path) -> None:
+def test_published_client_gets_clear_errors(sdk_python: Path, server: Server, tmp_path: Path) -> None:
     assert run(sdk_python, REFUSED, server, tmp_path) == [
         ["NOT_FOUND", "version 'v' of workflow 'nowhere' is not registered: call RegisterWorkflow first"],
         ["NOT_FOUND", "no execution 'exec-x' in this server's database"],

@@ -1,4 +1,4 @@
-"""What ps and show print: 80 columns for a person, all of it as JSON for a program."""
+"""The output of ps and show: 80 columns for a person, JSON for a program."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ EXECUTION = Execution(
 )
 
 
-def test_everything_fits_80_columns_however_long_the_names_are() -> None:
+def test_output_with_long_names_fits_80_columns() -> None:
     lines = f"{report.details(EXECUTION)}\n{report.table([EXECUTION], START + 5000)}".split("\n")
     assert [line for line in lines if len(line) > report.WIDTH] == []
 
 
-def test_show_says_who_ran_what_when_and_why_it_failed() -> None:
+def test_show_prints_workers_times_and_errors() -> None:
     text = report.details(EXECUTION)
     for outcome in Outcome:
         assert re.search(rf"attempt \d +{outcome.value} +2023-11-14 22:13:20.000 UTC +1.23 s", text)
@@ -63,11 +63,11 @@ def test_show_says_who_ran_what_when_and_why_it_failed() -> None:
     assert f"({len(EXECUTION.input_json):,} characters; --json has them all)" in text
 
 
-def test_control_characters_do_not_reach_the_terminal() -> None:
+def test_details_removes_control_characters() -> None:
     assert "\x1b" not in report.details(EXECUTION)
 
 
-def test_no_name_steers_the_terminal_whatever_server_it_came_from() -> None:
+def test_all_reports_remove_control_characters_of_names() -> None:
     name = "a\x1b[2J\x9b\x07b"
     attempt = Attempt(1, name, START, None, Outcome.RUNNING, name)
     node = Node(name, name, NodeStatus.READY, None, name, (attempt,))
@@ -78,7 +78,7 @@ def test_no_name_steers_the_terminal_whatever_server_it_came_from() -> None:
         assert text.replace("\n", "").isprintable()
 
 
-def test_json_has_everything_and_reads_back() -> None:
+def test_json_has_all_fields() -> None:
     one = json.loads(report.as_json(EXECUTION))
     assert one["error"] == EXECUTION.error
     assert one["nodes"][0]["attempts"][3]["outcome"] == "LOST"
@@ -86,7 +86,7 @@ def test_json_has_everything_and_reads_back() -> None:
     assert json.loads(report.as_json([EXECUTION])) == [one]
 
 
-def test_ages_are_told_in_their_largest_unit() -> None:
+def test_age_is_in_its_largest_unit() -> None:
     assert [report.age(s * 1000) for s in (0, 59, 60, 3599, 3600, 86_400 * 3)] == [
         "0 s ago",
         "59 s ago",
@@ -97,5 +97,5 @@ def test_ages_are_told_in_their_largest_unit() -> None:
     ]
 
 
-def test_an_empty_list_says_so() -> None:
+def test_empty_table_says_no_executions() -> None:
     assert report.table([], START) == "no executions"

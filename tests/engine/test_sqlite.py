@@ -94,7 +94,7 @@ def newer(path: Path) -> None:
     ],
     ids=["empty", "a header only", "garbage", "text", "foreign", "foreign and empty", "newer"],
 )
-async def test_a_file_that_is_not_ours_is_refused_and_stays_as_it_is(
+async def test_foreign_file_is_refused_and_left_untouched(
     tmp_path: Path, make: Callable[[Path], object], reason: str
 ) -> None:
     path = tmp_path / "some.db"
@@ -105,7 +105,7 @@ async def test_a_file_that_is_not_ours_is_refused_and_stays_as_it_is(
     assert contents(tmp_path) == before
 
 
-def test_the_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
+def test_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "some.db"
     foreign(path)
     before = contents(tmp_path)
@@ -121,7 +121,7 @@ def test_the_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
     [("", "can't be read"), ("file.txt/nexum.db", "can't be read"), ("x" * 300, "name too long")],
     ids=["a folder", "below a file", "a name too long"],
 )
-def test_a_path_that_can_not_be_a_file_is_refused_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
+def test_bad_path_is_refused_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "file.txt").write_text("x")
     run = serve(tmp_path / name)
     assert run.returncode == 1
@@ -143,7 +143,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
-def test_a_folder_that_can_not_be_written_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
     run = serve(folder / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
@@ -153,7 +153,7 @@ def test_a_folder_that_can_not_be_written_is_refused_in_one_line(tmp_path: Path)
     assert list(folder.iterdir()) == []
 
 
-async def test_a_newer_schema_that_only_the_write_ahead_log_knows_is_refused(tmp_path: Path) -> None:
+async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
     # A newer server that was killed before its log reached the file: its header still says version 1.
@@ -168,7 +168,7 @@ async def test_a_newer_schema_that_only_the_write_ahead_log_knows_is_refused(tmp
         await opened(path)
 
 
-async def test_a_database_that_was_damaged_while_its_server_was_killed_is_refused(tmp_path: Path) -> None:
+async def test_damaged_database_of_killed_server_is_refused(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     # The files of a running server are what a kill leaves.
@@ -186,7 +186,7 @@ async def test_a_database_that_was_damaged_while_its_server_was_killed_is_refuse
         await opened(killed / "nexum.db")
 
 
-async def test_the_file_and_its_companions_are_for_their_owner_alone(tmp_path: Path) -> None:
+async def test_database_files_are_readable_only_by_their_user(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "nexum.db"
     before = os.umask(0)
     try:
@@ -210,7 +210,7 @@ async def test_the_file_and_its_companions_are_for_their_owner_alone(tmp_path: P
         ("sqlite:///a%20b.db", Path("a b.db").absolute()),
     ],
 )
-def test_a_url_names_a_path(url: str, path: Path) -> None:
+def test_url_names_a_path(url: str, path: Path) -> None:
     assert database_path(url) == path
 
 
@@ -218,18 +218,18 @@ def test_a_url_names_a_path(url: str, path: Path) -> None:
     "url",
     ["sqlite:", "sqlite://", "sqlite:///", "sqlite::memory:", "sqlite:///:memory:", "sqlite:///x?mode=ro", "sqlite:x"],
 )
-def test_a_url_that_names_no_file_is_refused(url: str) -> None:
+def test_url_without_file_is_refused(url: str) -> None:
     with pytest.raises(StoreRefused, match="use sqlite:///path"):
         database_path(url)
 
 
 @pytest.mark.parametrize("url", ["postgresql://localhost/x", "postgres://x", "mysql://x", "nexum.db", ""])
-async def test_a_database_that_is_not_there_yet_is_refused_with_the_alternative(url: str) -> None:
+async def test_unsupported_database_is_refused_with_the_alternative(url: str) -> None:
     with pytest.raises(StoreRefused, match="use sqlite:///path"):
         await open_store(url, ManualClock())
 
 
-def test_looking_creates_no_database(tmp_path: Path) -> None:
+def test_database_exists_creates_no_database(tmp_path: Path) -> None:
     assert not database_exists(f"sqlite:///{tmp_path / 'nexum.db'}")
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_looking_creates_no_database(tmp_path: Path) -> None:
 # ---- Schema ----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_schema_is_what_the_migrations_make(tmp_path: Path) -> None:
+async def test_schema_is_what_the_migrations_make(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
     connection = sqlite3.connect(path)
@@ -252,7 +252,7 @@ async def test_the_schema_is_what_the_migrations_make(tmp_path: Path) -> None:
     assert [migration.name[:5] for migration in MIGRATIONS] == [f"{n:04}_" for n in range(1, len(MIGRATIONS) + 1)]
 
 
-async def test_every_table_is_strict_and_every_reference_is_checked(tmp_path: Path) -> None:
+async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     connection = store._connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
@@ -266,7 +266,7 @@ async def test_every_table_is_strict_and_every_reference_is_checked(tmp_path: Pa
 # ---- One server ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_second_server_on_one_file_ends_with_a_clear_error(tmp_path: Path) -> None:
+async def test_second_server_on_one_file_is_refused(tmp_path: Path) -> None:
     with nexum_server(tmp_path):
         run = serve(tmp_path / "nexum.db")
         with pytest.raises(StoreLocked):
@@ -276,7 +276,7 @@ async def test_a_second_server_on_one_file_ends_with_a_clear_error(tmp_path: Pat
     assert f"database {tmp_path / 'nexum.db'} is in use by another Nexum server" in run.stderr
 
 
-def test_a_second_server_on_one_port_ends_with_a_clear_error(tmp_path: Path) -> None:
+def test_second_server_on_one_port_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     with nexum_server(tmp_path) as server:
@@ -286,7 +286,7 @@ def test_a_second_server_on_one_port_ends_with_a_clear_error(tmp_path: Path) -> 
     assert "Traceback" not in run.stderr
 
 
-def test_a_patient_server_takes_over_when_the_first_is_killed(tmp_path: Path) -> None:
+def test_patient_server_starts_when_first_server_is_killed(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as first:
         command = ["-m", "nexum_engine", "--listen", first.address, "--patience", "20"]
         with running([*command, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"], cwd=tmp_path) as second:
@@ -310,7 +310,7 @@ def commits(store: SqliteStore) -> Iterator[list[str]]:
         store._connection.set_trace_callback(None)
 
 
-async def test_what_is_submitted_together_shares_a_transaction(tmp_path: Path) -> None:
+async def test_transitions_submitted_together_share_a_transaction(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     with commits(store) as seen:
@@ -320,7 +320,7 @@ async def test_what_is_submitted_together_shares_a_transaction(tmp_path: Path) -
     await store.close()
 
 
-async def test_a_failing_transition_undoes_itself_alone(tmp_path: Path) -> None:
+async def test_failing_transition_undoes_only_itself(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
 
@@ -348,7 +348,7 @@ async def test_a_failing_transition_undoes_itself_alone(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_what_was_submitted_before_the_end_is_stored_and_what_comes_after_is_told_to_ask_again(
+async def test_close_stores_submitted_transitions_and_refuses_later_ones(
     tmp_path: Path,
 ) -> None:
     store = await opened(tmp_path / "nexum.db")
@@ -361,7 +361,7 @@ async def test_what_was_submitted_before_the_end_is_stored_and_what_comes_after_
         await store.run(executions.start_execution, "w", "v1", "1", "")
 
 
-async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: Path) -> None:
+async def test_cancelled_caller_does_not_undo_its_transition(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     gone = asyncio.ensure_future(store.run(executions.start_execution, "w", "v1", "1", ""))
@@ -375,7 +375,7 @@ async def test_a_caller_that_is_gone_does_not_undo_what_it_submitted(tmp_path: P
 # ---- A disk that fails (G7) ------------------------------------------------------------------------------------------
 
 
-async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_is_room(tmp_path: Path) -> None:
+async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     told: list[None] = []
     store.on_unknown = [lambda: told.append(None)]
@@ -400,7 +400,7 @@ async def test_a_full_database_acknowledges_nothing_and_works_again_when_there_i
     await store.close()
 
 
-async def test_a_database_that_another_program_holds_is_waited_for_and_then_used(tmp_path: Path) -> None:
+async def test_store_waits_for_a_locked_database(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     store._connection.execute("PRAGMA busy_timeout = 50")
@@ -415,7 +415,7 @@ async def test_a_database_that_another_program_holds_is_waited_for_and_then_used
     await store.close()
 
 
-async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in_the_database(tmp_path: Path) -> None:
+async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path: Path) -> None:
     """A COMMIT that fails after all the rest went well: nobody may be told yes, nobody no."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
@@ -442,9 +442,7 @@ async def test_a_commit_that_fails_leaves_the_outcome_open_and_ends_the_trust_in
     await again.close()
 
 
-async def test_a_writer_that_fails_as_nobody_expected_leaves_no_caller_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite that gets no memory raises MemoryError, which is none of its own errors."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
@@ -487,7 +485,7 @@ runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-async def test_a_server_whose_disk_fails_loses_nothing_that_it_acknowledged_and_ends_with_one_line(
+async def test_server_with_failing_disk_keeps_acknowledged_results_and_ends(
     tmp_path: Path,
 ) -> None:
     address = f"127.0.0.1:{free_port()}"

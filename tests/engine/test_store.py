@@ -114,7 +114,7 @@ async def sweep(store: Store) -> tuple[int, list[Execution]]:
 # ---- Starting (G6) ---------------------------------------------------------------------------------------------------
 
 
-async def test_the_same_key_finds_the_same_execution_while_it_runs_and_when_it_is_completed(store: Store) -> None:
+async def test_key_finds_its_running_or_completed_execution(store: Store) -> None:
     first = await start(store, key="k")
     assert not first.existing
     again = await store.run(executions.start_execution, "w", "v1", "{}", "k")
@@ -125,7 +125,7 @@ async def test_the_same_key_finds_the_same_execution_while_it_runs_and_when_it_i
     assert await take(store) is None
 
 
-async def test_a_key_is_found_in_another_version_of_its_workflow(store: Store) -> None:
+async def test_key_is_found_in_another_version_of_its_workflow(store: Store) -> None:
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
     assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
@@ -133,14 +133,14 @@ async def test_a_key_is_found_in_another_version_of_its_workflow(store: Store) -
     assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
-async def test_one_key_in_two_workflows_is_two_executions(store: Store) -> None:
+async def test_key_in_two_workflows_is_two_executions(store: Store) -> None:
     first = await start(store, key="k")
     await register(store, ONE, workflow_id="other")
     assert (await store.run(executions.start_execution, "other", "v1", "{}", "k")).execution_id != first.execution_id
 
 
 @pytest.mark.parametrize("other", ['{"x":1}', '{"x":1.0}', '{"x":true}', "null"])
-async def test_the_same_key_with_another_input_is_refused(store: Store, other: str) -> None:
+async def test_key_with_another_input_is_refused(store: Store, other: str) -> None:
     first = await start(
         store, key="k", input_json='{"x":2}' if other == '{"x":1}' else '{"x":1}' if other != "null" else "{}"
     )
@@ -149,14 +149,14 @@ async def test_the_same_key_with_another_input_is_refused(store: Store, other: s
     assert len(await store.run(executions.list_executions, "", "", 20)) == 1
 
 
-async def test_another_spelling_of_the_input_is_the_same_input(store: Store) -> None:
+async def test_key_accepts_another_spelling_of_its_input(store: Store) -> None:
     first = await start(store, key="k", input_json='{"a":1,"b":"é"}')
     again = await store.run(executions.start_execution, "w", "v1", '{ "b": "\\u00e9", "a": 1 }', "k")
     assert again.execution_id == first.execution_id
 
 
 @pytest.mark.parametrize("end", ["FAILED", "CANCELLED"])
-async def test_a_key_whose_execution_ended_without_a_result_starts_a_new_one(store: Store, end: str) -> None:
+async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Store, end: str) -> None:
     first = await start(store, key="k")
     first_task = await taken(store)
     if end == "FAILED":
@@ -173,14 +173,14 @@ async def test_a_key_whose_execution_ended_without_a_result_starts_a_new_one(sto
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
 
 
-async def test_racing_starters_of_one_key_get_one_execution(store: Store) -> None:
+async def test_concurrent_starts_of_one_key_get_one_execution(store: Store) -> None:
     await register(store, ONE)
     started = await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", "{}", "k") for _ in range(300)))
     assert len({one.execution_id for one in started}) == 1
     assert sum(not one.existing for one in started) == 1
 
 
-async def test_without_a_key_every_start_is_an_execution_of_its_own(store: Store) -> None:
+async def test_each_start_without_key_is_a_new_execution(store: Store) -> None:
     await register(store, ONE)
     started = [await store.run(executions.start_execution, "w", "v1", "{}", "") for _ in range(2)]
     both = [await taken(store), await taken(store)]
@@ -188,7 +188,7 @@ async def test_without_a_key_every_start_is_an_execution_of_its_own(store: Store
     assert len({task.idempotency_key for task in both}) == 2
 
 
-async def test_an_unknown_workflow_or_version_leaves_no_execution(store: Store) -> None:
+async def test_unknown_workflow_or_version_stores_no_execution(store: Store) -> None:
     await register(store, ONE)
     for workflow_id, version in (("nowhere", "v1"), ("w", "v9")):
         with pytest.raises(WorkflowNotFound, match=r"call RegisterWorkflow first"):
@@ -197,21 +197,21 @@ async def test_an_unknown_workflow_or_version_leaves_no_execution(store: Store) 
 
 
 @pytest.mark.parametrize("text", ["{", "NaN", "[" * 100_000, "9" * 5000])
-async def test_an_input_that_is_not_json_is_refused_and_nothing_is_stored(store: Store, text: str) -> None:
+async def test_input_that_is_not_json_is_refused(store: Store, text: str) -> None:
     await register(store, ONE)
     with pytest.raises(InvalidRequest, match="input_json"):
         await store.run(executions.start_execution, "w", "v1", text, "k")
     assert await store.run(executions.list_executions, "", "", 20) == []
 
 
-async def test_a_start_says_how_many_tasks_it_made(store: Store) -> None:
+async def test_start_counts_its_tasks(store: Store) -> None:
     assert (await start(store, {"a": [], "b": [], "c": ["a", "b"]})).ready == 2
 
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
 
-async def test_versions_are_listed_latest_first_with_their_running_executions(store: Store) -> None:
+async def test_versions_are_listed_latest_first_with_running_executions(store: Store) -> None:
     assert await register(store, ONE) is Compatibility.NEW
     assert await register(store, ONE) is Compatibility.IDENTICAL
     assert await register(store, CHAIN, version="v2") is Compatibility.SAFE
@@ -222,7 +222,7 @@ async def test_versions_are_listed_latest_first_with_their_running_executions(st
     assert await store.run(executions.workflow_versions, "nowhere") == []
 
 
-async def test_a_version_that_is_registered_again_is_identical_whatever_came_after_it(store: Store) -> None:
+async def test_version_registered_again_is_identical(store: Store) -> None:
     """A worker that was not updated yet, and every worker that connects again, registers what the server knows."""
     versions: dict[str, dict[str, list[str]]] = {"v1": ONE, "v2": CHAIN, "v3": {"x": []}}
     for version, nodes in versions.items():
@@ -234,14 +234,14 @@ async def test_a_version_that_is_registered_again_is_identical_whatever_came_aft
     assert await register(store, {"x": [], "y": []}, version="v4") is Compatibility.SAFE
 
 
-async def test_a_version_never_changes_its_definition(store: Store) -> None:
+async def test_version_with_another_definition_is_refused(store: Store) -> None:
     await register(store, CHAIN)
     with pytest.raises(VersionConflict, match="a changed workflow needs a new version_hash"):
         await register(store, ONE)
     assert [one.version_hash for one in await store.run(executions.workflow_versions, "w")] == ["v1"]
 
 
-async def test_two_workflows_that_share_a_version_hash_take_their_own_tasks_input(store: Store) -> None:
+async def test_workflows_with_one_version_hash_get_their_own_input(store: Store) -> None:
     await register(store, ONE)
     await register(store, {"b": []}, workflow_id="other")
     await store.run(executions.start_execution, "w", "v1", "1", "")
@@ -253,7 +253,7 @@ async def test_two_workflows_that_share_a_version_hash_take_their_own_tasks_inpu
 # ---- Running (G2, G3) ------------------------------------------------------------------------------------------------
 
 
-async def test_a_diamond_runs_in_order_and_every_node_gets_its_direct_dependencies(store: Store) -> None:
+async def test_diamond_runs_in_order_with_direct_dependencies(store: Store) -> None:
     started = await start(store, DIAMOND, input_json='{"q":1}')
     inputs: dict[str, object] = {}
     order: list[str] = []
@@ -269,7 +269,7 @@ async def test_a_diamond_runs_in_order_and_every_node_gets_its_direct_dependenci
     assert execution.outputs()["d"] == '{"from": "d"}'
 
 
-async def test_a_node_with_two_dependencies_waits_for_the_second(store: Store) -> None:
+async def test_node_waits_for_its_second_dependency(store: Store) -> None:
     await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
     assert (await store.run(tasks.complete_task, first.task_id, "1")).ready == ()
@@ -279,7 +279,7 @@ async def test_a_node_with_two_dependencies_waits_for_the_second(store: Store) -
     assert (await taken(store)).node_id == "c"
 
 
-async def test_a_result_is_recorded_once_and_never_changes(store: Store) -> None:
+async def test_recorded_result_never_changes(store: Store) -> None:
     started = await start(store)
     task = await taken(store)
     changed = await store.run(tasks.complete_task, task.task_id, '{"a": 1, "b": 2}')
@@ -296,7 +296,7 @@ async def test_a_result_is_recorded_once_and_never_changes(store: Store) -> None
     assert execution.status is ExecutionStatus.COMPLETED
 
 
-async def test_a_recorded_node_is_never_handed_out_again(store: Store, clock: ManualClock) -> None:
+async def test_recorded_node_is_never_handed_out_again(store: Store, clock: ManualClock) -> None:
     started = await start(store, CHAIN)
     task = await taken(store)
     await store.run(tasks.complete_task, task.task_id, "1")
@@ -307,7 +307,7 @@ async def test_a_recorded_node_is_never_handed_out_again(store: Store, clock: Ma
     assert len(await attempts(store, started.execution_id, "a")) == 1
 
 
-async def test_an_output_that_is_not_json_is_refused_and_the_attempt_goes_on(store: Store) -> None:
+async def test_output_that_is_not_json_is_refused_and_attempt_continues(store: Store) -> None:
     await start(store)
     task = await taken(store)
     for text in ("", "{", "NaN", "[" * 100_000):
@@ -316,7 +316,7 @@ async def test_an_output_that_is_not_json_is_refused_and_the_attempt_goes_on(sto
     await store.run(tasks.complete_task, task.task_id, "null")
 
 
-async def test_an_unknown_task_is_refused(store: Store) -> None:
+async def test_unknown_task_is_refused(store: Store) -> None:
     with pytest.raises(TaskNotFound, match="'task-nowhere'"):
         await store.run(tasks.complete_task, "task-nowhere", "1")
     with pytest.raises(TaskNotFound):
@@ -325,9 +325,7 @@ async def test_an_unknown_task_is_refused(store: Store) -> None:
         await store.run(tasks.complete_task, "", "1")
 
 
-async def test_tasks_are_handed_out_the_longest_due_first_and_only_of_the_versions_asked_for(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_claim_takes_longest_due_task_of_its_versions(store: Store, clock: ManualClock) -> None:
     await register(store, ONE)
     await register(store, ONE, workflow_id="other", version="v2")
     expected = []
@@ -342,9 +340,7 @@ async def test_tasks_are_handed_out_the_longest_due_first_and_only_of_the_versio
 # ---- Failures (G8) ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_failing_node_is_tried_after_one_two_and_four_seconds_and_then_fails_with_its_reason(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_failing_node_is_retried_after_1_2_and_4_seconds(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     for attempt, delay in enumerate((1, 2, 4), start=1):
         task = await taken(store)
@@ -365,7 +361,7 @@ async def test_a_failing_node_is_tried_after_one_two_and_four_seconds_and_then_f
     assert await take(store) is None
 
 
-async def test_a_retry_is_announced_once_when_it_is_due(store: Store, clock: ManualClock) -> None:
+async def test_due_retry_is_announced_once(store: Store, clock: ManualClock) -> None:
     await start(store)
     await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
     since = clock.now_ms()
@@ -377,7 +373,7 @@ async def test_a_retry_is_announced_once_when_it_is_due(store: Store, clock: Man
     assert (await store.run(leases.sweep, clock.now_ms())).changed.ready == ()
 
 
-async def test_a_final_failure_is_not_retried_and_ends_the_execution(store: Store, clock: ManualClock) -> None:
+async def test_final_failure_ends_the_execution(store: Store, clock: ManualClock) -> None:
     started = await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
     await store.run(tasks.fail_task, first.task_id, "no such tool", True)
@@ -394,7 +390,7 @@ async def test_a_final_failure_is_not_retried_and_ends_the_execution(store: Stor
     assert await take(store) is None
 
 
-async def test_the_same_failure_reported_twice_counts_once(store: Store, clock: ManualClock) -> None:
+async def test_failure_reported_twice_counts_once(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
     for _ in range(5):
@@ -409,7 +405,7 @@ async def test_the_same_failure_reported_twice_counts_once(store: Store, clock: 
     assert [one.outcome for one in await attempts(store, started.execution_id)] == [Outcome.FAILED, Outcome.RUNNING]
 
 
-async def test_a_reason_is_kept_to_a_bounded_length_and_never_empty(store: Store, clock: ManualClock) -> None:
+async def test_failure_reason_is_cut_and_never_empty(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
     for _ in range(2):  # the same report again is the same report, also when it was cut
@@ -420,7 +416,7 @@ async def test_a_reason_is_kept_to_a_bounded_length_and_never_empty(store: Store
     assert reasons == [f"{'x' * 4000} [cut: 4,000 of 100,000 characters]", "the worker gave no reason"]
 
 
-async def test_lost_attempts_and_failures_are_counted_apart(store: Store, clock: ManualClock) -> None:
+async def test_lost_and_failed_attempts_are_counted_separately(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     for lost in range(MAX_LOST_ATTEMPTS - 1):
         await taken(store, f"crashing-{lost}")
@@ -434,9 +430,7 @@ async def test_lost_attempts_and_failures_are_counted_apart(store: Store, clock:
     assert outcomes == [Outcome.EXPIRED] * 9 + [Outcome.FAILED] * 3 + [Outcome.COMPLETED]
 
 
-async def test_a_task_that_kills_its_workers_ends_after_ten_lost_attempts_with_that_reason(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_node_fails_after_ten_lost_attempts(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     for lost in range(1, MAX_LOST_ATTEMPTS + 1):
         await taken(store)
@@ -454,9 +448,7 @@ async def test_a_task_that_kills_its_workers_ends_after_ten_lost_attempts_with_t
     assert await take(store) is None
 
 
-async def test_of_two_attempts_that_run_out_together_the_one_whose_loss_ends_the_execution_cancels_the_other(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_loss_that_ends_execution_cancels_its_other_expired_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store, {"a": [], "b": []})
     await taken(store, "steady")
     for _ in range(MAX_LOST_ATTEMPTS - 1):
@@ -479,7 +471,7 @@ async def test_of_two_attempts_that_run_out_together_the_one_whose_loss_ends_the
 # ---- Leases and fencing ----------------------------------------------------------------------------------------------
 
 
-async def test_a_lease_holds_to_its_last_millisecond_and_not_longer(store: Store, clock: ManualClock) -> None:
+async def test_lease_ends_at_its_exact_millisecond(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     first = await taken(store)
     clock.advance((LEASE_MS - 1) / 1000)
@@ -495,9 +487,7 @@ async def test_a_lease_holds_to_its_last_millisecond_and_not_longer(store: Store
     assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no beat for longer than its lease")
 
 
-async def test_a_beat_renews_the_lease_of_what_the_worker_names_and_of_nothing_else(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_beat_renews_only_the_leases_of_named_tasks(store: Store, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(3):
         await store.run(executions.start_execution, "w", "v1", "{}", "")
@@ -511,7 +501,7 @@ async def test_a_beat_renews_the_lease_of_what_the_worker_names_and_of_nothing_e
     assert (await sweep(store))[0] == 1
 
 
-async def test_a_worker_that_comes_back_within_the_grace_keeps_its_task(store: Store, clock: ManualClock) -> None:
+async def test_worker_that_reconnects_within_grace_keeps_its_task(store: Store, clock: ManualClock) -> None:
     await start(store)
     task = await taken(store)
     await store.run(leases.disconnect, "w1", GRACE_MS)
@@ -522,7 +512,7 @@ async def test_a_worker_that_comes_back_within_the_grace_keeps_its_task(store: S
     await store.run(tasks.complete_task, task.task_id, "1")
 
 
-async def test_the_grace_ends_on_its_limit(store: Store, clock: ManualClock) -> None:
+async def test_grace_ends_at_its_exact_millisecond(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     await taken(store)
     await store.run(leases.disconnect, "w1", GRACE_MS)
@@ -533,7 +523,7 @@ async def test_the_grace_ends_on_its_limit(store: Store, clock: ManualClock) -> 
     assert (await attempts(store, started.execution_id))[0].outcome is Outcome.LOST
 
 
-async def test_the_grace_does_not_make_a_lease_longer(store: Store, clock: ManualClock) -> None:
+async def test_grace_does_not_extend_a_lease(store: Store, clock: ManualClock) -> None:
     await start(store)
     await taken(store)
     clock.advance((LEASE_MS - 1) / 1000)
@@ -542,9 +532,7 @@ async def test_the_grace_does_not_make_a_lease_longer(store: Store, clock: Manua
     assert await sweep(store) == (1, [])
 
 
-async def test_a_disconnect_does_not_touch_another_worker_nor_one_that_never_had_a_stream(
-    store: Store, clock: ManualClock
-) -> None:
+async def test_disconnect_shortens_only_leases_of_its_streamed_worker(store: Store, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(2):
         await store.run(executions.start_execution, "w", "v1", "{}", "")
@@ -555,7 +543,7 @@ async def test_a_disconnect_does_not_touch_another_worker_nor_one_that_never_had
     assert await sweep(store) == (0, [])
 
 
-async def test_a_stale_worker_is_refused_once_a_newer_attempt_was_handed_out(store: Store, clock: ManualClock) -> None:
+async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     stale = await taken(store)
     clock.advance(LEASE_MS / 1000)
@@ -570,7 +558,7 @@ async def test_a_stale_worker_is_refused_once_a_newer_attempt_was_handed_out(sto
     assert (await store.run(executions.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
 
 
-async def test_a_late_worker_is_heard_while_no_newer_attempt_was_handed_out(store: Store, clock: ManualClock) -> None:
+async def test_late_report_is_accepted_before_newer_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store, CHAIN)
     late = await taken(store)
     clock.advance(LEASE_MS / 1000)
@@ -581,7 +569,7 @@ async def test_a_late_worker_is_heard_while_no_newer_attempt_was_handed_out(stor
     assert (await attempts(store, started.execution_id))[0].outcome is Outcome.COMPLETED
 
 
-async def test_a_late_failure_counts_as_a_failure_and_not_also_as_a_loss(store: Store, clock: ManualClock) -> None:
+async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS - 1):
         late = await taken(store)
@@ -596,7 +584,7 @@ async def test_a_late_failure_counts_as_a_failure_and_not_also_as_a_loss(store: 
     assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
 
 
-async def test_a_restart_gives_workers_time_to_come_back_and_what_is_lost_by_it_counts_for_nothing(
+async def test_interrupted_attempts_after_restart_are_not_counted(
     store: Store, reopen: Reopen, clock: ManualClock
 ) -> None:
     started = await start(store)
@@ -613,9 +601,7 @@ async def test_a_restart_gives_workers_time_to_come_back_and_what_is_lost_by_it_
     await current.run(tasks.complete_task, (await taken(current)).task_id, "1")
 
 
-async def test_a_clock_that_was_set_back_while_no_server_ran_holds_no_task_up(
-    store: Store, reopen: Reopen, clock: ManualClock
-) -> None:
+async def test_clock_set_back_between_servers_delays_no_task(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     first = await start(store)
     lost = await taken(store)
     waiting = await store.run(executions.start_execution, "w", "v1", "{}", "")
@@ -630,7 +616,7 @@ async def test_a_clock_that_was_set_back_while_no_server_ran_holds_no_task_up(
         await again.run(tasks.complete_task, lost.task_id, "1")
 
 
-async def test_a_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
+async def test_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     await start(store)
     for delay in (1, 2):
         await store.run(tasks.fail_task, (await taken(store)).task_id, "no", False)
@@ -644,7 +630,7 @@ async def test_a_retry_keeps_its_delay_across_a_restart(store: Store, reopen: Re
     assert await take(again) is not None
 
 
-async def test_a_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
+async def test_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(2):
         await store.run(executions.start_execution, "w", "v1", "{}", "")
@@ -658,9 +644,7 @@ async def test_a_worker_keeps_its_task_across_a_restart(store: Store, reopen: Re
     await again.run(tasks.complete_task, polling.task_id, "1")
 
 
-async def test_a_worker_that_hangs_after_a_restart_counts_as_lost(
-    store: Store, reopen: Reopen, clock: ManualClock
-) -> None:
+async def test_worker_that_hangs_after_restart_counts_as_lost(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
     again = await reopen()
@@ -671,7 +655,7 @@ async def test_a_worker_that_hangs_after_a_restart_counts_as_lost(
     assert (await attempts(again, started.execution_id))[0].outcome is Outcome.EXPIRED
 
 
-async def test_a_task_that_never_reached_its_worker_is_taken_back_and_counts_for_nothing(store: Store) -> None:
+async def test_released_task_is_not_counted_as_lost(store: Store) -> None:
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS + 2):
         changed = await store.run(tasks.release, (await taken(store)).task_id, "gone")
@@ -683,7 +667,7 @@ async def test_a_task_that_never_reached_its_worker_is_taken_back_and_counts_for
     assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
-async def test_beat_names_what_is_renewed_and_answers_what_else_its_worker_was_handed(store: Store) -> None:
+async def test_renew_returns_handed_out_tasks_that_beat_did_not_name(store: Store) -> None:
     await start(store)
     await store.run(executions.start_execution, "w", "v1", "{}", "")
     named, unnamed = await taken(store), await taken(store)
@@ -693,7 +677,7 @@ async def test_beat_names_what_is_renewed_and_answers_what_else_its_worker_was_h
     assert await store.run(leases.renew, "w1", (), LEASE_MS) == {named.task_id}
 
 
-async def test_large_task_has_time_to_travel_before_its_worker_must_have_it(store: Store, clock: ManualClock) -> None:
+async def test_large_task_has_time_to_reach_its_worker(store: Store, clock: ManualClock) -> None:
     await start(store, input_json=json.dumps("x" * 10_000 * SLOW_LINE))
     task = await taken(store)
     clock.advance(9.9)
@@ -702,7 +686,7 @@ async def test_large_task_has_time_to_travel_before_its_worker_must_have_it(stor
     assert await store.run(leases.renew, "w1", (), LEASE_MS) == {task.task_id}
 
 
-async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts_as_lost(store: Store) -> None:
+async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Store) -> None:
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS - 1):
         changed = await store.run(leases.lose, "w1", frozenset({(await taken(store)).task_id}))
@@ -722,7 +706,7 @@ async def test_task_that_its_worker_does_not_have_is_another_attempt_that_counts
 # ---- Cancelling ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_execution_hands_nothing_out_and_accepts_no_result(store: Store, clock: ManualClock) -> None:
+async def test_cancelled_execution_hands_out_no_task_and_refuses_results(store: Store, clock: ManualClock) -> None:
     started = await start(store, {"a": [], "b": [], "c": ["a"]})
     task = await taken(store)
     changed = await store.run(executions.cancel_execution, started.execution_id)
@@ -736,7 +720,7 @@ async def test_a_cancelled_execution_hands_nothing_out_and_accepts_no_result(sto
     assert await take(store) is None
 
 
-async def test_cancelling_keeps_what_is_recorded(store: Store) -> None:
+async def test_cancel_keeps_recorded_results(store: Store) -> None:
     started = await start(store, CHAIN)
     await store.run(tasks.complete_task, (await taken(store)).task_id, '"kept"')
     await store.run(executions.cancel_execution, started.execution_id)
@@ -745,7 +729,7 @@ async def test_cancelling_keeps_what_is_recorded(store: Store) -> None:
     assert [node.status for node in execution.nodes] == [NodeStatus.COMPLETED, NodeStatus.CANCELLED]
 
 
-async def test_cancelling_twice_is_fine_and_cancelling_what_ended_otherwise_is_not(store: Store) -> None:
+async def test_second_cancel_is_accepted_but_not_after_another_end(store: Store) -> None:
     started = await start(store)
     await store.run(executions.cancel_execution, started.execution_id)
     assert (await store.run(executions.cancel_execution, started.execution_id)).ended == ()
@@ -760,7 +744,7 @@ async def test_cancelling_twice_is_fine_and_cancelling_what_ended_otherwise_is_n
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_too_large_for_its_worker_waits_for_one_that_can_and_says_why(store: Store) -> None:
+async def test_task_too_large_for_worker_waits_and_notes_why(store: Store) -> None:
     started = await start(store, input_json=json.dumps("é" * 1000))
     claim = await store.run(tasks.claim, "small", ("v1",), 1500, LEASE_MS, True)
     assert claim.task is None
@@ -775,7 +759,7 @@ async def test_a_task_too_large_for_its_worker_waits_for_one_that_can_and_says_w
     assert (await store.run(executions.get_execution, started.execution_id)).nodes[0].error == ""
 
 
-async def test_the_size_of_a_task_counts_the_outputs_that_it_depends_on(store: Store) -> None:
+async def test_task_size_counts_outputs_of_dependencies(store: Store) -> None:
     await start(store, CHAIN)
     await store.run(tasks.complete_task, (await taken(store)).task_id, json.dumps("€" * 1000, ensure_ascii=False))
     assert (await store.run(tasks.claim, "small", ("v1",), 3000, LEASE_MS, True)).oversized is not None
@@ -784,7 +768,7 @@ async def test_the_size_of_a_task_counts_the_outputs_that_it_depends_on(store: S
     assert 3000 < len(task.input_json.encode()) <= 3200
 
 
-async def test_a_small_task_is_not_held_up_by_a_large_one_before_it(store: Store, clock: ManualClock) -> None:
+async def test_large_task_does_not_delay_a_small_one(store: Store, clock: ManualClock) -> None:
     await start(store, input_json=json.dumps("x" * 1000))
     clock.advance(1)
     small = await store.run(executions.start_execution, "w", "v1", "1", "")
@@ -813,7 +797,7 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
 # ---- Durability (G1) -------------------------------------------------------------------------------------------------
 
 
-async def test_everything_is_there_after_the_store_was_opened_again(store: Store, reopen: Reopen) -> None:
+async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen) -> None:
     started = await start(store, CHAIN, key="k", input_json='{"text":"é😀\\u0000"}')
     await store.run(tasks.complete_task, (await taken(store)).task_id, '"recorded"')
     task = await taken(store)
@@ -824,7 +808,7 @@ async def test_everything_is_there_after_the_store_was_opened_again(store: Store
     assert (await again.run(executions.start_execution, "w", "v1", '{"text":"é😀\\u0000"}', "k")).existing
 
 
-async def test_one_failing_transition_is_one_callers(store: Store) -> None:
+async def test_failing_transition_raises_only_for_its_caller(store: Store) -> None:
     """Also of those that share its transaction."""
     await register(store, ONE)
     outcomes = await asyncio.gather(
@@ -838,7 +822,7 @@ async def test_one_failing_transition_is_one_callers(store: Store) -> None:
     assert len(await store.run(executions.list_executions, "", "", 20)) == 2
 
 
-async def test_two_hundred_tasks_and_fifty_claimers_and_each_task_once(store: Store) -> None:
+async def test_fifty_claimers_get_each_of_200_tasks_once(store: Store) -> None:
     await register(store, ONE)
     started = await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", str(n), "") for n in range(200)))
 

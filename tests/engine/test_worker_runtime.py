@@ -119,7 +119,7 @@ async def nobody_polls(client: NexumClient, execution_id: str) -> None:
     ],
     ids=lambda raised: type(raised).__name__,
 )
-async def test_whatever_a_handler_raises_costs_one_attempt_and_not_the_worker(
+async def test_handler_exception_fails_one_attempt_but_not_the_worker(
     address: str, client: NexumClient, raised: BaseException
 ) -> None:
     async def handler(task: TaskContext) -> str:
@@ -150,7 +150,7 @@ class HugeError(Exception):
 @pytest.mark.parametrize(
     "raised", [Unprintable(), HugeError(), ValueError("\ud800 alone")], ids=["unprintable", "huge", "surrogate"]
 )
-async def test_an_exception_that_can_not_be_told_is_still_a_failed_attempt(
+async def test_exception_without_printable_message_fails_the_attempt(
     address: str, client: NexumClient, raised: Exception
 ) -> None:
     async def handler(task: TaskContext) -> str:
@@ -166,7 +166,7 @@ async def test_an_exception_that_can_not_be_told_is_still_a_failed_attempt(
     assert type(raised).__name__ in execution.nodes[0].attempts[0].error
 
 
-async def test_a_final_error_is_not_retried_and_its_reason_is_kept(address: str, client: NexumClient) -> None:
+async def test_final_error_is_not_retried(address: str, client: NexumClient) -> None:
     async def handler(task: TaskContext) -> None:
         raise FinalError("no such tool: web_serch")
 
@@ -191,7 +191,7 @@ async def test_a_final_error_is_not_retried_and_its_reason_is_kept(address: str,
     ],
     ids=["nan", "infinity", "an object", "a lone surrogate", "nan in a model", "another type", "too large", "too deep"],
 )
-async def test_a_result_that_can_not_be_stored_is_a_final_failure_with_its_reason(
+async def test_result_that_can_not_be_stored_is_a_final_failure(
     address: str, client: NexumClient, built: Workflow, result: Any, reason: str
 ) -> None:
     async def handler(task: TaskContext) -> Any:
@@ -206,9 +206,7 @@ async def test_a_result_that_can_not_be_stored_is_a_final_failure_with_its_reaso
     assert len(execution.nodes[0].attempts) == 1
 
 
-async def test_the_largest_and_the_deepest_payloads_travel_through_every_node(
-    address: str, client: NexumClient
-) -> None:
+async def test_largest_and_deepest_payloads_pass_through_every_node(address: str, client: NexumClient) -> None:
     async def first(task: TaskContext) -> Any:
         assert json.dumps(task.input).count("[") == 198
         return "x" * (16 * 1024 * 1024 - 2)
@@ -224,7 +222,7 @@ async def test_the_largest_and_the_deepest_payloads_travel_through_every_node(
     assert execution.outputs()["b"].startswith("[16777214,[[")
 
 
-async def test_a_handler_that_hangs_holds_its_own_slot_and_no_other(address: str, client: NexumClient) -> None:
+async def test_hanging_handler_blocks_only_its_slot(address: str, client: NexumClient) -> None:
     hung = asyncio.Event()
 
     async def hangs(task: TaskContext) -> None:
@@ -246,7 +244,7 @@ async def _one(task: TaskContext) -> int:
     return 1
 
 
-async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sent(client: NexumClient) -> None:
+async def test_client_refuses_input_that_does_not_match_the_workflow(client: NexumClient) -> None:
     built = workflow("numbers", input=Number).effect("a").build()
     with pytest.raises(InvalidRequest, match="the input does not match Number"):
         await client.start_execution(built, {"value": "many"})
@@ -255,9 +253,7 @@ async def test_an_input_that_is_none_of_the_workflow_is_refused_before_it_is_sen
 # ---- Draining --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_that_is_stopped_finishes_what_it_holds_and_takes_nothing_more(
-    address: str, client: NexumClient
-) -> None:
+async def test_stopped_worker_finishes_its_tasks_and_takes_no_more(address: str, client: NexumClient) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def handler(task: TaskContext) -> str:
@@ -279,7 +275,7 @@ async def test_a_worker_that_is_stopped_finishes_what_it_holds_and_takes_nothing
     assert (await client.get_execution(second, with_attempts=True)).execution.nodes[0].attempts == ()
 
 
-async def test_an_idle_worker_stops_at_once(address: str, client: NexumClient) -> None:
+async def test_idle_worker_stops_at_once(address: str, client: NexumClient) -> None:
     await client.register_workflow(ONE)
     execution_id = await begin(client, TYPED)
     async with working(address, {ONE: {"a": _number}, TYPED: {"a": _number}}) as worker:
@@ -290,7 +286,7 @@ async def test_an_idle_worker_stops_at_once(address: str, client: NexumClient) -
 
 
 @pytest.mark.parametrize("order", ["the server first", "both at once", "the worker first"])
-async def test_an_idle_worker_stops_also_when_its_server_stops_with_it(tmp_path: Path, order: str) -> None:
+async def test_idle_worker_stops_together_with_its_server(tmp_path: Path, order: str) -> None:
     """One Ctrl+C in a terminal reaches both."""
     with nexum_server(tmp_path) as server:
         async with NexumClient(server.address) as client, working(server.address, {TYPED: {"a": _number}}) as worker:
@@ -307,9 +303,7 @@ async def test_an_idle_worker_stops_also_when_its_server_stops_with_it(tmp_path:
             await asyncio.wait_for(stopping, SOON)
 
 
-async def test_a_worker_that_is_stopped_does_not_wait_for_a_server_that_is_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_stopped_worker_does_not_wait_for_ended_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     begun, go_on = asyncio.Event(), asyncio.Event()
 
@@ -334,9 +328,7 @@ async def test_a_worker_that_is_stopped_does_not_wait_for_a_server_that_is_gone(
     assert "not reported, so the task will be run again: the worker is stopping, and" in line
 
 
-async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancelled(
-    address: str, client: NexumClient
-) -> None:
+async def test_cancelled_worker_finishes_its_begun_report(address: str, client: NexumClient) -> None:
     reporting, go_on = asyncio.Event(), asyncio.Event()
 
     class Slow(NexumClient):
@@ -357,7 +349,7 @@ async def test_a_report_that_was_begun_is_finished_although_the_worker_is_cancel
     assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
 
 
-async def test_a_handler_that_ends_with_its_cancelled_worker_has_not_failed(address: str, client: NexumClient) -> None:
+async def test_handler_cancelled_with_its_worker_is_not_reported_failed(address: str, client: NexumClient) -> None:
     begun = asyncio.Event()
 
     async def handler(task: TaskContext) -> str:
@@ -393,7 +385,7 @@ asyncio.run(main())
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("first", ["Ctrl+C", "SIGTERM"])
-def test_a_second_signal_ends_the_process_at_once_also_if_it_is_the_other_one(tmp_path: Path, first: str) -> None:
+def test_second_signal_ends_the_process_at_once(tmp_path: Path, first: str) -> None:
     with running(["-c", WAITS.format(root=str(ROOT))], cwd=tmp_path) as process:
         process.wait_for("READY")
         signals = [process.interrupt, process.terminate]
@@ -404,7 +396,7 @@ def test_a_second_signal_ends_the_process_at_once_also_if_it_is_the_other_one(tm
         assert process.wait(10) != 0
 
 
-async def test_what_after_report_raises_ends_the_worker_also_while_it_drains(address: str, client: NexumClient) -> None:
+async def test_exception_in_after_report_ends_the_draining_worker(address: str, client: NexumClient) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def handler(task: TaskContext) -> str:
@@ -431,9 +423,7 @@ async def test_what_after_report_raises_ends_the_worker_also_while_it_drains(add
 # ---- The server ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_waits_for_a_server_that_is_not_up_yet_and_says_so_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_worker_waits_for_later_server_and_logs_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     port = free_port()
     address = f"127.0.0.1:{port}"
@@ -446,7 +436,7 @@ async def test_a_worker_waits_for_a_server_that_is_not_up_yet_and_says_so_once(
     assert f"connected to {address} as worker" in caplog.text
 
 
-async def test_a_result_that_was_made_while_the_server_was_away_is_recorded_when_it_is_back(
+async def test_result_is_recorded_when_the_server_is_running_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -503,9 +493,7 @@ class Lossy(NexumClient):
 
 
 @pytest.mark.parametrize("kind", [pb.PollResponse, pb.AckResponse], ids=["a poll", "a report"])
-async def test_task_whose_answer_was_lost_is_run_soon_and_once(
-    address: str, client: NexumClient, kind: type[Message]
-) -> None:
+async def test_task_in_lost_answer_is_run_soon_and_once(address: str, client: NexumClient, kind: type[Message]) -> None:
     runs: list[str] = []
 
     async def handler(task: TaskContext) -> str:
@@ -525,9 +513,7 @@ async def test_task_whose_answer_was_lost_is_run_soon_and_once(
     assert sorted(runs) == sorted(ids)
 
 
-async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_task_with_failed_report_is_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with engine_server(tmp_path, lease=0.5) as faulty, NexumClient(faulty.address) as client:
         faulty.watch(tasks.complete_task, raises)
         async with working(faulty.address, {ONE: {"a": _one}}, concurrency=1):
@@ -536,7 +522,7 @@ async def test_a_task_whose_report_fails_is_run_again_as_another_attempt(
     assert "not reported, so the task will be run again" in caplog.text
 
 
-async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_worker(
+async def test_server_fault_at_report_is_logged_and_worker_continues(
     address: str, client: NexumClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(NexumClient):
@@ -558,7 +544,7 @@ async def test_a_fault_of_the_server_at_a_report_is_said_and_does_not_end_the_wo
     assert "not reported, so the task will be run again" in caplog.text
 
 
-async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_worker(
+async def test_server_fault_at_poll_is_logged_and_worker_continues(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.05)
@@ -571,9 +557,7 @@ async def test_a_fault_of_the_server_at_a_poll_is_said_and_does_not_end_the_work
     assert caplog.text.count(f"no task from {faulty.address}, asking again: the server had a fault") == 2
 
 
-async def test_a_task_that_the_worker_has_no_handler_for_fails_with_that_reason(
-    address: str, client: NexumClient
-) -> None:
+async def test_task_without_handler_fails(address: str, client: NexumClient) -> None:
     """Version hashes are the clients' own, and two workflows of one hash share their tasks."""
     other = Workflow("other", ONE.version_hash, '{"nodes":{"b":{"type":"EFFECT","dependencies":[]}}}', ())
     execution_id = await begin(client, other)
@@ -587,7 +571,7 @@ async def test_a_task_that_the_worker_has_no_handler_for_fails_with_that_reason(
     )
 
 
-async def test_what_after_report_raises_ends_the_worker(address: str, client: NexumClient) -> None:
+async def test_exception_in_after_report_ends_the_worker(address: str, client: NexumClient) -> None:
     """It is how a pipeline crashes after a step: the result is recorded by then."""
 
     class Crash(Exception):
@@ -603,9 +587,7 @@ async def test_what_after_report_raises_ends_the_worker(address: str, client: Ne
     assert (await ended(client, execution_id)).status is ExecutionStatus.COMPLETED
 
 
-async def test_a_version_that_means_something_else_to_the_server_ends_the_worker(
-    address: str, client: NexumClient
-) -> None:
+async def test_version_registered_with_another_definition_ends_the_worker(address: str, client: NexumClient) -> None:
     await client.register_workflow(ONE)
     other = Workflow("one", ONE.version_hash, CHAIN.ir_json, CHAIN.nodes)
     async with working(address, {other: {"a": _number, "b": _number}}) as worker:
@@ -613,7 +595,7 @@ async def test_a_version_that_means_something_else_to_the_server_ends_the_worker
             await asyncio.wait_for(worker.run, SOON)
 
 
-def test_bindings_without_a_handler_for_each_node_are_refused() -> None:
+def test_binding_without_handler_for_a_node_is_refused() -> None:
     client: Any = None
     with pytest.raises(InvalidRequest, match=r"has the nodes \['a', 'b'\], but handlers for \['a'\]"):
         Worker(client, [Binding(CHAIN, {"a": _number})])

@@ -1,4 +1,4 @@
-"""Workflows as data: what the builder and the IR refuse, what a version is, and what may run when."""
+"""Workflows as data: refusals of the builder and the IR, versions, compatibility and scheduling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ir(**dependencies: list[str]) -> str:
 # ---- The builder -----------------------------------------------------------------------------------------------------
 
 
-def test_a_node_depends_on_every_node_before_it_unless_it_says_otherwise() -> None:
+def test_node_depends_on_all_earlier_nodes_by_default() -> None:
     built = workflow("w").effect("a").compute("b").effect("c", depends_on=["a"]).effect("d", depends_on=[]).build()
     assert json.loads(built.ir_json) == {
         "nodes": {
@@ -38,7 +38,7 @@ def test_a_node_depends_on_every_node_before_it_unless_it_says_otherwise() -> No
     }
 
 
-def test_the_version_is_the_same_in_every_process() -> None:
+def test_version_is_the_same_in_every_process() -> None:
     program = (
         "from nexum_engine.workflow import workflow; print(workflow('w').effect('a').effect('é').build().version_hash)"
     )
@@ -52,17 +52,17 @@ def test_the_version_is_the_same_in_every_process() -> None:
     )
     here = workflow("w").effect("a").effect("é").build().version_hash
     assert run.stdout.strip() == here
-    # A constant: a change of the canonical form would orphan every execution that is under way.
+    # A constant: if the canonical form changed, no worker would poll for running executions.
     assert here == "sha256:2bb89341dfd079141b2a7bf7e4470ad8c9227a33f0d68aa4bb3415612e29d5a4"
 
 
-def test_two_workflows_of_one_shape_are_two_versions() -> None:
+def test_equal_workflows_with_two_ids_have_two_versions() -> None:
     one, other = (workflow(name).effect("a").build() for name in ("one", "other"))
     assert one.ir_json == other.ir_json
     assert one.version_hash != other.version_hash
 
 
-def test_a_change_of_a_node_is_a_new_version() -> None:
+def test_changed_node_makes_a_new_version() -> None:
     hashes = {
         workflow("w").effect("a").effect("b").build().version_hash,
         workflow("w").effect("a").compute("b").build().version_hash,
@@ -73,19 +73,19 @@ def test_a_change_of_a_node_is_a_new_version() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "a\x00b"], ids=["empty", "long", "newline", "nul"])
-def test_names_that_can_not_name_anything_are_refused(name: str) -> None:
+def test_bad_ids_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match="workflow_id"):
         workflow(name)
     with pytest.raises(InvalidRequest, match="a node's name"):
         workflow("w").effect(name).build()
 
 
-def test_two_nodes_of_one_name_are_refused() -> None:
+def test_duplicate_node_name_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"two nodes with the same name: \['a', 'a'\]"):
         workflow("w").effect("a").effect("a").build()
 
 
-def test_a_workflow_without_nodes_is_refused() -> None:
+def test_workflow_without_nodes_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no nodes"):
         workflow("w").build()
 
@@ -93,21 +93,21 @@ def test_a_workflow_without_nodes_is_refused() -> None:
 # ---- The IR ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_cycle_is_refused_and_named() -> None:
+def test_cycle_is_refused_and_named() -> None:
     with pytest.raises(InvalidRequest, match=r"cycle: .*(a -> b|b -> a)"):
         parse_ir(ir(a=["b"], b=["a"]))
     with pytest.raises(InvalidRequest, match="cycle: a -> a"):
         parse_ir(ir(a=["a"]))
 
 
-def test_an_unknown_dependency_is_refused_with_both_names() -> None:
+def test_unknown_dependency_is_refused_with_both_names() -> None:
     with pytest.raises(InvalidRequest, match="'b' depends on 'nowhere'"):
         parse_ir(ir(a=[], b=["nowhere"]))
 
 
 @pytest.mark.parametrize("kind", ["HUMAN_APPROVAL", "TIMER", "ROUTER", "MAP", "SUBWORKFLOW", "effect", ""])
-def test_a_node_type_that_does_not_run_here_is_refused_by_name(kind: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"node 'a' is of type '{kind}'.*EFFECT and COMPUTE"):
+def test_unsupported_node_type_is_refused(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"node 'a' is of type '{kind}'.*EFFECT or COMPUTE"):
         parse_ir(json.dumps({"nodes": {"a": {"type": kind}}}))
 
 
@@ -128,14 +128,14 @@ def test_a_node_type_that_does_not_run_here_is_refused_by_name(kind: str) -> Non
         '{"nodes": {"a": {"type": "EFFECT", "weight": NaN}}}',
     ],
 )
-def test_an_ir_of_another_form_is_refused_in_one_short_line(text: str) -> None:
+def test_malformed_ir_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InvalidRequest, match="ir_json") as caught:
         parse_ir(text)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
 
 
-def test_an_ir_of_endless_depth_or_size_is_refused() -> None:
+def test_too_deep_or_too_large_ir_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="recursion limit"):
         parse_ir("[" * 100_000 + "]" * 100_000)
     with pytest.raises(TooLarge, match="the limit is 1,048,576 bytes"):
@@ -144,7 +144,7 @@ def test_an_ir_of_endless_depth_or_size_is_refused() -> None:
         parse_ir(ir(**{f"n{n}": [] for n in range(MAX_NODES + 1)}))
 
 
-def test_what_a_published_builder_adds_to_a_node_is_ignored() -> None:
+def test_additional_fields_of_a_node_are_ignored() -> None:
     text = '{"nodes": {"a": {"type": "EFFECT", "dependencies": [], "retry": {"max": 3}}}, "version": 1}'
     assert list(parse_ir(text)) == ["a"]
 
@@ -168,7 +168,7 @@ BASE = ir(a=[], b=["a"], c=["a", "b"])
     ],
     ids=["same", "reordered", "repeated", "added", "removed", "dependency gone", "dependency added", "type"],
 )
-def test_compatibility_says_what_a_new_version_means_for_the_old(new: str, expected: Compatibility) -> None:
+def test_compatibility_compares_new_version_with_old(new: str, expected: Compatibility) -> None:
     assert compatibility(parse_ir(BASE), parse_ir(new)) is expected
 
 
@@ -187,9 +187,7 @@ def _graphs(draw: st.DrawFn) -> dict[str, list[str]]:
 
 @settings(max_examples=100, deadline=None)
 @given(graph=_graphs(), data=st.data())
-def test_every_graph_runs_to_its_end_and_no_node_before_its_dependencies(
-    graph: dict[str, list[str]], data: st.DataObject
-) -> None:
+def test_every_graph_runs_in_order_to_its_end(graph: dict[str, list[str]], data: st.DataObject) -> None:
     definition = parse_ir(ir(**graph))
     dependencies = {name: node.dependencies for name, node in definition.items()}
     status = dict.fromkeys(definition, NodeStatus.PENDING)
@@ -204,5 +202,5 @@ def test_every_graph_runs_to_its_end_and_no_node_before_its_dependencies(
     assert ready_nodes(dependencies, status) == []
 
 
-def test_four_attempts_with_one_two_and_four_seconds_between() -> None:
+def test_retry_delays_are_1_2_and_4_seconds() -> None:
     assert [retry_delay_ms(n) for n in range(1, MAX_FAILED_ATTEMPTS + 1)] == [1000, 2000, 4000, None]
