@@ -1,17 +1,17 @@
-"""What a durable run costs beside the same run in plain AutoGen, and beside the floor of tool_call.py.
+"""Measure the cost of a durable run against plain AutoGen, and against the floor of tool_call.py.
 
     python benchmarks/durable_run.py
     python benchmarks/durable_run.py --only agent --replies 1000
     python benchmarks/durable_run.py --json
 
-Each case runs three times, each time in a new process: plain, durable live, and replayed. The server is a process of
-its own on loopback, on SQLite with synchronous=FULL. The model is a script in the program's process and answers at
-once, so the times are AutoGen's and durable_autogen's alone. The cases:
+Each case runs three times, each time in a new process: plain, durable live, and replayed. The server is a separate
+process on loopback, on SQLite with synchronous=FULL. The model is a script in the program's process and answers at
+once, so the times are only those of AutoGen and durable_autogen. The cases:
 
 - agent: one AssistantAgent; every second reply calls a tool with a result of 1 KB.
 - team: a RoundRobinGroupChat of two such agents.
 - results: one agent with 40 replies; the first five call a tool with a result of 1 MB. The script reads no message.
-- requests: the same with a script that writes each request as JSON, as a client does that sends it.
+- requests: the case results with a script that writes each request as JSON, as a real client does.
 - sessions: 300 sessions in one event loop, each with two replies and a tool.
 - busy: 30 such sessions beside a task that calls asyncio.sleep(0) for ever.
 - blocking: one reply with 20 calls of a tool that blocks for 0.3 s, on an executor of 32 threads.
@@ -54,8 +54,8 @@ sys.path.insert(0, str(ROOT))
 
 MODES = ("plain", "live", "replay")
 CASES = ("agent", "team", "results", "requests", "sessions", "busy", "blocking")
-HUNDRED = 50  # turns: a hundred replies
-FLOORS = 100  # measured after each run
+HUNDRED = 50  # turns with a hundred replies
+FLOORS = 100  # measurements of the floor after each run
 RESULT_BYTES = 1024
 BIG_RESULTS = 5
 BIG_RESULT_BYTES = 1_000_000
@@ -71,7 +71,7 @@ THREADS = 32
 
 
 class Model(ChatCompletionClient):
-    """A model that answers at once: what `script` gives for the number of the reply."""
+    """A model that answers at once with the script's reply of this number."""
 
     component_type = "model"
     component_config_schema = BaseModel
@@ -140,24 +140,24 @@ def call(tool: str, number: int, calls: int = 1) -> list[FunctionCall]:
 
 
 async def look_up(argument: str) -> str:
-    """Return a kilobyte."""
+    """Return a text of one kilobyte."""
     return argument.ljust(RESULT_BYTES, "y")
 
 
 async def read_file(argument: str) -> str:
-    """Return a megabyte of lines."""
+    """Return lines of one megabyte."""
     line = f'a line of the file {argument} with some words and a "quoted" one\n'
     return (line * (BIG_RESULT_BYTES // len(line) + 1))[:BIG_RESULT_BYTES]
 
 
 def block(argument: str) -> str:
-    """Block the thread."""
+    """Block the thread for BLOCKED_FOR seconds."""
     time.sleep(BLOCKED_FOR)
     return argument
 
 
 def alternating(number: int) -> str | list[FunctionCall]:
-    """Call a tool with every second reply."""
+    """Return a reply: every second one calls a tool."""
     return call("look_up", number) if number % 2 else text(number)
 
 
@@ -169,20 +169,20 @@ def agent(
     tool_rounds: int = 1,
     writes_requests: bool = False,
 ) -> AssistantAgent:
-    """Build an agent."""
+    """Build an agent with a scripted model and one tool."""
     model = Model(script, writes_requests=writes_requests)
     return AssistantAgent(name, model, tools=[tool], max_tool_iterations=tool_rounds + 1)
 
 
 @dataclass
 class Measured:
-    """What one run took."""
+    """The times and the memory of one run."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Of the program's process."""
+    """CPU time of the program's process."""
     peak_mb: float = 0.0
-    """Of the whole process."""
+    """Peak memory of the program's process."""
     steps: list[float] = field(default_factory=list)
     """Seconds of each step: a tool and the reply after it."""
     turns: list[float] = field(default_factory=list)
@@ -201,7 +201,7 @@ class Program:
 
     @asynccontextmanager
     async def session(self, number: int = 0) -> AsyncIterator[None]:
-        """Be in a durable session, unless the run is plain."""
+        """Open a durable session, unless the run is plain."""
         if self._mode == "plain":
             yield
             return
@@ -211,7 +211,7 @@ class Program:
             yield
 
     def saw(self, item: object) -> None:
-        """Note when a message came."""
+        """Note the time at which a message came."""
         now = time.perf_counter()
         if isinstance(item, ToolCallRequestEvent):
             self._tool_called = now
@@ -239,7 +239,7 @@ class Program:
                 self.saw(item)
 
     async def results(self, replies: int, *, writes_requests: bool = False) -> None:
-        """Run one agent over big results: each later reply is over all of them."""
+        """Run one agent with big results: each later request contains all of them."""
 
         def script(number: int) -> str | list[FunctionCall]:
             return call("read_file", number) if number <= BIG_RESULTS else text(number)
@@ -251,7 +251,7 @@ class Program:
                 assert isinstance(result, TaskResult)
 
     async def requests(self, replies: int) -> None:
-        """Do the same with a model that writes each of its requests as JSON."""
+        """Run the case results with a model that writes each request as JSON."""
         await self.results(replies, writes_requests=True)
 
     async def sessions(self, replies: int) -> None:
@@ -274,7 +274,7 @@ class Program:
             await agent(alternating).run(task="the task")
 
     async def blocking(self, replies: int) -> None:
-        """Call many blocking tools at once, on threads that the program has set up."""
+        """Call many blocking tools at once, on the program's own threads."""
 
         def script(number: int) -> str | list[FunctionCall]:
             return call("block", number, BLOCKING_TOOLS) if number == 1 else text(number)
@@ -289,7 +289,7 @@ def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Me
     """Run a case in this process."""
     program = Program(mode, session, nexum)
     if mode != "plain":
-        import durable_autogen  # noqa: F401 - imported here: neither its time nor a plain run's memory has it
+        import durable_autogen  # noqa: F401 - imported before the time, and not in a plain run
     gc.collect()
     begun, cpu_begun = time.perf_counter(), time.process_time()
     asyncio.run(getattr(program, case)(replies))
@@ -301,7 +301,7 @@ def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Me
 
 
 def peak_mb() -> float:
-    """Return the highest memory use of this process so far; 0 where the system doesn't tell."""
+    """Return this process's peak memory in MB; 0 if the system doesn't report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -403,11 +403,11 @@ def figures(case: str, runs: dict[str, list[Measured]], floor_ms: float) -> dict
     return found
 
 
-# ---- Telling ---------------------------------------------------------------------------------------------------------
+# ---- Output ----------------------------------------------------------------------------------------------------------
 
 
 def table(found: dict[str, Any]) -> str:
-    """Write the figures for a person."""
+    """Return the figures as a table."""
     lines = [f"the floor, 2 commits + 2 echoes: {found['floor_ms']:.2f} ms"]
     paced = [case for case in ("agent", "team") if case in found["cases"]]
     if paced:
@@ -452,7 +452,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def goals(cases: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Yield each goal with its limit and what was measured."""
+    """Yield each goal with its limit and the measured value."""
     for case in ("agent", "team"):
         if case in cases:
             for mode in ("live", "replay"):
@@ -479,8 +479,10 @@ def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replies", type=int, default=300, help="of agent and team (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run these cases")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case (default: %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run only these cases"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", nargs=4, metavar=("CASE", "MODE", "SESSION", "HOST:PORT"), help=argparse.SUPPRESS)
     args = parser.parse_args()

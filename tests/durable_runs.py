@@ -1,4 +1,4 @@
-"""Durable runs in processes of their own, killed at random, and what has to hold after them.
+"""Run durable programs in separate processes, kill them at random, and check their records.
 
 python tests/durable_runs.py --long            100 runs of each shape
 python tests/durable_runs.py --runs 5 fan_out
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # what pytest's settings do
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # as in pytest's settings
 
 from harness import ROOT, environment, nexum_server
 from openai_server import OpenAIServer, Reply
@@ -46,18 +46,18 @@ SHAPES = (
     "magentic",
     "random",
 )
-PARALLEL = {"fan_out": 3, "random": 5}  # agents at work at the same time; one everywhere else
+PARALLEL = {"fan_out": 3, "random": 5}  # agents that work in parallel; one in all other shapes
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-TAKE_OVER = 1.0  # seconds that a run waits for its dead owner, roughly
+TAKE_OVER = 1.0  # seconds that a run waits for its dead owner, about
 
 
 class RandomModel:
-    """Answers every request with words of its own, and remembers what it answered to what."""
+    """A model that answers each request with new words, and keeps requests and answers."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str, str]] = []
-        """Model, request and reply, in the order in which the replies left."""
+        """Model, request and reply of each call, in the order of the replies."""
         self._lock = threading.Lock()
 
     def __call__(self, body: dict[str, Any]) -> Reply:
@@ -106,7 +106,7 @@ def _ledger(words: str) -> str:
 
 
 class Programs:
-    """Starts durable programs; forked from one process that has AutoGen imported, so that a start takes no seconds."""
+    """A starter of durable programs. It forks them from a process with AutoGen imported, so that a start is quick."""
 
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
         self._folder = folder
@@ -120,7 +120,7 @@ class Programs:
         )
 
     def run(self, argv: Sequence[str], *, kill_after: float | None = None) -> tuple[int, str]:
-        """Exit code (negative for a signal) and output."""
+        """Run a program; return its exit code (negative for a signal) and output."""
         output = self._folder / f"output-{time.monotonic_ns()}"
         order = {"argv": list(argv), "folder": str(self._folder), "output": str(output)}
         assert self._serving.stdin is not None
@@ -151,14 +151,14 @@ class Programs:
 
 
 def _kill(pid: int) -> None:
-    # Where it has ended just now, the serving process is about to say so, and its id is not in use again yet.
+    # The program may have just ended: its process id isn't in use again yet.
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
 class Bench:
-    """A Nexum server, a model server and a folder."""
+    """A Nexum server, a model server, a starter of programs and a folder."""
 
     address: str
     model_url: str
@@ -168,13 +168,13 @@ class Bench:
     _lengths: dict[str, float] = field(default_factory=dict)
 
     def arguments(self, shape: str, session: str) -> list[str]:
-        """The program's command line."""
+        """Return a program's command line."""
         return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
 
     def length(self, shape: str) -> float:
-        """Seconds that a run of this shape takes when nobody kills it, so that a kill can be timed to hit it.
+        """Return the seconds that an undisturbed run of this shape takes, to time its kills.
 
-        The shorter one of two: a kill after the end of its run shows nothing.
+        It is the shorter one of two runs: a kill after the end of a run tests nothing.
         """
         if shape not in self._lengths:
             self._lengths[shape] = min(self._measured(shape, number) for number in (1, 2))
@@ -189,7 +189,7 @@ class Bench:
 
 @contextmanager
 def bench(folder: Path) -> Iterator[Bench]:
-    """All of it for the length of a `with`."""
+    """Start a bench for the length of a `with`."""
     model = RandomModel()
     with nexum_server(folder) as server, OpenAIServer(model) as http:
         programs = Programs({"NEXUM_ADDRESS": server.address}, folder)
@@ -201,7 +201,7 @@ def bench(folder: Path) -> Iterator[Bench]:
 
 @dataclass
 class Verdict:
-    """What one session went through."""
+    """The kills, repetitions and problems of one session."""
 
     kills: int = 0
     calls_repeated: int = 0
@@ -210,7 +210,7 @@ class Verdict:
 
 
 def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str) -> Verdict:
-    """Run a session, kill it up to `kills` times, run it to its end and once more; what does not hold."""
+    """Run a session, kill it up to `kills` times, run it to its end, and run it again; return the verdict."""
     verdict = Verdict()
     log = bench.folder / f"{session}.log"
     argv = [*bench.arguments(shape, session), *options]
@@ -233,9 +233,9 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
     parallel = PARALLEL.get(shape, 1)
     check = verdict.problems.append
     if code != 0 or _transcript(again) != _transcript(output):
-        check(f"a finished session is not the same when it is run again: {again}")
+        check(f"the replay of a finished session differs: {again}")
     if len(bench.model.said) != len(said) or (log.read_text().splitlines() if log.exists() else []) != noted:
-        check("a finished session was run live again")
+        check("the replay of a finished session made live calls")
     verdict.calls_repeated = _check_calls(said, events, verdict.kills * parallel, check)
     verdict.effects_repeated = _check_effects(
         noted, events, verdict.kills * parallel * MAX_CALLS_AT_ONCE, _transcript(output), check
@@ -255,10 +255,10 @@ def _transcript(output: str) -> str:
 
 
 def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], allowed: int, check: Any) -> int:
-    """Each recorded reply left the server once, in order; what is not recorded was in flight, and asked again alike."""
+    """Check that replies were recorded once and in order, and that calls in flight were retried unchanged."""
     recorded: dict[str, list[str]] = defaultdict(list)
     models: dict[str, str] = {}
-    """The model of each agent: it stands with an agent's first request alone."""
+    """The model of each agent: only an agent's first request has it."""
     for event in events:
         if event.kind is Kind.REPLY:
             assert isinstance(event.content, Returned)
@@ -275,14 +275,14 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
         for _, request, answer in (one for one in said if one[0] == model):
             if left and answer == left[0]:
                 if unrecorded and set(unrecorded) != {request}:
-                    check(f"{model}: a call that was in flight was asked again with another prompt")
+                    check(f"{model}: a call in flight was retried with another prompt")
                 unrecorded = []
                 left.pop(0)
             else:
                 unrecorded.append(request)
                 repeated += 1
         if left:
-            check(f"{model}: recorded replies that the server never sent, or not in this order: {left}")
+            check(f"{model}: the server never sent these recorded replies, or not in this order: {left}")
         if unrecorded:
             check(f"{model}: the server's last replies are not recorded: {unrecorded}")
     if repeated > allowed:
@@ -291,7 +291,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
 
 
 def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, transcript: str, check: Any) -> int:
-    """Each recorded tool call was executed once, or again if it was in flight; nothing else was."""
+    """Check that each recorded tool call was executed once, or more often if it was in flight, and nothing else."""
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:
@@ -317,9 +317,11 @@ def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument(
+        "shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"(default: {' '.join(SHAPES)})"
+    )
     parser.add_argument("--long", action="store_true", help="100 runs of each shape")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="runs of each shape (default: %(default)s)")
     parser.add_argument("--uvloop", action="store_true", help="run the programs on uvloop")
     args = parser.parse_args()
     failed = 0

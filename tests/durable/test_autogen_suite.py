@@ -29,7 +29,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of AgentChat's own tests, of the version that is installed."""
+    """Return the folder of AgentChat's tests, of the installed version."""
     folder = tmp_path_factory.mktemp("autogen")
     version = importlib.metadata.version("autogen-agentchat")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
@@ -40,14 +40,14 @@ def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not archives:
         pytest.skip(f"the package index did not give AutoGen's source distribution: {done.stderr.strip()[-200:]}")
     with tarfile.open(archives[0]) as archive:
-        # The filter is the default from Python 3.14 on, and not there in early releases of 3.10 and 3.11.
+        # Python 3.14 filters by default; early releases of 3.10 and 3.11 have no filter.
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # type: ignore[arg-type]
     (found,) = folder.glob("*/tests")
     return found
 
 
 def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]:
-    """Each test's outcome by its name, and how many model calls were made live."""
+    """Return each test's outcome by its name, and the number of live model calls."""
     env = environment({"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))), **more})
     files = [str(tests / f"{name}.py") for name in FILES]
     options = [
@@ -79,7 +79,7 @@ def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]
 
 
 @pytest.mark.timeout(400)
-def test_autogens_own_tests_end_the_same_in_a_session_and_replayed(server: Server, autogen_tests: Path) -> None:
+def test_autogen_suite_has_same_outcomes_in_session_and_replay(server: Server, autogen_tests: Path) -> None:
     plain, asked = outcomes(autogen_tests, {})
     assert (len(plain) > 100, asked > 50) == (True, True)
     inside = {"NEXUM_ADDRESS": server.address, "SESSIONS": "suite"}

@@ -1,4 +1,4 @@
-"""A reply that is no answer doesn't end a session for good, and what JSON lacks comes back as it was."""
+"""Broken replies are retried, and values that JSON lacks are replayed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CUT_OFF = reply([FunctionCall(id="1", name="note", arguments='{"text": "half')],
 
 
 @pytest.mark.parametrize("broken", [pytest.param("", id="empty"), pytest.param([], id="no call"), CUT_OFF])
-async def test_broken_reply_at_the_end_is_told_and_asked_again(server: Server, broken: Any) -> None:
+async def test_broken_reply_at_end_is_reported_and_retried(server: Server, broken: Any) -> None:
     happened: list[str] = []
     lines: list[str] = []
     session = new_session()
@@ -77,9 +77,9 @@ def openai(base_url: str) -> OpenAIChatCompletionClient:
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # AutoGen warns of the empty reply, and of the model's name
+@pytest.mark.filterwarnings("ignore")  # AutoGen warns of the empty reply and of the unknown model
 @pytest.mark.parametrize("stream", [False, True])
-async def test_web_page_instead_of_a_reply_is_not_kept(server: Server, stream: bool) -> None:
+async def test_web_page_as_reply_is_dropped(server: Server, stream: bool) -> None:
     happened: list[str] = []
     session = new_session()
 
@@ -122,7 +122,7 @@ async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> No
     assert happened == ["model", "über {'x': [1, 2]}"]
 
 
-async def test_infinite_logprobs_come_back_as_they_were(server: Server) -> None:
+async def test_infinite_logprobs_are_replayed(server: Server) -> None:
     happened: list[str] = []
     tops = [TopLogprob(logprob=-math.inf, bytes=[1]), TopLogprob(logprob=math.inf)]
     logprobs = [ChatCompletionTokenLogprob(token="x", logprob=-math.inf, top_logprobs=tops, bytes=[2])]
@@ -138,7 +138,7 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize("way", ["model", "workbench", "tool"])
-async def test_arguments_and_results_nested_deeply_are_recorded(server: Server, way: str) -> None:
+async def test_deeply_nested_arguments_and_results_are_recorded(server: Server, way: str) -> None:
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
@@ -166,7 +166,7 @@ async def test_arguments_and_results_nested_deeply_are_recorded(server: Server, 
 
 
 @pytest.mark.parametrize("is_message", [False, True])
-async def test_task_with_half_a_surrogate_pair_is_resumed_without_it(server: Server, is_message: bool) -> None:
+async def test_half_surrogate_pair_in_task_is_replaced(server: Server, is_message: bool) -> None:
     happened: list[str] = []
     session = new_session()
     text = "half \ud83d of it"

@@ -1,4 +1,4 @@
-"""What a session counts: calls, tokens and usage."""
+"""The counts of a session: calls, tokens and usage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen import DurableSession
 
 
-async def test_what_was_paid_for_and_what_was_replayed_are_counted_apart(server: Server) -> None:
+async def test_live_and_replayed_calls_are_counted_separately(server: Server) -> None:
     def note() -> str:
         """Note it."""
         return "noted"
@@ -50,5 +50,5 @@ async def test_what_was_paid_for_and_what_was_replayed_are_counted_apart(server:
         did_not = "0 model call(s) (0 tokens), 0 tool call(s)"
         assert line == f"session s: {did} live, {did_not} replayed from the record"
         again, line = await whole(program)
-        assert again == [paid, total]  # a program may decide by it: it is the same in a replay
+        assert again == [paid, total]  # a program may decide by its usage: a replay returns the same
         assert line == f"session s: {did_not} live, {did} replayed from the record"

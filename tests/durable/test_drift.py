@@ -1,4 +1,4 @@
-"""Durable runs whose program is not the recorded one any more, and sessions that begin as another's copy."""
+"""Drift, forks, and calls that are cut off while they are recorded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from support.models import ModelFailed
 pytestmark = pytest.mark.every_python
 
 
-# ---- What is next on record, and nobody asks for ---------------------------------------------------------------------
+# ---- Drift -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_flight(
+async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
@@ -66,9 +66,7 @@ async def test_a_program_that_asks_for_less_is_told_although_a_call_was_in_fligh
         assert await asyncio.wait_for(program("b"), TIMEOUT) == said
 
 
-async def test_a_call_that_was_given_up_is_not_what_the_run_waits_for(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_replay_does_not_wait_for_given_up_call(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.3)
 
     async def program(*, more: bool) -> str:
@@ -77,7 +75,7 @@ async def test_a_call_that_was_given_up_is_not_what_the_run_waits_for(
                 other = named(client(model), "b")
                 with pytest.raises((asyncio.TimeoutError, TimeoutError)):
                     await asyncio.wait_for(other.create([UserMessage(content="Q", source="user")]), 0.1)
-                await asyncio.sleep(1)  # the program's own work, for longer than drift may take
+                await asyncio.sleep(1)  # the program's own work: longer than DRIFT_PATIENCE
             result = await named(client(model), "a").create([UserMessage(content="Q", source="user")])
             return str(result.content)
 
@@ -96,14 +94,14 @@ def alone(model: OpenAIServer, name: str = "a") -> Team:
     return RoundRobinGroupChat([agent(model, name)], max_turns=3)
 
 
-async def test_the_same_words_can_be_added_to_a_fork_of_a_fork(server: Server) -> None:
+async def test_same_message_can_be_added_to_fork_of_fork(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: alone(model))
         async with NexumClient(server.address) as nexum:
             await fork_session(nexum, "s", 1, "f1", "Shorter")
             await run(server, lambda: alone(model), session="f1")
             await fork_session(nexum, "f1", 2, "f2", "Shorter")
-            await fork_session(nexum, "f1", 2, "f2", "Shorter")  # as by the same command again
+            await fork_session(nexum, "f1", 2, "f2", "Shorter")  # the same fork again
             first = await run(server, lambda: alone(model), session="f2")
             await fork_session(nexum, "f1", 2, "f2", "Shorter")
         assert said_by_the_user(model.requests[-1].body).count("Shorter") == 2
@@ -113,7 +111,7 @@ async def test_the_same_words_can_be_added_to_a_fork_of_a_fork(server: Server) -
         assert len(model.requests) == asked
 
 
-async def test_what_the_user_says_in_a_fork_is_said_although_the_program_is_another_one(server: Server) -> None:
+async def test_added_message_reaches_agent_after_drift(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: alone(model))
         async with NexumClient(server.address) as nexum:
@@ -135,10 +133,10 @@ async def test_what_the_user_says_in_a_fork_is_said_although_the_program_is_anot
         ("s", 2, "", "session f has something else on record than s"),
         ("s", 0, "", "session f has something else on record than s"),
         ("r", 1, "", "session f has something else on record than r"),
-        ("s", 1, "Longer", "session f has continued already, without this message"),
+        ("s", 1, "Longer", "session f has already continued without this message"),
     ],
 )
-async def test_a_fork_that_is_another_one_is_refused(
+async def test_fork_into_different_session_is_refused(
     server: Server, source: str, count: int, message: str, said: str
 ) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
@@ -156,7 +154,7 @@ async def test_a_fork_that_is_another_one_is_refused(
 
 
 class Held:
-    """Holds an owner back when it has recorded the event of a position, and before it knows that."""
+    """A hook that holds an owner back after it has recorded the event of a position."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
         self.recorded, self.go = asyncio.Event(), asyncio.Event()
@@ -179,7 +177,7 @@ class Held:
         monkeypatch.setattr(Owner, "record", recorded)
 
     async def cancel(self, asking: asyncio.Task[Any]) -> None:
-        """Cancel who asks while it is held."""
+        """Cancel the caller while the owner is held."""
         await asyncio.wait_for(self.recorded.wait(), TIMEOUT)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -189,12 +187,12 @@ class Held:
 QUESTION = [UserMessage(content="Q", source="user")]
 
 
-async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_given_up_again(
+async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "durable_autogen.record.replay.DRIFT_PATIENCE", 0.1
-    )  # the given-up call is none that nobody tried
+    )  # the given-up call isn't reported as an untried one
 
     async def program(held: Held | None = None) -> str:
         async with DurableSession("s", nexum=server.address):
@@ -215,7 +213,7 @@ async def test_a_reply_that_was_recorded_while_its_asker_gave_up_is_given_up_aga
         assert len(model.requests) == 2
 
 
-async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_given_up(
+async def test_survived_failure_is_recorded_once_although_next_call_was_given_up(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies = iter([Reply(status=400), answer("given up"), answer("yes")])
@@ -239,9 +237,7 @@ async def test_a_survived_failure_is_recorded_once_although_the_next_call_was_gi
         assert len(model.requests) == 3
 
 
-async def test_the_time_that_an_answer_took_is_no_reason_to_wait_for_it(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_duration_of_call_does_not_extend_drift_patience(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
     lines: list[str] = []
 
@@ -257,13 +253,13 @@ async def test_the_time_that_an_answer_took_is_no_reason_to_wait_for_it(
 
     hold = threading.Event()
     with OpenAIServer(reply) as model:
-        await program("a")  # it took 3 s
+        await program("a")  # the call takes 3 s
         hold.set()
         with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), 2)
 
 
-async def test_a_fork_keeps_an_end_that_came_from_outside(server: Server) -> None:
+async def test_fork_keeps_external_stop(server: Server) -> None:
     def build() -> Team:
         stopped = ExternalTermination()
         stopped.set()
@@ -280,9 +276,7 @@ async def test_a_fork_keeps_an_end_that_came_from_outside(server: Server) -> Non
 
 
 @pytest.mark.parametrize("is_team", [False, True])
-async def test_a_model_call_that_the_programs_token_cancels_ends_in_the_same_way_in_a_replay(
-    server: Server, is_team: bool
-) -> None:
+async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Server, is_team: bool) -> None:
     answers = threading.Event()
 
     def reply(_: dict[str, Any]) -> Reply:
@@ -312,7 +306,7 @@ async def test_a_model_call_that_the_programs_token_cancels_ends_in_the_same_way
         assert len(model.requests) == 2
 
 
-async def test_a_tool_that_the_program_cancels_is_run_again(server: Server) -> None:
+async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> None:
     begun: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
     runs = 0
 
@@ -347,7 +341,7 @@ async def test_a_tool_that_the_program_cancels_is_run_again(server: Server) -> N
         assert runs == 2
 
 
-def test_a_token_may_be_cancelled_after_the_run(server: Server) -> None:
+def test_token_can_be_cancelled_after_run(server: Server) -> None:
     token = CancellationToken()
     with OpenAIServer(lambda _: answer("yes")) as model:
         asyncio.run(run(server, lambda: agent(model, "a"), cancellation_token=token))

@@ -1,4 +1,4 @@
-"""What is drift and what is not, and how forks are compared."""
+"""The limits of drift: patience, program changes and failures around it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient
 
 
-async def test_the_programs_own_work_is_not_taken_from_the_patience_with_what_it_asks_next(
+async def test_programs_own_work_does_not_use_up_drift_patience(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
@@ -40,7 +40,7 @@ async def test_the_programs_own_work_is_not_taken_from_the_patience_with_what_it
             recorded, new = (named(client(model), name) for name in ("a", "b"))
             asking = []
             if more:
-                await asyncio.sleep(1.2)  # work of its own, for longer than drift may take
+                await asyncio.sleep(1.2)  # the program's own work: longer than DRIFT_PATIENCE
                 asking = [asyncio.ensure_future(ask(new))]
                 await asyncio.sleep(0.05)
             found = await ask(recorded)
@@ -53,9 +53,7 @@ async def test_the_programs_own_work_is_not_taken_from_the_patience_with_what_it
         assert len(model.requests) == 2
 
 
-async def test_what_no_run_has_asked_for_is_not_waited_for_as_what_was_in_flight(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_new_call_gets_short_drift_patience(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", HOURS)
 
@@ -70,7 +68,7 @@ async def test_what_no_run_has_asked_for_is_not_waited_for_as_what_was_in_flight
         assert len(model.requests) == 1
 
 
-async def test_a_program_that_goes_on_live_is_told_so_once(server: Server) -> None:
+async def test_program_that_continues_live_is_reported_once(server: Server) -> None:
     lines: list[str] = []
 
     def build(system: str) -> RoundRobinGroupChat:
@@ -84,7 +82,7 @@ async def test_a_program_that_goes_on_live_is_told_so_once(server: Server) -> No
         assert len(model.requests) == 6
 
 
-async def test_a_replay_knows_where_its_session_went_on_as_another_program(server: Server) -> None:
+async def test_replay_knows_where_another_program_continued_session(server: Server) -> None:
     def build(system: str) -> RoundRobinGroupChat:
         one, other = client(model), client(model)
         return RoundRobinGroupChat(
@@ -101,7 +99,7 @@ async def test_a_replay_knows_where_its_session_went_on_as_another_program(serve
         assert len(model.requests) == 5
 
 
-async def test_a_failure_that_is_held_back_where_the_run_leaves_the_record_is_asked_again(server: Server) -> None:
+async def test_undelivered_failure_is_retried_after_drift(server: Server) -> None:
     broken = True
 
     async def program(prompt: str, on_drift: OnDrift = "stop") -> list[Any]:
@@ -118,7 +116,7 @@ async def test_a_failure_that_is_held_back_where_the_run_leaves_the_record_is_as
         assert len(model.requests) == 3
 
 
-async def test_a_session_that_went_on_after_its_end_is_not_finished(server: Server) -> None:
+async def test_session_that_continued_after_its_end_is_not_finished(server: Server) -> None:
     broken = True
 
     def build(turns: int) -> RoundRobinGroupChat:
@@ -134,7 +132,7 @@ async def test_a_session_that_went_on_after_its_end_is_not_finished(server: Serv
         async with NexumClient(server.address) as nexum:
             assert [one.status for one in await list_sessions(nexum)] == ["stopped"]
         broken = False
-        ended = await run(server, lambda: build(3))  # as the session's own run, and no drift from the first one
+        ended = await run(server, lambda: build(3))  # the newest run is compared, and not the first one
         assert len(ended.messages) == 4
         assert len(model.requests) == 4
         async with NexumClient(server.address) as nexum:

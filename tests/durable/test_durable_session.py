@@ -1,4 +1,4 @@
-"""`DurableSession`: a program that runs its agents itself; and what messages are called in every replay."""
+"""`DurableSession`: programs that run their agents themselves, and the ids and times of messages in replays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def said(text: str) -> list[UserMessage]:
     return [UserMessage(content=text, source="user")]
 
 
-async def test_a_model_client_by_itself_is_durable(server: Server) -> None:
+async def test_calls_of_bare_model_client_are_recorded(server: Server) -> None:
     async def program() -> list[str]:
         async with DurableSession("s", nexum=server.address):
             durable = named(client(model), "me")
@@ -44,7 +44,7 @@ async def test_a_model_client_by_itself_is_durable(server: Server) -> None:
         assert len(model.requests) == 2
 
 
-async def test_a_streamed_reply_is_recorded_before_its_last_piece(server: Server) -> None:
+async def test_streamed_reply_is_recorded_before_its_last_piece(server: Server) -> None:
     async def program(*, leave: bool) -> str:
         async with DurableSession("s", nexum=server.address):
             durable = named(client(model), "me")
@@ -62,7 +62,7 @@ async def test_a_streamed_reply_is_recorded_before_its_last_piece(server: Server
         assert len(model.requests) == 1
 
 
-async def test_agents_that_a_program_runs_by_itself_go_on_where_it_died(server: Server) -> None:
+async def test_program_that_runs_agents_itself_continues_after_crash(server: Server) -> None:
     done: list[str] = []
 
     def plain(text: str) -> str:
@@ -104,7 +104,7 @@ async def test_agents_that_a_program_runs_by_itself_go_on_where_it_died(server: 
     assert sorted(done) == ["a", "a", "b"]
 
 
-async def test_another_program_is_told_what_differs(server: Server) -> None:
+async def test_drift_error_names_the_difference(server: Server) -> None:
     async def program(question: str, *, ask: bool = True) -> None:
         async with DurableSession("s", nexum=server.address):
             if ask:
@@ -120,7 +120,7 @@ async def test_another_program_is_told_what_differs(server: Server) -> None:
         assert len(model.requests) == 1
 
 
-async def test_a_session_has_one_owner_and_one_use(server: Server) -> None:
+async def test_session_has_one_owner_and_is_entered_once(server: Server) -> None:
     with pytest.raises(InvalidRequest):
         DurableSession("not/an/id")
     session = DurableSession("s", nexum=server.address)
@@ -133,7 +133,7 @@ async def test_a_session_has_one_owner_and_one_use(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_replay_has_the_ids_and_times_of_the_first_run(server: Server, stream: bool) -> None:
+async def test_replay_has_ids_and_times_of_first_run(server: Server, stream: bool) -> None:
     def note() -> str:
         """Note it."""
         return "noted"
@@ -175,7 +175,7 @@ async def test_a_replay_has_the_ids_and_times_of_the_first_run(server: Server, s
         assert [message.id for message in again.messages] == ["my own", *(message.id for message in live.messages[1:])]
 
 
-async def test_other_sessions_and_other_programs_have_other_ids(server: Server) -> None:
+async def test_other_sessions_and_programs_have_other_ids(server: Server) -> None:
     def build(system: str = "Be brief.") -> AssistantAgent:
         return AssistantAgent("one", client(model), system_message=system)
 
@@ -191,7 +191,7 @@ async def test_other_sessions_and_other_programs_have_other_ids(server: Server) 
         assert await last_id("b", "s") == ids[2]
 
 
-async def test_what_a_session_makes_durable_has_the_same_transcript_again(server: Server) -> None:
+async def test_replay_has_same_transcript(server: Server) -> None:
     begun = datetime.now(timezone.utc)
 
     async def program() -> list[Any]:
@@ -212,7 +212,7 @@ async def test_what_a_session_makes_durable_has_the_same_transcript_again(server
         assert min(message["created_at"] for message in messages) >= begun
 
 
-async def test_what_agents_within_a_tool_stream_has_the_same_transcript_again(server: Server) -> None:
+async def test_streams_of_agents_in_tool_have_same_transcript_in_replay(server: Server) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
             return Reply(calls=[("crew", {"task": "help"})])
@@ -235,7 +235,7 @@ async def test_what_agents_within_a_tool_stream_has_the_same_transcript_again(se
         assert len(model.requests) == 5
 
 
-async def test_what_a_person_was_asked_has_the_same_transcript_again(server: Server) -> None:
+async def test_input_requests_have_same_transcript_in_replay(server: Server) -> None:
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([UserProxyAgent("user", input_func=lambda _: "go on")], max_turns=2)
 
@@ -248,7 +248,7 @@ async def test_what_a_person_was_asked_has_the_same_transcript_again(server: Ser
     assert len({*requests}) == 2
 
 
-def test_a_program_may_have_a_module_named_tools() -> None:
+def test_program_may_have_module_named_tools() -> None:
     code = (
         "import sys, durable_autogen; print({'tools', 'submit_task', 'workflow', 'models', 'worker'} & {*sys.modules})"
     )

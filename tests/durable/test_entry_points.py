@@ -1,4 +1,4 @@
-"""What a program calls is recorded wherever it is called from, and a session leaves nothing behind."""
+"""AutoGen's methods are recorded wherever they are called, and the last session restores them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def happened() -> list[str]:
-    """What was asked and done live."""
+    """The live calls and effects."""
     return []
 
 
@@ -124,8 +124,8 @@ async def test_agent_asks_client_kept_anywhere_once(
     assert len(happened) == 4
 
 
-async def test_create_that_a_mixin_brings_is_recorded(server: Server, happened: list[str]) -> None:
-    class Speaks:  # no AutoGen class
+async def test_create_method_of_mixin_is_recorded(server: Server, happened: list[str]) -> None:
+    class Speaks:  # not an AutoGen class
         async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
             happened.append("mixin")
             return reply()
@@ -163,7 +163,7 @@ async def test_cached_reply_and_usage_stay_as_client_gave_them(server: Server, h
     async def program() -> Any:
         store: Any = InMemoryStore()
         client = ChatCompletionCache(Scripted(happened), store)
-        # At once: the store gives out one object, which is a hit from the second time on.
+        # In parallel: the store returns one object, which counts as a hit from the second time on.
         return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
 
     live, hit, used = await twice(server, program, happened)
@@ -203,7 +203,7 @@ PIXEL = Image.from_base64(
     ],
 )
 @pytest.mark.parametrize("method", ["run", "run_json"])
-async def test_tool_called_directly_returns_its_value_again(
+async def test_directly_called_tool_returns_same_value_in_replay(
     server: Server, happened: list[str], value: Any, method: str
 ) -> None:
     def give(text: str) -> Any:
@@ -220,7 +220,7 @@ async def test_tool_called_directly_returns_its_value_again(
 
 
 class Declined(Exception):
-    """An error of the program's own, which can't be built from its text."""
+    """An error of the program that can't be built from its text."""
 
     def __init__(self, bank: str, code: int) -> None:
         super().__init__(f"declined by {bank}")
@@ -228,7 +228,7 @@ class Declined(Exception):
 
 
 @pytest.mark.parametrize("kind", [Declined, ValidationError, KeyError])
-async def test_error_of_tool_is_caught_by_its_type_again(
+async def test_tool_error_is_caught_by_its_type_in_replay(
     server: Server, happened: list[str], kind: type[Exception]
 ) -> None:
     def fail() -> None:
@@ -259,7 +259,7 @@ class News(BaseModel):
 
 
 class NewsTool(BaseStreamTool[NewsArguments, TextMessage, News]):
-    """Streams messages before its result."""
+    """A tool that streams messages before its result."""
 
     component_type = "tool"
 
@@ -355,7 +355,7 @@ async def test_tool_agent_calls_tools_once(server: Server, happened: list[str]) 
         to, schemas = AgentId("tools", "default"), [tool.schema for tool in tools]
         said = await tool_agent_caller_loop(runtime, to, model, list(QUESTION), schemas)
         await runtime.stop_when_idle()
-        # Python gives each run's calls other ids.
+        # The ids of the calls differ in each run.
         return [str(message.content) for message in said]
 
     await twice(server, program, happened)
@@ -407,7 +407,7 @@ async def test_memory_is_asked_once(server: Server, happened: list[str]) -> None
 
 
 class Executor(CodeExecutor):
-    """Runs nothing, and says that it did."""
+    """An executor that notes the code instead of running it."""
 
     component_type = "code_executor"
     component_config_schema = BaseModel
@@ -459,7 +459,7 @@ async def test_person_behind_own_get_input_is_asked_once(server: Server, happene
 
 
 class Drawn(TerminationCondition):
-    """Draws lots in its own `__call__`; asks a model, if it has one."""
+    """A condition that decides by chance, or by a model if it has one."""
 
     def __init__(self, model: Scripted | None = None) -> None:
         self.model, self.over = model, False
@@ -478,7 +478,7 @@ class Drawn(TerminationCondition):
 
 
 def pressed() -> TerminationCondition:
-    """A stop button that a callback presses after a while."""
+    """An external termination that a callback sets after a while."""
     button = ExternalTermination()
     asyncio.get_running_loop().call_later(0.05, button.set)
     return button
@@ -495,7 +495,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
-async def test_condition_that_follows_from_no_message_stops_a_replay_at_the_same_message(
+async def test_condition_without_messages_stops_replay_at_same_message(
     server: Server, happened: list[str], condition: Callable[[list[str]], TerminationCondition]
 ) -> None:
     async def program() -> TaskResult:
@@ -532,7 +532,7 @@ async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server, hap
     assert happened == (["model", "noted", *["model"] * 3]) * 2
 
 
-async def test_sessions_at_once_in_one_loop_do_not_meet(server: Server, happened: list[str]) -> None:
+async def test_parallel_sessions_in_one_loop_stay_separate(server: Server, happened: list[str]) -> None:
     ids = {f"s{number}": new_session() for number in range(4)}
 
     async def one(name: str) -> Any:
@@ -553,7 +553,7 @@ async def test_sessions_at_once_in_one_loop_do_not_meet(server: Server, happened
     assert happened == before
 
 
-async def test_session_inside_recorded_tool_is_a_session_of_its_own(server: Server, happened: list[str]) -> None:
+async def test_session_inside_recorded_tool_is_separate(server: Server, happened: list[str]) -> None:
     own = new_session()
 
     async def inner() -> Any:
@@ -573,7 +573,7 @@ async def test_session_inside_recorded_tool_is_a_session_of_its_own(server: Serv
     assert happened == ["model", "delegated", "inner"]
 
 
-async def test_tasks_that_ask_in_another_order_get_their_own_replies(server: Server, happened: list[str]) -> None:
+async def test_tasks_that_ask_in_other_order_get_their_replies(server: Server, happened: list[str]) -> None:
     async def ask(name: str) -> str:
         messages = [QUESTION[0].model_copy(update={"content": f"for {name}"})]
         return str((await Scripted(happened).create(messages)).content)
@@ -588,12 +588,10 @@ async def test_tasks_that_ask_in_another_order_get_their_own_replies(server: Ser
         await twice(server, program, happened)
 
 
-# ---- Where it can't be recorded --------------------------------------------------------------------------------------
+# ---- NotDurable ------------------------------------------------------------------------------------------------------
 
 
-async def test_thread_with_own_event_loop_is_refused_in_words_and_allowed_in_a_tool(
-    server: Server, happened: list[str]
-) -> None:
+async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(server: Server, happened: list[str]) -> None:
     def ask() -> str:
         return asyncio.run(asked(Scripted(happened, name="threaded")))
 
@@ -623,7 +621,7 @@ async def test_thread_with_own_event_loop_is_refused_in_words_and_allowed_in_a_t
     assert happened == ["model", "threaded"]
 
 
-async def test_call_after_session_end_is_refused_in_words(server: Server, happened: list[str]) -> None:
+async def test_call_after_session_end_raises_not_durable(server: Server, happened: list[str]) -> None:
     over = asyncio.Event()
     late: list[asyncio.Task[str]] = []
 
@@ -643,7 +641,7 @@ async def test_call_after_session_end_is_refused_in_words(server: Server, happen
     assert happened == ["model"]
 
 
-# ---- Nothing is left behind ------------------------------------------------------------------------------------------
+# ---- Restored methods ------------------------------------------------------------------------------------------------
 
 WRAPPED = (
     Scripted,
@@ -659,7 +657,7 @@ WRAPPED = (
 
 
 def everything() -> dict[str, Any]:
-    """What a session wraps, as it is now."""
+    """Return the current methods that a session wraps."""
     found: dict[str, Any] = {"input": input, "submit": ThreadPoolExecutor.submit, "start": threading.Thread.start}
     for kind in WRAPPED:
         for one in kind.__mro__[:-1]:
@@ -667,7 +665,7 @@ def everything() -> dict[str, Any]:
     return found
 
 
-async def test_nothing_is_left_behind_after_the_last_session(server: Server, happened: list[str]) -> None:
+async def test_last_session_restores_all_methods(server: Server, happened: list[str]) -> None:
     before = everything()
     first = DurableSession(new_session(), nexum=server.address)
     await first.__aenter__()
@@ -688,7 +686,7 @@ def note(text: str, times: int = 1) -> str:
     return text * times
 
 
-async def test_objects_are_the_same_within_a_session_as_outside(server: Server, happened: list[str]) -> None:
+async def test_session_leaves_objects_unchanged(server: Server, happened: list[str]) -> None:
     def looks() -> list[Any]:
         client = OpenAIChatCompletionClient(model="gpt-4o", api_key="k")
         tool = FunctionTool(note, "Note it.")
@@ -717,7 +715,7 @@ async def test_objects_are_the_same_within_a_session_as_outside(server: Server, 
     assert await inside(server, lambda: asyncio.sleep(0, looks()), new_session()) == outside
 
 
-async def test_class_defined_within_a_session_is_recorded(server: Server, happened: list[str]) -> None:
+async def test_class_defined_in_session_is_recorded(server: Server, happened: list[str]) -> None:
     async def program() -> Any:
         class Defined(Scripted):
             async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:

@@ -22,6 +22,8 @@ from autogen_core.models import ChatCompletionClient, UserMessage
 from autogen_core.tools import StaticWorkbench, ToolResult, ToolSchema, Workbench
 from durable_agents import (
     TIMEOUT,
+    Failing,
+    Offline,
     Own,
     agent,
     answer,
@@ -42,17 +44,17 @@ from support.models.live import LiveModel
 
 
 class Flaky(Exception):
-    """The model's own."""
+    """An error of the model client."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(f"{why} ({status})")
         self.status = status
 
 
-async def test_a_failure_that_the_program_survives_is_replayed_as_that_failure(server: Server) -> None:
+async def test_survived_failure_is_replayed(server: Server) -> None:
     seen: list[tuple[type[BaseException], str, object]] = []
 
-    class Failing(LiveModel):
+    class FailsTwice(LiveModel):
         async def create(self, *args: Any, **more: Any) -> Any:
             if len(tried) < 2:
                 tried.append(1)
@@ -71,7 +73,7 @@ async def test_a_failure_that_the_program_survives_is_replayed_as_that_failure(s
                     seen.append((type(error), str(error), error.status))
 
         own = Own("own", again_and_again)
-        own.llm = Failing(vendor="v", model="m", base_url=model.base_url, api_key="k")  # type: ignore[attr-defined]
+        own.llm = FailsTwice(vendor="v", model="m", base_url=model.base_url, api_key="k")  # type: ignore[attr-defined]
         return own
 
     with OpenAIServer(lambda _: answer("yes")) as model:
@@ -83,7 +85,7 @@ async def test_a_failure_that_the_program_survives_is_replayed_as_that_failure(s
         assert len(model.requests) == 1
 
 
-async def test_a_failure_of_an_agent_that_is_a_tool_is_replayed(server: Server) -> None:
+async def test_failure_of_agent_tool_is_replayed(server: Server) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "helper":
             return Reply(status=400)
@@ -102,7 +104,7 @@ async def test_a_failure_of_an_agent_that_is_a_tool_is_replayed(server: Server) 
         assert len(model.requests) == asked
 
 
-async def test_a_failure_that_ends_the_run_is_asked_again_although_others_went_on(server: Server) -> None:
+async def test_failure_that_ended_run_is_retried_although_other_agents_continued(server: Server) -> None:
     failing = True
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -134,12 +136,12 @@ async def test_a_failure_that_ends_the_run_is_asked_again_although_others_went_o
         assert texts(await run(server, build)) == texts(first)
         asked = [request.body["model"] for request in model.requests]
     assert asked.count("a") == 1
-    assert asked.count("c") == 2  # its second reply came after the failure of b, and counts
+    assert asked.count("c") == 2  # its second reply, recorded after b's failure, is kept
     assert asked.count("d") == 1
 
 
 class EndsBadly(Workbench):
-    """A workbench of one's own whose call ends as no call should."""
+    """A custom workbench whose call raises an unusual exception."""
 
     component_type = "workbench"
 
@@ -171,7 +173,7 @@ class EndsBadly(Workbench):
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(), ValueError("no")])
-async def test_however_a_workbench_ends_it_is_a_recorded_failure(server: Server, error: BaseException) -> None:
+async def test_workbench_that_raises_anything_is_recorded_failure(server: Server, error: BaseException) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         return answer("end") if is_after_a_tool(body) else Reply(calls=[("end", {})])
 
@@ -189,11 +191,11 @@ async def test_however_a_workbench_ends_it_is_a_recorded_failure(server: Server,
 
 
 class Hopeless(BaseException):
-    """What nobody expects."""
+    """An exception that is no Exception."""
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless] if sys.version_info >= (3, 11) else [Hopeless])
-async def test_whatever_ends_an_agent_of_ones_own_is_an_error_and_no_hang(
+async def test_custom_agent_that_raises_anything_ends_run_with_error(
     server: Server, error: type[BaseException]
 ) -> None:
     async def ends(_: str) -> str:
@@ -204,7 +206,7 @@ async def test_whatever_ends_an_agent_of_ones_own_is_an_error_and_no_hang(
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless])
-async def test_a_workbench_that_can_not_list_its_tools_is_an_error_and_no_hang(
+async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
     server: Server, error: type[BaseException]
 ) -> None:
     class Unlisted(StaticWorkbench):
@@ -220,7 +222,7 @@ async def test_a_workbench_that_can_not_list_its_tools_is_an_error_and_no_hang(
         assert not model.requests
 
 
-async def test_a_tool_in_a_thread_that_finds_nothing_is_an_error_and_no_hang(server: Server) -> None:
+async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: Server) -> None:
     def look() -> str:
         """Look."""
         return next(row for row in ("a", "b") if row == "c")
@@ -236,32 +238,15 @@ async def test_a_tool_in_a_thread_that_finds_nothing_is_an_error_and_no_hang(ser
         assert len(model.requests) == 2
 
 
-async def test_half_a_surrogate_pair_in_a_reply_is_replaced_and_not_paid_for_again(server: Server) -> None:
+async def test_half_surrogate_pair_in_reply_is_replaced(server: Server) -> None:
     with OpenAIServer(lambda _: Reply("a\ud83d")) as model:
         for _ in range(2):
             assert texts(await run(server, lambda: agent(model, "one")))[-1] == "a\ufffd"
         assert len(model.requests) == 1
 
 
-class Offline(Exception):
-    """What every failing client here says."""
-
-
-class Scripted(LiveModel):
-    """Fails as long as `fails` says so."""
-
-    def __init__(self, model: OpenAIServer, name: str, fails: Callable[[], Exception | None]) -> None:
-        super().__init__(vendor="v", model=name, base_url=model.base_url, api_key="k")
-        self.fails = fails
-
-    async def create(self, *args: Any, **more: Any) -> Any:
-        if (error := self.fails()) is not None:
-            raise error
-        return await super().create(*args, **more)
-
-
 class Caller(Own):
-    """Asks its model through a function of its own."""
+    """A custom agent that asks its model itself."""
 
     llm: ChatCompletionClient
 
@@ -285,7 +270,7 @@ def fan(middle: Sequence[Any], first: Any, last: Any) -> GraphFlow:
     return GraphFlow([first, *middle, last], builder.build())
 
 
-async def test_a_survived_failure_is_not_taken_for_one_of_the_same_words(server: Server) -> None:
+async def test_survived_failure_is_kept_if_later_failure_has_same_text(server: Server) -> None:
     broken = True
 
     async def falls_back(own: Caller) -> str:
@@ -295,9 +280,9 @@ async def test_a_survived_failure_is_not_taken_for_one_of_the_same_words(server:
             return "from the cache"
 
     def build() -> RoundRobinGroupChat:
-        one = caller("one", Scripted(model, "one", lambda: Offline("Connection error.")), falls_back)
+        one = caller("one", Failing(model, "one", lambda: Offline("Connection error.")), falls_back)
         three = caller(
-            "three", Scripted(model, "three", lambda: Offline("Connection error.") if broken else None), Caller.ask
+            "three", Failing(model, "three", lambda: Offline("Connection error.") if broken else None), Caller.ask
         )
         return RoundRobinGroupChat([one, agent(model, "two"), three], max_turns=3)
 
@@ -311,7 +296,7 @@ async def test_a_survived_failure_is_not_taken_for_one_of_the_same_words(server:
         assert [request.body["model"] for request in model.requests] == ["two", "three"]
 
 
-async def test_a_failure_that_is_raised_after_others_were_heard_is_asked_again(server: Server) -> None:
+async def test_failure_raised_after_other_results_is_retried(server: Server) -> None:
     failures = [Offline("no")]
 
     async def all_or_nothing(own: Caller) -> str:
@@ -322,7 +307,7 @@ async def test_a_failure_that_is_raised_after_others_were_heard_is_asked_again(s
         return " | ".join(map(str, found))
 
     def build() -> Caller:
-        return caller("one", Scripted(model, "m", lambda: failures.pop() if failures else None), all_or_nothing)
+        return caller("one", Failing(model, "m", lambda: failures.pop() if failures else None), all_or_nothing)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         with pytest.raises(Offline):
@@ -332,7 +317,7 @@ async def test_a_failure_that_is_raised_after_others_were_heard_is_asked_again(s
         assert len(model.requests) == 3
 
 
-async def test_who_gave_up_while_others_went_on_tries_again(server: Server) -> None:
+async def test_agent_that_failed_while_others_continued_is_retried(server: Server) -> None:
     broken = True
     heard = asyncio.Event()
 
@@ -351,7 +336,7 @@ async def test_who_gave_up_while_others_went_on_tries_again(server: Server) -> N
         return answer(body["model"])
 
     def build() -> GraphFlow:
-        b = caller("b", Scripted(model, "b", lambda: Offline("busy") if broken else None), three_times)
+        b = caller("b", Failing(model, "b", lambda: Offline("busy") if broken else None), three_times)
         return fan([b, agent(model, "c")], agent(model, "a"), agent(model, "d"))
 
     loop = asyncio.get_running_loop()
@@ -366,7 +351,7 @@ async def test_who_gave_up_while_others_went_on_tries_again(server: Server) -> N
     assert sorted(asked) == ["a", "b", "c", "d"]
 
 
-async def test_a_failure_is_asked_again_although_another_branch_was_at_work_for_long(server: Server) -> None:
+async def test_failure_is_retried_although_other_branch_worked_longer(server: Server) -> None:
     failures = [Offline("busy")]
 
     async def works(_: str) -> str:
@@ -374,7 +359,7 @@ async def test_a_failure_is_asked_again_although_another_branch_was_at_work_for_
         return "worked"
 
     def build() -> GraphFlow:
-        b = caller("b", Scripted(model, "b", lambda: failures.pop() if failures else None), Caller.ask)
+        b = caller("b", Failing(model, "b", lambda: failures.pop() if failures else None), Caller.ask)
         return fan([b, Own("c", works)], agent(model, "a"), agent(model, "d"))
 
     with OpenAIServer(lambda body: answer(body["model"])) as model:
@@ -385,7 +370,7 @@ async def test_a_failure_is_asked_again_although_another_branch_was_at_work_for_
         assert sorted(request.body["model"] for request in model.requests) == ["a", "b", "d"]
 
 
-async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Server) -> None:
+async def test_finished_session_replays_failure_at_its_end(server: Server) -> None:
     tried: list[int] = []
 
     def failing() -> Exception:
@@ -394,7 +379,7 @@ async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Serv
 
     async def program() -> str:
         async with DurableSession("s", nexum=server.address):
-            llm = named(Scripted(model, "m", failing), "one")
+            llm = named(Failing(model, "m", failing), "one")
             with pytest.raises(Offline):
                 await llm.create([UserMessage(content="one", source="user")])
         return "done"
@@ -404,7 +389,7 @@ async def test_a_finished_session_replays_a_failure_at_its_very_end(server: Serv
     assert tried == [1]
 
 
-async def test_an_error_of_the_programs_own_is_the_one_that_is_told(server: Server) -> None:
+async def test_programs_own_error_is_raised_unchanged(server: Server) -> None:
     async def survives(own: Caller) -> str:
         try:
             return await own.ask()
@@ -415,7 +400,7 @@ async def test_an_error_of_the_programs_own_is_the_one_that_is_told(server: Serv
         raise ValueError("the real problem")
 
     def build() -> RoundRobinGroupChat:
-        one = caller("one", Scripted(model, "m", TimeoutError), survives)
+        one = caller("one", Failing(model, "m", TimeoutError), survives)
         return RoundRobinGroupChat([one, agent(model, "two"), Own("three", bug)], max_turns=3)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
@@ -426,7 +411,7 @@ async def test_an_error_of_the_programs_own_is_the_one_that_is_told(server: Serv
 
 
 class Stated(Exception):
-    """With a constructor, a status and a text of its own."""
+    """An error with its own constructor, status and text."""
 
     def __init__(self, status: int, *, why: str) -> None:
         super().__init__()
@@ -457,7 +442,7 @@ FAILURES: list[Exception] = [
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-async def test_a_failure_comes_back_as_its_own_class(server: Server, error: Exception) -> None:
+async def test_replayed_failure_has_its_class(server: Server, error: Exception) -> None:
     seen: list[tuple[str, object, object]] = []
     failures = [error]
 
@@ -469,7 +454,7 @@ async def test_a_failure_comes_back_as_its_own_class(server: Server, error: Exce
         return await own.ask()
 
     def build() -> Caller:
-        return caller("one", Scripted(model, "m", lambda: failures.pop() if failures else None), tries_again)
+        return caller("one", Failing(model, "m", lambda: failures.pop() if failures else None), tries_again)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         first = await run(server, build)
@@ -478,7 +463,7 @@ async def test_a_failure_comes_back_as_its_own_class(server: Server, error: Exce
     assert seen == [seen[0]] * 2
 
 
-async def test_a_failure_within_a_team_that_is_a_tool_reads_the_same_in_a_replay(server: Server) -> None:
+async def test_failure_in_team_tool_has_same_text_in_replay(server: Server) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "inner":
             return Reply(status=400)
@@ -495,7 +480,7 @@ async def test_a_failure_within_a_team_that_is_a_tool_reads_the_same_in_a_replay
         assert len(model.requests) == asked
 
 
-async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -> None:
+async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -> None:
     def note(text: str) -> str:
         """Note it."""
         return f"noted {text} {random.random()}"
@@ -524,7 +509,7 @@ async def test_agents_that_share_a_name_do_not_mix_their_calls(server: Server) -
         assert len(model.requests) == 10
 
 
-async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flight(
+async def test_slow_branch_is_no_drift_while_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
@@ -562,7 +547,7 @@ async def test_a_branch_that_takes_its_time_is_no_drift_while_a_call_was_in_flig
         assert texts(await run(server, build)) == texts(first)
 
 
-async def test_a_time_limit_ends_a_team_that_makes_no_call(server: Server) -> None:
+async def test_timeout_ends_team_without_calls(server: Server) -> None:
     async def waits(_: str) -> str:
         await asyncio.sleep(0.2)
         return "on"
@@ -576,7 +561,7 @@ async def test_a_time_limit_ends_a_team_that_makes_no_call(server: Server) -> No
     assert texts(await run(server, build)) == texts(first)
 
 
-async def test_a_stop_that_comes_during_a_replay_stops_what_comes_after_it(server: Server) -> None:
+async def test_stop_during_replay_stops_live_part(server: Server) -> None:
     stop = ExternalTermination()
 
     def build(turns: int) -> RoundRobinGroupChat:

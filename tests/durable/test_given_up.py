@@ -1,4 +1,4 @@
-"""A call that the program gives up is on record with what the program got of it, and is given up again by a replay."""
+"""Given-up calls are recorded with the pieces that the program got, and given up again in a replay."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def happened() -> list[str]:
-    """What was asked and done live."""
+    """The live calls and effects."""
     return []
 
 
 async def hangs() -> str:
-    """What a model does that never answers."""
+    """Wait for ever, as a model that never answers."""
     await asyncio.Event().wait()
     return "never"
 
@@ -50,13 +50,13 @@ class Nothing(BaseModel):
 
 
 class Said(BaseModel):
-    """What a tool answers."""
+    """A tool's answer."""
 
     words: str
 
 
 class Pieces(Scripted):
-    """Streams its script piece by piece. An error is raised there; an async function is awaited there."""
+    """A model that streams its script. It raises the script's errors and awaits its async functions."""
 
     async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[str | CreateResult, None]:
         self.happened.append(self.name)
@@ -73,7 +73,7 @@ class Pieces(Scripted):
 
 
 async def said_until(stop: str, client: ChatCompletionClient) -> str:
-    """Read a stream, and leave it at a word."""
+    """Return a stream's text up to a word; leave the stream there."""
     said = ""
     async for piece in client.create_stream(QUESTION):
         if isinstance(piece, str):
@@ -84,7 +84,7 @@ async def said_until(stop: str, client: ChatCompletionClient) -> str:
 
 
 def by(act: Callable[[], Awaitable[str]], happened: list[str], turns: int = 2) -> RoundRobinGroupChat:
-    """A team of an agent that acts so, and one that asks a model after it."""
+    """Return a team of an agent that calls `act`, and an agent that then asks a model."""
     return RoundRobinGroupChat(
         [Own("hasty", lambda _: act()), AssistantAgent("next", Scripted(happened, name="next"))], max_turns=turns
     )
@@ -92,7 +92,7 @@ def by(act: Callable[[], Awaitable[str]], happened: list[str], turns: int = 2) -
 
 @pytest.mark.parametrize("then", ["the stream hangs", "the stream is over"])
 @pytest.mark.parametrize("turns", [1, 2])
-async def test_agent_that_leaves_its_stream_gets_the_same_pieces_again(
+async def test_agent_that_leaves_stream_gets_same_pieces_in_replay(
     server: Server, happened: list[str], then: str, turns: int
 ) -> None:
     async def act() -> str:
@@ -109,7 +109,7 @@ async def test_agent_that_leaves_its_stream_gets_the_same_pieces_again(
 
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("what", ["model", "tool", "own stream"])
-async def test_call_given_up_by_wait_for_is_given_up_again(
+async def test_call_cancelled_by_wait_for_is_cancelled_in_replay(
     server: Server, happened: list[str], turns: int, what: str
 ) -> None:
     async def act() -> str:
@@ -141,7 +141,7 @@ async def test_call_given_up_by_wait_for_is_given_up_again(
     assert happened == []
 
 
-async def test_loser_of_a_race_is_cancelled_again(server: Server, happened: list[str]) -> None:
+async def test_loser_of_race_is_cancelled_in_replay(server: Server, happened: list[str]) -> None:
     async def program() -> list[str]:
         said = []
         for number in range(3):
@@ -164,7 +164,7 @@ async def test_loser_of_a_race_is_cancelled_again(server: Server, happened: list
 
 
 class Retrying(Own):
-    """Asks again when its stream breaks; every attempt is streamed under a message id of its own."""
+    """An agent that retries when its stream breaks. Each attempt has its own message id."""
 
     def __init__(self, client: ChatCompletionClient) -> None:
         super().__init__("retrying", lambda _: asked(client))
@@ -185,7 +185,7 @@ class Retrying(Own):
         yield Response(chat_message=TextMessage(content=f"{said} {tried}", source=self.name, id=message))
 
 
-async def test_broken_stream_that_is_tried_again_has_the_same_message_ids(server: Server, happened: list[str]) -> None:
+async def test_retried_stream_has_same_message_ids_in_replay(server: Server, happened: list[str]) -> None:
     async def program() -> list[tuple[str, str | None]]:
         broken = ConnectionError(word())
         script = ["one ", "two ", broken, broken, "three ", "four ", broken, word(), None, word()]
@@ -200,20 +200,18 @@ async def test_broken_stream_that_is_tried_again_has_the_same_message_ids(server
 
     found = await twice(server, program, happened)
     assert len(happened) == 5
-    # The task, three attempts that streamed something in the first turn, and one in the second.
+    # The task, three attempts with pieces in the first turn, and one in the second.
     assert len({message for _, message in found}) == 5
     assert [said for said, _ in found if said in ("one ", "three ")] == ["one ", "three "]
 
 
-async def test_call_left_running_at_session_end_does_not_hold_it_up_and_is_not_asked_again(
-    server: Server, happened: list[str]
-) -> None:
+async def test_call_left_running_at_session_end_is_given_up(server: Server, happened: list[str]) -> None:
     left: list[asyncio.Task[str]] = []
 
     async def program() -> str:
         left.append(asyncio.create_task(asked(Scripted(happened, hangs, name="left"))))
         said = await asked(Scripted(happened, name="last"))
-        await asyncio.sleep(0.1)  # the program's own work, within which a replay would ask again
+        await asyncio.sleep(0.1)  # a replay would call again in this time
         return said
 
     await asyncio.wait_for(twice(server, program, happened), TIMEOUT)
@@ -223,7 +221,7 @@ async def test_call_left_running_at_session_end_does_not_hold_it_up_and_is_not_a
 
 
 @pytest.mark.parametrize("is_team", [True, False])
-async def test_cancelled_session_records_nothing_as_given_up_and_asks_again(
+async def test_cancelled_session_records_no_given_up_call_and_retries(
     server: Server, happened: list[str], is_team: bool
 ) -> None:
     begun = asyncio.Event()
@@ -239,13 +237,13 @@ async def test_cancelled_session_records_nothing_as_given_up_and_asks_again(
         return f"{first} {await asked(Scripted(happened, answers, name='second'))}"
 
     async def program() -> Any:
-        # Not the team's own `run`: cancelled, it waits for its agent for ever.
+        # Without the team's own `run`: if cancelled, it waits for its agent for ever.
         return plain(await run(server, lambda: by(act, happened), session=session)) if is_team else await alone()
 
     async def alone() -> Any:
         return await inside(server, act, session)
 
-    for number in range(2):  # the second replays, and is cancelled at the same call
+    for number in range(2):  # the second run replays, and is cancelled at the same call
         begun.clear()
         running = asyncio.create_task(program())
         await asyncio.wait_for(begun.wait(), TIMEOUT)
@@ -261,11 +259,9 @@ async def test_cancelled_session_records_nothing_as_given_up_and_asks_again(
     assert happened == expected
 
 
-async def test_call_with_a_token_that_is_cancelled_already_is_for_the_tool_to_answer(
-    server: Server, happened: list[str]
-) -> None:
+async def test_tool_answers_call_with_already_cancelled_token(server: Server, happened: list[str]) -> None:
     class Careful(BaseTool[Nothing, Said]):
-        """Answers although it is cancelled, as AutoGen's command-line executor does."""
+        """Return an answer although the token is cancelled, as AutoGen's command-line executor does."""
 
         def __init__(self) -> None:
             super().__init__(Nothing, Said, "careful", "Answers.")

@@ -26,7 +26,7 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_killed_run_goes_on_as_the_same_run(killing: Bench, shape: str) -> None:
+def test_killed_run_resumes_to_same_result(killing: Bench, shape: str) -> None:
     hit = 0
     for number in range(MAX_RUNS):
         options = ["--stream"] if number % 3 == 2 else []
@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_as_the_same_run(killing: Bench, shape: str) -> Non
     raise AssertionError(f"only {hit} of {MAX_RUNS} runs were hit")
 
 
-def test_it_runs_as_the_script_that_the_docs_name(tmp_path: Path) -> None:
+def test_durable_runs_script_prints_help(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tests" / "durable_runs.py"), "--help"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)

@@ -26,12 +26,12 @@ pytest.importorskip("mcp")
 
 @contextmanager
 def mcp_server(log: Path, transport: str) -> Iterator[Any]:
-    """An MCP server behind this transport; how a workbench reaches it."""
+    """Start an MCP server with this transport; yield the parameters that a workbench needs."""
     from autogen_ext.tools.mcp import SseServerParams, StdioServerParams, StreamableHttpServerParams
 
     program = [str(ROOT / "tests" / "programs" / "mcp_server.py"), str(log)]
     if transport == "stdio":
-        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes little of its environment on
+        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes only a part of its environment on
         yield StdioServerParams(command=sys.executable, args=program, env=env)
         return
     with socket.socket() as probe:
@@ -57,7 +57,7 @@ def mcp_server(log: Path, transport: str) -> Iterator[Any]:
 
 @pytest.mark.parametrize("transport", ["stdio", "sse", "http"])
 @pytest.mark.parametrize("is_opened_inside", [False, True])
-async def test_an_mcp_tool_is_executed_once_and_its_failure_replayed_as_it_was(
+async def test_mcp_tool_is_executed_once_and_its_failure_is_replayed(
     server: Server, tmp_path: Path, transport: str, is_opened_inside: bool
 ) -> None:
     from autogen_ext.tools.mcp import McpWorkbench

@@ -28,7 +28,7 @@ from durable_autogen import run_durable_stream
 from support.models.live import LiveModel
 
 
-async def test_what_the_program_has_set_in_its_own_message_stays(server: Server) -> None:
+async def test_values_set_by_program_in_message_are_kept(server: Server) -> None:
     made = datetime(2020, 1, 2, tzinfo=timezone.utc)
 
     def build() -> AssistantAgent:
@@ -45,7 +45,7 @@ async def test_what_the_program_has_set_in_its_own_message_stays(server: Server)
         assert [one.model_dump() for one in results] == [results[0].model_dump()] * 3
 
 
-async def test_a_piece_of_a_message_that_has_no_name_gets_none(server: Server) -> None:
+async def test_chunk_without_message_id_gets_none(server: Server) -> None:
     class Pieces(Own):
         async def on_messages_stream(
             self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
@@ -62,7 +62,7 @@ async def test_a_piece_of_a_message_that_has_no_name_gets_none(server: Server) -
 
 
 class Streaming(LiveModel):
-    """Streams what is not in its reply."""
+    """A model that streams pieces which its reply lacks."""
 
     async def create_stream(self, *args: Any, **more: Any) -> AsyncGenerator[str | CreateResult, None]:
         for piece in ("hm", "so"):
@@ -70,7 +70,7 @@ class Streaming(LiveModel):
         yield await self.create(*args, **more)
 
 
-async def test_messages_have_the_same_names_again_where_fewer_pieces_announce_them(server: Server) -> None:
+async def test_messages_keep_ids_with_fewer_streamed_pieces(server: Server) -> None:
     def note() -> str:
         """Note it."""
         return "noted"

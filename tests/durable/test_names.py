@@ -1,4 +1,4 @@
-"""How agents and calls are named on record, and what a prompt is compared by."""
+"""The recorded names of agents and calls, and added messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 
 
-async def test_two_agents_of_one_name_have_two_places_in_the_record(server: Server) -> None:
+async def test_two_agents_of_one_name_have_two_recorded_names(server: Server) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and not is_after_a_tool(body):
             return Reply(calls=[("crew_one", {"task": "a"}), ("crew_two", {"task": "b"})])
@@ -56,7 +56,7 @@ async def test_two_agents_of_one_name_have_two_places_in_the_record(server: Serv
         assert len(model.requests) == 6
 
 
-async def test_agents_of_one_name_that_work_at_once_do_not_mix(server: Server) -> None:
+async def test_parallel_agents_of_one_name_keep_their_calls_separate(server: Server) -> None:
     def build() -> Own:
         async def both(_: str) -> str:
             found = await asyncio.gather(*(one.run(task=str(n)) for n, one in enumerate(own.writers)))  # type: ignore[attr-defined]
@@ -86,13 +86,13 @@ async def test_agents_of_one_name_that_work_at_once_do_not_mix(server: Server) -
 
 @dataclass
 class Kept:
-    """Where a program may keep what it calls."""
+    """An object in which a program keeps its client."""
 
     deeper: dict[str, list[ChatCompletionClient]] = field(default_factory=dict)
 
 
 @pytest.mark.parametrize("place", ["list", "dict", "object"])
-async def test_clients_and_agents_are_found_wherever_an_agent_keeps_them(server: Server, place: str) -> None:
+async def test_clients_and_agents_are_recorded_wherever_agent_keeps_them(server: Server, place: str) -> None:
     def build() -> Own:
         async def ask(said: str) -> str:
             kept: Any = own
@@ -117,7 +117,7 @@ async def test_clients_and_agents_are_found_wherever_an_agent_keeps_them(server:
         assert len(model.requests) == 2
 
 
-async def test_a_run_that_records_nothing_says_so(server: Server) -> None:
+async def test_run_without_recorded_calls_is_reported(server: Server) -> None:
     async def nothing(_: str) -> str:
         return "said by itself"
 
@@ -126,7 +126,7 @@ async def test_a_run_that_records_nothing_says_so(server: Server) -> None:
     assert "nothing was recorded" in lines[-1]
 
 
-async def test_one_team_is_in_one_run_at_a_time(server: Server) -> None:
+async def test_second_run_of_running_team_is_refused(server: Server) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
@@ -149,7 +149,7 @@ async def test_one_team_is_in_one_run_at_a_time(server: Server) -> None:
 
 
 def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
-    """An agent whose replies have asked for these calls, each an id and a name."""
+    """Return an agent's state after replies that asked for these calls, each an id and a name."""
     found = Asker()
     for calls in asked:
         content = [FunctionCall(id=id, name=name, arguments="{}") for id, name in calls]
@@ -162,29 +162,29 @@ def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
 @pytest.mark.parametrize(
     ("asked", "calls", "places"),
     [
-        # Two of one name, made in the other order.
+        # Two calls of one name, made in reverse order.
         ([[("1", "note"), ("2", "note")]], [("2", "note"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
-        # Ids that begin anew with each reply, and a call that nobody made.
+        # Ids that start again with each reply, and a call that was never made.
         ([[("1", "note"), ("2", "look")], [("1", "note")]], [("1", "note"), ("2", "look")], ["2/tool/1", "1/tool/2"]),
         # No ids at all.
         ([[("", "look"), ("", "note"), ("", "note")]], [("", "note")] * 2, ["1/tool/2", "1/tool/3"]),
         ([[("1", "note"), ("2", "note")]], [(None, "note")] * 2, ["1/tool/1", "1/tool/2"]),
         ([[("", "note")], [("", "note")]], [("", "note")] * 2, ["2/tool/1", "1/tool/1"]),
-        # An id that is another call's.
+        # The id of another call.
         ([[("1", "note"), ("1", "look")]], [("1", "look"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
-        # What no reply has asked for.
+        # A call that no reply asked for.
         ([[("1", "note")], [("1", "note"), ("2", "note")]], [("3", "look")] * 2, ["2/tool/3", "2/tool/4"]),
         ([], [("1", "look")] * 2, ["0/tool/1", "0/tool/2"]),
     ],
 )
-def test_a_tool_call_stands_with_the_reply_that_asked_for_it(
+def test_tool_call_has_position_of_reply_that_asked_for_it(
     asked: list[list[tuple[str, str]]], calls: list[tuple[str | None, str]], places: list[str]
 ) -> None:
     agents = replies(*asked)
     assert [agents.position_of_call(*call) for call in calls] == [f"reply/{place}" for place in places]
 
 
-async def test_what_the_user_has_added_keeps_its_order_where_the_agent_forgets(server: Server) -> None:
+async def test_added_messages_keep_order_if_agent_forgets_messages(server: Server) -> None:
     async def program(name: str) -> None:
         async with DurableSession(name, nexum=server.address):
             llm = named(client(model), "a")
@@ -202,7 +202,7 @@ async def test_what_the_user_has_added_keeps_its_order_where_the_agent_forgets(s
         assert prompts == [*("1", "12", "123", "4"), *("12A", "12A3", "4A"), *("12A3B", "4AB")]
 
 
-async def test_what_the_user_has_added_is_said_to_another_program_from_its_beginning(server: Server) -> None:
+async def test_added_message_reaches_another_program_from_its_beginning(server: Server) -> None:
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model, "a")], max_turns=2)
 

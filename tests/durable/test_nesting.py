@@ -1,4 +1,4 @@
-"""Calls within recorded calls, and beside them."""
+"""Calls inside recorded calls, and calls in parallel with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen import DriftError, DurableSession
 
 
-async def test_what_a_tool_asks_for_is_part_of_its_result(server: Server) -> None:
+async def test_model_call_of_tool_is_part_of_its_result(server: Server) -> None:
     def build() -> Own:
         async def digest(text: str) -> str:
             """Digest it."""
@@ -58,9 +58,7 @@ async def test_what_a_tool_asks_for_is_part_of_its_result(server: Server) -> Non
 
 
 @pytest.mark.parametrize("is_slow_first", [True, False])
-async def test_members_of_a_graph_end_in_the_recorded_order_whatever_they_wait_for(
-    server: Server, is_slow_first: bool
-) -> None:
+async def test_graph_members_end_turns_in_recorded_order(server: Server, is_slow_first: bool) -> None:
     pause = 0.0
 
     async def read(_: str) -> str:
@@ -89,7 +87,7 @@ async def test_members_of_a_graph_end_in_the_recorded_order_whatever_they_wait_f
         assert len(model.requests) == 3
 
 
-async def test_a_member_of_a_graph_that_says_something_else_is_told(server: Server) -> None:
+async def test_changed_text_of_graph_member_raises_drift_error(server: Server) -> None:
     said = "the file says 42"
 
     async def read(_: str) -> str:
@@ -107,7 +105,7 @@ async def test_a_member_of_a_graph_that_says_something_else_is_told(server: Serv
         assert len(model.requests) == 1
 
 
-async def test_a_tool_that_a_tool_calls_is_part_of_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tool_call_of_tool_is_part_of_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     noted = 0
 

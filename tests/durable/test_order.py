@@ -1,4 +1,4 @@
-"""A session's events are delivered when the session is idle, whatever else runs beside it; on asyncio and uvloop."""
+"""A session's events are delivered when the session is idle, whatever else runs; on asyncio and uvloop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop of each sort."""
+    """An event loop of each kind."""
     if request.param == "uvloop":
         uvloop = pytest.importorskip("uvloop", reason="uvloop isn't installed: there is none for Windows")
         found: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -109,7 +109,7 @@ def test_session_waits_for_its_work_in_threads(server: Server, loop: asyncio.Abs
         async def branch(name: str) -> None:
             await asked(Scripted(happened, answers))
             seen.append(f"{name} begins")
-            await asyncio.to_thread(time.sleep, 0.05)  # the work itself
+            await asyncio.to_thread(time.sleep, 0.05)  # the work in the thread
             seen.append(f"{name} has worked")
             await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.02)
             await asked(Scripted(happened))
@@ -160,7 +160,7 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
 
 
 def fan_out(happened: list[str]) -> GraphFlow:
-    """A graph in which one branch streams an agent that is its tool, one calls a tool, and one streams."""
+    """Return a graph whose branches stream an agent tool, call a tool, and stream a reply."""
 
     def note() -> str:
         """Note it."""
@@ -168,7 +168,7 @@ def fan_out(happened: list[str]) -> GraphFlow:
         return word()
 
     def says(*script: Any) -> Scripted:
-        """A model that takes its time."""
+        """A slow model."""
 
         async def late(content: Any) -> Any:
             await asyncio.sleep(random.random() * 0.01)
@@ -205,10 +205,8 @@ def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
     loop.run_until_complete(main())
 
 
-def test_agents_that_end_at_the_same_moment_keep_the_order_of_a_plain_run(
-    server: Server, loop: asyncio.AbstractEventLoop
-) -> None:
-    """Nobody overtakes an agent that waits until the session is idle."""
+def test_agents_that_end_together_keep_order_of_plain_run(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    """No agent overtakes one that waits until the session is idle."""
 
     async def says(_: str) -> str:
         return "at once"
@@ -255,7 +253,7 @@ async def test_thread_keeps_the_context_that_the_program_gave_it(server: Server)
 
     await inside(server, program, new_session())
     assert seen == [("the program", True), ("nobody", True)]
-    assert given.run(current.get) is None  # as it was
+    assert given.run(current.get) is None  # unchanged
 
 
 @since_314
@@ -271,8 +269,8 @@ async def test_pool_of_interpreters_runs_its_functions_in_a_session(server: Serv
 
 
 @since_314
-def test_pool_that_a_session_began_works_for_nobody_after_it(server: Server) -> None:
-    # Where threads inherit the context of their starter: a free-threaded Python, or this option.
+def test_pool_started_in_session_has_no_session_after_it(server: Server) -> None:
+    # Threads inherit their starter's context in a free-threaded Python, or with this option.
     code = """
         import asyncio, sys
         from concurrent.futures import ThreadPoolExecutor

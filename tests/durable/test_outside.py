@@ -1,4 +1,4 @@
-"""What leaves a session by a way that isn't recorded is named, with its agent and its target; or it is stopped."""
+"""Connections and processes outside the record are reported with agent and target, or stopped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class World:
-    """What is outside the record: a server, and a file that a process writes."""
+    """The outside: a web server, and a file that a process writes."""
 
     def __init__(self, web: LoopbackServer, file: Path) -> None:
         self.web, self.file = web, file
@@ -95,7 +95,7 @@ def about_outside(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_way_out_is_named_once_when_it_happens_and_in_the_summary(server: Server, world: World, way: Way) -> None:
+async def test_connection_is_reported_once_and_in_summary(server: Server, world: World, way: Way) -> None:
     lines: list[str] = []
     named: list[list[str]] = []
 
@@ -121,7 +121,7 @@ async def test_way_out_is_named_once_when_it_happens_and_in_the_summary(server: 
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_way_out_is_stopped_before_it_is_made(server: Server, world: World, way: Way) -> None:
+async def test_on_unrecorded_stop_prevents_connection_outside_record(server: Server, world: World, way: Way) -> None:
     async def act(_: str) -> str:
         await way(world)
         return word()
@@ -138,7 +138,7 @@ async def test_way_out_is_stopped_before_it_is_made(server: Server, world: World
     assert world.touched == 0
 
 
-async def test_program_itself_and_each_agent_are_named_apart(server: Server, world: World) -> None:
+async def test_program_and_each_agent_are_reported_separately(server: Server, world: World) -> None:
     lines: list[str] = []
 
     async def act(_: str) -> str:
@@ -156,7 +156,7 @@ async def test_program_itself_and_each_agent_are_named_apart(server: Server, wor
 
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
-async def test_nothing_within_a_recorded_call_or_outside_a_session_is_named(
+async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
     server: Server, world: World, on_unrecorded: str
 ) -> None:
     happened: list[str] = []
@@ -200,9 +200,7 @@ async def test_nothing_within_a_recorded_call_or_outside_a_session_is_named(
     assert about_outside(lines) == []
 
 
-async def test_answer_typed_at_the_console_is_recorded_and_not_named(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_console_input_is_recorded_and_not_reported(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
     lines: list[str] = []
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\nthird\nfourth\n"))

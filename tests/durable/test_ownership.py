@@ -1,4 +1,4 @@
-"""One run at a time owns a session; what a dead run had begun."""
+"""Ownership of a session by one run, and events that a dead run had begun."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from nexum_engine.owner import Owner
 from nexum_engine.records import Task
 
 
-async def test_a_run_that_was_stopped_can_be_run_again_at_once(server: Server) -> None:
-    """However it was stopped: what it had begun at that moment is no obstacle."""
+async def test_stopped_run_can_resume_at_once(server: Server) -> None:
+    """Whatever stopped the run, the events that it had begun don't block the next run."""
 
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model, "one")], max_turns=20)
@@ -59,14 +59,14 @@ async def test_a_run_that_was_stopped_can_be_run_again_at_once(server: Server) -
     assert stopped
 
 
-async def test_who_lost_the_session_records_nothing_more(server: Server) -> None:
-    """As a process that was stopped (SIGSTOP) past its lease, and goes on after another one has taken over."""
+async def test_process_that_lost_session_records_nothing(server: Server) -> None:
+    """Like a process that is stopped (SIGSTOP) past its lease, and continues after another one has taken over."""
 
     async def program() -> None:
         async with DurableSession("s", nexum=server.address) as stopped:
             asking = named(client(model), "me")
             await asking.create([UserMessage(content="one", source="user")])
-            await stopped.recorder.journal._owner.__aexit__()  # no sign of life from it any more
+            await stopped.recorder.journal._owner.__aexit__()  # it sends no more beats
             async with DurableSession("s", nexum=server.address):
                 again = named(client(model), "me")
                 await again.create([UserMessage(content="one", source="user")])
@@ -84,7 +84,7 @@ async def test_who_lost_the_session_records_nothing_more(server: Server) -> None
         assert len(model.requests) == 2
 
 
-async def test_a_finished_session_stays_finished_after_an_attempt_that_was_refused(server: Server) -> None:
+async def test_finished_session_stays_finished_after_refused_run(server: Server) -> None:
     from durable_autogen import list_sessions
 
     def build(turns: int = 1) -> RoundRobinGroupChat:
@@ -103,7 +103,7 @@ async def test_a_finished_session_stays_finished_after_an_attempt_that_was_refus
 
 
 @pytest.mark.parametrize("answers", ["before the end", "during the end"])
-async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
+async def test_begun_event_of_cancelled_caller_is_closed(
     server: Server, monkeypatch: pytest.MonkeyPatch, answers: str
 ) -> None:
     start = Owner.start
@@ -112,7 +112,7 @@ async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
     async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
         started = await start(self, workflow, input, **more)
         if getattr(input, "position", "") == "reply/0/tool/1":
-            begun.set()  # on the server; its answer takes a while
+            begun.set()  # the server has begun it; its answer is slow
             await hold.wait()
         return started
 
@@ -144,7 +144,7 @@ async def test_what_was_begun_for_an_asker_that_gave_up_is_closed(
 
 @asynccontextmanager
 async def killed(server: Server) -> AsyncIterator[Journal]:
-    """A journal whose process gives no sign of life any more at the end of the `with`."""
+    """Yield a journal whose process sends no more beats after the `with`."""
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
         yield journal
@@ -154,7 +154,7 @@ async def killed(server: Server) -> AsyncIterator[Journal]:
 
 @asynccontextmanager
 async def next_run(server: Server) -> AsyncIterator[Journal]:
-    """The journal of the run after it."""
+    """Yield the journal of the next run."""
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
         yield journal
         await journal.release()
@@ -164,7 +164,7 @@ REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
 TOOL = Call(Kind.TOOL, "a", "reply/1/tool/1")
 
 
-async def test_a_reply_is_recorded_in_one_round_trip_and_a_tool_call_is_begun(
+async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
@@ -197,7 +197,7 @@ async def test_a_reply_is_recorded_in_one_round_trip_and_a_tool_call_is_begun(
     assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
 
 
-async def test_a_failure_at_the_end_of_a_killed_run_is_asked_again(server: Server) -> None:
+async def test_failure_at_end_of_killed_run_is_retried(server: Server) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Returned(value="yes"))
         assert await dead.before(REPLIES[1]) is None
@@ -206,7 +206,7 @@ async def test_a_failure_at_the_end_of_a_killed_run_is_asked_again(server: Serve
         assert [event.position for event in journal.events if event.kind is Kind.REPLY] == ["reply/1"]
 
 
-async def test_a_failure_after_which_a_killed_run_made_another_call_is_kept(server: Server) -> None:
+async def test_failure_followed_by_call_of_killed_run_is_kept(server: Server) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
         assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run has survived the failure"
@@ -216,7 +216,7 @@ async def test_a_failure_after_which_a_killed_run_made_another_call_is_kept(serv
     async with next_run(server) as journal:
         assert [event.position for event in journal.events] == ["reply/1"]
         assert journal.was_tried(REPLIES[1].address)
-        # Recorded under the beginning that the dead runs left.
+        # It is recorded in the execution that the dead runs had begun.
         await journal.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         record = await read_record(nexum, "s")
@@ -224,7 +224,7 @@ async def test_a_failure_after_which_a_killed_run_made_another_call_is_kept(serv
     assert not record.begun
 
 
-async def test_what_a_killed_run_was_asking_for_is_known_if_anything_was_recorded_meanwhile(server: Server) -> None:
+async def test_call_in_flight_at_kill_is_known_from_later_event(server: Server) -> None:
     async with killed(server) as dead:
         for call in REPLIES:
             assert await dead.before(call) is None
@@ -237,7 +237,7 @@ async def test_what_a_killed_run_was_asking_for_is_known_if_anything_was_recorde
         assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
 
 
-async def test_the_server_is_asked_before_a_reply_is_paid_for_if_the_session_may_be_lost(server: Server) -> None:
+async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Server) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
         assert await hung.before(REPLIES[0]) is None
         await hung._owner.__aexit__()
@@ -250,10 +250,10 @@ async def test_the_server_is_asked_before_a_reply_is_paid_for_if_the_session_may
         assert not (await read_record(nexum, "s")).events
 
 
-async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(server: Server) -> None:
+async def test_begun_event_of_dead_run_fails_if_not_called_again(server: Server) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
         await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
-        await dead._owner.__aexit__()  # no sign of life from it any more
+        await dead._owner.__aexit__()  # it sends no more beats
         async with Journal(nexum, "s") as journal:
             await journal.end("done", live={}, replayed={})
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
@@ -261,7 +261,7 @@ async def test_what_a_dead_run_had_begun_and_nobody_asked_for_again_says_so(serv
 
 
 @pytest.mark.parametrize("when", ["between calls", "during a call", "before the end"])
-async def test_a_run_goes_on_although_its_server_was_replaced_by_an_empty_one(tmp_path: Path, when: str) -> None:
+async def test_run_continues_after_server_is_replaced_by_empty_one(tmp_path: Path, when: str) -> None:
     folders = [tmp_path / name for name in ("one", "other")]
     for folder in folders:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""`run_durable` in this process: what is replayed, what is refused, and how it ends when it can't go on."""
+"""`run_durable` in this process: replays, refused runs, and errors that end a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer
     return AssistantAgent(name, arguments.pop("model_client", None) or client(model), **arguments)
 
 
-async def test_a_finished_session_is_replayed_without_a_live_call(server: Server) -> None:
+async def test_finished_session_is_replayed_without_live_call(server: Server) -> None:
     done: list[str] = []
     lines: list[str] = []
 
@@ -71,7 +71,7 @@ async def test_a_finished_session_is_replayed_without_a_live_call(server: Server
     assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in lines[-1]
 
 
-async def test_the_question_can_be_left_out_where_the_session_has_one(server: Server) -> None:
+async def test_task_can_be_omitted_if_session_has_one(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         first = await run(server, lambda: agent(model))
         assert texts(await run(server, lambda: agent(model), None)) == texts(first)
@@ -79,7 +79,7 @@ async def test_the_question_can_be_left_out_where_the_session_has_one(server: Se
             await run(server, lambda: agent(model), None, "other")
 
 
-async def test_a_failure_that_the_model_saw_is_replayed_as_that_failure(server: Server) -> None:
+async def test_failed_tool_result_is_replayed_as_failure(server: Server) -> None:
     count = 0
 
     def fails() -> str:
@@ -103,7 +103,7 @@ async def test_a_failure_that_the_model_saw_is_replayed_as_that_failure(server: 
 @pytest.mark.parametrize(
     ("result", "why"), [("a\udc80", "surrogates not allowed"), ("x" * 9_000_000, "the limit is 8")]
 )
-async def test_a_result_that_cant_be_recorded_is_a_recorded_failure(server: Server, result: str, why: str) -> None:
+async def test_result_that_cannot_be_recorded_is_recorded_failure(server: Server, result: str, why: str) -> None:
     count = 0
 
     def returns() -> str:
@@ -127,7 +127,7 @@ async def test_a_result_that_cant_be_recorded_is_a_recorded_failure(server: Serv
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_whatever_ends_a_tool_is_an_error_and_never_a_hang(
+async def test_tool_that_raises_anything_returns_error(
     server: Server, error: type[BaseException], is_async: bool
 ) -> None:
     async def in_the_loop() -> str:
@@ -154,7 +154,7 @@ async def test_whatever_ends_a_tool_is_an_error_and_never_a_hang(
 
 
 @pytest.mark.parametrize("place", ["tool", "model"])
-async def test_a_cancelled_run_ends_at_once_and_goes_on_later(server: Server, place: str) -> None:
+async def test_cancelled_run_ends_at_once_and_resumes(server: Server, place: str) -> None:
     token = CancellationToken()
     begun = asyncio.Event()
     slow = True
@@ -186,7 +186,7 @@ async def test_a_cancelled_run_ends_at_once_and_goes_on_later(server: Server, pl
         assert "end" in texts(await run(server, lambda: RoundRobinGroupChat([agent(model, [wait])], max_turns=1)))[-1]
 
 
-async def test_a_cancelled_task_ends_at_once(server: Server) -> None:
+async def test_cancelled_task_ends_at_once(server: Server) -> None:
     begun = asyncio.Event()
 
     async def wait() -> str:
@@ -203,14 +203,14 @@ async def test_a_cancelled_task_ends_at_once(server: Server) -> None:
             await asyncio.wait_for(running, TIMEOUT)
 
 
-async def test_a_failed_model_call_is_not_recorded_and_asked_again(server: Server) -> None:
+async def test_failed_model_call_is_retried_by_next_run(server: Server) -> None:
     with OpenAIServer([Reply(status=400), answer("better")]) as model:
         with pytest.raises(Exception, match="the model gave no usable answer"):
             await run(server, lambda: agent(model))
         assert "better" in texts(await run(server, lambda: agent(model)))[-1]
 
 
-async def test_a_stream_is_recorded_whole_and_replayed(server: Server) -> None:
+async def test_stream_is_recorded_whole_and_replayed(server: Server) -> None:
     async def streamed() -> tuple[list[str], str]:
         pieces, last = [], ""
         stream = run_durable_stream(
@@ -243,7 +243,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("question", "change", "said"), CHANGES)
 @pytest.mark.parametrize("on_drift", ["stop", "continue"])
-async def test_another_program_is_told_what_differs(
+async def test_drift_error_names_the_difference(
     server: Server,
     question: str,
     change: dict[str, Any],
@@ -275,19 +275,19 @@ async def test_another_program_is_told_what_differs(
         changed = await run(server, build, question, on_drift="continue", logs=lines)
         assert any(said in line for line in lines)
         assert len(model.requests) == 2
-        # From now on that is the session's run.
+        # From now on, this program is the recorded one.
         assert texts(await run(server, build, question)) == texts(changed)
         assert len(model.requests) == 2
 
 
-async def test_a_run_that_asks_for_less_is_told_so(server: Server) -> None:
+async def test_run_with_fewer_calls_raises_drift_error(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
         with pytest.raises(DriftError, match="the run ended before anybody asked for reply 2 of writer"):
             await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
 
 
-async def test_a_run_that_asks_for_more_than_the_recorded_one_is_told_so(server: Server) -> None:
+async def test_run_with_more_calls_than_recorded_raises_drift_error(server: Server) -> None:
     def build(turns: int) -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model)], max_turns=turns)
 
@@ -303,7 +303,7 @@ async def test_a_run_that_asks_for_more_than_the_recorded_one_is_told_so(server:
         assert len(model.requests) == 2
 
 
-async def test_a_time_limit_ends_a_replay_where_it_has_ended_the_run(server: Server) -> None:
+async def test_timeout_ends_replay_where_it_ended_run(server: Server) -> None:
     async def wait() -> str:
         """Wait."""
         await asyncio.sleep(0.5)
@@ -325,7 +325,7 @@ async def test_a_time_limit_ends_a_replay_where_it_has_ended_the_run(server: Ser
         assert len(model.requests) == asked
 
 
-async def test_a_time_limit_does_not_count_the_time_in_which_nobody_was_at_work(server: Server) -> None:
+async def test_timeout_does_not_count_time_between_runs(server: Server) -> None:
     count = 0
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -339,12 +339,12 @@ async def test_a_time_limit_does_not_count_the_time_in_which_nobody_was_at_work(
     with OpenAIServer(reply) as model:
         with pytest.raises(Exception, match="no usable answer"):
             await run(server, build)
-        await asyncio.sleep(1.6)  # the time of which the limit must know nothing
+        await asyncio.sleep(1.6)  # this time must not count
         ended = await run(server, build)
         assert ended.stop_reason == "Maximum number of turns 3 reached."
 
 
-async def test_a_second_process_is_refused_and_told_which_one_runs_the_session(server: Server) -> None:
+async def test_second_process_gets_session_busy_with_owners_name(server: Server) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
@@ -366,7 +366,7 @@ async def test_a_second_process_is_refused_and_told_which_one_runs_the_session(s
 
 
 class Mailbox(Workbench):
-    """A workbench of one's own, with state."""
+    """A custom workbench with state."""
 
     component_type = "workbench"
 
@@ -396,7 +396,7 @@ class Mailbox(Workbench):
     async def load_state(self, state: Any) -> None: ...
 
 
-async def test_a_workbench_of_ones_own_is_durable(server: Server) -> None:
+async def test_custom_workbench_is_recorded(server: Server) -> None:
     mailbox = Mailbox()
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -412,7 +412,7 @@ async def test_a_workbench_of_ones_own_is_durable(server: Server) -> None:
     assert sorted(mailbox.sent) == ["a", "b"]  # calls of one reply run at the same time
 
 
-async def test_an_agent_used_as_a_tool_is_durable_within(server: Server) -> None:
+async def test_calls_of_agent_tool_are_recorded(server: Server) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
             return Reply(calls=[("helper", {"task": "help"})])
@@ -430,7 +430,7 @@ async def test_an_agent_used_as_a_tool_is_durable_within(server: Server) -> None
 
 
 class Shell(CodeExecutor):
-    """Notes the code instead of running it."""
+    """An executor that notes the code instead of running it."""
 
     component_type = "code_executor"
 
@@ -462,7 +462,7 @@ async def test_executed_code_is_recorded(server: Server) -> None:
 
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
-async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unrecorded: Any) -> None:
+async def test_connection_of_custom_agent_is_reported(server: Server, on_unrecorded: Any) -> None:
     lines: list[str] = []
 
     def build() -> OpenAIAgent:
@@ -487,7 +487,7 @@ async def test_what_an_agent_does_by_another_way_is_named(server: Server, on_unr
         assert any(line.startswith("session s: outside the record: own connected to") for line in lines)
 
 
-async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:
+async def test_run_leaves_agent_unchanged(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         plain = agent(model)
         before = dict(vars(plain))
@@ -497,12 +497,12 @@ async def test_an_agent_is_as_it_was_after_the_run(server: Server) -> None:
         }
 
 
-async def test_without_a_server_it_says_how_to_start_one() -> None:
+async def test_missing_server_error_says_how_to_start_one() -> None:
     with pytest.raises(ServerUnavailable, match="python -m nexum_engine"):
         await run_durable(lambda: None, task="Q", session_id="s", nexum="127.0.0.1:1")  # type: ignore[arg-type, return-value]
 
 
-async def test_the_same_call_made_twice_on_purpose_runs_twice_in_the_worker(server: Server, tmp_path: Path) -> None:
+async def test_same_call_made_twice_on_purpose_runs_twice_in_worker(server: Server, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         searches = [("web_search", {"query": "Tokyo"})] * 2
         return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=searches)

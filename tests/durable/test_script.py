@@ -1,4 +1,4 @@
-"""`python -m durable_autogen run SCRIPT` in real processes: the script runs as Python runs it, and survives crashes."""
+"""`python -m durable_autogen run SCRIPT` in real processes: the script runs as under Python, and survives crashes."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ async def main(task):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file. A killed run's session is soon free again."""
+    """One server for the whole file, with a short lease: a killed run's session is soon released."""
     with nexum_server(tmp_path_factory.mktemp("nexum"), lease=1.0) as running_server:
         yield running_server
 
 
 @pytest.fixture
 def model() -> Iterator[OpenAIServer]:
-    """A model that calls the tool twice, and then answers."""
+    """A model that calls the tool twice and then answers."""
 
     def reply(body: dict[str, Any]) -> Reply:
         done = sum(message["role"] == "tool" for message in body["messages"])
@@ -62,7 +62,7 @@ def model() -> Iterator[OpenAIServer]:
 
 
 class Folder:
-    """A script in a folder of its own, and how it is run."""
+    """A script in its own folder, with the ways to run it."""
 
     def __init__(self, path: Path, server: Server | None, env: dict[str, str]) -> None:
         self.path, self.server, self.env, self.script = path, server, env, "script.py"
@@ -71,7 +71,7 @@ class Folder:
         (self.path / name).write_text(code, encoding="utf-8")
 
     def command(self, *arguments: str, session: str | None = "") -> list[str]:
-        """The command; by default in a session that is named after the folder."""
+        """Return the command that runs the script; the default session is named after the folder."""
         found = ["-m", "durable_autogen", "run", *(["--nexum", self.server.address] if self.server else [])]
         session = self.path.name[-40:] if session == "" else session
         return [*found, *(["--session", session] if session else []), self.script, *arguments]
@@ -104,7 +104,7 @@ def folder(tmp_path: Path, server: Server, model: OpenAIServer) -> Folder:
     return Folder(tmp_path, server, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
 
 
-def test_killed_script_continues_and_a_third_run_asks_nothing(folder: Folder, model: OpenAIServer) -> None:
+def test_killed_script_continues_and_third_run_makes_no_call(folder: Folder, model: OpenAIServer) -> None:
     folder.write(f"{AGENT}\nasyncio.run(main(sys.argv[1]))\n")
     (folder.path / "hang").touch()
     with running(folder.command("Q"), cwd=folder.path, env=folder.env) as process:
@@ -142,7 +142,7 @@ if __name__ == "__main__":
 """
 
 
-def test_script_sees_what_python_gives_it_and_its_output_is_its_own(folder: Folder) -> None:
+def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> None:
     (folder.path / "deeper").mkdir()
     folder.script = "deeper/script.py"
     folder.write(LOOKS, folder.script)
@@ -192,7 +192,7 @@ def test_script_ends_with_the_exit_code_that_python_gives(folder: Folder, end: s
     assert [line for line in told if "runpy" in line] == []
 
 
-def test_interrupted_script_ends_as_python_ends_it(folder: Folder) -> None:
+def test_interrupted_script_ends_as_under_python(folder: Folder) -> None:
     folder.write(ENDS.format(end="await asyncio.sleep(60)", after=""))
     codes = []
     for command in (folder.command(), ["script.py"]):
@@ -204,13 +204,13 @@ def test_interrupted_script_ends_as_python_ends_it(folder: Folder) -> None:
     assert codes[0] == codes[1]
 
 
-def test_missing_script_is_told_in_one_line(folder: Folder) -> None:
+def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
     done = folder.durable()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["error: there is no script script.py: check the path"]
 
 
-async def test_each_asyncio_run_has_a_session_of_its_own(folder: Folder, server: Server, model: OpenAIServer) -> None:
+async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: Server, model: OpenAIServer) -> None:
     folder.write(
         f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
         "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"
@@ -226,7 +226,7 @@ async def test_each_asyncio_run_has_a_session_of_its_own(folder: Folder, server:
     assert found == {"both": "finished", "both-2": "finished"}
 
 
-def test_session_without_a_name_is_told_and_follows_from_the_arguments(folder: Folder) -> None:
+def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
     folder.write("import sys; print(sys.argv[1:])")
 
     def told(*arguments: str) -> str:
@@ -240,7 +240,7 @@ def test_session_without_a_name_is_told_and_follows_from_the_arguments(folder: F
     assert all(one.startswith("script-") for one in ids)
 
 
-def test_embedded_server_is_started_and_not_left_behind(tmp_path: Path, model: OpenAIServer) -> None:
+def test_embedded_server_is_started_and_stopped(tmp_path: Path, model: OpenAIServer) -> None:
     folder = Folder(tmp_path, None, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
     folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
     (folder.path / "hang").touch()

@@ -1,4 +1,4 @@
-"""Streams, and exceptions of the program's own."""
+"""Streams, and exceptions of the program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.models.live import LiveModel
 
 
 class InPieces(LiveModel):
-    """Its stream begins with these pieces."""
+    """A model whose stream begins with these pieces."""
 
     pieces: Sequence[str] = ()
 
@@ -35,7 +35,7 @@ class InPieces(LiveModel):
 
 @pytest.mark.parametrize("pieces", [("hm", "so"), ()])
 @pytest.mark.parametrize("iterations", [1, 3])
-async def test_messages_have_the_same_names_again_whatever_was_streamed(
+async def test_streamed_messages_keep_their_ids_in_replay(
     server: Server, pieces: Sequence[str], iterations: int
 ) -> None:
     def note() -> str:
@@ -67,7 +67,7 @@ class Refusing(LiveModel):
         raise Refused("no")
 
 
-async def test_what_a_failures_constructor_makes_is_there_again(server: Server) -> None:
+async def test_replayed_failure_has_values_made_by_its_constructor(server: Server) -> None:
     async def program() -> str:
         async with DurableSession("s", nexum=server.address):
             llm = Refusing(vendor="v", model="m", base_url=model.base_url, api_key="k")

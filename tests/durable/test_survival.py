@@ -1,4 +1,4 @@
-"""Which failures a run has survived, and how failures are written down."""
+"""Survived failures, and how failures are recorded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from durable_autogen import DurableSession
 from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
 
 
-async def test_whoever_an_agent_works_for_shows_that_its_failure_was_survived(server: Server) -> None:
+async def test_call_of_outer_agent_shows_that_failure_was_survived(server: Server) -> None:
 
     async def program() -> str:
         async with DurableSession("s", nexum=server.address):
@@ -32,7 +32,7 @@ async def test_whoever_an_agent_works_for_shows_that_its_failure_was_survived(se
             with pytest.raises(Offline):
                 await ask(helper)
             first = await ask(named(client(model), "boss"))
-            raise LookupError(first)  # so that the session is not finished
+            raise LookupError(first)  # the session must not be finished
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         with pytest.raises(LookupError) as live:
@@ -43,7 +43,7 @@ async def test_whoever_an_agent_works_for_shows_that_its_failure_was_survived(se
         assert len(model.requests) == 1
 
 
-async def test_an_agent_whose_name_only_begins_alike_says_nothing_of_a_failure(server: Server) -> None:
+async def test_call_of_agent_with_similar_name_does_not_survive_failure(server: Server) -> None:
     broken = True
 
     async def program() -> list[Any]:
@@ -72,7 +72,7 @@ async def test_an_agent_whose_name_only_begins_alike_says_nothing_of_a_failure(s
         assert len(model.requests) == 4
 
 
-async def test_survived_failure_is_kept_and_the_one_that_ended_the_run_is_called_again(server: Server) -> None:
+async def test_survived_failure_is_kept_and_ending_failure_is_retried(server: Server) -> None:
     broken = True
 
     async def program() -> list[Any]:
@@ -84,7 +84,7 @@ async def test_survived_failure_is_kept_and_the_one_that_ended_the_run_is_called
             async def falls_back() -> str:
                 with pytest.raises(Offline):
                     await ask(cache)
-                await asyncio.sleep(0.05)  # work of its own
+                await asyncio.sleep(0.05)  # the agent's own work
                 return await ask(other)
 
             return await all_of(falls_back(), ask(named(ends, "ends")))
@@ -98,7 +98,7 @@ async def test_survived_failure_is_kept_and_the_one_that_ended_the_run_is_called
         assert len(model.requests) == 2
 
 
-async def test_a_failure_that_has_much_to_say_does_not_end_the_run(server: Server) -> None:
+async def test_failure_with_long_text_does_not_end_run(server: Server) -> None:
     async def program() -> list[str]:
         async with DurableSession("s", nexum=server.address):
             failing = Failing(model, "m", lambda: LookupError("x" * 20_000_000))
@@ -114,7 +114,7 @@ async def test_a_failure_that_has_much_to_say_does_not_end_the_run(server: Serve
 
 
 class Plain(Exception):
-    """Made with what it keeps."""
+    """An error whose `args` are its constructor's arguments."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text, status)
@@ -122,7 +122,7 @@ class Plain(Exception):
 
 
 class Stated(Exception):
-    """Made with what it doesn't keep as its arguments."""
+    """An error with only a keyword argument, and its own text."""
 
     def __init__(self, *, status: int) -> None:
         self.status = status
@@ -132,7 +132,7 @@ class Stated(Exception):
 
 
 class Kept(Exception):
-    """Made with more than its arguments."""
+    """An error with a constructor argument that `args` lacks."""
 
     def __init__(self, text: str, *, status: int) -> None:
         super().__init__(text)
@@ -140,14 +140,14 @@ class Kept(Exception):
 
 
 class Caused(Exception):
-    """Its text comes from what is not in it."""
+    """An error whose text contains its cause."""
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.__cause__}"
 
 
 class Listed(Exception):
-    """Its text comes from what is not plain."""
+    """An error whose text comes from a value that is not plain."""
 
     status = 0
 
@@ -160,7 +160,7 @@ class Listed(Exception):
 
 
 class Final(Listed, LookupError):
-    """The same, and nothing may be derived from it."""
+    """An error like `Listed` that refuses subclasses."""
 
     def __init_subclass__(cls) -> None:
         raise TypeError("nothing may be derived from it")
@@ -184,7 +184,7 @@ def changed(error: Plain) -> Plain:
 
 
 def again(error: Exception) -> Exception:
-    """As it is raised again from the record."""
+    """Return the error as a replay raises it."""
     return Failure.model_validate_json(Failure.of(error).model_dump_json()).again()
 
 
@@ -201,7 +201,7 @@ def again(error: Exception) -> Exception:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_recorded_failure_is_of_its_own_class(error: Exception) -> None:
+def test_recorded_failure_is_built_with_its_class(error: Exception) -> None:
     found = again(error)
     assert type(found) is type(error)
     assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
@@ -220,7 +220,7 @@ def test_a_recorded_failure_is_of_its_own_class(error: Exception) -> None:
     ],
     ids=["plain arguments", "other arguments", "final", "caused", "bytes"],
 )
-def test_a_failure_that_cant_be_made_again_is_of_a_class_like_its_own(
+def test_failure_that_cannot_be_built_has_derived_class(
     error: Exception, base: type[Exception], args: tuple[object, ...] | None
 ) -> None:
     found = again(error)
@@ -230,12 +230,12 @@ def test_a_failure_that_cant_be_made_again_is_of_a_class_like_its_own(
     assert getattr(found, "status", None) == getattr(error, "status", None)
 
 
-def test_a_failure_whose_class_is_not_there_has_its_name_and_text() -> None:
+def test_failure_of_unloaded_class_has_its_name_and_text() -> None:
     class Hidden(Exception):
         pass
 
     found = again(Hidden("no"))
-    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # a function's own class is found, too
+    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # a function's class is found, too
     for module, name in (("builtins", "print"), ("builtins", "int"), ("builtins", "SystemExit"), ("not.there", "Gone")):
         found = Failure(module=module, name=name, text="no", attributes={"status": 1}).again()
         assert isinstance(found, RecordedFailure)

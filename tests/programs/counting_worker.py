@@ -1,6 +1,7 @@
-"""worker.py with tools for tests: they write down each effect, wait at a gate, hang or fail on demand.
+"""worker.py with tools for tests: they log each effect, wait at a gate, hang or fail on demand.
 
-An effect is one line of a file: time in ms, attempt, process, idempotency key. A gate is a file: open once it exists.
+An effect is one line of a file: time in ms, attempt, process, idempotency key. A gate is a file; it is open once the
+file exists.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def wait_at(gate: str) -> None:
 
 @tool()
 def count_effect(log: str, number: int, *, call: ToolContext) -> str:
-    """Write the effect down; no two executions return the same."""
+    """Log the effect; return a new text at each execution."""
     time.sleep(0.02)
     write_down(log, call)
     time.sleep(0.02)
@@ -46,7 +47,7 @@ def count_effect(log: str, number: int, *, call: ToolContext) -> str:
 
 @tool()
 def count_behind_gate(log: str, gate: str, number: int, *, call: ToolContext) -> str:
-    """The same, once the gate is open."""
+    """Wait for the gate, log the effect, and return a new text at each execution."""
     wait_at(gate)
     time.sleep(0.02)
     write_down(log, call)
@@ -56,7 +57,7 @@ def count_behind_gate(log: str, gate: str, number: int, *, call: ToolContext) ->
 
 @tool()
 def gate_then_effect(arrivals: str, gate: str, log: str, *, call: ToolContext) -> str:
-    """Write the arrival down, wait, then write the effect down."""
+    """Log the arrival, wait for the gate, then log the effect."""
     write_down(arrivals, call)
     wait_at(gate)
     write_down(log, call)
@@ -65,7 +66,7 @@ def gate_then_effect(arrivals: str, gate: str, log: str, *, call: ToolContext) -
 
 @tool()
 def effect_then_gate(log: str, gate: str, *, call: ToolContext) -> str:
-    """Write the effect down, then wait."""
+    """Log the effect, then wait for the gate."""
     write_down(log, call)
     wait_at(gate)
     return f"attempt {call.attempt}"
@@ -73,7 +74,7 @@ def effect_then_gate(log: str, gate: str, *, call: ToolContext) -> str:
 
 @tool(time_limit=0.3)
 def hang_once(log: str, *, call: ToolContext) -> str:
-    """Hang past the limit at the first attempt."""
+    """Hang past the time limit at the first attempt."""
     write_down(log, call)
     if call.attempt == 1:
         time.sleep(3600)
@@ -82,7 +83,7 @@ def hang_once(log: str, *, call: ToolContext) -> str:
 
 @tool()
 def fail_until(log: str, gate: str, *, call: ToolContext) -> str:
-    """Fail for good while the gate is closed."""
+    """Raise a final failure while the gate is closed."""
     write_down(log, call)
     if not Path(gate).exists():
         raise FinalError("the gate is closed ✗")
@@ -91,7 +92,7 @@ def fail_until(log: str, gate: str, *, call: ToolContext) -> str:
 
 @tool()
 def fail_then_gate(gate: str, *, call: ToolContext) -> str:
-    """Fail at the first attempt, for a reason of several lines, then wait."""
+    """Fail at the first attempt with a reason of several lines; later wait for the gate."""
     if call.attempt == 1:
         raise RuntimeError("the page was\nnot there" + "!" * 300)
     wait_at(gate)
@@ -99,7 +100,7 @@ def fail_then_gate(gate: str, *, call: ToolContext) -> str:
 
 
 async def main(address: str) -> None:
-    """Serve the live workflow with the offline pages, so that no test needs the web."""
+    """Run a worker of the live workflow with the offline pages, so that no test needs the web."""
     stop = stop_event()
     async with NexumClient(address) as client:
         handler = worker.tool_call_handler(OfflineWeb())

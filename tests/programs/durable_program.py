@@ -1,6 +1,6 @@
 """A program with a durable agent or team: `durable_program.py SHAPE SESSION MODEL_URL LOG [--on-drift ...]`.
 
-Its tools write each effect down in LOG. It prints the final transcript as one line of JSON behind `TRANSCRIPT `.
+Its tools log each effect in LOG. It prints the final transcript as one line: `TRANSCRIPT ` and JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TASK = "Find it out."
 
 
 class Program:
-    """The teams. Every agent has a model client of its own on the same server, and a tool of its own name."""
+    """The agents and teams. Each agent has its own model client, and a tool that logs under the agent's name."""
 
     def __init__(self, model_url: str, log: str, *, system: str, stream: bool, model: str) -> None:
         self.model_url, self.log, self.system, self.stream, self.model = model_url, log, system, stream, model
@@ -126,7 +126,7 @@ class Program:
         return GraphFlow([a, b, c], builder.build(), termination_condition=MaxMessageTermination(30))
 
     async def own(self, task: str) -> list[str]:
-        """No team: agents that this program runs itself, in a session and in no team."""
+        """Run two agents in turn without a team; return the texts."""
         a = AssistantAgent(
             "a",
             self.client(f"{self.model}-a"),
@@ -145,7 +145,7 @@ class Program:
         return MagenticOneGroupChat([self.agent("a"), self.agent("b")], model_client=self.client(), max_turns=4)
 
     def random_team(self, seed: str) -> Team:
-        """A team that the seed makes up: the same one for the same session."""
+        """Return a random team: always the same one for a seed."""
         rng = random.Random(seed)
         names = "abcde"[: rng.randint(3, 5)]
         members: list[ChatAgent | Team] = []
@@ -190,12 +190,12 @@ class Program:
 
 
 def transcript(result: TaskResult) -> list[dict[str, Any]]:
-    """What two runs have in common: everything but a request's id, which pairs an input with who waits for it."""
+    """Return the messages that every run has, without the ids of input requests, which are random in each run."""
     return [message.model_dump(mode="json", exclude={"request_id"}) for message in result.messages]
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Run it; the exit code."""
+    """Run the program; return its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("shape")
     parser.add_argument("session")
@@ -206,7 +206,7 @@ async def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="m")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--on-drift", default="stop")
-    parser.add_argument("--uvloop", action="store_true")  # for whoever starts the loop
+    parser.add_argument("--uvloop", action="store_true")  # read by `run_on_loop`
     args = parser.parse_args(argv)
     program = Program(args.model_url, args.log, system=args.system, stream=args.stream, model=args.model)
     try:
@@ -232,7 +232,7 @@ async def main(argv: list[str] | None = None) -> int:
 
 
 def run_on_loop(argv: list[str]) -> int:
-    """Run it on asyncio's event loop, or on uvloop."""
+    """Run the program on asyncio's event loop, or on uvloop; return its exit code."""
     if "--uvloop" in argv:
         import uvloop
 
@@ -245,7 +245,7 @@ def run_on_loop(argv: list[str]) -> int:
 
 
 def run_forked(argv: list[str], folder: str, output: str) -> int:
-    """Run in a process of its own that has everything imported already; its id. POSIX only."""
+    """Run the program in a forked process, which needs no imports; return the process id. POSIX only."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -258,7 +258,7 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     code = 70
     try:
         code = run_on_loop(argv)
-    except BaseException as error:  # noqa: BLE001 - the last thing that this process says
+    except BaseException as error:  # noqa: BLE001 - a forked process must end here
         print(f"ERROR {type(error).__name__} {error}", flush=True)
     os._exit(code)
 

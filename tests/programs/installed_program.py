@@ -1,4 +1,4 @@
-"""A durable run that needs the installed package alone: `installed_program.py SESSION NEXUM`, in an empty folder.
+"""A durable run that needs only the installed package: `installed_program.py SESSION NEXUM`, in an empty folder.
 
 Each call of its model adds a line to the file `calls`. It prints the last message.
 """
@@ -25,7 +25,7 @@ from durable_autogen import run_durable
 
 
 def count_call() -> int:
-    """Add a line to the file; return how many it has."""
+    """Add a line to the file `calls`; return its number of lines."""
     with Path("calls").open("a+") as file:
         file.write("called\n")
         file.seek(0)
@@ -33,7 +33,7 @@ def count_call() -> int:
 
 
 class Counting(ChatCompletionClient):
-    """A model that answers with the number of its call."""
+    """A model whose reply is the number of the call."""
 
     async def create(self, messages: Sequence[LLMMessage], **_: Any) -> CreateResult:
         return CreateResult(

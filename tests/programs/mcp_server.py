@@ -1,4 +1,4 @@
-"""An MCP server with one tool that writes its effects down: `mcp_server.py LOG [TRANSPORT PORT]`."""
+"""An MCP server with one tool that logs its effects: `mcp_server.py LOG [TRANSPORT PORT]`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A program that uses submit_task: `submitter.py SESSION TIMEOUT TOOL JSON...` prints one line for each result.
 
-Calls are made from four threads; an error is a line, too, and exit code 1.
+It submits from four threads. An error is also printed as a line; the exit code is then 1.
 """
 
 from __future__ import annotations

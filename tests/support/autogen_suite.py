@@ -1,7 +1,7 @@
-"""A pytest plugin: each asynchronous test runs inside a durable session of its own (`-p autogen_suite`).
+"""A pytest plugin that runs each asynchronous test inside its own durable session (`-p autogen_suite`).
 
-`SESSIONS` begins the sessions' ids, `NEXUM_ADDRESS` names the server. Without SESSIONS the tests run as they are. The
-last line tells how many model calls reached AutoGen's replay client, beneath what records.
+The variable SESSIONS is the prefix of the sessions' ids, NEXUM_ADDRESS the server's address. Without SESSIONS the tests
+run without sessions. The last line of output is the number of live calls that reached AutoGen's replay client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ asked_live = 0
 
 
 def counted(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, counted when it is called."""
+    """Return the method so that its calls are counted."""
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ for name in ("create", "create_stream"):
 
 
 def within_a_session(test: Callable[..., Any], session: str) -> Callable[..., Any]:
-    """The test inside a session."""
+    """Return the test so that it runs inside a session."""
     from durable_autogen import DurableSession
 
     @functools.wraps(test)

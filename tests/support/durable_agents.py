@@ -1,4 +1,4 @@
-"""What the tests of durable runs in this process share: models that word each reply differently, and how to run."""
+"""Helpers of the tests of durable runs: agents, models whose replies all differ, and ways to run a program."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from durable_autogen.record.place import Place, at, current, steps_at
 from durable_autogen.record.session import Session
 from support.models.live import LiveModel
 
-TIMEOUT = 20  # seconds in which everything here has ended, or hangs
+TIMEOUT = 20  # seconds after which a program hangs
 
 
 def answer(text: str) -> Reply:
-    """A reply that is never the same twice."""
+    """Return a reply with a new text at each call."""
     return Reply(f"{text} {random.random()}")
 
 
 def client(model: OpenAIServer, name: str = "m") -> LiveModel:
-    """The real client, pointed at the local server."""
+    """Return a real client of the local server."""
     return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
 
 
@@ -45,7 +45,7 @@ async def run(
     logs: list[str] | None = None,
     **more: Any,
 ) -> TaskResult:
-    """`run_durable`, which may not hang."""
+    """Run `run_durable` with a timeout; return its result."""
     with logged([] if logs is None else logs):
         return await asyncio.wait_for(
             run_durable(build, task=task, session_id=session, nexum=server.address, **more), TIMEOUT
@@ -53,12 +53,12 @@ async def run(
 
 
 def texts(result: TaskResult) -> list[str]:
-    """What was said."""
+    """Return the texts of a result's messages."""
     return [message.to_text() for message in result.messages]
 
 
 def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any) -> AssistantAgent:
-    """An agent whose name is its model's, too."""
+    """Return an agent whose model has the same name."""
     return AssistantAgent(
         name,
         client(model, name),
@@ -70,15 +70,15 @@ def agent(model: OpenAIServer, name: str, tools: Sequence[Any] = (), **more: Any
 
 
 def is_after_a_tool(body: dict[str, Any]) -> bool:
-    """Whether the model is told a tool's result."""
+    """Return whether a request ends with a tool's result."""
     return bool(body["messages"][-1]["role"] == "tool")
 
 
 class Own(BaseChatAgent):
-    """An agent of the program's own."""
+    """A custom agent that answers with what `act` returns."""
 
     def __init__(self, name: str, act: Callable[[str], Awaitable[str]]) -> None:
-        super().__init__(name, "of one's own")
+        super().__init__(name, "a custom agent")
         self.act = act
 
     @property
@@ -93,7 +93,7 @@ class Own(BaseChatAgent):
 
 
 class Named:
-    """A client that an agent of this name asks: for a test that plays the agent itself."""
+    """A client whose calls are recorded under an agent's name, for a test that plays the agent."""
 
     def __init__(self, client: ChatCompletionClient, name: str) -> None:
         self.client = client
@@ -109,19 +109,19 @@ class Named:
 
 
 def named(client: ChatCompletionClient, name: str) -> Any:
-    """The client as an agent of this name asks it."""
+    """Return the client so that its calls are recorded under this agent name."""
     return Named(client, name)
 
 
 def session() -> Session:
-    """The session that is open here."""
+    """Return the open session."""
     place = current.get()
     assert place is not None
     return place.session
 
 
 def bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> StaticStreamWorkbench:
-    """Tools and plain functions as a workbench."""
+    """Return a workbench of tools and plain functions."""
     return StaticStreamWorkbench(
         [tool if isinstance(tool, BaseTool) else FunctionTool(tool, description=tool.__doc__ or "") for tool in tools]
     )
@@ -133,17 +133,17 @@ QUESTION = [UserMessage(content="what now?", source="user")]
 
 
 def word() -> str:
-    """A text that is never the same twice."""
+    """Return a new text at each call."""
     return f"word {uuid.uuid4().hex[:8]}"
 
 
 def call(name: str, **arguments: Any) -> FunctionCall:
-    """A tool call as a model asks for it."""
+    """Return a model's tool call."""
     return FunctionCall(id=uuid.uuid4().hex, name=name, arguments=json.dumps(arguments))
 
 
 def reply(content: Any = None, **more: Any) -> CreateResult:
-    """A model's result: a text or a list of tool calls; without one, a text that is never the same twice."""
+    """Return a model's result with a text or tool calls; by default with a new text."""
     content = word() if content is None else content
     reason = "stop" if isinstance(content, str) else "function_calls"
     usage = RequestUsage(prompt_tokens=2, completion_tokens=3)
@@ -151,7 +151,7 @@ def reply(content: Any = None, **more: Any) -> CreateResult:
 
 
 class Scripted(ChatCompletionClient):
-    """A model in this process: answers from its script, then with something new each time, and notes each request.
+    """A model in this process. It notes each request, and answers from its script, then with new texts.
 
     An entry of the script is a text, tool calls, a whole result, an error to raise, or an async function to call.
     """
@@ -201,12 +201,12 @@ class Scripted(ChatCompletionClient):
 
 
 async def asked(client: ChatCompletionClient) -> str:
-    """What a model says when it is asked directly."""
+    """Ask a model directly; return its text."""
     return str((await client.create(QUESTION)).content)
 
 
 def new_session() -> str:
-    """A session id that nobody has used."""
+    """Return an unused session id."""
     return f"s-{uuid.uuid4().hex[:12]}"
 
 
@@ -217,7 +217,7 @@ async def inside(
     logs: list[str] | None = None,
     **more: Any,
 ) -> Any:
-    """Run a program in a session; return what it returns, as plain values."""
+    """Run a program in a session; return its result as plain values."""
 
     async def body() -> Any:
         async with DurableSession(session, nexum=server.address, **more):
@@ -228,7 +228,7 @@ async def inside(
 
 
 async def twice(server: Server, program: Callable[[], Awaitable[Any]], happened: list[str], **more: Any) -> Any:
-    """Run a program twice in one new session: the second run returns the same, and nothing happens in it."""
+    """Run a program twice in a new session; check that the second run has the same result and no live call."""
     session = new_session()
     happened.clear()
     first = await inside(server, program, session, **more)
@@ -241,7 +241,7 @@ async def twice(server: Server, program: Callable[[], Awaitable[Any]], happened:
 
 
 def plain(value: Any) -> Any:
-    """AutoGen's results as plain values that can be compared, with their ids and times."""
+    """Return AutoGen's results as plain values, with ids and times."""
     if type(value) in (list, tuple):
         return type(value)(plain(one) for one in value)
     return value.model_dump() if isinstance(value, (TaskResult, CreateResult)) else value
@@ -249,7 +249,7 @@ def plain(value: Any) -> Any:
 
 # ---- Programs that ask a model themselves -------------------------------------------------------------------------
 
-HOURS = 10_000.0  # seconds, for a patience that must not run out
+HOURS = 10_000.0  # seconds: a patience that never runs out in a test
 
 
 def said(*texts: str) -> list[UserMessage]:
@@ -261,11 +261,11 @@ async def ask(llm: ChatCompletionClient, text: str = "Q") -> str:
 
 
 class Offline(Exception):
-    """What every failing client here says."""
+    """The error of a failing client."""
 
 
 class Failing(LiveModel):
-    """Raises instead of asking, as long as it is told to."""
+    """A client that raises the error that `fails` returns, if any, instead of asking."""
 
     def __init__(self, model: OpenAIServer, name: str, fails: Callable[[], Exception | None]) -> None:
         super().__init__(vendor="v", model=name, base_url=model.base_url, api_key="k")
@@ -278,12 +278,12 @@ class Failing(LiveModel):
 
 
 async def whole(program: Callable[[], Any]) -> Any:
-    """Its result; it may not hang."""
+    """Run a program with a timeout; return its result."""
     return await asyncio.wait_for(program(), TIMEOUT)
 
 
 async def all_of(*asking: Any) -> list[Any]:
-    """What all of them come to; raises what the first failed one has raised, but only when all have ended."""
+    """Wait for all; return their results, or raise the first failure after all have ended."""
     found = await asyncio.gather(*asking, return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException):

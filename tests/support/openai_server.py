@@ -1,4 +1,4 @@
-"""A real OpenAI-compatible HTTP server on loopback, for tests: chat completions, streamed or not, and a log.
+"""An OpenAI-compatible HTTP server on loopback, for tests. It logs its requests.
 
 with OpenAIServer([Reply(calls=[("web_search", {"query": "x"})]), Reply("done")]) as server:
     ...  # server.base_url, server.requests
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model says, or the tools it calls, all in one answer."""
+    """A model's reply: a text, or tool calls."""
 
     text: str = ""
     calls: Sequence[tuple[str, dict[str, Any]]] = ()
@@ -26,7 +26,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it arrived; header names are lower-case."""
+    """A request to the server; header names are in lower case."""
 
     path: str
     headers: dict[str, str]
@@ -38,7 +38,7 @@ Responder = Callable[[dict[str, Any]], Reply]
 
 @dataclass
 class OpenAIServer:
-    """Answers from a script in order (its last entry again and again), or with a function of the request's body."""
+    """A server that answers from a script (its last entry repeats), or with a function of the request's body."""
 
     replies: Sequence[Reply] | Responder = (Reply("ok"),)
     requests: list[Request] = field(default_factory=list)
@@ -67,11 +67,11 @@ class OpenAIServer:
 
     @property
     def keys(self) -> set[str]:
-        """Every Authorization header that arrived."""
+        """The Authorization headers of all requests."""
         return {request.headers.get("authorization", "") for request in self.requests}
 
     def take(self, request: Request) -> tuple[int, Reply]:
-        """Logs a request; its number, from 1, and its reply."""
+        """Log a request; return its number, from 1, and its reply."""
         with self._lock:
             self.requests.append(request)
             number = len(self.requests)
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, _completion(number, body, reply))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: the log is `requests`."""
+        """Print nothing: `requests` is the log."""
 
     def _send_json(self, status: int, content: dict[str, Any], location: str = "") -> None:
         data = json.dumps(content).encode()
