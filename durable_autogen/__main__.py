@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
-            _print_logs()
+            _print_what_is_logged()
             return run_script(args)
         try:
             _print(asyncio.run(look(args)))
@@ -137,7 +137,7 @@ class _Lines(logging.Handler):
             complain(f"[Nexum] {record.getMessage()}")
 
 
-def _print_logs() -> None:
+def _print_what_is_logged() -> None:
     for name in ("durable_autogen", "nexum_engine"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)

@@ -242,7 +242,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     if task is None:
         if not begun.content.task:
             raise InvalidRequest(f"session {journal.session} has recorded no task: give it one")
-        return _recorded_task(begun.content)
+        return _task_again(begun.content)
     if begun.accepted:  # a fork may have another team
         differing = compare(hashed({"task": begun.content.task}), hashed({"task": _texts(task)}))
     else:
@@ -263,7 +263,7 @@ def _dumped(message: BaseChatMessage) -> dict[str, Any]:
     return message.model_dump(mode="json", exclude={"id", "created_at"} - message.model_fields_set)
 
 
-def _recorded_task(begun: Begun) -> Task:
+def _task_again(begun: Begun) -> Task:
     """Return the recorded task in its original form."""
     if not begun.messages:
         return "\n".join(begun.task)

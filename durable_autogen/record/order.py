@@ -57,7 +57,7 @@ class _Watcher:
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
-    def is_idle_now(self, session: Session) -> bool:
+    def sees_at_once_that_it_is_idle(self, session: Session) -> bool:
         """Return whether the session is idle and no earlier caller waits for it: then no turn of the loop is needed."""
         ready = getattr(self._loop, "_ready", None)
         return (
@@ -137,7 +137,7 @@ async def idle(session: Session) -> None:
     watcher = _watchers.get(loop)
     if watcher is None:
         watcher = _watchers[loop] = _Watcher(loop)
-    if not watcher.is_idle_now(session):
+    if not watcher.sees_at_once_that_it_is_idle(session):
         await watcher.wait(session)
 
 

@@ -82,7 +82,7 @@ class _LiveCall:
     asker: Asker
     task: Task | None = None
     given_up: bool = False
-    survived: bool = False
+    went_on: bool = False
     """Whether the task or agent that gave the call up has made another call since."""
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -269,11 +269,11 @@ class Recorder:
         asker = asker or asyncio.current_task()
         self.survival.asks(call, asker)
         for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.survived = live.survived or continues(live.call.agent, live.asker, call, asker)
+            live.went_on = live.went_on or continues(live.call.agent, live.asker, call, asker)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
-            on_replay = _ignore
+            on_replay = _already_told
         answer = await self._replayed(call, on_replay, asker)
         if answer is None:
             answer = await self._made_live(call, perform, streamed, asker)
@@ -372,7 +372,7 @@ class Recorder:
                 if not live.answer.done():
                     live.answer.set_result(self.failed.result())
             elif live.given_up:
-                await self._give_up(live)
+                await self._take_back(live)
                 live.answer.cancel()
             elif not live.answer.done():
                 live.answer.set_result(RuntimeError(f"{call} was cancelled"))
@@ -397,7 +397,7 @@ class Recorder:
             return None, Raised(failure=failure, streamed=live.streamed()), error
         return done.value, done.content, None
 
-    async def _give_up(self, live: _LiveCall) -> None:
+    async def _take_back(self, live: _LiveCall) -> None:
         """Note that the program gave this call up, and revoke its event if it was already recorded."""
         event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
         if event is not None:
@@ -456,7 +456,7 @@ class Recorder:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
-                self.survival.add(event, None, live.asker, survived=live.survived)
+                self.survival.add(event, None, live.asker, survived=live.went_on)
             finally:
                 # The event may be recorded although this task was cancelled.
                 if any(event.address == live.call.address for event in self.journal.events):
@@ -508,5 +508,5 @@ class Recorder:
         self._replay.leave()
 
 
-def _ignore(_: Content) -> None:
+def _already_told(_: Content) -> None:
     """Do nothing: `on_replay` was called early."""

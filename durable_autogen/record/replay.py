@@ -185,7 +185,7 @@ class Replay:
         begun = loop.time()
         # An event that was asked for late in the recorded run may be asked for late again.
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
-        notice = loop.call_later(DRIFT_PATIENCE, self._warn_waiting, event, late)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
         try:
             while event.address in self._addresses and event.address not in self._asked:
                 self._changed.clear()
@@ -201,7 +201,7 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _warn_waiting(self, event: Event, late: float) -> None:
+    def _tell_waiting(self, event: Event, late: float) -> None:
         if (patience := self._patience()) is not None:
             limit = patience + late
             self._journal.log.warning(
