@@ -1,1 +1,1 @@
-"""What becomes of an interrupted AutoGen GraphFlow, without and with a record; `crash_demo.py --graphflow` shows it."""
+"""The comparison of `crash_demo.py --graphflow`: an interrupted AutoGen GraphFlow, without and with a record."""

@@ -1,7 +1,7 @@
-"""The comparison: the same graph is interrupted at the same place twice, each half in processes of its own.
+"""Interrupt the same graph at the same point twice: with AutoGen's save_state and load_state, and as a durable run.
 
-First as AutoGen has it, with save_state and load_state, then as a durable run that is killed and run again
-(microsoft/autogen#7043). What is printed is what happened, on the AutoGen that is installed.
+Each run before and after an interruption is a separate process. The printed lines report what happened, with the
+installed AutoGen (microsoft/autogen#7043).
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
 @dataclass(frozen=True)
 class Part:
-    """A process that has ended."""
+    """A process of the comparison that has ended."""
 
     pid: int
     code: int
     report: Mapping[str, Any]
     asked: tuple[str, ...]
-    """Which agents called a model in it, in order."""
+    """The agents that called a model in this process, in order."""
 
 
 class Stage:
-    """Runs the parts of one show."""
+    """The graph, options and folder of one comparison."""
 
     def __init__(self, graph: Graph, *, offline: bool, folder: Path) -> None:
         self.graph, self._offline, self.folder = graph, offline, folder
 
     async def part(self, half: str, name: str, *arguments: str) -> Part:
-        """One process, to its end; its own lines are passed on."""
+        """Run one process to its end, and print its lines."""
         command = ["-m", "support.graphflow.process", name, "--folder", str(self.folder), *arguments]
         command += ["--cyclic"] if self.graph is CYCLIC else []
         command += ["--offline"] if self._offline else []
@@ -77,10 +77,10 @@ class Stage:
 
 
 async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Both halves; the exit code is 0 if the durable one holds what it promises."""
+    """Run and print both halves; return the exit code: 0 if every check of the durable half passed, else 1."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
-    say(f"[demo] AutoGen {version('autogen-agentchat')} as it is installed")
+    say(f"[demo] AutoGen {version('autogen-agentchat')}")
     say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
@@ -89,7 +89,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
 
 
 async def show_plain(stage: Stage) -> bool:
-    """AutoGen's own half; whether it resumed."""
+    """Run and print AutoGen's own half; return whether it resumed."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")
@@ -97,28 +97,28 @@ async def show_plain(stage: Stage) -> bool:
     if not (stage.folder / STATE).exists():
         say("[plain] the state was not saved, so there is nothing to resume")
         return False
-    say("[plain] its state is saved; a new process loads it and runs the team")
+    say("[plain] the team's state is saved; a new process loads it and runs the team")
     second = await stage.part(PLAIN, "plain-resume")
     answer = second.report.get("error") or second.report.get("stop_reason")
     say(f"[plain] process {second.pid}: {asked(second)}; {ended(second)}")
-    say(f"[plain] AutoGen answers: {answer!r}")
+    say(f"[plain] AutoGen reports: {answer!r}")
     cut_off = {graph.at_agent} if first.code else set()
-    had_a_say = (set(first.asked) - cut_off) | set(second.report.get("spoke", ()))
-    never = [agent for agent in graph.agents if agent not in had_a_say]
+    spoke = (set(first.asked) - cut_off) | set(second.report.get("spoke", ()))
+    never = [agent for agent in graph.agents if agent not in spoke]
     if never:
-        say(f"[plain] it did not resume: {', '.join(never)} never had a say, and the run counts as over")
+        say(f"[plain] the team did not resume: {', '.join(never)} never spoke, but the run ended as finished")
     else:
-        say(f"[plain] it resumed: after loading, {', '.join(second.report['spoke'])} spoke")
+        say(f"[plain] the team resumed: after loading, {', '.join(second.report['spoke'])} spoke")
     return not never
 
 
 async def show_durable(stage: Stage, nexum: str | None) -> int:
-    """The durable half, and what is wrong with it, if anything is."""
+    """Run and print the durable half and its failed checks; return the exit code: 0 if there are none, else 1."""
     from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph
     session = f"graphflow-{secrets.token_hex(4)}"
-    say("\n=== The same as a durable run: killed there, and run again ===")
+    say("\n=== The same team as a durable run: killed at the same point, and run again ===")
     async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
 
         async def replies() -> list[Event]:
@@ -145,27 +145,27 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
         wrong.append(f"the second process made other calls than it recorded: {dict(live)}")
     missing = [agent for agent in graph.agents if agent not in {event.agent for event in after}]
     if missing:
-        wrong.append(f"{', '.join(missing)} never had a say")
+        wrong.append(f"{', '.join(missing)} never spoke")
     for reason in wrong:
         complain(f"error: {reason}")
     if not wrong:
         say(
-            f"[durable] it finished: {', '.join(second.report['spoke'])} spoke, in this order. {len(before)} recorded "
-            f"call(s) were replayed, none was repeated; {len(second.asked)} were made live "
+            f"[durable] the run finished: {', '.join(second.report['spoke'])} spoke, in this order. {len(before)} "
+            f"recorded call(s) were replayed, none was repeated; {len(second.asked)} were made live "
             f"(session {session})"
         )
     return 1 if wrong else 0
 
 
 def asked(part: Part) -> str:
-    """Which agents called their model, in words."""
+    """Return which agents called their model, in words."""
     if not part.asked:
         return "no agent called its model"
     return f"model calls by {', '.join(part.asked)}"
 
 
 def ended(part: Part) -> str:
-    """How the process ended, in words."""
+    """Return how the process ended, in words."""
     if part.code == 0:
-        return "ended by itself"
+        return "ended normally"
     return f"killed (exit {part.code})" if part.code < 0 or not part.report else f"failed (exit {part.code})"

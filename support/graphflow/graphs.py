@@ -1,4 +1,4 @@
-"""The two graphs that are interrupted, and where: one in a row, and one with a loop. Each has four agents."""
+"""The two graphs of the comparison, each of four agents, with the point of the interruption: a row and a loop."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 TASK = "Write two sentences on why idempotency keys matter."
 MAX_MESSAGES = 20  # more than either graph needs
 REVISE, APPROVED = "REVISE", "APPROVED"
-REVISIONS = 2  # so many drafts the reviewer sends back
+REVISIONS = 2  # drafts that the reviewer rejects
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of four agents, and where it is interrupted: before the n-th reply of an agent."""
+    """A graph of four agents. It is interrupted before the reply `at_reply` of the agent `at_agent`."""
 
     name: str
     agents: tuple[str, ...]
@@ -32,7 +32,7 @@ class Graph:
     def team(
         self, clients: Callable[[str], ChatCompletionClient], until: TerminationCondition | None = None
     ) -> GraphFlow:
-        """The team, each agent with a model client of its own; `until` may end it earlier."""
+        """Build the team. `clients` makes an agent's model client; the condition `until` may end the team early."""
         from autogen_agentchat.agents import AssistantAgent
         from autogen_agentchat.conditions import MaxMessageTermination
         from autogen_agentchat.teams import DiGraphBuilder

@@ -1,11 +1,11 @@
-"""One process of the comparison: a team until its interruption, or after it.
+"""Run one process of the GraphFlow comparison: a team before its interruption, or after it.
 
-    python -m graphflow.part plain-first --folder FOLDER
-    python -m graphflow.part plain-resume --folder FOLDER
-    python -m graphflow.part durable-first --folder FOLDER --session ID --nexum HOST:PORT
-    python -m graphflow.part durable-again --folder FOLDER --session ID --nexum HOST:PORT
+    python -m support.graphflow.process plain-first --folder FOLDER
+    python -m support.graphflow.process plain-resume --folder FOLDER
+    python -m support.graphflow.process durable-first --folder FOLDER --session ID --nexum HOST:PORT
+    python -m support.graphflow.process durable-again --folder FOLDER --session ID --nexum HOST:PORT
 
-FOLDER keeps the saved state, and which model calls were made. What became of the team is printed behind `REPORT `.
+FOLDER keeps the saved state and a log of the model calls. The process prints the team's result after `REPORT `.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from support.options import add_until_stdin_closes_option
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # a half's name, and its log of model calls in the folder
+PLAIN, DURABLE = "plain", "durable"  # the halves; also the file names of their logs of model calls
 STATE = "state.json"
 REPORT = "REPORT "
-RESUME_TIMEOUT = 60.0  # seconds in which a resumed team has to end
+RESUME_TIMEOUT = 60.0  # seconds for a resumed team
 
 
 async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
-    """AutoGen's own way, until the interruption: the state is saved there."""
+    """Run the team in AutoGen until the interruption, and save its state there."""
     from autogen_agentchat.base import TaskResult
     from autogen_agentchat.conditions import ExternalTermination
     from autogen_agentchat.messages import BaseChatMessage
@@ -55,7 +55,7 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
         await save()
         kill_this_process()
 
-    # A loop is stopped between two rounds, by its condition; a row in the middle of a reply, by a kill.
+    # A termination condition stops the loop between two rounds. A kill stops the row within a reply.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
     team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)
@@ -70,12 +70,12 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
 
 
 async def plain_resume(graph: Graph, model: ModelChoice, folder: Path) -> None:
-    """AutoGen's own way, afterwards: a new team, load_state, run."""
+    """Load the saved state into a new team, and run it."""
     team = graph.team(_clients(graph, model, folder / PLAIN))
     await team.load_state(json.loads((folder / STATE).read_text(encoding="utf-8")))
     try:
         result = await asyncio.wait_for(team.run(), RESUME_TIMEOUT)
-    except Exception as error:  # noqa: BLE001 - whatever AutoGen answers is what is shown
+    except Exception as error:  # noqa: BLE001 - the comparison shows AutoGen's error
         _report({"error": f"{type(error).__name__}: {error}"})
         return
     spoke = [message.source for message in result.messages if message.source in graph.agents]
@@ -83,7 +83,7 @@ async def plain_resume(graph: Graph, model: ModelChoice, folder: Path) -> None:
 
 
 async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, nexum: str, *, dies: bool) -> None:
-    """The same team as a durable run; with `dies` it is killed at the same place."""
+    """Run the team as a durable run; with `dies`, kill this process at the graph's interruption."""
     from durable_autogen import run_durable
 
     async def die() -> None:
@@ -98,7 +98,7 @@ async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, 
 def _clients(
     graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
 ) -> Callable[[str], ChatCompletionClient]:
-    """A watched model for each agent; the interruption comes before the graph's n-th reply of its agent."""
+    """Return a maker of watched models. The interruption is called before the graph's reply `at_reply`."""
     from support.graphflow.watched_model import WatchedModel
 
     def client(agent: str) -> ChatCompletionClient:
@@ -119,24 +119,24 @@ def _report(what: Mapping[str, Any]) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("part", choices=("plain-first", "plain-resume", "durable-first", "durable-again"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--session", metavar="ID")
     parser.add_argument("--nexum", metavar="HOST:PORT")
-    parser.add_argument("--cyclic", action="store_true", help="the loop instead of the row")
+    parser.add_argument("--cyclic", action="store_true", help="run the loop instead of the row")
     parser.add_argument("--offline", action="store_true", help="run without a model key")
     add_until_stdin_closes_option(parser)
     return parser
 
 
 def end_with_parent() -> None:
-    """This process ends when standard input closes; at once, as nobody is left to see what it does."""
+    """End this process at once when standard input closes: the parent process has ended."""
 
     def wait() -> None:
         with suppress(OSError):
-            while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the interpreter's end
+            while os.read(0, 1024):  # not sys.stdin: the thread would hold its lock when the interpreter ends
                 pass
         os._exit(1)
 
@@ -144,7 +144,7 @@ def end_with_parent() -> None:
 
 
 async def run(args: argparse.Namespace) -> None:
-    """Play the part."""
+    """Run the part that the command line names."""
     graph = CYCLIC if args.cyclic else IN_A_ROW
     model = choose_model(os.environ, offline=args.offline)
     if args.part == "plain-first":
@@ -156,7 +156,7 @@ async def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the command line; the exit code."""
+    """Run one part from the command line; return the exit code: 0 done, 2 could not run."""
     args = build_parser().parse_args()
     if args.until_stdin_closes:
         end_with_parent()

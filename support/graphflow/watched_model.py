@@ -1,4 +1,4 @@
-"""The model of a graph's agent, live or offline: each call is written down, and can be interrupted."""
+"""The model of a graph's agent, live or offline. Each call is logged, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from support.graphflow.graphs import APPROVED, REVISE, REVISIONS
 from support.models import ModelChoice
 from support.offline.model import OfflineModel
 
-LATENCY = 0.05  # seconds that an offline reply takes, as a model takes some
+LATENCY = 0.05  # seconds that an offline reply takes
 _DRAFT = "Draft"
 _OPENINGS = {"author": _DRAFT, "planner": "Plan", "publisher": "Published"}
 
 
 class WatchedModel(OfflineModel):
-    """`before_reply` is awaited with the number of the call, from 1; the call stands in the log by then."""
+    """A model that logs each call, then awaits `before_reply` with the call's number, from 1, then replies."""
 
     def __init__(
         self, agent: str, model: ModelChoice, log: Path, before_reply: Callable[[int], Awaitable[None]]
@@ -35,7 +35,7 @@ class WatchedModel(OfflineModel):
         self._calls = 0
 
     async def create(self, messages: Sequence[LLMMessage], **options: Any) -> CreateResult:
-        """The reply, if it comes to that."""
+        """Log the call, await `before_reply`, and return the reply."""
         self._calls += 1
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{os.getpid()} {self._agent}\n")
@@ -46,12 +46,12 @@ class WatchedModel(OfflineModel):
         return await super().create(messages, **options)
 
     async def close(self) -> None:
-        """Close the live one."""
+        """Close the live model's client."""
         if self._live is not None:
             await self._live.close()
 
     def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
-        # No two replies are worded alike, so that a repeated call would show.
+        # A random token makes every reply differ, so that a repeated call would show.
         token = secrets.token_hex(3)
         if self._agent == "reviewer":
             said = [str(message.content) for message in messages if not isinstance(message, SystemMessage)]

@@ -1,4 +1,4 @@
-"""Which model answers, and how it is reached. `choose_model` decides; AutoGen is imported when a client is made."""
+"""The choice of a model, and its client. `choose_model` reads the environment; making a client imports AutoGen."""
 
 from support.models.choice import KEYLESS, OFFLINE_NOTE, ModelChoice, choose_model
 from support.models.vendors import VENDORS, ModelChoiceError, ModelFailed, Vendor

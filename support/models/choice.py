@@ -1,12 +1,12 @@
-"""Which model answers, decided from the environment alone.
+"""Choose the model from the environment alone.
 
     GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
-    NEXUM_MODEL                                           a model by name; needs the key of its own vendor
+    NEXUM_MODEL                                           a model by name; needs the key of its vendor
     OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
     none of these, or offline                             offline: rule-based, no network
 
-A key is only ever sent to its own vendor, and OPENAI_API_KEY to OpenAI or to the server that OPENAI_BASE_URL names:
-address and key are always passed together, never left to a default.
+Each key is sent only to its vendor, OPENAI_API_KEY also to the server that OPENAI_BASE_URL names. Address and key are
+always passed together, so no library default can combine them otherwise.
 """
 
 import re
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
 OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
-KEYLESS = "no-key-needed"  # servers without authentication still get a header; the client insists on one
+KEYLESS = "no-key-needed"  # the client insists on a key, also for a server without authentication
 
 
 class ModelChoice(BaseModel):
-    """A decided model. Its text forms never hold the key."""
+    """The chosen model. Its text forms never hold the key."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,13 +38,13 @@ class ModelChoice(BaseModel):
 
     @property
     def streams(self) -> bool:
-        """Whether replies are taken piece by piece. Not Gemini's: AutoGen 0.7.5 tells parallel calls in a stream apart
-        by their index alone, which that endpoint has been seen to leave out."""
+        """Whether replies are streamed. Gemini's are not: its endpoint sometimes leaves out the index of a tool call,
+        and AutoGen 0.7.5 tells parallel calls in a stream apart by the index alone."""
         return self.vendor != GEMINI.name
 
     @property
     def slug(self) -> str:
-        """Letters, digits and dashes that tell one choice from another; part of a derived session's name."""
+        """A name of this choice in letters, digits and dashes. A derived session id depends on it."""
         if self.offline:
             return "offline"
         parts = [self.vendor, self.model]
@@ -53,8 +53,11 @@ class ModelChoice(BaseModel):
         return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
     def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
-        """An AutoGen model client. `topics` is what the offline model says it knows (its own pages); `share` is
-        which part of a question's searches it takes: (1, 2) is the first of two."""
+        """Return an AutoGen model client.
+
+        The offline model lists `topics` (default: its pages' titles) when no page covers a question. It takes the part
+        `share` of a question's searches: (1, 2) is the first of two.
+        """
         if self.offline:
             from support.offline.model import OfflineModel
             from support.offline.web import OfflineWeb
@@ -70,7 +73,7 @@ class ModelChoice(BaseModel):
 
 
 def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Vendor] = VENDORS) -> ModelChoice:
-    """The model that `env` asks for; raises ModelChoiceError where it asks for one it has no key for."""
+    """Return the model that `env` selects. Raises ModelChoiceError if a setting is wrong or its key is missing."""
     if offline:
         return _offline("requested")
     name = _setting(env, "NEXUM_MODEL")
@@ -114,12 +117,12 @@ def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> Mode
         if key is None:
             raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
         return _at(owner, name, key)
-    # A name that is nobody's by its prefix may be a fine-tuned or new OpenAI model.
+    # A name without a known prefix may be a fine-tuned or new OpenAI model.
     openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
     key = _key(env, openai.key_variable)
     if key is None:
         raise ModelChoiceError(
-            f"NEXUM_MODEL={name} needs OPENAI_BASE_URL (the server that has it), or OPENAI_API_KEY if it is OpenAI's"
+            f"NEXUM_MODEL={name} needs OPENAI_BASE_URL (the model's server), or OPENAI_API_KEY if the model is OpenAI's"
         )
     return _at(openai, name, key)
 
@@ -135,7 +138,7 @@ def _at(vendor: Vendor, model: str, key: SecretStr) -> ModelChoice:
 
 
 def _setting(env: Mapping[str, str], variable: str) -> str | None:
-    """A variable's value without blanks around it; empty counts as not set."""
+    """Return a variable's value without surrounding blanks, or None if that is empty."""
     value = env.get(variable, "").strip()
     if not value.isprintable():
         raise ModelChoiceError(f"{variable} holds a control character or a line break")
@@ -146,7 +149,7 @@ def _key(env: Mapping[str, str], variable: str) -> SecretStr | None:
     value = _setting(env, variable)
     if value is None:
         return None
-    # Caught here because the HTTP client's own error for such a header would print the key.
+    # Check here: the HTTP client's error for such a header would print the key.
     if not value.isascii() or " " in value:
-        raise ModelChoiceError(f"{variable} holds characters that no key has")
+        raise ModelChoiceError(f"{variable} holds a blank or a character outside ASCII, which no key has")
     return SecretStr(value)

@@ -1,4 +1,4 @@
-"""AutoGen's OpenAI client, with what live models need beyond it. Imports AutoGen, so import it only when used."""
+"""AutoGen's OpenAI client, adapted to the three vendors. This module imports AutoGen, so import it only when used."""
 
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from support.models.vendors import ANTHROPIC, GEMINI, OPENAI, ModelFailed
 from support.tools.clean_text import one_line
 
-# Gemini 3 and later answer 400 to a tool call that comes back without its "thought signature", and AutoGen 0.7.5
-# drops the signature (microsoft/autogen#7136). Google documents this value for calls that carry none.
+# Gemini 3 and later answer 400 to a returned tool call without its "thought signature", and AutoGen 0.7.5 drops the
+# signature (microsoft/autogen#7136). Google documents this value for calls without one.
 UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
 
-ERROR_LENGTH = 400  # characters of what a vendor says
+ERROR_LENGTH = 400  # characters of a vendor's error message
 
 HEADERS_SENT = (
     *("host", "accept", "accept-encoding", "connection", "user-agent"),
@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, str] = {
 
 
 class LiveModel(OpenAIChatCompletionClient):
-    """One model at one address with one key; nothing else is taken from the environment."""
+    """A client for one model at one address with one key. It reads no other setting from the environment."""
 
     def __init__(self, *, vendor: str, model: str, base_url: str, api_key: str) -> None:
         self._who = f"{vendor}, {model}"
@@ -43,9 +43,9 @@ class LiveModel(OpenAIChatCompletionClient):
             "base_url": base_url,
             "api_key": api_key,
             "model_info": model_info(vendor),
-            # Only OpenAI is sure to know a message's `name`; some servers refuse fields that they don't know.
+            # Some servers refuse unknown fields, and only OpenAI is sure to know a message's `name`.
             "include_name_in_message": vendor == OPENAI.name,
-            # The openai package lets OPENAI_CUSTOM_HEADERS replace the Authorization header, except one given here.
+            # Without this, OPENAI_CUSTOM_HEADERS could replace the Authorization header.
             "default_headers": {"Authorization": f"Bearer {api_key}"},
             # A redirect could carry the request to another host.
             "http_client": DefaultAsyncHttpxClient(
@@ -56,10 +56,10 @@ class LiveModel(OpenAIChatCompletionClient):
         if vendor == OPENAI.name and refuses_tools_while_reasoning(model):
             arguments["reasoning_effort"] = "none"
         super().__init__(**cast(Any, arguments))
-        self._resolved_model = None  # AutoGen would warn at every call that an alias was answered by a real name
+        self._resolved_model = None  # otherwise AutoGen warns at every call of a model by its alias
 
     async def create(self, *args: Any, **kwargs: Any) -> CreateResult:
-        """As AutoGen's, but what goes wrong is a ModelFailed."""
+        """Return the model's reply, as AutoGen's client does. Raises ModelFailed for any error."""
         try:
             return await super().create(*args, **kwargs)
         except Exception as error:
@@ -77,7 +77,7 @@ class LiveModel(OpenAIChatCompletionClient):
         max_consecutive_empty_chunk_tolerance: int = 0,
         include_usage: bool | None = True,
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """The same, and it counts tokens: without `include_usage` a stream reports none."""
+        """Yield the model's reply in pieces, with a count of tokens at the end. Raises ModelFailed for any error."""
         try:
             async for piece in super().create_stream(
                 messages,
@@ -94,7 +94,7 @@ class LiveModel(OpenAIChatCompletionClient):
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> ModelFailed:
-        # A server that isn't one of this kind fails deep inside AutoGen, with any exception.
+        # A server that is not OpenAI-compatible may cause any exception, deep inside AutoGen.
         cause = f" ({error.__cause__})" if isinstance(error, APIConnectionError) and error.__cause__ else ""
         why = one_line(f"{type(error).__name__}: {error}{cause}", ERROR_LENGTH)
         return ModelFailed(f"the model gave no usable answer ({self._who}): {why}")
@@ -103,13 +103,13 @@ class LiveModel(OpenAIChatCompletionClient):
         params = super()._process_create_args(*args, **kwargs)
         if self._unsigned_calls:
             for message in cast(list[dict[str, Any]], params.messages):
-                for call in (message.get("tool_calls") or [])[:1]:  # of parallel calls Gemini signs only the first
+                for call in (message.get("tool_calls") or [])[:1]:  # Gemini signs only the first of parallel calls
                     call["extra_content"] = UNSIGNED
         return params
 
 
 def model_info(vendor: str) -> ModelInfo:
-    """What AutoGen is told about any model, so that it accepts names that it doesn't know."""
+    """Return a vendor's ModelInfo. AutoGen needs it for model names that it doesn't know."""
     return ModelInfo(
         vision=False,
         function_calling=True,
@@ -121,15 +121,15 @@ def model_info(vendor: str) -> ModelInfo:
 
 
 def refuses_tools_while_reasoning(model: str) -> bool:
-    """From GPT-5.4 on, OpenAI's chat completions take function tools only with reasoning_effort "none"."""
+    """Return whether the model takes function tools only with reasoning_effort "none": GPT-5.4 and later."""
     version = re.match(r"gpt-(\d+)(?:\.(\d+))?", model)
     return version is not None and (int(version[1]), int(version[2] or 0)) >= (5, 4)
 
 
 async def drop_openai_headers(request: Any) -> None:
-    """Removes what the openai package adds from OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS.
+    """Remove the headers that the openai package makes from OPENAI_ORG_ID, OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS.
 
-    They belong to an OpenAI account and are nobody else's business.
+    They belong to an OpenAI account, so no other vendor may see them.
     """
     for name in list(request.headers.keys()):
         if name.lower() not in HEADERS_SENT:

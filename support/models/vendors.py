@@ -1,4 +1,4 @@
-"""The vendors of models: where each is and which key it takes; and how a model can fail."""
+"""The vendors of models: address, key and names of each. Also the errors of choosing and of calling a model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 
 class ModelChoiceError(ValueError):
-    """The environment names no usable model; the message is one line and says what to set."""
+    """The environment selects no usable model. The message is one line and says what to set."""
 
 
 class ModelFailed(RuntimeError):
-    """The model gave no usable answer; the message is one line and says why."""
+    """The model gave no usable answer. The message is one line and says why."""
 
 
 @dataclass(frozen=True)
 class Vendor:
-    """One vendor: where its OpenAI-compatible endpoint is, which key it takes, which names are its own."""
+    """A vendor: its OpenAI-compatible endpoint, its key's variable, and the prefixes of its models' names."""
 
     name: str
     key_variable: str
@@ -28,7 +28,7 @@ GEMINI = Vendor(
     name="Google Gemini",
     key_variable="GEMINI_API_KEY",
     base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
-    # Google's own alias for its newest Flash model: numbered ones are shut down within about a year.
+    # Google's alias for its newest Flash model. Google shuts numbered models down within about a year.
     default_model="gemini-flash-latest",
     prefixes=("gemini-",),
 )

@@ -1,1 +1,1 @@
-"""Offline: a small web of our own pages, and a rule-based model that reads them. No network, no key."""
+"""The offline twins: a small web of this project's pages, and a rule-based model. They need no network and no key."""

@@ -1,7 +1,7 @@
-"""The offline model: rules in the place of a language model, for runs without a key and for tests.
+"""The offline model: rules instead of a language model, for runs without a key and for tests.
 
-It searches, reads the best pages and answers with sentences found word for word in what the tools returned. It keeps
-nothing between calls: what to do next follows from the messages alone, so a repeated run goes the same way.
+The model searches, reads the best pages and answers with sentences quoted from the tools' results. It keeps no state
+between calls: every reply follows from the messages alone, so a repeated run gets the same replies.
 """
 
 import json
@@ -30,15 +30,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from support.offline.reading import choose_sentences, plan_searches, quoted
 from support.tools import SearchHit
 
-CONTEXT_WORDS = 1_000_000  # no real limit: rules forget nothing
-QUOTES_ALONE = 4  # for one subject
-QUOTES_EACH = 2  # for each of several
+CONTEXT_WORDS = 1_000_000  # a nominal limit: rules need none
+QUOTES_ALONE = 4  # if there is one subject
+QUOTES_EACH = 2  # for each of several subjects
 _HITS = TypeAdapter(list[SearchHit])
 
 
 @dataclass
 class Turn:
-    """What has happened since the user last spoke."""
+    """The question and the tools' results since the user's last message."""
 
     question: str
     hits: dict[str, list[SearchHit]] = field(default_factory=dict)  # by query
@@ -49,9 +49,10 @@ class Turn:
 
 
 class OfflineModel(ChatCompletionClient):
-    """`topics` are the titles it lists when no page covers a question.
+    """A chat client that answers by rules.
 
-    `share` is which part it takes of the searches that a question needs: (1, 2) is the first of two.
+    The model lists `topics` when no page covers a question. It takes the part `share` of a question's searches: (1, 2)
+    is the first of two.
     """
 
     component_type = "model"
@@ -73,7 +74,7 @@ class OfflineModel(ChatCompletionClient):
         extra_create_args: Mapping[str, Any] | None = None,
         cancellation_token: CancellationToken | None = None,
     ) -> CreateResult:
-        """The next tool calls, or the answer."""
+        """Return the next tool calls, or the answer."""
         if json_output:
             raise ValueError("the offline model answers in prose only; it has no JSON output")
         offered = set() if tool_choice == "none" else {_name(tool) for tool in tools}
@@ -101,7 +102,7 @@ class OfflineModel(ChatCompletionClient):
         extra_create_args: Mapping[str, Any] | None = None,
         cancellation_token: CancellationToken | None = None,
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """The answer word by word, then the whole."""
+        """Yield the answer word by word, then the whole reply."""
         result = await self.create(messages, tools=tools, tool_choice=tool_choice, json_output=json_output)
         if isinstance(result.content, str):
             for piece in re.findall(r"\S+\s*|\s+", result.content):
@@ -109,7 +110,7 @@ class OfflineModel(ChatCompletionClient):
         yield result
 
     async def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: this model holds no connection."""
 
     def actual_usage(self) -> RequestUsage:
         return self._last
@@ -118,7 +119,7 @@ class OfflineModel(ChatCompletionClient):
         return self._total
 
     def count_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
-        """Words: there is no other unit."""
+        """Return the number of words in the messages, which this model counts as tokens."""
         return sum(len(_text(message).split()) for message in messages)
 
     def remaining_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
@@ -126,7 +127,7 @@ class OfflineModel(ChatCompletionClient):
 
     @property
     def capabilities(self) -> ModelInfo:
-        """The deprecated name of the same."""
+        """`model_info` under its deprecated name."""
         return self.model_info
 
     @property
@@ -236,13 +237,13 @@ def _take(turn: Turn, arguments: Mapping[str, Any], result: FunctionExecutionRes
 
 
 def _pages_to_visit(turn: Turn) -> list[str]:
-    """The best hit of each search; for a single search the two best. The same page is visited once."""
+    """Return the best hit of each search, or the two best hits of a single search, without duplicates."""
     each = 2 if len(turn.hits) == 1 else 1
     return list(dict.fromkeys(hit.href for hits in turn.hits.values() for hit in hits[:each]))
 
 
 def _from_conversation(messages: Sequence[LLMMessage]) -> str:
-    """Without tools, as in a team: the first message asks, and what the others said answers."""
+    """Answer without tools, as in a team: the first message is the question, the others are the material."""
     said = [message for message in messages if not isinstance(message, SystemMessage)]
     question = _text(said[0]) if said else ""
     material = [sentence for message in said[1:] for sentence in quoted(_text(message))]

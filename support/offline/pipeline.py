@@ -1,7 +1,6 @@
-"""The offline models for the pipeline's agents: rules for each step, in the forms that its prompt asks for.
+"""The offline models of the pipeline's agents: rules for each step, which reply in the form of the step's prompt.
 
-Like the model of the demo they find everything in the messages: the query, what the tools returned, or the JSON of
-claims, summary and sources that the step sends.
+Like the demo's offline model they read only the messages: the query, the tools' results, or the step's JSON.
 """
 
 import json
@@ -16,15 +15,15 @@ from support.offline.model import OfflineModel, Turn
 from support.offline.reading import best_passage, choose_sentences, coverage
 
 QUOTES_EACH = 3  # from one page
-PASSAGE_LENGTH = 300  # characters, where a page has no sentence that says anything
+PASSAGE_LENGTH = 300  # characters, if no sentence of a page matches the query
 SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
 
 
 class OfflineResearcher(OfflineModel):
-    """Searches and reads as in the demo, and answers with claims instead of prose."""
+    """The researcher's model: searches and reads like the demo's, but answers with claims instead of prose."""
 
     def _answer(self, turn: Turn) -> str:
-        claims: dict[str, dict[str, str]] = {}  # by quote, so that no sentence comes twice
+        claims: dict[str, dict[str, str]] = {}  # by statement, so that none comes twice
         for query, hits in turn.hits.items():
             for hit in hits:
                 page = turn.pages.get(hit.href, "")
@@ -39,7 +38,7 @@ class OfflineResearcher(OfflineModel):
 
 
 class _Writer(OfflineModel):
-    """Answers the JSON of the last message by a rule, without tools."""
+    """A model without tools that answers the last message's JSON by a rule."""
 
     def __init__(self, rule: Callable[[Mapping[str, Any]], str]) -> None:
         super().__init__()
@@ -51,14 +50,14 @@ class _Writer(OfflineModel):
 
 
 def pipeline_model(step: str, topics: Sequence[str] = ()) -> OfflineModel:
-    """The model of the step's agent. `topics` are what the researcher lists when no page covers a query."""
+    """Return the model of a step's agent. The researcher lists `topics` when no page covers a query."""
     if step == "research":
         return OfflineResearcher(topics)
     return _Writer({"validate": _judge, "summarize": _summarize, "report": _report}[step])
 
 
 def _judge(asked: Mapping[str, Any]) -> str:
-    """A quote supports a statement if it shares most of its words: a rule knows no more."""
+    """Return the verdicts: a quote supports a statement if it shares most of the statement's words."""
     verdicts = []
     for claim in asked["claims"]:
         supported = coverage(claim["statement"], claim["quote"]) >= SUPPORTED
@@ -68,7 +67,7 @@ def _judge(asked: Mapping[str, Any]) -> str:
 
 
 def _summarize(asked: Mapping[str, Any]) -> str:
-    """One paragraph for each source, of its statements as they are."""
+    """Return one paragraph for each source: its statements, unchanged."""
     paragraphs: dict[int, list[str]] = {}
     for claim in asked["claims"]:
         paragraphs.setdefault(claim["source"], []).append(f"{claim['statement']} [{claim['source']}]")
@@ -80,5 +79,5 @@ def _report(asked: Mapping[str, Any]) -> str:
 
 
 def _uncited(text: str) -> str:
-    """On one line, without numbers in brackets, which would count as citations."""
+    """Return the text on one line, without numbers in brackets: they would count as citations."""
     return " ".join(re.sub(r"\[\d+(?:\s*,\s*\d+)*\]", "", text).split())

@@ -1,4 +1,4 @@
-"""How the offline model reads: words, sentences, what a question asks for. Pure functions that know no model."""
+"""The offline model's reading of text: words, sentences and the searches for a question. Pure functions."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ STOPWORDS = frozenset(
     """.split()  # noqa: SIM905  (a hundred quoted words would be harder to read)
 )
 
-# The longest first; each with what takes its place, so that forms of one word end alike.
+# Longest ending first, each with its replacement, so that all forms of a word get one stem.
 _ENDINGS = (
     ("ability", "abl"),
     ("ibility", "ibl"),
@@ -54,18 +54,18 @@ _QUALIFIER = re.compile(r"^(\S.*?)(\s+(?:in|for|on|at|during)\s+.+)$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(]*[A-Z0-9À-ÞА-Я])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Dr|Mr|Mrs|Ms|Prof|St|No|approx|ca)|\b[A-Z](?:\.[A-Z])*)\.$")
 _LARGE_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d (?:million|billion)")
-_LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")  # on the sentence before
+_LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")  # refer to another sentence
 _QUOTED = re.compile(r'"([^"]+)"\s+\[\d+\]')
 
 
 def words(text: str) -> list[str]:
-    """The content words of a text, lower-case and without their endings, in order."""
+    """Return the stems of a text's content words, lower-case, in order."""
     found = re.findall(r"\w+", text.lower().replace("'s", ""))
     return [stem(word) for word in found if word not in STOPWORDS]
 
 
 def stem(word: str) -> str:
-    """A word without its ending, so that thread, threads and threading are one. Crude, and the same everywhere."""
+    """Return a word without its ending, so that thread, threads and threading are one word. The rules are crude."""
     for ending, replacement in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) + len(replacement) >= 3:
             word = word[: len(word) - len(ending)] + replacement
@@ -76,7 +76,7 @@ def stem(word: str) -> str:
 
 
 def plan_searches(question: str) -> list[str]:
-    """One to three searches. A comparison becomes one for each subject, each with what is asked about it.
+    """Return one to three search queries for a question. A comparison gets one for each subject.
 
     "What is the population of Tokyo vs New York?" asks for "population of Tokyo" and "population of New York".
     """
@@ -105,7 +105,7 @@ def _subjects(question: str) -> list[str]:
 
 
 def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
-    """Give every part what only one of them says: "Tokyo, New York population" both ask for the population."""
+    """Add to every part what only one part says: in "Tokyo, New York population" both ask for the population."""
     first, *others = parts
     if attribute and len(words(attribute[1])) > 0:
         prefix, first = attribute[1], attribute[2]
@@ -128,9 +128,9 @@ def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Whole sentences of prose in a Markdown text, each exactly as it stands there.
+    """Return the sentences of prose in a Markdown text, verbatim.
 
-    Headings, tables and code are left out, and so is a sentence with a double quote in it, which could not be quoted.
+    Headings, tables and code are left out, and sentences with a double quote, which could not be quoted.
     """
     found: list[str] = []
     for block in _prose_blocks(text):
@@ -168,15 +168,15 @@ def _prose_blocks(text: str) -> list[str]:
 
 
 def coverage(query: str, text: str) -> float:
-    """The share of the query's content words that the text holds."""
+    """Return the share of the query's content words that the text holds."""
     asked = set(words(query))
     return len(asked & set(words(text))) / len(asked) if asked else 0.0
 
 
 def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> list[str]:
-    """Up to `limit` sentences of the text that say most about the query, in the order in which they stand.
+    """Return up to `limit` sentences of the text that say most about the query, in the text's order.
 
-    A word that the title says counts half: every sentence of the page is about it.
+    A word of the title counts half, because the whole page is about it.
     """
     asked = set(words(query))
     named = set(words(title))
@@ -190,22 +190,22 @@ def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> l
         if counts_people and _LARGE_NUMBER.search(sentence):
             score += 1.0
         if asked & set(words(" ".join(sentence.split()[:3]))):
-            score += 0.5  # it is about the subject, not only in passing
+            score += 0.5  # the sentence begins with the subject
         if sentence.startswith(_LEANING) or "therefore" in sentence.split()[:4]:
             score -= 0.5
-        score += 1.0 / (position + 1)  # pages open with what matters most
+        score += 1.0 / (position + 1)  # pages begin with the most important sentences
         scored.append((score, position, sentence))
     best = sorted(scored, key=lambda entry: (-entry[0], entry[1]))[:limit]
     return [sentence for _, _, sentence in sorted(best, key=lambda entry: entry[1])]
 
 
 def quoted(text: str) -> list[str]:
-    """The sentences that an answer of this model quotes, each followed there by its source's number."""
+    """Return the sentences that an answer of the offline model quotes: those before a source's number."""
     return _QUOTED.findall(text)
 
 
 def best_passage(query: str, text: str, limit: int) -> str:
-    """The part of a text that says most about the query: one or more whole sentences, up to `limit` characters."""
+    """Return the sentences of a text that say most about the query, up to `limit` characters."""
     everything = sentences(text)
     chosen = choose_sentences(query, text, 1) or everything[:1]
     if not chosen:

@@ -1,6 +1,6 @@
-"""The offline web: the pages of one folder, searched with a real ranking and served as a web server would.
+"""The offline web: the pages of one folder, ranked by BM25 and served as by a web server.
 
-A Markdown or HTML file dropped into the folder is a page at once; its address is its name.
+Put a Markdown or HTML file into the folder to add a page. The file's name is the page's address.
 """
 
 import logging
@@ -19,7 +19,7 @@ from support.tools.web.page import page_to_markdown
 
 logger = logging.getLogger(__name__)
 
-HOST = "offline.example"  # RFC 2606 keeps .example free: no real site is ever meant
+HOST = "offline.example"  # RFC 2606 reserves .example, so this is no real site
 PAGES = Path(__file__).parent / "pages"
 MAX_BODY = 2 * 1024 * 1024  # bytes, as for a live page
 EXCERPT_LENGTH = 300  # characters
@@ -30,13 +30,13 @@ CONTENT_TYPES = {
     ".htm": "text/html; charset=utf-8",
 }
 
-# BM25's usual constants: how soon a repeated word stops counting, and how much a long page is held back.
+# BM25's usual constants: K1 bounds the weight of a repeated word, B is the penalty for a long page.
 K1 = 1.2
 B = 0.75
-TITLE_WEIGHT = 4  # a word in the title counts as so many in the text
+TITLE_WEIGHT = 4  # occurrences in the text that one word of the title counts as
 
 COVERED = 0.66  # the share of a query, by the weight of its words, that a page must hold
-COVERED_LONG = 0.5  # the same for a query of many words, where a few are always beside the point
+COVERED_LONG = 0.5  # the same share for a long query, in which some words never matter
 LONG_QUERY = 5  # words
 
 
@@ -50,13 +50,13 @@ class _Indexed:
 
 
 class OfflineWeb:
-    """The tools' `Web` over a folder. Files are read anew at each call, so that a dropped page counts at once."""
+    """The tools' `Web` over a folder. Every call reads the files again, so that a new page counts at once."""
 
     def __init__(self, folder: Path = PAGES) -> None:
         self.folder = folder
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
-        """The pages that cover the query, best first; an empty list if none does."""
+        """Return the pages that cover the query, best first."""
         index = self._index()
         ranked = [(score, page) for page in index if (score := _score(query, page, index)) > 0]
         ranked.sort(key=lambda entry: (-entry[0], entry[1].url))
@@ -66,17 +66,17 @@ class OfflineWeb:
         ]
 
     def fetch(self, url: str) -> Page:
-        """The page at this address as its file holds it, or a 404."""
+        """Return the file at this address as a page, or a page with status 404."""
         parts = urlsplit(url)
         slug = unquote(parts.path).strip("/")
-        # Looked up among the listed files, never joined to the folder: no address leads out of it.
+        # Never join the address to the folder's path: it could lead out of the folder.
         path = next((path for path in self._files() if path.stem == slug), None)
         if parts.hostname != HOST or path is None:
             return Page(url, 404, "text/plain; charset=utf-8", b"Not found\n")
         return _page(url, path)
 
     def topics(self) -> list[str]:
-        """The pages' titles, in the order of the alphabet."""
+        """Return the pages' titles in alphabetical order."""
         return sorted((page.title for page in self._index()), key=str.lower)
 
     def _files(self) -> list[Path]:
@@ -93,7 +93,7 @@ class OfflineWeb:
             try:
                 text = page_to_markdown(_page(url, path))
             except (OSError, FinalError) as error:
-                logger.warning("%s is left out: %s", path.name, error)
+                logger.warning("the offline page %s is left out: %s", path.name, error)
                 continue
             title = _title(text) or path.stem.replace("-", " ")
             counts = Counter(words(text))
@@ -115,10 +115,9 @@ def _title(markdown: str) -> str | None:
 
 
 def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
-    """Okapi BM25, or 0 for a page that doesn't cover the query.
+    """Return a page's Okapi BM25 score, or 0 if the page doesn't cover the query.
 
-    Written out here because a library for it brings numpy along, and because coverage, ranking and the choice of
-    sentences must agree on what a word is.
+    No library is used: it would need numpy, and coverage, ranking and the choice of sentences must split words alike.
     """
     asked = sorted(set(words(query)))
     weights = {word: _weight(word, index) for word in asked}
@@ -135,6 +134,6 @@ def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
 
 
 def _weight(word: str, index: Sequence[_Indexed]) -> float:
-    """Inverse document frequency: a rare word says more, and one that no page holds says most."""
+    """Return a word's inverse document frequency: the fewer pages hold the word, the greater its weight."""
     holding = sum(1 for page in index if page.counts[word])
     return math.log(1 + (len(index) - holding + 0.5) / (holding + 0.5))

@@ -1,7 +1,7 @@
-"""What one run of the pipeline left behind, and whether it shows what it is meant to show.
+"""The evidence of one run of the pipeline, and the checks of it.
 
-The server's record is the evidence. Beside it stand what the demo saw itself (which workers it started, how they ended,
-what was recorded when one died) and the log of the steps' effects. Pure functions; nothing here talks to a server.
+The evidence is the server's record, the demo's own observations (the workers that it started, how they ended, and the
+outputs recorded by then) and the log of the steps' effects. Pure functions: nothing here talks to a server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.pipeline.effects import Effect
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """Where worker 1 is killed: after a step's record, or between a step's effect and its record."""
+    """The point at which worker 1 is killed: after a step's record, or between a step's effect and its record."""
 
     step: str
     within: bool = False
@@ -28,12 +28,12 @@ class CrashPoint:
 
     @property
     def in_words(self) -> str:
-        """When the worker is killed."""
+        """The time of the kill, in words."""
         return f"within {self.step}, after its effect" if self.within else f"as soon as {self.step} is recorded"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes pipeline_worker.py crash there."""
+        """The environment variables that make pipeline_worker.py crash at this point."""
         return {"CRASH_AFTER": "" if self.within else self.step, "CRASH_DURING": self.step if self.within else ""}
 
 
@@ -47,13 +47,13 @@ class SeenWorker:
     name: str
     pid: int
     death: str = ""
-    """How it died, "" if it didn't."""
+    """The cause of the worker's death, "" if it didn't die."""
     recorded: Mapping[str, str] | None = None
-    """The outputs that the server had when it was dead."""
+    """The outputs that the server had recorded by the worker's death."""
 
     def owns(self, worker_id: str) -> bool:
-        """Whether the id in the records is this worker's."""
-        # Not by the process id: where Python starts through a launcher, the demo sees the launcher's.
+        """Return whether the id in the records is this worker's."""
+        # Don't compare process ids: where a launcher starts Python, the demo only knows the launcher's.
         return worker_id.startswith(f"{self.name}-pid")
 
 
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """In words: what became of the attempt."""
+        """The attempt's outcome, in words."""
         if self.attempt.outcome is Outcome.COMPLETED:
             return "recorded"
         word: str = self.attempt.outcome.value.lower()
@@ -78,13 +78,13 @@ class Row:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its worker or its server vanished under it."""
+        """Whether the attempt's worker or server died, or the worker fell silent."""
         return self.attempt.outcome in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED)
 
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """An execution with everything that is known about it."""
+    """An execution with its crash point, its workers and its effects."""
 
     execution: Execution
     query: str
@@ -94,7 +94,7 @@ class PipelineRun:
 
     @property
     def rows(self) -> list[Row]:
-        """Every attempt, in the order of their starts."""
+        """Every attempt, in the order of the attempts' starts."""
         had_effect = {(effect.step, effect.attempt) for effect in self.effects}
         rows = [
             Row(node, attempt, self.worker_of(attempt), (node.node_id, attempt.attempt) in had_effect)
@@ -105,16 +105,16 @@ class PipelineRun:
 
     @property
     def begun_ms(self) -> int:
-        """When the first attempt started: what a timeline counts from."""
+        """The start of the first attempt, from which a timeline counts."""
         rows = self.rows
         return rows[0].attempt.started_ms if rows else self.execution.created_ms
 
     def worker_of(self, attempt: Attempt) -> SeenWorker | None:
-        """Who had the attempt; None for a worker that the demo didn't start."""
+        """Return the worker of an attempt; None for a worker that the demo didn't start."""
         return next((worker for worker in self.workers if worker.owns(attempt.worker_id)), None)
 
     def steps_of(self, worker: SeenWorker) -> list[str]:
-        """The steps that the server recorded from a worker."""
+        """Return the steps that the server recorded from a worker."""
         return [
             row.node.node_id for row in self.rows if row.worker is worker and row.attempt.outcome is Outcome.COMPLETED
         ]
@@ -136,13 +136,13 @@ class PipelineRun:
 
     @property
     def report(self) -> str:
-        """The Markdown; "" if the run didn't come that far."""
+        """The report in Markdown; "" if `report` was not recorded."""
         output = self.execution.outputs().get("report")
         return str(json.loads(output)["markdown"]) if output is not None else ""
 
 
 def problems(run: PipelineRun) -> list[str]:
-    """Why the run doesn't show what it is meant to show; nothing if it does."""
+    """Return the failed checks of a run, a sentence each; [] if every check passed."""
     execution = run.execution
     if execution.status is not ExecutionStatus.COMPLETED:
         why = next((node.error for node in execution.nodes if node.status is NodeStatus.FAILED), execution.error)
@@ -187,7 +187,7 @@ def _effects_amiss(run: PipelineRun) -> list[str]:
 def _crash_amiss(run: PipelineRun) -> list[str]:
     first, step = run.workers[0], run.point.step
     if not first.death:
-        return [f"{first.name} did not die: the crash {run.point} never came"]
+        return [f"{first.name} did not die: the crash {run.point} did not happen"]
     if step in run.steps_of(first) and run.point.within:
         return [f"{first.name} recorded {step} before it died"]
     later = [row.node.node_id for row in run.rows if row.worker is first and _is_after(row.node.node_id, step)]
@@ -199,7 +199,7 @@ def _is_after(step: str, other: str) -> bool:
 
 
 def remarks(run: PipelineRun) -> list[str]:
-    """What happened, in sentences: where the run was resumed, what ran again, and what was not as asked."""
+    """Return sentences about the run: where it was resumed, which steps ran again, and whether the kill was early."""
     said: list[str] = []
     dead = [worker for worker in run.workers if worker.death]
     if dead and run.resumptions:
@@ -207,7 +207,7 @@ def remarks(run: PipelineRun) -> list[str]:
         _, step = run.resumptions[0]
         said.append(f"Recorded when {dead[0].name} died: {', '.join(kept) or 'nothing'}. Resumed at: {step}.")
     if dead and not _died_as_asked(run):
-        said.append(f"{run.workers[0].name} was to die {run.point}, but something else ended it before that.")
+        said.append(f"{run.workers[0].name} was to die {run.point}, but died earlier from another cause.")
     for node in run.repeated:
         said.append(_repetition(run, node))
     if dead and not _recorded_steps_run_again(run):
@@ -216,13 +216,13 @@ def remarks(run: PipelineRun) -> list[str]:
 
 
 def _repetition(run: PipelineRun, node: Node) -> str:
-    """Which attempts a step took and what became of each."""
+    """Return a sentence about a step's attempts, their outcomes and its effects."""
     tried = "; ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in run.rows if row.node is node)
     return f"Ran again: {node.node_id} ({tried}). Its effect happened {effect_times(run, node)}."
 
 
 def effect_times(run: PipelineRun, node: Node) -> str:
-    """How often a step's effect happened, in words."""
+    """Return how often a step's effect happened, in words."""
     number = sum(effect.step == node.node_id for effect in run.effects)
     return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
@@ -237,7 +237,7 @@ def _died_as_asked(run: PipelineRun) -> bool:
 
 
 def result_in_words(node: Node) -> str:
-    """What a step's recorded output holds, for a line of progress."""
+    """Return a summary of a step's recorded output, for a line of progress."""
     if node.output_json is None:
         return ""
     output: dict[str, Any] = json.loads(node.output_json)

@@ -1,6 +1,6 @@
 """Runs of the pipeline as one self-contained HTML page: a lane for each worker, drawn from the server's records.
 
-No script, no font, no picture from elsewhere. Everything that comes from a record is escaped, and the page's own policy
+The page has no script, font or picture from elsewhere. Text from records is escaped, and the page's security policy
 lets the browser load and run nothing.
 """
 
@@ -54,7 +54,7 @@ pre { white-space: pre-wrap; background: var(--lane); padding: 1rem; border-radi
 
 
 def page(runs: Sequence[PipelineRun]) -> str:
-    """The whole document."""
+    """Return the HTML document of these runs."""
     sections = "\n".join(_section(run) for run in runs)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -67,9 +67,9 @@ def page(runs: Sequence[PipelineRun]) -> str:
 </head>
 <body>
 <h1>A pipeline that crashes and resumes</h1>
-<p class="soft">Each lane is a worker process, each bar an attempt at a step, where and as long as the Nexum server
-recorded it. A dashed line is a worker's death as the server knows it: at its last report, or where a step that it held
-was given up.</p>
+<p class="soft">Each lane is a worker process, and each bar is an attempt at a step, with the times that the Nexum
+server recorded. A dashed line is a worker's death as the server saw it: at the worker's last report, or at the end of
+the attempt that it held.</p>
 {sections}
 </body>
 </html>
@@ -79,7 +79,7 @@ was given up.</p>
 def _section(run: PipelineRun) -> str:
     wrong = problems(run)
     said = "\n".join(f"<p>{escape(remark)}</p>" for remark in remarks(run))
-    verdict = f"This does not hold: {'; '.join(wrong)}" if wrong else "Every step is recorded once."
+    verdict = f"Failed: {'; '.join(wrong)}" if wrong else "Every step is recorded once."
     report = f"<h3>The report</h3>\n<pre>{escape(run.report)}</pre>" if run.report else ""
     begun = datetime.fromtimestamp(run.execution.created_ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     return f"""<section data-execution="{escape(run.execution.execution_id)}" data-point="{escape(str(run.point))}">
@@ -94,7 +94,7 @@ def _section(run: PipelineRun) -> str:
 
 
 class _Scale:
-    """Milliseconds of the execution to percent of a track's width."""
+    """A scale from milliseconds of the execution to percent of a track's width."""
 
     def __init__(self, run: PipelineRun) -> None:
         ends = [row.attempt.ended_ms or row.attempt.started_ms for row in run.rows]
@@ -105,7 +105,7 @@ class _Scale:
         return round(100 * (at_ms - self.from_ms) / (self.to_ms - self.from_ms), 3)
 
     def ticks(self) -> list[int]:
-        """Round numbers of milliseconds since the start."""
+        """Return round numbers of milliseconds since the start."""
         length = self.to_ms - self.from_ms
         power = 1
         while True:
@@ -121,7 +121,7 @@ def _chart(run: PipelineRun) -> str:
     ticks = "".join(
         f'<span class="tick" style="left:{scale.percent(scale.from_ms + ms)}%">{ms / 1000:g} s</span>'
         for ms in scale.ticks()
-        if scale.percent(scale.from_ms + ms) < 97  # one at the very edge would stick out
+        if scale.percent(scale.from_ms + ms) < 97  # a label at the edge would stick out
     )
     return f"""<div class="chart">
 {lanes}

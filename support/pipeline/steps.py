@@ -1,7 +1,7 @@
-"""The work of the pipeline's four steps: an AutoGen agent each, and a check of what it says.
+"""The work of the pipeline's four steps: each asks an AutoGen agent and checks its reply.
 
-The agent's word is never enough: a quote must stand on its page, a citation must have a source, and a reply of the
-wrong form is asked for once more before the attempt fails. Imports AutoGen, so import it only when used.
+A quote must be on its page, and a citation must have a source. If a reply can't be used, the step asks once more and
+then fails the attempt. This module imports AutoGen, so import it only when used.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from support.tools.clean_text import one_line
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
 MAX_TITLE = 200  # characters
-EAGER_ATTEMPTS = 2  # in so many a page that can't be read now fails the attempt, later it costs its claims
-_NEVER_MENDS = (400, 401, 403, 404, 422)  # HTTP: the key, the model or the request is wrong
+EAGER_ATTEMPTS = 2  # the first attempts, which fail if a page can't be read now; later ones drop the page's claims
+_FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP: the key, the model or the request is wrong
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
 
 RESEARCHER = f"""You are a researcher. Search with web_search, read the promising pages with visit_webpage, and collect
@@ -68,7 +68,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class StepFailed(NexumError, RuntimeError):
-    """The step has no result this time; another attempt may have one."""
+    """The attempt at a step failed; a retry may succeed."""
 
 
 class _Strict(BaseModel):
@@ -86,14 +86,14 @@ class _Verdicts(_Strict):
 
 
 class PipelineSteps:
-    """The four steps with this web. `model_for` makes the model client of a step's agent."""
+    """The four steps, which read this web. `model_for` makes the model client of a step's agent."""
 
     def __init__(self, web: Web, model_for: Callable[[str], ChatCompletionClient]) -> None:
         self._web = web
         self._model_for = model_for
 
     def handlers(self) -> dict[str, Handler]:
-        """The handler of each node."""
+        """Return the handler of each node."""
         return {
             "research": self.research,
             "validate": self.validate,
@@ -102,7 +102,7 @@ class PipelineSteps:
         }
 
     async def research(self, task: TaskContext) -> Research:
-        """Claims from the web, each with its page and its quote."""
+        """Collect claims from the web, each with its page and its quote."""
         query = PipelineInput.model_validate(task.input).query
         failures: list[str] = []
         tools = [StepTool(tool, self._context(task), failures) for tool in TOOLS.values()]
@@ -112,7 +112,7 @@ class PipelineSteps:
         return Research(claims=list(dict.fromkeys(found.claims))[:MAX_CLAIMS], note=found.note.strip())
 
     async def validate(self, task: TaskContext) -> Validation:
-        """Reads every page again and keeps the claims whose quote stands there and says what they say."""
+        """Read every page again; keep the claims whose quote is on the page and supports the statement."""
         claims = Research.model_validate(task.deps["research"]).claims
         pages = {url: await self._read(url, task) for url in dict.fromkeys(claim.url for claim in claims)}
         dropped: list[DroppedClaim] = []
@@ -141,7 +141,7 @@ class PipelineSteps:
         return Validation(sources=sources, kept=kept, dropped=dropped)
 
     async def summarize(self, task: TaskContext) -> Summary:
-        """Prose from the claims that are left."""
+        """Write prose from the claims that were kept."""
         query = PipelineInput.model_validate(task.input).query
         validation = Validation.model_validate(task.deps["validate"])
         if not validation.kept:
@@ -150,7 +150,7 @@ class PipelineSteps:
         return Summary(text=await self._ask("summarize", SUMMARIZER, _json(asked), _citing(validation.sources)))
 
     async def report(self, task: TaskContext) -> Report:
-        """The report, with its numbered sources and with what was dropped on the way."""
+        """Write the report; add the numbered sources and the dropped claims."""
         query = PipelineInput.model_validate(task.input).query
         validation = Validation.model_validate(task.deps["validate"])
         summary = Summary.model_validate(task.deps["summarize"]).text
@@ -175,7 +175,10 @@ class PipelineSteps:
         parse: Callable[[str], T],
         tools: Sequence[BaseTool[Any, Any]] = (),
     ) -> T:
-        """What the step's agent replies, parsed; asked once more if it can't be. Raises StepFailed, FinalError."""
+        """Return the parsed reply of the step's agent; ask once more if it can't be parsed.
+
+        Raises StepFailed, and FinalError for a model's failure that a retry can't fix.
+        """
         model = self._model_for(step)
         agent = AssistantAgent(
             name=f"{step}_agent",
@@ -188,15 +191,15 @@ class PipelineSteps:
             try:
                 return parse(await _reply(agent, task))
             except ValueError as problem:
-                again = f"That reply can't be used: {_problem(problem)}. Reply again, in the form you were asked for."
+                again = f"That reply can't be used: {_problem(problem)}. Reply again, in the required form."
                 return parse(await _reply(agent, again))
         except ModelFailed as error:
-            if getattr(error.__cause__, "status_code", None) in _NEVER_MENDS:
+            if getattr(error.__cause__, "status_code", None) in _FINAL_STATUSES:
                 raise FinalError(str(error)) from error
             raise StepFailed(str(error)) from error
         except ValueError as problem:
             raise StepFailed(
-                f"{step}: the model's reply could not be used, nor the one after: {_problem(problem)}"
+                f"{step}: two replies of the model could not be used; the second: {_problem(problem)}"
             ) from problem
         finally:
             await model.close()
@@ -221,7 +224,10 @@ class PipelineSteps:
     # ---- The web -----------------------------------------------------------------------------------------------------
 
     async def _read(self, url: str, task: TaskContext) -> tuple[str, str]:
-        """The page's text and "", or "" and why it can't be read. Raises what may go better in another attempt."""
+        """Return the page's text and "", or "" and the reason why the page can't be read.
+
+        In the first attempts, raise StepFailed instead if a retry may succeed.
+        """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""
         except FinalError as error:
@@ -236,7 +242,7 @@ class PipelineSteps:
 
 
 def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
-    """Why a quote doesn't stand on its page; "" if it does. White space counts as one space, all else as it is."""
+    """Return why a quote is not on its page, or "" if it is. Runs of white space compare as one space."""
     if unreadable:
         return f"its page can't be read again: {one_line(unreadable, MAX_TITLE)}"
     wanted = " ".join(quote.split())
@@ -246,7 +252,7 @@ def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
 
 
 async def _reply(agent: AssistantAgent, task: str) -> str:
-    """The agent's last words. Raises ValueError if there are none."""
+    """Run the agent; return its last message. Raises ValueError if that holds no text."""
     result = await agent.run(task=task)
     last = result.messages[-1]
     if not isinstance(last, TextMessage) or last.source != agent.name or not last.content.strip():
@@ -263,7 +269,7 @@ def _problem(error: ValueError) -> str:
 
 
 def _parsed(reply: str, form: type[Model]) -> Model:
-    """The JSON object in a reply; models like to put a fence or a sentence around it."""
+    """Return the JSON object in a reply. Models often put a fence or a sentence around it."""
     start, end = reply.find("{"), reply.rfind("}")
     if start < 0 or end < start:
         raise ValueError("it holds no JSON object")
@@ -275,13 +281,13 @@ def _parse_research(reply: str) -> Research:
 
 
 def _citing(sources: Sequence[Source]) -> Callable[[str], str]:
-    """A check of prose: it cites at least one source, and none that doesn't exist."""
+    """Return a check for prose: it must cite at least one source, and only sources that exist."""
     known = {source.number for source in sources}
 
     def check(reply: str) -> str:
         unknown = sorted(citations(reply) - known)
         if unknown:
-            raise ValueError(f"it cites [{unknown[0]}], and the sources are numbered 1 to {len(sources)}")
+            raise ValueError(f"it cites [{unknown[0]}], but the sources are numbered 1 to {len(sources)}")
         if not citations(reply):
             raise ValueError("it cites no source: put the source's number behind each sentence, as in [1]")
         return reply
@@ -290,7 +296,7 @@ def _citing(sources: Sequence[Source]) -> Callable[[str], str]:
 
 
 def citations(text: str) -> set[int]:
-    """The numbers that a text cites, as in [1] or [1, 2]."""
+    """Return the source numbers that a text cites, as in [1] or [1, 2]."""
     return {int(number) for match in _CITATION.finditer(text) for number in match[1].split(",")}
 
 
@@ -302,22 +308,22 @@ def _title(page: str) -> str:
 def _nothing_stands(task: TaskContext) -> str:
     research = Research.model_validate(task.deps["research"])
     if research.claims:
-        return "No claim stood up to validation, so there is nothing to report."
+        return "Validation kept no claim, so there is nothing to report."
     return research.note or "The research found no claims, so there is nothing to report."
 
 
 def _appendix(validation: Validation) -> list[str]:
-    """Markdown that no model writes: the sources, and what was dropped."""
+    """Return the lists of sources and of dropped claims, in Markdown. No model writes them."""
     parts: list[str] = []
     if validation.sources:
         listed = [f"{source.number}. {source.title}. <{source.url}>" for source in validation.sources]
         parts.append("\n".join(["## Sources", "", *listed]))
     if validation.dropped:
-        fallen = [
+        dropped = [
             f"- {one_line(one.claim.statement, MAX_TITLE)} ({one.claim.url}): {one.reason}"
             for one in validation.dropped
         ]
-        parts.append("\n".join(["## Dropped by validation", "", *fallen]))
+        parts.append("\n".join(["## Dropped by validation", "", *dropped]))
     return parts
 
 

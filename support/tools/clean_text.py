@@ -1,4 +1,4 @@
-"""Text that came from outside, made fit to stand in a message or a result."""
+"""Clean text from outside for use in a message or a tool's result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 SHOWN_LENGTH = 120  # characters of a foreign value that a message repeats
 
-# Control characters, zero-width and bidirectional ones, variation selectors, tags and lone surrogates: nobody sees
-# them, and they can carry text that only the model reads. Written out, so that Python's Unicode tables don't matter.
+# Control, zero-width and bidirectional characters, variation selectors, tags and lone surrogates: a person can't see
+# them, but they can carry text that the model reads. Listed here, so that the result is the same on every Python.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
@@ -17,18 +17,18 @@ _FIXED_SPACE = re.compile("[\u00a0\u2007\u202f]")
 
 
 def cleaned(text: str) -> str:
-    """Without invisible characters; every line break a newline, every fixed space a space."""
+    """Return the text without invisible characters, with newlines for all line breaks and plain spaces."""
     return _INVISIBLE.sub("", _FIXED_SPACE.sub(" ", _LINE_BREAK.sub("\n", text)))
 
 
 def one_line(text: str, limit: int) -> str:
-    """Cleaned, on one line, of at most `limit` characters."""
+    """Return the cleaned text on one line of at most `limit` characters."""
     line = " ".join(cleaned(text).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
 def shortened(value: object) -> str:
-    """A foreign value as a message may repeat it."""
+    """Return a foreign value in a short form that is safe in a message."""
     try:
         shown = repr(value)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Run one function within a time limit, so that whatever it does stays its own failure."""
+"""Run one function within a time limit, so that its failure can't end or block the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class StillRunning(Exception):
-    """The time is up and the function has not returned."""
+    """The function has not returned within its time limit."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class _Outcome:
 
 
 async def run_contained(function: Callable[[], object], name: str, time_limit: float) -> object:
-    """Call it, in a thread of its own unless it is async, and return its result or raise its error.
+    """Call the function, in a new thread unless it is async; return its result or raise its error.
 
-    Past the limit it raises StillRunning and leaves the function behind. A BaseException from inside becomes a
+    Past the limit, raise StillRunning and abandon the function. A BaseException from the function becomes a
     RuntimeError: a tool's CancelledError or SystemExit must not cancel or end the worker that awaits it.
     """
     running: asyncio.Future[_Outcome]
@@ -33,7 +33,7 @@ async def run_contained(function: Callable[[], object], name: str, time_limit: f
     else:
         running = _in_thread(function, name)
     try:
-        # Not wait_for: it would wait for the function to agree to its cancellation.
+        # Not wait_for: it would wait until the function has handled its cancellation.
         done, _ = await asyncio.wait({running}, timeout=time_limit)
     finally:
         running.cancel()
@@ -72,10 +72,10 @@ def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Out
             outcome = _Outcome(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
             outcome = _Outcome(error=error)
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop was closed, so no caller waits
             loop.call_soon_threadsafe(deliver, outcome)
 
-    # A daemon thread of its own, not a pool's: a hung call must not keep the process alive, nor others from starting.
+    # A daemon thread, not a pool's: a hung call must not keep the process alive or block other calls.
     threading.Thread(target=body, name=f"tool {name}", daemon=True).start()
     return future
 

@@ -1,4 +1,4 @@
-"""What a tool is: a function, its arguments as the model sees them, and its time limit."""
+"""The declaration of tools: a function, its arguments as the model sees them, and its time limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT_TIME_LIMIT = 60.0  # seconds
 
 
 class ToolTimeout(TimeoutError):
-    """A tool ran past its time limit: the attempt fails, another may succeed."""
+    """A tool ran longer than its time limit. The attempt fails; a retry may succeed."""
 
     def __init__(self, tool_name: str, time_limit: float) -> None:
         super().__init__(f"{tool_name} ran longer than its time limit of {time_limit:g} s")
@@ -31,16 +31,16 @@ class ToolTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class ToolContext:
-    """What one call brings along, beside the model's arguments."""
+    """The context of one tool call, beside the model's arguments."""
 
-    idempotency_key: str  # the same at every attempt, so that a target can recognise a repeat
+    idempotency_key: str  # the same at every attempt, so that a target can recognise a retry
     attempt: int  # from 1
     web: Web
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A declared tool. `arguments` forbids what the signature doesn't name, and coerces nothing."""
+    """A declared tool. Its model `arguments` forbids unknown names and coerces no types."""
 
     name: str
     description: str
@@ -52,7 +52,7 @@ class Tool:
 
     @classmethod
     def from_function(cls, function: Callable[..., object], *, time_limit: float = DEFAULT_TIME_LIMIT) -> Tool:
-        """Read a tool off a function. What the model couldn't be told is refused here, when the program starts."""
+        """Make a tool from a function. Raises TypeError or ValueError if the model couldn't call it."""
         name = function.__name__
         description = inspect.getdoc(function)
         if not description:
@@ -92,11 +92,11 @@ class Tool:
         )
 
     def validate(self, arguments: object) -> dict[str, Any]:
-        """Check a model's arguments; what is wrong is said in one message that the model can act on."""
+        """Return the checked arguments of a call. Raises FinalError with one message that the model can act on."""
         try:
             if not isinstance(arguments, Mapping):
                 raise TypeError("the arguments must be a JSON object")
-            # By way of JSON, so that strictness is JSON's own: a list may fill a tuple, a text never an int.
+            # Validate as JSON: there, strict mode lets a list fill a tuple, but never a text an int.
             text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
             checked = self.arguments.model_validate_json(text)
         except ValidationError as invalid:
@@ -110,7 +110,7 @@ class Tool:
         return FinalError(f"{self.name} was called with wrong arguments: {causes}. Call it as {self.signature}")
 
     async def run(self, arguments: object, context: ToolContext) -> str:
-        """Check the arguments and run the function, within the time limit."""
+        """Check the arguments, run the function within the time limit, and return its result as text."""
         keywords = self.validate(arguments)
         if self.context_parameter is not None:
             keywords[self.context_parameter] = context
@@ -127,7 +127,7 @@ class Tool:
             except (TypeError, ValueError, RecursionError) as error:
                 kind = type(result).__name__
                 raise FinalError(f"{self.name} returned a {kind}, which is neither text nor JSON ({error})") from error
-        # A lone surrogate can't be sent or stored.
+        # Replace lone surrogates: they can't be sent or stored.
         return result.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -135,7 +135,7 @@ REGISTRY: dict[str, Tool] = {}
 
 
 def tool(*, time_limit: float = DEFAULT_TIME_LIMIT) -> Callable[[Callable[..., object]], Tool]:
-    """Declare the function below as a tool that agents may call."""
+    """Return a decorator that declares a function as a tool."""
 
     def declare(function: Callable[..., object]) -> Tool:
         declared = Tool.from_function(function, time_limit=time_limit)
@@ -148,7 +148,7 @@ def tool(*, time_limit: float = DEFAULT_TIME_LIMIT) -> Callable[[Callable[..., o
 
 
 def find_tool(name: str) -> Tool:
-    """The tool of this name; a model's invented one is a final error that names those that exist."""
+    """Return the tool of this name. Raises FinalError, with the existing names, if there is none."""
     if name not in REGISTRY:
         raise FinalError(f"there is no tool named {shortened(name)}; the tools are {', '.join(sorted(REGISTRY))}")
     return REGISTRY[name]

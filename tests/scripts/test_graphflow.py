@@ -53,11 +53,11 @@ def test_an_interrupted_graph_is_shown_not_to_resume_and_the_durable_run_to_fini
     server: Server, tmp_path: Path
 ) -> None:
     output = show(server, tmp_path, "--graphflow")
-    assert "no agent called its model; ended by itself" in output
-    assert "it did not resume: analyst, editor, publisher never had a say" in output
+    assert "no agent called its model; ended normally" in output
+    assert "the team did not resume: analyst, editor, publisher never spoke" in output
     assert "model calls by researcher, analyst; killed" in output
     assert "recorded by then: reply 1 of researcher\n" in output
-    assert "model calls by analyst, editor, publisher; ended by itself" in output
+    assert "model calls by analyst, editor, publisher; ended normally" in output
     assert "1 recorded call(s) were replayed, none was repeated; 3 were made live" in output
 
 
@@ -65,16 +65,16 @@ def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_fi
     server: Server, tmp_path: Path
 ) -> None:
     output = show(server, tmp_path, "--cyclic")
-    assert "model calls by planner, author, reviewer; ended by itself" in output
-    assert "model calls by author, reviewer; ended by itself" in output
-    assert "AutoGen answers: 'Digraph execution is complete'" in output
-    assert "it did not resume: publisher never had a say" in output
+    assert "model calls by planner, author, reviewer; ended normally" in output
+    assert "model calls by author, reviewer; ended normally" in output
+    assert "AutoGen reports: 'Digraph execution is complete'" in output
+    assert "the team did not resume: publisher never spoke" in output
     assert "3 recorded call(s) were replayed, none was repeated; 5 were made live" in output
 
 
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
 def test_a_mended_autogen_is_shown_to_resume(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
     output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{mended}"})
-    assert "[plain] it resumed: after loading," in output
+    assert "[plain] the team resumed: after loading," in output
     assert "did not resume" not in output
     assert "none was repeated" in output

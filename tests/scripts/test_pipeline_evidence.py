@@ -62,7 +62,7 @@ def test_an_attempt_that_was_lost_before_its_effect_is_told_as_such() -> None:
     assert problems(run) == []
     assert "attempt 1 lost, no effect" in remarks(run)[2]
     assert "Its effect happened once." in remarks(run)[2]
-    assert remarks(run)[1] == "worker-1 was to die during summarize, but something else ended it before that."
+    assert remarks(run)[1] == "worker-1 was to die during summarize, but died earlier from another cause."
 
 
 def test_a_worker_that_died_before_its_time_is_told_and_still_holds() -> None:
@@ -72,7 +72,7 @@ def test_a_worker_that_died_before_its_time_is_told_and_still_holds() -> None:
     assert problems(run) == []
     assert remarks(run)[:2] == [
         "Recorded when worker-1 died: research. Resumed at: validate.",
-        "worker-1 was to die after validate, but something else ended it before that.",
+        "worker-1 was to die after validate, but died earlier from another cause.",
     ]
 
 
@@ -82,7 +82,7 @@ def test_a_worker_that_died_before_its_time_is_told_and_still_holds() -> None:
 def test_a_worker_that_lives_is_no_crash() -> None:
     tries = [replace(one, worker="worker-1") for one in PLANNED]
     run = made_run(tries, [ONE], AFTER_VALIDATE)
-    assert problems(run) == ["worker-1 did not die: the crash after validate never came"]
+    assert problems(run) == ["worker-1 did not die: the crash after validate did not happen"]
 
 
 def test_a_crash_that_came_a_step_too_late_is_told() -> None:

@@ -121,7 +121,7 @@ def test_it_loads_nothing_and_says_so_to_the_browser() -> None:
 
 def test_a_run_that_does_not_hold_is_marked_as_such() -> None:
     run = made_run(TRIES, [ONE, TWO], CrashPoint("validate"))
-    assert "This does not hold: worker-1 did not die" in page([run])
+    assert "Failed: worker-1 did not die" in page([run])
     assert having(page([run]), "class", "bad")
 
 

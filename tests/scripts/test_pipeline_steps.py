@@ -184,7 +184,7 @@ async def test_nothing_that_was_dropped_reaches_the_summary_and_the_report_names
     for step in STEPS[1:]:
         deps[step] = json.loads((await steps.handlers()[step](task(step, dict(deps)))).model_dump_json())
     report = json.dumps(deps["report"])
-    assert "No claim stood up to validation" in report
+    assert "Validation kept no claim" in report
     assert "## Dropped by validation" in report
     assert "the quote is not on the page" in report
     assert "1921" not in json.dumps(deps["summarize"])
@@ -214,7 +214,9 @@ async def test_a_reply_of_the_wrong_form_is_asked_for_once_more_with_the_reason(
 
 async def test_two_unusable_replies_fail_the_attempt_and_another_may_succeed() -> None:
     steps, model = scripted("no", "no again")
-    with pytest.raises(StepFailed, match="could not be used, nor the one after: it holds no JSON object"):
+    with pytest.raises(
+        StepFailed, match="two replies of the model could not be used; the second: it holds no JSON object"
+    ):
         await steps.research(task("research"))
     assert len(model.sent) == 2
 

@@ -104,7 +104,7 @@ def test_known_encodings_are_decompressed(server: LoopbackServer, encoding: str,
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "evil"])
 def test_an_encoding_that_was_not_asked_for_is_refused(server: LoopbackServer, encoding: str) -> None:
     server.answers["/"] = page(b"?", content_encoding=encoding)
-    with pytest.raises(FinalError, match="encoding that was not asked for"):
+    with pytest.raises(FinalError, match="encoding that was not accepted"):
         fetcher().fetch(f"http://public.test:{server.port}/")
 
 

@@ -181,15 +181,15 @@ def test_a_long_page_is_cut_with_a_note() -> None:
 
 
 def test_a_body_that_was_cut_while_it_was_read_says_so() -> None:
-    assert read("abc", "text/plain", truncated=True) == "abc\n\n[cut: the first 3 characters; the page goes on]"
+    assert read("abc", "text/plain", truncated=True) == "abc\n\n[cut: the first 3 characters; the page continues]"
     assert read("x" * 30, "text/plain", limit=10, truncated=True).endswith(
-        "[cut: the first 10 characters; the page goes on]"
+        "[cut: the first 10 characters; the page continues]"
     )
 
 
 def test_html_beyond_what_is_converted_is_not_passed_over_in_silence() -> None:
     text = read("<p>start</p><!--" + "x" * 600_000 + "--><p>end</p>")
-    assert text == "start\n\n[cut: the first 5 characters; the page goes on]"
+    assert text == "start\n\n[cut: the first 5 characters; the page continues]"
 
 
 def test_scripts_do_not_use_up_the_size_that_is_converted() -> None:

@@ -1,4 +1,4 @@
-"""The web as the tools see it: the live one, or the offline one."""
+"""The interface to the web that the tools use, live or offline."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXCERPT_LENGTH = 2_000  # characters
 
 
 class WebError(RuntimeError):
-    """The web didn't answer as it should: another attempt may succeed."""
+    """A search or a page could not be had now; a retry may succeed."""
 
 
 class SearchHit(BaseModel):
-    """One result of a search: visible characters only, and an address that visit_webpage would accept."""
+    """One result of a search, with visible characters only and an address that visit_webpage accepts."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,22 +30,22 @@ class SearchHit(BaseModel):
 
 @dataclass(frozen=True)
 class Page:
-    """An HTTP response, as far as it was read."""
+    """An HTTP response, with the part of its body that was read."""
 
     url: str  # after redirects
     status: int
     content_type: str  # the header's value, "" if there was none
     body: bytes
-    truncated: bool = False  # the body went on, past the limit
+    truncated: bool = False  # the body is longer than the limit
 
 
 class Web(Protocol):
-    """Both calls block; they run in a tool's own thread."""
+    """The live or the offline web. Both methods block; they run in a tool's thread."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
-        """What a search engine finds; an empty list only if it says that there is nothing."""
+        """Return the hits of a search engine; [] only if the engine reports that there are none."""
         ...
 
     def fetch(self, url: str) -> Page:
-        """The response at a checked address. FinalError if it may not be read, WebError if it can't be now."""
+        """Return the response from a checked address. Raises FinalError if it may not be read, else WebError."""
         ...

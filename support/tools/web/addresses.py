@@ -1,6 +1,6 @@
-"""Which internet addresses are public.
+"""The test for public internet addresses.
 
-`ipaddress.is_global` alone is not enough: it passes addresses that wrap another one, and a cloud's internal ones.
+`ipaddress.is_global` alone is not enough: it accepts addresses that wrap another one, and a cloud's internal ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOT_PUBLIC_4 = tuple(
         ),
     )
 )
-_PUBLIC_6 = IPv6Network("2000::/3")  # the only range that is given out
+_PUBLIC_6 = IPv6Network("2000::/3")  # the only allocated range
 _NOT_PUBLIC_6 = tuple(
     map(
         IPv6Network,
@@ -46,12 +46,12 @@ _NOT_PUBLIC_6 = tuple(
         ),
     )
 )
-_NAT64 = IPv6Network("64:ff9b::/96")  # how a host without IPv4 reaches all of it
+_NAT64 = IPv6Network("64:ff9b::/96")  # wraps any IPv4 address, for hosts without IPv4
 _ISATAP = (0x00005EFE, 0x02005EFE)  # an interface id that wraps an IPv4 address
 
 
 def is_public(address: Address) -> bool:
-    """Whether anybody on the internet may be expected there, and nobody else."""
+    """Return whether the address belongs to the public internet."""
     if isinstance(address, IPv4Address):
         return address.is_global and not any(address in network for network in _NOT_PUBLIC_4)
     if address.ipv4_mapped is not None:
@@ -64,7 +64,7 @@ def is_public(address: Address) -> bool:
 
 
 def literal_address(host: str) -> Address | None:
-    """The address that a URL's host spells out, if it does."""
+    """Return the IP address that a URL's host is, or None if the host is a name."""
     try:
         return ip_address(host.strip("[]"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a response claims to be, and its bytes as text."""
+"""The kind of a response, and the decoding of its body."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _BYTE_ORDER_MARKS = (
 _DECLARED_WITHIN = 4096  # bytes
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w.:-]{1,40})", re.IGNORECASE)
 _XML = re.compile(rb"^\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
-# Python's codecs hold more than charsets (punycode, unicode_escape, zip ...); a page may only name these.
+# Only these names are accepted: Python's codecs also include punycode, unicode_escape, zip and others.
 _CHARSET = re.compile(
     r"utf-(8|16|32)(-[bl]e)?|iso8859-\d+|cp\d+|koi8-\w|euc_\w+|gb\w+|big5\w*|shift_j\w+|mac-\w+|tis-620"
 )
-# As browsers do: what calls itself these is nearly always Windows' superset.
+# Browsers do the same: a page with such a label nearly always uses the superset.
 _SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "tis-620": "cp874"}
 
 
 class Kind(Enum):
-    """How a body is read."""
+    """The way to read a body."""
 
     HTML = "html"
     JSON = "json"
@@ -35,12 +35,12 @@ class Kind(Enum):
 
 
 def media_type(content_type: str) -> str:
-    """`Text/HTML; charset=x` is text/html."""
+    """Return the media type of a Content-Type header: text/html for `Text/HTML; charset=x`."""
     return content_type.partition(";")[0].strip().lower()
 
 
 def kind_of(content_type: str) -> Kind | None:
-    """None: can't be read as text. A response that doesn't say is taken for HTML, which holds plain text as well."""
+    """Return the kind of a body, or None if it is not text. A body without a type counts as HTML."""
     match media_type(content_type):
         case "" | "text/html" | "application/xhtml+xml":
             return Kind.HTML
@@ -59,12 +59,15 @@ def kind_of(content_type: str) -> Kind | None:
 
 
 def is_readable(content_type: str) -> bool:
-    """Whether it is worth reading the body."""
+    """Return whether a body of this type can be read as text."""
     return kind_of(content_type) is not None
 
 
 def decoded(body: bytes, content_type: str) -> str | Literal[False]:
-    """The body's text, by its byte order mark, its header, its own declaration or as UTF-8. False: it is no text."""
+    """Return the body's text, or False if the body is binary.
+
+    The encoding is that of the byte order mark, the header or the page's declaration, else UTF-8.
+    """
     encoding = _encoding(body, content_type)
     if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in body[:_DECLARED_WITHIN]:
         return False
@@ -81,7 +84,7 @@ def _encoding(body: bytes, content_type: str) -> str:
     head = body[:_DECLARED_WITHIN]
     declared = _XML.search(head) or (_META.search(head) if kind_of(content_type) is Kind.HTML else None)
     if declared and (charset := _charset(declared[1].decode("ascii", "replace"))):
-        # It could be read as bytes, so it is not UTF-16, whatever it says.
+        # The declaration was readable as bytes, so the page is not UTF-16.
         return _DEFAULT if charset.startswith(("utf-16", "utf-32")) else charset
     return _DEFAULT
 

@@ -1,7 +1,7 @@
-"""Connections that only ever reach checked addresses, and end at one deadline.
+"""Connections to checked addresses only, with one deadline.
 
-The host is resolved once and the connection goes to an address that was checked, so that a name can't answer publicly
-to the check and privately to the connection. TLS names and Host headers are not touched by this.
+The host is resolved once, and the connection goes to a checked address. So a name can't resolve to a public address for
+the check and to a private one for the connection. TLS names and Host headers stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ AddressPolicy: TypeAlias = Callable[[Address], bool]
 
 
 def system_resolver(host: str) -> list[Address]:
-    """The addresses that the system knows for the host."""
+    """Return the addresses to which the system resolves the host."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    # dict, not set: the system's order says which one works best from here.
+    # dict, not set: the system lists the best address first.
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 
 class Deadline:
-    """One moment for everything that a fetch does."""
+    """The time by which a fetch must end."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds until then; past it, the timeout that the HTTP client knows."""
+        """Return the seconds until the deadline. Raises the HTTP client's ReadTimeout after it."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise httpcore2.ReadTimeout("deadline")
@@ -48,7 +48,7 @@ class Deadline:
 
 
 class CheckedBackend(httpcore2.NetworkBackend):
-    """Resolves, checks every address, connects to one of them."""
+    """A network backend that resolves a host, checks every address and connects to one of them."""
 
     def __init__(self, resolver: Resolver, policy: AddressPolicy, deadline: Deadline) -> None:
         self._resolver = resolver
@@ -67,7 +67,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
         addresses = self._checked_addresses(host)
         failure: Exception | None = None
         for tried, address in enumerate(addresses):
-            # A fair share of what is left: a dead first address must not use up the others' time.
+            # Divide the time that is left: a dead first address must not use all of it.
             share = self._deadline.left() / (len(addresses) - tried)
             try:
                 stream = self._sockets.connect_tcp(str(address), port, share, local_address, socket_options)
@@ -83,7 +83,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
         addresses = [literal] if literal is not None else self._resolved(host)
         if not addresses:
             raise WebError(f"the host {host} has no address")
-        # All of them: a name that mixes public and internal addresses is an attack, or a mistake that looks like one.
+        # Every address must be public: a name with public and internal addresses may be an attack.
         if not all(self._policy(address) for address in addresses):
             raise FinalError(f"{host} is not a public address; only pages on the public internet can be visited")
         return addresses
@@ -97,7 +97,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
             except Exception as error:  # noqa: BLE001  (raised in the waiting thread)
                 answers.put(error)
 
-        # The system's resolver knows no timeout, so it gets a thread that may be left behind.
+        # The system's resolver has no timeout, so it runs in a thread that can be abandoned.
         threading.Thread(target=resolve, name=f"resolve {host}", daemon=True).start()
         try:
             answer = answers.get(timeout=self._deadline.left())
@@ -113,7 +113,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
 
 
 class _DeadlineStream(httpcore2.NetworkStream):
-    """A timeout per read starts anew with each byte; this one doesn't."""
+    """A stream with one deadline for all reads and writes, instead of a timeout for each."""
 
     def __init__(self, stream: httpcore2.NetworkStream, deadline: Deadline) -> None:
         self._stream = stream

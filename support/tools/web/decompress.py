@@ -1,4 +1,4 @@
-"""Read a response's body within bounds, as it came and decompressed."""
+"""Read and decompress a response's body within bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_body(chunks: Iterable[bytes], encoding: str, max_bytes: int) -> tuple[bytes, bool]:
-    """The decompressed body and whether it goes on past the limit."""
+    """Return the decompressed body, up to the limit, and whether it was cut there."""
     match encoding.strip().lower():
         case "" | "identity":
             return _plain(chunks, max_bytes)
@@ -23,7 +23,7 @@ def read_body(chunks: Iterable[bytes], encoding: str, max_bytes: int) -> tuple[b
         case "deflate":
             return _inflated(chunks, max_bytes, zlib.MAX_WBITS)
         case other:
-            raise FinalError(f"the server sent the page in an encoding that was not asked for ({other[:40]!r})")
+            raise FinalError(f"the server sent the page in an encoding that was not accepted ({other[:40]!r})")
 
 
 def _plain(chunks: Iterable[bytes], max_bytes: int) -> tuple[bytes, bool]:
@@ -41,7 +41,7 @@ def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tupl
     inflater = zlib.decompressobj(window_bits)
     for chunk in chunks:
         received += len(chunk)
-        # Servers send "deflate" with and without zlib's header; the first byte tells.
+        # Servers send "deflate" with or without zlib's header; the first byte tells which.
         if received == len(chunk) and window_bits == zlib.MAX_WBITS and chunk and chunk[0] & 0x0F != 8:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         data = chunk

@@ -1,6 +1,6 @@
-"""Fetch a page from the public internet, and from nowhere else, within bounds of time and bytes.
+"""Fetch a page from the public internet only, within bounds of time and bytes.
 
-Environment proxies are not used: a proxy would connect to addresses that were not checked here.
+Proxies from the environment are not used: a proxy would connect to unchecked addresses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from support.tools.web.decompress import ACCEPTED_ENCODINGS, read_body
 from support.tools.web.url import checked_url, parse_url
 
 DEADLINE = 30.0  # seconds, from the first look-up to the last byte
-MAX_BYTES = 2 * 1024 * 1024  # of a body, as it came and decompressed
+MAX_BYTES = 2 * 1024 * 1024  # of a body, both compressed and decompressed
 MAX_REDIRECTS = 5
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -37,7 +37,7 @@ _HEADERS = {
 
 
 class GuardedFetcher:
-    """Resolver and policy can be replaced here and nowhere else: no setting widens what may be reached."""
+    """A fetcher of public pages. Only code can replace its resolver and policy; no setting can."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class GuardedFetcher:
         self._max_redirects = max_redirects
 
     def fetch(self, url: str) -> Page:
-        """The response at the address, after redirects. A body that can't be read as text is left unread."""
+        """Return the response from the address, after redirects. A body that is not text is not read."""
         first = current = checked_url(url)
         deadline = Deadline(self._deadline)
         with _errors_in_words(first, deadline):
@@ -73,7 +73,7 @@ class GuardedFetcher:
         return self._given_ssl_context or httpcore2.default_ssl_context()
 
     def _request(self, url: str, deadline: Deadline) -> Page | bytes:
-        """The page, or where it has moved to."""
+        """Return the page, or the location that it redirects to."""
         backend = CheckedBackend(self._resolver, self._address_policy, deadline)
         target = urldefrag(url).url
         with (
@@ -96,7 +96,7 @@ def _redirected(current: str, location: bytes) -> str:
     try:
         target = location.decode()
     except UnicodeDecodeError:
-        target = location.decode("latin-1")  # HTTP's own charset, before everybody used UTF-8
+        target = location.decode("latin-1")  # HTTP's original charset
     try:
         return parse_url(urljoin(current, target.strip()))
     except ValueError as error:
@@ -105,7 +105,7 @@ def _redirected(current: str, location: bytes) -> str:
 
 @contextmanager
 def _errors_in_words(url: str, deadline: Deadline) -> Iterator[None]:
-    """Every failure names the address that was asked for, and says whether another attempt makes sense by its type."""
+    """Turn every failure into a FinalError or, if a retry may succeed, a WebError that names the requested address."""
     name = shortened(url)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The web itself, as the tools' `Web`."""
+"""The live web, as the tools' `Web`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LiveWeb:
-    """Searches with ddgs and fetches public pages. Both libraries are imported when first used."""
+    """The live web: ddgs searches, and GuardedFetcher reads public pages. Both libraries are imported at first use."""
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:
         self._given_fetcher = fetcher

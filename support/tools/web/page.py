@@ -1,4 +1,4 @@
-"""From a response to what a model reads. The live web and the offline pages take this same way."""
+"""Convert a response to the Markdown that a model reads, for the live web and the offline pages alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _MEANINGS = {401: "it asks for a login", 403: "it refuses access", 404: "there i
 
 
 def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
-    """The page's content, of at most `limit` characters and, if it was cut, a note that says so."""
+    """Return the page's content, up to `limit` characters, with a note if it was cut.
+
+    Raises FinalError if the page holds no readable text, WebError if a retry may succeed.
+    """
     _check_status(page)
     kind = kind_of(page.content_type)
     name = shortened(page.url)
@@ -54,13 +57,13 @@ def _check_status(page: Page) -> None:
 def _markdown(html: str, page: Page) -> tuple[str, bool]:
     try:
         return html_to_markdown(html, page.url, xml=media_type(page.content_type) == "application/xhtml+xml")
-    except Exception as error:  # whatever a parser fails on, it fails on again
+    except Exception as error:  # a parser fails on the same page again
         reason = f"{type(error).__name__}: {error}"
         raise FinalError(f"{shortened(page.url)} could not be converted to text ({shortened(reason)})") from error
 
 
 def _pretty(text: str) -> str:
-    """Indented JSON, where that changes no value."""
+    """Return the JSON indented, or unchanged if indenting would change a value."""
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -93,5 +96,5 @@ def _bounded(text: str, limit: int, complete: bool) -> str:
         return text
     shown = min(len(text), limit)
     total = f" of {len(text):,}" if complete else ""
-    goes_on = "" if complete else "; the page goes on"
-    return f"{text[:limit]}\n\n[cut: the first {shown:,}{total} characters{goes_on}]"
+    more = "" if complete else "; the page continues"
+    return f"{text[:limit]}\n\n[cut: the first {shown:,}{total} characters{more}]"

@@ -1,7 +1,7 @@
-"""Search through ddgs, one named back-end after the other.
+"""Search the web with ddgs, one back-end after the other.
 
-ddgs answers "No results found." for an empty result, for a refused request and for one that is still under way when the
-time is up. They are told apart by the responses, which are watched on their way in.
+ddgs raises "No results found." for an empty result, for a refused request and for a timeout. The HTTP statuses of the
+back-end's responses tell them apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ddgs.base import BaseSearchEngine
 
-# Not ddgs.DDGS: that is a stand-in, and what is derived from it comes out as the plain client.
+# Not ddgs.DDGS: that is a proxy, and a class derived from it creates the plain client.
 from ddgs.ddgs import DDGS
 from ddgs.exceptions import DDGSException
 from pydantic import ValidationError
@@ -21,14 +21,14 @@ from support.tools.web import SearchHit, WebError
 
 logger = logging.getLogger(__name__)
 
-# Named, because "auto" asks several in turn. The second has an index of its own; the first's is Bing's.
+# Named here, because "auto" asks several in turn. The first uses Bing's index, the second its own.
 BACKENDS = ("duckduckgo", "brave")
 TIMEOUT = 10  # seconds a back-end
 _NO_RESULTS = "No results found."
 
 
 def search(query: str, max_results: int) -> list[SearchHit]:
-    """What the first back-end finds that finds something. Empty only if each of them answered that there is nothing."""
+    """Return the hits of the first back-end that has any; [] only if every back-end reports that there are none."""
     failures: list[str] = []
     for backend in BACKENDS:
         try:
@@ -58,7 +58,7 @@ def _search_one(backend: str, query: str, max_results: int) -> list[SearchHit]:
             raise WebError(one_line(str(error), 300)) from error
         if not client.statuses:
             raise WebError(f"no answer within {TIMEOUT} s") from error
-        # 202 is DuckDuckGo's answer to who asks too often.
+        # DuckDuckGo answers 202 to a client that sends too many requests.
         if refused := [status for status in client.statuses if status != 200]:
             raise WebError(f"the server answered HTTP {refused[0]}") from error
         return []
@@ -69,11 +69,11 @@ def _hit(row: dict[str, Any]) -> SearchHit | None:
     try:
         return SearchHit.model_validate({name: row.get(name) for name in ("title", "href", "body")})
     except ValidationError:
-        return None  # an advertisement's or an internal link
+        return None  # the link of an advertisement, or an internal link
 
 
 class _WatchedDDGS(DDGS):
-    """Notes the HTTP status of what its engines receive."""
+    """A DDGS client that keeps the HTTP statuses of its engines' responses."""
 
     def __init__(self, timeout: int) -> None:
         super().__init__(timeout=timeout)

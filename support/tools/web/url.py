@@ -1,4 +1,4 @@
-"""Which addresses can be visited at all, by their form. Where they lead is checked when they are connected to."""
+"""Check the form of a web address. The connector checks the host's IP address when it connects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HTTP_URL = TypeAdapter(HttpUrl)
 
 
 def parse_url(text: str) -> str:
-    """The address as a browser reads it: lower-case ASCII host, encoded path. ValueError says what is wrong."""
+    """Return the address as a browser reads it: lower-case ASCII host, encoded path. Raises ValueError."""
     text = text.strip()
     try:
         url = _HTTP_URL.validate_python(text)
@@ -37,7 +37,7 @@ def parse_url(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """The same for a tool's argument: what is wrong with it can't be mended by repeating."""
+    """Return the address of a tool's argument as `parse_url` does. Raises FinalError: a retry can't fix the address."""
     try:
         return parse_url(text)
     except ValueError as error:

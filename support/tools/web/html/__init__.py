@@ -1,4 +1,4 @@
-"""HTML to Markdown: what a person sees of the page's content, without what surrounds it."""
+"""Convert HTML to Markdown: the visible content of a page, without navigation and other surroundings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
 MAX_HTML = 512_000  # characters; markdownify takes about 5 s a million
-MAX_ADDRESS = 2083  # characters; as for a link, which is joined to it
+MAX_ADDRESS = 2083  # characters of a base address; the limit of a link, too
 
 _SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
 _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 
 def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
-    """Return the page's content as Markdown, and whether all of the page was read. `xml`: it is served as XHTML."""
+    """Return the page's content as Markdown, and whether all of the page was read. `xml` means XHTML."""
     from bs4 import BeautifulSoup
 
     html = source_of_seen(html, xml=xml)
-    # Beautiful Soup warns of a text that could be a file's name; of one with a line's end it doesn't.
+    # The newline keeps Beautiful Soup from warning that the text looks like a file's name.
     soup = BeautifulSoup(html[:MAX_HTML] + "\n", "lxml")
     base_url = _base_url(soup, url)
     content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
@@ -39,7 +39,7 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
 
 
 def _base_url(soup: BeautifulSoup, url: str) -> str:
-    """What the page's links are relative to. "" stands for an address that no link could be joined to."""
+    """Return the address that the page's links are relative to, or "" if it is too long for any link."""
     base = soup.find("base", href=True)
     if base is None:
         return url
@@ -48,7 +48,7 @@ def _base_url(soup: BeautifulSoup, url: str) -> str:
         return ""
     try:
         joined = urljoin(url, href)
-    except ValueError:  # a browser passes it over, too
+    except ValueError:  # browsers ignore such a base, too
         return url
     return joined if joined.startswith(("http:", "https:")) else url
 
@@ -65,9 +65,9 @@ def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
 
     class Element(Tag):
         def find_parent(self, *args: object, **more: object) -> None:
-            """None, always: markdownify asks each element for a `pre` around it, and there is none in a seen page.
+            """Return None: no `pre` of a seen page holds elements.
 
-            A search through all that is around each element would take most of the time.
+            markdownify looks for a `pre` around each element, and that search would take most of the time.
             """
 
     return lambda name: Element(builder=soup.builder, name=name)
@@ -79,7 +79,7 @@ def _markdown(content: Tag) -> tuple[str, bool]:
     class Converter(SeenPageHooks, MarkdownConverter):
         pass
 
-    # No escaping: the text is for reading, and sentences stay quotable as they stand on the page.
+    # No escaping, so that sentences can be quoted verbatim.
     converter = Converter(
         heading_style=ATX, bullets="-", escape_asterisks=False, escape_underscores=False, escape_misc=False
     )

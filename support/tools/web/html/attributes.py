@@ -1,4 +1,4 @@
-"""What the attributes of HTML elements say: numbers, the marks of a list's items, the language of a code block."""
+"""Read attributes of HTML elements: numbers, the marks of a list's items, the language of a code block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from support.tools.web.html.style import Style
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_CLASSES = 20  # of an element, that are looked at: the same element may be around every code block
+MAX_CLASSES = 20  # classes of an element that are read; one element may be around every code block
 
-_NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # more digits are out of a browser's range
+_NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # browsers don't accept more digits
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
 _LANGUAGE_NAME = re.compile(r"[a-z0-9+#.-]{1,30}")
 _NO_LANGUAGE = frozenset({"none", "plain", "plaintext", "text", "txt", "default", "source", "code", "nohighlight"})
@@ -34,22 +34,22 @@ _MARKERS = {
 
 
 def names(text: str) -> frozenset[str]:
-    """The names of elements that a text lists."""
+    """Return the names in a text as a set."""
     return frozenset(text.split())
 
 
 def is_element(node: object) -> TypeGuard[Tag]:
-    """Whether a node of a parsed page is an element, and no piece of text."""
+    """Return whether a node of a parsed page is an element, not a piece of text."""
     return getattr(node, "name", None) is not None
 
 
 def elements(element: Tag) -> list[Tag]:
-    """The elements that stand directly in an element."""
+    """Return the child elements of an element."""
     return [child for child in element.children if is_element(child)]
 
 
 def number(value: object) -> int | None:
-    """A number as HTML reads it: the digits that an attribute begins with; None if it doesn't begin with any."""
+    """Return the number at the start of an attribute's value, as HTML reads it, or None."""
     found = _NUMBER.match(str(value)) if value is not None else None
     return int(found[1]) if found else None
 
@@ -63,7 +63,7 @@ def is_float(text: str) -> bool:
 
 @dataclass(eq=False)
 class ItemMarks:
-    """An open list, and what its next item is marked with."""
+    """The marks of an open list's next items."""
 
     kind: str  # "-", "1", "a", "A", "i" or "I"
     number: int = 1
@@ -108,7 +108,7 @@ def _numeral(number: int, kind: str) -> str:
 
 
 def code_language(element: Tag) -> str:
-    """The language of a code block, from where highlighters write it: on it, on the code in it, or just around it."""
+    """Return the language of a code block, or "". Highlighters note it on the block, within it or just around it."""
     places = [element, *(child for child in elements(element) if child.name == "code")]
     parent = element.parent
     around = [parent, parent.parent] if parent else []

@@ -1,7 +1,7 @@
-"""How markdownify writes the elements of a seen page: hooks for its converter, each of linear cost.
+"""Hooks for markdownify's converter that write the elements of a seen page, each at linear cost.
 
-The elements are those that `seen.py` builds. Where markdownify's own way would lose a value, break a table or take time
-that grows with the square of the page, the hook here takes its place.
+`seen.py` builds the elements. A hook replaces markdownify's own method where that would lose a value, break a table or
+take quadratic time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bs4 import Tag
 
-REPEATED_TEXT = 200  # characters; a longer text of a cell that spans rows stands in the first one only
-SPANNED_TEXT = 500_000  # characters a page; what cells that span others may add to it
+REPEATED_TEXT = 200  # characters; a longer text of a cell that spans rows is written in the first row only
+SPANNED_TEXT = 500_000  # characters that spanning cells may add to a page
 _CELL = "cell"
 
 _BACKTICKS = re.compile("`+")
@@ -25,13 +25,13 @@ _ORDINAL = re.compile(r"st|nd|rd|th", re.IGNORECASE)
 
 
 def mark_raised(text: str, tag: str) -> str:
-    """`<sup>2</sup>`: Markdown has no sign of its own for it, and without one 10² would read as 102."""
+    """Return a text as `<sup>2</sup>`: Markdown has no mark for it, and without one 10² would read as 102."""
     return f"<{tag}>{text}</{tag}>"
 
 
 @dataclass
 class _Row:
-    """A row's cells, each with the columns that it begins at and ends before."""
+    """A row's cells: for each its first column, the column after its last one, and its text."""
 
     section: str
     is_head: bool
@@ -40,7 +40,7 @@ class _Row:
 
 @dataclass
 class _Carried:
-    """A cell that reaches into the rows below its own."""
+    """A cell that spans into the rows below its own."""
 
     begin: int
     end: int
@@ -49,7 +49,7 @@ class _Carried:
 
 
 class SeenPageHooks:
-    """Conversion hooks of a seen page, to stand before markdownify's `MarkdownConverter` among the bases of a class."""
+    """Conversion hooks of a seen page. In a class, name this base before markdownify's `MarkdownConverter`."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
@@ -60,7 +60,7 @@ class SeenPageHooks:
     # Inline elements
 
     def convert_sup(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
-        """Mark it, unless it can't be taken for a part of the word before: a note in brackets, the "th" of "5th"."""
+        """Mark raised text, unless it reads well without a mark: a note in brackets, the "th" of "5th"."""
         before, word, after = _chomped(text)
         if not word:
             return text
@@ -91,7 +91,7 @@ class SeenPageHooks:
 
     def convert_a(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         if not el.get_text(strip=True):
-            return text  # a picture: its own address is enough
+            return text  # a picture has its own address
         before, words, after = _chomped(text)
         address = str(el["href"])
         return f"{before}<{address}>{after}" if words == address else f"{before}[{words}]({address}){after}"
@@ -119,7 +119,7 @@ class SeenPageHooks:
     def convert_list(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         if "li" not in parent_tags:
             return f"\n\n{text}\n\n"
-        # The list of an item follows its words at once; what comes after it is a paragraph of its own.
+        # An item's list follows its words directly; text after the list is a new paragraph.
         return f"\n{text.rstrip()}" + ("\n\n" if el.next_sibling else "\n")
 
     convert_ul = convert_list
@@ -150,7 +150,7 @@ class SeenPageHooks:
         return text
 
     def convert_table(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
-        """Write the table from the texts of its cells. What stood beside the cells comes first, as in a browser."""
+        """Write the table from the texts of its cells. Text outside the cells comes first, as in a browser."""
         captions = [self._texts[id(child)].strip() for child in _children(el, "caption")]
         rows = self._rows(el)
         in_one_line = _CELL in parent_tags or "_inline" in parent_tags
@@ -159,12 +159,12 @@ class SeenPageHooks:
         return "\n\n" + "\n\n".join(parts) + "\n\n"
 
     def _rows(self, table: Tag) -> list[_Row]:
-        """The rows from top to bottom, with the cells that reach into each from the rows above."""
+        """Return the rows from top to bottom, each with the cells that span into it from above."""
         rows: list[_Row] = []
         elements = sorted(_children(table, "row"), key=lambda row: _ORDER[str(row["data-section"])])
         for _, grouped in groupby(elements, key=lambda row: str(row["data-group"])):
             group = list(grouped)
-            carried: list[_Carried] = []  # a cell doesn't reach beyond its group of rows
+            carried: list[_Carried] = []  # a cell doesn't span beyond its group of rows
             for index, element in enumerate(group):
                 row, carried = self._row(element, carried, len(group) - index)
                 rows.append(row)
@@ -211,7 +211,7 @@ class SeenPageHooks:
         return self._spare > 0
 
     def _as_table(self, rows: list[_Row]) -> str:
-        # Columns in which no cell begins are seen by nobody: "colspan=100" often means the whole width.
+        # Leave out columns in which no cell begins: "colspan=100" often means the whole width.
         columns = sorted({begin for row in rows for begin, _, _ in row.cells})
         if not columns:
             return ""
@@ -224,7 +224,7 @@ class SeenPageHooks:
         return "\n".join(written)
 
     def _line(self, row: _Row, columns: list[int]) -> list[str]:
-        """The texts of a row, one a column; a head that spans columns stands in each, so that each has its head."""
+        """Return the texts of a row, one per column. A head that spans columns is repeated in each of them."""
         line: list[str] = []
         is_head = row.is_head or row.section == "head"
         for begin, end, text in row.cells:
@@ -246,7 +246,7 @@ _ORDER = {"head": 0, "body": 1, "foot": 2}
 
 
 def _as_lines(rows: list[_Row]) -> str:
-    """A table within a cell, or within a heading: its words in their order, a row a line."""
+    """Return a table within a cell or a heading as text: one line per row."""
     lines = ("; ".join(words for *_, text in row.cells if (words := _one_line(text, " "))) for row in rows)
     return "\n".join(line for line in lines if line)
 
@@ -269,12 +269,12 @@ def _indented(text: str, first: str, rest: str) -> str:
 
 
 def _chomped(text: str) -> tuple[str, str, str]:
-    """The blank before, the words, the blank behind: a mark of Markdown must touch its words."""
+    """Return the blank before, the words, and the blank after: a Markdown mark must touch its words."""
     return " " if text[:1] == " " else "", text.strip(), " " if text[-1:] == " " else ""
 
 
 def _emphasized(el: Tag, text: str, mark: str) -> str:
-    """Leave out the mark where it would cut a word or a number in two: 10**6** is a power, not 106."""
+    """Add the mark, unless it would split a word or a number: 10**6** would read as a power."""
     before, words, after = _chomped(text)
     if not words:
         return text
@@ -283,7 +283,7 @@ def _emphasized(el: Tag, text: str, mark: str) -> str:
 
 
 def _is_of_word(character: str) -> bool:
-    # From U+2E80 on there are scripts that put no blanks between words.
+    # Scripts from U+2E80 on put no blanks between words.
     return character.isalnum() and character < "\u2e80"
 
 
@@ -291,7 +291,7 @@ _INLINE = frozenset({"a", "strong", "em", "del", "code", "sup", "sub"})
 
 
 def _last_character(el: Tag) -> str:
-    """The character before the element, in the same line; "" at the line's start."""
+    """Return the character before the element on the same line, or "" at the line's start."""
     while el.previous_sibling is None and el.parent is not None and el.parent.name in _INLINE:
         el = el.parent
     before = el.previous_sibling

@@ -1,4 +1,4 @@
-"""Formulas in MathML as text in one line."""
+"""Convert formulas in MathML to text on one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Raised:
-    """A part of a formula that stands higher ("sup") or lower ("sub") than what is before it."""
+    """A superscript ("sup") or subscript ("sub") of a formula."""
 
     name: str
     part: Tag
@@ -29,7 +29,7 @@ _TOKENS = frozenset({"mi", "mn", "mtext"})
 
 
 def formula(element: Tag, name: str) -> Sequence[object]:
-    """A formula in a line: what stands above or below is marked so, and a fraction has its stroke."""
+    """Return the nodes of a formula on one line, with marks for scripts and a slash for a fraction."""
     nodes: Sequence[object] = list(element.contents)
     parts = elements(element)
     if name in _SCRIPTS and parts:

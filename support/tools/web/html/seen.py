@@ -1,7 +1,7 @@
-"""Build, from a parsed page, the tree of what a person sees of its content.
+"""Build the tree of a parsed page's visible content.
 
-The tree holds few kinds of elements, and it is flat: text runs stand in paragraphs, however many boxes were around
-them. It is built in one pass, and nothing in it is moved or removed afterwards, so that the work grows with the page.
+The tree has few kinds of elements and is flat: text is in paragraphs, however many boxes were around it. It is built in
+one pass, and nothing is moved or removed afterwards, so the work is linear in the page's size.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from support.tools.web.html.style import Sight, Style, hides_all, look, parse_st
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
-MOST = 0.5  # the share of a page's text that makes an element its content
-NEARLY_ALL = 2 / 3  # the share that makes a header its content, which else is navigation
-MAX_LEVELS = 24  # lists and quotes within each other; what is nested deeper stands at this level
-MAX_TABLES = 4  # tables within each other; deeper, rows are paragraphs
-MAX_MARKS = 12  # emphasis, links, raised text within each other; deeper, it is plain
-LAYOUT_CELL = 1_000  # characters; a cell of more, in a table without heads, is a part of the page and no value
-LAYOUT_NODES = 100  # pieces of text and elements; a cell of more, likewise
+MOST = 0.5  # an element with this share of a page's text is its content
+NEARLY_ALL = 2 / 3  # a header with this share is content, else navigation
+MAX_LEVELS = 24  # nested lists and quotes; deeper ones count as this level
+MAX_TABLES = 4  # nested tables; rows of deeper ones are paragraphs
+MAX_MARKS = 12  # nested emphasis, links and raised text; deeper text is plain
+LAYOUT_CELL = 1_000  # characters; a larger cell, in a table without heads, is a part of the page and no value
+LAYOUT_NODES = 100  # pieces of text and elements; the same for a cell with more of them
 MAX_SPAN = 1_000  # columns, as in browsers
 
 _SPACE = re.compile("[ \t\r\n\f\v\x1c-\x1f\x85\u00a0\u2007\u2028\u2029\u202f]+")
@@ -43,7 +43,7 @@ _UNSEEN = names(
     "head title script style noscript template svg iframe object canvas audio video datalist map area param"
     " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta"
 )
-_AROUND = frozenset({"header", "footer", "aside"})  # of the page; an article's own belong to it
+_AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless an article holds them
 _WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 _BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
@@ -55,7 +55,7 @@ _LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 _PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 _MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
 _MARKS |= {"del": "del", "s": "del", "strike": "del", "code": "code", "kbd": "code", "samp": "code", "tt": "code"}
-_NESTING = frozenset({"sup", "sub"})  # may stand in themselves: a power of a power
+_NESTING = frozenset({"sup", "sub"})  # may be nested in themselves: a power of a power
 _SECTIONS = {"thead": "head", "tbody": "body", "tfoot": "foot"}
 _BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow-root", "table-row"})
 _KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
@@ -66,7 +66,7 @@ _VALUES_OF_INPUT = names(
 
 @dataclass(frozen=True, eq=False)
 class _Mark:
-    """An inline element that is open. It may go on over several paragraphs, and then stands in each."""
+    """An open inline element. If it covers several paragraphs, each of them gets one."""
 
     name: str
     address: str = ""
@@ -83,7 +83,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the children of an open element go, and how they look."""
+    """The place in the tree for the children of an open element, and their look."""
 
     container: Tag
     sight: Sight = Sight()  # noqa: RUF009  (frozen)
@@ -92,7 +92,7 @@ class _Place:
     keeps_lines: bool = False
     preformatted: bool = False
     whole: bool = False  # within an article
-    around: tuple[str, ...] = ()  # which elements that may be dropped it stands in
+    around: tuple[str, ...] = ()  # the elements around it that may be dropped
     levels: int = 0
     tables: int = 0
     items: ItemMarks | None = None  # the marks of the list's items
@@ -113,7 +113,7 @@ class _Frame:
 
 @dataclass
 class _Span:
-    """A part of the page that may be its content, or none of it: from where to where it reaches, in characters."""
+    """A part of the page that may be content or not, with its start and end in characters."""
 
     element: Tag
     start: int
@@ -125,10 +125,10 @@ class _Span:
 
 
 class SeenPage:
-    """The content of a page as a person sees it.
+    """The visible content of a page.
 
-    `content` is its root, of the elements that `hooks.py` writes. `absolute` gives the full address of a link or a
-    picture, or None if it doesn't lead to the web. `new_element` makes an element of a name.
+    `content` is its root; `hooks.py` writes the elements in it. `absolute` returns the full address of a link or a
+    picture, or None if it is no web address. `new_element` makes an element from its name.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class SeenPage:
         self._length = 0  # characters of text so far
         self._around: list[_Span] = []  # forms, headers and the like
         self._parts: dict[str, _Span] = {}
-        self._articles = 0  # those that stand in no other
+        self._articles = 0  # articles that are not within another one
         self._frames: list[_Frame] = []
         root = new_element("div")
         self._build(root)
@@ -170,9 +170,9 @@ class SeenPage:
         self._flush()
 
     def _choose(self, root: Tag) -> Tag:
-        """Drop what is around the content, unless it holds most of the page, and choose the main part of the rest."""
+        """Return the main part of the page, and mark as dropped the parts around it, unless they hold most of it."""
         dropped: list[_Span] = []
-        for span in self._around:  # in their order; one within another comes after it
+        for span in self._around:  # in the page's order, so outer spans come before inner ones
             share = MOST if span.element.name == "form" else NEARLY_ALL
             if span.length <= share * self._length:
                 span.element["data-dropped"] = "yes"
@@ -260,20 +260,20 @@ class SeenPage:
         self._length += len(text.strip())
 
     def _flush(self) -> None:
-        """Put the text so far into the tree."""
+        """Add the collected text to the tree."""
         if self._text_place is None:
             return
         text, place = "".join(self._text), self._text_place
         self._text, self._text_place = [], None
         target = self._target(place, text)
         if self._at_line_start and target.name in ("p", "li", "dd") and _MARKUP_AT_START.match(text):
-            text = f"\\{text}"  # else these words would be a heading, a list, a quote
+            text = f"\\{text}"  # otherwise the text would become a heading, a list or a quote
         if text.strip():
             self._at_line_start = False
         target.append(text)
 
     def _target(self, place: _Place, text: str) -> Tag:
-        """The innermost element for something that stands in a line."""
+        """Return the innermost open element for text or an inline element."""
         if self._run is None:
             self._run = place.container
             bare = place.in_line or (place.container.name in ("li", "dd", "cell") and not place.container.contents)
@@ -357,7 +357,7 @@ class SeenPage:
         return measure
 
     def _inner_place(self, element: Tag, name: str, style: Style, place: _Place) -> _Place:
-        """Where the children of a block go: into an element of their own, or, for a mere box, where they are."""
+        """Return the place for a block's children: a new element, or the same place if the block is a mere box."""
         if name == "table":
             return self._table(element, place)
         if name in _SECTIONS and place.table:
@@ -387,7 +387,7 @@ class SeenPage:
     def _new_list(self, name: str, place: _Place) -> Tag:
         parent = place.container
         if place.items is not None and parent.name in ("ul", "ol"):
-            # It stands in a list and in none of its items: it belongs to the one before it.
+            # A list directly within a list belongs to the item before it.
             before = parent.contents[-1] if parent.contents else None
             parent = before if is_element(before) and before.name == "li" else self._new_item(parent, "")
         return self._new(_LISTS[name], parent)
@@ -453,7 +453,7 @@ class SeenPage:
     def _add_within_code(self, element: Tag, name: str, style: Style, place: _Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            self._controls.append((element, place.sight))  # "Copy": it stands over the text, not in it
+            self._controls.append((element, place.sight))  # such as "Copy", which is not part of the text
             return
         if name == "br":
             self._add_text("\n", place)
@@ -485,7 +485,7 @@ class SeenPage:
 
     def _add_br(self, element: Tag, place: _Place) -> None:
         self._add_line_break(place)
-        # An old parser may have taken it for an element that holds what follows.
+        # An old parser may have put the following nodes into the `br`.
         self._enter(element.contents, place)
 
     def _add_quote(self, element: Tag, place: _Place) -> None:
@@ -515,7 +515,7 @@ class SeenPage:
         self._after_blank = self._at_line_start = False
 
     def _add_apart(self, text: str, place: _Place) -> None:
-        """Add the words of a control, which has a border, so that they don't run into those beside it."""
+        """Add the words of a control, with blanks around them: a control has a border."""
         if text.strip():
             self._add_text(f" {text.strip()} ", place)
 
@@ -568,7 +568,7 @@ def _is_unseen(element: Tag, name: str, style: Style, place: _Place) -> bool:
         return True
     if name == "dialog" and not element.has_attr("open"):
         return True
-    # Formulas are often pictures that a screen reader is told to pass over, beside a text that only it gets.
+    # A formula is often a picture hidden from screen readers, beside a text for screen readers only.
     if element.get("aria-hidden") == "true" and name != "img":
         return True
     return bool(style) and hides_all(style)
@@ -580,12 +580,12 @@ def _keeps_lines(style: Style, place: _Place) -> bool:
 
 
 def _is_flow(place: _Place) -> bool:
-    """Whether any block may stand there."""
+    """Return whether the place accepts any block."""
     return place.container.name not in ("ul", "ol", "table") and place.table is None
 
 
 def _around_name(name: str, place: _Place) -> str:
-    """Forms, and the page's own header, footer and sidebar: each is dropped as a whole, or kept as a whole."""
+    """Return "form" or "aside" for an element that is dropped or kept as a whole, else ""."""
     kind = "form" if name == "form" else "aside" if name in _AROUND and not place.whole else ""
     return "" if kind in place.around else kind
 
@@ -617,7 +617,7 @@ def _may_stand(mark: _Mark, place: _Place) -> bool:
 
 
 def _is_layout(table: Tag) -> bool:
-    """Whether the table only puts parts of the page beside each other, and its cells are no values."""
+    """Return whether the table is only a layout of the page's parts, so that its cells are no values."""
     if table.get("role") in ("presentation", "none"):
         return True
     parts: list[Tag] = []
@@ -641,7 +641,7 @@ def _is_long(cell: Tag) -> bool:
 
 
 def _holds_line_breaks(element: Tag, name: str, place: _Place) -> bool:
-    """Whether it is code of several lines. Not looked for in code within code: its lines would be read each time."""
+    """Return whether the element is code of several lines. Code within code isn't searched: that would be quadratic."""
     if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
         return False
     return element.find("br") is not None

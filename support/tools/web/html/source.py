@@ -5,27 +5,27 @@ from __future__ import annotations
 import re
 from html import escape
 
-# A browser reads what stands in these up to their end tag as plain characters, and shows none of it.
+# Browsers read the contents of these as plain characters and show none of them.
 _UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
-_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown; entities count, except in xmp
+_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown; entities are decoded, except in xmp
 _FOREIGN = frozenset({"svg", "math"})  # within these, "/>" closes any element
-_HTML_WITHIN = frozenset({"foreignobject", "desc", "annotation-xml"})  # and within these, HTML begins again
-# A drawing ends where one of these begins, whether or not it was closed.
+_HTML_WITHIN = frozenset({"foreignobject", "desc", "annotation-xml"})  # within these, HTML begins again
+# A drawing ends where one of these begins, even if it was not closed.
 _NOT_DRAWN = frozenset(
     {"blockquote", "body", "br", "center", "code", "dd", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6"}
     | {"hr", "img", "li", "menu", "ol", "p", "pre", "ruby", "span", "strong", "sub", "sup", "table", "ul", "var"}
 )
 _NEAR = 8  # open drawings that an end tag may close at once
 
-# libxml2 closes these where a paragraph or a cell begins, so that what it holds would be seen as not struck out, not
-# hidden. It leaves alone what looks the same and has another name.
+# libxml2 closes these where a paragraph or a cell begins, so the contents would lose their look: struck out or hidden.
+# It does not close elements that look the same under the newer name.
 _OTHER_NAMES = {"s": "del", "strike": "del", "b": "strong", "i": "em", "tt": "code"}
 _OTHER_NAMES |= dict.fromkeys(("font", "u", "big", "small"), "span")
 
 _MARKUP = re.compile(r"<(?:(!--)|([!?]|/[^a-zA-Z])|(/?)([a-zA-Z][^ \t\n\f\r/>]*))")
 _COMMENT_END = re.compile(r"--!?>")
 _RAW_END = {name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])", re.IGNORECASE) for name in _UNSEEN | _SEEN}
-# Each pattern takes one piece, and nothing that the next one could take: no input makes them try again.
+# Each pattern takes one piece and nothing that the next one could take, so no input causes backtracking.
 _BETWEEN = re.compile(r"[ \t\n\f\r/]*")
 _NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
 _EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
@@ -33,10 +33,10 @@ _BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
 
 
 def source_of_seen(html: str, *, xml: bool = False) -> str:
-    """Return the page without scripts, style sheets and frames, which may fill it and stand before its content.
+    """Return the page without scripts, style sheets and frames: they may be large and come before the content.
 
-    Old names of formatting elements become those of today. Tags are told from comments, attributes and plain text as
-    the HTML standard says, in one pass. With `xml`, "/>" closes a script, as it does in XHTML.
+    Old names of formatting elements become the newer ones. One pass tells tags from comments, attributes and plain
+    text, as the HTML standard says. With `xml`, "/>" closes a script, as in XHTML.
     """
     kept: list[str] = []
     foreign: list[str] = []
@@ -60,7 +60,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
             start = markup.start()
         drawn = bool(foreign) and foreign[-1] in _FOREIGN
         if closing and name in ("body", "html"):
-            kept.append(html[start : markup.start()])  # what follows is still on the page
+            kept.append(html[start : markup.start()])  # browsers still show what follows
             start = position
         elif name == "plaintext" and not closing:
             kept += html[start : markup.start()], "<pre>", escape(html[position:])
@@ -79,7 +79,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
 
 
 def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> list[str]:
-    """Keep track of the drawings and formulas that a tag stands in, and return those that it ends unsaid."""
+    """Update the list of open drawings and formulas for a tag; return those that the tag ends implicitly."""
     if closing:
         near = foreign[-_NEAR:]
         if name in near:
@@ -94,7 +94,7 @@ def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> 
 
 
 def _plain(name: str, tag: str, text: str) -> str:
-    """An element of plain characters so that every parser reads it as a browser does: libxml2 before 2.14 doesn't."""
+    """Return an element of plain characters in a form that every parser reads right, also libxml2 before 2.14."""
     if name in _UNSEEN:
         return ""
     if name == "xmp":
@@ -103,7 +103,7 @@ def _plain(name: str, tag: str, text: str) -> str:
 
 
 def _tag_end(html: str, position: int) -> int:
-    """Behind the ">" of the tag whose name ends here: not behind one that stands in a quoted value."""
+    """Return the position after the ">" of the tag whose name ends here. A ">" in a quoted value doesn't count."""
     while True:
         position = _end(_BETWEEN, html, position)
         if position >= len(html):

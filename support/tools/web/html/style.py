@@ -1,4 +1,4 @@
-"""What a `style` attribute hides from the person who looks at the page."""
+"""Find out what a `style` attribute hides from a person who looks at the page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 Style = dict[str, str]
 
-SMALLEST_LETTERS = 2.0  # pixels; below, nobody can read them
-LEAST_OPACITY = 0.05  # below, nobody sees it
+SMALLEST_LETTERS = 2.0  # pixels; smaller letters can't be read
+LEAST_OPACITY = 0.05  # a lower opacity is invisible
 OFF_SCREEN = 900.0  # pixels to the left or above: beyond the edge of the page
 _A_PIXEL = 1.0
 
-# Pixels a unit. What is relative to a window is taken for a window of 1000 pixels.
+# Pixels per unit. Units relative to the window assume 1000 pixels.
 _ABSOLUTE = {"": 1.0, "px": 1.0, "pt": 1.33, "pc": 16.0, "in": 96.0, "cm": 37.8, "mm": 3.78, "q": 0.94, "rem": 16.0}
 _ABSOLUTE |= {"vw": 10.0, "vh": 10.0, "vmin": 10.0, "vmax": 10.0}
 _RELATIVE = {"em": 16.0, "ex": 8.0, "ch": 8.0, "%": 10.0}
@@ -31,7 +31,7 @@ _TURNED_OUT = re.compile(
 
 @dataclass(frozen=True)
 class Sight:
-    """What an element passes on to the elements within it, unless they say otherwise."""
+    """The visibility that an element's children inherit."""
 
     visible: bool = True
     readable_size: bool = True
@@ -40,12 +40,12 @@ class Sight:
 
     @property
     def seen(self) -> bool:
-        """Whether words that stand here are seen."""
+        """Whether words in the element are visible."""
         return self.visible and self.readable_size and self.coloured and self.on_screen
 
 
 def parse_style(text: str) -> Style:
-    """The declarations of a `style` attribute by property, the last one of a name, unless one is `!important`."""
+    """Return the declarations of a `style` attribute by property. The last one counts, unless one is `!important`."""
     plain = "".join(part.partition("*/")[2] if index else part for index, part in enumerate(text.split("/*")))
     style: Style = {}
     important: set[str] = set()
@@ -53,7 +53,7 @@ def parse_style(text: str) -> Style:
         name, colon, value = declaration.partition(":")
         name = name.strip()
         value, mark, word = value.partition("!")
-        value = " ".join(value.split())  # the patterns below count on single blanks: longer runs cost them more each
+        value = " ".join(value.split())  # the patterns below expect single blanks; long runs would slow them down
         is_important = bool(mark) and word.strip() == "important"
         if not colon or not value or (name in important and not is_important):
             continue
@@ -64,7 +64,7 @@ def parse_style(text: str) -> Style:
 
 
 def hides_all(style: Style) -> bool:
-    """Whether nothing within the element can be seen, whatever the elements within it say."""
+    """Return whether the style hides everything within the element, whatever the children's styles are."""
     if style.get("display") == "none" or style.get("content-visibility") == "hidden":
         return True
     opacity = style.get("opacity")
@@ -77,7 +77,7 @@ def hides_all(style: Style) -> bool:
 
 
 def look(style: Style, above: Sight) -> Sight:
-    """What is seen within an element of this style that stands within `above`."""
+    """Return the visibility within an element of this style whose parent has the visibility `above`."""
     sight = above
     match style.get("visibility"):
         case "hidden" | "collapse":
@@ -122,13 +122,13 @@ def _is_readable(size: str, above: bool) -> bool:
 
 
 def _size_of_font(font: str) -> str:
-    """`bold 0/1.5 serif` says 0: the last number before the name of the font."""
+    """Return the size in a `font` value: 0 for `bold 0/1.5 serif`."""
     sizes = [word.partition("/")[0] for word in font.split() if word[0] in "0123456789."]
     return sizes[-1] if sizes else ""
 
 
 def _is_coloured(colour: str, style: Style) -> bool:
-    # Letters that let a picture behind them shine through, or throw a shadow, are seen.
+    # Letters filled with a background picture, or with a shadow, are visible.
     if "text" in (style.get("background-clip"), style.get("-webkit-background-clip")) or "text-shadow" in style:
         return True
     colour = _colour(colour)
@@ -139,7 +139,7 @@ def _is_coloured(colour: str, style: Style) -> bool:
 
 
 def _colour(value: str) -> str:
-    """As #rrggbb, or #rrggbbaa if light comes through; as it stands, if it is written in another way."""
+    """Return the colour as #rrggbb, or #rrggbbaa if it is translucent; unchanged if it has another notation."""
     value = _COLOURS.get(value, value)
     if value.startswith("#") and len(value) in (4, 5):
         value = "#" + "".join(2 * digit for digit in value[1:])
@@ -165,7 +165,7 @@ def _is_clipped(style: Style) -> bool:
     if style.get("scale") == "0":
         return True
     overflow = style.get("overflow", style.get("overflow-y", style.get("overflow-x", "")))
-    # A padding is often the true height of a box of none.
+    # A box of height 0 often gets its visible height from a padding.
     if not overflow.startswith(("hidden", "clip")) or any(name.startswith(("padding", "min-")) for name in style):
         return False
     boxes = [(_pixels(style.get(side, "")), _pixels(style.get(f"max-{side}", ""))) for side in ("width", "height")]
