@@ -150,7 +150,8 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     executed, attached = calls.count[Origin.EXECUTED], calls.count[Origin.ATTACHED]
     cached = conversation.results - executed - attached
     failed = f", {conversation.failed} failed" if conversation.failed else ""
-    say(f"\n[demo] Tool calls: {executed} executed, {cached} cached, {attached} attached{failed} (python -m nexum_engine ps)")
+    counts = f"{executed} executed, {cached} cached, {attached} attached{failed}"
+    say(f"\n[demo] Tool calls: {counts} (python -m nexum_engine ps)")
     if args.crash_after_step is not None:
         say(f"[demo] No crash: this run executed {executed} tool call(s), not {args.crash_after_step}")
     if not conversation.answered:
