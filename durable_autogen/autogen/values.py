@@ -98,11 +98,8 @@ def value_again(written: Any, declared: Any = None) -> Any:
             "dataclass or plain values, and use a new session"
         )
     found = _again(value)
-    if isinstance(found, _Unknown):
-        return _adapted(declared, found.value)
-    if type(found) is list:
-        return [_adapted(declared, one) if isinstance(one, _Unknown) else one for one in found]
-    return found
+    known = _without_unknown(found)
+    return found if known is found else _adapted(declared, known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +107,19 @@ class _Unknown:
     """A value whose class isn't loaded."""
 
     value: Any
+
+
+def _without_unknown(value: Any) -> Any:
+    """Return the value with the contents of each _Unknown in its place; the value itself if it holds none."""
+    if isinstance(value, _Unknown):
+        return _without_unknown(value.value)
+    if type(value) is dict:
+        found = {key: _without_unknown(one) for key, one in value.items()}
+        return found if any(found[key] is not one for key, one in value.items()) else value
+    if type(value) in (list, tuple):
+        items = [_without_unknown(one) for one in value]
+        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
 
 
 def _adapted(declared: Any, value: Any) -> Any:

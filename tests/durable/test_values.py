@@ -1,0 +1,32 @@
+"""Recorded values whose class is not loaded come back by the declared type, or as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from durable_autogen.autogen.values import value_again
+
+MOVED = {"$class": ["module_that_was_renamed", "Point"], "$value": {"x": 1}}
+
+
+class Point(BaseModel):
+    """What the class is called today."""
+
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("written", "declared", "expected"),
+    [
+        (MOVED, Point, Point(x=1)),
+        ([MOVED, MOVED], list[Point], [Point(x=1), Point(x=1)]),
+        ({"a": MOVED}, dict[str, Point], {"a": Point(x=1)}),
+        ([MOVED], None, [{"x": 1}]),
+        ({"a": [MOVED, 2]}, Any, {"a": [{"x": 1}, 2]}),
+    ],
+)
+def test_value_of_class_that_is_not_loaded_has_the_declared_type(written: Any, declared: Any, expected: Any) -> None:
+    assert value_again(written, declared) == expected
