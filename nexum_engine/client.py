@@ -1,4 +1,4 @@
-"""The client of a Nexum server: typed calls with deadlines, which are retried while no server answers."""
+"""The client of a Nexum server: typed calls with deadlines and, if requested, retries."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ class NexumServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetExecution(self, request, context):
-        """Addition: get one execution with its nodes, if requested when it ends.
+        """Addition: get one execution with its nodes. The call can wait until the execution ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -91,7 +91,7 @@ class NexumServiceStub:
         nexum_pb2.GetExecutionRequest,
         nexum_pb2.GetExecutionResponse,
     ]
-    """Addition: get one execution with its nodes, if requested when it ends."""
+    """Addition: get one execution with its nodes. The call can wait until the execution ends."""
 
     WorkerStream: grpc.StreamStreamMultiCallable[
         nexum_pb2.WorkerBeat,
@@ -170,7 +170,7 @@ class NexumServiceAsyncStub:
         nexum_pb2.GetExecutionRequest,
         nexum_pb2.GetExecutionResponse,
     ]
-    """Addition: get one execution with its nodes, if requested when it ends."""
+    """Addition: get one execution with its nodes. The call can wait until the execution ends."""
 
     WorkerStream: grpc.aio.StreamStreamMultiCallable[
         nexum_pb2.WorkerBeat,
@@ -275,7 +275,7 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request: nexum_pb2.GetExecutionRequest,
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.GetExecutionResponse, collections.abc.Awaitable[nexum_pb2.GetExecutionResponse]]:
-        """Addition: get one execution with its nodes, if requested when it ends."""
+        """Addition: get one execution with its nodes. The call can wait until the execution ends."""
 
     @abc.abstractmethod
     def WorkerStream(

@@ -1,4 +1,4 @@
-"""python -m nexum_engine: the server's life, and ps, show and cancel with it and without it."""
+"""The command `python -m nexum_engine`: the server's life cycle, and ps, show and cancel with and without a server."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def nexum(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
 
 
 def database(folder: Path) -> tuple[str, str]:
-    """The argument that names the test server's database."""
+    """Return the argument that names the test server's database."""
     return "--database-url", f"sqlite:///{folder / 'nexum.db'}"
 
 
 def run_one_call(folder: Path, server: Server) -> str:
-    """A completed execution with a long result and characters that no terminal should get."""
+    """Make a completed execution with a long result and control characters."""
     arguments = {"url": "https://offline.example/tokyo-population", "\u001b[31m": "x" * 3000}
     with counting_worker(folder, server.address):
         with submitter(folder, server.address, "visit_webpage", {"url": arguments["url"]}) as process:
@@ -104,7 +104,7 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),
         (["--listen", "localhost:99999"], 1, "is not an address"),
         (["--database-url", "postgresql://localhost/x"], 1, "PostgreSQL is not supported yet: use sqlite:///path"),
-        (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not understood"),
+        (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not supported"),
         (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
         (["--lease", "soon"], 2, "argument --lease: soon is not a number of seconds"),
         (["--lease", "0"], 2, "argument --lease: 0 is too short"),
@@ -296,7 +296,7 @@ def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path) -> None
             assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")
             assert process.wait() == 1
             assert process.lines[-1] == "ERROR ToolCallFailed effect_then_gate failed: the execution was cancelled"
-        # What the worker reports afterwards changes nothing.
+        # The worker's later report changes nothing.
         gate.touch()
         worker.wait_for("refused")
         assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")

@@ -1,4 +1,4 @@
-"""The client's patience: what is sent again, and for how long a call may wait."""
+"""The client's retries, and the limit of a call's wait."""
 
 from __future__ import annotations
 

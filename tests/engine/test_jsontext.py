@@ -1,4 +1,4 @@
-"""JSON from outside: strict, bounded, and compared by value."""
+"""JSON from outside: strict parsing, limits, and comparison by value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which server a client talks to: the one of its database, wherever that listens, and never one of another folder."""
+"""The server that a client uses: the one with its database open, on any port, and never one of another folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def serving(
 
 @pytest.fixture
 def default_port(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Without NEXUM_ADDRESS and DATABASE_URL, and with nothing on the default port."""
+    """Unset NEXUM_ADDRESS and DATABASE_URL, and use a default port on which nothing listens."""
     for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("nexum_engine.client.DEFAULT_ADDRESS", NOWHERE)
@@ -60,7 +60,7 @@ def default_port(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make it the folder of this process; return its database."""
+    """Make `folder` the working folder of this process; return its database."""
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     return folder / ".nexum" / "local.db"
@@ -160,7 +160,7 @@ async def test_client_uses_a_persons_server_on_default_port(tmp_path: Path, defa
     async with serving(tmp_path / "other.db") as other:
         default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
         own.parent.mkdir()
-        write_address(own, other)  # left by a killed server whose port that one has now
+        write_address(own, other)  # a killed server left this file, and another server has its port now
         async with NexumClient() as client:
             assert await client.server_info() == ServerInfo(str(tmp_path / "other.db"), False)
             assert client.address == other
@@ -180,7 +180,7 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
             with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
                 await client.ping()
         async with NexumClient(other) as client:
-            await client.ping()  # named by a person
+            await client.ping()  # an address that a person named
 
 
 async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Owned executions: their node goes to who starts them, to no poll, and to another owner only after a death."""
+"""Owned executions: the node goes to the owner, to no poll, and to another owner only after the owner's death."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def polled(store: Store) -> object:
 
 
 async def lose(store: Store, clock: ManualClock, owner: str) -> None:
-    """The owner's connection breaks and does not come back."""
+    """Break the owner's connection, and let its lease run out."""
     await store.run(leases.disconnect, owner, 1000)
     clock.advance(1)
     await store.run(leases.sweep, 0)
@@ -77,7 +77,7 @@ async def test_second_start_by_same_owner_gets_the_same_task(store: Store) -> No
 
 
 async def test_owner_keeps_a_task_that_its_beats_do_not_name(store: Store) -> None:
-    """The answer to its start may be lost: the owner starts the key again, and gets the same task."""
+    """The answer to the start may be lost: then the owner starts the key again, and gets the same task."""
     started = await own(store, "one")
     assert started.task is not None
     assert await store.run(leases.renew, "one", (), LEASE_MS) == set()
@@ -129,13 +129,13 @@ async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: 
     first = await own(store, "one", "run")
     assert (await under(first, "one", "e/1")).task is not None
     await lose(store, clock, "one")
-    # Nobody else has come: it lost nothing.
+    # No other owner has started the key, so the first owner still has its task.
     assert (await under(first, "one", "e/2")).task is not None
     second = await own(store, "two", "run")
-    with pytest.raises(StaleTask, match="attempt 2 was handed out since"):
+    with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
         await under(first, "one", "e/3")
     assert (await under(second, "two", "e/3")).task is not None
-    with pytest.raises(StaleTask, match="knows nothing of task task-of-elsewhere"):
+    with pytest.raises(StaleTask, match="holds task task-of-elsewhere, but this server has no such task"):
         await store.run(tasks.start_owned, "w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
     keys = {one.idempotency_key for one in await store.run(executions.list_executions, "w", "", 10)}
     assert keys == {"run", "e/1", "e/2", "e/3"}
@@ -185,9 +185,9 @@ async def test_refused_start_with_result_stores_nothing(store: Store, clock: Man
     run = await own(store, "one", "run")
     assert run.task is not None
     await lose(store, clock, "one")
-    await record(store, "1", key="e/1", held=run.task.task_id)  # nobody else has come
+    await record(store, "1", key="e/1", held=run.task.task_id)  # no other owner has started the key
     await own(store, "two", "run")
-    with pytest.raises(StaleTask, match="attempt 2 was handed out since"):
+    with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
         await record(store, "1", key="e/2", held=run.task.task_id)
     with pytest.raises(StaleTask, match="this server has no such task"):
         await record(store, "1", key="e/3", held="task-of-elsewhere")
@@ -202,7 +202,7 @@ async def test_deaths_of_owners_are_not_counted(store: Store, clock: ManualClock
         await lose(store, clock, f"owner {number}")
     last = await own(store, "last")
     assert last.task is not None
-    assert last.task.attempt == MAX_LOST_ATTEMPTS + 3, "the execution was given up, and this is another one"
+    assert last.task.attempt == MAX_LOST_ATTEMPTS + 3, "the first execution failed, and this is a new one"
 
 
 async def test_owner_that_reconnects_soon_after_restart_keeps_its_task(store: Store, clock: ManualClock) -> None:
@@ -305,7 +305,7 @@ async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: Server, 
         with running(["-c", DIES, server.address], cwd=tmp_path) as process:
             name = process.wait_for("OWNED").split()[1]
             await asyncio.sleep(1.5)
-            with pytest.raises(Conflict, match=f"belongs to {name}"):
+            with pytest.raises(Conflict, match=f"in use by {name}"):
                 await owner.start(OWNED, {}, idempotency_key="k")
             process.kill()
         deadline = asyncio.get_running_loop().time() + 5
@@ -350,7 +350,7 @@ async def test_start_with_result_wakes_callers_that_wait(server: Server) -> None
 
 async def test_owner_completes_the_task_on_an_older_server(server: Server) -> None:
     class Older(NexumClient):
-        """Its server doesn't know `output_json`."""
+        """A client whose server ignores `output_json`."""
 
         async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
             return await super().start_execution(*args, **{**options, "output_json": ""})
@@ -359,7 +359,7 @@ async def test_owner_completes_the_task_on_an_older_server(server: Server) -> No
         await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
         (execution,) = await client.list_executions(with_nodes=True)
         assert execution.outputs() == {"a": '{"n":1}'}
-        with pytest.raises(Conflict, match="'k' has a result already"):
+        with pytest.raises(Conflict, match="'k' already has a result"):
             await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
 
 

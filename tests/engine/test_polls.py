@@ -1,6 +1,6 @@
-"""Handing out: whoever waits is woken, whoever is gone loses nothing, and nobody is asked twice.
+"""The dispatch of tasks to polls: every waiting call is woken, and no task is lost when a caller is cancelled.
 
-In one process, on a real store: here the order of events can be chosen.
+The tests run in one process on a real store, so that they can choose the order of events.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
 LEASE_MS = 30_000
-LONG_MS = 25_000  # longer than a test may take: who waits that long was not woken
+LONG_MS = 25_000  # longer than a test may take: a call that waits this long was not woken
 SOON = 10.0  # seconds; much less than any lease or poll
 LARGE = 2**40
 
 
 class Call:
-    """A gRPC context as far as the servicer uses one."""
+    """The part of a gRPC context that the servicer uses."""
 
     def __init__(self) -> None:
         self.gone = False
@@ -44,7 +44,7 @@ class Call:
         return self.gone
 
     def invocation_metadata(self) -> None:
-        """None was sent."""
+        """Return no metadata."""
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: object = ()) -> None:
         raise AssertionError(f"{code}: {details}")
@@ -69,12 +69,12 @@ class Engine:
         intercept(store, tasks.claim, counted)
 
     def look_again(self) -> None:
-        """Nobody knows what was stored."""
+        """Act as the server does when the outcome of a transaction is unknown."""
         self.polls.look_again()
         self.waiters.look_again()
 
     async def stop_waiting(self) -> None:
-        """Answer everything that waits, as a server that stops."""
+        """Answer all waiting calls, as a stopping server does."""
         self.waiters.stop()
         await self.polls.stop()
 
@@ -137,13 +137,13 @@ async def engine(make: Make) -> Engine:
 
 
 async def turns(count: int = 50) -> None:
-    """Let everything run that is ready to."""
+    """Let all ready tasks of the event loop run."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
-    """Until the polls wait, and none of them still asks the store."""
+    """Wait until the polls are idle: none of them has a claim under way."""
     await engine.store.run(executions.list_executions, "", "", 1)
     await turns()
     assert not any(poll.done() for poll in polls)
@@ -195,7 +195,7 @@ async def test_worker_death_during_its_report_does_not_delay_next_nodes(engine: 
     await until_idle(engine, waiting)
     report = asyncio.create_task(engine.complete(first))
     await turns(1 + hops)
-    assert not report.done(), "the worker died too late to be of interest"
+    assert not report.done(), "the worker was cancelled only after its report"
     report.cancel()
     assert (await engine.task(waiting)).node_id == "b"
     assert (await engine.store.run(executions.get_execution, execution_id)).outputs() == {"a": "1"}
@@ -295,7 +295,7 @@ async def test_large_waiting_poll_gets_task_too_large_for_another(engine: Engine
 
 
 async def test_task_too_large_only_with_its_frame_is_passed_on(engine: Engine) -> None:
-    """The start announces the input alone; what is handed out is a little larger."""
+    """The start announces only the size of the input; the task is a little larger."""
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
     await until_idle(engine, small, large)
@@ -319,7 +319,7 @@ async def test_polls_remember_a_limited_number_of_versions(make: Make) -> None:
             await claim
     await turns()
     sizes = {name: len(value) for name, value in vars(engine.polls).items() if isinstance(value, Sized)}
-    assert max(sizes.values()) > 0, "it remembers nothing: the test looks at the wrong thing"
+    assert max(sizes.values()) > 0, "nothing is remembered: the test reads the wrong attributes"
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
@@ -330,7 +330,7 @@ async def test_task_started_during_another_workers_claim_is_found_by_next_poll(e
     start = asyncio.create_task(engine.start())
     await turns(1)
     assert not claim.done()
-    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    assert (await claim).task is None, "the claim found the task: the test proves nothing"
     execution_id = await start
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
 
@@ -350,7 +350,7 @@ async def test_large_task_started_during_small_polls_claim_is_found_by_large_pol
     await engine.register({"a": []})
     small = engine.poll("small", wait_ms=0, max_bytes=1000)
     await turns(1)
-    assert engine.claims == 1, "the poll does not ask yet"
+    assert engine.claims == 1, "the poll has not claimed yet"
     start = asyncio.create_task(engine.start(input_json=json.dumps("x" * 5000)))
     assert await small is None
     assert (await engine.task(engine.poll("large", wait_ms=0))).execution_id == await start
@@ -363,7 +363,7 @@ async def test_task_taken_during_another_claim_is_counted_once(engine: Engine) -
     claim = engine.polls.take_due("w2", ("v1", "v2"), LARGE)
     assert claim is not None
     start = asyncio.create_task(engine.start())
-    assert (await claim).task is None, "the claim saw the task: nothing was proven"
+    assert (await claim).task is None, "the claim found the task: the test proves nothing"
     assert (await engine.task(idle)).execution_id == await start
     later = await engine.start()
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == later
@@ -373,19 +373,19 @@ async def test_task_started_during_a_claim_is_found(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
     await turns(1)
-    assert engine.claims == 1, "the poll does not ask yet"
+    assert engine.claims == 1, "the poll has not claimed yet"
     start = asyncio.create_task(engine.start())
     await turns(1)
     assert not start.done()
     assert (await engine.task(poll)).execution_id == await start
-    assert engine.claims == 2, "the first one saw the task: nothing was proven"
+    assert engine.claims == 2, "the first claim found the task: the test proves nothing"
 
 
 # ---- Streams ---------------------------------------------------------------------------------------------------------
 
 
 class Stream:
-    """A worker's end of a WorkerStream."""
+    """The worker's side of a WorkerStream."""
 
     def __init__(self, engine: Engine) -> None:
         self._sent: asyncio.Queue[pb.WorkerBeat | None] = asyncio.Queue()
@@ -414,7 +414,7 @@ class Stream:
 
 
 async def swept(engine: Engine) -> int:
-    """How many attempts ran out by now."""
+    """Sweep; return how many lost attempts will be retried."""
     return len((await engine.store.run(leases.sweep, 2**60)).changed.ready)
 
 
@@ -437,7 +437,7 @@ async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Mak
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
-    assert await swept(engine) == 1  # it was silent since
+    assert await swept(engine) == 1  # no beat since
 
 
 async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Make) -> None:
@@ -491,7 +491,7 @@ async def test_draining_worker_gets_polls_answered_and_no_tasks(engine: Engine) 
     await engine.task(other)
     stream.breaks()
     await stream.ended()
-    # A worker of that name that comes back is a new one.
+    # A worker that reconnects under this id is a new worker.
     back = engine.poll("w1")
     await until_idle(engine, back)
     await engine.start()
@@ -566,7 +566,7 @@ async def test_task_missing_in_two_beats_goes_to_another_worker(engine: Engine) 
     stream.beat()
     await stream.acked()
     await until_idle(engine, other)
-    assert await outcomes(engine, execution_id) == ["RUNNING"], "its answer may have been on its way"
+    assert await outcomes(engine, execution_id) == ["RUNNING"], "after one beat, the task may still be on its way"
     stream.beat()
     task = await engine.task(other)
     assert (task.execution_id, task.attempt) == (execution_id, 2)
@@ -636,7 +636,7 @@ async def test_beats_of_one_worker_take_nothing_from_another_without_a_stream(en
 
 
 async def test_new_stream_answers_earlier_polls_of_its_worker(engine: Engine) -> None:
-    """They were sent on a connection that may be dead, and would take tasks that never arrive."""
+    """The earlier polls may have come on a dead connection: the tasks that they take would never arrive."""
     await engine.register({"a": []})
     dead, other = engine.poll("w1"), engine.poll("w2")
     await until_idle(engine, dead, other)
@@ -665,7 +665,7 @@ async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None
     assert await asyncio.wait_for(poll, SOON) is None
     assert (await asyncio.wait_for(waiting, SOON)).status == "RUNNING"
     await stream.ended()
-    # Also what comes in at the last moment.
+    # Calls that arrive now are answered, too.
     late = engine.servicer.GetExecution(request, Call())  # type: ignore[arg-type]
     assert (await asyncio.wait_for(late, SOON)).status == "RUNNING"
     assert await asyncio.wait_for(engine.poll(), SOON) is None
@@ -675,7 +675,7 @@ async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> 
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
-    # A start that was stored although its caller, and the dispatch, were told that nobody knows.
+    # A start that was stored, although the server reported its outcome as unknown.
     await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
     engine.look_again()
@@ -724,7 +724,7 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
-    """Nothing here waits for a lease or for the next poll: who isn't woken waits for longer than the test."""
+    """Leases and polls are longer than the test: a call that isn't woken fails it."""
     chance = random.Random(seed)
     graphs: dict[str, dict[str, list[str]]] = {
         "one": {"a": []},
@@ -739,7 +739,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
 
     async def die_sometimes(what: str, work: asyncio.Task[Any], share: float) -> Any:
         if chance.random() < share:
-            await turns(1 + chance.randrange(30))  # after the first it is submitted
+            await turns(1 + chance.randrange(30))  # the first turn submits the call
             if not work.done():
                 died[what] += 1
                 work.cancel()
@@ -763,7 +763,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
             await die_sometimes("starts", asyncio.create_task(engine.start(version)), 0.2)
             await turns(chance.randrange(20))
 
-    # One worker for everything, so that no version is without one.
+    # One more worker polls for all versions, so that no version is without a worker.
     workers = [asyncio.create_task(worker(f"w{n}")) for n in range(8)]
     everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
     await asyncio.gather(*(starter() for _ in range(4)))
@@ -781,7 +781,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
     found = await engine.store.run(executions.list_executions, "", "", 1000)
     assert {one.status for one in found} == {ExecutionStatus.COMPLETED}
     assert len(found) > 100
-    assert set(runs.values()) == {1}, "a task was delivered twice"
+    assert set(runs.values()) == {1}, "a task was handed out twice"
     assert min(died.values()) > 5, died
 
 

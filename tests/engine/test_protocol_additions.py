@@ -1,4 +1,4 @@
-"""What this project adds to the wire: long polls, waiting for an end, two calls in one, and signs of life."""
+"""This project's additions to the wire: long polls, waits for an end, reports that take the next task, and beats."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def until_polled(stub: NexumServiceStub, execution_id: str) -> None:
     deadline = time.monotonic() + DEADLINE
     while not record(stub, execution_id).has_poller:
-        assert time.monotonic() < deadline, "nobody polls"
+        assert time.monotonic() < deadline, "no worker polls"
         time.sleep(0.01)
 
 
 class Stream:
-    """A worker's stream on a connection of its own, which can break like a killed process's."""
+    """A worker's stream on its own connection, which a test can break as a killed process does."""
 
     def __init__(self, address: str, worker_id: str) -> None:
         self._worker_id = worker_id
@@ -55,7 +55,7 @@ class Stream:
         self._call = self.stub.WorkerStream(iter(self._beats.get, None))
 
     def beat(self, *task_ids: str, draining: bool = False) -> int:
-        """Beat, and wait until the server has acted on it; the lease that it grants."""
+        """Send a beat and wait for its answer; return the lease."""
         self._beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=task_ids, draining=draining))
         return int(next(iter(self._call)).lease_ms)
 
@@ -219,7 +219,7 @@ def test_refused_report_takes_no_task(stub: NexumServiceStub) -> None:
     assert poll(stub, wait_ms=LONG_MS).has_task
 
 
-# ---- Signs of life ---------------------------------------------------------------------------------------------------
+# ---- Beats -----------------------------------------------------------------------------------------------------------
 
 
 def outcomes(stub: NexumServiceStub, execution_id: str) -> list[str]:

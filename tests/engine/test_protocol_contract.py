@@ -1,4 +1,4 @@
-"""The contract: our code is generated from proto/nexum.proto, and the published contract is all in it."""
+"""The contract: proto/nexum.proto generates our code, and contains the whole published contract."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_published_rpcs_keep_their_names() -> None:
 
 
 def test_generated_code_matches_the_contract(tmp_path: Path) -> None:
-    # Only its absence: a generator that is there and fails to load must not pass for one that isn't there.
+    # Skip only if the generator is not installed: a generator that fails to load must fail the test.
     if find_spec("grpc_tools") is None:
         pytest.skip("the generator (grpcio-tools 1.71) is not installed: it has no wheels for Python 3.14 and later")
     generate(tmp_path)

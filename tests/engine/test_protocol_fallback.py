@@ -1,4 +1,4 @@
-"""An existing Nexum server, as far as one can be had: ours behind a proxy that speaks the published contract alone."""
+"""A stand-in for a published server: ours, behind a proxy that speaks only the published contract."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOON = 20.0  # seconds
 
 
 def published(message: Message) -> Message:
-    """The message without what this project added to it."""
+    """Return the message without this project's additions."""
     for field, _ in message.ListFields():
         if field.number >= FIRST_ADDED_NUMBER:
             message.ClearField(field.name)
@@ -39,7 +39,7 @@ def published(message: Message) -> Message:
 
 
 class Proxy:
-    """The published server's calls, passed on to a real one; every other call is UNIMPLEMENTED."""
+    """A proxy that passes on the published calls; every other call is UNIMPLEMENTED."""
 
     def __init__(self, behind: str) -> None:
         self.calls: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def old(server: Server) -> Iterator[Proxy]:
 
 
 def test_proxy_speaks_only_the_published_contract(old: Proxy) -> None:
-    """Else the tests below prove nothing."""
+    """The tests below depend on this."""
     start = published(pb.StartRequest(workflow_id="w", idempotency_key="k", wait_ms=5))
     assert start == pb.StartRequest(workflow_id="w")
     with grpc.insecure_channel(old.address) as channel:

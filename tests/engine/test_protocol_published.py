@@ -1,4 +1,4 @@
-"""The twelve published RPCs, as a client that knows nothing of this project uses them."""
+"""The twelve published RPCs, as a client without this project's additions uses them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stub(server: Server) -> Iterator[NexumServiceStub]:
         yield connection
 
 
-# ---- What existing clients rely on -----------------------------------------------------------------------------------
+# ---- The published behaviour -----------------------------------------------------------------------------------------
 
 
 def test_execution_runs_from_registration_to_outputs(stub: NexumServiceStub) -> None:
@@ -247,7 +247,7 @@ def _register_ir(stub: NexumServiceStub, ir_json: str) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NexumServiceStub]:
-    """One server for what is refused: it has to be as it was before each time."""
+    """Yield one server for all refused requests: each of them must leave it unchanged."""
     with nexum_server(tmp_path_factory.mktemp("refusals")) as running, connected(running.address) as connection:
         register(connection, {"a": []})
         yield connection
@@ -306,7 +306,7 @@ MEGABYTE = 1024 * 1024
 
 
 def text_of(size: int) -> str:
-    """A JSON text of exactly so many bytes."""
+    """Return a JSON text of exactly this size."""
     return '"' + "x" * (size - 2) + '"'
 
 
@@ -334,7 +334,7 @@ def test_get_status_answers_only_what_a_default_client_can_receive(stub: NexumSe
 
 
 def test_get_status_size_limit_counts_node_names(stub: NexumServiceStub) -> None:
-    """Else the client refuses what the server sends, in words that name no way out."""
+    """Otherwise gRPC refuses the answer in the client, with an error that names no next step."""
     names = [f"{n}{'é' * 199}" for n in range(9)]
     register(stub, {name: [] for name in names})
     execution_id = start(stub)
@@ -367,7 +367,7 @@ def test_default_client_receives_its_largest_task(stub: NexumServiceStub) -> Non
     assert poll(stub, version="é" * 200).has_task
 
 
-# ---- Many ------------------------------------------------------------------------------------------------------------
+# ---- Concurrency -----------------------------------------------------------------------------------------------------
 
 
 def test_fifty_pollers_get_each_of_200_tasks_once(server: Server) -> None:

@@ -1,6 +1,6 @@
-"""The published SDK, nexum-py 0.2.0, in an environment of its own: its client and worker run on this server.
+"""The published SDK, nexum-py 0.2.0: its client and worker use this server.
 
-It can't live beside AutoGen (it needs protobuf 6), so the tests build it a venv, once, in pytest's cache.
+The SDK needs protobuf 6, so it can't be installed beside AutoGen. The tests build a venv for it in pytest's cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="nexum-py 0.2
 SDK = "nexum-py==0.2.0"
 
 PROGRAM = '''
-"""As its own documentation has it: a workflow, a client, and a worker that runs until the execution is complete."""
+"""The SDK's own example: a workflow, a client, and a worker that runs until the execution is complete."""
 import asyncio, json, sys
 from pydantic import BaseModel
 from nexum.builder import workflow
@@ -78,7 +78,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="session")
 def sdk_python(pytestconfig: pytest.Config) -> Path:
-    """The interpreter of a venv with the published SDK. It needs the package index once, and fails without."""
+    """Return the Python of a venv with the published SDK. The first run needs the package index."""
     cache = pytestconfig.cache
     assert cache is not None
     folder = cache.mkdir(f"nexum-sdk-{sys.version_info.major}.{sys.version_info.minor}")
@@ -96,7 +96,7 @@ def sdk_python(pytestconfig: pytest.Config) -> Path:
 
 
 def run(python: Path, program: str, server: Server, folder: Path) -> object:
-    """What the program prints, as JSON."""
+    """Run the program; return its output, read as JSON."""
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     command = [str(python), "-c", program, server.address]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=100)

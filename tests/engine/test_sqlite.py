@@ -1,4 +1,4 @@
-"""SQLite: what may be opened, one server per file, transactions that are shared, and a disk that fails."""
+"""The SQLite store: refused files, one server per file, group commit, and disk failures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def opened(path: Path) -> SqliteStore:
 
 
 def serve(path: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """A server that is expected to refuse."""
+    """Run a server that is expected to refuse and end."""
     command = ["-m", "nexum_engine", "--listen", f"127.0.0.1:{free_port()}", "--database-url", f"sqlite:///{path}"]
     return subprocess.run(
         [*through, sys.executable, *command, *arguments],
@@ -139,7 +139,7 @@ if os.geteuid() == 0 and ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_DAC_OVE
     raise OSError("root could not give up its right to write everywhere")
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""A program of its own: what runs between fork and exec of a process with threads may hang or abort."""
+"""A separate program: with preexec_fn, a process with threads may hang or abort between fork and exec."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
@@ -156,7 +156,7 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
-    # A newer server that was killed before its log reached the file: its header still says version 1.
+    # As if a newer server had been killed before its log reached the file: the header still says version 1.
     program = (
         "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
         "c.execute('PRAGMA user_version = 99'); c.commit(); os._exit(9)"
@@ -171,7 +171,7 @@ async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> Non
 async def test_damaged_database_of_killed_server_is_refused(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
-    # The files of a running server are what a kill leaves.
+    # Copy the files of a running server: a kill leaves the same files.
     killed = tmp_path / "killed"
     killed.mkdir()
     for name in ("nexum.db", "nexum.db-wal"):
@@ -180,7 +180,7 @@ async def test_damaged_database_of_killed_server_is_refused(tmp_path: Path) -> N
     assert (killed / "nexum.db-wal").stat().st_size > 0
     file = bytearray((killed / "nexum.db").read_bytes())
     for page in range(4096, len(file), 4096):
-        file[page] = 0xFF  # no kind of page that there is
+        file[page] = 0xFF  # not a valid type of page
     (killed / "nexum.db").write_bytes(file)
     with pytest.raises(StoreRefused, match=r"damaged|can't be opened"):
         await opened(killed / "nexum.db")
@@ -301,7 +301,7 @@ def test_patient_server_starts_when_first_server_is_killed(tmp_path: Path) -> No
 
 @contextmanager
 def commits(store: SqliteStore) -> Iterator[list[str]]:
-    """The statements that end a transaction, as SQLite runs them."""
+    """Record the statements that end a transaction, as SQLite runs them."""
     seen: list[str] = []
     store._connection.set_trace_callback(lambda sql: seen.append(sql) if sql in ("COMMIT", "ROLLBACK") else None)
     try:
@@ -390,11 +390,11 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
         store.run(executions.get_execution, kept),
         return_exceptions=True,
     )
-    # SQLite undoes the whole transaction, so it is every caller's.
+    # SQLite undoes the whole transaction, so every caller gets the error.
     assert [type(one) for one in outcomes] == [StoreUnavailable] * 3
     assert told == [None]
     assert not store.failed.done()
-    # The limit was the connection's: the store has a new one.
+    # The limit belonged to the old connection: the store has opened a new one.
     assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 20)] == [kept]
     assert (await store.run(executions.start_execution, "w", "v1", large, "")).execution_id
     await store.close()
@@ -416,14 +416,14 @@ async def test_store_waits_for_a_locked_database(tmp_path: Path) -> None:
 
 
 async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path: Path) -> None:
-    """A COMMIT that fails after all the rest went well: nobody may be told yes, nobody no."""
+    """COMMIT fails after all statements succeeded: no caller may get a success, and none its own error."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id
     ran: list[str] = []
 
     def broken(db: Db) -> None:
-        # A deferred reference is checked at COMMIT and nowhere before.
+        # SQLite checks a deferred reference only at COMMIT.
         store._connection.execute("PRAGMA defer_foreign_keys = ON")
         db.run("add_attempt", **ORPHAN)
         ran.append("to its end")
@@ -443,7 +443,7 @@ async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path
 
 
 async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SQLite that gets no memory raises MemoryError, which is none of its own errors."""
+    """Without memory, SQLite raises MemoryError, which is not a sqlite3.Error."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     failing: list[str] = []
@@ -464,7 +464,7 @@ async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, mo
     await again.close()
 
 
-# Everything of an attempt, but for its node.
+# An attempt without its node.
 ORPHAN: dict[str, object] = {
     "task_id": "t",
     "execution_id": "nowhere",
@@ -478,7 +478,6 @@ ORPHAN: dict[str, object] = {
 
 LIMITED = """
 import resource, runpy
-
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 """
@@ -503,7 +502,7 @@ async def test_server_with_failing_disk_keeps_acknowledged_results_and_ends(
                     acknowledged.append(started.execution_id)
 
             outcomes = await asyncio.gather(*(fill(worker) for worker in range(4)), return_exceptions=True)
-        # The fault fired: nobody got to the end of its hundred.
+        # The disk has failed: no starter has finished its hundred executions.
         assert all(isinstance(one, ServerUnavailable) for one in outcomes), outcomes
         assert len(acknowledged) > 10
         assert server.wait(timeout=20) == 1

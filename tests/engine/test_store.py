@@ -1,4 +1,4 @@
-"""What every store promises (G1 to G8), on a clock that the tests move."""
+"""The promises of every store (G1 to G8), on a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.every_python
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
-NO_RETRIES = 2**60  # none has become due since then
+NO_RETRIES = 2**60  # a time after which no retry becomes due
 ONE: dict[str, list[str]] = {"a": []}
 CHAIN: dict[str, list[str]] = {"a": [], "b": ["a"]}
 DIAMOND: dict[str, list[str]] = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -46,7 +46,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture(params=["sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database of its own for each test, on every store that there is."""
+    """Open a new database for each test, on every kind of store."""
     return {"sqlite": f"sqlite:///{tmp_path / 'nexum.db'}"}[request.param]
 
 
@@ -106,7 +106,7 @@ async def node_status(store: Store, execution_id: str) -> dict[str, NodeStatus]:
 
 
 async def sweep(store: Store) -> tuple[int, list[Execution]]:
-    """How many attempts ran out, and which executions ended with them."""
+    """Sweep; return how many lost attempts will be retried, and which executions ended."""
     swept = await store.run(leases.sweep, NO_RETRIES)
     return len(swept.changed.ready), list(swept.changed.ended)
 
@@ -129,7 +129,7 @@ async def test_key_is_found_in_another_version_of_its_workflow(store: Store) -> 
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
     assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
-    # Even in one that was never registered: the key is the caller's, whatever its code looks like today.
+    # Even in a version that was never registered: a caller's code may have changed since the first start.
     assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
@@ -167,7 +167,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
-    # G5: what the target sees is the same key.
+    # G5: the target gets the same key.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
@@ -223,13 +223,13 @@ async def test_versions_are_listed_latest_first_with_running_executions(store: S
 
 
 async def test_version_registered_again_is_identical(store: Store) -> None:
-    """A worker that was not updated yet, and every worker that connects again, registers what the server knows."""
+    """Every worker that reconnects registers its version again; an old worker registers an old version."""
     versions: dict[str, dict[str, list[str]]] = {"v1": ONE, "v2": CHAIN, "v3": {"x": []}}
     for version, nodes in versions.items():
         await register(store, nodes, version=version)
     for version, nodes in versions.items():
         assert await register(store, nodes, version=version) is Compatibility.IDENTICAL
-    # Nor does it become the latest one by that.
+    # Registering it again does not make it the latest version.
     assert [one.version_hash for one in await store.run(executions.workflow_versions, "w")] == ["v3", "v2", "v1"]
     assert await register(store, {"x": [], "y": []}, version="v4") is Compatibility.SAFE
 
@@ -408,7 +408,7 @@ async def test_failure_reported_twice_counts_once(store: Store, clock: ManualClo
 async def test_failure_reason_is_cut_and_never_empty(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
-    for _ in range(2):  # the same report again is the same report, also when it was cut
+    for _ in range(2):  # an equal second report changes nothing, also if its reason was cut
         await store.run(tasks.fail_task, task.task_id, "x" * 100_000, False)
     clock.advance(1)
     await store.run(tasks.fail_task, (await taken(store)).task_id, "", True)
@@ -549,7 +549,7 @@ async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: 
     clock.advance(LEASE_MS / 1000)
     await sweep(store)
     newer = await taken(store, "w2")
-    with pytest.raises(StaleTask, match=r"attempt 1 .* is over \(EXPIRED\): attempt 2 was handed out since"):
+    with pytest.raises(StaleTask, match=r"attempt 1 .* is over \(EXPIRED\): attempt 2 was handed out later"):
         await store.run(tasks.complete_task, stale.task_id, '"stale"')
     with pytest.raises(StaleTask):
         await store.run(tasks.fail_task, stale.task_id, "stale", True)
@@ -577,7 +577,7 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
         await sweep(store)
     await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
-    # Were that one still a loss, this one would be the last.
+    # If that attempt still counted as lost, this one would be the last.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
@@ -697,7 +697,7 @@ async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Stor
     }
     last = await taken(store)
     assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
-    # Some answers can never be received, so there is an end to it.
+    # Some tasks can never arrive, so the losses have a limit.
     (ended,) = (await store.run(leases.lose, "w1", frozenset({last.task_id}))).ended
     assert ended.status is ExecutionStatus.FAILED
     assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changed()
@@ -777,7 +777,7 @@ async def test_large_task_does_not_delay_a_small_one(store: Store, clock: Manual
     assert task.execution_id == small.execution_id
 
 
-# ---- Looking ---------------------------------------------------------------------------------------------------------
+# ---- Lists -----------------------------------------------------------------------------------------------------------
 
 
 async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> None:
@@ -809,7 +809,7 @@ async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen)
 
 
 async def test_failing_transition_raises_only_for_its_caller(store: Store) -> None:
-    """Also of those that share its transaction."""
+    """The other transitions of its transaction succeed."""
     await register(store, ONE)
     outcomes = await asyncio.gather(
         store.run(executions.start_execution, "w", "v1", "1", ""),

@@ -1,4 +1,4 @@
-"""The worker runtime under handlers that misbehave, servers that vanish, and signals at the wrong moment."""
+"""The worker runtime with bad handlers, ending servers, and signals at bad moments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Wo
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
-A_FEW_SECONDS = 5.0  # much less than it takes until two beats are due
+A_FEW_SECONDS = 5.0  # much less than the time of two regular beats
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
@@ -52,7 +52,7 @@ async def client(address: str) -> AsyncIterator[NexumClient]:
 
 
 class Running:
-    """A worker that runs until its test ends or it is stopped."""
+    """A worker that runs until it is stopped or its test ends."""
 
     def __init__(self, worker: Worker) -> None:
         self._stop = asyncio.Event()
@@ -78,19 +78,19 @@ async def working(
 
 
 async def begin(client: NexumClient, built: Workflow, input: Mapping[str, Any] | None = None) -> str:
-    # Channels of one process share what they know of an address, a refused connection included.
+    # Channels of one process share the state of an address, also a refused connection.
     await client.register_workflow(built, patience=SOON)
     return (await client.start_execution(built, input or {})).execution_id
 
 
 async def ended(client: NexumClient, execution_id: str) -> Execution:
     execution = (await client.get_execution(execution_id, wait=SOON, with_attempts=True)).execution
-    assert execution.status.ended, f"{execution_id} is {execution.status.value} still"
+    assert execution.status.ended, f"{execution_id} is still {execution.status.value}"
     return execution
 
 
 async def until(happened: Callable[[], bool]) -> None:
-    """Returns as soon as it has; fails the test if it never does."""
+    """Wait until `happened` is true; fail the test if it never is."""
     deadline = asyncio.get_running_loop().time() + SOON
     while not happened():
         assert asyncio.get_running_loop().time() < deadline
@@ -104,7 +104,7 @@ async def nobody_polls(client: NexumClient, execution_id: str) -> None:
         await asyncio.sleep(0.05)
 
 
-# ---- Handlers that misbehave -----------------------------------------------------------------------------------------
+# ---- Bad handlers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_stopped_worker_finishes_its_tasks_and_takes_no_more(address: str,
     async with working(address, {ONE: {"a": handler}}) as worker:
         await asyncio.wait_for(begun.wait(), SOON)
         stopping = asyncio.create_task(worker.stop())
-        # Its other slots leave once the server has heard of it; then nobody polls.
+        # The server answers the polls of the other slots when it learns that the worker drains; then no slot polls.
         await nobody_polls(client, first)
         second = await begin(client, ONE)
         assert not stopping.done()
@@ -287,7 +287,7 @@ async def test_idle_worker_stops_at_once(address: str, client: NexumClient) -> N
 
 @pytest.mark.parametrize("order", ["the server first", "both at once", "the worker first"])
 async def test_idle_worker_stops_together_with_its_server(tmp_path: Path, order: str) -> None:
-    """One Ctrl+C in a terminal reaches both."""
+    """One Ctrl+C in a terminal reaches the worker and the server."""
     with nexum_server(tmp_path) as server:
         async with NexumClient(server.address) as client, working(server.address, {TYPED: {"a": _number}}) as worker:
             await ended(client, await begin(client, TYPED))
@@ -466,7 +466,7 @@ async def test_result_is_recorded_when_the_server_is_running_again(
 
 
 class Lossy(NexumClient):
-    """Loses the first answer of a kind that has a task in it, as a connection does that breaks."""
+    """A connection that loses the first answer with a task, of one kind of call."""
 
     def __init__(self, address: str, kind: type[Message]) -> None:
         super().__init__(address)
@@ -554,11 +554,11 @@ async def test_server_fault_at_poll_is_logged_and_worker_continues(
             assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
             await worker.stop()
         assert faulty.calls[tasks.claim] > 2
-    assert caplog.text.count(f"no task from {faulty.address}, asking again: the server had a fault") == 2
+    assert caplog.text.count(f"no task from {faulty.address}, retrying: the server had an internal error") == 2
 
 
 async def test_task_without_handler_fails(address: str, client: NexumClient) -> None:
-    """Version hashes are the clients' own, and two workflows of one hash share their tasks."""
+    """Clients choose version hashes, and two workflows with one hash share their tasks."""
     other = Workflow("other", ONE.version_hash, '{"nodes":{"b":{"type":"EFFECT","dependencies":[]}}}', ())
     execution_id = await begin(client, other)
     async with working(address, {ONE: {"a": _one}}, worker_id="w1"):
@@ -572,7 +572,7 @@ async def test_task_without_handler_fails(address: str, client: NexumClient) -> 
 
 
 async def test_exception_in_after_report_ends_the_worker(address: str, client: NexumClient) -> None:
-    """It is how a pipeline crashes after a step: the result is recorded by then."""
+    """A pipeline's crash after a step works this way: the result is already recorded."""
 
     class Crash(Exception):
         pass

@@ -166,7 +166,7 @@ BASE = ir(a=[], b=["a"], c=["a", "b"])
         (ir(a=[], b=["a"], c=["a", "b", "d"], d=[]), Compatibility.BREAKING),
         (BASE.replace("EFFECT", "COMPUTE", 1), Compatibility.BREAKING),
     ],
-    ids=["same", "reordered", "repeated", "added", "removed", "dependency gone", "dependency added", "type"],
+    ids=["same", "reordered", "repeated", "added", "removed", "dependency removed", "dependency added", "type"],
 )
 def test_compatibility_compares_new_version_with_old(new: str, expected: Compatibility) -> None:
     assert compatibility(parse_ir(BASE), parse_ir(new)) is expected

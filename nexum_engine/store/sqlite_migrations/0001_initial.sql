@@ -24,7 +24,7 @@ CREATE TABLE executions (
     FOREIGN KEY (workflow_id, version_hash) REFERENCES workflow_versions (workflow_id, version_hash)
 ) STRICT;
 
--- A key has at most one RUNNING or COMPLETED execution, whatever the code does.
+-- Enforce at most one RUNNING or COMPLETED execution for a key.
 CREATE UNIQUE INDEX one_execution_per_key ON executions (workflow_id, idempotency_key)
     WHERE status IN ('RUNNING', 'COMPLETED');
 CREATE INDEX executions_by_key ON executions (workflow_id, idempotency_key, sequence)
