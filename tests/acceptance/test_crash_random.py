@@ -37,7 +37,7 @@ class Acknowledged:
 
 
 @pytest.mark.timeout(180)
-def test_after_twenty_random_kills_no_result_is_lost_or_changed_and_nothing_recorded_ran_again(tmp_path: Path) -> None:
+def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
     choose = random.Random(SEED)
     log = tmp_path / "log"

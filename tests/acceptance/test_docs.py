@@ -78,7 +78,7 @@ def worker_of(folder: Path, env: dict[str, str]) -> Iterator[None]:
         assert worker.wait() == 0, worker.output
 
 
-def test_tool_in_a_worker_of_ones_own_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_in_a_custom_worker_is_executed_once(server: Server, tmp_path: Path) -> None:
     shop, worker, agent, _, _ = programs(OWN_AGENT)
     given = agent.replace(
         "model_client=...", 'model_client=model(("charge", \'{"customer": "c-17", "cents": 990}\'), "ok")'
@@ -96,7 +96,7 @@ def test_tool_in_a_worker_of_ones_own_is_executed_once(server: Server, tmp_path:
         run_twice(tmp_path, libraries(server), "AGENT ok", "receipt for c-17")
 
 
-def test_tool_that_is_added_to_this_folder_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_added_to_this_project_is_executed_once(server: Server, tmp_path: Path) -> None:
     _, _, _, tool, without_an_agent = programs(OWN_AGENT)
     own = tmp_path / "own"
     shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
@@ -183,7 +183,7 @@ def durable_commands() -> list[list[str]]:
     return found
 
 
-def test_durable_autogen_takes_every_printed_command() -> None:
+def test_durable_autogen_accepts_every_documented_command() -> None:
     commands = durable_commands()
     assert commands
     for command in commands:

@@ -15,6 +15,8 @@ from planned_web import context
 from nexum_engine.errors import FinalError
 from support.tools import Tool, ToolTimeout, WebError
 
+pytestmark = pytest.mark.every_python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +43,7 @@ def raising(error: BaseException, *, in_coroutine: bool) -> Tool:
 
 @pytest.mark.parametrize("in_coroutine", [False, True])
 @pytest.mark.parametrize("error", [WebError("later"), FinalError("never"), ValueError("v"), TimeoutError("inner")])
-async def test_a_tools_own_error_comes_out_as_it_is(error: Exception, in_coroutine: bool) -> None:
+async def test_tool_error_is_raised_unchanged(error: Exception, in_coroutine: bool) -> None:
     with pytest.raises(type(error)) as raised:
         await raising(error, in_coroutine=in_coroutine).run({}, context())
     assert raised.value is error
@@ -49,7 +51,9 @@ async def test_a_tools_own_error_comes_out_as_it_is(error: Exception, in_corouti
 
 @pytest.mark.parametrize("in_coroutine", [False, True])
 @pytest.mark.parametrize("error", [asyncio.CancelledError("c"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-async def test_what_would_end_the_worker_becomes_an_ordinary_error(error: BaseException, in_coroutine: bool) -> None:
+async def test_exception_that_would_end_the_worker_becomes_a_runtime_error(
+    error: BaseException, in_coroutine: bool
+) -> None:
     with pytest.raises(RuntimeError, match=f"raised {type(error).__name__}") as raised:
         await raising(error, in_coroutine=in_coroutine).run({}, context())
     assert raised.value.__cause__ is error
@@ -61,7 +65,7 @@ async def test_a_stop_iteration_becomes_an_ordinary_error(in_coroutine: bool) ->
         await raising(StopIteration(), in_coroutine=in_coroutine).run({}, context())
 
 
-async def test_a_hung_tool_costs_its_time_limit_and_stops_nobody_else() -> None:
+async def test_hung_tool_ends_at_its_limit_and_blocks_no_other_tool() -> None:
     release = threading.Event()
     started = threading.Semaphore(0)
 
@@ -148,8 +152,6 @@ def test_a_hung_tool_does_not_keep_the_process_from_ending() -> None:
 import asyncio, threading
 from support.tools import Tool, ToolContext, ToolTimeout
 from support.tools.web.live import LiveWeb
-
-pytestmark = pytest.mark.every_python
 
 def hang() -> str:
     "Hang."

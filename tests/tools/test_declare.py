@@ -47,7 +47,7 @@ def everything(
 EVERYTHING = Tool.from_function(everything, time_limit=5)
 
 
-def test_a_tool_is_read_off_its_function() -> None:
+def test_tool_is_made_from_its_function() -> None:
     assert EVERYTHING.name == "everything"
     assert EVERYTHING.description == "Show what was given.\n\nTwice."
     assert EVERYTHING.time_limit == 5.0

@@ -150,7 +150,7 @@ def test_a_refusal_names_the_address_and_the_cause(url: str, words: str) -> None
     assert url in str(refused.value)
 
 
-def test_a_refusal_does_not_tell_where_a_name_leads() -> None:
+def test_refusal_does_not_reveal_the_resolved_address() -> None:
     with pytest.raises(FinalError, match=r"localtest\.me is not a public address") as refused:
         GuardedFetcher(resolver=resolve_to_loopback).fetch("http://localtest.me/")
     assert "127.0.0.1" not in str(refused.value)

@@ -81,7 +81,7 @@ def calls(html: str) -> int:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_four_times_the_page_makes_about_four_times_the_calls(name: str) -> None:
+def test_work_grows_linearly_with_the_page(name: str) -> None:
     page = PAGES[name]
     calls(page(1))  # what is imported and compiled at first
     # Twice as many as four times is more than any constant part explains; quadratic work makes sixteen times as many.
@@ -100,9 +100,7 @@ PATTERNS = sorted(
 
 
 @pytest.mark.parametrize(("module", "pattern"), PATTERNS)
-def test_no_pattern_repeats_two_things_beside_each_other_that_take_the_same_characters(
-    module: str, pattern: str
-) -> None:
+def test_no_pattern_has_two_adjacent_repeats_of_the_same_characters(module: str, pattern: str) -> None:
     """Such neighbours try every way to share a run: `[ ]*[ \\n]*x` on blanks takes the square of their number."""
     repeated = [set(run) for run in repeated_neighbours(pattern)]
     assert all(not run for run in repeated), (module, pattern)
