@@ -24,7 +24,7 @@ RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
 
 
 class Acknowledged:
-    """What callers were given, by the number of the call; the same number must never get another result."""
+    """The results that callers got, by the call's number. A number must never get two results."""
 
     def __init__(self) -> None:
         self.results: dict[int, str] = {}
@@ -56,7 +56,7 @@ def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path:
 
         caller = start_caller()
         for kill in range(KILLS):
-            # Two calls get going, and at a random moment of their 40 ms somebody dies.
+            # Start two calls, and kill a process at a random moment of their 40 ms.
             for gate in gates[2 * kill : 2 * kill + 2]:
                 gate.touch()
             time.sleep(choose.uniform(0, 0.06))
@@ -84,12 +84,12 @@ def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path:
         records = recorded(tmp_path, address)
 
     assert sum(killed.values()) == KILLS
-    # Everything finished, once for each call, with the result that every caller was given.
+    # Every call has one COMPLETED execution, with the result that its callers got.
     assert {one["status"] for one in records} == {"COMPLETED"}
     by_number = {call_of(one)[1]["number"]: one for one in records}
     assert len(records) == len(by_number) == CALLS
     assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect came after the record, and only attempts that were lost made another one.
+    # No effect came after its record, and only lost attempts led to another attempt.
     log_of = defaultdict(list)
     for effect in effects(log):
         log_of[effect.key].append(effect)

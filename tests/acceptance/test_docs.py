@@ -1,4 +1,4 @@
-"""The programs in docs/ run as they are printed, in a folder of their own."""
+"""The programs in docs/ run as printed, each in a new folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def programs(text: str) -> list[str]:
 
 
 def libraries(server: Server) -> dict[str, str]:
-    """The environment of a program that has the libraries installed, and this server."""
+    """Return the environment of a program with the libraries installed and this server."""
     return {"NEXUM_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
 
 
@@ -174,7 +174,7 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
 
 
 def durable_commands() -> list[list[str]]:
-    """The arguments of each `python -m durable_autogen` in a code block of a page."""
+    """Return the arguments of each `python -m durable_autogen` in a code block of a page."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):

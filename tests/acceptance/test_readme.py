@@ -1,4 +1,4 @@
-"""README.md and the pages it leads to: what they name exists, and the commands are ones that the scripts take."""
+"""README.md and the docs: the named files exist, and the scripts accept the commands."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_architecture_lists_every_promise_with_its_tests() -> None:
 
 
 def commands() -> list[str]:
-    """The commands of all code blocks, without the environment before them and the comment behind."""
+    """Return the commands of all code blocks, without variables before them and comments after them."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
@@ -99,7 +99,7 @@ def test_every_documented_command_is_accepted_by_its_script() -> None:
 
 
 def durable_run_help() -> str:
-    """The help of `python -m durable_autogen run`, which shows the options of `run` alone."""
+    """Return the help of `python -m durable_autogen run`, with the options of `run` alone."""
     return run_script(["-m", "durable_autogen", "run", "--help"], ROOT)[1]
 
 

@@ -1,4 +1,4 @@
-"""Where things live, and who may import whom, read from the sources themselves."""
+"""The layout of the project and the allowed imports, read from the sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SKIPPED = {"tests", "benchmarks"}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the project by its name."""
+    """Return the path of every module of the project, by the module's name."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -29,7 +29,7 @@ MODULES = modules()
 
 
 def imported(path: Path, *, at_import_time: bool = False) -> set[str]:
-    """The modules that a file imports, by full name; also within functions unless `at_import_time`."""
+    """Return the full names of the modules that a file imports, also within functions unless `at_import_time`."""
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
@@ -62,7 +62,7 @@ def importers(*packages: str) -> set[str]:
 
 
 def test_walk_finds_the_known_modules_and_imports() -> None:
-    """Else every test here would pass for the wrong reason."""
+    """Without this, the other tests could pass because they see no module."""
     assert {"demo", "worker", "nexum_engine", "nexum_engine.store.sqlite", "nexum_engine.wire.nexum_pb2"} <= set(
         MODULES
     )
@@ -71,7 +71,7 @@ def test_walk_finds_the_known_modules_and_imports() -> None:
     assert "nexum_engine.server" not in imported(MODULES["nexum_engine.__main__"], at_import_time=True)
 
 
-# Who may import whom in the engine, each line may use itself and what stands to its right.
+# The layers of the engine. Each layer may import itself and the layers to its right.
 ENGINE = {
     "errors": (),
     "clock": (),
@@ -179,9 +179,9 @@ def test_support_imports_no_script_but_the_workflow_data() -> None:
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
     known = {target for name in MODULES if within(name, "support.tools", "support.offline") for target in IMPORTS[name]}
     assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
-    # The offline web stands in for the live one, so it uses the tools' own path; the tools know nothing of it.
+    # The offline web uses the tools' modules, as the live web does; the tools don't import it.
     assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()
-    # Choosing a model loads none: what makes one is imported when it is made.
+    # Choosing a model imports no client: making the client does.
     assert imported(MODULES["support.models.choice"], at_import_time=True) & {*MODULES} == {"support.models.vendors"}
 
 

@@ -1,4 +1,4 @@
-"""What every script shares: output that can't control a terminal, Ctrl+C at any moment, a pipe that nobody reads."""
+"""The console behaviour of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_model_output_cannot_control_the_terminal(server: Server, tmp_path: Path
 
 
 def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
-    # Its replies come in one piece, a single agent's as a stream.
+    # A team's replies are not streamed; a single agent's are.
     with OpenAIServer([Reply(f"A report.{CLEAR}")]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_demo(tmp_path, "--nexum", server.address, "--team", env=env)
@@ -89,7 +89,7 @@ class Interrupter:
 
 sys.meta_path.insert(0, Interrupter())
 """
-"""Python imports `sitecustomize` before all else. This one sends a real SIGINT as the import of a module begins."""
+"""Python imports `sitecustomize` first. This one sends a real SIGINT when the import of a module begins."""
 
 AT_ONCE = {
     "demo.py": (
@@ -150,7 +150,7 @@ def test_script_started_with_ignored_sigint_ignores_ctrl_c(tmp_path: Path) -> No
     assert help_text[0].startswith("usage: submit_task.py")
 
 
-# ---- A pipe that nobody reads, a full disk ---------------------------------------------------------------------------
+# ---- A closed pipe, a full disk --------------------------------------------------------------------------------------
 
 
 def test_closed_pipe_on_windows_raises_broken_pipe_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: 
 
 
 def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
-    # Its first line names the connection; what it writes of a task is the first that nobody reads.
+    # The reader leaves after the first line, about the connection. The next line, about a task, finds the pipe closed.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")
         with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:

@@ -1,4 +1,4 @@
-"""crash_demo.py as a stranger and as a checker runs it: what it prints is what the server has recorded."""
+"""crash_demo.py as a process: its output agrees with the server's records."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ROW = re.compile(
 
 
 def as_planned(crash_after: str) -> list[tuple[str, int, str, str]]:
-    """The attempts of a run in which nothing was repeated."""
+    """Return the attempts of a run in which no step was repeated."""
     last = STEPS.index(crash_after)
     return [(step, 1, "worker-1" if at <= last else "worker-2", "COMPLETED") for at, step in enumerate(STEPS)]
 
 
 def assert_timeline_is_the_record(output: str, execution: dict[str, Any]) -> None:
-    """Every row of the printed timeline, and there are no others."""
+    """Return the rows of the printed timeline."""
     recorded = sorted(
         (
             (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
@@ -133,7 +133,7 @@ def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_
     assert not is_alive(server)
     assert_no_worker_is_left(demo.output)
     (execution,) = pipelines(tmp_path)
-    # Validate is the default, and what the environment says to a worker by hand is not for the demo's.
+    # Validate is the default. CRASH_AFTER in the environment doesn't reach the demo's workers.
     assert attempts(execution) == as_planned("validate")
     assert_timeline_is_the_record(demo.output, execution)
 
@@ -208,7 +208,7 @@ def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: Server, tmp_
 
 
 def assert_true_account(output: str, execution: dict[str, Any]) -> None:
-    """What the demo says was repeated is what the record says, and nothing recorded was handed out again."""
+    """Check that the printed repetitions are the recorded ones, and that no recorded step was handed out again."""
     assert execution["status"] == "COMPLETED"
     assert_timeline_is_the_record(output, execution)
     for node in execution["nodes"]:
@@ -221,7 +221,7 @@ def assert_true_account(output: str, execution: dict[str, Any]) -> None:
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
 def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
-    # A moment that came too late, when the worker was gone by itself, is followed by an earlier one.
+    # If the worker had ended before the kill, try an earlier moment.
     moment = random.Random(seed).uniform(0.0, 1.2)
     name = f"worker-{1 + seed % 2}"
     for _ in range(6):
@@ -237,10 +237,10 @@ def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Serve
 
 
 def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> str:
-    """A run whose worker of this name is sent a SIGKILL so many seconds after its start; its output."""
+    """Run the demo, kill its worker of this name some seconds after the worker's start, and return the output."""
     with running([CRASH_DEMO, "--nexum", server.address], cwd=folder) as demo:
         line = demo.wait_for(f"{name} started")
-        time.sleep(moment)  # nothing waits for this: it is what is tried out
+        time.sleep(moment)  # the moment of the kill
         send(int(line.partition("(pid ")[2].partition(")")[0]), signal.SIGKILL)
         assert demo.wait() == 0, f"{name}, {moment:.2f} s: {demo.output}"
     return demo.output
@@ -293,7 +293,7 @@ def test_ctrl_c_cancels_the_execution_and_leaves_no_process(server: Server, tmp_
     assert_no_worker_is_left(demo.output)
 
 
-# ---- When it doesn't hold, and when it can't run ---------------------------------------------------------------------
+# ---- Failed checks and errors ----------------------------------------------------------------------------------------
 
 
 def test_failed_pipeline_exits_with_1_and_the_reason(server: Server, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_live_model_runs_the_same_four_steps(server: Server, tmp_path: Path) -> 
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
     assert code == 0, output
-    # The guarded fetch refuses the address, so the claim can't be proved.
+    # The guarded fetch refuses the address, so the claim is dropped.
     assert "validate   recorded after" in output
     assert "0 claims kept, 1 dropped" in output
     assert "10.0.0.1 is not a public address" in output

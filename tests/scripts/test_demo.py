@@ -1,4 +1,4 @@
-"""demo.py as a stranger runs it: no key, no server, then again, and with every wrong argument."""
+"""demo.py as a process: without key and server, run again, and with every wrong argument."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from processes import (
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which the README's question was asked once, and what the demo printed."""
+    """A folder in which the README's question was asked once, and the demo's output."""
     folder = tmp_path_factory.mktemp("first")
     code, output = run_demo(folder, QUESTION)
     assert code == 0, output
@@ -130,11 +130,11 @@ def test_a_question_that_no_page_covers_is_answered_with_the_topics(tmp_path: Pa
 def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -> None:
     code, crashed = run_demo(tmp_path, QUESTION, "--crash-after-step", "1")
     assert code not in (0, 1, 2)
-    # Its last word; its children may have one more.
+    # The demo's last line; its children may print one more.
     assert crashed.rpartition("[demo] ")[2].startswith("step 1 is recorded; crashing now")
     (done,) = re.findall(r"(exec-\S+)\.\.\. \(\w+\) done ✓", crashed)
 
-    # At once: the dying server still has its port and its lock.
+    # Run again at once: the dying server still holds its port and its lock.
     code, output = run_demo(tmp_path, QUESTION)
     assert code == 0
     assert re.search(rf"{done}\S* \(web_search\) already COMPLETED \(cached\) ✓", output)
@@ -142,7 +142,7 @@ def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -
     assert [one["outcome"] for one in attempts(before)] == ["COMPLETED"]
     assert len(recorded(tmp_path)) == 4
 
-    # A step that is never reached is said.
+    # The demo reports a step that it never reaches.
     code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code == 0
     assert output.splitlines()[-1] == "[demo] No crash: this run executed 0 tool call(s), not 3"
@@ -222,7 +222,7 @@ def test_unreadable_session_file_is_a_one_line_error(tmp_path: Path) -> None:
 
 @contextmanager
 def web_server(port: int) -> Iterator[None]:
-    """An HTTP server."""
+    """Run an HTTP server on the port."""
     with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         try:
@@ -233,16 +233,16 @@ def web_server(port: int) -> Iterator[None]:
 
 @contextmanager
 def silent_server(port: int) -> Iterator[None]:
-    """Something that takes connections and says nothing."""
+    """Run a server on the port that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)
-        listener.accept()[0].close()  # somebody had come
+        listener.accept()[0].close()  # a client had connected
 
 
 @contextmanager
 def other_grpc_server(port: int) -> Iterator[None]:
-    """A gRPC server of another contract."""
+    """Run a gRPC server without Nexum's service on the port."""
     server = grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
     server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
@@ -271,13 +271,13 @@ def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, othe
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 8  # two seconds are for a server that is just ending, and gRPC alone would wait for 20
+    assert took < 8  # the demo waits 2 s for a server that is ending; gRPC alone would wait for 20
     assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
 def on_the_default_port(other: Other) -> Iterator[None]:
-    """Start it there as soon as the embedded servers of other tests leave the port to it."""
+    """Start the server on the default port, as soon as no embedded server of another test holds the port."""
     with ExitStack() as stack:
 
         def is_started() -> bool:

@@ -1,4 +1,4 @@
-"""The embedded server and worker: none outlives its demo, and a demo outlives them."""
+"""The embedded server and worker: no child outlives its demo, and the demo survives the death of a child."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER_QUESTION = "What is the difference between asyncio and threading in Python
 
 
 def started(process: Process) -> dict[str, int]:
-    """The children of a demo that has just said that it started them."""
+    """Return the children of a demo that has just printed their start."""
     process.wait_for("started one for this run")
     wait_until(lambda: set(children(process.popen.pid)) == {"server", "worker"}, "server and worker are started")
     return children(process.popen.pid)
@@ -44,7 +44,7 @@ def assert_gone(pids: dict[str, int], since: float) -> None:
 
 
 def freeze_worker(process: Process) -> dict[str, int]:
-    """Stop the worker before it takes anything, so that every call waits until it is sent SIGCONT."""
+    """Stop the worker before it takes a task, so that every call waits until the worker gets SIGCONT."""
     pids = started(process)
     os.kill(pids["worker"], signal.SIGSTOP)
     return pids
@@ -151,7 +151,7 @@ def test_demo_fails_when_its_workers_keep_dying(tmp_path: Path) -> None:
 def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as one, demo(tmp_path, QUESTION) as other:
         ended = [(process.wait(), process.output) for process in (one, other)]
-    # On a busy machine, one may not end while the other waits for the session.
+    # On a busy machine, one demo may not end before the other has waited too long for the session.
     ended = [
         run_demo(tmp_path, QUESTION) if code == 2 and "is being run" in output else (code, output)
         for code, output in ended

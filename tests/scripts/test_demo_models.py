@@ -18,7 +18,7 @@ NEW_YORK = "https://offline.example/new-york-population"
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A server with a worker."""
+    """Run a server with a worker."""
     with counting_worker(tmp_path, server.address):
         yield server.address
 
@@ -58,7 +58,7 @@ def test_parallel_tool_calls_of_a_streaming_model_run_in_the_worker_and_reach_th
         assert "8,804,190" in pages[1]
     assert [len(attempts(one)) for one in recorded(tmp_path, address)] == [1, 1, 1, 1]
 
-    # Again: every reply and every call comes from the record.
+    # In the second run, every reply and every call comes from the record.
     with OpenAIServer(replies) as model:
         code, output = ask(tmp_path, model, address, "--session-id", session_of(output))
         assert code == 0
@@ -89,7 +89,7 @@ def test_model_with_wrong_calls_sees_the_errors_and_continues(tmp_path: Path, ad
     assert "file:///etc/hostname" in seen[3]
     assert "look_up" in seen[4]
     assert "[demo] Tool calls: 0 executed, 0 cached, 0 attached, 5 failed" in output
-    # Neither arguments that don't fit nor a tool that nobody declared reach a worker; a final error is not retried.
+    # Wrong arguments and undeclared tools don't reach a worker. A final error is not retried.
     (record,) = recorded(tmp_path, address)
     assert (call_of(record)[0], record["status"]) == ("visit_webpage", "FAILED")
     assert len(attempts(record)) == 1

@@ -1,4 +1,4 @@
-"""demo.py's sessions: recorded runs that go on, a team, a list, forks, and programs that ask for something else."""
+"""demo.py's sessions: continued runs, a team, the list of sessions, forks, and drift."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUST = "What does Rust change in systems programming?"
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A server with a worker."""
+    """Run a server with a worker."""
     with tool_worker(tmp_path, server.address):
         yield server.address
 
@@ -53,7 +53,7 @@ def test_team_continues_after_a_crash(tmp_path: Path, address: str) -> None:
 
 def test_ctrl_c_ends_a_team_at_once_and_the_next_run_continues(tmp_path: Path, server: Server) -> None:
     with running([DEMO, "--offline", "--nexum", server.address, "--team", QUESTION], cwd=tmp_path) as process:
-        process.wait_for("Submitted")  # no worker is there: it would wait for ever
+        process.wait_for("Submitted")  # without a worker, the call would wait for ever
         begun = time.monotonic()
         process.interrupt()
         assert process.wait() == 130
@@ -72,12 +72,12 @@ def test_closed_output_records_no_failure(tmp_path: Path, address: str) -> None:
         assert process.stdout is not None
         while "Submitted" not in process.stdout.readline():
             assert process.poll() is None
-        process.stdout.close()  # as `| head` does; the result is still to be told
+        process.stdout.close()  # as `| head` does, before the result is printed
         assert process.wait(30) == 1
     code, output = ask(tmp_path, address, "--session-id", "s", QUESTION)
     assert code == 0
     assert "Broken pipe" not in output
-    assert "[1]" in output  # the answer's first source: the tools have answered
+    assert "[1]" in output  # the answer's first source: the tools returned results
 
 
 def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) -> None:
@@ -89,7 +89,7 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # A call that a worker has recorded, and the dead run had not, is made again: its result is in the cache.
+    # A worker had recorded this call, but the dead run had not. The new run makes it again and finds the result cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 

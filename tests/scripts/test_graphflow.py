@@ -1,4 +1,4 @@
-"""crash_demo.py --graphflow and --cyclic on the installed AutoGen, and on a copy of it that is mended."""
+"""crash_demo.py --graphflow and --cyclic with the installed AutoGen, and with a fixed copy of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPAIRS = (
 
 @pytest.fixture
 def mended(tmp_path: Path) -> Path:
-    """A folder with a mended copy of AutoGen, to be put first on the path."""
+    """A folder with a fixed copy of AutoGen, for the front of the path."""
     folder = tmp_path / "mended"
     package = Path(autogen_agentchat.__file__).parent
     shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))

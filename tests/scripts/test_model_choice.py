@@ -1,4 +1,4 @@
-"""Which model the environment picks, and that each key reaches its own vendor and nobody else."""
+"""The choice of a model from the environment; each key reaches only its vendor."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ ASK = [UserMessage(content="Hello", source="user")]
 
 @pytest.fixture
 def servers() -> Iterator[dict[str, OpenAIServer]]:
-    """One server for each vendor, by the name of its key's variable."""
+    """One server for each vendor, by the name of the key's variable."""
     with ExitStack() as stack:
         yield {vendor.key_variable: stack.enter_context(OpenAIServer()) for vendor in VENDORS}
 

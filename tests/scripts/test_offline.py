@@ -1,4 +1,4 @@
-"""Offline: its search, its pages read through visit_webpage's own path, and its model's answers."""
+"""The offline twins: the search, the pages as visit_webpage reads them, and the model's answers."""
 
 import json
 import re
@@ -37,7 +37,7 @@ OFFERED: list[ToolSchema] = [{"name": "web_search"}, {"name": "visit_webpage"}]
 
 
 class Run:
-    """One agent's run over a folder of pages, with everything that its tools returned."""
+    """One agent's run over a folder of pages, with all results of its tools."""
 
     def __init__(self, web: OfflineWeb) -> None:
         self.web = web
@@ -77,7 +77,7 @@ class Run:
 
 
 def assert_grounded(answer: str, run: Run) -> None:
-    """Every quote stands word for word in what the tools returned for its source, and every source was visited."""
+    """Check that every quote is in its source's text as the tools returned it, and that every source was visited."""
     sources = {int(number): url for number, url in re.findall(r"^\[(\d+)\] .* - (\S+)$", answer, re.MULTILINE)}
     cited = re.findall(r'"([^"]+)" \[(\d+)\]', answer)
     assert cited

@@ -1,4 +1,4 @@
-"""What a run shows and whether it holds, on records made by hand: each way of not holding is told."""
+"""The remarks and the checks of a pipeline's run, on records made by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def within_summarize() -> PipelineRun:
     return made_run(tries, [DEAD, TWO], CrashPoint("summarize", within=True))
 
 
-# ---- It holds --------------------------------------------------------------------------------------------------------
+# ---- Passed checks ---------------------------------------------------------------------------------------------------
 
 
 def test_planned_crash_passes_and_names_the_resumed_step() -> None:
@@ -76,7 +76,7 @@ def test_early_death_of_a_worker_is_reported_and_passes() -> None:
     ]
 
 
-# ---- It doesn't ------------------------------------------------------------------------------------------------------
+# ---- Failed checks ---------------------------------------------------------------------------------------------------
 
 
 def test_run_without_a_death_is_a_problem() -> None:
@@ -148,7 +148,7 @@ def test_failed_execution_is_a_problem_with_its_reason(status: ExecutionStatus) 
     assert remarks(run) == []
 
 
-# ---- As text ---------------------------------------------------------------------------------------------------------
+# ---- The timeline ----------------------------------------------------------------------------------------------------
 
 
 def test_the_timeline_has_a_row_for_each_attempt_and_the_death_between_them() -> None:

@@ -1,4 +1,4 @@
-"""The timeline as a page: what it holds, that it takes nothing from elsewhere, and how a real browser lays it out."""
+"""The timeline as a page: its contents, its security policy, and its layout in a real browser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(query: str = "What is so?") -> PipelineRun:
 
 
 class _Elements(HTMLParser):
-    """Every element with its attributes; complains about ends that don't match."""
+    """A parser that keeps every element with its attributes, and checks that end tags match."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_page_of_the_demo_shows_the_servers_records(server: Server, tmp_path: Pa
 
 # ---- In a browser ----------------------------------------------------------------------------------------------------
 
-# Measures what was drawn, and leaves it in the page as JSON.
+# Measures the drawn elements, and leaves the numbers in the page as JSON.
 MEASURE = """<script>
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
 const all = s => [...document.querySelectorAll(s)];
@@ -167,7 +167,7 @@ document.body.dataset.measured = JSON.stringify({
 
 
 def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = False) -> dict[str, Any]:
-    """How Chromium lays the page out. The page's own policy allows no script, so ours comes in its place."""
+    """Return the measurements of the page in Chromium. Our script replaces the policy, which allows no script."""
     document = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", document).replace("</body>", MEASURE)
     path = folder / "measured.html"
     path.write_text(document, encoding="utf-8")
@@ -182,7 +182,7 @@ def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = Fal
 
 def chromium(folder: Path, options: Sequence[str], path: Path) -> str:
     assert CHROMIUM is not None
-    # Chromium's sandbox needs rights that containers don't give; the page is our own.
+    # Chromium's sandbox needs rights that containers don't have. The page is trusted.
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     run = subprocess.run(
         [*command, *options, "--dump-dom", path.as_uri()],
@@ -207,7 +207,9 @@ def test_bars_and_crash_line_are_drawn_at_recorded_times(tmp_path: Path, width: 
     assert len(seen["bars"]) == 5
     for bar in seen["bars"]:
         assert bar["box"][0] == pytest.approx(x(bar["startMs"]), abs=1)
-        assert bar["box"][2] == pytest.approx(max(x(bar["endMs"]), bar["box"][0] + 4), abs=1)  # 4 px are always seen
+        assert bar["box"][2] == pytest.approx(
+            max(x(bar["endMs"]), bar["box"][0] + 4), abs=1
+        )  # a bar is at least 4 px wide
     (crash,) = seen["crashes"]
     assert crash["box"][0] == pytest.approx(x(crash["atMs"]), abs=1)
     one, two = seen["lanes"]

@@ -1,4 +1,4 @@
-"""The four steps: what an agent says is checked, and what can't be proved falls."""
+"""The four steps: agents' replies are checked, and claims without proof are dropped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scripted(*replies: str | Exception) -> tuple[PipelineSteps, ScriptedModel]:
 
 
 async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
-    """The outputs of all four steps, each made from those before it."""
+    """Run all four steps; return their outputs."""
     outputs: dict[str, Any] = {}
     for step, handler in steps.handlers().items():
         outputs[step] = json.loads((await handler(task(step, dict(outputs), query=query))).model_dump_json())
@@ -43,7 +43,7 @@ async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
 
 
 def validated(kept: int = 1) -> dict[str, object]:
-    """What summarize and report get."""
+    """Return the inputs of summarize and report."""
     return {
         "sources": [{"number": 1, "url": RUST_PAGE, "title": "Rust"}],
         "kept": [{"statement": "It is so.", "quote": RUST_QUOTE, "source": 1}] * kept,
@@ -52,7 +52,7 @@ def validated(kept: int = 1) -> dict[str, object]:
 
 
 class BrokenWeb(OfflineWeb):
-    """Nothing can be reached."""
+    """A web without a reachable page."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
         raise WebError("the search is down")
@@ -189,7 +189,7 @@ async def test_dropped_claim_is_missing_in_summary_and_listed_in_report() -> Non
     assert "1921" not in json.dumps(deps["summarize"])
 
 
-# ---- What a model may get wrong --------------------------------------------------------------------------------------
+# ---- Wrong replies of a model ----------------------------------------------------------------------------------------
 
 
 async def test_json_in_a_fence_is_read_and_equal_claims_count_once() -> None:
@@ -254,7 +254,7 @@ async def test_no_model_is_called_without_claims() -> None:
     assert model.sent == []
 
 
-# ---- What a model's server may get wrong -----------------------------------------------------------------------------
+# ---- Errors of a model's server --------------------------------------------------------------------------------------
 
 
 class Refused(Exception):

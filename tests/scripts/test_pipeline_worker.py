@@ -1,4 +1,4 @@
-"""pipeline_worker.py as a process: where it was told to die, what is recorded then, and what a second one does."""
+"""pipeline_worker.py as a process: its crash points, the record after a crash, and the work of a second worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KILLED = -signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 
 
 def finish(folder: Path, server: Server) -> dict[str, object]:
-    """Run a worker until the only pipeline is done; its record."""
+    """Run a worker until the only pipeline is done; return the pipeline's record."""
     with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "second"], cwd=folder):
         wait_until(lambda: pipelines(folder, server.address)[0]["status"] != "RUNNING", "the pipeline ends")
     return pipelines(folder, server.address)[0]
@@ -97,7 +97,7 @@ def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: P
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
-    assert pipelines(tmp_path, server.address) == []  # it was a live one
+    assert pipelines(tmp_path, server.address) == []  # the pipeline was a live one
 
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])

@@ -1,4 +1,4 @@
-"""The session file: an index that stays whole whoever writes it, and never leaves its folder."""
+"""The session file: it stays whole with many writers, and stays in its folder."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ async def test_write_after_a_failed_read_keeps_all_entries(tmp_path: Path, monke
 
 
 def busy() -> None:
-    raise PermissionError(13, "in use")  # what Windows says of a file that another program has open
+    raise PermissionError(13, "in use")  # as Windows does for a file that another program has open
 
 
 async def test_unwritable_file_fails_no_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""submit_task.py: one durable call, from any kind of program, whatever ends or restarts meanwhile."""
+"""submit_task.py: one durable call from any kind of program, also while servers and workers end and restart."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ print("THREADS", seen[-1] - seen[0])
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server with a worker; this process works in their folder and calls that server."""
+    """Run a server with a worker, and let this process work in their folder with that server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXUM_ADDRESS", server.address)
     with counting_worker(tmp_path, server.address):
@@ -139,7 +139,7 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     assert len(effects(tmp_path / "log")) == 2
 
 
-# In processes of their own: gRPC keeps every loop that it has seen for as long as any of them has a connection.
+# These run in separate processes: gRPC keeps every event loop as long as any of them has a connection.
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
 )
@@ -197,7 +197,7 @@ def test_fifty_calls_from_two_processes_leave_one_valid_session_file(tmp_path: P
 
 
 class StandIn(NexumClient):
-    """A server that answers as `answers` say, one after the other, and keeps what it was asked with."""
+    """A server that gives these answers, one after the other, and keeps the requests."""
 
     def __init__(self, *answers: Execution | Exception) -> None:
         super().__init__("127.0.0.1:1")

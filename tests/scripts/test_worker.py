@@ -1,4 +1,4 @@
-"""worker.py as a process: how it begins, how it ends, and what a bad tool or a SIGKILL costs."""
+"""worker.py as a process: its start, its end, bad tools and SIGKILL."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
 
 
 def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
-    # The shell's role is played by a Python that starts a worker, and is then killed.
+    # A Python process plays the shell: it starts a worker and is then killed.
     parent = (
         "import subprocess, sys; "
         f"child = subprocess.Popen([sys.executable, {WORKER!r}, '--nexum', {server.address!r}, "
@@ -149,7 +149,7 @@ def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Pa
         wait_until(lambda: not is_alive(pid), "the worker is gone", timeout=2)
 
 
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
+# ---- Failures --------------------------------------------------------------------------------------------------------
 
 
 def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: Path, server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Whatever a tool does, it stays within its time limit and its failure stays its own."""
+"""run_contained: a tool ends at its time limit, and its failure ends or blocks nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a tool is declared, how it checks its arguments, and what it returns."""
+"""The declaration of a tool, the check of its arguments, and its result."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_time_limit_below_zero_is_refused() -> None:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """What a test declares is gone afterwards."""
+    """Remove the tools that a test has declared."""
     before = dict(REGISTRY)
     yield
     REGISTRY.clear()

@@ -1,4 +1,4 @@
-"""The guarded fetch against real servers on loopback, which an injected resolver and policy make "public"."""
+"""The guarded fetch with real servers on loopback; an injected resolver and policy make loopback public."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_name_is_resolved_once_per_connection(server: LoopbackServer, trap: Loop
     answers = iter([[PUBLIC], [FORBIDDEN]])
     server.answers["/"] = page("first answer")
     assert fetcher(resolver=lambda host: next(answers)).fetch(f"http://public.test:{server.port}/").status == 200
-    assert next(answers) == [FORBIDDEN]  # nobody took it
+    assert next(answers) == [FORBIDDEN]  # the second answer was not used
     assert (server.connections, trap.connections) == (1, 0)
 
 

@@ -1,4 +1,4 @@
-"""A fetch ends at its deadline and at its byte limit, and takes no encoding that it didn't ask for."""
+"""The bounds of a fetch: deadline, byte limit and accepted encodings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a response to the text that a model reads."""
+"""page_to_markdown: the conversion of a response to the text that a model reads."""
 
 from __future__ import annotations
 

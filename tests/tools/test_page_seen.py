@@ -1,4 +1,4 @@
-"""What a person sees of a page is what the model reads: values, tables, lists and code, and nothing hidden."""
+"""The model reads exactly what a person sees of a page: values, tables, lists and code, and nothing hidden."""
 
 from __future__ import annotations
 
@@ -331,7 +331,7 @@ def test_parser_failure_is_a_final_error(monkeypatch: pytest.MonkeyPatch) -> Non
         read("<p>a</p>")
 
 
-# Pages that nobody would think of
+# Random pages
 
 
 WORD = re.compile(r"w\d+w")
@@ -412,7 +412,7 @@ MARKUP = [
 
 @dataclass(frozen=True)
 class Made:
-    """A piece of a page, with the words in it that are seen."""
+    """A piece of a page, with its visible words."""
 
     html: str
     seen: tuple[str, ...] = ()
@@ -422,7 +422,7 @@ def joined(parts: list[Made]) -> Made:
     return Made("".join(part.html for part in parts), tuple(word for part in parts for word in part.seen))
 
 
-# Not here: `a` around blocks, and tags that close others, where libxml2 and browsers part ways.
+# Left out: `a` around blocks, and tags that close others, which libxml2 and browsers read differently.
 BLOCKS = [
     "p",
     "div",
@@ -516,7 +516,7 @@ def test_exactly_the_visible_words_are_read(page: Made) -> None:
 def test_random_page_raises_only_final_errors(html: str) -> None:
     try:
         text = read(html)
-    except FinalError:  # it holds no text, or binary data
+    except FinalError:  # the page holds no text, or binary data
         return
     assert text
 

@@ -1,4 +1,4 @@
-"""The true ddgs client, through a CONNECT proxy of our own that plays the search engines."""
+"""The real ddgs client, through a CONNECT proxy that plays the search engines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RUST = ("Rust", "https://www.rust-lang.org/", "A language that is fast and safe.
 
 
 class SearchEngines(LoopbackServer):
-    """A CONNECT proxy that answers for every host itself."""
+    """A CONNECT proxy that answers for every host."""
 
     def __init__(self, authority: trustme.CA) -> None:
         super().__init__()
