@@ -1,12 +1,12 @@
-"""What one durable tool call costs, beside the floor under it, measured in the same run.
+"""Measure the cost of one durable tool call, and the floor under that cost, in the same run.
 
     python benchmarks/tool_call.py
     python benchmarks/tool_call.py --json
 
-A call: 300 bytes of arguments, a no-op tool, 1 KB of result, through a server process and a worker process, on SQLite
-with synchronous=FULL, by way of submit_task with its session file. The floor: two committed transactions of two
-statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). Rounds of each
-follow one another, so that what slows the machine slows all of them.
+A call has 300 bytes of arguments, a no-op tool and 1 KB of result. It goes through submit_task with its session file, a
+server process and a worker process, on SQLite with synchronous=FULL. The floor is two committed transactions of two
+statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The rounds of
+each alternate, so that a slow machine slows all of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def no_op(argument: str) -> str:
 
 
 async def work(address: str) -> None:
-    """Be the worker process."""
+    """Run the worker process."""
     async with NexumClient(address) as client:
         handler = tool_call_handler(LiveWeb())
         worker = Worker(client, [Binding(TOOL_CALL, {"tool_call": handler})], concurrency=IN_FLIGHT)
@@ -76,7 +76,7 @@ class _Echo(grpc.GenericRpcHandler):
 
 
 async def serve_echo() -> None:
-    """Be the echo process."""
+    """Run the echo process."""
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((_Echo(),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -87,7 +87,7 @@ async def serve_echo() -> None:
 
 @asynccontextmanager
 async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[str]:
-    """A python process; its first line of output."""
+    """Run a Python process for the length of a `with`; yield its first line of output."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -99,7 +99,7 @@ async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[str]:
     try:
         line = (await child.stdout.readline()).decode().strip()
         if not line:
-            raise SystemExit(f"error: {arguments} did not start")
+            raise SystemExit(f"error: {' '.join(arguments)} did not start; see its error above")
         yield line
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -113,7 +113,7 @@ Measured = Callable[[], Awaitable[object]]
 
 
 async def one_by_one(call: Measured, times: int) -> list[float]:
-    """Seconds of each call."""
+    """Make the calls one after the other; return the seconds of each."""
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -123,7 +123,7 @@ async def one_by_one(call: Measured, times: int) -> list[float]:
 
 
 async def per_second(call: Measured, times: int) -> float:
-    """Calls a second with 32 in flight."""
+    """Make the calls with 32 in flight; return the number of calls a second."""
     left = iter(range(times))
 
     async def keep_calling() -> None:
@@ -146,7 +146,7 @@ class Plain:
         self._connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, call INTEGER, what TEXT)")
 
     def transactions(self) -> None:
-        """Two commits of two statements."""
+        """Commit two transactions of two statements each."""
         run = self._connection.execute
         run("BEGIN IMMEDIATE")
         call = run("INSERT INTO calls (input) VALUES (?)", (ARGUMENT,)).lastrowid
@@ -159,7 +159,7 @@ class Plain:
 
 
 class Calls:
-    """Durable calls, each with arguments of its own, or again those of the first ones."""
+    """Durable calls: new ones, each with other arguments, or replays of the first ones."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -181,7 +181,7 @@ class Calls:
 
 
 async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
-    """Run all of it; the figures."""
+    """Run all measurements; return the figures."""
     url = f"sqlite:///{folder / 'nexum.db'}"
     server = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     os.chdir(folder)
@@ -221,7 +221,7 @@ async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
 def figures(
     call_s: list[float], floor_s: list[float], replay_s: list[float], echo_rate: list[float], call_rate: list[float]
 ) -> dict[str, Any]:
-    """The measurements, in milliseconds and calls a second, and their ratios."""
+    """Return the measurements, in milliseconds and calls a second, and their ratios."""
 
     def spread(seconds: list[float]) -> dict[str, float]:
         cuts = quantiles(seconds, n=100)
@@ -245,7 +245,7 @@ def figures(
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures for a person."""
+    """Return the figures as a text table."""
     lines = [f"{'':<34}{'p50':>9}{'p95':>9}{'p99':>9}   milliseconds"]
     for key, name in (
         ("call_ms", "one durable call"),
@@ -265,10 +265,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the command line; the exit code."""
+    """Run the benchmark from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=200, help="one by one, in each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=200, help="calls one by one in a round (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--work", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--serve-echo", action="store_true", help=argparse.SUPPRESS)
@@ -282,7 +282,7 @@ def main() -> int:
     if args.rounds < 1 or args.calls < 50:
         parser.error("give at least 1 round and 50 calls")
     with tempfile.TemporaryDirectory() as folder:
-        # submit_task says each call; that is not what is measured here, and would drown the table.
+        # submit_task prints a line for each call, which would hide the table.
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             found = asyncio.run(measure(args.rounds, args.calls, Path(folder)))

@@ -1,9 +1,9 @@
-"""Everything that has to hold before a change lands: compile, ruff, strict types, the tests.
+"""Run all checks of a change: compile, ruff, strict types, the tests.
 
     python tests/run.py                    on this Python
-    python tests/run.py --every-python     also some of the tests on the oldest and the newest Python of the machine
+    python tests/run.py --every-python     also some tests on the oldest and the newest Python of the machine
 
-Ends at the first step that fails, with its exit code.
+The first failed step ends the run with its exit code.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_AT_ONCE = 3 * (os.cpu_count() or 1)
-"""Most of a test's time is waiting."""
+"""Tests at the same time. Most tests wait most of the time."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
-"""The versions that this project is for, the oldest first."""
+"""The supported versions, oldest first."""
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -34,7 +34,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 def run_quietly(command: Sequence[str | Path]) -> None:
-    """Run a step beside others; print what it said when it has ended, and end with its exit code if it failed."""
+    """Run a step beside others; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
@@ -44,7 +44,7 @@ def run_quietly(command: Sequence[str | Path]) -> None:
 
 
 def candidates(version: str) -> Iterator[str]:
-    """Where a Python of this version may be: on the path, or among pyenv's."""
+    """Yield the paths where a Python of this version may be: on PATH, or among pyenv's versions."""
     if (found := shutil.which(f"python{version}")) is not None:
         yield found
     versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
@@ -52,7 +52,7 @@ def candidates(version: str) -> Iterator[str]:
 
 
 def find_python(version: str) -> str | None:
-    """A Python that runs and is of this version; None if the machine has none."""
+    """Return a working Python of this version, or None if the machine has none."""
     for candidate in candidates(version):
         probe = [candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
         answer = subprocess.run(probe, capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def find_python(version: str) -> str | None:
 
 
 def environment_of(python: str, folder: str) -> Path:
-    """The interpreter of a new environment with what the tests need."""
+    """Make an environment with the tests' requirements; return its interpreter."""
     run([python, "-m", "venv", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
@@ -70,32 +70,34 @@ def environment_of(python: str, folder: str) -> Path:
 
 
 def others() -> dict[str, str]:
-    """Find the oldest and the newest Python of this machine, beside this one; print which versions aren't tested on."""
+    """Return the oldest and the newest other Python of this machine; print which versions are not tested."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
     chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}
     for version in PYTHONS:
         if version not in found and version != own:
-            print(f"\nPython {version} is not on this machine: not tested on it", flush=True)
+            print(f"\nPython {version}: not tested, because this machine doesn't have it", flush=True)
         elif version not in chosen and version != own:
-            print(f"\nPython {version} is neither the oldest nor the newest here: not tested on it", flush=True)
+            print(f"\nPython {version}: not tested, because it is neither the oldest nor the newest here", flush=True)
     return chosen
 
 
 def test_on(others: dict[str, str]) -> None:
-    """Run some of the tests on these Pythons."""
+    """Run the tests that are marked `every_python` on these Pythons."""
     for version, python in others.items():
         with tempfile.TemporaryDirectory() as folder:
-            print(f"\nPython {version} is {python}: testing on it", flush=True)
+            print(f"\nPython {version}: testing with {python}", flush=True)
             marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
-            # A cache of its own: other Pythons run at the same time.
+            # A separate cache, because other Pythons run at the same time.
             run_quietly([environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"])
 
 
 def main() -> int:
-    """Run the command line."""
+    """Run the checks from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--every-python", action="store_true", help="also on the oldest and the newest of the machine")
+    parser.add_argument(
+        "--every-python", action="store_true", help="also run some tests on the oldest and the newest Python"
+    )
     args = parser.parse_args()
     python = sys.executable
     run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
@@ -111,7 +113,7 @@ def main() -> int:
 
 
 def is_source(path: Path) -> bool:
-    """Whether a top-level entry is code of this project."""
+    """Return whether a top-level entry is code of this project."""
     return path.suffix == ".py" or (path.is_dir() and not path.name.startswith((".", "venv", "_")))
 
 

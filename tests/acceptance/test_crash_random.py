@@ -24,7 +24,7 @@ RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
 
 
 class Acknowledged:
-    """What callers were given, by the number of the call; the same number must never get another result."""
+    """The results that callers got, by the call's number. A number must never get two results."""
 
     def __init__(self) -> None:
         self.results: dict[int, str] = {}
@@ -37,7 +37,7 @@ class Acknowledged:
 
 
 @pytest.mark.timeout(180)
-def test_after_twenty_random_kills_no_result_is_lost_or_changed_and_nothing_recorded_ran_again(tmp_path: Path) -> None:
+def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
     choose = random.Random(SEED)
     log = tmp_path / "log"
@@ -56,7 +56,7 @@ def test_after_twenty_random_kills_no_result_is_lost_or_changed_and_nothing_reco
 
         caller = start_caller()
         for kill in range(KILLS):
-            # Two calls get going, and at a random moment of their 40 ms somebody dies.
+            # Start two calls, and kill a process at a random moment of their 40 ms.
             for gate in gates[2 * kill : 2 * kill + 2]:
                 gate.touch()
             time.sleep(choose.uniform(0, 0.06))
@@ -84,12 +84,12 @@ def test_after_twenty_random_kills_no_result_is_lost_or_changed_and_nothing_reco
         records = recorded(tmp_path, address)
 
     assert sum(killed.values()) == KILLS
-    # Everything finished, once for each call, with the result that every caller was given.
+    # Every call has one COMPLETED execution, with the result that its callers got.
     assert {one["status"] for one in records} == {"COMPLETED"}
     by_number = {call_of(one)[1]["number"]: one for one in records}
     assert len(records) == len(by_number) == CALLS
     assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect came after the record, and only attempts that were lost made another one.
+    # No effect came after its record, and only lost attempts led to another attempt.
     log_of = defaultdict(list)
     for effect in effects(log):
         log_of[effect.key].append(effect)

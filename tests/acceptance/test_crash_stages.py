@@ -21,7 +21,7 @@ TIMEOUT = 40.0  # seconds that the caller waits, above the server's grace for lo
 
 
 class Scene:
-    """Server, worker and caller of one call, of which each can be killed, frozen and started again."""
+    """Server, worker and caller of one call. Each of them can be killed, frozen and restarted."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -50,13 +50,13 @@ class Scene:
         return recorded(self.folder, self.server.address)
 
     def outcomes(self) -> list[str]:
-        """How each attempt of the one execution ended."""
+        """Return the outcomes of the execution's attempts."""
         (execution,) = self.records()
         assert execution["status"] == "COMPLETED"
         return [one["outcome"] for one in attempts(execution)]
 
     def assert_done(self, caller: Process, outcomes: list[str], effects_seen: int) -> None:
-        """The caller has the recorded result; the attempts and the effects were these, all under one key."""
+        """Check that the caller got the recorded result, after these attempts and effects, all under one key."""
         assert caller.wait(TIMEOUT) == 0, caller.output
         assert self.outcomes() == outcomes
         assert caller.lines[-1] == f"RESULT attempt {len(outcomes)}"
@@ -77,7 +77,7 @@ def kill(process: Process) -> None:
 
 @contextmanager
 def frozen(process: Process) -> Iterator[None]:
-    """The process stands still for the length of a `with`, or until it is killed."""
+    """Stop the process for the length of a `with`, or until it is killed."""
     os.kill(process.popen.pid, signal.SIGSTOP)
     wait_until(lambda: stat(process.popen.pid)[0] == "T", "it stands still")
     try:
@@ -179,7 +179,7 @@ def test_server_and_worker_killed_while_the_call_runs(scene: Scene) -> None:
     scene.restart_server()
     scene.start_worker()
     scene.gate.touch()
-    # The server was restarted, so this loss doesn't count against the task.
+    # The server was restarted, so this lost attempt doesn't count towards the limit.
     scene.assert_done(caller, ["INTERRUPTED", "COMPLETED"], 1)
 
 
@@ -225,7 +225,7 @@ def test_agent_killed_between_effect_and_record(scene: Scene) -> None:
 
 @contextmanager
 def recorded_and_not_delivered(scene: Scene) -> Iterator[Process]:
-    """The caller stands still while the record is made."""
+    """Stop the caller while the result is recorded."""
     caller = running_after_effect(scene)
     with frozen(caller):
         scene.gate.touch()

@@ -1,4 +1,4 @@
-"""The programs in docs/ run as they are printed, in a folder of their own."""
+"""The programs in docs/ run as printed, each in a new folder."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def programs(text: str) -> list[str]:
 
 
 def libraries(server: Server) -> dict[str, str]:
-    """The environment of a program that has the libraries installed, and this server."""
+    """Return the environment of a program with the libraries installed and this server."""
     return {"NEXUM_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
 
 
@@ -81,7 +81,7 @@ def worker_of(folder: Path, env: dict[str, str]) -> Iterator[None]:
         assert worker.wait() == 0, worker.output
 
 
-def test_tool_in_a_worker_of_ones_own_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_in_a_custom_worker_is_executed_once(server: Server, tmp_path: Path) -> None:
     shop, worker, agent, _, _ = programs(OWN_AGENT)
     given = agent.replace(
         "model_client=...", 'model_client=model(("charge", \'{"customer": "c-17", "cents": 990}\'), "ok")'
@@ -99,7 +99,7 @@ def test_tool_in_a_worker_of_ones_own_is_executed_once(server: Server, tmp_path:
         run_twice(tmp_path, libraries(server), "AGENT ok", "receipt for c-17")
 
 
-def test_tool_that_is_added_to_this_folder_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_added_to_this_project_is_executed_once(server: Server, tmp_path: Path) -> None:
     _, _, _, tool, without_an_agent = programs(OWN_AGENT)
     own = tmp_path / "own"
     shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
@@ -176,7 +176,7 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
 
 
 def durable_commands() -> list[list[str]]:
-    """The arguments of each `python -m durable_autogen` in a code block of a page."""
+    """Return the arguments of each `python -m durable_autogen` in a code block of a page."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
@@ -185,7 +185,7 @@ def durable_commands() -> list[list[str]]:
     return found
 
 
-def test_durable_autogen_takes_every_printed_command() -> None:
+def test_durable_autogen_accepts_every_documented_command() -> None:
     commands = durable_commands()
     assert commands
     for command in commands:

@@ -1,4 +1,4 @@
-"""The package: what the wheel holds, that the lists of requirements agree, and that it runs where nothing else is."""
+"""The package: the wheel's contents, matching lists of requirements, and a run from the installed wheel alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from nexum_engine import VERSION
 LIBRARIES = ("durable_autogen", "nexum_engine")
 DISTRIBUTION = f"nexum_durable_autogen-{VERSION}"
 NOT_PACKAGED = {"nexum_engine/wire/generate.py"}
-"""It needs the source tree."""
+"""A module that needs the source tree."""
 CALLED_OTHERWISE = {"google": "protobuf", "grpc": "grpcio", "pydantic_core": "pydantic"}
-"""Imports whose distribution has another name. (pydantic pins its core.)"""
+"""Distributions whose import has another name. pydantic pins pydantic_core."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -49,14 +49,14 @@ def call(*command: str | Path, cwd: Path) -> str:
 
 
 class Built(NamedTuple):
-    """The files that a build made."""
+    """The files that a build has made."""
 
     wheel: Path
     sdist: Path
 
 
 def build(tree: Path, target: Path, *kinds: str) -> None:
-    """Build what is asked for with the backend that stands in pyproject.toml."""
+    """Build the wheel or the sdist with the backend that pyproject.toml names."""
     backend = re.search(r'^build-backend = "(\w+)\.build"$', (tree / "pyproject.toml").read_text(), re.MULTILINE)
     assert backend is not None
     options = [option for kind in kinds for option in ("-t", kind)]
@@ -65,7 +65,7 @@ def build(tree: Path, target: Path, *kinds: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The wheel and the sdist of a copy of this tree, in which a user has worked."""
+    """The wheel and the sdist of a copy of this tree that holds a user's files, too."""
     tree = tmp_path_factory.mktemp("source") / "tree"
     unwanted = shutil.ignore_patterns(".git", ".venv", "venv", ".*_cache")
     shutil.copytree(ROOT, tree, ignore=unwanted, symlinks=True)
@@ -100,7 +100,7 @@ def test_wheel_holds_the_two_libraries_and_nothing_else(built: Built) -> None:
 
 
 def test_wheel_holds_sql_the_contract_and_typed_markers(built: Built) -> None:
-    """What is no Python is missed first when a build changes."""
+    """Files other than Python are the first to be missing after a change of the build."""
     needed = {
         *(f"{library}/py.typed" for library in LIBRARIES),
         "nexum_engine/store/queries.sql",
@@ -143,13 +143,13 @@ def test_changelog_begins_with_this_version() -> None:
 
 
 def listed(file: Path) -> set[str]:
-    """The requirements of a file, each as text in one form; not those that another file has."""
+    """Return the requirements of a file in a normal form, without those of the files that it includes."""
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in file.read_text(encoding="utf-8").splitlines())
     return {str(Requirement(line)) for line in lines if line and not line.startswith("-r ")}
 
 
 def packaged(wheel: Path, extra: str) -> set[str]:
-    """The requirements of an extra, or the package's own for ''."""
+    """Return the requirements of an extra, or the package's for ''."""
     found = set()
     for text in metadata_of(wheel).get_all("Requires-Dist") or []:
         plain, _, of = text.partition("extra == ")
@@ -159,7 +159,7 @@ def packaged(wheel: Path, extra: str) -> set[str]:
 
 
 def test_package_and_requirement_files_agree(built: Built) -> None:
-    """requirements.txt has what the scripts need, the package only what the libraries need, and the extra the rest."""
+    """The package requires what the libraries need, and an extra the rest of requirements.txt."""
     scripts, tests = listed(ROOT / "requirements.txt"), listed(ROOT / "tests" / "requirements.txt")
     own, dev = packaged(built.wheel, ""), packaged(built.wheel, "dev")
     assert own - scripts == set(), "requirements.txt must list what the package needs, with the same range"
@@ -192,7 +192,7 @@ def test_backend_of_the_tests_is_the_one_that_pip_fetches() -> None:
 
 @pytest.fixture(scope="module")
 def commands(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment that has the wheel; its dependencies are those of this Python."""
+    """The folder of commands of an environment with the wheel and this Python's dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     found = folder / ("Scripts" if sys.platform == "win32" else "bin")
@@ -236,7 +236,7 @@ def test_every_public_name_is_imported_from_the_installed_package(commands: Path
     assert file.is_relative_to(commands.parent)
 
 
-# ---- For people who carry on the work elsewhere ----------------------------------------------------------------------
+# ---- For contributors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".github/workflows/test.yml"])

@@ -1,4 +1,4 @@
-"""README.md and the pages it leads to: what they name exists, and the commands are ones that the scripts take."""
+"""README.md and the docs: the named files exist, and the scripts accept the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARSERS = {
 }
 
 
-def test_every_script_and_every_folder_of_code_stands_in_the_table_of_files() -> None:
+def test_table_of_files_names_every_script_and_code_folder() -> None:
     table = README.partition("## Settings and files")[2].partition("\n## ")[0]
     named: set[str] = set()
     for row in table.splitlines():
@@ -51,7 +51,7 @@ def leads_somewhere(page: Path, link: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+def test_every_link_to_a_file_has_a_target(page: Path) -> None:
     links = [one for one in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in one]
     assert [one for one in links if not leads_somewhere(page, one)] == []
 
@@ -69,13 +69,13 @@ def test_every_file_that_architecture_names_exists() -> None:
     assert [one for one in sorted(named) if not any((place / one).exists() for place in places)] == []
 
 
-def test_architecture_tells_every_promise_with_its_tests() -> None:
+def test_architecture_lists_every_promise_with_its_tests() -> None:
     rows = re.findall(r"^\| (G\d+) \| .+ \| .+ \| \[test_.+\) \|$", ARCHITECTURE, re.MULTILINE)
     assert rows == [f"G{number}" for number in range(1, 12)]
 
 
 def commands() -> list[str]:
-    """The commands of all code blocks, without the environment before them and the comment behind."""
+    """Return the commands of all code blocks, without variables before them and comments after them."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
@@ -85,7 +85,7 @@ def commands() -> list[str]:
     return [one for one in found if one.startswith("python ") and "\\" not in one]
 
 
-def test_every_command_is_one_that_its_script_takes() -> None:
+def test_every_documented_command_is_accepted_by_its_script() -> None:
     taken = set()
     for command in commands():
         script = next((one for one in PARSERS if command.startswith(one)), None)
@@ -99,11 +99,11 @@ def test_every_command_is_one_that_its_script_takes() -> None:
 
 
 def durable_run_help() -> str:
-    """The help of `python -m durable_autogen run`, which shows the options of `run` alone."""
+    """Return the help of `python -m durable_autogen run`, with the options of `run` alone."""
     return run_script(["-m", "durable_autogen", "run", "--help"], ROOT)[1]
 
 
-def test_every_option_that_is_named_is_one_of_a_script(tmp_path: Path) -> None:
+def test_every_documented_option_exists(tmp_path: Path) -> None:
     scripts = ["demo.py", "crash_demo.py", "worker.py", "pipeline_worker.py"]
     helps = [run_script([str(ROOT / script), "--help"], tmp_path)[1] for script in scripts]
     known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help(), durable_run_help()])))

@@ -1,4 +1,4 @@
-"""Where things live, and who may import whom, read from the sources themselves."""
+"""The layout of the project and the allowed imports, read from the sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SKIPPED = {"tests", "benchmarks"}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the project by its name."""
+    """Return the path of every module of the project, by the module's name."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -29,7 +29,7 @@ MODULES = modules()
 
 
 def imported(path: Path, *, at_import_time: bool = False) -> set[str]:
-    """The modules that a file imports, by full name; also within functions unless `at_import_time`."""
+    """Return the full names of the modules that a file imports, also within functions unless `at_import_time`."""
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while pending:
@@ -61,8 +61,8 @@ def importers(*packages: str) -> set[str]:
     return {name for name, targets in IMPORTS.items() if any(within(target, *packages) for target in targets)}
 
 
-def test_the_walk_sees_what_it_should() -> None:
-    """Else every test here would pass for the wrong reason."""
+def test_walk_finds_the_known_modules_and_imports() -> None:
+    """Without this, the other tests could pass because they see no module."""
     assert {"demo", "worker", "nexum_engine", "nexum_engine.store.sqlite", "nexum_engine.wire.nexum_pb2"} <= set(
         MODULES
     )
@@ -71,7 +71,7 @@ def test_the_walk_sees_what_it_should() -> None:
     assert "nexum_engine.server" not in imported(MODULES["nexum_engine.__main__"], at_import_time=True)
 
 
-# Who may import whom in the engine, each line may use itself and what stands to its right.
+# The layers of the engine. Each layer may import itself and the layers to its right.
 ENGINE = {
     "errors": (),
     "clock": (),
@@ -97,7 +97,7 @@ def part(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
 
-def test_every_part_of_the_engine_has_its_place() -> None:
+def test_every_module_of_the_engine_has_a_layer() -> None:
     parts = {part(name) for name in MODULES if within(name, "nexum_engine")}
     assert parts == {*ENGINE, "__main__", ""}
 
@@ -112,14 +112,14 @@ def test_the_engine_imports_downward_only(name: str) -> None:
     assert {target for target in ours if part(target) not in allowed} == set()
 
 
-def test_only_what_knows_autogen_imports_it() -> None:
+def test_only_autogen_modules_import_autogen() -> None:
     for name in (name for name in MODULES if within(name, "durable_autogen.record")):
         assert {target for target in IMPORTS[name] if target.split(".")[0].startswith("autogen")} == set(), name
         ours = {target for target in IMPORTS[name] if within(target, "durable_autogen")}
         assert {one for one in ours if not within(one, "durable_autogen.record", "durable_autogen.errors")} == set()
 
 
-def test_client_and_server_know_nothing_of_each_other() -> None:
+def test_client_and_server_do_not_import_each_other() -> None:
     assert not importers("nexum_engine.server") & {"nexum_engine.client", "nexum_engine.worker"}
     assert {
         name for name in importers("nexum_engine.client", "nexum_engine.worker") if part(name) in ("server", "store")
@@ -141,11 +141,11 @@ def test_client_and_server_know_nothing_of_each_other() -> None:
         ("openai", {"support.models.live"}),
     ],
 )
-def test_a_package_is_imported_in_its_own_place_and_nowhere_else(package: str, homes: set[str]) -> None:
+def test_package_is_imported_only_by_its_modules(package: str, homes: set[str]) -> None:
     assert importers(package) <= homes
 
 
-def test_the_engine_and_the_tools_know_nothing_of_autogen() -> None:
+def test_engine_and_tools_do_not_import_autogen() -> None:
     agents = importers("autogen_agentchat", "autogen_core", "autogen_ext")
     assert agents, "nobody imports AutoGen: the names have changed"
     assert {
@@ -164,7 +164,7 @@ def test_top_level_holds_the_scripts_their_support_and_two_libraries() -> None:
     assert {name.partition(".")[0] for name in MODULES} == {*SCRIPTS, "support", *LIBRARIES}
 
 
-def test_a_library_imports_no_script_and_nothing_that_scripts_share() -> None:
+def test_library_imports_no_script_and_no_support() -> None:
     ours = {*SCRIPTS, "support", *LIBRARIES}
     for library, others in (("durable_autogen", {"nexum_engine"}), ("nexum_engine", set[str]())):
         targets = {target for name in MODULES if within(name, library) for target in IMPORTS[name]}
@@ -176,16 +176,16 @@ def test_support_imports_no_script_but_the_workflow_data() -> None:
     assert known & SCRIPTS <= {"pipeline_workflow"}
 
 
-def test_tools_and_offline_twins_know_no_agent_library() -> None:
+def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
     known = {target for name in MODULES if within(name, "support.tools", "support.offline") for target in IMPORTS[name]}
     assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
-    # The offline web stands in for the live one, so it uses the tools' own path; the tools know nothing of it.
+    # The offline web uses the tools' modules, as the live web does; the tools don't import it.
     assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()
-    # Choosing a model loads none: what makes one is imported when it is made.
+    # Choosing a model imports no client: making the client does.
     assert imported(MODULES["support.models.choice"], at_import_time=True) & {*MODULES} == {"support.models.vendors"}
 
 
-def test_there_is_no_circle_of_imports() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {
         name: {target for target in imported(path, at_import_time=True) if target in MODULES and target != name}
         for name, path in MODULES.items()
@@ -199,7 +199,7 @@ def test_there_is_no_circle_of_imports() -> None:
 @pytest.mark.parametrize(
     "script", ["demo.py", "worker.py", "crash_demo.py", "pipeline_worker.py", "support/graphflow/process.py"]
 )
-def test_help_comes_without_autogen_ddgs_and_openai(script: str) -> None:
+def test_help_does_not_import_autogen_ddgs_and_openai(script: str) -> None:
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{script!r}, '--help']\n"

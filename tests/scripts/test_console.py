@@ -1,4 +1,4 @@
-"""What every script shares: output that can't control a terminal, Ctrl+C at any moment, a pipe that nobody reads."""
+"""The console behaviour of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # ---- Control characters ----------------------------------------------------------------------------------------------
 
 
-def test_control_characters_are_shown_and_newlines_and_tabs_stay() -> None:
+def test_control_characters_are_escaped_except_newlines_and_tabs() -> None:
     everything = "".join(map(chr, range(0x100)))
     assert CONTROLS.sub("", printable(everything)) == printable(everything)
     assert printable("a\tb\nc\r\nd\re ✓ 東京") == "a\tb\nc\nd\\x0de ✓ 東京"
     assert printable(CLEAR) == SHOWN
 
 
-def test_what_a_model_says_can_not_control_the_terminal(server: Server, tmp_path: Path) -> None:
+def test_model_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
     replies = [Reply(calls=[(f"no_such_tool{CLEAR}", {})]), Reply(f"An answer.{CLEAR}\nWith a second line.")]
     with OpenAIServer(replies) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
@@ -44,8 +44,8 @@ def test_what_a_model_says_can_not_control_the_terminal(server: Server, tmp_path
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
-def test_what_a_team_says_can_not_control_the_terminal(server: Server, tmp_path: Path) -> None:
-    # Its replies come in one piece, a single agent's as a stream.
+def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
+    # A team's replies are not streamed; a single agent's are.
     with OpenAIServer([Reply(f"A report.{CLEAR}")]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_demo(tmp_path, "--nexum", server.address, "--team", env=env)
@@ -54,9 +54,7 @@ def test_what_a_team_says_can_not_control_the_terminal(server: Server, tmp_path:
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
-def test_what_comes_over_the_wire_can_not_control_the_terminal_of_a_caller_or_a_worker(
-    server: Server, tmp_path: Path
-) -> None:
+def test_wire_text_cannot_control_the_terminal_of_caller_or_worker(server: Server, tmp_path: Path) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, f"no{CLEAR}", {"x": 1}) as caller:
             assert caller.wait() == 1
@@ -67,7 +65,7 @@ def test_what_comes_over_the_wire_can_not_control_the_terminal_of_a_caller_or_a_
     assert CONTROLS.findall((caller.output + worker.output).replace("\n", "")) == []
 
 
-def test_what_stands_in_a_log_record_or_a_warning_can_not_control_the_terminal(tmp_path: Path) -> None:
+def test_log_records_and_warnings_cannot_control_the_terminal(tmp_path: Path) -> None:
     program = (
         "import logging, sys, warnings; from support.console import log_to; log_to(sys.stderr, logging.WARNING)\n"
         f"logging.getLogger('x').warning('logged %s', {CLEAR!r}); warnings.warn({CLEAR!r})"
@@ -93,7 +91,7 @@ class Interrupter:
 
 sys.meta_path.insert(0, Interrupter())
 """
-"""Python imports `sitecustomize` before all else. This one sends a real SIGINT as the import of a module begins."""
+"""Python imports `sitecustomize` first. This one sends a real SIGINT when the import of a module begins."""
 
 AT_ONCE = {
     "demo.py": (
@@ -121,30 +119,28 @@ def interrupt(script: str, moment: str, folder: Path, *arguments: str) -> tuple[
 
 
 @pytest.mark.parametrize(("script", "moment"), [(script, one) for script, all_ in AT_ONCE.items() for one in all_])
-def test_ctrl_c_while_a_script_imports_ends_it_at_once_and_without_a_word(
-    tmp_path: Path, script: str, moment: str
-) -> None:
+def test_ctrl_c_during_imports_ends_a_script_silently(tmp_path: Path, script: str, moment: str) -> None:
     assert interrupt(script, moment, tmp_path) == (130, "PRESSED")
 
 
 @pytest.mark.parametrize("moment", ["durable_autogen", "autogen_core", "autogen_agentchat.agents"])
-def test_ctrl_c_while_the_demo_loads_autogen_ends_it_with_a_word(tmp_path: Path, moment: str) -> None:
+def test_ctrl_c_while_autogen_loads_ends_the_demo_with_a_message(tmp_path: Path, moment: str) -> None:
     code, output = interrupt("demo.py", moment, tmp_path)
     assert code == 130
     assert output.splitlines()[-1] == "interrupted; the same command continues from what is recorded"
 
 
-def test_ctrl_c_while_a_worker_loads_its_tools_ends_it(tmp_path: Path) -> None:
+def test_ctrl_c_while_tools_load_ends_the_worker(tmp_path: Path) -> None:
     assert interrupt("worker.py", "support.offline.web", tmp_path) == (130, "PRESSED")
 
 
-def test_ctrl_c_while_a_pipeline_worker_loads_autogen_stops_it_in_good_order(tmp_path: Path) -> None:
+def test_ctrl_c_while_autogen_loads_stops_the_pipeline_worker_normally(tmp_path: Path) -> None:
     code, output = interrupt("pipeline_worker.py", "autogen_core", tmp_path, "--nexum", "127.0.0.1:1")
     assert (code, output.splitlines()[-1]) == (0, "PRESSED")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT that a shell can switch off")
-def test_a_script_that_was_started_to_ignore_ctrl_c_does(tmp_path: Path) -> None:
+def test_script_started_with_ignored_sigint_ignores_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTER)
     env = {"INTERRUPT_AT": "pydantic", "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     ignoring = (
@@ -156,10 +152,10 @@ def test_a_script_that_was_started_to_ignore_ctrl_c_does(tmp_path: Path) -> None
     assert help_text[0].startswith("usage: submit_task.py")
 
 
-# ---- A pipe that nobody reads, a full disk ---------------------------------------------------------------------------
+# ---- A closed pipe, a full disk --------------------------------------------------------------------------------------
 
 
-def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_pipe_on_windows_raises_broken_pipe_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         encoding = "cp1252"
 
@@ -175,7 +171,7 @@ def test_what_windows_says_of_a_closed_pipe_is_the_same_error(monkeypatch: pytes
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 @pytest.mark.parametrize("script", ["demo.py", "crash_demo.py"])
-def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, script: str) -> None:
+def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: str) -> None:
     with Path("/dev/full").open("wb") as full:
         run = subprocess.run(
             [sys.executable, str(ROOT / script)], cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
@@ -183,8 +179,8 @@ def test_output_that_finds_no_room_is_an_error_in_one_line(tmp_path: Path, scrip
     assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
 
 
-def test_a_worker_whose_log_nobody_reads_ends_in_good_order(server: Server, tmp_path: Path) -> None:
-    # Its first line names the connection; what it writes of a task is the first that nobody reads.
+def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
+    # The reader leaves after the first line, about the connection. The next line, about a task, finds the pipe closed.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")
         with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:
@@ -208,7 +204,7 @@ print(worker.wait(30), repr(worker.stderr.read()))
 
 
 @pytest.mark.parametrize("script", [one for one in AT_ONCE if one != "submit_task.py"])
-def test_help_whose_first_line_is_enough_is_no_error_to_complain_about(tmp_path: Path, script: str) -> None:
+def test_help_with_a_closed_pipe_prints_no_error(tmp_path: Path, script: str) -> None:
     line, code, errors = read_one_line([str(ROOT / script), "--help"], tmp_path)
     assert line.startswith("usage: ")
     assert code in (0, 1)

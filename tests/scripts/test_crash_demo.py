@@ -1,4 +1,4 @@
-"""crash_demo.py as a stranger and as a checker runs it: what it prints is what the server has recorded."""
+"""crash_demo.py as a process: its output agrees with the server's records."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ROW = re.compile(
 
 
 def as_planned(crash_after: str) -> list[tuple[str, int, str, str]]:
-    """The attempts of a run in which nothing was repeated."""
+    """Return the attempts of a run in which no step was repeated."""
     last = STEPS.index(crash_after)
     return [(step, 1, "worker-1" if at <= last else "worker-2", "COMPLETED") for at, step in enumerate(STEPS)]
 
 
 def assert_timeline_is_the_record(output: str, execution: dict[str, Any]) -> None:
-    """Every row of the printed timeline, and there are no others."""
+    """Return the rows of the printed timeline."""
     recorded = sorted(
         (
             (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
@@ -89,7 +89,7 @@ def test_worker_2_runs_exactly_the_remaining_steps_and_every_step_is_recorded_on
 
 
 @pytest.mark.parametrize("step", ["research", "report"])
-def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: Path, step: str) -> None:
+def test_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: Path, step: str) -> None:
     code, output = run_crash_demo(tmp_path, "--crash-during", step, "--nexum", server.address)
     assert code == 0, output
     (execution,) = pipelines(tmp_path, server.address)
@@ -105,7 +105,7 @@ def test_a_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path:
     assert_no_worker_is_left(output)
 
 
-def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_path: Path) -> None:
+def test_option_all_prints_a_verdict_for_each_crash_point(server: Server, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
     assert code == 0, output
     verdicts = output.partition("crash points, from the server's records:\n")[2].splitlines()
@@ -123,7 +123,7 @@ def test_all_crash_points_in_one_run_with_a_verdict_each(server: Server, tmp_pat
 
 
 @on_linux
-def test_without_a_server_it_brings_its_own_takes_less_than_30_s_and_leaves_nothing(tmp_path: Path) -> None:
+def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_path: Path) -> None:
     begun = time.monotonic()
     with running([CRASH_DEMO], cwd=tmp_path, env={"CRASH_AFTER": "report", "CRASH_DURING": "report"}) as demo:
         demo.wait_for("worker-1 started")
@@ -133,12 +133,12 @@ def test_without_a_server_it_brings_its_own_takes_less_than_30_s_and_leaves_noth
     assert not is_alive(server)
     assert_no_worker_is_left(demo.output)
     (execution,) = pipelines(tmp_path)
-    # Validate is the default, and what the environment says to a worker by hand is not for the demo's.
+    # Validate is the default. CRASH_AFTER in the environment doesn't reach the demo's workers.
     assert attempts(execution) == as_planned("validate")
     assert_timeline_is_the_record(demo.output, execution)
 
 
-def test_a_page_that_was_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_path: Path) -> None:
+def test_page_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__"))
     fact = "The zorblax turbine was invented in 1987 by Mira Tannhauser, who ran it on rainwater."
@@ -156,7 +156,7 @@ def test_a_page_that_was_added_to_the_offline_pages_is_found_and_cited(server: S
 # ---- Beside others ---------------------------------------------------------------------------------------------------
 
 
-def test_pipeline_that_a_killed_demo_left_matters_to_no_later_one(server: Server, tmp_path: Path) -> None:
+def test_pipeline_of_a_killed_demo_does_not_affect_later_demos(server: Server, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
         demo.wait_for("validate   recorded")
         demo.kill()
@@ -170,7 +170,7 @@ def test_pipeline_that_a_killed_demo_left_matters_to_no_later_one(server: Server
     assert attempts(executions[1]) == as_planned("validate")
 
 
-def test_somebody_elses_pipeline_is_left_alone(server: Server, tmp_path: Path) -> None:
+def test_drill_leaves_other_pipelines_alone(server: Server, tmp_path: Path) -> None:
     start_pipeline(server.address)
     code, output = run_crash_demo(tmp_path, "--nexum", server.address)
     assert code == 0, output
@@ -179,7 +179,7 @@ def test_somebody_elses_pipeline_is_left_alone(server: Server, tmp_path: Path) -
     assert attempts(drilled) == as_planned("validate")
 
 
-def test_somebody_elses_worker_takes_no_step_of_a_drill(server: Server, tmp_path: Path) -> None:
+def test_other_worker_takes_no_step_of_a_drill(server: Server, tmp_path: Path) -> None:
     with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "stranger"], cwd=tmp_path) as stranger:
         stranger.wait_for("connected to")
         code, output = run_crash_demo(tmp_path, "--nexum", server.address)
@@ -208,7 +208,7 @@ def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: Server, tmp_
 
 
 def assert_true_account(output: str, execution: dict[str, Any]) -> None:
-    """What the demo says was repeated is what the record says, and nothing recorded was handed out again."""
+    """Check that the printed repetitions are the recorded ones, and that no recorded step was handed out again."""
     assert execution["status"] == "COMPLETED"
     assert_timeline_is_the_record(output, execution)
     for node in execution["nodes"]:
@@ -220,8 +220,8 @@ def assert_true_account(output: str, execution: dict[str, Any]) -> None:
 
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
-def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
-    # A moment that came too late, when the worker was gone by itself, is followed by an earlier one.
+def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
+    # If the worker had ended before the kill, try an earlier moment.
     moment = random.Random(seed).uniform(0.0, 1.2)
     name = f"worker-{1 + seed % 2}"
     for _ in range(6):
@@ -237,10 +237,10 @@ def test_a_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Ser
 
 
 def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> str:
-    """A run whose worker of this name is sent a SIGKILL so many seconds after its start; its output."""
+    """Run the demo, kill its worker of this name some seconds after the worker's start, and return the output."""
     with running([CRASH_DEMO, "--nexum", server.address], cwd=folder) as demo:
         line = demo.wait_for(f"{name} started")
-        time.sleep(moment)  # nothing waits for this: it is what is tried out
+        time.sleep(moment)  # the moment of the kill
         send(int(line.partition("(pid ")[2].partition(")")[0]), signal.SIGKILL)
         assert demo.wait() == 0, f"{name}, {moment:.2f} s: {demo.output}"
     return demo.output
@@ -248,7 +248,7 @@ def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> s
 
 @on_linux
 @pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
-def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_path: Path, moment: str) -> None:
+def test_killed_embedded_server_is_restarted_and_the_run_finishes(tmp_path: Path, moment: str) -> None:
     with running([CRASH_DEMO], cwd=tmp_path) as demo:
         demo.wait_for(moment)
         os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
@@ -258,7 +258,7 @@ def test_its_server_killed_midway_is_started_again_and_the_run_is_finished(tmp_p
 
 
 @on_linux
-def test_workers_that_are_killed_again_and_again_are_given_up(server: Server, tmp_path: Path) -> None:
+def test_drill_fails_after_too_many_killed_workers(server: Server, tmp_path: Path) -> None:
     killed: set[int] = set()
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
 
@@ -281,7 +281,7 @@ def test_workers_that_are_killed_again_and_again_are_given_up(server: Server, tm
 
 @on_linux
 @pytest.mark.parametrize("moment", ["worker-1 started", "research   recorded", "worker-2 started"])
-def test_ctrl_c_cancels_its_execution_and_leaves_no_process(server: Server, tmp_path: Path, moment: str) -> None:
+def test_ctrl_c_cancels_the_execution_and_leaves_no_process(server: Server, tmp_path: Path, moment: str) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
         demo.wait_for(moment)
         demo.interrupt()
@@ -293,10 +293,10 @@ def test_ctrl_c_cancels_its_execution_and_leaves_no_process(server: Server, tmp_
     assert_no_worker_is_left(demo.output)
 
 
-# ---- When it doesn't hold, and when it can't run ---------------------------------------------------------------------
+# ---- Failed checks and errors ----------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_that_fails_ends_in_exit_1_with_the_reason(server: Server, tmp_path: Path) -> None:
+def test_failed_pipeline_exits_with_1_and_the_reason(server: Server, tmp_path: Path) -> None:
     with OpenAIServer([Reply(status=401)]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
@@ -306,7 +306,7 @@ def test_a_pipeline_that_fails_ends_in_exit_1_with_the_reason(server: Server, tm
     assert_no_worker_is_left(output)
 
 
-def test_a_live_model_goes_through_the_same_four_steps(server: Server, tmp_path: Path) -> None:
+def test_live_model_runs_the_same_four_steps(server: Server, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["messages"][-1]["role"] == "user":
             return Reply(calls=[("visit_webpage", {"url": "http://10.0.0.1/"})])
@@ -317,7 +317,7 @@ def test_a_live_model_goes_through_the_same_four_steps(server: Server, tmp_path:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
     assert code == 0, output
-    # The guarded fetch refuses the address, so the claim can't be proved.
+    # The guarded fetch refuses the address, so the claim is dropped.
     assert "validate   recorded after" in output
     assert "0 claims kept, 1 dropped" in output
     assert "10.0.0.1 is not a public address" in output
@@ -336,24 +336,24 @@ def test_a_live_model_goes_through_the_same_four_steps(server: Server, tmp_path:
         (["--nexum", "127.0.0.1:1"], "no Nexum server answers on 127.0.0.1:1"),
     ],
 )
-def test_what_cant_be_shown_is_refused_with_exit_2(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_wrong_argument_exits_with_2(tmp_path: Path, arguments: list[str], told: str) -> None:
     code, output = run_crash_demo(tmp_path, *arguments)
     assert code == 2
     assert told in output
 
 
-def test_a_model_without_its_key_is_refused(tmp_path: Path) -> None:
+def test_model_without_its_key_is_refused(tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, env={"NEXUM_MODEL": "gpt-x"})
     assert code == 2
     assert "NEXUM_MODEL=gpt-x needs OPENAI_API_KEY" in output
 
 
-def test_asked_to_be_offline_it_needs_no_key(server: Server, tmp_path: Path) -> None:
+def test_offline_option_needs_no_key(server: Server, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--offline", "--nexum", server.address, env={"NEXUM_MODEL": "gpt-x"})
     assert code == 0, output
 
 
-def test_a_reader_who_has_seen_enough_ends_it_without_a_traceback(server: Server, tmp_path: Path) -> None:
+def test_closed_output_ends_the_script_without_a_traceback(server: Server, tmp_path: Path) -> None:
     line, code, errors = read_one_line([CRASH_DEMO, "--nexum", server.address], tmp_path)
     assert line.startswith("[demo] Model")
     assert (code, errors) == (1, "")

@@ -1,4 +1,4 @@
-"""demo.py as a stranger runs it: no key, no server, then again, and with every wrong argument."""
+"""demo.py as a process: without key and server, run again, and with every wrong argument."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from processes import (
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which the README's question was asked once, and what the demo printed."""
+    """A folder in which the README's question was asked once, and the demo's output."""
     folder = tmp_path_factory.mktemp("first")
     code, output = run_demo(folder, QUESTION)
     assert code == 0, output
@@ -70,7 +70,7 @@ def test_each_call_of_the_first_run_took_one_attempt(first_run: tuple[Path, str]
     assert [len(attempts(one)) for one in recorded(folder)] == [1, 1, 1, 1]
 
 
-def test_asked_again_it_gives_the_same_answer_from_the_record_alone(first_run: tuple[Path, str]) -> None:
+def test_repeated_question_gets_the_same_answer_from_the_record_alone(first_run: tuple[Path, str]) -> None:
     folder, output = first_run
     before = recorded(folder)
     code, again = run_demo(folder)
@@ -83,7 +83,7 @@ def test_asked_again_it_gives_the_same_answer_from_the_record_alone(first_run: t
     assert recorded(folder) == before
 
 
-def test_a_truncated_session_file_is_set_aside_and_the_keys_still_find_every_execution(
+def test_truncated_session_file_is_set_aside_and_keys_find_every_execution(
     first_run: tuple[Path, str],
 ) -> None:
     folder, output = first_run
@@ -103,7 +103,7 @@ def test_a_truncated_session_file_is_set_aside_and_the_keys_still_find_every_exe
     aside.unlink()
 
 
-def test_a_new_session_has_an_id_of_its_own_under_which_it_goes_on(tmp_path: Path) -> None:
+def test_new_session_prints_the_id_under_which_it_continues(tmp_path: Path) -> None:
     code, output = run_demo(tmp_path, QUESTION, "--new-session")
     assert code == 0
     assert "Tool calls: 4 executed, 0 cached" in output
@@ -130,11 +130,11 @@ def test_a_question_that_no_page_covers_is_answered_with_the_topics(tmp_path: Pa
 def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -> None:
     code, crashed = run_demo(tmp_path, QUESTION, "--crash-after-step", "1")
     assert code not in (0, 1, 2)
-    # Its last word; its children may have one more.
+    # The demo's last line; its children may print one more.
     assert crashed.rpartition("[demo] ")[2].startswith("step 1 is recorded; crashing now")
     (done,) = re.findall(r"(exec-\S+)\.\.\. \(\w+\) done ✓", crashed)
 
-    # At once: the dying server still has its port and its lock.
+    # Run again at once: the dying server still holds its port and its lock.
     code, output = run_demo(tmp_path, QUESTION)
     assert code == 0
     assert re.search(rf"{done}\S* \(web_search\) already COMPLETED \(cached\) ✓", output)
@@ -142,19 +142,19 @@ def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -
     assert [one["outcome"] for one in attempts(before)] == ["COMPLETED"]
     assert len(recorded(tmp_path)) == 4
 
-    # A step that is never reached is said.
+    # The demo reports a step that it never reaches.
     code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code == 0
     assert output.splitlines()[-1] == "[demo] No crash: this run executed 0 tool call(s), not 3"
 
 
-def test_it_crashes_at_the_step_that_was_asked_for(tmp_path: Path) -> None:
+def test_demo_crashes_at_the_requested_step(tmp_path: Path) -> None:
     code, _ = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code not in (0, 1, 2)
     assert sum(one["status"] == "COMPLETED" for one in recorded(tmp_path)) >= 3
 
 
-def test_a_run_waits_for_the_database_of_a_dying_server_and_says_so(tmp_path: Path) -> None:
+def test_run_waits_for_the_database_of_a_dying_server_and_prints_that(tmp_path: Path) -> None:
     (tmp_path / ".nexum").mkdir()
     lock = FileLock(tmp_path / ".nexum" / "local.db.lock")
     with lock, demo(tmp_path, QUESTION) as process:
@@ -195,14 +195,14 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(tmp_path: Path, arguments:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_in_the_environment_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
+def test_nexum_address_without_a_server_is_an_error(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     code, output = run_demo(tmp_path, env={"NEXUM_ADDRESS": address})
     assert code == 2
     assert output.splitlines()[-1].startswith(f"error: no Nexum server answers on {address}")
 
 
-def test_a_database_that_is_none_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".nexum").mkdir()
     database = tmp_path / ".nexum" / "local.db"
     database.write_bytes(b"dear diary" * 100)
@@ -213,7 +213,7 @@ def test_a_database_that_is_none_is_refused_and_left_alone(tmp_path: Path) -> No
     assert database.read_bytes() == b"dear diary" * 100
 
 
-def test_a_session_file_that_can_not_be_read_is_a_clear_error(tmp_path: Path) -> None:
+def test_unreadable_session_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / ".session-s.json").mkdir()
     code, output = run_demo(tmp_path, "--session-id", "s")
     assert code == 2
@@ -222,7 +222,7 @@ def test_a_session_file_that_can_not_be_read_is_a_clear_error(tmp_path: Path) ->
 
 @contextmanager
 def web_server(port: int) -> Iterator[None]:
-    """An HTTP server."""
+    """Run an HTTP server on the port."""
     with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
         try:
@@ -233,16 +233,16 @@ def web_server(port: int) -> Iterator[None]:
 
 @contextmanager
 def silent_server(port: int) -> Iterator[None]:
-    """Something that takes connections and says nothing."""
+    """Run a server on the port that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)
-        listener.accept()[0].close()  # somebody had come
+        listener.accept()[0].close()  # a client had connected
 
 
 @contextmanager
 def other_grpc_server(port: int) -> Iterator[None]:
-    """A gRPC server of another contract."""
+    """Run a gRPC server without Nexum's service on the port."""
     server = grpc.server(futures.ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
     server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
@@ -266,7 +266,7 @@ Other = Callable[[int], AbstractContextManager[None]]
         (other_grpc_server, "error: the server on localhost:{port} does not speak this Nexum contract"),
     ],
 )
-def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, other: Other, told: str) -> None:
+def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, other: Other, told: str) -> None:
     port = free_port()
     with other(port), demo(tmp_path, "--nexum", f"localhost:{port}") as process:
         process.wait_for("Session: ")
@@ -274,13 +274,13 @@ def test_named_port_of_something_else_is_a_clear_error_and_soon(tmp_path: Path, 
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 8  # two seconds are for a server that is just ending, and gRPC alone would wait for 20
+    assert took < 8  # the demo waits 2 s for a server that is ending; gRPC alone would wait for 20
     assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
 def on_the_default_port(other: Other) -> Iterator[None]:
-    """Start it there as soon as the embedded servers of other tests leave the port to it."""
+    """Start the server on the default port, as soon as no embedded server of another test holds the port."""
     with ExitStack() as stack:
 
         def is_started() -> bool:
@@ -295,7 +295,7 @@ def on_the_default_port(other: Other) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("other", [web_server, silent_server, other_grpc_server])
-def test_default_port_of_something_else_is_told_and_a_free_one_taken(tmp_path: Path, other: Other) -> None:
+def test_default_port_of_another_program_is_reported_and_a_free_port_used(tmp_path: Path, other: Other) -> None:
     with on_the_default_port(other):
         code, output = run_demo(tmp_path)
     assert code == 0
@@ -327,7 +327,7 @@ def test_help_imports_neither_autogen_nor_the_search(tmp_path: Path) -> None:
     ],
     ids=["cp1252", "ascii", "C locale"],
 )
-def test_a_console_that_can_not_show_a_character_shows_another(tmp_path: Path, env: dict[str, str]) -> None:
+def test_console_replaces_a_character_that_it_cannot_encode(tmp_path: Path, env: dict[str, str]) -> None:
     code, output = run_demo(tmp_path, "東京 ✓", env=env)
     assert code == 0, output
     assert "(web_search) done ?" in output
@@ -344,13 +344,13 @@ def test_the_same_question_is_the_same_session_whatever_the_locale(tmp_path: Pat
     assert "Tool calls: 0 executed" in output
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(tmp_path: Path) -> None:
+def test_closed_output_causes_no_traceback(tmp_path: Path) -> None:
     line, code, errors = read_one_line([DEMO], tmp_path)
     assert line.startswith("[demo] Model")
     assert (code, errors) == (1, "")
 
 
-def test_a_foreign_file_in_the_place_of_the_session_is_kept(tmp_path: Path) -> None:
+def test_foreign_file_under_the_session_files_name_is_kept(tmp_path: Path) -> None:
     (tmp_path / ".session-s.json").write_text('{"mine": "not yours"}')
     with running([DEMO, "--session-id", "s", "Tokyo"], cwd=tmp_path) as process:
         assert process.wait() == 0
@@ -358,7 +358,7 @@ def test_a_foreign_file_in_the_place_of_the_session_is_kept(tmp_path: Path) -> N
     assert aside.read_text() == '{"mine": "not yours"}'
 
 
-def test_a_session_file_that_can_not_be_written_costs_the_run_nothing(tmp_path: Path) -> None:
+def test_unwritable_session_file_does_not_fail_the_run(tmp_path: Path) -> None:
     (tmp_path / ".session-s.json.tmp").mkdir()
     code, output = run_demo(tmp_path, "--session-id", "s")
     assert code == 0

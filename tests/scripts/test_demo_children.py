@@ -1,4 +1,4 @@
-"""The embedded server and worker: none outlives its demo, and a demo outlives them."""
+"""The embedded server and worker: no child outlives its demo, and the demo survives the death of a child."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER_QUESTION = "What is the difference between asyncio and threading in Python
 
 
 def started(process: Process) -> dict[str, int]:
-    """The children of a demo that has just said that it started them."""
+    """Return the children of a demo that has just printed their start."""
     process.wait_for("started one for this run")
     wait_until(lambda: set(children(process.popen.pid)) == {"server", "worker"}, "server and worker are started")
     return children(process.popen.pid)
@@ -44,7 +44,7 @@ def assert_gone(pids: dict[str, int], since: float) -> None:
 
 
 def freeze_worker(process: Process) -> dict[str, int]:
-    """Stop the worker before it takes anything, so that every call waits until it is sent SIGCONT."""
+    """Stop the worker before it takes a task, so that every call waits until the worker gets SIGCONT."""
     pids = started(process)
     os.kill(pids["worker"], signal.SIGSTOP)
     return pids
@@ -85,7 +85,7 @@ def test_no_child_is_left_two_seconds_after_the_demo_was_ended(
         assert "Traceback" not in process.output
 
 
-def test_ctrl_c_in_the_middle_of_a_call_ends_with_a_word_and_the_next_run_attaches(tmp_path: Path) -> None:
+def test_ctrl_c_within_a_call_prints_a_message_and_the_next_run_attaches(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as process:
         pids = freeze_worker(process)
         process.wait_for("waiting: no worker polls for tool-call-offline")
@@ -105,7 +105,7 @@ def test_ctrl_c_in_the_middle_of_a_call_ends_with_a_word_and_the_next_run_attach
 # ---- A demo outlives its children ------------------------------------------------------------------------------------
 
 
-def test_a_demo_whose_server_is_killed_starts_another_and_finishes(tmp_path: Path) -> None:
+def test_demo_restarts_a_killed_server_and_finishes(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as process:
         pids = freeze_worker(process)
         process.wait_for("Submitted")
@@ -118,7 +118,7 @@ def test_a_demo_whose_server_is_killed_starts_another_and_finishes(tmp_path: Pat
     assert [len(attempts(one)) for one in recorded(tmp_path)] == [1, 1, 1, 1]
 
 
-def test_a_demo_whose_worker_is_killed_starts_another_and_finishes(tmp_path: Path) -> None:
+def test_demo_restarts_a_killed_worker_and_finishes(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as process:
         pids = freeze_worker(process)
         process.wait_for("waiting:")
@@ -129,7 +129,7 @@ def test_a_demo_whose_worker_is_killed_starts_another_and_finishes(tmp_path: Pat
     assert len(recorded(tmp_path)) == 4
 
 
-def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
+def test_demo_fails_when_its_workers_keep_dying(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as process:
         worker = freeze_worker(process)["worker"]
         process.wait_for("waiting:")
@@ -151,7 +151,7 @@ def test_a_demo_whose_workers_keep_dying_gives_up(tmp_path: Path) -> None:
 def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as one, demo(tmp_path, QUESTION) as other:
         ended = [(process.wait(), process.output) for process in (one, other)]
-    # On a busy machine, one may not end while the other waits for the session.
+    # On a busy machine, one demo may not end before the other has waited too long for the session.
     ended = [
         run_demo(tmp_path, QUESTION) if code == 2 and "is being run" in output else (code, output)
         for code, output in ended
@@ -177,7 +177,7 @@ def test_two_demos_at_once_in_two_folders_have_a_server_and_a_record_each(tmp_pa
         assert len(recorded(folder)) == 4
 
 
-def test_second_demo_in_the_folder_uses_the_first_ones_server_and_continues_without_it(tmp_path: Path) -> None:
+def test_second_demo_shares_the_first_ones_server_and_survives_its_end(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as first:
         pids = freeze_worker(first)
         first.wait_for("waiting:")
@@ -194,7 +194,7 @@ def test_second_demo_in_the_folder_uses_the_first_ones_server_and_continues_with
     assert "is unknown to this server" not in second.output
 
 
-def test_address_that_a_killed_server_left_leads_no_run_to_another_folders_server(tmp_path: Path) -> None:
+def test_stale_server_address_leads_no_run_to_another_folders_server(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         (folder / ".nexum").mkdir(parents=True)

@@ -18,7 +18,7 @@ NEW_YORK = "https://offline.example/new-york-population"
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A server with a worker."""
+    """Run a server with a worker."""
     with counting_worker(tmp_path, server.address):
         yield server.address
 
@@ -58,7 +58,7 @@ def test_parallel_tool_calls_of_a_streaming_model_run_in_the_worker_and_reach_th
         assert "8,804,190" in pages[1]
     assert [len(attempts(one)) for one in recorded(tmp_path, address)] == [1, 1, 1, 1]
 
-    # Again: every reply and every call comes from the record.
+    # In the second run, every reply and every call comes from the record.
     with OpenAIServer(replies) as model:
         code, output = ask(tmp_path, model, address, "--session-id", session_of(output))
         assert code == 0
@@ -70,7 +70,7 @@ def session_of(output: str) -> str:
     return output.partition("Session: ")[2].partition(" ")[0]
 
 
-def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address: str) -> None:
+def test_model_with_wrong_calls_sees_the_errors_and_continues(tmp_path: Path, address: str) -> None:
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("web_search", {"query": 5}),
         ("web_search", {"query": "x", "max_results": "many"}),
@@ -89,7 +89,7 @@ def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address
     assert "file:///etc/hostname" in seen[3]
     assert "look_up" in seen[4]
     assert "[demo] Tool calls: 0 executed, 0 cached, 0 attached, 5 failed" in output
-    # Neither arguments that don't fit nor a tool that nobody declared reach a worker; a final error is not retried.
+    # Wrong arguments and undeclared tools don't reach a worker. A final error is not retried.
     (record,) = recorded(tmp_path, address)
     assert (call_of(record)[0], record["status"]) == ("visit_webpage", "FAILED")
     assert len(attempts(record)) == 1
@@ -103,9 +103,7 @@ def test_a_model_that_calls_wrongly_sees_why_and_goes_on(tmp_path: Path, address
         (429, "RateLimitError: Error code: 429 - scripted failure"),
     ],
 )
-def test_a_model_that_answers_with_an_error_is_one_line_and_exit_code_1(
-    tmp_path: Path, server: Server, status: int, said: str
-) -> None:
+def test_model_error_is_one_line_and_exit_code_1(tmp_path: Path, server: Server, status: int, said: str) -> None:
     with OpenAIServer([Reply(status=status)]) as model:
         code, output = ask(tmp_path, model, server.address)
         assert model.requests
@@ -116,7 +114,7 @@ def test_a_model_that_answers_with_an_error_is_one_line_and_exit_code_1(
     assert said in output.splitlines()[-1]
 
 
-def test_a_model_that_fails_midway_leaves_its_calls_on_record(tmp_path: Path, address: str) -> None:
+def test_calls_before_a_model_failure_are_recorded(tmp_path: Path, address: str) -> None:
     calls = Reply(calls=[("web_search", {"query": "Tokyo"})])
     with OpenAIServer([calls, Reply(status=401)]) as model:
         code, output = ask(tmp_path, model, address, "--session-id", "s")
@@ -129,7 +127,7 @@ def test_a_model_that_fails_midway_leaves_its_calls_on_record(tmp_path: Path, ad
     assert "Tool calls: 0 executed, 1 cached" in output
 
 
-def test_a_model_server_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path, server: Server) -> None:
+def test_absent_model_server_is_one_line_and_exit_code_1(tmp_path: Path, server: Server) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     env = {"OPENAI_BASE_URL": url, "NEXUM_MODEL": "test-model"}
     code, output = run_demo(tmp_path, "--nexum", server.address, env=env)
@@ -144,7 +142,7 @@ def test_an_empty_answer_is_an_error(tmp_path: Path, server: Server) -> None:
     assert output.splitlines()[-1].startswith("error: no answer: the model's last reply was empty")
 
 
-def test_a_model_that_never_answers_is_stopped_after_its_rounds(tmp_path: Path, address: str) -> None:
+def test_model_that_only_calls_tools_is_stopped_after_its_rounds(tmp_path: Path, address: str) -> None:
     with OpenAIServer([Reply(calls=[("web_search", {"query": "Tokyo"})])]) as model:
         code, output = ask(tmp_path, model, address)
         assert len(model.requests) == 12
@@ -181,9 +179,7 @@ def test_a_compatible_server_needs_no_key(tmp_path: Path, server: Server) -> Non
         ({"OPENAI_BASE_URL": "http://localhost:1/v1"}, "OPENAI_BASE_URL needs NEXUM_MODEL"),
     ],
 )
-def test_a_model_that_can_not_be_reached_with_what_is_set_is_one_line(
-    tmp_path: Path, env: dict[str, str], said: str
-) -> None:
+def test_wrong_model_setting_is_a_one_line_error(tmp_path: Path, env: dict[str, str], said: str) -> None:
     code, output = run_demo(tmp_path, env=env)
     assert code == 2
     assert output.splitlines() == [line for line in output.splitlines() if line.startswith(f"error: {said}")]

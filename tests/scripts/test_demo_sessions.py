@@ -1,4 +1,4 @@
-"""demo.py's sessions: recorded runs that go on, a team, a list, forks, and programs that ask for something else."""
+"""demo.py's sessions: continued runs, a team, the list of sessions, forks, and drift."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUST = "What does Rust change in systems programming?"
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path) -> Iterator[str]:
-    """A server with a worker."""
+    """Run a server with a worker."""
     with tool_worker(tmp_path, server.address):
         yield server.address
 
@@ -33,7 +33,7 @@ def summary(output: str) -> str:
     return next(line for line in output.splitlines() if line.startswith("[Nexum] session ") and "live" in line)
 
 
-def test_a_team_of_two_researchers_and_a_writer_goes_on_after_a_crash(tmp_path: Path, address: str) -> None:
+def test_team_continues_after_a_crash(tmp_path: Path, address: str) -> None:
     code, _ = ask(tmp_path, address, "--team", "--crash-after-step", "3", QUESTION)
     assert code not in (0, 1, 2)
     code, output = ask(tmp_path, address, "--team", QUESTION)
@@ -51,9 +51,9 @@ def test_a_team_of_two_researchers_and_a_writer_goes_on_after_a_crash(tmp_path: 
     ]
 
 
-def test_ctrl_c_ends_a_team_at_once_and_it_goes_on_later(tmp_path: Path, server: Server) -> None:
+def test_ctrl_c_ends_a_team_at_once_and_the_next_run_continues(tmp_path: Path, server: Server) -> None:
     with running([DEMO, "--offline", "--nexum", server.address, "--team", QUESTION], cwd=tmp_path) as process:
-        process.wait_for("Submitted")  # no worker is there: it would wait for ever
+        process.wait_for("Submitted")  # without a worker, the call would wait for ever
         begun = time.monotonic()
         process.interrupt()
         assert process.wait() == 130
@@ -66,18 +66,18 @@ def test_ctrl_c_ends_a_team_at_once_and_it_goes_on_later(tmp_path: Path, server:
     assert "reply 1 of first_researcher: replayed" in output
 
 
-def test_a_reader_who_has_seen_enough_leaves_no_failure_on_record(tmp_path: Path, address: str) -> None:
+def test_closed_output_records_no_failure(tmp_path: Path, address: str) -> None:
     command = [sys.executable, DEMO, "--offline", "--nexum", address, "--session-id", "s", QUESTION]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while "Submitted" not in process.stdout.readline():
             assert process.poll() is None
-        process.stdout.close()  # as `| head` does; the result is still to be told
+        process.stdout.close()  # as `| head` does, before the result is printed
         assert process.wait(30) == 1
     code, output = ask(tmp_path, address, "--session-id", "s", QUESTION)
     assert code == 0
     assert "Broken pipe" not in output
-    assert "[1]" in output  # the answer's first source: the tools have answered
+    assert "[1]" in output  # the answer's first source: the tools returned results
 
 
 def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) -> None:
@@ -89,12 +89,12 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # A call that a worker has recorded, and the dead run had not, is made again: its result is in the cache.
+    # A worker had recorded this call, but the dead run had not. The new run makes it again and finds the result cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 
 
-def test_team_and_single_agent_have_sessions_of_their_own_for_a_question(tmp_path: Path, address: str) -> None:
+def test_team_and_single_agent_have_different_sessions_for_a_question(tmp_path: Path, address: str) -> None:
     _, single = ask(tmp_path, address, QUESTION)
     _, team = ask(tmp_path, address, "--team", QUESTION)
     assert "(new;" in single
@@ -117,7 +117,7 @@ def test_sessions_are_listed_with_question_model_status_calls_and_age(tmp_path: 
     assert lines[4:] == [f"    {QUESTION}", "    OfflineModel"]
 
 
-def test_a_session_goes_on_with_its_own_question(tmp_path: Path, address: str) -> None:
+def test_session_continues_with_its_recorded_question(tmp_path: Path, address: str) -> None:
     ask(tmp_path, address, "--session-id", "s", RUST)
     code, output = ask(tmp_path, address, "--session-id", "s")
     assert code == 0
@@ -125,7 +125,7 @@ def test_a_session_goes_on_with_its_own_question(tmp_path: Path, address: str) -
     assert "0 model call(s) (0 tokens), 0 tool call(s) live" in summary(output)
 
 
-def test_another_question_in_a_session_is_told_and_goes_live_only_when_asked_to(tmp_path: Path, address: str) -> None:
+def test_other_question_in_a_session_stops_unless_on_drift_is_continue(tmp_path: Path, address: str) -> None:
     ask(tmp_path, address, "--session-id", "s", QUESTION)
     before = len(recorded(tmp_path, address))
     code, output = ask(tmp_path, address, "--session-id", "s", RUST)
@@ -145,7 +145,7 @@ def test_another_question_in_a_session_is_told_and_goes_live_only_when_asked_to(
     assert "0 model call(s) (0 tokens), 0 tool call(s) live" in summary(output)
 
 
-def test_a_fork_goes_on_from_the_first_events_with_a_message_and_another_model(tmp_path: Path, address: str) -> None:
+def test_fork_continues_from_the_first_events_with_a_message_and_another_model(tmp_path: Path, address: str) -> None:
     ask(tmp_path, address, "--session-id", "s", QUESTION)
     seen: list[dict[str, Any]] = []
 
@@ -197,7 +197,7 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
         (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
     ],
 )
-def test_a_fork_that_can_not_be_is_one_line_and_exit_code_2(
+def test_impossible_fork_is_one_line_and_exit_code_2(
     tmp_path: Path, address: str, arguments: list[str], said: str
 ) -> None:
     ask(tmp_path, address, "--session-id", "s", QUESTION)

@@ -1,4 +1,4 @@
-"""crash_demo.py --graphflow and --cyclic on the installed AutoGen, and on a copy of it that is mended."""
+"""crash_demo.py --graphflow and --cyclic with the installed AutoGen, and with a fixed copy of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPAIRS = (
 
 @pytest.fixture
 def mended(tmp_path: Path) -> Path:
-    """A folder with a mended copy of AutoGen, to be put first on the path."""
+    """A folder with a fixed copy of AutoGen, for the front of the path."""
     folder = tmp_path / "mended"
     package = Path(autogen_agentchat.__file__).parent
     shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,9 +49,7 @@ def show(server: Server, folder: Path, *arguments: str, env: dict[str, str] | No
     return output
 
 
-def test_an_interrupted_graph_is_shown_not_to_resume_and_the_durable_run_to_finish(
-    server: Server, tmp_path: Path
-) -> None:
+def test_interrupted_graph_does_not_resume_and_the_durable_run_finishes(server: Server, tmp_path: Path) -> None:
     output = show(server, tmp_path, "--graphflow")
     assert "no agent called its model; ended normally" in output
     assert "the team did not resume: analyst, editor, publisher never spoke" in output
@@ -61,9 +59,7 @@ def test_an_interrupted_graph_is_shown_not_to_resume_and_the_durable_run_to_fini
     assert "1 recorded call(s) were replayed, none was repeated; 3 were made live" in output
 
 
-def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_finish(
-    server: Server, tmp_path: Path
-) -> None:
+def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(server: Server, tmp_path: Path) -> None:
     output = show(server, tmp_path, "--cyclic")
     assert "model calls by planner, author, reviewer; ended normally" in output
     assert "model calls by author, reviewer; ended normally" in output
@@ -73,7 +69,7 @@ def test_a_stopped_loop_is_shown_not_to_reach_its_exit_and_the_durable_run_to_fi
 
 
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
-def test_a_mended_autogen_is_shown_to_resume(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
+def test_fixed_autogen_resumes(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
     output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{mended}"})
     assert "[plain] the team resumed: after loading," in output
     assert "did not resume" not in output

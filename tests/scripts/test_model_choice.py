@@ -1,4 +1,4 @@
-"""Which model the environment picks, and that each key reaches its own vendor and nobody else."""
+"""The choice of a model from the environment; each key reaches only its vendor."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ ASK = [UserMessage(content="Hello", source="user")]
 
 @pytest.fixture
 def servers() -> Iterator[dict[str, OpenAIServer]]:
-    """One server for each vendor, by the name of its key's variable."""
+    """One server for each vendor, by the name of the key's variable."""
     with ExitStack() as stack:
         yield {vendor.key_variable: stack.enter_context(OpenAIServer()) for vendor in VENDORS}
 
@@ -80,7 +80,7 @@ def test_offline_wins_over_every_key_and_even_over_a_wrong_setting() -> None:
         ({"NEXUM_MODEL": "gpt-4o\nevil", "OPENAI_API_KEY": "SECRET"}, "NEXUM_MODEL"),
     ],
 )
-def test_what_cannot_work_is_one_line_that_names_the_variable_and_no_key(env: dict[str, str], said: str) -> None:
+def test_wrong_setting_is_a_one_line_error_with_the_variable_and_no_key(env: dict[str, str], said: str) -> None:
     with pytest.raises(ModelChoiceError, match=said) as raised:
         choose_model(env, offline=False)
     assert "\n" not in str(raised.value)
@@ -112,7 +112,7 @@ async def test_each_key_arrives_at_its_own_vendor_only(
             assert "oai-" not in str(server.requests)
 
 
-async def test_a_compatible_server_wins_and_gets_a_placeholder_where_there_is_no_openai_key(
+async def test_compatible_server_comes_first_and_gets_a_placeholder_without_a_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "gem-secret")
@@ -209,7 +209,7 @@ def test_no_text_form_of_a_choice_holds_the_key() -> None:
     assert choice.api_key.get_secret_value() == "gem-secret"
 
 
-def test_slugs_tell_choices_apart_and_are_fit_for_names() -> None:
+def test_slugs_differ_between_choices_and_are_valid_in_names() -> None:
     def slug(**env: str) -> str:
         return choose_model({**KEYS, **env}, offline=False).slug
 
@@ -220,7 +220,7 @@ def test_slugs_tell_choices_apart_and_are_fit_for_names() -> None:
     assert all(part.isalnum() and part.isascii() for each in slugs for part in each.split("-"))
 
 
-def test_only_chat_models_from_5_4_on_are_told_not_to_reason() -> None:
+def test_only_chat_models_from_5_4_on_get_reasoning_effort_none() -> None:
     told = ["gpt-5.4", "gpt-5.4-mini", "gpt-5.10", "gpt-6-sol"]
     not_told = ["gpt-4o", "gpt-4.1", "gpt-5", "gpt-5-mini", "gpt-5.1", "o3", "ft:gpt-5.4"]
     assert [name for name in told + not_told if refuses_tools_while_reasoning(name)] == told

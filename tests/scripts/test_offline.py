@@ -1,4 +1,4 @@
-"""Offline: its search, its pages read through visit_webpage's own path, and its model's answers."""
+"""The offline twins: the search, the pages as visit_webpage reads them, and the model's answers."""
 
 import json
 import re
@@ -38,7 +38,7 @@ OFFERED: list[ToolSchema] = [{"name": "web_search"}, {"name": "visit_webpage"}]
 
 
 class Run:
-    """One agent's run over a folder of pages, with everything that its tools returned."""
+    """One agent's run over a folder of pages, with all results of its tools."""
 
     def __init__(self, web: OfflineWeb) -> None:
         self.web = web
@@ -78,7 +78,7 @@ class Run:
 
 
 def assert_grounded(answer: str, run: Run) -> None:
-    """Every quote stands word for word in what the tools returned for its source, and every source was visited."""
+    """Check that every quote is in its source's text as the tools returned it, and that every source was visited."""
     sources = {int(number): url for number, url in re.findall(r"^\[(\d+)\] .* - (\S+)$", answer, re.MULTILINE)}
     cited = re.findall(r'"([^"]+)" \[(\d+)\]', answer)
     assert cited
@@ -102,7 +102,7 @@ async def test_a_comparison_is_searched_in_parallel_read_and_answered_with_quote
     assert NEW_YORK in answer
 
 
-async def test_two_runs_are_the_same_to_the_letter() -> None:
+async def test_two_offline_runs_are_identical() -> None:
     first, second = Run(OfflineWeb()), Run(OfflineWeb())
     assert await first.ask(POPULATIONS) == await second.ask(POPULATIONS)
     assert (first.rounds, sorted(first.returned)) == (second.rounds, sorted(second.returned))
@@ -143,7 +143,7 @@ async def test_each_topic_is_found_and_cited(question: str, slugs: set[str]) -> 
         "?!",
     ],
 )
-async def test_a_question_that_no_page_covers_is_said_to_be_so_with_the_topics(question: str) -> None:
+async def test_question_without_a_page_is_answered_with_the_topics(question: str) -> None:
     run = Run(OfflineWeb())
     answer = await run.ask(question)
     assert answer.startswith("No offline page covers this question")
@@ -153,7 +153,7 @@ async def test_a_question_that_no_page_covers_is_said_to_be_so_with_the_topics(q
         assert f"- {topic}" in answer
 
 
-async def test_a_comparison_half_covered_answers_that_half_and_names_the_other() -> None:
+async def test_half_covered_comparison_answers_one_half_and_names_the_other() -> None:
     run = Run(OfflineWeb())
     answer = await run.ask("What is the population of Tokyo vs Paris?")
     assert_grounded(answer, run)
@@ -216,7 +216,7 @@ async def test_without_tools_a_team_member_answers_from_the_conversation() -> No
         assert any(sentence in page for page in run.visits.values())
 
 
-async def test_alone_and_without_tools_it_claims_nothing() -> None:
+async def test_model_without_tools_and_conversation_claims_nothing() -> None:
     result = await OfflineModel().create([UserMessage(content=POPULATIONS, source="user")])
     assert isinstance(result.content, str)
     assert "no tools" in result.content
@@ -252,7 +252,7 @@ async def answer_to(messages: list[Message]) -> str:
     return result.content
 
 
-async def test_a_failed_search_is_told_and_the_other_one_used() -> None:
+async def test_failed_search_is_reported_and_the_other_one_used() -> None:
     found = (search(1, "population of Tokyo"), HIT, False)
     failed = (search(2, "population of New York"), "the search engine said 500", True)
     result = await OfflineModel().create(history([found, failed]), tools=OFFERED)
@@ -269,20 +269,20 @@ async def test_search_results_of_another_form_are_a_failure_not_a_crash(text: st
 
 
 @pytest.mark.parametrize(("text", "failed"), [("HTTP 503", True), ("", False), ("   \n", False)])
-async def test_an_unreadable_page_is_told(text: str, failed: bool) -> None:
+async def test_unreadable_page_is_reported(text: str, failed: bool) -> None:
     found = (search(1, "population of Tokyo"), HIT, False)
     answer = await answer_to(history([found], [(visit(1, TOKYO), text, failed)]))
     assert f"{TOKYO} could not be read: {text.strip() or 'it was empty'}" in answer
     assert "[1]" not in answer
 
 
-async def test_a_page_without_a_fitting_sentence_gives_no_quote() -> None:
+async def test_page_without_a_fitting_sentence_gives_no_quote() -> None:
     found = (search(1, "population of Tokyo"), HIT, False)
     answer = await answer_to(history([found], [(visit(1, TOKYO), "Cherry trees bloom here in spring.", False)]))
     assert answer == "I have no answer: the search found pages, but I could quote nothing from them."
 
 
-async def test_a_stream_says_the_same_as_one_answer_and_counts_words() -> None:
+async def test_stream_equals_the_answer_and_counts_words() -> None:
     model = OfflineModel(["A topic"])
     messages = history([(search(1, "x"), "[]", False)])
     parts = [part async for part in model.create_stream(messages, tools=OFFERED)]
@@ -293,7 +293,7 @@ async def test_a_stream_says_the_same_as_one_answer_and_counts_words() -> None:
     assert model.remaining_tokens(messages) > model.count_tokens(messages) > 0
 
 
-def test_pages_are_well_formed_and_pass_the_path_of_visit_webpage() -> None:
+def test_offline_pages_are_well_formed_and_readable_by_visit_webpage() -> None:
     web: Web = OfflineWeb()
     files = [path for path in PAGES.iterdir() if path.suffix in CONTENT_TYPES]
     assert len(files) >= 10
@@ -319,7 +319,7 @@ def test_pages_are_well_formed_and_pass_the_path_of_visit_webpage() -> None:
         "https://elsewhere.example/grpc",
     ],
 )
-async def test_an_unknown_address_is_a_404_and_leads_out_of_no_folder(url: str) -> None:
+async def test_unknown_address_is_a_404_within_the_folder(url: str) -> None:
     page = OfflineWeb().fetch(url)
     assert page.status == 404
     with pytest.raises(Exception, match="no such page"):
@@ -337,7 +337,7 @@ def test_an_empty_or_binary_file_is_left_out_and_the_rest_still_found(tmp_path: 
     assert [hit.href for hit in web.search("otters", 5)] == ["https://offline.example/otters"]
 
 
-def test_search_excerpts_are_the_passage_that_answers() -> None:
+def test_search_excerpt_is_the_answering_passage() -> None:
     hit = OfflineWeb().search("threads without the global interpreter lock", 1)[0]
     assert hit.href.endswith("/threading-in-python")
     assert "lock" in hit.body
@@ -362,7 +362,7 @@ def test_questions_become_searches(question: str, searches: list[str]) -> None:
     assert plan_searches(question) == searches
 
 
-def test_forms_of_a_word_are_one_word() -> None:
+def test_forms_of_a_word_have_one_stem() -> None:
     assert len(set(words("thread threads threading"))) == 1
     assert len(set(words("crash crashes crashed crashing"))) == 1
     assert len(set(words("cache caches cached caching"))) == 1
@@ -372,7 +372,7 @@ def test_forms_of_a_word_are_one_word() -> None:
     assert words("What is the difference between them?") == []
 
 
-def test_sentences_are_prose_exactly_as_it_stands() -> None:
+def test_sentences_are_verbatim_prose() -> None:
     text = (
         "# A heading is no sentence at all.\n\nDr. Ada Lovelace wrote notes, e.g. about numbers, in 1843.0 or so. "
         "Does this one\ncount as well? Too short.\n\n- A point of a list can be a sentence.\n\n```\nNor is this code a "

@@ -1,4 +1,4 @@
-"""What a run shows and whether it holds, on records made by hand: each way of not holding is told."""
+"""The remarks and the checks of a pipeline's run, on records made by hand."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def within_summarize() -> PipelineRun:
     return made_run(tries, [DEAD, TWO], CrashPoint("summarize", within=True))
 
 
-# ---- It holds --------------------------------------------------------------------------------------------------------
+# ---- Passed checks ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_as_planned_holds_and_says_where_it_was_resumed() -> None:
+def test_planned_crash_passes_and_names_the_resumed_step() -> None:
     assert problems(planned()) == []
     assert remarks(planned()) == [
         "Recorded when worker-1 died: research, validate. Resumed at: summarize.",
@@ -47,7 +47,7 @@ def test_a_run_as_planned_holds_and_says_where_it_was_resumed() -> None:
     ]
 
 
-def test_a_kill_within_a_step_holds_and_says_what_ran_again() -> None:
+def test_kill_within_a_step_passes_and_names_the_repeated_step() -> None:
     assert problems(within_summarize()) == []
     assert remarks(within_summarize()) == [
         "Recorded when worker-1 died: research, validate. Resumed at: summarize.",
@@ -56,7 +56,7 @@ def test_a_kill_within_a_step_holds_and_says_what_ran_again() -> None:
     ]
 
 
-def test_an_attempt_that_was_lost_before_its_effect_is_told_as_such() -> None:
+def test_attempt_lost_before_its_effect_is_reported_without_effect() -> None:
     run = within_summarize()
     run = replace(run, effects=[one for one in run.effects if (one.step, one.attempt) != ("summarize", 1)])
     assert problems(run) == []
@@ -65,7 +65,7 @@ def test_an_attempt_that_was_lost_before_its_effect_is_told_as_such() -> None:
     assert remarks(run)[1] == "worker-1 was to die during summarize, but died earlier from another cause."
 
 
-def test_a_worker_that_died_before_its_time_is_told_and_still_holds() -> None:
+def test_early_death_of_a_worker_is_reported_and_passes() -> None:
     dead = replace(ONE, death=KILLED, recorded=recorded_outputs("research"))
     tries = [PLANNED[0], replace(PLANNED[1], worker="worker-2", start=1500, end=1600), *PLANNED[2:]]
     run = made_run(tries, [dead, TWO], AFTER_VALIDATE)
@@ -76,16 +76,16 @@ def test_a_worker_that_died_before_its_time_is_told_and_still_holds() -> None:
     ]
 
 
-# ---- It doesn't ------------------------------------------------------------------------------------------------------
+# ---- Failed checks ---------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_lives_is_no_crash() -> None:
+def test_run_without_a_death_is_a_problem() -> None:
     tries = [replace(one, worker="worker-1") for one in PLANNED]
     run = made_run(tries, [ONE], AFTER_VALIDATE)
     assert problems(run) == ["worker-1 did not die: the crash after validate did not happen"]
 
 
-def test_a_crash_that_came_a_step_too_late_is_told() -> None:
+def test_crash_after_a_later_step_is_a_problem() -> None:
     dead = replace(DEAD, recorded=recorded_outputs("research", "validate", "summarize"))
     tries = [*PLANNED[:2], replace(PLANNED[2], worker="worker-1"), PLANNED[3]]
     assert problems(made_run(tries, [dead, TWO], AFTER_VALIDATE)) == [
@@ -93,13 +93,13 @@ def test_a_crash_that_came_a_step_too_late_is_told() -> None:
     ]
 
 
-def test_a_crash_within_a_step_that_was_recorded_all_the_same_is_told() -> None:
+def test_crash_within_a_step_that_was_recorded_is_a_problem() -> None:
     dead = replace(DEAD, recorded=recorded_outputs("research", "validate"))
     run = made_run(PLANNED, [dead, TWO], CrashPoint("validate", within=True))
     assert problems(run) == ["worker-1 recorded validate before it died"]
 
 
-def test_a_recorded_step_that_ran_again_is_told() -> None:
+def test_repeated_recorded_step_is_a_problem() -> None:
     again = [*PLANNED[:2], Try("validate", "worker-2", 1900, 1950), *PLANNED[2:]]
     run = made_run(again, [DEAD, TWO], AFTER_VALIDATE)
     assert "validate was recorded 2 times in 2 attempts" in problems(run)
@@ -107,26 +107,26 @@ def test_a_recorded_step_that_ran_again_is_told() -> None:
     assert "No recorded step ran again." not in remarks(run)
 
 
-def test_a_recorded_output_that_changed_is_told() -> None:
+def test_changed_recorded_output_is_a_problem() -> None:
     dead = replace(DEAD, recorded={**recorded_outputs("research"), "validate": "{}"})
     assert problems(made_run(PLANNED, [dead, TWO], AFTER_VALIDATE)) == [
         "the output of validate changed after it was recorded"
     ]
 
 
-def test_a_foreign_worker_is_told() -> None:
+def test_foreign_worker_is_a_problem() -> None:
     run = made_run([*PLANNED[:3], replace(PLANNED[3], worker="stranger")], [DEAD, TWO], AFTER_VALIDATE)
     assert problems(run) == ["report was taken by stranger-pid99, which this demo did not start"]
 
 
-def test_a_record_without_its_effect_and_two_effects_in_one_attempt_are_told() -> None:
+def test_missing_and_double_effects_of_an_attempt_are_problems() -> None:
     run = planned()
     assert problems(replace(run, effects=run.effects[1:])) == ["attempt 1 at research had its effect 0 times"]
     twice = replace(run, effects=[*run.effects, run.effects[0]])
     assert problems(twice) == ["attempt 1 at research had its effect 2 times"]
 
 
-def test_attempts_with_different_idempotency_keys_are_told() -> None:
+def test_different_idempotency_keys_of_a_step_are_a_problem() -> None:
     run = within_summarize()
     effects = [
         one.model_copy(update={"idempotency_key": f"{one.idempotency_key}-{one.attempt}"})
@@ -138,7 +138,7 @@ def test_attempts_with_different_idempotency_keys_are_told() -> None:
 
 
 @pytest.mark.parametrize("status", [ExecutionStatus.FAILED, ExecutionStatus.CANCELLED])
-def test_an_execution_that_did_not_complete_is_told_with_its_reason(status: ExecutionStatus) -> None:
+def test_failed_execution_is_a_problem_with_its_reason(status: ExecutionStatus) -> None:
     run = made_run(PLANNED[:1], [ONE], AFTER_VALIDATE, status=status)
     nodes = [
         replace(node, error="no key") if node.status is NodeStatus.FAILED else node for node in run.execution.nodes
@@ -148,7 +148,7 @@ def test_an_execution_that_did_not_complete_is_told_with_its_reason(status: Exec
     assert remarks(run) == []
 
 
-# ---- As text ---------------------------------------------------------------------------------------------------------
+# ---- The timeline ----------------------------------------------------------------------------------------------------
 
 
 def test_the_timeline_has_a_row_for_each_attempt_and_the_death_between_them() -> None:
@@ -167,7 +167,7 @@ def test_the_timeline_has_a_row_for_each_attempt_and_the_death_between_them() ->
     assert all(len(line) <= WIDTH for line in timeline(within_summarize()).splitlines())
 
 
-def test_workers_that_died_without_a_step_are_told_where_the_next_one_begins() -> None:
+def test_timeline_shows_workers_without_a_step_before_the_next_worker() -> None:
     one, two, three = (
         replace(ONE, death="exit 15", recorded={}),
         replace(TWO, death=KILLED, recorded={}),
@@ -189,7 +189,7 @@ def test_a_run_without_any_attempt_has_an_empty_timeline() -> None:
     assert problems(run) == ["the execution is CANCELLED, not COMPLETED"]
 
 
-def test_results_are_told_in_words() -> None:
+def test_results_are_described_in_words() -> None:
     words = [result_in_words(node) for node in planned().execution.nodes]
     assert words == ["0 claims from 0 pages", "0 claims kept, 0 dropped", "4 words", "4 words of Markdown"]
     assert [node.node_id for node in planned().execution.nodes] == list(STEPS)

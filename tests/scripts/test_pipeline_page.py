@@ -1,4 +1,4 @@
-"""The timeline as a page: what it holds, that it takes nothing from elsewhere, and how a real browser lays it out."""
+"""The timeline as a page: its contents, its security policy, and its layout in a real browser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(query: str = "What is so?") -> PipelineRun:
 
 
 class _Elements(HTMLParser):
-    """Every element with its attributes; complains about ends that don't match."""
+    """A parser that keeps every element with its attributes, and checks that end tags match."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def having(document: str, attribute: str, kind: str) -> list[dict[str, str | Non
 # ---- Its text --------------------------------------------------------------------------------------------------------
 
 
-def test_it_has_a_bar_for_each_attempt_in_its_workers_lane_and_a_line_where_the_worker_died() -> None:
+def test_page_has_a_bar_for_each_attempt_and_a_line_for_each_death() -> None:
     document = page([made()])
     bars = having(document, "data-step", "bar")
     assert [(bar["data-step"], bar["data-attempt"], bar["data-outcome"]) for bar in bars] == [
@@ -99,7 +99,7 @@ def test_several_runs_are_several_sections() -> None:
     assert [one["data-point"] for one in sections] == ["during summarize"] * 2
 
 
-def test_nothing_that_comes_from_a_record_is_markup() -> None:
+def test_record_text_is_escaped() -> None:
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
     run = made(evil)
     nodes = [
@@ -112,20 +112,20 @@ def test_nothing_that_comes_from_a_record_is_markup() -> None:
     assert unescape(page([run])).count("<script>alert(1)</script>") == 4  # id twice, query, report
 
 
-def test_it_loads_nothing_and_says_so_to_the_browser() -> None:
+def test_page_loads_nothing_and_forbids_loading() -> None:
     document = page([made()])
     assert not re.search(r"https?://|url\(|@import|\bsrc=|\bhref=", document.replace("default-src", ""))
     policy = [attrs for tag, attrs in elements(document) if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert [one["content"] for one in policy] == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_a_run_that_does_not_hold_is_marked_as_such() -> None:
+def test_failed_run_is_marked_as_failed() -> None:
     run = made_run(TRIES, [ONE, TWO], CrashPoint("validate"))
     assert "Failed: worker-1 did not die" in page([run])
     assert having(page([run]), "class", "bad")
 
 
-def test_the_demos_page_is_drawn_from_the_servers_records(server: Server, tmp_path: Path) -> None:
+def test_page_of_the_demo_shows_the_servers_records(server: Server, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--nexum", server.address, "--html", "page.html")
     assert code == 0, output
     assert f"Timeline as a page: {tmp_path / 'page.html'}" in output
@@ -151,7 +151,7 @@ def test_the_demos_page_is_drawn_from_the_servers_records(server: Server, tmp_pa
 
 # ---- In a browser ----------------------------------------------------------------------------------------------------
 
-# Measures what was drawn, and leaves it in the page as JSON.
+# Measures the drawn elements, and leaves the numbers in the page as JSON.
 MEASURE = """<script>
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
 const all = s => [...document.querySelectorAll(s)];
@@ -167,7 +167,7 @@ document.body.dataset.measured = JSON.stringify({
 
 
 def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = False) -> dict[str, Any]:
-    """How Chromium lays the page out. The page's own policy allows no script, so ours comes in its place."""
+    """Return the measurements of the page in Chromium. Our script replaces the policy, which allows no script."""
     document = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", document).replace("</body>", MEASURE)
     path = folder / "measured.html"
     path.write_text(document, encoding="utf-8")
@@ -182,7 +182,7 @@ def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = Fal
 
 def chromium(folder: Path, options: Sequence[str], path: Path) -> str:
     assert CHROMIUM is not None
-    # Chromium's sandbox needs rights that containers don't give; the page is our own.
+    # Chromium's sandbox needs rights that containers don't have. The page is trusted.
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     run = subprocess.run(
         [*command, *options, "--dump-dom", path.as_uri()],
@@ -196,7 +196,7 @@ def chromium(folder: Path, options: Sequence[str], path: Path) -> str:
 
 @in_a_browser
 @pytest.mark.parametrize("width", [1100, 600])
-def test_bars_and_crash_are_drawn_where_the_records_have_them(tmp_path: Path, width: int) -> None:
+def test_bars_and_crash_line_are_drawn_at_recorded_times(tmp_path: Path, width: int) -> None:
     seen = measured(tmp_path, page([made()]), width=width)
     left, _, right, _ = seen["track"]
     begun, ended = BEGUN_MS + 100, BEGUN_MS + 2200
@@ -207,7 +207,9 @@ def test_bars_and_crash_are_drawn_where_the_records_have_them(tmp_path: Path, wi
     assert len(seen["bars"]) == 5
     for bar in seen["bars"]:
         assert bar["box"][0] == pytest.approx(x(bar["startMs"]), abs=1)
-        assert bar["box"][2] == pytest.approx(max(x(bar["endMs"]), bar["box"][0] + 4), abs=1)  # 4 px are always seen
+        assert bar["box"][2] == pytest.approx(
+            max(x(bar["endMs"]), bar["box"][0] + 4), abs=1
+        )  # a bar is at least 4 px wide
     (crash,) = seen["crashes"]
     assert crash["box"][0] == pytest.approx(x(crash["atMs"]), abs=1)
     one, two = seen["lanes"]
@@ -236,7 +238,7 @@ def test_labels_stay_within_their_lanes_and_the_page_within_the_window(tmp_path:
 
 
 @in_a_browser
-def test_it_is_dark_on_light_or_light_on_dark_as_the_reader_prefers(tmp_path: Path) -> None:
+def test_page_follows_the_readers_colour_scheme(tmp_path: Path) -> None:
     def brightness(color: str) -> float:
         return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
 

@@ -1,4 +1,4 @@
-"""The four steps: what an agent says is checked, and what can't be proved falls."""
+"""The four steps: agents' replies are checked, and claims without proof are dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scripted(*replies: str | Exception) -> tuple[PipelineSteps, ScriptedModel]:
 
 
 async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
-    """The outputs of all four steps, each made from those before it."""
+    """Run all four steps; return their outputs."""
     outputs: dict[str, Any] = {}
     for step, handler in steps.handlers().items():
         outputs[step] = json.loads((await handler(task(step, dict(outputs), query=query))).model_dump_json())
@@ -44,7 +44,7 @@ async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
 
 
 def validated(kept: int = 1) -> dict[str, object]:
-    """What summarize and report get."""
+    """Return the inputs of summarize and report."""
     return {
         "sources": [{"number": 1, "url": RUST_PAGE, "title": "Rust"}],
         "kept": [{"statement": "It is so.", "quote": RUST_QUOTE, "source": 1}] * kept,
@@ -53,7 +53,7 @@ def validated(kept: int = 1) -> dict[str, object]:
 
 
 class BrokenWeb(OfflineWeb):
-    """Nothing can be reached."""
+    """A web without a reachable page."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
         raise WebError("the search is down")
@@ -77,7 +77,7 @@ def test_each_step_depends_on_all_before_it_and_live_and_offline_never_share_tas
 # ---- Offline, from end to end ----------------------------------------------------------------------------------------
 
 
-async def test_the_steps_make_a_report_whose_every_quote_stands_on_the_page_that_it_cites() -> None:
+async def test_every_quote_of_the_report_is_on_its_cited_page() -> None:
     outputs = await all_of(offline_steps())
     research = Research.model_validate(outputs["research"])
     page = OfflineWeb().fetch(RUST_PAGE).body.decode()
@@ -96,7 +96,7 @@ async def test_a_comparison_cites_a_page_for_each_side() -> None:
     assert citations(outputs["summarize"]["text"]) == {1, 2}
 
 
-async def test_a_query_that_no_page_covers_ends_in_a_report_that_says_so() -> None:
+async def test_query_without_a_page_ends_in_a_report_that_says_so() -> None:
     outputs = await all_of(offline_steps(), "zebra husbandry")
     assert outputs["research"]["claims"] == []
     assert "No offline page covers this question" in outputs["report"]["markdown"]
@@ -126,11 +126,11 @@ async def test_numbers_in_brackets_on_a_page_are_not_taken_for_citations(tmp_pat
         (" \n", "some two words", "it has no quote"),
     ],
 )
-def test_a_quote_counts_word_for_word_and_only_white_space_is_forgiven(quote: str, page: str, missing: str) -> None:
+def test_quote_must_match_verbatim_except_white_space(quote: str, page: str, missing: str) -> None:
     assert quote_is_missing(quote, page, "") == missing
 
 
-async def test_a_planted_false_quote_is_dropped_with_the_reason_and_the_true_one_is_kept() -> None:
+async def test_false_quote_is_dropped_with_the_reason_and_true_one_kept() -> None:
     result = await offline_steps().validate(task("validate", {"research": {"claims": [FALSE, TRUE]}}))
     assert [claim.quote for claim in result.kept] == [RUST_QUOTE]
     assert [(one.claim.quote, one.reason) for one in result.dropped] == [
@@ -153,7 +153,7 @@ async def test_a_claim_whose_page_cant_be_read_is_dropped_with_the_reason(url: s
     assert reason in result.dropped[0].reason
 
 
-async def test_a_page_that_is_down_fails_the_first_attempts_and_then_costs_its_claims() -> None:
+async def test_page_that_is_down_fails_first_attempts_then_drops_its_claims() -> None:
     steps = PipelineSteps(BrokenWeb(), lambda step: pipeline_model(step))
     deps = {"research": {"claims": [TRUE]}}
     for attempt in (1, 2):
@@ -163,7 +163,7 @@ async def test_a_page_that_is_down_fails_the_first_attempts_and_then_costs_its_c
     assert "the page is down" in result.dropped[0].reason
 
 
-async def test_a_quote_that_doesnt_say_what_the_claim_says_is_dropped_on_the_agents_word() -> None:
+async def test_quote_that_does_not_support_its_claim_is_dropped() -> None:
     claims = [TRUE, {**TRUE, "statement": "Rust was made by the Rust Foundation."}]
     verdicts = {
         "verdicts": [
@@ -178,7 +178,7 @@ async def test_a_quote_that_doesnt_say_what_the_claim_says_is_dropped_on_the_age
     assert len(model.sent) == 1
 
 
-async def test_nothing_that_was_dropped_reaches_the_summary_and_the_report_names_it() -> None:
+async def test_dropped_claim_is_missing_in_summary_and_listed_in_report() -> None:
     steps = offline_steps()
     deps: dict[str, object] = {"research": {"claims": [FALSE]}}
     for step in STEPS[1:]:
@@ -190,7 +190,7 @@ async def test_nothing_that_was_dropped_reaches_the_summary_and_the_report_names
     assert "1921" not in json.dumps(deps["summarize"])
 
 
-# ---- What a model may get wrong --------------------------------------------------------------------------------------
+# ---- Wrong replies of a model ----------------------------------------------------------------------------------------
 
 
 async def test_json_in_a_fence_is_read_and_equal_claims_count_once() -> None:
@@ -206,7 +206,7 @@ async def test_json_in_a_fence_is_read_and_equal_claims_count_once() -> None:
         ("{not json}", "Invalid JSON"),
     ],
 )
-async def test_a_reply_of_the_wrong_form_is_asked_for_once_more_with_the_reason(wrong: str, told: str) -> None:
+async def test_reply_of_wrong_form_is_requested_again_with_the_reason(wrong: str, told: str) -> None:
     steps, model = scripted(wrong, json.dumps({"claims": [TRUE]}))
     assert len((await steps.research(task("research"))).claims) == 1
     assert told in str(model.sent[1][-1].content)
@@ -231,14 +231,14 @@ async def test_a_summary_cites_its_sources_and_no_others(wrong: str, told: str) 
     assert told in str(model.sent[1][-1].content)
 
 
-async def test_a_missing_verdict_is_asked_for() -> None:
+async def test_missing_verdict_is_requested() -> None:
     steps, model = scripted('{"verdicts": []}', '{"verdicts": [{"number": 1, "supported": true}]}')
     result = await steps.validate(task("validate", {"research": {"claims": [TRUE]}}))
     assert len(result.kept) == 1
     assert "there is no verdict on claim 1" in str(model.sent[1][-1].content)
 
 
-async def test_the_sources_of_a_report_are_ours_whatever_the_model_writes() -> None:
+async def test_code_adds_the_sources_of_a_report() -> None:
     steps, _ = scripted("# Title\n\nText. [1]")
     deps = {"research": {"claims": [TRUE]}, "validate": validated(), "summarize": {"text": "Text. [1]"}}
     assert (await steps.report(task("report", deps))).markdown == (
@@ -246,7 +246,7 @@ async def test_the_sources_of_a_report_are_ours_whatever_the_model_writes() -> N
     )
 
 
-async def test_without_claims_no_model_is_asked() -> None:
+async def test_no_model_is_called_without_claims() -> None:
     steps, model = scripted(RuntimeError("asked"))
     nothing = {"research": {"claims": []}, "validate": Validation(sources=[], kept=[], dropped=[]).model_dump()}
     assert (await steps.validate(task("validate", nothing))).kept == []
@@ -255,7 +255,7 @@ async def test_without_claims_no_model_is_asked() -> None:
     assert model.sent == []
 
 
-# ---- What a model's server may get wrong -----------------------------------------------------------------------------
+# ---- Errors of a model's server --------------------------------------------------------------------------------------
 
 
 class Refused(Exception):
@@ -271,21 +271,21 @@ def failure(status: int) -> ModelFailed:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-async def test_a_wrong_key_or_model_fails_for_good(status: int) -> None:
+async def test_wrong_key_or_model_is_a_final_failure(status: int) -> None:
     steps, _ = scripted(failure(status))
     with pytest.raises(FinalError, match="no usable answer"):
         await steps.research(task("research"))
 
 
 @pytest.mark.parametrize("error", [failure(429), failure(500), ModelFailed("the connection broke")])
-async def test_a_busy_or_absent_model_fails_the_attempt_alone(error: ModelFailed) -> None:
+async def test_busy_or_absent_model_fails_only_the_attempt(error: ModelFailed) -> None:
     steps, _ = scripted(error)
     with pytest.raises(StepFailed) as failed:
         await steps.research(task("research"))
     assert not isinstance(failed.value, FinalError)
 
 
-async def test_research_whose_tools_all_failed_is_tried_again_rather_than_recorded_as_empty() -> None:
+async def test_research_with_only_failed_tools_is_retried_not_recorded() -> None:
     steps = PipelineSteps(BrokenWeb(), lambda step: pipeline_model(step))
     with pytest.raises(StepFailed, match="its tools failed: web_search: the search is down"):
         await steps.research(task("research"))

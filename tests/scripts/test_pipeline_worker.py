@@ -1,4 +1,4 @@
-"""pipeline_worker.py as a process: where it was told to die, what is recorded then, and what a second one does."""
+"""pipeline_worker.py as a process: its crash points, the record after a crash, and the work of a second worker."""
 
 from __future__ import annotations
 
@@ -30,16 +30,14 @@ KILLED = -signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 
 
 def finish(folder: Path, server: Server) -> dict[str, object]:
-    """Run a worker until the only pipeline is done; its record."""
+    """Run a worker until the only pipeline is done; return the pipeline's record."""
     with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "second"], cwd=folder):
         wait_until(lambda: pipelines(folder, server.address)[0]["status"] != "RUNNING", "the pipeline ends")
     return pipelines(folder, server.address)[0]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_crash_after_kills_it_with_the_step_recorded_and_no_next_one_taken(
-    server: Server, tmp_path: Path, step: str
-) -> None:
+def test_crash_after_kills_the_worker_before_it_takes_another_step(server: Server, tmp_path: Path, step: str) -> None:
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first"]
     code, output = run_script(command, tmp_path, {"CRASH_AFTER": step})
     assert code == KILLED
@@ -55,7 +53,7 @@ def test_crash_after_kills_it_with_the_step_recorded_and_no_next_one_taken(
         ]
 
 
-def test_crash_during_kills_it_after_the_effect_and_before_the_record(server: Server, tmp_path: Path) -> None:
+def test_crash_during_kills_the_worker_between_effect_and_record(server: Server, tmp_path: Path) -> None:
     log = tmp_path / "effects"
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first", "--effects", str(log)]
     code, output = run_script(command, tmp_path, {"CRASH_DURING": "validate"})
@@ -74,9 +72,7 @@ def test_crash_during_kills_it_after_the_effect_and_before_the_record(server: Se
     ]
 
 
-def test_a_false_quote_planted_in_the_record_of_research_is_dropped_and_not_reported(
-    server: Server, tmp_path: Path
-) -> None:
+def test_false_quote_in_recorded_research_is_dropped(server: Server, tmp_path: Path) -> None:
     execution_id = start_pipeline(server.address)
     true = {"statement": "The Rust Foundation looks after Rust.", "url": RUST_PAGE, "quote": RUST_QUOTE}
     false = {"statement": "Rust is from 1921.", "url": RUST_PAGE, "quote": "Rust reached version 1.0 in May 1921."}
@@ -92,7 +88,7 @@ def test_a_false_quote_planted_in_the_record_of_research_is_dropped_and_not_repo
     assert "Rust is from 1921." in dropped
 
 
-def test_a_failed_attempt_at_the_step_is_no_record_and_no_reason_to_crash(server: Server, tmp_path: Path) -> None:
+def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: Path) -> None:
     replies = [Reply(status=500)] * 3 + [Reply('{"claims": [], "note": "nothing found"}')]
     with OpenAIServer(replies) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m", "CRASH_AFTER": "research"}
@@ -101,7 +97,7 @@ def test_a_failed_attempt_at_the_step_is_no_record_and_no_reason_to_crash(server
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
-    assert pipelines(tmp_path, server.address) == []  # it was a live one
+    assert pipelines(tmp_path, server.address) == []  # the pipeline was a live one
 
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])
@@ -119,7 +115,7 @@ def test_an_unknown_step_is_a_usage_error(tmp_path: Path, variable: str) -> None
         ([], {"NEXUM_MODEL": "gpt-x"}, "NEXUM_MODEL=gpt-x needs OPENAI_API_KEY"),
     ],
 )
-def test_what_cant_work_is_refused_in_one_line(
+def test_wrong_argument_is_a_one_line_error(
     tmp_path: Path, arguments: list[str], env: dict[str, str], told: str
 ) -> None:
     code, output = run_script([PIPELINE_WORKER, *arguments], tmp_path, env)
@@ -127,7 +123,7 @@ def test_what_cant_work_is_refused_in_one_line(
     assert told in output
 
 
-def test_offline_it_serves_whatever_keys_are_set(server: Server, tmp_path: Path) -> None:
+def test_offline_worker_ignores_wrong_model_settings(server: Server, tmp_path: Path) -> None:
     start_pipeline(server.address)
     command = [PIPELINE_WORKER, "--nexum", server.address, "--offline"]
     code, output = run_script(command, tmp_path, {"NEXUM_MODEL": "gpt-x", "CRASH_AFTER": "report"})
@@ -136,7 +132,7 @@ def test_offline_it_serves_whatever_keys_are_set(server: Server, tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-def test_told_to_stop_it_ends_in_good_order(server: Server, tmp_path: Path) -> None:
+def test_stop_signal_ends_the_worker_normally(server: Server, tmp_path: Path) -> None:
     with running([PIPELINE_WORKER, "--nexum", server.address], cwd=tmp_path) as worker:
         worker.wait_for("connected to")
         begun = time.monotonic()

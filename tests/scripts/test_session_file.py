@@ -1,4 +1,4 @@
-"""The session file: an index that stays whole whoever writes it, and never leaves its folder."""
+"""The session file: it stays whole with many writers, and stays in its folder."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_an_id_of_letters_digits_and_dashes_is_accepted(session_id: str) -> None
 @pytest.mark.parametrize(
     "session_id", ["", "..", "../x", "a/b", "a\\b", "-a", "_a", ".a", "a.b", "a b", "é", "a\n", "a\0", "0" * 65]
 )
-def test_an_id_that_could_leave_the_folder_or_hide_is_refused(session_id: str) -> None:
+def test_id_that_is_a_path_or_hidden_name_is_refused(session_id: str) -> None:
     with pytest.raises(InvalidRequest, match="can't be used"):
         SessionFile(session_id)
 
 
-async def test_what_is_recorded_is_found_by_another_instance(tmp_path: Path) -> None:
+async def test_recorded_call_is_found_by_another_instance(tmp_path: Path) -> None:
     await SessionFile("s", tmp_path).record("w", "key", "exec-1")
     other = SessionFile("s", tmp_path)
     assert await other.find("w", "key") == "exec-1"
@@ -54,7 +54,7 @@ async def test_what_is_recorded_is_found_by_another_instance(tmp_path: Path) -> 
     assert await other.find("other workflow", "key") is None
 
 
-async def test_what_another_process_records_later_is_found(tmp_path: Path) -> None:
+async def test_later_record_of_another_process_is_found(tmp_path: Path) -> None:
     one, other = SessionFile("s", tmp_path), SessionFile("s", tmp_path)
     await one.record("w", "a", "exec-a")
     await other.record("w", "b", "exec-b")
@@ -65,7 +65,7 @@ async def test_what_another_process_records_later_is_found(tmp_path: Path) -> No
     assert record.executions == {"w": {"a": "exec-a", "b": "exec-b", "c": "exec-c"}}
 
 
-async def test_what_is_written_right_after_a_look_is_found_by_the_next_look(
+async def test_entry_written_right_after_a_read_is_found_by_the_next_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = SessionFile("s", tmp_path), SessionFile("s", tmp_path)
@@ -111,7 +111,7 @@ async def test_the_age_of_a_session_is_that_of_its_first_call(tmp_path: Path) ->
     assert second.calls == 2
 
 
-async def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
+async def test_only_the_owner_can_read_the_file(tmp_path: Path) -> None:
     file = SessionFile("s", tmp_path)
     await file.record("w", "key", "exec-1")
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
@@ -145,7 +145,7 @@ def test_two_processes_that_record_fifty_calls_each_lose_none(tmp_path: Path) ->
     ],
     ids=lambda content: repr(content[:24]),
 )
-async def test_a_corrupt_or_foreign_file_is_set_aside_and_said(
+async def test_corrupt_or_foreign_file_is_set_aside_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     file = SessionFile("s", tmp_path)
@@ -158,7 +158,7 @@ async def test_a_corrupt_or_foreign_file_is_set_aside_and_said(
     assert await SessionFile("s", tmp_path).find("w", "k") == "exec-2"
 
 
-async def test_a_file_that_becomes_corrupt_between_two_calls_is_set_aside_too(tmp_path: Path) -> None:
+async def test_file_corrupted_between_two_calls_is_set_aside(tmp_path: Path) -> None:
     file = SessionFile("s", tmp_path)
     await file.record("w", "a", "exec-a")
     file.path.write_bytes(b"{")
@@ -167,7 +167,7 @@ async def test_a_file_that_becomes_corrupt_between_two_calls_is_set_aside_too(tm
     assert json.loads(file.path.read_text())["executions"] == {"w": {"b": "exec-b"}}
 
 
-async def test_a_file_that_can_not_be_read_stays_and_is_said_once_and_costs_no_call(
+async def test_unreadable_file_is_kept_and_reported_once_and_fails_no_call(
     tmp_path: Path,
 ) -> None:
     told: list[str] = []
@@ -186,9 +186,7 @@ async def test_a_file_that_can_not_be_read_stays_and_is_said_once_and_costs_no_c
     assert await file.find("w", "key") == "exec-1"  # from memory
 
 
-async def test_a_file_that_could_not_be_read_for_a_moment_loses_nothing_by_the_next_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_write_after_a_failed_read_keeps_all_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await SessionFile("s", tmp_path).record("w", "a", "exec-a")
     file = SessionFile("s", tmp_path)
     with monkeypatch.context() as patched:
@@ -199,12 +197,10 @@ async def test_a_file_that_could_not_be_read_for_a_moment_loses_nothing_by_the_n
 
 
 def busy() -> None:
-    raise PermissionError(13, "in use")  # what Windows says of a file that another program has open
+    raise PermissionError(13, "in use")  # as Windows does for a file that another program has open
 
 
-async def test_a_file_that_can_not_be_written_costs_no_call_its_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_unwritable_file_fails_no_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = SessionFile("s", tmp_path)
     (tmp_path / ".session-s.json.tmp").mkdir()
     await asyncio.gather(file.record("w", "a", "exec-a"), file.record("w", "b", "exec-b"))

@@ -1,4 +1,4 @@
-"""submit_task.py: one durable call, from any kind of program, whatever ends or restarts meanwhile."""
+"""submit_task.py: one durable call from any kind of program, also while servers and workers end and restart."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ print("THREADS", seen[-1] - seen[0])
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server with a worker; this process works in their folder and calls that server."""
+    """Run a server with a worker, and let this process work in their folder with that server."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXUM_ADDRESS", server.address)
     with counting_worker(tmp_path, server.address):
@@ -90,7 +90,7 @@ def test_the_order_of_arguments_does_not_matter_and_their_types_do() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"x", "\ud800"], ids=["NaN", "set", "bytes", "lone surrogate"])
-def test_arguments_that_are_no_json_are_refused(value: object) -> None:
+def test_arguments_that_are_not_json_are_refused(value: object) -> None:
     with pytest.raises(InvalidRequest, match="the arguments of t can't be written as JSON"):
         call_key("t", {"value": value})
 
@@ -140,7 +140,7 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     assert len(effects(tmp_path / "log")) == 2
 
 
-# In processes of their own: gRPC keeps every loop that it has seen for as long as any of them has a connection.
+# These run in separate processes: gRPC keeps every event loop as long as any of them has a connection.
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
 )
@@ -153,7 +153,7 @@ def test_calls_in_many_loops_or_sessions_leave_nothing_behind(
 
 
 @pytest.mark.usefixtures("address")
-def test_two_sessions_and_two_scopes_are_executions_of_their_own(tmp_path: Path) -> None:
+def test_different_sessions_and_scopes_have_different_executions(tmp_path: Path) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
     results = [
         submit_tool_call("count_effect", arguments, session, scope=scope)
@@ -198,7 +198,7 @@ def test_fifty_calls_from_two_processes_leave_one_valid_session_file(tmp_path: P
 
 
 class StandIn(NexumClient):
-    """A server that answers as `answers` say, one after the other, and keeps what it was asked with."""
+    """A server that gives these answers, one after the other, and keeps the requests."""
 
     def __init__(self, *answers: Execution | Exception) -> None:
         super().__init__("127.0.0.1:1")
@@ -239,7 +239,9 @@ def execution(status: ExecutionStatus) -> Execution:
 RUNNING, CANCELLED = execution(ExecutionStatus.RUNNING), execution(ExecutionStatus.CANCELLED)
 
 
-async def test_a_wait_is_explained_soon_and_then_now_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wait_is_explained_after_a_second_and_every_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
     gone = ServerUnavailable("gone")
@@ -254,7 +256,7 @@ async def test_a_wait_is_explained_soon_and_then_now_and_again(tmp_path: Path, m
     assert all(line.startswith("[Nexum] ") for line in told)
 
 
-async def test_a_server_that_keeps_forgetting_is_asked_until_the_time_is_up(
+async def test_server_that_forgets_executions_is_asked_until_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,7 +267,7 @@ async def test_a_server_that_keeps_forgetting_is_asked_until_the_time_is_up(
     assert len(client.waits) == 1
 
 
-def test_an_interrupted_caller_leaves_no_waiting_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_caller_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, ended = threading.Event(), threading.Event()
 
     async def wait(*_: object) -> str:
@@ -290,7 +292,7 @@ def test_an_interrupted_caller_leaves_no_waiting_behind(monkeypatch: pytest.Monk
 # ---- Failures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_tool_raises_its_reason_and_is_started_anew_with_the_same_key(
+def test_failed_tool_raises_its_reason_and_is_restarted_with_the_same_key(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
@@ -305,7 +307,7 @@ def test_a_failed_tool_raises_its_reason_and_is_started_anew_with_the_same_key(
     assert first.key == second.key != ""
 
 
-async def test_a_cancelled_call_raises_and_is_started_anew(tmp_path: Path, address: str) -> None:
+async def test_cancelled_call_raises_and_is_restarted(tmp_path: Path, address: str) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     arguments = {"log": str(log), "gate": str(gate)}
     session = Session("s", nexum=address)
@@ -322,7 +324,7 @@ async def test_a_cancelled_call_raises_and_is_started_anew(tmp_path: Path, addre
     assert len({effect.key for effect in effects(log)}) == 1
 
 
-async def test_a_timeout_leaves_the_execution_running_and_a_later_call_attaches(
+async def test_timeout_leaves_the_execution_running_and_a_later_call_attaches(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
@@ -347,7 +349,7 @@ async def test_an_unknown_tool_is_an_error_that_names_the_tools(tmp_path: Path, 
     await session.close()
 
 
-def test_without_a_server_a_call_says_what_it_waits_for_and_then_gives_up(
+def test_call_without_a_server_prints_the_wait_and_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -361,7 +363,7 @@ def test_without_a_server_a_call_says_what_it_waits_for_and_then_gives_up(
 # ---- Servers and workers that come and go ----------------------------------------------------------------------------
 
 
-def test_while_no_worker_polls_the_waiting_line_says_so_and_how_to_start_one(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: Path, server: Server) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
     with submitter(tmp_path, server.address, "count_effect", arguments) as process:
         line = process.wait_for("waiting:")
@@ -371,7 +373,7 @@ def test_while_no_worker_polls_the_waiting_line_says_so_and_how_to_start_one(tmp
             assert process.wait() == 0
 
 
-def test_while_a_failed_call_is_tried_again_the_waiting_line_says_why(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_of_a_retry_has_the_failures_reason(tmp_path: Path, server: Server) -> None:
     gate = tmp_path / "gate"
     with (
         counting_worker(tmp_path, server.address),
@@ -387,7 +389,7 @@ def test_while_a_failed_call_is_tried_again_the_waiting_line_says_why(tmp_path: 
     assert process.lines[-1] == "RESULT attempt 2"
 
 
-def test_while_the_task_of_a_killed_worker_waits_the_line_says_that_it_was_lost(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_reports_the_attempt_of_a_killed_worker_as_lost(tmp_path: Path, server: Server) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as process:
         with counting_worker(tmp_path, server.address) as worker:
@@ -418,7 +420,7 @@ def test_a_call_that_waits_completes_when_the_server_is_killed_and_started_again
     assert len(effects(log)) == 1
 
 
-def test_an_execution_that_a_new_database_does_not_know_is_replaced_through_the_key_and_said(tmp_path: Path) -> None:
+def test_execution_unknown_to_a_new_database_is_restarted_by_its_key(tmp_path: Path) -> None:
     log = tmp_path / "log"
     arguments = {"log": str(log), "number": 1}
     (tmp_path / "other").mkdir()
@@ -440,7 +442,7 @@ def test_an_execution_that_a_new_database_does_not_know_is_replaced_through_the_
     assert len({effect.key for effect in effects(log)}) == 1
 
 
-def test_a_console_that_knows_no_check_mark_is_no_reason_to_fail(tmp_path: Path, server: Server) -> None:
+def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, server: Server) -> None:
     command = [
         str(ROOT / "tests" / "programs" / "submitter.py"),
         "s",
@@ -480,7 +482,7 @@ def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
         (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_one_line(
+def test_wrong_call_is_a_one_line_error(
     server: Server, tmp_path: Path, arguments: list[str], code: int, said: str
 ) -> None:
     with tool_worker(tmp_path, server.address):

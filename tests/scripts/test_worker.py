@@ -1,4 +1,4 @@
-"""worker.py as a process: how it begins, how it ends, and what a bad tool or a SIGKILL costs."""
+"""worker.py as a process: its start, its end, bad tools and SIGKILL."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_help_imports_neither_autogen_nor_the_search(tmp_path: Path) -> None:
     assert not imported & {"autogen_core", "openai", "ddgs", "lxml"}
 
 
-def test_it_waits_for_a_server_and_says_how_to_start_one(tmp_path: Path) -> None:
+def test_worker_waits_for_a_server_and_prints_how_to_start_one(tmp_path: Path) -> None:
     port = free_port()
     with running([WORKER], cwd=tmp_path, env={"NEXUM_ADDRESS": f"127.0.0.1:{port}"}) as worker:
         line = worker.wait_for("waiting for one")
@@ -79,7 +79,7 @@ def test_worker_finds_the_server_of_its_folder_and_follows_it_to_another_port(tm
             worker.wait_for(f"reconnected to {tmp_path / 'nexum.db'} as worker")
 
 
-def test_ctrl_c_ends_it_while_it_waits_for_a_server(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_worker_that_waits_for_a_server(tmp_path: Path) -> None:
     with running([WORKER, "--nexum", f"127.0.0.1:{free_port()}"], cwd=tmp_path) as worker:
         worker.wait_for("waiting for one")
         worker.interrupt()
@@ -136,8 +136,8 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
     assert [one["outcome"] for one in attempts(execution)] == ["LOST", "COMPLETED"]
 
 
-def test_it_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
-    # The shell's role is played by a Python that starts a worker, and is then killed.
+def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
+    # A Python process plays the shell: it starts a worker and is then killed.
     parent = (
         "import subprocess, sys; "
         f"child = subprocess.Popen([sys.executable, {WORKER!r}, '--nexum', {server.address!r}, "
@@ -150,10 +150,10 @@ def test_it_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, 
         wait_until(lambda: not is_alive(pid), "the worker is gone", timeout=2)
 
 
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
+# ---- Failures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_tool_that_hangs_costs_one_attempt_and_neither_the_worker_nor_its_end(tmp_path: Path, server: Server) -> None:
+def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: Path, server: Server) -> None:
     log = tmp_path / "log"
     with counting_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, "hang_once", {"log": str(log)}) as process:

@@ -1,4 +1,4 @@
-"""A Nexum server within the test's own process, so that a test can put a fault into its store."""
+"""A Nexum server in the test's process, so that a test can inject faults into its store."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 Transition = Callable[..., Any]
 Run = Callable[[], Awaitable[Any]]
-"""Submits the transition that was intercepted."""
+"""A function that runs the intercepted transition."""
 
 
 def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awaitable[Any]]) -> None:
-    """From now on, whoever runs the transition on the store runs `instead`, which may run the transition."""
+    """Call `instead` for every run of the transition on the store. `instead` may run the transition."""
     run_any = store.run
 
     def run(submitted: Transition, *args: Any, **options: Any) -> Awaitable[Any]:
@@ -37,16 +37,16 @@ def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awa
 
 
 class EngineServer:
-    """Its address, its store, and the faults in it."""
+    """A running server: its address, its store and the injected faults."""
 
     def __init__(self, store: Store, address: str) -> None:
         self.store = store
         self.address = address
         self.calls: dict[Transition, int] = {}
-        """How often each watched transition was submitted."""
+        """Number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the runs of a transition; the first of them do what `faults` say, and the others what they should."""
+        """Count the runs of a transition, and replace the first ones by `faults`, one each."""
         self.calls[transition] = 0
 
         def counted(run: Run) -> Awaitable[Any]:
@@ -58,23 +58,23 @@ class EngineServer:
 
 
 async def raises() -> None:
-    """A fault of the server's own."""
+    """Raise an error as a bug in the server would."""
     raise RuntimeError("a bug")
 
 
 async def is_full() -> None:
-    """A database that can't confirm a transaction."""
+    """Raise the error of a database that can't confirm a transaction."""
     raise StoreUnavailable("the database could not confirm the transaction: ask again")
 
 
 async def hangs() -> None:
-    """No answer."""
+    """Never return."""
     await asyncio.Event().wait()
 
 
 @asynccontextmanager
 async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[EngineServer]:
-    """A server on `folder`/nexum.db, ready for calls; `lease` in seconds."""
+    """Run a server on `folder`/nexum.db, ready for calls. `lease` is in seconds."""
     clock = SystemClock()
     store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
     polls = Polls(store, clock, round(lease * 1000))

@@ -1,4 +1,4 @@
-"""Real processes for the tests: servers, workers and scripts, each ended by the test that started it."""
+"""Real processes for the tests: servers, workers and scripts. The test that starts a process also ends it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
-    # What pytest's settings do, for what is run as a script.
+    # For programs that pytest doesn't start: its settings do the same.
     sys.path.insert(0, str(ROOT))
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
@@ -25,7 +25,7 @@ MODEL_VARIABLES = (
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port without a listener."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -33,13 +33,13 @@ def free_port() -> int:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without what would choose a model, a server or a database, and with `changes`."""
+    """Return this process's environment with `changes`, without variables that select a model, server or database."""
     base = {name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES}
     return {**base, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(changes or {})}
 
 
 class Process:
-    """A child whose output is read as it comes."""
+    """A child process. A thread reads its output."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Process:
         self._new.put(None)
 
     def wait_for(self, text: str, *, timeout: float = 30) -> str:
-        """The next line that contains `text`; fails the test if the process ends or the time is up before."""
+        """Return the next line that contains `text`. Raises AssertionError if the process ends or the time is up."""
         while True:
             try:
                 line = self._new.get(timeout=timeout)
@@ -89,7 +89,7 @@ class Process:
         return "\n".join(self.lines)
 
     def wait(self, timeout: float = 60) -> int:
-        """The exit code, with all output read."""
+        """Wait for the end of the process and of its output; return the exit code."""
         code = self.popen.wait(timeout)
         while (line := self._new.get(timeout=10)) is not None:
             self.lines.append(line)
@@ -97,20 +97,20 @@ class Process:
         return code
 
     def kill(self) -> None:
-        """SIGKILL (TerminateProcess on Windows)."""
+        """Send SIGKILL (TerminateProcess on Windows), and wait for the end."""
         self.popen.kill()
         self.popen.wait(10)
 
     def interrupt(self) -> None:
-        """Ctrl+C."""
+        """Send SIGINT, as Ctrl+C does."""
         self.popen.send_signal(signal.SIGINT)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         self.popen.terminate()
 
     def end(self) -> None:
-        """Make sure that it is gone."""
+        """Kill the process if it still runs, and close its output."""
         if self.popen.poll() is None:
             self.kill()
         if self.popen.stdout is not None:
@@ -125,7 +125,7 @@ def running(
     env: Mapping[str, str] | None = None,
     program: str | Path = sys.executable,
 ) -> Iterator[Process]:
-    """A process for the length of a `with`."""
+    """Run a process for the length of a `with`."""
     process = Process(command, cwd=cwd, env=env, program=program)
     try:
         yield process
@@ -137,7 +137,7 @@ def running(
 def nexum_server(
     folder: Path, *, port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """A real server on `folder`/nexum.db, ready for calls."""
+    """Run a server process on `folder`/nexum.db, ready for calls."""
     command = [
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port or free_port()}", "--lease", str(lease)),
         *("--database-url", f"sqlite:///{folder / 'nexum.db'}", *arguments),
@@ -161,7 +161,7 @@ class Server:
 
 @contextmanager
 def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) -> Iterator[Process]:
-    """A real worker.py, connected."""
+    """Run a worker.py that is connected to the server."""
     with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:
         process.wait_for("connected to")
         yield process
@@ -169,7 +169,7 @@ def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) ->
 
 @contextmanager
 def logged(lines: list[str], name: str = "durable_autogen") -> Iterator[None]:
-    """Collect what a library logs for a person."""
+    """Add the messages of a library's logger, from level INFO on, to `lines`."""
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""A guarded fetcher to which loopback is the public internet."""
+"""A guarded fetcher that takes one loopback address for a public one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from support.tools.web.addresses import Address
 from support.tools.web.fetch import GuardedFetcher
 
-PUBLIC = IPv4Address("127.0.0.1")  # what the tests' policy lets through
-FORBIDDEN = IPv4Address("127.0.0.2")  # loopback too, and refused
+PUBLIC = IPv4Address("127.0.0.1")  # the only address that the tests' policy accepts
+FORBIDDEN = IPv4Address("127.0.0.2")  # a loopback address that the policy refuses
 
 
 def resolve_to(*addresses: Address) -> Any:

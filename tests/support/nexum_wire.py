@@ -1,4 +1,4 @@
-"""The wire as any gRPC client sees it: a plain stub with default options, and words for what a test does with it."""
+"""A plain gRPC stub with default options, as any client has it, and short functions for its calls."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 @contextmanager
 def connected(address: str, options: Sequence[tuple[str, Any]] = ()) -> Iterator[NexumServiceStub]:
-    """A stub; without `options` one that receives up to 4 MB, as published clients do."""
-    # A connection of its own, so that closing it is what the server sees.
+    """Connect a stub. Without `options` it receives up to 4 MB, as published clients do."""
+    # Not from gRPC's shared pool, so that the server sees the connection close.
     with grpc.insecure_channel(address, options=[*options, ("grpc.use_local_subchannel_pool", 1)]) as channel:
         grpc.channel_ready_future(channel).result(timeout=DEADLINE)
         yield NexumServiceStub(channel)
@@ -63,7 +63,7 @@ def record(stub: NexumServiceStub, execution_id: str, **more: Any) -> pb.GetExec
 
 
 def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
-    """The status and the words of a call that has to be refused."""
+    """Return the status and the details of a call that must be refused."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     code: grpc.StatusCode = caught.value.code()

@@ -1,4 +1,4 @@
-"""What the tests of the pipeline share: its scripts as processes, and its records."""
+"""Helpers for the tests of the pipeline: its scripts as processes, and its records."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """The recorded offline pipelines, also those of drills, with nodes and attempts, oldest first; from the server or
-    the demo's database."""
+    """Return the recorded offline pipelines, also of drills, with nodes and attempts, oldest first.
+
+    Read them from the server, or else from the demo's database.
+    """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
     offline = OFFLINE_PIPELINE.workflow_id
@@ -48,7 +50,7 @@ def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
 
 
 def attempts(execution: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
-    """Step, attempt, the worker's name in the demo, and outcome; in the order of their starts."""
+    """Return step, number, worker's name and outcome of each attempt, in the order of the attempts' starts."""
     rows = [
         (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
         for node in execution["nodes"]
@@ -67,14 +69,14 @@ def output_of(execution: Mapping[str, Any], step: str) -> dict[str, Any]:
 
 
 def assert_no_worker_is_left(output: str) -> None:
-    """None of the workers that the demo says it started is alive."""
+    """Check that no worker is alive whose start the demo has printed."""
     pids = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", output)]
     assert pids
     assert [pid for pid in pids if is_alive(pid)] == []
 
 
 def start_pipeline(address: str, query: str = QUERY) -> str:
-    """Start an offline pipeline as somebody else would; its execution id."""
+    """Start an offline pipeline outside of any drill; return its execution id."""
 
     async def start() -> str:
         async with NexumClient(address) as client:
@@ -85,7 +87,7 @@ def start_pipeline(address: str, query: str = QUERY) -> str:
 
 
 def record_research(address: str, execution_id: str, claims: Sequence[Mapping[str, str]]) -> None:
-    """Take the research step as a worker would, and record these claims as its result."""
+    """Poll for the research step as a worker, and record these claims as its result."""
 
     async def record() -> None:
         async with NexumClient(address) as client:
@@ -105,7 +107,7 @@ def task(step: str, deps: Mapping[str, Any] | None = None, *, query: str = QUERY
 
 
 class ScriptedModel(OfflineModel):
-    """Replies in order, the last one again and again, and keeps what it was sent. An exception is raised."""
+    """A model that returns or raises `replies` in order, then repeats the last one. It keeps the received messages."""
 
     def __init__(self, *replies: str | Exception) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class ScriptedModel(OfflineModel):
 
 
 def always(model: ChatCompletionClient) -> Callable[[str], ChatCompletionClient]:
-    """The same model for every step."""
+    """Return a maker that gives every step this model."""
     return lambda step: model
 
 
@@ -162,7 +164,7 @@ def made_run(
     status: ExecutionStatus = ExecutionStatus.COMPLETED,
     query: str = QUERY,
 ) -> PipelineRun:
-    """A run as the server would have recorded it."""
+    """Return a run with these attempts, as the server would record it."""
     nodes: list[Node] = []
     effects: list[Effect] = []
     for step in STEPS:

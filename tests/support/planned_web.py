@@ -1,4 +1,4 @@
-"""A web that answers what a test plans, for tests of the tools themselves."""
+"""A web with planned answers, for the tests of the tools."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from support.tools import Page, SearchHit, ToolContext
 
 
 class PlannedWeb:
-    """Answers what it is told to."""
+    """A web that returns these hits and this page, and keeps the requests in `asked`."""
 
     def __init__(self, *hits: SearchHit, page: Page | None = None) -> None:
         self.hits = list(hits)

@@ -1,4 +1,4 @@
-"""What the tests of whole processes share: the scripts, their children, what is recorded and what was done."""
+"""Helpers for the tests of whole processes: scripts, their children, records and effects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUESTION = "What is the population of Tokyo vs New York?"
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 20) -> None:
-    """Return as soon as it is so; fail the test if it isn't within `timeout` seconds."""
+    """Return as soon as the condition holds. Raises AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 20)
 
 
 def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run it to its end; exit code and output, in which no traceback is ever wanted."""
+    """Run a script to its end; return its exit code and its output, which must hold no traceback."""
     with running(command, cwd=folder, env=env) as process:
         code = process.wait()
     assert "Traceback" not in process.output, process.output
@@ -46,7 +46,7 @@ def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None =
 
 
 def read_one_line(command: list[str], folder: Path) -> tuple[str, int, str]:
-    """What `COMMAND | head -1` sees: the line; then the exit code and what stands on standard error."""
+    """Run `COMMAND | head -1`; return the line, the command's exit code and its standard error."""
     with subprocess.Popen(
         [sys.executable, *command],
         cwd=folder,
@@ -69,7 +69,7 @@ def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None
 
 @contextmanager
 def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """A running demo; what is left of its children is ended with it."""
+    """Run the demo for the length of a `with`; then continue its stopped children, so that they can end."""
     with running([DEMO, *arguments], cwd=folder, env=env) as process:
         try:
             yield process
@@ -79,13 +79,13 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 
 def answer(output: str) -> str:
-    """What the demo's agent said in the end."""
+    """Return the final answer in the demo's output."""
     return output.partition("\n\n")[2].partition("\n[Nexum] session ")[0]
 
 
 @contextmanager
 def counting_worker(folder: Path, address: str) -> Iterator[Process]:
-    """tests/programs/counting_worker.py, connected."""
+    """Run a tests/programs/counting_worker.py that is connected to the server."""
     with running([str(ROOT / "tests" / "programs" / "counting_worker.py"), address], cwd=folder) as process:
         process.wait_for("connected to")
         yield process
@@ -95,7 +95,7 @@ def counting_worker(folder: Path, address: str) -> Iterator[Process]:
 def submitter(
     folder: Path, address: str, tool_name: str, *calls: Mapping[str, Any], session: str = "s", timeout: float = 60
 ) -> Iterator[Process]:
-    """tests/programs/submitter.py at work."""
+    """Run tests/programs/submitter.py with these calls."""
     program = str(ROOT / "tests" / "programs" / "submitter.py")
     command = [
         program,
@@ -112,7 +112,7 @@ def submitter(
 
 
 def children(pid: int) -> dict[str, int]:
-    """The processes that the process started and that run by now, `server` and `worker`."""
+    """Return the ids of a process's running children: `server` and `worker`."""
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -121,7 +121,7 @@ def children(pid: int) -> dict[str, int]:
                 command = (folder / "cmdline").read_bytes()
             except (OSError, IndexError):
                 continue
-            # Between its fork and its exec a child has its parent's command line: not yet.
+            # A child has its parent's command line until its exec, so it isn't found before.
             for name, part in (("server", b"nexum_engine"), ("worker", b"worker.py")):
                 if parent == pid and part in command:
                     found[name] = int(folder.name)
@@ -129,12 +129,12 @@ def children(pid: int) -> dict[str, int]:
 
 
 def stat(pid: int) -> list[str]:
-    """State, parent and the rest of a process's line in /proc."""
+    """Return a process's fields in /proc/PID/stat, from the state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it runs, or could: a zombie doesn't."""
+    """Return whether the process exists and is no zombie."""
     try:
         return stat(pid)[0] not in "ZX"
     except (OSError, IndexError):
@@ -142,18 +142,18 @@ def is_alive(pid: int) -> bool:
 
 
 def send(pid: int, number: int) -> None:
-    """A signal, to a process that may be gone."""
+    """Send a signal to a process that may have ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def default_port() -> int:
-    """The port on which a server listens if it can."""
+    """Return the default port of a server."""
     return int(DEFAULT_ADDRESS.rpartition(":")[2])
 
 
 def wait_for_no_server(folder: Path) -> None:
-    """Return when the folder's embedded server has ended in good order."""
+    """Wait until the folder's embedded server has ended normally."""
     address = folder / ".nexum" / "local.db.address"
     wait_until(lambda: not address.exists(), f"{address} is removed", timeout=5)
 
@@ -166,8 +166,10 @@ def command_line(*arguments: str) -> argparse.Namespace:
 
 
 def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Every tool call's execution with its nodes and attempts, oldest first, from the server or else from the demo's
-    database. What a durable run records of itself is left out."""
+    """Return the executions of all tool calls, with nodes and attempts, oldest first.
+
+    Read them from the server, or else from the demo's database. Executions of durable runs are left out.
+    """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
     ids = [one["execution_id"] for one in reversed(listed) if not one["workflow_id"].startswith("agent-")]
@@ -180,7 +182,7 @@ def attempts(execution: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def call_of(execution: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Tool and arguments."""
+    """Return the tool's name and the arguments of an execution."""
     call = json.loads(execution["input_json"])
     return call["tool_name"], call["tool_args"]
 
@@ -192,7 +194,7 @@ def result_of(execution: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Effect:
-    """One line of a tool's log."""
+    """One line of a tool's log: an attempt that had its effect."""
 
     at_ms: int
     attempt: int

@@ -1,4 +1,4 @@
-"""Servers on loopback for the tests of the web tools: real sockets, answers of our own, every connection counted."""
+"""Loopback servers for the tests of the web tools: real sockets, planned answers, counted connections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answer: TypeAlias = bytes | Callable[[socket.socket], None]
 
 
 def response(body: bytes | str = b"", status: str = "200 OK", **headers: str) -> bytes:
-    """A whole HTTP response; `content_type="x"` becomes `content-type: x`."""
+    """Return a whole HTTP response. `content_type="x"` becomes the header `content-type: x`."""
     body = body.encode() if isinstance(body, str) else body
     lines = {"content_length": str(len(body)), "connection": "close", **headers}
     head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in lines.items())
@@ -31,20 +31,20 @@ def redirect(location: str, status: str = "302 Found") -> bytes:
 
 
 def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:
-    """A response that goes on until the client hangs up."""
+    """Return an answer that sends pieces until the client closes the connection."""
 
     def answer(connection: socket.socket) -> None:
         gone = threading.Event()
         connection.sendall(head)
         with contextlib.suppress(OSError):
-            while not gone.wait(pause):  # nobody sets it: the client hanging up ends this
+            while not gone.wait(pause):  # never set: the loop ends when the client closes the connection
                 connection.sendall(piece)
 
     return answer
 
 
 def received(connection: socket.socket) -> bytes:
-    """A request up to its empty line (these tests' requests with a body fit the same packet, which is read too)."""
+    """Read a request up to its empty line. The tests' request bodies fit into the same packet, which is read, too."""
     data = b""
     while b"\r\n\r\n" not in data and (piece := connection.recv(65536)):
         data += piece
@@ -52,7 +52,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 class LoopbackServer:
-    """Answers by path. `connections` counts what arrived, `requests` holds what was asked."""
+    """A server that answers by path. `connections` is their number, `requests` holds the received requests."""
 
     def __init__(
         self, answers: Mapping[str, Answer] | None = None, address: str = "127.0.0.1", tls: ssl.SSLContext | None = None

@@ -1,4 +1,4 @@
-"""Whatever a tool does, it stays within its time limit and its failure stays its own."""
+"""run_contained: a tool ends at its time limit, and its failure ends or blocks nothing else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def raising(error: BaseException, *, in_coroutine: bool) -> Tool:
 
 @pytest.mark.parametrize("in_coroutine", [False, True])
 @pytest.mark.parametrize("error", [WebError("later"), FinalError("never"), ValueError("v"), TimeoutError("inner")])
-async def test_a_tools_own_error_comes_out_as_it_is(error: Exception, in_coroutine: bool) -> None:
+async def test_tool_error_is_raised_unchanged(error: Exception, in_coroutine: bool) -> None:
     with pytest.raises(type(error)) as raised:
         await raising(error, in_coroutine=in_coroutine).run({}, context())
     assert raised.value is error
@@ -51,7 +51,9 @@ async def test_a_tools_own_error_comes_out_as_it_is(error: Exception, in_corouti
 
 @pytest.mark.parametrize("in_coroutine", [False, True])
 @pytest.mark.parametrize("error", [asyncio.CancelledError("c"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-async def test_what_would_end_the_worker_becomes_an_ordinary_error(error: BaseException, in_coroutine: bool) -> None:
+async def test_exception_that_would_end_the_worker_becomes_a_runtime_error(
+    error: BaseException, in_coroutine: bool
+) -> None:
     with pytest.raises(RuntimeError, match=f"raised {type(error).__name__}") as raised:
         await raising(error, in_coroutine=in_coroutine).run({}, context())
     assert raised.value.__cause__ is error
@@ -63,7 +65,7 @@ async def test_a_stop_iteration_becomes_an_ordinary_error(in_coroutine: bool) ->
         await raising(StopIteration(), in_coroutine=in_coroutine).run({}, context())
 
 
-async def test_a_hung_tool_costs_its_time_limit_and_stops_nobody_else() -> None:
+async def test_hung_tool_ends_at_its_limit_and_blocks_no_other_tool() -> None:
     release = threading.Event()
     started = threading.Semaphore(0)
 
@@ -150,7 +152,6 @@ def test_a_hung_tool_does_not_keep_the_process_from_ending() -> None:
 import asyncio, threading
 from support.tools import Tool, ToolContext, ToolTimeout
 from support.tools.web.live import LiveWeb
-
 
 def hang() -> str:
     "Hang."

@@ -1,4 +1,4 @@
-"""How a tool is declared, how it checks its arguments, and what it returns."""
+"""The declaration of a tool, the check of its arguments, and its result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def everything(
 EVERYTHING = Tool.from_function(everything, time_limit=5)
 
 
-def test_a_tool_is_read_off_its_function() -> None:
+def test_tool_is_made_from_its_function() -> None:
     assert EVERYTHING.name == "everything"
     assert EVERYTHING.description == "Show what was given.\n\nTwice."
     assert EVERYTHING.time_limit == 5.0
@@ -153,7 +153,7 @@ def test_a_time_limit_below_zero_is_refused() -> None:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """What a test declares is gone afterwards."""
+    """Remove the tools that a test has declared."""
     before = dict(REGISTRY)
     yield
     REGISTRY.clear()

@@ -1,4 +1,4 @@
-"""The guarded fetch against real servers on loopback, which an injected resolver and policy make "public"."""
+"""The guarded fetch with real servers on loopback; an injected resolver and policy make loopback public."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_page_is_read_with_the_host_name_of_its_url(server: LoopbackServer) ->
     assert f"host: public.test:{server.port}".encode() in server.requests[0].lower()
 
 
-def test_the_trap_counts_who_reaches_it(trap: LoopbackServer) -> None:
+def test_trap_counts_connections(trap: LoopbackServer) -> None:
     open_to_it = fetcher(resolver=resolve_to(FORBIDDEN), address_policy=lambda address: True)
     assert open_to_it.fetch(f"http://public.test:{trap.port}/").body == b"secret"
     assert trap.connections == 1
@@ -94,20 +94,18 @@ def test_a_redirect_to_the_metadata_address_is_refused_by_the_real_policy(server
         guarded.fetch(f"http://public.test:{server.port}/")
 
 
-def test_redirects_without_an_end_are_given_up(server: LoopbackServer) -> None:
+def test_endless_redirects_are_refused(server: LoopbackServer) -> None:
     server.answers["/"] = redirect("/")
     with pytest.raises(FinalError, match="redirects more than 3 times"):
         fetcher(max_redirects=3).fetch(f"http://public.test:{server.port}/")
     assert server.connections == 4
 
 
-def test_a_name_is_resolved_once_per_connection_so_that_it_cannot_change_in_between(
-    server: LoopbackServer, trap: LoopbackServer
-) -> None:
+def test_name_is_resolved_once_per_connection(server: LoopbackServer, trap: LoopbackServer) -> None:
     answers = iter([[PUBLIC], [FORBIDDEN]])
     server.answers["/"] = page("first answer")
     assert fetcher(resolver=lambda host: next(answers)).fetch(f"http://public.test:{server.port}/").status == 200
-    assert next(answers) == [FORBIDDEN]  # nobody took it
+    assert next(answers) == [FORBIDDEN]  # the second answer was not used
     assert (server.connections, trap.connections) == (1, 0)
 
 
@@ -120,7 +118,7 @@ def test_a_name_that_rebinds_between_redirects_is_refused(server: LoopbackServer
     assert trap.connections == 0
 
 
-def test_one_forbidden_address_among_public_ones_refuses_the_name(server: LoopbackServer, trap: LoopbackServer) -> None:
+def test_name_with_one_forbidden_address_is_refused(server: LoopbackServer, trap: LoopbackServer) -> None:
     with pytest.raises(FinalError, match="not a public address"):
         fetcher(resolver=resolve_to(PUBLIC, FORBIDDEN)).fetch(f"http://public.test:{server.port}/")
     assert (server.connections, trap.connections) == (0, 0)
@@ -136,14 +134,14 @@ def test_environment_proxies_are_not_used(
     assert trap.connections == 0
 
 
-def test_a_dead_address_gives_way_to_the_next(server: LoopbackServer) -> None:
+def test_dead_address_is_skipped_for_the_next(server: LoopbackServer) -> None:
     server.answers["/"] = page("second")
     dead = ip_address("127.0.0.3")  # nothing listens on this port there, or the address doesn't exist
     both = fetcher(resolver=resolve_to(dead, PUBLIC), address_policy=lambda address: True)
     assert both.fetch(f"http://public.test:{server.port}/").body == b"second"
 
 
-def test_a_refused_connection_and_an_unknown_host_may_be_tried_again() -> None:
+def test_refused_connection_and_unknown_host_may_be_retried() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(WebError, match="connecting failed"):

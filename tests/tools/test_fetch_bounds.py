@@ -1,4 +1,4 @@
-"""A fetch ends at its deadline and at its byte limit, and takes no encoding that it didn't ask for."""
+"""The bounds of a fetch: deadline, byte limit and accepted encodings."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_known_encodings_are_decompressed(server: LoopbackServer, encoding: str,
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "evil"])
-def test_an_encoding_that_was_not_asked_for_is_refused(server: LoopbackServer, encoding: str) -> None:
+def test_encoding_that_was_not_accepted_is_refused(server: LoopbackServer, encoding: str) -> None:
     server.answers["/"] = page(b"?", content_encoding=encoding)
     with pytest.raises(FinalError, match="encoding that was not accepted"):
         fetcher().fetch(f"http://public.test:{server.port}/")
@@ -122,7 +122,7 @@ def test_a_gzip_bomb_is_refused_without_being_unpacked(server: LoopbackServer) -
 
 
 @pytest.mark.parametrize("body", [b"not gzip at all", gzip.compress(b"hello " * 5000)[:-20]], ids=["broken", "cut"])
-def test_broken_compressed_data_may_be_tried_again(server: LoopbackServer, body: bytes) -> None:
+def test_broken_compressed_data_may_be_retried(server: LoopbackServer, body: bytes) -> None:
     server.answers["/"] = page(body, content_encoding="gzip")
     with pytest.raises(WebError, match="compressed data"):
         fetcher().fetch(f"http://public.test:{server.port}/")
@@ -140,7 +140,7 @@ def test_a_binary_body_is_not_read(server: LoopbackServer) -> None:
     [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\ncontent-type: text/plain\r\n\r\nshort"],
     ids=["nothing", "not HTTP", "cut off"],
 )
-def test_a_server_that_breaks_off_may_be_tried_again(server: LoopbackServer, answer: bytes) -> None:
+def test_broken_response_may_be_retried(server: LoopbackServer, answer: bytes) -> None:
     server.answers["/"] = answer
     with pytest.raises(WebError, match="could not be read"):
         fetcher().fetch(f"http://public.test:{server.port}/")

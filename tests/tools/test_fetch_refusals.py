@@ -1,4 +1,4 @@
-"""Attack URLs against the real address policy. Every name resolves to loopback, where a server counts who comes."""
+"""Attack URLs with the real address policy. Every name resolves to loopback, where a server counts connections."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ATTACKS = [
     "http://[2002:7f00:1::]:{port}/",
     "http://[2001:0:7f00:1::]:{port}/",
     "http://[2a00:1450::5efe:7f00:1]:{port}/",
-    # names that lead here
+    # names that resolve to this computer
     "http://localtest.me:{port}/",
     "http://127.0.0.1.nip.io:{port}/",
     "http://metadata.google.internal:{port}/computeMetadata/v1/",
@@ -80,7 +80,7 @@ ATTACKS = [
     "http://[fec0::1]/",
     "http://[ff02::1]/",
     "http://[2001:db8::1]/",
-    # what is no address of a page
+    # not an address of a page
     "file:///etc/hostname",
     "ftp://public.test/",
     "gopher://127.0.0.1:{port}/",
@@ -150,7 +150,7 @@ def test_a_refusal_names_the_address_and_the_cause(url: str, words: str) -> None
     assert url in str(refused.value)
 
 
-def test_a_refusal_does_not_tell_where_a_name_leads() -> None:
+def test_refusal_does_not_reveal_the_resolved_address() -> None:
     with pytest.raises(FinalError, match=r"localtest\.me is not a public address") as refused:
         GuardedFetcher(resolver=resolve_to_loopback).fetch("http://localtest.me/")
     assert "127.0.0.1" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""From a response to the text that a model reads."""
+"""page_to_markdown: the conversion of a response to the text that a model reads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PAGE = """<!DOCTYPE html><html><head><title>A &amp; B
 </article><aside>ASIDE</aside><footer>FOOTER</footer></body></html>"""
 
 
-def test_the_content_stays_and_what_surrounds_it_goes() -> None:
+def test_content_is_kept_and_its_surroundings_dropped() -> None:
     assert read(PAGE) == (
         "# A & B title\n\nBy somebody\n\n## Part\n\n"
         "Tokyo had 14,187,000 people_here *today* in 2024 [1] #1 <b>.\n\n"
@@ -70,7 +70,7 @@ def test_a_form_around_the_whole_page_is_kept() -> None:
     assert read("<body><form><p>All of the text</p></form><p>x</p></body>") == "All of the text\n\nx"
 
 
-def test_links_are_absolute_and_only_lead_to_the_web() -> None:
+def test_links_are_absolute_web_addresses() -> None:
     html = """<p><a href="/a b(c)">one</a> <a href="next?x=1#y" title="t">two</a> <a href="javascript:x()">three</a>
     <a href="#part">four</a> <a href="http://[bad">five</a> <a href="mailto:a@b.c">six</a> <a href="/e"> </a>
     <a href="https://user:pw@example.org/">seven</a></p>"""
@@ -84,22 +84,22 @@ def test_links_are_resolved_against_the_pages_own_base() -> None:
     assert read(html) == "[link](https://other.org/x/y)"
 
 
-def test_images_without_words_or_of_inline_data_go() -> None:
+def test_images_without_text_or_with_inline_data_are_dropped() -> None:
     html = '<p>a<img src="data:image/png;base64,AAAA" alt="inline">b<img src="/i.png">c<img src="/j.png" alt="J"></p>'
     assert read(html) == "ainlinebc![J](https://example.org/j.png)"
 
 
-def test_invisible_characters_go() -> None:
+def test_invisible_characters_are_dropped() -> None:
     hidden = "a\u200bb\u202ec\u2066d\ufeffe\x01f\x1b[31mg\u00adh\U000e0041i\ufe0fj"
     assert read(hidden, "text/plain; charset=utf-8").replace("[31m", "") == "abcdefghij"
     assert "\u200b" not in read("<p>a&#8203;b &#x202E;c &#xD800;d</p>")
 
 
-def test_text_keeps_its_lines_and_loses_only_the_empty_ones() -> None:
+def test_text_keeps_all_lines_but_extra_empty_ones() -> None:
     assert read("  a  b \r\nc\rd\n\n\n\n\ne\n\n", "text/plain") == "  a  b\nc\nd\n\ne"
 
 
-def test_json_is_indented_where_that_changes_nothing() -> None:
+def test_json_is_indented_if_no_value_changes() -> None:
     assert read('{"a":[1,2.5,"\u00fc"]}', "application/json") == '{\n  "a": [\n    1,\n    2.5,\n    "ü"\n  ]\n}'
     assert json.loads(read('{"a": 1}', "application/ld+json; charset=utf-8")) == {"a": 1}
     same = ['{"price":1.10}', '{"a":1,"a":2}', '{"a":NaN}', '{"a":', "[" * 50_000, f"[{'9' * 5000}]"]
@@ -111,7 +111,7 @@ def test_json_is_indented_where_that_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "content_type", ["text/xml", "application/xml", "application/atom+xml", "text/csv", "Text/Markdown; x=y"]
 )
-def test_xml_and_other_text_is_given_as_it_is(content_type: str) -> None:
+def test_xml_and_other_text_is_unchanged(content_type: str) -> None:
     assert read("<a>\n <b>1</b>\n</a>", content_type) == "<a>\n <b>1</b>\n</a>"
 
 
@@ -119,17 +119,17 @@ def test_xml_and_other_text_is_given_as_it_is(content_type: str) -> None:
     "content_type",
     ["image/png", "application/pdf", "application/octet-stream", "video/mp4", "image/svg+xml", "nonsense", "a\u200b/b"],
 )
-def test_another_type_is_a_final_error_that_says_what_can_be_read(content_type: str) -> None:
+def test_unreadable_type_is_a_final_error_with_the_readable_types(content_type: str) -> None:
     with pytest.raises(FinalError, match="only HTML, text, JSON and XML can be read"):
         read(b"%PDF", content_type)
 
 
-def test_binary_data_under_a_texts_name_is_refused() -> None:
+def test_binary_data_with_a_text_type_is_refused() -> None:
     with pytest.raises(FinalError, match="holds binary data"):
         read(b"\x7fELF\0\0\0", "text/plain")
 
 
-def test_a_response_without_a_type_is_read_by_what_it_holds() -> None:
+def test_response_without_a_type_is_read_as_html() -> None:
     assert read("<h1>Hello</h1>", "") == "# Hello"
     assert read("plain words", "") == "plain words"
     with pytest.raises(FinalError, match="binary"):
@@ -180,14 +180,14 @@ def test_a_long_page_is_cut_with_a_note() -> None:
     assert len(read("<p>word</p>" * 10_000)) < 20_100
 
 
-def test_a_body_that_was_cut_while_it_was_read_says_so() -> None:
+def test_truncated_body_has_a_note() -> None:
     assert read("abc", "text/plain", truncated=True) == "abc\n\n[cut: the first 3 characters; the page continues]"
     assert read("x" * 30, "text/plain", limit=10, truncated=True).endswith(
         "[cut: the first 10 characters; the page continues]"
     )
 
 
-def test_html_beyond_what_is_converted_is_not_passed_over_in_silence() -> None:
+def test_html_beyond_the_limit_has_a_note() -> None:
     text = read("<p>start</p><!--" + "x" * 600_000 + "--><p>end</p>")
     assert text == "start\n\n[cut: the first 5 characters; the page continues]"
 
@@ -208,7 +208,7 @@ def test_nesting_up_to_the_limit_is_converted() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 408, 425, 429])
-def test_a_status_that_may_pass_can_be_tried_again(status: int) -> None:
+def test_temporary_status_may_be_retried(status: int) -> None:
     with pytest.raises(WebError, match=f"{URL}.*HTTP {status}"):
         read("x", status=status)
 
@@ -220,7 +220,7 @@ def test_another_status_is_final(status: int) -> None:
 
 
 @pytest.mark.parametrize("body", ["", "  \n ", "<title>App</title><div id=root></div><script>run()</script>"])
-def test_a_page_without_text_is_final_and_says_why_that_may_be(body: str) -> None:
+def test_page_without_text_is_a_final_error_with_a_likely_cause(body: str) -> None:
     with pytest.raises(FinalError, match="holds no text; it may need a browser"):
         read(body)
 

@@ -1,4 +1,4 @@
-"""What a person sees of a page is what the model reads: values, tables, lists and code, and nothing hidden."""
+"""The model reads exactly what a person sees of a page: values, tables, lists and code, and nothing hidden."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read(body: str, content_type: str = "text/html; charset=utf-8") -> str:
         ("<math><msup><mn>10</mn><mn>6</mn></msup><mfrac><mn>1</mn><mrow>a<mo>+</mo>b</mrow></mfrac></math>", None),
     ],
 )
-def test_raised_text_is_not_taken_for_a_digit(html: str, text: str | None) -> None:
+def test_raised_digits_stay_apart_from_the_number_before(html: str, text: str | None) -> None:
     assert read(f"<p>{html}</p>" if not html.startswith(("<pre", "<h1")) else html) == (text or "10<sup>6</sup>1/(a+b)")
 
 
@@ -74,7 +74,7 @@ def test_a_table_keeps_every_value_under_its_head(html: str, text: str) -> None:
     assert read(f"<table>{html}</table>") == text
 
 
-def test_a_table_that_lays_out_the_page_is_no_table() -> None:
+def test_layout_table_becomes_text() -> None:
     menu_and_text = f"<tr><td>menu</td><td><h1>Head</h1><p>{'text ' * 300}</p></td></tr>"
     assert read(f"<table>{menu_and_text}</table>").startswith("menu\n\n# Head\n\ntext")
     assert read("<table role=presentation><tr><td>a<td>b</table>") == "a\n\nb"
@@ -122,7 +122,7 @@ def test_lists_and_quotes_keep_their_levels_and_numbers(html: str, text: str) ->
         "<pre class='src src-rust'>x</pre>",
     ],
 )
-def test_a_code_block_says_its_language(html: str) -> None:
+def test_code_block_has_its_language(html: str) -> None:
     assert read(html) == "```rust\nx\n```"
 
 
@@ -172,7 +172,7 @@ def test_code_is_kept_as_it_is_seen(html: str, text: str) -> None:
         ("1 < 2", "1 < 2"),
     ],
 )
-def test_words_and_values_are_read_as_they_are_seen(html: str, text: str | None) -> None:
+def test_visible_words_and_values_are_read(html: str, text: str | None) -> None:
     more = {"<figure": "![a b](https://example.org/i.png)\n\nc\n\nd"}
     more["<p># a"] = "\\# a\n\n\\- 5\n\n\\> 7\n\na\n\\```\n\n1. x * y_z"
     assert read(html) == (text or next(value for start, value in more.items() if html.startswith(start)))
@@ -235,7 +235,7 @@ def test_words_that_a_style_does_not_hide_are_kept(style: str) -> None:
     assert read(f'<p>a</p><p style="{style}">b</p>') == "a\n\nb"
 
 
-def test_words_are_seen_where_an_inner_style_shows_them_again() -> None:
+def test_words_shown_again_by_an_inner_style_are_kept() -> None:
     assert read("<p>a</p><div style='visibility:hidden'>x<i style='visibility:visible'>b</i></div>") == "a\n\n*b*"
     assert read("<div style='font-size:0'>x<p style='font-size:16px'>b</p><p style='font-size:2em'>y") == "b"
     assert read("<p>a</p><div style='opacity:0'><p style='opacity:1'>x") == "a"
@@ -263,7 +263,7 @@ def test_words_are_seen_where_an_inner_style_shows_them_again() -> None:
         "<math><annotation>x</annotation></math>",
     ],
 )
-def test_elements_that_nobody_sees_are_left_out(html: str) -> None:
+def test_invisible_elements_are_left_out(html: str) -> None:
     assert read(f"<p>a</p>{html}") == "a"
     assert read("<p>a</p><dialog open>b</dialog>") == "a\n\nb"
 
@@ -295,7 +295,7 @@ def test_elements_that_nobody_sees_are_left_out(html: str) -> None:
         "<3 <- </ > < !",
     ],
 )
-def test_no_markup_swallows_the_rest_of_the_page(html: str) -> None:
+def test_odd_markup_does_not_hide_the_rest_of_the_page(html: str) -> None:
     assert read(f"<p>before</p>{html}<p>after</p>").startswith("before\n\n")
     assert read(f"<p>before</p>{html}<p>after</p>").endswith("after")
 
@@ -307,14 +307,14 @@ def test_a_script_that_closes_itself_hides_nothing_in_xhtml() -> None:
         read(html)
 
 
-def test_a_base_that_no_browser_can_use_is_passed_over() -> None:
+def test_unusable_base_is_ignored() -> None:
     assert read("<base href='http://['><p><a href=x>y</a>") == "[y](https://example.org/dir/x)"
     assert read("<base href='javascript:x'><p><a href=x>y</a>") == "[y](https://example.org/dir/x)"
     long = f"<base href='https://example.org/{'x/' * 5000}'>"
     assert read(f"{long}<p><a href=x>y</a> <a href=https://a.org/>z</a>") == "y [z](https://a.org/)"
 
 
-def test_spans_of_any_size_neither_fail_nor_blow_the_page_up() -> None:
+def test_spans_of_any_size_keep_the_page_small() -> None:
     for value in ("²", "-1", "0", "x", "9" * 5000, "65534", "1e9"):
         assert "| a |" in read(f"<table><tr><th>h<tr><td colspan='{value}' rowspan='{value}'>a</table>")
     cells = "<td rowspan=60000 colspan=1000>cell</td>" * 100
@@ -322,7 +322,7 @@ def test_spans_of_any_size_neither_fail_nor_blow_the_page_up() -> None:
     assert text.endswith("the page continues]")
 
 
-def test_a_failure_of_the_parser_is_one_final_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parser_failure_is_a_final_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*args: object, **more: object) -> tuple[str, bool]:
         return str(int("½")), True
 
@@ -331,7 +331,7 @@ def test_a_failure_of_the_parser_is_one_final_error_in_words(monkeypatch: pytest
         read("<p>a</p>")
 
 
-# Pages that nobody would think of
+# Random pages
 
 
 WORD = re.compile(r"w\d+w")
@@ -412,7 +412,7 @@ MARKUP = [
 
 @dataclass(frozen=True)
 class Made:
-    """A piece of a page, with the words in it that are seen."""
+    """A piece of a page, with its visible words."""
 
     html: str
     seen: tuple[str, ...] = ()
@@ -422,7 +422,7 @@ def joined(parts: list[Made]) -> Made:
     return Made("".join(part.html for part in parts), tuple(word for part in parts for word in part.seen))
 
 
-# Not here: `a` around blocks, and tags that close others, where libxml2 and browsers part ways.
+# Left out: `a` around blocks, and tags that close others, which libxml2 and browsers read differently.
 BLOCKS = [
     "p",
     "div",
@@ -506,17 +506,17 @@ def pages(draw: st.DrawFn) -> Made:
 
 @given(pages())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine
-def test_every_word_that_is_seen_is_read_and_no_other(page: Made) -> None:
+def test_exactly_the_visible_words_are_read(page: Made) -> None:
     text = page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", page.html.encode()), limit=1_000_000)
     assert set(WORD.findall(text)) == set(page.seen)
 
 
 @given(st.lists(st.sampled_from(MARKUP) | st.text(max_size=5), max_size=40).map("".join))
 @settings(max_examples=150, deadline=None)
-def test_no_page_fails_with_an_error_that_is_not_ours(html: str) -> None:
+def test_random_page_raises_only_final_errors(html: str) -> None:
     try:
         text = read(html)
-    except FinalError:  # it holds no text, or binary data
+    except FinalError:  # the page holds no text, or binary data
         return
     assert text
 

@@ -1,7 +1,7 @@
-"""The work that a page makes grows with the page, not with its square.
+"""The work for a page is linear in the page's size.
 
-Time is not measured: the calls of functions and of patterns are counted, for a page and for one of four times its size.
-A pattern's own work is not seen by that, so each pattern also has to take long runs of what it repeats.
+These tests count the calls of functions and patterns for a page and for one of four times its size; they measure no
+time. The counts leave out a pattern's own work, so each pattern is also checked for quadratic repeats.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PAGES: dict[str, Callable[[int], str]] = {
 
 
 def calls(html: str) -> int:
-    """How many Python and C functions are called while the page is read."""
+    """Return the number of Python and C function calls while the page is read."""
     counted = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -81,10 +81,10 @@ def calls(html: str) -> int:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_four_times_the_page_makes_about_four_times_the_calls(name: str) -> None:
+def test_work_grows_linearly_with_the_page(name: str) -> None:
     page = PAGES[name]
-    calls(page(1))  # what is imported and compiled at first
-    # Twice as many as four times is more than any constant part explains; quadratic work makes sixteen times as many.
+    calls(page(1))  # import modules and compile patterns first
+    # Linear work makes four times as many calls, quadratic work sixteen times. Eight leaves room for a constant part.
     assert calls(page(GROWTH * SMALL)) < 2 * GROWTH * calls(page(SMALL))
 
 
@@ -100,16 +100,14 @@ PATTERNS = sorted(
 
 
 @pytest.mark.parametrize(("module", "pattern"), PATTERNS)
-def test_no_pattern_repeats_two_things_beside_each_other_that_take_the_same_characters(
-    module: str, pattern: str
-) -> None:
-    """Such neighbours try every way to share a run: `[ ]*[ \\n]*x` on blanks takes the square of their number."""
+def test_no_pattern_has_two_adjacent_repeats_of_the_same_characters(module: str, pattern: str) -> None:
+    """Adjacent repeats of one character are quadratic: on n blanks, `[ ]*[ \\n]*x` tries n² ways to split them."""
     repeated = [set(run) for run in repeated_neighbours(pattern)]
     assert all(not run for run in repeated), (module, pattern)
 
 
 def repeated_neighbours(pattern: str) -> list[str]:
-    """The characters that both of two unbounded, adjacent repeats of a pattern take, for each such pair."""
+    """Return, for each pair of adjacent unbounded repeats of a pattern, the characters that both accept."""
     parts = re.findall(r"(\[(?:\\.|[^\]\\])+\]|\\?.)([*+])(?=(\[(?:\\.|[^\]\\])+\]|\\?.)[*+])", pattern)
     candidates = " \t\n\f\r/=>abc019\"'-<"
     return [
@@ -123,6 +121,6 @@ def repeated_neighbours(pattern: str) -> list[str]:
     "around", ["<pre>a|b</pre>", "<p>a|b</p>", "<p style='transform:scale(|x'>a</p>", "<a |>b</a>"]
 )
 def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
-    """Each takes less than a second; at the cost of a square it would take hours, which pytest's time limit ends."""
+    """Each page takes under a second. Quadratic work would take hours, and pytest's time limit would end the test."""
     html = "<h1>head</h1>" + around.replace("|", run * (400_000 // len(run)))
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")

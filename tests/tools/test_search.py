@@ -1,4 +1,4 @@
-"""The true ddgs client, through a CONNECT proxy of our own that plays the search engines."""
+"""The real ddgs client, through a CONNECT proxy that plays the search engines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RUST = ("Rust", "https://www.rust-lang.org/", "A language that is fast and safe.
 
 
 class SearchEngines(LoopbackServer):
-    """A CONNECT proxy that answers for every host itself."""
+    """A CONNECT proxy that answers for every host."""
 
     def __init__(self, authority: trustme.CA) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ async def test_results_are_a_json_list_of_title_href_and_body(engines: SearchEng
     assert b"rust" in engines.requests[0]
 
 
-async def test_no_more_results_than_asked_for(engines: SearchEngines) -> None:
+async def test_search_returns_at_most_the_requested_results(engines: SearchEngines) -> None:
     hits = [(f"Rust {number}", f"https://example.org/{number}", "rust language") for number in range(8)]
     engines.answers[DUCKDUCKGO] = duckduckgo_page(*hits)
     found = await search(max_results=3)
@@ -111,7 +111,7 @@ async def test_links_that_cannot_be_visited_are_dropped_and_invisible_characters
     ]
 
 
-async def test_no_results_are_asked_for_on_a_second_engine(engines: SearchEngines) -> None:
+async def test_empty_result_is_checked_on_a_second_engine(engines: SearchEngines) -> None:
     engines.answers[BRAVE] = brave_page(RUST)
     assert await search() == [{"title": RUST[0], "href": RUST[1], "body": RUST[2]}]
     assert engines.asked == [DUCKDUCKGO, BRAVE]
@@ -127,9 +127,7 @@ async def test_no_results_on_both_engines_are_an_empty_list_and_a_warning(
 
 
 @pytest.mark.parametrize("status", ["202 Accepted", "403 Forbidden", "429 Too Many Requests", "500 Internal"])
-async def test_a_refusal_by_both_engines_is_an_error_that_may_be_tried_again(
-    engines: SearchEngines, status: str
-) -> None:
+async def test_refusal_by_both_engines_may_be_retried(engines: SearchEngines, status: str) -> None:
     engines.answers = dict.fromkeys((DUCKDUCKGO, BRAVE), response("<html><p>busy</p></html>", status=status))
     with pytest.raises(
         WebError, match=f"duckduckgo: the server answered HTTP {status[:3]}; brave: .* HTTP {status[:3]}"
@@ -175,7 +173,7 @@ async def test_an_unreachable_network_is_an_error_with_its_reason(monkeypatch: p
 
 
 @pytest.mark.parametrize("query", ["", "  \n"])
-async def test_an_empty_query_is_a_final_error_and_asks_nobody(engines: SearchEngines, query: str) -> None:
+async def test_empty_query_is_a_final_error_without_a_search(engines: SearchEngines, query: str) -> None:
     with pytest.raises(FinalError, match="the query is empty"):
         await search(query)
     assert engines.connections == 0
