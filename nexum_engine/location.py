@@ -76,7 +76,10 @@ def read_address(database: Path) -> str | None:
 
 
 def write_address(database: Path, address: str) -> None:
-    """Write the database's address file, whole or not at all. The caller must hold the database's lock. Raises OSError."""
+    """Write the database's address file, whole or not at all. Raises OSError.
+
+    The caller must hold the database's lock.
+    """
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
     new.write_text(f"{address}\n", encoding="ascii")
