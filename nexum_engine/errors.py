@@ -63,7 +63,7 @@ class TaskNotFound(NotFound):
 
 
 class WorkflowNotFound(NotFound):
-    """The workflow, or this version of it, was never registered."""
+    """The version of the workflow is not registered."""
 
     def __init__(self, workflow_id: str, version_hash: str) -> None:
         super().__init__(

@@ -76,7 +76,10 @@ def read_address(database: Path) -> str | None:
 
 
 def write_address(database: Path, address: str) -> None:
-    """Write the database's address file, whole or not at all. Hold the database's lock. Raises OSError."""
+    """Write the database's address file, whole or not at all. Raises OSError.
+
+    The caller must hold the database's lock.
+    """
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
     new.write_text(f"{address}\n", encoding="ascii")
@@ -91,6 +94,6 @@ def write_address(database: Path, address: str) -> None:
 
 
 def remove_address(database: Path) -> None:
-    """Remove the database's address file if possible. Hold the database's lock."""
+    """Remove the database's address file if possible. The caller must hold the database's lock."""
     with contextlib.suppress(OSError):
         address_file(database).unlink()

@@ -86,7 +86,7 @@ class NexumServicer(NexumServiceServicer):
         self._liveness = liveness
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
-        """Abort a call that is for a server with another database as UNAVAILABLE: its client looks elsewhere."""
+        """Answer UNAVAILABLE to a call for another database, so that its client looks for another server."""
         why = refusal(context.invocation_metadata() or (), self._store.opened_as, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
