@@ -114,7 +114,7 @@ def fork_source(text: str) -> tuple[str, int]:
 
 
 async def question_of(client: NexumClient, session: str) -> str | None:
-    """Return the task of a session; None if it has not begun."""
+    """Return the question that the session was begun with; None if it has not begun."""
     events = (await read_record(client, session)).events
     return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
 

@@ -25,7 +25,7 @@ FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream without a first answer is reop
 MIN_ACK_TIMEOUT = 1.0  # seconds for each later answer, or a third of the lease if that is more
 MIN_LEASE_MS = 100  # a server's shorter lease counts as this one
 SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a disconnected worker keeps its tasks
-TELL_AGAIN_AFTER = 10.0  # seconds without a connection
+TELL_AGAIN_AFTER = 10.0  # seconds until the same kind of loss is reported again
 
 
 def new_worker_id() -> str:

@@ -299,7 +299,7 @@ class Calls:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
             streamed = [] if stream is None else stream.produced
-            # In its own task: so a tool that raises CancelledError differs from a caller that is cancelled.
+            # The tool runs in its own task. Otherwise its own CancelledError would look like a cancelled caller.
             running = started_at(current.get(), ordinary(run(), name))
             try:
                 value = await in_a_task(running, name)

@@ -72,7 +72,7 @@ stream."""
 
 
 def _recorded(recording: Recording) -> Callable[..., Any]:
-    """Return a wrapper that records a call with this function if a session has to, else calls the original."""
+    """Return a method's wrapper: it calls this function if a session records here, else the original method."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         place = recording_place()
@@ -213,7 +213,7 @@ async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any)
 
 
 def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
-    """Return the agent or team at work; None outside a session, or if the object's own method has called it."""
+    """Return the agent or team at work; None outside a session, or if it is at work already and calls itself."""
     place = recording_place()
     if place is None or place.owner is self:
         return None
@@ -360,7 +360,7 @@ def entry_points(session: Session) -> Iterator[None]:
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # AutoGen logs a traceback for every agent that a failed run ends; the run itself raises the error.
+        # When a run has failed, AutoGen logs a traceback for each of its agents. The run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 

@@ -57,7 +57,7 @@ class Conversation:
         tools: Sequence[Tool | ToolSchema],
         options: Mapping[str, Any],
     ) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-        """Return a request's fingerprint with its new parts only, and a function that returns the whole fingerprint."""
+        """Return a fingerprint's changes since the agent's last request, and a function that returns all of it."""
         leading = 0
         while leading < len(messages) and isinstance(messages[leading], SystemMessage):
             leading += 1

@@ -108,7 +108,7 @@ class Failure(BaseModel):
     def _derived_from(self, base: type[Exception]) -> Exception | None:
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
-        with contextlib.suppress(Exception):  # the class can't be derived from, or needs its arguments
+        with contextlib.suppress(Exception):  # a class that allows no subclass, or that can't be made without arguments
             kind: Any = type(self.name.rpartition(".")[2], (base,), body)
             error: Exception = kind.__new__(kind)
             error.args = (text,) if self.args is None else tuple(self.args)

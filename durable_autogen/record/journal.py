@@ -160,7 +160,7 @@ class Journal:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # A run that began another call after a failure survived that failure.
+                # A call begun after a failure shows that the run survived it: only later events are trailing.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
@@ -254,7 +254,7 @@ class Journal:
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often another program continued the session before the event of this number."""
+        """Return how many times, before the event with this number, another program had continued the session."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:

@@ -197,7 +197,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # Add the callback in the loop's next turn: the caller's own callback is then added, and run, first.
+        # Add this callback one turn later. By then the caller has added its own, which therefore runs first.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 

@@ -167,7 +167,7 @@ class Recorder:
         return self._replay.over_since is not None
 
     def was_asked(self, condition: str, look: int) -> bool:
-        """Return whether the replayed run, which is finished, checked a condition at least this often."""
+        """Return whether the recorded run is finished, and checked the condition `look` times or more."""
         ended = self.journal.ended
         return ended is not None and look <= ended.looks.get(condition, 0)
 
@@ -260,10 +260,10 @@ class Recorder:
         If the caller is cancelled, the call is recorded as given up, with the items that `streamed` returns. A replay
         of a given-up call calls nothing, and waits until the program cancels it again.
 
-        `on_replay` gets the content of a replayed answer before the answer is returned or raised; at once if the call
-        was given up, or with `early`. `asker` is the task that makes the call, if it isn't the current task.
-        `is_cancelled` says that the program cancelled the call before it began: such a call doesn't show that the
-        program survived an earlier given-up call.
+        `on_replay` gets the content of a replayed answer before the answer is returned or raised. If the call was given
+        up, or with `early`, `on_replay` gets it as soon as the recorded event is found. `asker` is the task that makes
+        the call, if it isn't the current task. `is_cancelled` says that the program cancelled the call before it began:
+        such a call doesn't show that the program survived an earlier given-up call.
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()

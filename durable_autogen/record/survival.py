@@ -54,9 +54,10 @@ class Survival:
         setbacks = [one for one in self._setbacks if one.event in events and not one.event.accepted]
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)
-        # Python chains the cause. A team passes on only its text. A program may raise an unrelated error.
-        found = [one for one in failures if one.error in causes]
+        found = [one for one in failures if one.error in causes]  # Python chains the cause
+        # A team passes on only the text of its cause.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
+        # The program raised an unrelated error: take every failure that the run did not survive.
         found = found or [one for one in failures if not one.survived]
         # The end of the run also cancelled the calls of agents that worked in parallel.
         found += [one for one in setbacks if one.error is None and not one.survived]

@@ -192,7 +192,7 @@ class Polls:
     def worker_connected(self, worker_id: str) -> None:
         """Note that the worker has a WorkerStream: its tasks get the shorter lease, which its beats renew."""
         self._streamed_workers.add(worker_id)
-        # If the worker is still draining, its first beat says so.
+        # Forget that the worker was stopping. If it still is, its first beat says so.
         self._draining_workers.discard(worker_id)
         # Answer the worker's earlier polls: they may have come on a connection that is now dead.
         self._answer_waiting(worker_id)

@@ -122,7 +122,7 @@ async def _bind(
         except RuntimeError as error:
             await server.stop(None)
             if else_free_port:
-                # No need to wait for the port: an earlier server of this folder released it before the database.
+                # No need to wait for the port: a server releases its port before its database, and ours is open.
                 address, else_free_port = f"{address.rpartition(':')[0]}:0", False
                 continue
             if loop.time() >= deadline:

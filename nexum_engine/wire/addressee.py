@@ -18,7 +18,10 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
-    """Return metadata that makes a server with another database refuse; with `embedded_only`, only an embedded one."""
+    """Return metadata that makes a server with another database refuse the call.
+
+    With `embedded_only`, a server that is not embedded answers all the same.
+    """
     named = ((_DATABASE, os.fsencode(database)),)
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
 

@@ -34,7 +34,7 @@ MAX_LEVELS = 24  # nested lists and quotes; deeper ones count as this level
 MAX_TABLES = 4  # nested tables; rows of deeper ones are paragraphs
 MAX_MARKS = 12  # nested emphasis, links and raised text; deeper text is plain
 LAYOUT_CELL = 1_000  # characters; a larger cell, in a table without heads, is a part of the page and no value
-LAYOUT_NODES = 100  # pieces of text and elements; the same for a cell with more of them
+LAYOUT_NODES = 100  # texts and elements; a cell with more is a part of the page, too
 MAX_SPAN = 1_000  # columns, as in browsers
 
 _SPACE = re.compile("[ \t\r\n\f\v\x1c-\x1f\x85\u00a0\u2007\u2028\u2029\u202f]+")
@@ -273,7 +273,7 @@ class SeenPage:
         target.append(text)
 
     def _target(self, place: _Place, text: str) -> Tag:
-        """Return the innermost open element for text or an inline element."""
+        """Return the element that gets the next text or inline element; open a missing paragraph and marks."""
         if self._run is None:
             self._run = place.container
             bare = place.in_line or (place.container.name in ("li", "dd", "cell") and not place.container.contents)
