@@ -271,7 +271,7 @@ def test_drill_fails_after_too_many_killed_workers(server: Server, tmp_path: Pat
         wait_until(kill_and_look, "it gives up", timeout=60)
         assert demo.wait() == 1
     assert len(killed) == 12
-    assert "error: 12 workers died one after the other: giving up" in demo.output
+    assert "error: 12 workers died one after the other; see their ends above" in demo.output
     (execution,) = pipelines(tmp_path, server.address)
     assert execution["status"] == "CANCELLED"
 
@@ -331,7 +331,7 @@ def test_live_model_runs_the_same_four_steps(server: Server, tmp_path: Path) -> 
         (["--crash-after", "publish"], "argument --crash-after: invalid choice"),
         (["--crash-after", "research", "--all"], "not allowed with argument"),
         (["--query", " "], "the query is empty"),
-        (["--html", "no-such-folder/page.html"], "give a file in a folder that exists"),
+        (["--html", "no-such-folder/page.html"], "give a file name in a folder that exists"),
         (["--nexum", "nowhere"], "'nowhere' is not the address of a server"),
         (["--nexum", "127.0.0.1:1"], "no Nexum server answers on 127.0.0.1:1"),
     ],
