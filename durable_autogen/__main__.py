@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "show",
         parents=[server],
         help="show what a session has recorded",
-        description="Show the events of SESSION in their order. The number before an event is the N of `fork`.",
+        description="Show the events of SESSION in their order. The number before a call is the N of `fork`.",
     )
     show.add_argument("session", metavar="SESSION")
     show.add_argument("--json", action="store_true", help="print the whole events as JSON")
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fork",
         parents=[server],
         help="begin a session with the first events of another",
-        description="Begin the session NEW with the first N events of SESSION. Run your program in NEW: it replays "
+        description="Begin the session NEW with the first N calls of SESSION. Run your program in NEW: it replays "
         "these events and continues live.",
     )
     fork.add_argument("source", metavar="SESSION@N")

@@ -303,7 +303,7 @@ def _texts(what: str, recorded: Sequence[str] | None, now: Sequence[str] | None)
     begin = max(0, at - EXCERPT // 4)
     lead = "..." if begin else ""
     was, is_now = (f"{lead}{_excerpt(text[begin:])}" if text else "none" for text in (one, other))
-    return [f"{what} was {was!r}, now it is {is_now!r} (they part at character {at + 1})"]
+    return [f"{what} was {was!r}, now it is {is_now!r} (they differ from character {at + 1})"]
 
 
 def _tools(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
