@@ -1,7 +1,7 @@
 """Recording of `input()`: the lines that a person types at the console.
 
-`input()` blocks its thread, so its answer can't wait for the server. The answer is recorded before the session's next
-call, or at the session's end. A replay returns it at once, outside the order of events.
+`input()` blocks its thread, so a typed line can't wait for the server. The line is recorded before the session's next
+call, or at the session's end. A replay returns the recorded line at once, outside the order of events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _input(prompt: Any = "", /) -> str:
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:
-        # Show what the screen showed then: only a terminal echoes the typed line.
+        # Print what the recorded run had on screen. The typed line was there only on a terminal, which echoes it.
         sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
         sys.stdout.flush()
         return recorded

@@ -1,8 +1,9 @@
-"""The runs and events of a session, and how they are read from the server.
+"""The runs and events of a session, and functions that read them from the server.
 
-An event is a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn is over, the run
-was stopped). Each event is one execution with one node, owned by the recording process. Its key names session, agent
-and position. A run of the session is an execution, too: only the process that owns the run may record events.
+An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
+is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
+execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
+owns the run may record events.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 PAGE = 100  # executions in one answer, at most
-MAX_DEPTH = 100  # levels of a value that is recorded as it is; a deeper value is recorded as a text
+MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 
 class Kind(str, Enum):
@@ -59,17 +60,20 @@ class Kind(str, Enum):
 
     @property
     def is_call(self) -> bool:
-        """Whether an event of this kind cost money, an effect or a person's time."""
+        """Whether a call of this kind costs money or a person's time, or acts on the outside world."""
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
 
     @property
     def acts(self) -> bool:
-        """Whether the call acts on the world or asks a person: its beginning is recorded before it is made."""
+        """Whether a call of this kind acts on the outside world or asks a person.
+
+        The beginning of such a call is recorded before the call is made.
+        """
         return self in (Kind.TOOL, Kind.INPUT, Kind.CODE)
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether the program makes a call of this kind; the session itself records the other kinds."""
+        """Whether the program causes events of this kind. The session itself records the other kinds."""
         return self not in (Kind.BEGIN, Kind.MESSAGE, Kind.REVOKE)
 
 
@@ -89,7 +93,7 @@ class Returned(_Frozen):
     streamed: list[Any] = []
     """The items that a stream yielded before its result."""
     is_broken: bool = False
-    """Whether a model's reply is empty or cut off. If it is a run's last reply, the next run makes the call again."""
+    """Whether the value is a broken reply. If a run ends with a broken reply, the next run makes the call again."""
 
 
 class Raised(_Frozen):
@@ -125,7 +129,7 @@ class Said(_Frozen):
 
 
 class Revoked(_Frozen):
-    """The content of an event that names earlier events which no longer count."""
+    """The content of an event that revokes earlier events: those no longer count."""
 
     type: Literal["revoked"] = "revoked"
     why: str
@@ -135,7 +139,7 @@ class Revoked(_Frozen):
 
 
 class Mark(_Frozen):
-    """The content of an event that records only its place in the order."""
+    """The content of a mark: the event records only when something happened, as its position among the events."""
 
     type: Literal["mark"] = "mark"
 
@@ -160,7 +164,7 @@ class RunSummary(_Frozen):
     live: dict[str, int]
     replayed: dict[str, int]
     last: int = 0
-    """The number of the session's last event. The session is finished while no later event exists."""
+    """The number of the session's last event at the run's end. A later event makes the session unfinished again."""
     looks: dict[str, int] = {}
     """How often each recorded termination condition was checked."""
 
@@ -170,9 +174,9 @@ class Asked:
     """The moment at which a call was made."""
 
     after: int = 0
-    """The number of the last event delivered before that moment."""
+    """The number of the last event that was delivered before the call was made."""
     active_ms: int = 0
-    """The session's active time at that moment."""
+    """The session's active time when the call was made."""
 
 
 class EventInput(_Frozen):
@@ -192,7 +196,7 @@ class Event(_Frozen):
     """A recorded event."""
 
     seq: int
-    """The event's number in the session. Agents get their events in this order, in this run and in every later one."""
+    """The event's number in the session. Every run delivers the events in the order of their numbers."""
     kind: Kind
     agent: str
     position: str
@@ -200,22 +204,24 @@ class Event(_Frozen):
     request: dict[str, Any] = {}
     """The fingerprint of the call."""
     accepted: bool = False
-    """Whether the event was copied into a fork: it counts, whatever the program asks for."""
+    """Whether the event was copied into a fork. Such an event counts, whatever the program asks for."""
     asked_after: int = 0
-    """The number of the last event delivered before this call was made."""
+    """The number of the last event that was delivered before the call was made."""
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time at the recording: the time of all its runs, without the time between runs."""
+    """The session's active time when the event was recorded: the length of all its runs, without the time between."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
-    """The addresses of other calls that were under way when this event was recorded: those made since the previous
-    event without a recorded beginning."""
+    """The addresses of other calls that were under way when this event was recorded.
+
+    Only calls without a recorded beginning are listed, and only those made since the previous event.
+    """
 
     @property
     def is_setback(self) -> bool:
-        """Whether the call failed or its reply is broken: if a run ends with it, the next run makes the call again."""
+        """Whether the event is a failure or a broken reply. If a run ends with one, the next run makes the call again."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
     @property
@@ -234,7 +240,7 @@ class Call:
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The fingerprint; only its new parts, if `base` names an earlier request of the agent."""
+    """The call's fingerprint. With a `base`, it holds only what is new since that earlier request of the agent."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -250,7 +256,7 @@ class Call:
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name for a person: `reply 2 of writer`."""
-    words = position.removeprefix("reply/0/").replace("/", " ")  # the agent made the call before its first reply
+    words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0: before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 
 
@@ -265,9 +271,9 @@ _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 
 
 def encoded(value: Any) -> Any:
-    """Return a JSON-like value in a form that every database stores; `decoded` restores it.
+    """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
 
-    Infinite numbers and NaN, which JSON lacks, and values that are nested too deeply are tagged.
+    JSON lacks infinite numbers and NaN, so they are tagged. A value that is nested too deeply is tagged, too.
     Raises InvalidRequest if the value can't be written as JSON.
     """
     try:
@@ -296,7 +302,7 @@ def _encoded(value: Any, levels: int) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Return the value that `encoded` wrote."""
+    """Return the original of a value that `encoded` returned."""
     if isinstance(value, list):
         return [decoded(item) for item in value]
     if not isinstance(value, dict):
@@ -309,7 +315,7 @@ def decoded(value: Any) -> Any:
 
 
 def representable(value: Any) -> Any:
-    """Return a JSON-like value with its half surrogate pairs replaced: no database stores them."""
+    """Return a JSON-like value without half surrogate pairs: each is replaced, because databases can't store them."""
     if isinstance(value, str):
         return _HALVES.sub("\ufffd", value) if not value.isascii() else value
     if isinstance(value, dict):
@@ -329,17 +335,17 @@ class Record:
     events: list[Event] = field(default_factory=list)
     """The events that count, in order."""
     begun: list[EventInput] = field(default_factory=list)
-    """The events that a run began and didn't finish."""
+    """The events that an earlier run began and didn't record."""
     tried: set[str] = field(default_factory=set)
-    """The addresses of revoked events, and of all calls that are known to have been made without a result."""
+    """The addresses of revoked events, and of calls that earlier runs began without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
-    """How often each address's event was revoked."""
+    """How many events of each address were revoked."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
     """The time at which each event was recorded, by the server's clock."""
     last_begun_ms: int = 0
-    """The time at which the last call without a result was begun, by the server's clock."""
+    """The time at which the last call without a recorded result began, by the server's clock."""
 
 
 async def read_record(client: NexumClient, session: str) -> Record:
@@ -384,7 +390,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
 
 
 def end_of(completed: Execution | None, events: list[Event]) -> RunSummary | None:
-    """Return the summary of a finished session's last completed run; None if a later event was recorded."""
+    """Return the summary of the last completed run; None if there is no such run, or if a later event exists."""
     if completed is None:
         return None
     summary = RunSummary.model_validate_json(completed.outputs()["run"])

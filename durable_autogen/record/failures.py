@@ -1,4 +1,4 @@
-"""Exceptions of calls: made ordinary, recorded, and raised again."""
+"""Conversion of a call's exceptions: into ordinary ones, into records, and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Failure(BaseModel):
     """The constructor's arguments, if all of them are plain values."""
     attributes: dict[str, Plain] = {}
     validation: list[dict[str, Any]] | None = None
-    """The errors of a pydantic ValidationError: it is built from them, and not from arguments."""
+    """The list of errors in a pydantic ValidationError. Such an exception is built from this list, not from `args`."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
@@ -54,10 +54,10 @@ class Failure(BaseModel):
         )
 
     def again(self) -> Exception:
-        """Return an exception of the same class with the same text and the same plain arguments and attributes.
+        """Return the recorded exception, with its class, text, plain arguments and plain attributes.
 
-        If the class can't be built, the exception's class is derived from it, or from its nearest base that can be
-        built.
+        If an instance of that class can't be built, return an instance of a subclass of it, or of a subclass of its
+        nearest base class for which this is possible.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:
@@ -73,7 +73,7 @@ class Failure(BaseModel):
         return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
 
     def _validation_error(self) -> Exception | None:
-        with contextlib.suppress(Exception):  # an error type that only the program knows
+        with contextlib.suppress(Exception):  # pydantic may reject the recorded errors
             details: list[Any] = [
                 {
                     "type": one["type"]
@@ -89,7 +89,7 @@ class Failure(BaseModel):
         return None
 
     def _made_from_args(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # the class has another constructor
+        with contextlib.suppress(Exception):  # the constructor may take other arguments
             error = kind(*self.args or ())
             vars(error).update(self.attributes)
             if type(error) is kind and _text(error) == self.text:
@@ -97,7 +97,7 @@ class Failure(BaseModel):
         return None
 
     def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # the class keeps state outside Python, such as one in C
+        with contextlib.suppress(Exception):  # a class written in C may allow no such instance
             error = kind.__new__(kind)
             error.args = (self.text,) if self.args is None else tuple(self.args)
             vars(error).update(self.attributes)
@@ -108,7 +108,7 @@ class Failure(BaseModel):
     def _derived_from(self, base: type[Exception]) -> Exception | None:
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
-        with contextlib.suppress(Exception):  # a class that allows no subclass, or that can't be made without arguments
+        with contextlib.suppress(Exception):  # some classes allow no subclass, or need arguments
             kind: Any = type(self.name.rpartition(".")[2], (base,), body)
             error: Exception = kind.__new__(kind)
             error.args = (text,) if self.args is None else tuple(self.args)
@@ -118,7 +118,10 @@ class Failure(BaseModel):
 
 
 def class_named(module: str, name: str, base: type) -> type | None:
-    """Return a loaded class by its name, or None. A class defined in a function is looked for below `base`."""
+    """Return a loaded class by its name, or None.
+
+    A class that is defined in a function is searched for among the subclasses of `base`.
+    """
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -136,7 +139,7 @@ def class_named(module: str, name: str, base: type) -> type | None:
         ahead += type.__subclasses__(kind)
         if (kind.__module__, kind.__qualname__) == (module, name):
             matching.append(kind)
-    # A function that ran several times has defined several such classes: take one of them.
+    # Take any match: a function defines a new class of this name each time it runs.
     return matching[-1] if matching else None
 
 
@@ -147,14 +150,17 @@ _KNOWN_ERRORS = set(get_args(ErrorType))
 def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
     if not isinstance(error, ValidationError):
         return None
-    with contextlib.suppress(Exception):  # an input that JSON can't hold
+    with contextlib.suppress(Exception):  # the invalid input may not fit into JSON
         found: list[dict[str, Any]] = json.loads(error.json(include_url=False))
         return found if len(json.dumps(found)) <= MAX_TEXT else None
     return None
 
 
 def _made_with(error: Exception) -> tuple[Any, ...]:
-    """Return the constructor's arguments. `__reduce__` also has those that a class doesn't keep in `args`."""
+    """Return the arguments that an exception was built with.
+
+    Take them from `__reduce__` if possible: a class need not keep all of them in `args`.
+    """
     with contextlib.suppress(Exception):
         made = error.__reduce__()
         if isinstance(made, tuple) and made[0] is type(error) and isinstance(made[1], tuple):
@@ -173,15 +179,15 @@ def _plain(value: object) -> Any:
 def _text(error: Exception) -> str:
     try:
         text = str(error)
-    except Exception as unsaid:  # noqa: BLE001 - the exception's own __str__
+    except Exception as unsaid:  # noqa: BLE001 - the program's __str__ may raise anything
         text = f"(its text can't be read: {type(unsaid).__name__})"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:
-    """Await the call; turn a BaseException that is no Exception (such as SystemExit) into a RuntimeError.
+    """Await a call; turn SystemExit and other exceptions that don't derive from Exception into a RuntimeError.
 
-    Raised inside a task, such an exception would end the event loop. CancelledError is raised unchanged.
+    Inside a task, such an exception would end the event loop. CancelledError is raised unchanged.
     """
     try:
         return await call
@@ -192,7 +198,7 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
 
 
 async def in_a_task(running: asyncio.Future[T], name: str) -> T:
-    """Return the task's result. If the caller is cancelled, cancel the task and wait for its end first."""
+    """Wait for a task and return its result. If the caller is cancelled, cancel the task and wait for its end."""
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
@@ -210,7 +216,7 @@ def made_ordinary(error: BaseException, name: str) -> RuntimeError:
 
 
 def is_being_cancelled() -> bool:
-    """Return whether this task is being cancelled from outside."""
+    """Return whether the current task is being cancelled."""
     task = asyncio.current_task()
-    # Python 3.10 has no Task.cancelling: return False there.
+    # Return False in Python 3.10: it has no Task.cancelling.
     return task is not None and bool(getattr(task, "cancelling", lambda: 0)())

@@ -1,4 +1,4 @@
-"""Ownership of a session, and writing to its record."""
+"""`Journal`: the owner and writer of a session's record."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ T = TypeVar("T")
 
 
 class Journal:
-    """A session's record, owned by this process for the length of an `async with`. Entering raises SessionBusy."""
+    """A session's record. This process owns the session for the length of an `async with`.
+
+    Entering raises SessionBusy if another process owns the session.
+    """
 
     def __init__(self, client: NexumClient, session: str, log: logging.Logger = LOG) -> None:
         self.session = session
@@ -64,12 +67,12 @@ class Journal:
         self._times_revoked: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The last events: no call was begun after them."""
+        """The events at the end of the record after which no call was begun."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
         self._unrecorded: list[str] = []
-        """The addresses of the calls made since the last event without a recorded beginning."""
+        """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
 
     async def __aenter__(self) -> Journal:
         latest = await self._runs()
@@ -104,7 +107,7 @@ class Journal:
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
-        """Begin the next run, or take over the latest one; return the run's task and the latest run."""
+        """Begin the session's next run, or take over the latest run. Return the owned run's task, and the latest run."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         is_reported = False
@@ -135,7 +138,7 @@ class Journal:
             latest = await self._runs()
 
     async def _runs(self, status: str = "") -> Execution | None:
-        """Return this session's latest run (with this status), with its result; None if there is none."""
+        """Return the session's latest run, with its result; None if there is none. With `status`, skip other runs."""
         found = await self._client.list_executions(
             workflow_id=AGENT_RUN.workflow_id,
             status=status,
@@ -147,25 +150,25 @@ class Journal:
         return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
-        """Read the record, and take over unfinished events, so that a process that hung can't record them later."""
+        """Read the record and take over its unfinished events, so that no earlier owner can record those later."""
         while True:
             record = await read_record(self._client, self.session)
             self._times_revoked, self._tried = record.times_revoked, record.tried
             for input in record.begun:
                 started = await self._start(input)
                 if started.task is None:
-                    break  # it was just recorded: read again
+                    break  # the event was recorded in the meantime: read the record again
                 self._inherited[self._key(input)] = started.task
             else:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # A call begun after a failure shows that the run survived it: only later events are trailing.
+                # Skip the events before the last begun call: the run survived them, because it made that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
     async def _revoke_trailing_failures(self) -> None:
-        """Revoke the failures and broken replies at the end of an unfinished session: nothing depends on them."""
+        """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
         trailing: list[Event] = []
         for event in reversed(self._trailing):
             if not event.is_setback:
@@ -175,7 +178,7 @@ class Journal:
             await self.revoke(trailing, "the run ended with it")
 
     async def _start(self, input: EventInput) -> Started:
-        """Begin an event under this run, or take it over. Raises SessionBusy if another process owns the run."""
+        """Begin an event of this run, or take it over. Raises SessionBusy if another process owns the run."""
 
         async def start() -> Started:
             return await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run)
@@ -186,7 +189,7 @@ class Journal:
         return started
 
     async def _record_at_once(self, input: EventInput, event: Event) -> None:
-        """Begin an event under this run and record it. Raises SessionBusy if another process owns the run."""
+        """Begin and record an event of this run in one step. Raises SessionBusy if another process owns the run."""
 
         async def record() -> None:
             key = self._key(input)
@@ -208,19 +211,19 @@ class Journal:
                         f"session {self.session} was taken over by another process: {conflict}. Run it again when "
                         "that process has ended"
                     ) from conflict
-                # The event's owner may have died, and the server hasn't noticed yet: try again.
+                # Try again: the event's owner may have died, and the server may not have noticed yet.
                 await asyncio.sleep(LOOK_INTERVAL)
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
         if again := self._times_revoked[input.address]:
-            key += f"/again/{again}"  # the old key keeps its revoked result
+            key += f"/again/{again}"  # the old key still names the revoked event
         if len(key) <= MAX_ID_LENGTH and key.isprintable():
             return key
         return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
 
     async def _move_if_replaced(self) -> bool:
-        """Record all events again if the server's database was replaced; return whether it was."""
+        """Record all events again if the server's database was replaced; return whether the database was replaced."""
         if self._run is None:
             return False
         try:
@@ -245,29 +248,32 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address without recording a result that counts."""
+        """Return whether an earlier run made the call of an address, but no result of the call counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return a name for the address's next event that none of its revoked events has."""
+        """Return a name for an address's next event. No revoked event of that address has the same name."""
         again = self._times_revoked[address]
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how many times, before the event with this number, another program had continued the session."""
+        """Return how often another program had continued the session before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
-        """Record that a call is about to be made, if the next run has to know that. Raises SessionBusy."""
-        # After a failure or a broken reply, the next call shows that the run survived it. If another run may have taken
-        # the session over, ask the server before the call is paid for.
+        """Record the beginning of a call if the next run has to know of it; return the call's task, else None.
+
+        Raises SessionBusy if another process owns the session.
+        """
+        # Record it after a failure or a broken reply: the call shows that the run survived that. Record it also if
+        # another run may have taken over the session: the server then refuses, before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)
         return None
 
     async def begin(self, call: Call) -> Task:
-        """Record that a call is under way."""
+        """Record the beginning of a call; return the call's task."""
         input = self._input(call)
         key = self._key(input)
         if key in self._inherited:
@@ -275,7 +281,7 @@ class Journal:
         starting = asyncio.create_task(self._start(input))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
-        # Shielded: if the caller is cancelled, the started task is still kept, and closed when the run ends.
+        # Shield the start: if the caller is cancelled, the journal still gets the task, and closes it at the run's end.
         started = await asyncio.shield(starting)
         if started.task is None:
             raise SessionBusy(
@@ -288,7 +294,8 @@ class Journal:
     ) -> Event:
         """Record a call's outcome as the session's next event; return the event.
 
-        `task` is the call's task, if its beginning was recorded; `active_ms` is the session's active time.
+        `task` is the call's task, if the call's beginning was recorded. `asked` is the moment at which the call was
+        made. `active_ms` is the session's active time now.
         Raises SessionBusy if another process owns the session.
         """
         asked = asked or Asked()
@@ -338,23 +345,23 @@ class Journal:
             self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
-        """Record a copy of another session's event. The copy is accepted: it counts, whatever the program asks for."""
+        """Record an accepted copy of another session's event. The copy counts, whatever the program asks for."""
         call = Call(event.kind, event.agent, event.position)
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
         await self._write(None, call, copy)
 
     async def add_message(self, text: str) -> None:
-        """Record a user message."""
+        """Record a user message for the agents of a fork."""
         taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
         await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke every event after this number, except added user messages: agents still get those."""
+        """Revoke every event after the number `seq`. Keep added user messages: agents still get those."""
         left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
         await self.revoke(left, why, is_another_program=True)
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
-        """Record that these events no longer count: their calls are made again."""
+        """Record that `events` no longer count. The program's calls for them are made again."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
@@ -372,7 +379,7 @@ class Journal:
         looks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
-        """Record the end of the run. Raises SessionBusy if another process owns the session."""
+        """Record the end and the summary of the run. Raises SessionBusy if another process owns the session."""
         await self._close_open(
             "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
         )
@@ -403,7 +410,7 @@ class Journal:
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # The task was recorded in the meantime, or the server was replaced.
+            # Ignore a task that was recorded in the meantime, or that a replaced server doesn't know.
             with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]

@@ -1,4 +1,4 @@
-"""Where the lines go that a person should read: to the logger `durable_autogen`, or to a function of the program's."""
+"""Loggers for the lines that a person should read. They go to the logger `durable_autogen`, or to a function."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class _Teller(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._tell(f"[Nexum] {record.getMessage()}")
-        except Exception as error:  # noqa: BLE001 - the program's own function, or a console that is gone
+        except Exception as error:  # noqa: BLE001 - the program's function may raise anything
             self._on_failure(error)
 
 
 def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception], None]) -> logging.Logger:
-    """Return the logger of a session: one that calls `tell` with each line, or the library's own.
+    """Return a session's logger: it calls `tell` with each line. Without `tell`, return the library's logger.
 
-    `on_failure` gets what `tell` raises: raised where the line is logged, it would look like a failure of that code.
+    An error of `tell` is passed to `on_failure`. It isn't raised: it would surface in whatever code was logging.
     """
     if tell is None:
         return LOG

@@ -1,7 +1,8 @@
-"""Waiting until a session is idle: nothing of it is ready to run, and the last event's effects are complete.
+"""Waiting until a session is idle: nothing of the session is ready to run, so the program has handled the last event.
 
-A session delivers its events one at a time, each when the session is idle. So an event has the same effects in a replay
-as in the recorded run. Other sessions and other tasks of the event loop are neither waited for nor delayed.
+A session delivers its events one at a time, and each event only when the session is idle. So the program handles an
+event in a replay as it did in the recorded run. Other sessions and other tasks of the event loop are neither waited for
+nor delayed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from durable_autogen.record.place import at, current
 if TYPE_CHECKING:
     from durable_autogen.record.session import Session
 
-ROUNDS_WITHOUT_A_LOOK = 100  # turns to wait on an event loop whose queue can't be read (uvloop)
+ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
-LESS_BUSY_PATIENCE = 0.05  # seconds to wait after a session was busy for longer than that
+LESS_BUSY_PATIENCE = 0.05  # seconds to wait, once the session was busy for BUSY_PATIENCE
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
 
 
 class Activity:
-    """The work that a session gave to threads: it keeps the session busy, as its tasks do."""
+    """The work that a session gave to threads. While such work runs, the session isn't idle."""
 
     def __init__(self) -> None:
         self.threads = 0
-        """The number of the session's functions that run in threads, or wait for a thread."""
+        """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
         """Whether the session was once busy for longer than BUSY_PATIENCE."""
 
@@ -50,7 +51,7 @@ class _Waiting:
 
 
 class _Watcher:
-    """A watcher of one event loop's queue, for all sessions in the loop. It looks once a turn while a session waits."""
+    """A watcher of one event loop's queue. While any session waits, it reads the queue at every turn of the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -58,7 +59,7 @@ class _Watcher:
         self._watching: asyncio.Task[None] | None = None
 
     def sees_at_once_that_it_is_idle(self, session: Session) -> bool:
-        """Return whether the session is idle and no earlier caller waits for it: then no turn of the loop is needed."""
+        """Return whether a session is idle now and no earlier caller waits for it. If so, the caller need not wait."""
         ready = getattr(self._loop, "_ready", None)
         return (
             ready is not None
@@ -71,7 +72,7 @@ class _Watcher:
         waiting = _Waiting(session, self._loop)
         self._waiting.append(waiting)
         if self._watching is None or self._watching.done():
-            # In an empty context: otherwise the watcher itself would keep the first waiting session busy.
+            # Run the watcher in an empty context: otherwise it would count as work of the first waiting session.
             context = contextvars.Context()
             self._watching = context.run(self._loop.create_task, self._watch())
         try:
@@ -81,7 +82,7 @@ class _Watcher:
                 self._waiting.remove(waiting)
 
     async def _watch(self) -> None:
-        # asyncio has no public way to read its queue.
+        # Read a private attribute: asyncio has no public way to read the loop's queue.
         ready = getattr(self._loop, "_ready", None)
         while self._waiting:
             threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
@@ -129,9 +130,9 @@ _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watcher] = WeakKeyDicti
 
 
 async def idle(session: Session) -> None:
-    """Wait until nothing of the session is ready to run.
+    """Wait until nothing of a session is ready to run.
 
-    Call it from one of the session's tasks: that task isn't counted.
+    Call `idle` from a task of that session. The calling task isn't counted.
     """
     loop = asyncio.get_running_loop()
     watcher = _watchers.get(loop)
@@ -153,8 +154,8 @@ _original_start = threading.Thread.start
 def watched_threads() -> Iterator[None]:
     """Count the work that sessions give to threads, for the length of a `with`.
 
-    `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program's
-    executors stay in use.
+    `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program
+    keeps using its own executors.
     """
     global _open_sessions, _original_submit, _original_start
     with _lock:
@@ -179,7 +180,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     place = current.get()
     if place is None or place.session.is_over:
         return _original_submit(self, fn, *args, **kwargs)
-    # run_in_executor doesn't copy the context, and the context holds the session.
+    # Copy the context, because it holds the session. run_in_executor doesn't copy it.
     context = contextvars.copy_context()
     session, loop = place.session, place.session.loop
     if not place.in_call:
@@ -197,13 +198,13 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # Add this callback one turn later. By then the caller has added its own, which therefore runs first.
+        # Add this callback one turn later, so that it runs after the callback that the caller adds now.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 
 
 def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
-    """Return whether the pool runs its functions in other interpreters (Python 3.14): no context can be passed."""
+    """Return whether the pool runs functions in other interpreters (Python 3.14). Those can't get a context."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 
@@ -215,8 +216,9 @@ def _start(self: threading.Thread) -> None:
         return
     target: Any = getattr(self, "_target", None)
     if getattr(target, "__module__", "") == "concurrent.futures.thread":
-        # A pool's thread outlives the session, and each function brings its own context. Python 3.14 may let a thread
-        # inherit its starter's context (with -X thread_inherit_context, or always if free-threaded).
+        # Start a pool's thread outside any session: it outlives the session, and each function brings its own context.
+        # Otherwise Python 3.14 may copy the current context into the thread (with -X thread_inherit_context, or if
+        # free-threaded).
         with at(None):
             _original_start(self)
         return
@@ -225,7 +227,7 @@ def _start(self: threading.Thread) -> None:
         context = contextvars.copy_context()
         self.run = lambda: context.run(run)  # type: ignore[method-assign]
     else:
-        # Python 3.14: the program passed Thread(context=...); the thread needs the session in that context, too.
+        # The program passed Thread(context=...), as Python 3.14 allows. Set the session in that context, too.
         def run_at_place() -> None:
             with at(place):
                 run()
@@ -238,5 +240,5 @@ def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     try:
         return fn(*args, **kwargs)
     except StopIteration as error:
-        # A future can't hold a StopIteration: its caller would wait for ever.
+        # Raise another exception: a future can't hold a StopIteration, so its caller would wait for ever.
         raise RuntimeError("StopIteration was raised: next() found nothing") from error

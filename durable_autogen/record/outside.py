@@ -1,8 +1,8 @@
 """Detection of connections and processes outside the record, by Python's audit events.
 
-A connection or a process that the program starts inside a session and outside a recorded call is started again by every
-later run of that session. No audit event is raised for a connection that a library makes without Python's socket module
-(uvloop, gRPC), nor for a second request over an open connection.
+If a program starts a connection or a process in a session, but outside a recorded call, every later run starts it
+again. Python raises no audit event for a connection that a library makes without Python's socket module (uvloop, gRPC),
+nor for a second request over an open connection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _installed = False
 
 
 def watch() -> None:
-    """Install the audit hook once. It can't be removed; outside a session it only reads a variable."""
+    """Install the audit hook once: it can't be removed. Outside a session, the hook only reads a variable."""
     global _installed
     if not _installed:
         _installed = True

@@ -1,6 +1,7 @@
-"""The place of a call: its session, its agent, and whether it is inside a call that is being recorded.
+"""The place of a call: its session, its agent, and whether it is made inside another recorded call.
 
-A context variable holds the place. Tasks inherit it, so all tasks that a program starts inside a session belong to it.
+A context variable holds the place. Tasks inherit the variable, so a task that a program starts inside a session belongs
+to that session.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ class Place:
 
     session: Session
     agent: str = ""
-    """The name under which calls are recorded; empty for the program itself."""
+    """The agent's name, under which its calls are recorded; empty for the program itself."""
     path: str = ""
-    """The prefix of the names of agents that work inside this one."""
+    """The prefix for the names of the agents inside this agent or team."""
     is_inside: bool = False
     """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
-    """Whether a call is being recorded: calls inside it belong to its result."""
+    """Whether a recorded call is being made. Calls that it makes in turn are not recorded separately."""
     ends_in_order: bool = False
-    """Whether the agents inside work in parallel: then the order in which their turns end is recorded."""
+    """Whether the agents inside this team work in parallel. If so, the order in which their turns end is recorded."""
     must_not_raise: bool = False
-    """Whether a tool that raises would block the agent for ever."""
+    """Whether the agent would wait for ever if a tool raised an error."""
     is_beside_others: bool = False
-    """Whether the agent, or one that it works for, works in parallel with others."""
+    """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether each of the agent's messages is passed on only with the next one, while other agents work."""
+    """Whether the team holds back each message of the agent until the next one, while other agents work."""
     owner: Any = None
     """The agent or team at work."""
 
     def inside(self, name: str) -> str:
-        """Return the recorded name of an agent that works inside this one."""
+        """Return the name under which an agent inside this agent or team is recorded."""
         return f"{self.path}/{name}" if self.path else name
 
 
@@ -57,15 +58,16 @@ recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
 def call_id() -> str:
     """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
-    The id is unique over all sessions, and the same if a re-run makes the call again. Use it as an idempotency key.
+    The id is unique over all sessions. It stays the same if a later run makes the call again, so use it as an
+    idempotency key.
     """
     return recorded_call.get()
 
 
 def recording_place() -> Place | None:
-    """Return the place whose session has to record the current call; None if no session has to.
+    """Return the place of the current call; None if no session has to record the call.
 
-    Raises NotDurable if the session can't record the call: after the session's end, or in another event loop.
+    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's.
     """
     place = current.get()
     if place is None or place.in_call:
@@ -93,12 +95,12 @@ def at(place: Place | None) -> Iterator[None]:
     finally:
         try:
             current.reset(token)
-        except ValueError:  # this context is not the one that set the value
+        except ValueError:  # the `with` ends in another context than it began in
             current.set(None)
 
 
 def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
-    """Return a new task that awaits the call at this place."""
+    """Start a task that awaits `call` at `place`; return the task."""
 
     async def run() -> T:
         return await call
@@ -110,7 +112,7 @@ def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
 
 @asynccontextmanager
 async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], None]:
-    """Close the stream at the end of a `with`: an `async for` that is left early doesn't close it."""
+    """Close a stream at the end of a `with`. Python doesn't close it when an `async for` is left early."""
     try:
         yield stream
     finally:
@@ -120,7 +122,7 @@ async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], 
 
 
 async def steps_at(place: Place | None, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    """Yield the stream's items. The stream's steps run at this place; the consumer keeps its own."""
+    """Yield the stream's items. The stream's code runs at `place`; the consumer's code keeps its own place."""
     steps = stream.__aiter__()
     try:
         while True:

@@ -1,8 +1,8 @@
 """The recorder of a run: it delivers the recorded events in order, then makes calls live and records them.
 
-Events are delivered one at a time, in recorded order, in the live run as in a replay. The next event is delivered when
-the session is idle. So parallel branches join as they did in the recorded run, and an agent after the join gets the
-same prompt.
+Events are delivered one at a time, in recorded order, both live and in a replay. The next event is delivered when the
+session is idle. So parallel branches join in a replay as they did in the recorded run, and an agent after the join gets
+the same prompt.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Answer:
     position: str
     """The position at which the call is recorded."""
     value: Any = _NOTHING
-    """The live call's value; unset in a replay, where the caller builds the value from the content."""
+    """The live call's value; unset for a replayed call. The caller builds that call's value from `content`."""
 
     @property
     def has_value(self) -> bool:
-        """Whether the call was live, and so has its value here."""
+        """Whether `value` is set: the call was live."""
         return self.value is not _NOTHING
 
 
@@ -83,11 +83,11 @@ class _LiveCall:
     task: Task | None = None
     given_up: bool = False
     went_on: bool = False
-    """Whether the task or agent that gave the call up has made another call since."""
+    """Whether the call was given up, and the task or agent that gave it up has made another call since."""
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    """The answer, or the call's error as a value: asyncio would warn of an exception that nobody retrieves."""
+    """The call's answer or error. The error is the future's result: asyncio warns of an exception left unretrieved."""
 
 
 class Recorder:
@@ -99,9 +99,9 @@ class Recorder:
         self.journal = journal
         self.on_drift = on_drift
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        """A future with the error that ended the run; every later call raises it."""
+        """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The stop reason of the recorded run, if it ended and no call may follow it; else None."""
+        """The stop reason of the recorded run, if that run is finished and no further call may be made; else None."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
@@ -134,7 +134,7 @@ class Recorder:
         await idle(self._session)
 
     async def close(self) -> None:
-        """Cancel the replay and all live calls; record nothing more."""
+        """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(NexumError("the run is over"))
         running = [self._replaying, *self._calls]
         for one in running:
@@ -142,7 +142,7 @@ class Recorder:
         await asyncio.gather(*running, return_exceptions=True)
 
     def stop(self, error: Exception) -> None:
-        """End the run with this error: every waiting and later call raises it."""
+        """End the run with an error. Every waiting call and every later call raises the error."""
         if not self.failed.done():
             self.failed.set_result(error)
         self._replay.fail(error)
@@ -150,7 +150,7 @@ class Recorder:
             running.cancel()
 
     def ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address if it wasn't delivered yet, else None."""
+        """Return the recorded event of an address; None if there is none, or if it was delivered already."""
         return self._replay.event_ahead(address)
 
     def _delivered(self, event: Event) -> None:
@@ -158,7 +158,7 @@ class Recorder:
 
     @property
     def programs(self) -> int:
-        """How often another program had continued the session when the last delivered event was recorded."""
+        """How often another program had continued the session before the last delivered event was recorded."""
         return self.journal.programs_before(self.last_seq)
 
     @property
@@ -167,23 +167,23 @@ class Recorder:
         return self._replay.over_since is not None
 
     def was_asked(self, condition: str, look: int) -> bool:
-        """Return whether the recorded run is finished, and checked the condition `look` times or more."""
+        """Return whether the recorded run is finished and checked a termination condition at least `look` times."""
         ended = self.journal.ended
         return ended is not None and look <= ended.looks.get(condition, 0)
 
     @property
     def is_replaying(self) -> bool:
-        """Whether an event of the record wasn't delivered yet."""
+        """Whether any recorded event is not delivered yet."""
         return bool(self._replay.ahead)
 
     @property
     def active_now_ms(self) -> int:
-        """The session's active time: the time of all its runs by now, without the time between runs."""
+        """The session's active time until now: the length of all its runs, without the time between."""
         since = self._replay.over_since
         return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
-        """Record the beginning of a new session, or of another program that continues a session."""
+        """Record the beginning of a new session, or that another program continues the session."""
         async with self._turnstile:
             if request is not None or not self.journal.events:
                 position = "begin"
@@ -196,12 +196,12 @@ class Recorder:
     # ---- The end -----------------------------------------------------------------------------------------------------
 
     async def end(self, stop_reason: str) -> None:
-        """Record the run's end. Raises DriftError if the program didn't ask for every recorded event."""
+        """Record the run's end. Raises DriftError if the program did not make every recorded call."""
         if self._replay.ahead:
             event = self._replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
         if self._calls:
-            # The program ended without waiting for these calls, and its replay will do the same.
+            # The program ended without waiting for these calls, as it will again in a replay.
             left = dict(self._calls)
             for running, live in left.items():
                 if not live.answer.done():
@@ -232,7 +232,7 @@ class Recorder:
         )
 
     async def end_with(self, error: BaseException) -> None:
-        """Revoke the failures that ended the run with this error, so that the next run makes the calls again."""
+        """Revoke the failures that led to the run's error, so that the next run makes those calls again."""
         async with self._turnstile:
             await self._record_typed()
             if ended_it := self.survival.ended_by(error, self.journal.events):
@@ -241,7 +241,7 @@ class Recorder:
     # ---- Asking ------------------------------------------------------------------------------------------------------
 
     async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
-        """Record a mark, or wait for its turn in a replay."""
+        """Record a mark; in a replay, wait until the recorded mark is delivered."""
         await self.call(Call(kind, agent, position, request), None)
 
     async def call(
@@ -255,15 +255,15 @@ class Recorder:
         early: bool = False,
         is_cancelled: bool = False,
     ) -> Answer:
-        """Return the call's recorded answer, or make the call live with `perform` and record it. Raises its failure.
+        """Return the call's recorded answer, or make the call live with `perform` and record the answer.
 
-        If the caller is cancelled, the call is recorded as given up, with the items that `streamed` returns. A replay
-        of a given-up call calls nothing, and waits until the program cancels it again.
+        Raises the call's failure, recorded or live. If the caller is cancelled, the call is recorded as given up, with
+        the items that `streamed` returns. In a replay, a given-up call waits until the program cancels it again.
 
-        `on_replay` gets the content of a replayed answer before the answer is returned or raised. If the call was given
-        up, or with `early`, `on_replay` gets it as soon as the recorded event is found. `asker` is the task that makes
-        the call, if it isn't the current task. `is_cancelled` says that the program cancelled the call before it began:
-        such a call doesn't show that the program survived an earlier given-up call.
+        `on_replay` gets the content of a replayed answer before the answer is returned or raised. With `early`, or if
+        the call was given up, `on_replay` gets the content as soon as the recorded event is found. `asker` is the task
+        that makes the call; it defaults to the current task. `is_cancelled` says that the program cancelled the call
+        before the call began. Such a call doesn't show that the program continued after a given-up call.
         """
         self._check_not_failed()
         asker = asker or asyncio.current_task()
@@ -278,7 +278,7 @@ class Recorder:
         if answer is None:
             answer = await self._made_live(call, perform, streamed, asker)
         if isinstance(answer, Exception):
-            # Raise without the old traceback, live as in a replay: AutoGen passes tracebacks on to models.
+            # Raise without the old traceback: AutoGen passes tracebacks to models, and a replay has no such traceback.
             raise answer.with_traceback(None) from None
         return answer
 
@@ -316,7 +316,7 @@ class Recorder:
             raise
 
     async def _wait_to_be_given_up(self, event: Event, call: Call, on_replay: Callable[[Content], None]) -> None:
-        """Wait until the caller is cancelled, as in the recorded run. If it isn't in time, that is drift."""
+        """Wait until the caller is cancelled, as in the recorded run. If that takes too long, handle it as drift."""
         differing = self._replay.differences(event, call)
         if differing:
             await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -340,7 +340,7 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            # Once idle, the program has closed the streams that it left.
+            # Wait until the session is idle: by then the program has closed the streams that it left.
             await self._idle()
             giving_up = [running for running, one in self._calls.items() if one.given_up]
             if giving_up:
@@ -392,13 +392,13 @@ class Recorder:
         try:
             name = call.label or str(call)
             done = await in_a_task(started_at(inside, ordinary(perform(), name)), name)
-        except Exception as error:  # noqa: BLE001 - it is recorded, and the caller raises it
+        except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
             return None, Raised(failure=failure, streamed=live.streamed()), error
         return done.value, done.content, None
 
     async def _take_back(self, live: _LiveCall) -> None:
-        """Note that the program gave this call up, and revoke its event if it was already recorded."""
+        """Note that the program gave a call up. If the call's event was recorded already, revoke the event."""
         event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
         if event is not None:
             try:
@@ -410,12 +410,12 @@ class Recorder:
         self._given_up.append(live)
 
     def next_question(self, agent: str) -> int:
-        """Count a question of an agent at the console; return its number."""
+        """Count the questions that an agent asks at the console; return the number of the next one."""
         self._questions[agent] += 1
         return self._questions[agent]
 
     def typed_before(self, call: Call) -> str | None:
-        """Return the recorded line for a question at the console, or None. Raises DriftError for another prompt."""
+        """Return the recorded line for a question at the console, or None. Raises DriftError if the prompt differs."""
         event = self._replay.typed(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None
@@ -429,7 +429,7 @@ class Recorder:
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
-        """Keep a typed line until it can be recorded."""
+        """Keep a line that was typed at the console until it can be recorded."""
         self.live["inputs"] += 1
         self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
 
@@ -446,19 +446,19 @@ class Recorder:
                     self._typed.pop(0)
 
     async def _record_apart(self) -> None:
-        """Record typed lines and given-up calls before the next event: they have no place in the order."""
+        """Record typed lines and given-up calls. A replay delivers those outside the order of events."""
         await self._record_typed()
         await self._record_given_up()
 
     async def _record_given_up(self) -> None:
-        """Record given-up calls: the run continued after them, so they were cancelled by the program itself."""
+        """Record given-up calls. The run continued after them, so the program itself cancelled them."""
         while self._given_up:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
                 self.survival.add(event, None, live.asker, survived=live.went_on)
             finally:
-                # The event may be recorded although this task was cancelled.
+                # Check the record even after an error: the event may be recorded although this task was cancelled.
                 if any(event.address == live.call.address for event in self.journal.events):
                     self._given_up.remove(live)
 
@@ -470,7 +470,7 @@ class Recorder:
         try:
             return await asyncio.shield(recording)
         except asyncio.CancelledError:
-            # The server may already have recorded the event: wait, so that the journal gets it, too.
+            # Wait for the server's answer: if the server has recorded the event, the journal must have it, too.
             await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
             raise
         finally:
@@ -485,7 +485,7 @@ class Recorder:
     async def _run_replay(self) -> None:
         try:
             await self._replay.run()
-        except Exception as error:  # noqa: BLE001 - every call that waits for an event raises it
+        except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
     def _drifted(self, what: str) -> str:
@@ -496,7 +496,7 @@ class Recorder:
         )
 
     async def drift(self, after: int, what: str) -> None:
-        """Handle drift after this event's number: raise DriftError, or revoke the later events and go live."""
+        """Handle drift after the event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         if self.on_drift == "stop":
             raise DriftError(self._drifted(what))
@@ -509,4 +509,4 @@ class Recorder:
 
 
 def _already_told(_: Content) -> None:
-    """Do nothing: `on_replay` was called early."""
+    """Do nothing. This function replaces an `on_replay` that was called early."""
