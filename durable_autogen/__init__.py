@@ -11,8 +11,8 @@ recorded is paid for or executed again. Start a Nexum server first (`python -m n
 an unchanged script durable. Tools run in the program's process. Messages for a person are logged by the loggers
 `durable_autogen` and `nexum_engine`.
 
-The folder `record` records and replays, and imports nothing of AutoGen. The folder `autogen` defines which of AutoGen's
-methods are recorded, and how.
+The folder `record` records and replays calls, and doesn't import AutoGen. The folder `autogen` defines which of
+AutoGen's methods are recorded, and how.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # Python 3.10 to 3.12 would also report them if SCRIPT is missing
+    arguments.required = False  # otherwise Python 3.10 to 3.12 names them, too, if SCRIPT is missing
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
@@ -104,7 +104,7 @@ async def look(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the script's exit code, or 2 after an error of this command."""
+    """Run the command line; return its exit code, which is 2 after an error of this command."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_script(args)
         try:
             _print(asyncio.run(look(args)))
-        except KeyboardInterrupt:  # while a script runs, Python itself handles it
+        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show` or `fork`
             return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
     except BrokenPipeError:
-        with suppress(OSError):  # otherwise Python reports the closed pipe when it flushes at exit
+        with suppress(OSError):  # otherwise Python reports the closed pipe at exit, when it flushes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

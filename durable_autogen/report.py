@@ -11,12 +11,12 @@ from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returne
 from durable_autogen.sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters of an event's content
+EXCERPT = 100  # characters of an event's content to show, at most
 NAME_WIDTH = 32  # characters
 
 
 def table(sessions: Sequence[SessionInfo], now: float) -> str:
-    """Return three lines for each session, the latest first. `now` is in seconds since 1970."""
+    """Return a text with three lines for each session, the latest session first. `now` is in seconds since 1970."""
     if not sessions:
         return "no session is on record here"
     return "\n".join(line for one in sessions for line in _summary(one, now))
@@ -30,7 +30,7 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 
 
 def details(shown: ShownSession, now: float) -> str:
-    """Return a line for each event of a session. The number before an event is the N of a fork `SESSION@N`."""
+    """Return a text with a line for each event of a session. The number before a call is the N of `fork SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
     number = 0
     for event in shown.events:
@@ -84,7 +84,7 @@ def _words(event: Event) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a reply's text or tool calls, or a tool's text, or any other value as JSON."""
+    """Return a recorded value as text: a reply's text or tool calls, a tool's text, or any other value as JSON."""
     match value:
         case {"content": content, "usage": _}:
             return _content(content)

@@ -1,4 +1,4 @@
-"""`run_durable`: run one agent or team in a session, and resume that run."""
+"""`run_durable`: run one agent or team in a session, or resume it after a crash."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ async def run_durable(
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
-    `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed; later
-    calls run live and are recorded. A session holds one task; leave `task` out to resume with the recorded one.
-    `cancellation_token` and `output_task_messages` are those of AutoGen's `run`; the other arguments are those of
-    DurableSession.
+    `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
+    calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
+    `task` out. AutoGen's `run` defines `cancellation_token` and `output_task_messages`. DurableSession defines the
+    other arguments.
 
-    `tell` gets the messages for a person, which otherwise go to the logger `durable_autogen`.
+    Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs them.
 
     Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
     """
@@ -94,8 +94,8 @@ async def run_durable_stream(
 class _Run:
     """A durable run in its own task.
 
-    So the session doesn't leak into the consumer's context, and the consumer isn't blocked if AutoGen waits for ever
-    for a stopped agent.
+    The separate task keeps the session out of the consumer's context. It also lets the consumer continue if AutoGen
+    waits for ever for a stopped agent.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class _Run:
                 running.cancel()
                 await asyncio.wait({running})
             if not running.cancelled():
-                running.exception()  # mark it as retrieved: it is raised above, or the consumer has left
+                running.exception()  # mark the error as retrieved: it is raised above, or the consumer has left
 
     async def _whole(self) -> None:
         session, result = self._session, TaskResult(messages=[])
@@ -146,7 +146,7 @@ class _Run:
                 added = work_of(session).added
                 for message in added.messages:
                     if message.seq not in added.delivered:
-                        # The run ended before any call got this message: run the team with it as the task.
+                        # Run the team with the message as its task: the run ended before any call got the message.
                         added.as_task.add(message.seq)
                         more = await self._run(runnable, text_of(message))
                         result = TaskResult(messages=[*result.messages, *more.messages], stop_reason=more.stop_reason)
@@ -181,11 +181,11 @@ class _Run:
                 await asyncio.wait({running}, timeout=END_PATIENCE)
                 running.cancel()
             if running.done() and not running.cancelled():
-                running.exception()  # mark it as retrieved: the error that counts is raised already
+                running.exception()  # mark the team's error as retrieved: the error that counts is raised already
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
-        # A custom agent or team may not have this argument.
+        # Pass `output_task_messages` only if it is False: a custom agent or team may not accept it.
         more: Any = {} if self._output_task_messages else {"output_task_messages": False}
         async for item in runnable.run_stream(task=task, **more):
             if isinstance(item, TaskResult):
@@ -229,7 +229,7 @@ def _check_new(runnable: Runnable) -> None:
 
 
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
-    """Compare task and team with the session's, or record them; return the task to run."""
+    """Compare the task and the team with the recorded ones, or record them; return the task to run."""
     journal = recorder.journal
     task = _recordable(task)
     begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
@@ -243,7 +243,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
         if not begun.content.task:
             raise InvalidRequest(f"session {journal.session} has recorded no task: give it one")
         return _task_again(begun.content)
-    if begun.accepted:  # a fork may have another team
+    if begun.accepted:  # compare only the task: a fork may have another team
         differing = compare(hashed({"task": begun.content.task}), hashed({"task": _texts(task)}))
     else:
         differing = compare(begun.request, _description(runnable, task))
@@ -259,12 +259,12 @@ async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) 
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:
-    """Return a message without a random id and a default time."""
+    """Return a message as a dict. Leave out its id and time if AutoGen generated them."""
     return message.model_dump(mode="json", exclude={"id", "created_at"} - message.model_fields_set)
 
 
 def _task_again(begun: Begun) -> Task:
-    """Return the recorded task in its original form."""
+    """Return the recorded task as a text or as messages, as the program gave it."""
     if not begun.messages:
         return "\n".join(begun.task)
     factory = MessageFactory()
@@ -286,7 +286,7 @@ def _texts(task: Task) -> list[str]:
 
 
 def _recordable(task: Task) -> Task:
-    """Return the task with half surrogate pairs replaced, so that the first run gets what a resumed run gets."""
+    """Return the task with half surrogate pairs replaced, so that the first run and a resumed run get equal tasks."""
     texts = _texts(task)
     if representable(texts) == texts:
         return task

@@ -28,14 +28,14 @@ MAX_STEM = 40  # characters of a script's name in a session id
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
-    """Return the default session id: the same for the same script path and arguments."""
+    """Return the default session id of a script. Equal script paths and arguments give equal ids."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", script.stem).strip("-_") or "script"
     named = "\0".join([str(script.resolve()), *arguments])
     return f"{stem[:MAX_STEM]}-{hashlib.sha256(named.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
 def complain(text: str) -> None:
-    """Print a line on standard error; the script's output stays separate on standard output."""
+    """Print a line on standard error. Standard output is left to the script."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
 
@@ -125,7 +125,8 @@ class _Sessions:
 
     def _run_until_complete(self, original: Any) -> Any:
         def run_until_complete(loop: Any, future: Any) -> Any:
-            # A Runner passes a task. A coroutine comes from a script with its own loop, or from the loop.
+            # A coroutine of the script is a main coroutine. A Runner passes a task, not a coroutine. asyncio passes its
+            # own shutdown coroutines: exclude those by name.
             is_main = (
                 inspect.iscoroutine(future)
                 and not self._is_inside
@@ -137,7 +138,7 @@ class _Sessions:
 
 
 def run_script(args: argparse.Namespace) -> int:
-    """Run the script; return its exit code."""
+    """Run the script in sessions; return the exit code of the command."""
     script: Path = args.script
     if not script.is_file():
         complain(f"error: there is no script {script}: check the path")
@@ -168,7 +169,7 @@ def run_script(args: argparse.Namespace) -> int:
 
 
 def _run_as_main(script: Path) -> None:
-    """Run a script as Python does. (runpy would set sys.argv[0] and __file__ to the same path.)"""
+    """Run a script as `python SCRIPT` does. (runpy isn't used: it sets sys.argv[0] and __file__ to one path.)"""
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
     before = sys.modules["__main__"]
@@ -180,7 +181,7 @@ def _run_as_main(script: Path) -> None:
 
 
 def _print_traceback(error: Exception, script: Path) -> None:
-    """Print the error as `python SCRIPT` would: without the frames of this command."""
+    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen."""
     shown = traceback.TracebackException.from_exception(error)
     paths = [frame.filename for frame in shown.stack]
     begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0

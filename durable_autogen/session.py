@@ -12,23 +12,23 @@ from durable_autogen.record.session import OnUnrecorded, Session
 
 
 class DurableSession(Session):
-    """A session: AutoGen calls inside are recorded on a Nexum server, and the next run with the same id replays them.
+    """A session. AutoGen calls inside it are recorded on a Nexum server. The next run with the same id replays them.
 
         async with DurableSession("order-4711"):
             result = await team.run(task="...")
 
-    Run agents and teams, ask model clients and call tools inside: all of it is recorded, and nothing has to be
-    registered. A call is recorded under its agent's name and the number of that agent's reply. If the program differs
-    from the recorded one, it gets an error that says how (`on_drift="stop"`), or the session continues live from there
-    (`on_drift="continue"`).
+    Run agents and teams, call model clients and call tools inside the session. All these calls are recorded, and
+    nothing has to be registered. A call is recorded under its agent's name and the number of the agent's reply.
 
-    A connection or a process that the program starts outside a recorded call is reported (`on_unrecorded="tell"`), or
-    ends the run (`on_unrecorded="stop"`). `nexum` is the server's address; it defaults to NEXUM_ADDRESS, then to the
-    server of this folder's database, then to localhost:50051. Messages for a person go to `tell`, or are
-    logged by the logger `durable_autogen`.
+    `on_drift` says what to do if the program differs from the recorded one: "stop" raises an error that says how they
+    differ, and "continue" continues live from the first difference. `on_unrecorded` says what to do if the program
+    starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.
 
-    Entering raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong argument. Calls inside and leaving
-    raise DriftError, NotDurable and the server's errors. A session can be entered once.
+    `nexum` is the server's address. It defaults to NEXUM_ADDRESS, then to the server of this folder's database, then to
+    localhost:50051. Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs them.
+
+    A session can be entered once. Entering it raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong
+    argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
     """
 
     def __init__(

@@ -37,12 +37,12 @@ class SessionInfo:
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
-    """Recorded events by kind: reply, tool, input, code."""
+    """The number of recorded calls of each kind: reply, tool, input, code."""
     begun_ms: int
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
-    """Return every session on the server, the latest first."""
+    """Return a summary of every session on the server, the latest session first."""
     latest: dict[str, Execution] = {}
     earliest: dict[str, Execution] = {}
     completed: dict[str, Execution] = {}
@@ -88,7 +88,7 @@ class ShownSession:
 
     info: SessionInfo
     events: tuple[Event, ...]
-    """The events in recorded order, without revoked ones."""
+    """The session's events in recorded order, without revoked ones."""
 
 
 async def show_session(client: NexumClient, session: str) -> ShownSession:
@@ -106,7 +106,7 @@ def _unknown(session: str) -> InvalidRequest:
 
 
 def fork_source(text: str) -> tuple[str, int]:
-    """Return the session and the number of `SESSION@N`. Raises InvalidRequest for any other text."""
+    """Return SESSION and N of the text `SESSION@N`. Raises InvalidRequest for any other text."""
     session, _, count = text.rpartition("@")
     if not session or not count.isdecimal():
         raise InvalidRequest(f"{text!r} must be SESSION@N, for example demo1@2")
@@ -114,7 +114,7 @@ def fork_source(text: str) -> tuple[str, int]:
 
 
 async def question_of(client: NexumClient, session: str) -> str | None:
-    """Return the question that the session was begun with; None if it has not begun."""
+    """Return the text of a session's task; None if the session has not begun."""
     events = (await read_record(client, session)).events
     return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
 
@@ -124,7 +124,7 @@ def _task_of(events: Sequence[Event]) -> list[str]:
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:
-    """Return a session's status. A finished session stays finished, whatever later runs try."""
+    """Return a session's status. A finished session stays finished, even if a later run fails."""
     if any(node.status is NodeStatus.RUNNING for node in run.nodes):
         return "running"
     if is_finished:
@@ -133,7 +133,7 @@ def _status(run: Execution, *, is_finished: bool) -> str:
 
 
 def _ignore(_: Exception) -> None:
-    """Fork although nobody reads the messages."""
+    """Ignore an error of `tell`: the fork continues even if its messages can't be shown."""
 
 
 async def fork_session(
@@ -148,8 +148,9 @@ async def fork_session(
     """Begin a session with the first `count` recorded calls of another one; return the copied events.
 
     The copied events are accepted: they count, whatever the program asks for. `message` is a user message to add after
-    them. Messages for a person go to `tell`, or to the logger. Forking again with the same arguments changes nothing.
-    Raises InvalidRequest, and DriftError if the new session has something else on record.
+    the copied events. Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs
+    them. A second fork with equal arguments changes nothing. Raises InvalidRequest for a wrong argument, and DriftError
+    if `session` has other events on record.
     """
     check_session_id(session)
     if session == source:
@@ -173,7 +174,7 @@ async def fork_session(
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)
         if any(isinstance(event.content, Revoked) for event in journal.events):
-            # A later run of the new session may have revoked some of the copies.
+            # Some copies may be missing: a later run of the new session may have revoked them.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
@@ -195,6 +196,6 @@ def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:
 
 
 def _is_within(some: Sequence[Event], events: Sequence[Event]) -> bool:
-    """Return whether `events` has all of `some`, in the same order."""
+    """Return whether all of `some` are among `events`, in the order of `some`."""
     ahead = iter(_identities(events))
     return all(one in ahead for one in _identities(some))

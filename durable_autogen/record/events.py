@@ -221,7 +221,7 @@ class Event(_Frozen):
 
     @property
     def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply. If a run ends with one, the next run makes the call again."""
+        """Whether the event is a failure or a broken reply. After a run that ends with one, the next run retries it."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
     @property
@@ -273,7 +273,7 @@ _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 def encoded(value: Any) -> Any:
     """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
 
-    JSON lacks infinite numbers and NaN, so they are tagged. A value that is nested too deeply is tagged, too.
+    JSON lacks infinite numbers and NaN, so they are tagged. So are values that are nested too deeply.
     Raises InvalidRequest if the value can't be written as JSON.
     """
     try:

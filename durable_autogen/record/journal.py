@@ -107,7 +107,7 @@ class Journal:
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
-        """Begin the session's next run, or take over the latest run. Return the owned run's task, and the latest run."""
+        """Begin the session's next run, or take over the latest run; return the owned run's task and the latest run."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         is_reported = False
@@ -265,8 +265,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # Record it after a failure or a broken reply: the call shows that the run survived that. Record it also if
-        # another run may have taken over the session: the server then refuses, before the call costs money.
+        # Record the beginning of a call that follows a failure or a broken reply: it shows that the run survived
+        # that. Record it also if another run may own the session: the server then refuses before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)

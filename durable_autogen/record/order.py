@@ -198,7 +198,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # Add this callback one turn later, so that it runs after the callback that the caller adds now.
+        # Add `tell_loop` one turn later, so that it runs after the callback that the caller adds now.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 

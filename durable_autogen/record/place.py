@@ -42,7 +42,7 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether the team holds back each message of the agent until the next one, while other agents work."""
+    """Whether each message of the agent is passed on only when its next message arrives, while other agents work."""
     owner: Any = None
     """The agent or team at work."""
 

@@ -316,7 +316,7 @@ class Recorder:
             raise
 
     async def _wait_to_be_given_up(self, event: Event, call: Call, on_replay: Callable[[Content], None]) -> None:
-        """Wait until the caller is cancelled, as in the recorded run. If that takes too long, handle it as drift."""
+        """Wait until the caller is cancelled, as in the recorded run. If that takes too long, report drift."""
         differing = self._replay.differences(event, call)
         if differing:
             await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -496,7 +496,7 @@ class Recorder:
         )
 
     async def drift(self, after: int, what: str) -> None:
-        """Handle drift after the event number `after`: raise DriftError, or revoke the later events and continue live."""
+        """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         if self.on_drift == "stop":
             raise DriftError(self._drifted(what))

@@ -1,4 +1,4 @@
-"""Delivery of recorded events: one at a time, in order, as the run asks for them."""
+"""Delivery of recorded events to the calls of a run, one event at a time and in recorded order."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from typing import Any, Protocol
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
 
-DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded event while the run asks for something new
+DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded call while the run makes calls that are not recorded
 CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds, while the run asks only for calls that were in flight when an earlier run ended
+TRIED_PATIENCE = 30.0  # seconds to wait if all those calls were under way when an earlier run ended
 
 
 class Compare(Protocol):
     """A function that compares a recorded request with the current one."""
 
     def __call__(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-        """Return a line for each difference. `find` returns the recorded event of an address."""
+        """Return a line for each difference between a recorded event and the call `now`.
+
+        `find` returns the recorded event of an address.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ class Replay:
         self.active_ms = 0
         """The session's active time when the last delivered event was recorded."""
         self.over_since: float | None = None
-        """The time at which the replay was over, by time.monotonic(); None before."""
+        """The time at which the replay ended, by time.monotonic(); None until then."""
         self._journal = journal
         self._wait_until_idle = wait_until_idle
         self._compare = compare
@@ -65,20 +68,20 @@ class Replay:
         self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
-        """The addresses of events that `matching` gave to calls of other positions."""
+        """The addresses of events whose positions `matching` gave to other calls."""
         self._waiting_live: dict[str, bool] = {}
-        """The calls that wait for the end of the replay, and whether an earlier run made them, too."""
+        """The calls that wait for the end of the replay. The value is True if an earlier run made the call, too."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
     def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address if it wasn't delivered yet, else None."""
+        """Return the recorded event of an address; None if there is none, or if it was delivered already."""
         return self._by_address[address] if address in self._addresses else None
 
     def matching(self, call: Call) -> Call:
-        """Return the call with the position of the recorded event that has the same fingerprint.
+        """Return the call, moved to the position of a recorded event that has the same fingerprint.
 
-        Tasks that ask at the same moment may ask in another order than in the recorded run.
+        An agent's tasks that make calls at the same moment may make them in another order than in the recorded run.
         """
         at_its_place = self.event_ahead(call.address)
         if at_its_place is None or at_its_place.accepted:
@@ -97,24 +100,24 @@ class Replay:
         return call
 
     def peek(self, call: Call) -> Event | None:
-        """Return the recorded event of a call before its turn, if their fingerprints are equal; else None."""
+        """Return a call's recorded event without waiting for its turn; None if the event differs from the call."""
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
     def typed(self, address: str) -> Event | None:
-        """Return the recorded console event of an address; None the next time."""
+        """Return and remove the recorded console event of an address; None if there is none."""
         return self._typed.pop(address, None)
 
     def take_given_up(self, call: Call) -> Event | None:
-        """Return the event of a given-up call; None the next time."""
+        """Return and remove the recorded event of a given-up call; None if there is none."""
         return self._given_up.pop(call.address, None)
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
-        """Return a line for each difference between the recorded request and this one."""
+        """Return a line for each difference between a recorded event and a call; none if the event is accepted."""
         return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
-        """Wait for the turn of a call's recorded event; return the event, or None if it no longer counts."""
+        """Wait until a call's recorded event is delivered; return the event, or None if it no longer counts."""
         asked = _Asked(call, asyncio.get_running_loop().create_future())
         self._asked[call.address] = asked
         self._changed.set()
@@ -124,7 +127,7 @@ class Replay:
             self._asked.pop(call.address, None)
 
     async def wait_until_over(self, call: Call) -> None:
-        """Wait until the replay is over. A call that waits here has no event, which may mean drift."""
+        """Wait until the replay is over, before a call without a recorded event. Such a call may mean drift."""
         if self._over.is_set():
             return
         self._waiting_live[str(call)] = self._journal.was_tried(call.address)
@@ -135,13 +138,13 @@ class Replay:
             self._waiting_live.pop(str(call), None)
 
     def fail(self, error: Exception) -> None:
-        """Raise this error in every call that waits for a recorded event."""
+        """Raise an error in every call that waits for its recorded event."""
         for asked in self._asked.values():
             if not asked.delivered.done():
                 asked.delivered.set_exception(error)
 
     def leave(self) -> None:
-        """Drop all events that are not delivered yet: calls that wait for them are made live."""
+        """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
         self._addresses.clear()
         self._given_up.clear()
@@ -151,7 +154,7 @@ class Replay:
             _deliver(asked, None)
 
     async def run(self) -> None:
-        """Deliver all events in order; return after the last one. Raises the errors of `on_drift`."""
+        """Deliver all events in order; return after the last one. Raises what `on_drift` raises."""
         while self.ahead:
             await self._wait_until_idle()
             if not self.ahead:
@@ -183,7 +186,7 @@ class Replay:
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        # An event that was asked for late in the recorded run may be asked for late again.
+        # Wait longer for a call that the recorded run made late: this run may make it late, too.
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
         notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
         try:
@@ -209,9 +212,9 @@ class Replay:
             )
 
     def _patience(self) -> float | None:
-        """Return the seconds to wait for the call of the next event; None for no limit.
+        """Return the seconds to wait until the program makes the next recorded call; None for no limit.
 
-        While no call waits, the program does work of its own: it will make the call, or end.
+        There is no limit while no call waits: the program is then at other work, and will make the call or end.
         """
         if self._asked or not all(self._waiting_live.values()):
             return DRIFT_PATIENCE
@@ -219,7 +222,8 @@ class Replay:
 
 
 def _is_in_order(event: Event) -> bool:
-    # The program itself decides when to give up a call, and `input()` can't wait: neither has a place in the order.
+    # Given-up calls and console lines are not delivered in order: the program decides when to give a call up, and
+    # `input()` can't wait.
     is_apart = isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
     return event.kind.is_asked_for and not is_apart
 
@@ -230,6 +234,6 @@ def _deliver(asked: _Asked, event: Event | None) -> None:
 
 
 def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Compare two requests for equality, without naming the differences."""
+    """Return one line if a recorded request and the current one differ, else none. The line doesn't say how."""
     requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
     return [] if requests[0] == requests[1] else ["the request differs"]

@@ -37,7 +37,7 @@ def check_session_id(session_id: str) -> str:
 
 
 class Session:
-    """A session: calls inside are recorded on a Nexum server, and the next run with the same id replays them."""
+    """A session. Calls inside it are recorded on a Nexum server. The next run with the session's id replays them."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class Session:
         self._recorder: Recorder | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
-        """How often each connection or process outside the record was started."""
+        """How often each connection or process was started outside the record."""
 
     def _could_not_tell(self, error: Exception) -> None:
-        # Perhaps in another thread.
+        # Stop the run from its event loop: this function may be called in another thread.
         if self._recorder is not None and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._recorder.stop, error)
 
@@ -82,7 +82,7 @@ class Session:
         """Record the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
-    # ---- Its run -----------------------------------------------------------------------------------------------------
+    # ---- The run -----------------------------------------------------------------------------------------------------
 
     @property
     def recorder(self) -> Recorder:
@@ -100,9 +100,9 @@ class Session:
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
-        """Record the program's own calls inside the `with` under this name.
+        """Record the calls that the program itself makes inside a `with` under `name`.
 
-        Use it to name parallel branches of a program that calls models or tools itself.
+        Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
         place = current.get()
         if place is None or place.session is not self:
@@ -115,7 +115,7 @@ class Session:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
-            # Without a place: the connection and its heartbeat are not the program's work.
+            # Connect without a place: the connection and its heartbeats are not the program's work.
             with at(None):
                 client = await stack.enter_async_context(NexumClient(self._address))
                 try:
@@ -153,7 +153,7 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # `error` may have only the failure's text, if it came through AutoGen
+                raise failure from error  # AutoGen may have passed on only the failure's text, as `error`
             await recorder.end(self.stop_reason)
 
     async def _close(self) -> None:
@@ -164,7 +164,7 @@ class Session:
     # ---- Outside the record ------------------------------------------------------------------------------------------
 
     def left_the_record(self, agent: str, what: str) -> None:
-        """Report a connection or process outside a recorded call. Raises NotDurable with `on_unrecorded="stop"`."""
+        """Report a connection or process outside the record. With `on_unrecorded="stop"`, raise NotDurable."""
         who = agent or "the program"
         line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
         self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1

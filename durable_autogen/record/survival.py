@@ -1,7 +1,7 @@
-"""Tracking of failures and given-up calls: which ones the run survived, and which one ended it.
+"""Tracking of failures and given-up calls: whether the run continued after each of them, or ended because of it.
 
-A failure that the run survived stays on record, and is replayed. A failure that ended the run is revoked: the next run
-makes the call again.
+If the run continued after a failure, the failure is kept and replayed. If a failure ended the run, the failure is
+revoked, and the next run makes the call again.
 """
 
 from __future__ import annotations
@@ -33,39 +33,43 @@ class Survival:
         self._setbacks: list[_Setback] = []
 
     def add(self, event: Event, error: Exception | None, asker: Asker, *, survived: bool = False) -> None:
-        """Note that a recorded call failed, or was given up (without an error)."""
+        """Note that a recorded call failed with `error`, or that it was given up, if `error` is None."""
         self._setbacks.append(_Setback(event, error, asker, survived))
 
     def asks(self, call: Call, asker: Asker) -> None:
-        """Note that a task makes a call: it and the agents that work for its agent survived their setbacks."""
+        """Note that a task makes a call. The run thus survived the setbacks that `continues` finds for that call."""
         for one in self._setbacks:
             one.survived = one.survived or continues(one.event.agent, one.asker, call, asker)
 
     def turn_is_over(self, path: str) -> None:
-        """Note that an agent or team, and all agents inside it, finished their turn."""
+        """Forget the setbacks of an agent or team, and of all agents inside it: its turn is over."""
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
-        """Return the failure whose text this error contains, or None: AutoGen's teams pass on only texts."""
+        """Return the failure whose text is part of an error's text, or None. AutoGen's teams pass on only texts."""
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
-        """Return the events of the calls that ended the run with this error."""
+        """Return the events of the calls whose failure or cancellation ended the run with `error`."""
         setbacks = [one for one in self._setbacks if one.event in events and not one.event.accepted]
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)
-        found = [one for one in failures if one.error in causes]  # Python chains the cause
-        # A team passes on only the text of its cause.
+        found = [one for one in failures if one.error in causes]  # Python keeps an error's causes
+        # Otherwise look for a failure's text in the error: a team passes on only the text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
-        # The program raised an unrelated error: take every failure that the run did not survive.
+        # Otherwise the error is unrelated: take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.survived]
-        # The end of the run also cancelled the calls of agents that worked in parallel.
+        # Add the given-up calls after which the run did not continue: its end cancelled the calls of parallel agents.
         found += [one for one in setbacks if one.error is None and not one.survived]
         return [one.event for one in found]
 
 
 def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
-    """Return whether a call shows that the agent, or one that it works for, continued after its setback."""
+    """Return whether a later call shows that the run continued after a setback.
+
+    It does if the same task (`asker`) makes it, or the program itself, or the agent, or a team or agent that contains
+    the agent.
+    """
     return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 
 
@@ -79,7 +83,7 @@ def _repeats(error: BaseException, cause: Exception | None) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an exception with all of its causes."""
+    """Return an exception with all of its causes, contexts and grouped exceptions."""
     found: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:
