@@ -61,7 +61,7 @@ class Child:
         return self.process.returncode is not None
 
     async def end(self) -> None:
-        """Close the child's standard input and wait until it ends; kill it if that takes too long."""
+        """Close the child's standard input and wait until the child ends. Kill the child after END_TIMEOUT."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         ending = asyncio.ensure_future(self.process.wait())
@@ -114,7 +114,7 @@ class EmbeddedNexum:
         self._listen = DEFAULT_LISTEN
         """The address that a new server tries first."""
         self._is_bound = False
-        """Whether the body is connected to that port, and not to whichever server has the folder's database open."""
+        """Whether the client uses the server on the default port, and not the server with the folder's database."""
         self._watching: asyncio.Task[None] | None = None
         self._restarts: list[float] = []
         self._given_up: NexumError | None = None

@@ -56,11 +56,11 @@ class Heartbeat:
         on_lost: Callable[[NexumError], None] = lambda _: None,
     ) -> None:
         self.held: set[str] = set()
-        """The ids of the tasks that the worker holds. A change needs no call of `beat`."""
+        """The ids of the tasks that the worker holds. The next beat names them, without a call of `beat`."""
         self.draining = False
-        """Whether the worker takes no more tasks."""
+        """Whether the worker is stopping and takes no more tasks."""
         self.connected = asyncio.Event()
-        """Set while a stream is open that the server has answered."""
+        """Set while a stream is open and the server has answered on it."""
         self.connected_once = False
         """Whether the server has ever answered a stream."""
         self._held_until = 0.0
@@ -75,7 +75,7 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether the worker certainly still holds its tasks: less than half a lease ago, it sent a beat that was answered.
+        """Whether the worker certainly still holds its tasks: it sent an answered beat less than half a lease ago.
 
         If False, only the server knows whether the worker still holds the tasks.
         """

@@ -11,7 +11,7 @@ from pydantic_core import from_json, to_json
 from nexum_engine.errors import InvalidRequest, TooLarge
 
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
-"""The largest input or output."""
+"""The size limit of an input or output, in bytes."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
@@ -35,7 +35,7 @@ def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> N
 
 
 def dump(value: object, what: str) -> str:
-    """Return `value` as compact JSON text. Raises InvalidRequest if JSON can't hold the value (NaN, a cycle, a class)."""
+    """Return `value` as compact JSON text. Raises InvalidRequest if JSON can't hold it, such as NaN or a cycle."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode("utf-8")

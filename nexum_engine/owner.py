@@ -2,7 +2,7 @@
 
     async with Owner(client) as owner:
         owned = await owner.start(WORKFLOW, {"n": 1}, idempotency_key="n-1")
-        if owned.task is not None:                      # else it has ended: owned.ended has the result
+        if owned.task is not None:                      # otherwise, owned.ended has the result
             await owner.complete(owned.task, {"done": True})
 
 If an owner dies, the next owner that starts the same key takes over its execution.

@@ -27,7 +27,7 @@ class NodeStatus(str, Enum):
     """A node's status within its execution."""
 
     PENDING = "PENDING"
-    """The node waits for the nodes it depends on."""
+    """The node waits for the nodes that it depends on."""
     READY = "READY"
     """The node is a task that no worker holds."""
     RUNNING = "RUNNING"
@@ -76,7 +76,7 @@ class Compatibility(str, Enum):
     SAFE = "SAFE"
     """Only nodes were added."""
     BREAKING = "BREAKING"
-    """A node was removed, or has another type or other dependencies."""
+    """A node was removed, or its type or dependencies changed."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from nexum_engine.records import NodeStatus
 
 MAX_FAILED_ATTEMPTS = 4
-"""Reported failures after which a node is FAILED."""
+"""The number of reported failures after which a node is FAILED."""
 MAX_LOST_ATTEMPTS = 10
-"""Attempts lost to a crash or an expired lease after which a node is FAILED."""
+"""The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
 FIRST_RETRY_DELAY_MS = 1000
 LONGEST_RETRY_DELAY_MS = FIRST_RETRY_DELAY_MS << (MAX_FAILED_ATTEMPTS - 2)
 

@@ -206,7 +206,7 @@ class Worker:
                 await self._heartbeat.connected.wait()
             if self._told_to_stop.is_set():
                 return
-            # Poll a server without worker streams for one version at a time. It doesn't know polls for several versions.
+            # Poll for one version at a time if the server has no worker streams: it knows no other polls.
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
@@ -227,7 +227,7 @@ class Worker:
                 task = await self._hold(task)
 
     async def _answer(self, call: Awaitable[T]) -> T:
-        """Return the server's answer to `call`. Raises ServerUnavailable if a stopping worker gets none within seconds."""
+        """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
         calling = asyncio.ensure_future(call)
         assert self._stopped is not None
         try:

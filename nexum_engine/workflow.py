@@ -31,7 +31,7 @@ MAX_ID_LENGTH = 200  # characters
 
 @dataclass(frozen=True)
 class NodeDefinition:
-    """A node of a workflow. The worker checks the handler's result with the model `output`, which the server never sees."""
+    """A node of a workflow. The worker checks the handler's result with `output`. The server never sees this model."""
 
     node_id: str
     node_type: NodeType
@@ -41,7 +41,7 @@ class NodeDefinition:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A built workflow, ready to be registered. The client checks the input of each execution with the model `input`."""
+    """A built workflow, ready to be registered. The client checks the input of executions with the model `input`."""
 
     workflow_id: str
     version_hash: str
@@ -86,7 +86,7 @@ class WorkflowBuilder:
         return self
 
     def build(self) -> Workflow:
-        """Return the workflow. Raises InvalidRequest for a duplicate name, an unknown dependency, a cycle, or no nodes."""
+        """Return the workflow. Raises InvalidRequest for a duplicate name, unknown dependency, cycle, or no nodes."""
         names = [node.node_id for node in self._nodes]
         if len(set(names)) != len(names):
             raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes with the same name: {names}")
@@ -135,7 +135,7 @@ class _WorkflowIr(BaseModel):
 
 
 def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
-    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if a node can't run."""
+    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if one can't run."""
     document = jsontext.parse(ir_json, "ir_json", max_bytes=MAX_IR_BYTES)
     try:
         ir = _WorkflowIr.model_validate(document)

@@ -46,7 +46,7 @@ class _Stream:
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.passed_on: list[Any] = []
         self.produced: list[Any] = []
-        """All items that a live call has produced, passed on or not."""
+        """All items that a live call has produced, whether or not they were passed on."""
 
     async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
         """Yield items until the call is over. Cancel the call if the consumer leaves."""

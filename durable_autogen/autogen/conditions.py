@@ -29,7 +29,7 @@ MESSAGES_ALONE = {
     conditions.TextMessageTermination,
     conditions.TokenUsageTermination,
 }
-"""Conditions that depend only on messages. They need no record; a changed one shows as drift."""
+"""Conditions that depend only on messages. They need no record: a changed condition causes drift."""
 
 
 async def look(

@@ -345,7 +345,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
 _lock = threading.RLock()
 _open_sessions = 0
 _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
-"""The original and the wrapper of each wrapped method."""
+"""The original and the wrapper of each wrapped method, by class and method name."""
 
 
 @contextmanager
