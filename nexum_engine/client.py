@@ -118,8 +118,8 @@ class NexumClient:
 
     `address` is HOST:PORT or the path of a database. With a path, the client uses the server that has
     the database open, also after that server restarts on another port. Without `address`, the client uses
-    NEXUM_ADDRESS, else the server that has this folder's database open, else the server on localhost:50051. It never
-    uses an embedded server of another folder. The client keeps the first server that it finds.
+    NEXUM_ADDRESS, else the server that has this folder's database open, else the server on localhost:50051, unless that
+    is an embedded server of another folder. The client keeps the first server that it finds.
 
     While no server answers, a method retries for `patience` seconds, and then raises ServerUnavailable. Every method
     can raise NotANexumServer, ServerFault, and the errors that the server answers with.

@@ -16,7 +16,7 @@ ORPHAN_GRACE = 1.5  # seconds to stop cleanly after the parent process has ended
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     """Return an event that Ctrl+C or SIGTERM sets. A second signal ends the process at once.
 
-    With `until_stdin_closes`, the end of standard input sets the event, too: it closes however the parent process dies.
+    With `until_stdin_closes`, the event is also set when standard input closes, however the parent process dies.
     Ctrl+C is then ignored, and left to the parent. Call this function in the main thread.
     """
     loop = asyncio.get_running_loop()

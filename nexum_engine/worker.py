@@ -317,8 +317,8 @@ class Worker:
             raise
 
     async def _complete(self, task: Task, output: str) -> Task | None:
-        # Take the next task with the report, unless the worker is stopping. If `after_report` is set, don't: it must be
-        # called before the next task is taken.
+        # Take the next task with the report, unless the worker is stopping or `after_report` is set. The worker must
+        # call `after_report` before it takes the next task.
         more = not self._told_to_stop.is_set() and self._after_report is None
         then_take = (self.worker_id, list(self._bindings)) if more else None
         complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)

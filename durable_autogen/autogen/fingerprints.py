@@ -1,7 +1,7 @@
 """Fingerprints of calls, and the text that reports their differences.
 
 Each message of a conversation is fingerprinted once. A request's fingerprint holds only its new parts. Its `base` is
-the position of the same agent's previous request, which has the rest.
+the position of the same agent's previous request, from which the other parts are taken.
 """
 
 from __future__ import annotations
