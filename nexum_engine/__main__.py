@@ -23,7 +23,7 @@ import logging
 import os
 import sys
 
-# Our errors report what grpc would log a second time. grpc reads this variable when it is imported.
+# Turn grpc's log off, before grpc is imported and reads the variable. Our errors report the same failures.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
@@ -47,7 +47,7 @@ from nexum_engine.store import database_exists, executions, open_store
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
-LOOK_PATIENCE = 3.0  # seconds to wait for a server that is just ending
+LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _program() -> str:
-    """Return the command that a person typed: the installed one, or the module's."""
+    """Return the command that the person typed: `nexum` or `python -m nexum_engine`."""
     return "nexum" if Path(sys.argv[0]).stem == "nexum" else "python -m nexum_engine"
 
 
@@ -142,7 +142,8 @@ def _count(text: str) -> int:
 
 async def serve(args: argparse.Namespace) -> None:
     """Run the server until it is stopped."""
-    # The event loop and the store's thread take turns several times a call, and a turn lasts 5 ms by default.
+    # Shorten the turns of threads, 5 ms by default. Each call switches several times between the event loop and the
+    # store's thread.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import run_server
     from nexum_engine.signals import stop_event
@@ -172,7 +173,7 @@ async def look(args: argparse.Namespace) -> str:
 
 
 async def _ask_server(args: argparse.Namespace) -> str:
-    """Ask the server. If no server was named and none answers, open the default database."""
+    """Run the command on a server. If no server was named and no server answers, use the default database."""
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
         async with NexumClient(address or None) as client:
@@ -231,7 +232,7 @@ def _say(text: str) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # Windows reports EINVAL for a pipe that nobody reads.
+        # Raise BrokenPipeError here, too: Windows reports EINVAL for a pipe that nobody reads.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Print a question mark for a character that the console can't show: an error would end the program.
+            # Print a question mark for a character that the console can't show. By default Python raises an error.
             stream.reconfigure(errors="replace")
     args = build_parser().parse_args(argv)
     try:
@@ -253,8 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, ServerUnavailable) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)  # a full disk, under the output or elsewhere
-        # A closed pipe (`| head`) needs no message. Discard the rest of the output: Python would report it at exit.
+            print(f"error: {error}", file=sys.stderr)  # such as a full disk
+        # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
+        # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -48,23 +48,23 @@ from nexum_engine.workflow import Workflow
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    # Only the type stubs tell the two kinds of channel apart.
+    # Import this class for type checks only: it exists only in the type stubs.
     from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
 
     WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
-CALL_DEADLINE = 10.0  # seconds, in addition to the wait that a call requests
+CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
-MAX_SERVER_WAIT = 25.0  # seconds, below the server's own cap
+MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
 
 _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Less than the time for which a restarted server waits for its workers and owners.
+    # Reconnect before a restarted server stops waiting for its workers and owners.
     ("grpc.max_reconnect_backoff_ms", 200),
-    # Despite its name, this is the time limit of one attempt to connect. A busy or distant machine needs seconds.
+    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-# A method of the stub that is connected when the call is made.
+# A function that returns a method of its argument, the stub that is connected when the call is made.
 Method: TypeAlias = "Callable[[NexumServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]]"
 
 
@@ -86,12 +86,12 @@ class Started:
 
     execution_id: str
     existing: bool
-    """Whether the idempotency key already had this execution."""
+    """Whether the idempotency key named this execution before the call."""
     status: ExecutionStatus
     ended: Execution | None
-    """The execution, if it ended within the wait."""
+    """The execution, if it ended within `wait` seconds."""
     task: Task | None = None
-    """The task for the owner, if the caller named one and the execution has not ended."""
+    """The owner's task, if the caller named an owner and the execution has not ended."""
 
 
 @dataclass(frozen=True)
@@ -100,29 +100,29 @@ class Observed:
 
     execution: Execution
     has_poller: bool | None
-    """Whether a worker polls for the execution's version; None if the server can't tell."""
+    """Whether a worker polls for the execution's version. None if the server can't tell."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """A server's database, and whether the server is embedded in a run."""
+    """A server's database, and whether the server is an embedded server."""
 
     database: str
     """The absolute path of the server's database."""
     embedded: bool
-    """Whether a run started the server, for the runs of one folder."""
+    """Whether the server is an embedded server."""
 
 
 class NexumClient:
     """A client of one server. Use it as an async context manager, or call `close`.
 
-    `address` is HOST:PORT or the path of a database. A path names the server that has the database open, also after a
-    restart on another port. Without `address`, the client uses NEXUM_ADDRESS, else the server that has this folder's
-    database open, else the server on localhost:50051 unless it is embedded in a run of another folder. The client
-    keeps the first server that it finds.
+    `address` is HOST:PORT or the path of a database. With a path, the client uses the server that has
+    the database open, also after that server restarts on another port. Without `address`, the client uses
+    NEXUM_ADDRESS, else the server that has this folder's database open, else the server on localhost:50051, unless that
+    is an embedded server of another folder. The client keeps the first server that it finds.
 
-    `patience` is for how many seconds a method retries while no server answers; then it raises ServerUnavailable.
-    Every method can raise NotANexumServer, ServerFault, and the errors that the server answers with.
+    While no server answers, a method retries for `patience` seconds, and then raises ServerUnavailable. Every method
+    can raise NotANexumServer, ServerFault, and the errors that the server answers with.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -182,7 +182,7 @@ class NexumClient:
             self._connect(target, metadata_for(str(self._database)))
 
     async def reach(self) -> None:
-        """Look up the server's address if it can have changed. Raises ServerUnavailable, NotANexumServer."""
+        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
         if self._is_searching:
             await self._search()
         elif self._database is not None:
@@ -194,7 +194,8 @@ class NexumClient:
         own = read_address(database) if database is not None else None
         if database is not None and own is not None:
             metadata = metadata_for(str(database))
-            # Compare the databases here, too: a published server on a killed server's port ignores the metadata.
+            # Check the database here, too. A published server may now listen on a killed server's port. It would ignore
+            # the metadata that names the database.
             info = await self._first_answer(own, metadata)
             if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
                 self.address, self._is_searching = str(database), False
@@ -208,7 +209,7 @@ class NexumClient:
         self._connect(DEFAULT_ADDRESS, metadata)
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
-        """Return the info of the server at `target`, None if it has no GetServerInfo, or the error if none answers."""
+        """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
         channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         stub = _stub_with(channel, metadata)
         try:
@@ -217,7 +218,7 @@ class NexumClient:
             except grpc.RpcError as rpc_error:
                 if rpc_error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                     raise
-            # The published server's contract has no GetServerInfo.
+            # Try ListExecutions: the published server has no GetServerInfo.
             await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
         except grpc.RpcError as rpc_error:
             error = error_of(rpc_error, target)
@@ -290,15 +291,16 @@ class NexumClient:
         held_task_id: str = "",
         output_json: str = "",
     ) -> Started:
-        """Start an execution, or find the key's execution. With `wait`, return when it ends or after so many seconds.
+        """Start an execution, or find the execution that has the idempotency key.
 
-        With `owner`, the id of a connected worker, the execution's only node is handed to the caller and to no poll.
-        With `held_task_id`, the start is refused (Conflict) if another owner has taken over that task. With
-        `output_json`, the execution ends at once with this result, and the answer has no task; a server that doesn't
-        know `output_json` answers with the task.
+        With `wait`, return when the execution ends, or after `wait` seconds. `owner` is the id of a connected worker:
+        the execution's only node is handed to the caller, and to no poll. With `held_task_id`, the server refuses the
+        start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
+        that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
 
-        Without a key the call is never retried: if only the answer was lost, a retry would start a second execution.
-        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest, and Conflict while another owner holds it.
+        Without a key, the call is never retried. If only the answer was lost, a retry would start a second execution.
+        Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest. Raises Conflict while another owner holds the
+        execution.
         """
         if workflow.input is not None and not isinstance(input, workflow.input):
             try:
@@ -333,7 +335,7 @@ class NexumClient:
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
     ) -> Observed:
-        """Return the execution when it ends, or its state after `wait` seconds. Raises ExecutionNotFound."""
+        """Return the state of an execution when it ends, or after `wait` seconds. Raises ExecutionNotFound."""
         wait = min(wait, MAX_SERVER_WAIT)
         try:
             if self._has_get_execution:
@@ -350,13 +352,13 @@ class NexumClient:
             raise ExecutionNotFound(execution_id) from error
 
     def _fall_back(self) -> None:
-        # Log once: several calls in flight may get here.
+        # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
             logger.warning("the server on %s has no GetExecution: polling it with GetStatus", self.address)
         self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
-        """Poll with the published GetStatus, after a while less often, until the execution ends or `wait` is over."""
+        """Poll with GetStatus until the execution ends or `wait` seconds are over. Poll less often after 2 s."""
         loop = asyncio.get_running_loop()
         start = loop.time()
         request = pb.StatusRequest(execution_id=execution_id)
@@ -378,10 +380,11 @@ class NexumClient:
         with_nodes: bool = False,
         patience: float = 0.0,
     ) -> list[Execution]:
-        """Return the newest executions, at most `limit` (default 20); inputs and nodes only `with_nodes`.
+        """Return the newest executions, at most `limit` (default 20). `with_nodes` includes inputs and nodes.
 
-        `key_prefix` selects executions whose idempotency key begins with it; it needs `workflow_id`. `before` selects
-        executions older than that one. A page with nodes may be shorter than `limit`; only an empty page is the end.
+        `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
+        an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
+        page is the end of the list.
         Raises ExecutionNotFound for an unknown `before`.
         """
         request = pb.ListRequest(
@@ -413,7 +416,7 @@ class NexumClient:
         ]
 
     async def cancel_execution(self, execution_id: str) -> None:
-        """Cancel a running execution. Raises ExecutionNotFound, Conflict if it has completed or failed."""
+        """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed."""
         try:
             await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
@@ -422,7 +425,7 @@ class NexumClient:
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
     async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
-        """Take a task of one of the versions; wait up to `wait` seconds for it."""
+        """Take a task of one of the versions. Return None if no task is ready within `wait` seconds."""
         request = _poll_request(worker_id, version_hashes, wait)
         answer = await self._call(lambda stub: stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
@@ -435,7 +438,7 @@ class NexumClient:
         then_take: tuple[str, Sequence[str]] | None = None,
         patience: float = 0.0,
     ) -> Task | None:
-        """Report a result. With `then_take`, a worker id and versions, also take a due task of these versions.
+        """Report a task's result. `then_take` is a worker id and versions: return a ready task of the versions.
 
         Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
         """
@@ -449,7 +452,7 @@ class NexumClient:
         return None if then_take is None else _task(answer.next, then_take[1])
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
-        """Report a failure; a `final` failure is not retried. Raises StaleTask."""
+        """Report a task's failure. A `final` failure is not retried. Raises StaleTask."""
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
@@ -468,7 +471,7 @@ class NexumClient:
             raise StaleTask(str(error)) from error
 
     def worker_stream(self) -> WorkerStreamCall:
-        """Open a worker's stream: the server answers each beat. Writing and reading raise grpc.RpcError."""
+        """Open a worker stream, on which the server answers each heartbeat. Its methods raise grpc.RpcError."""
         return self._stub.WorkerStream()
 
 
@@ -503,7 +506,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # A published server sends neither; it was polled for one version.
+        # Use the only version of the poll: a published server sends no version and no attempt.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

@@ -1,4 +1,4 @@
-"""The engine's clock, as an interface: tests replace it and move the time instead of sleeping."""
+"""The clock of the engine. Tests use a ManualClock: they move the time instead of sleeping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """A clock that starts at wall time and runs monotonically, so that a corrected wall clock expires no lease."""
+    """A clock that starts at the system's time and never jumps. A corrected system time expires no lease."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()

@@ -1,6 +1,6 @@
-"""The server for one run: a running server, or a child process that can't outlive this process.
+"""The server that a program uses: a running server, or a child process that ends with the program.
 
-A child ends when the pipe to its standard input closes. Every system closes it, however the parent dies.
+A child ends when the pipe to its standard input closes. The operating system closes the pipe, however the parent dies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 _IMPORTED_FROM = Path(__file__).resolve().parent.parent
 LOOK_INTERVAL = 0.1  # seconds
-WATCH_INTERVAL = 0.3  # seconds between looks at the children and the server
-PATIENCE = 10.0  # seconds that a new server waits until an ending server releases the database
+WATCH_INTERVAL = 0.3  # seconds between checks of the children and the server
+PATIENCE = 10.0  # seconds for which a new server waits until an ending server releases the database
 START_TIMEOUT = 60.0  # seconds, for slow disks and virus scanners
 END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
-SLOW_START = 3.0  # seconds after which a log line explains the delay
-MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; with more restarts, the cause won't stop
+SLOW_START = 3.0  # seconds until a log line explains why the server isn't ready
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; above the limit, another restart won't help
 
 
 async def start_child(command: list[str], *, env: Mapping[str, str] | None = None, quiet: bool = True) -> Child:
@@ -43,7 +43,7 @@ async def start_child(command: list[str], *, env: Mapping[str, str] | None = Non
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL if quiet else asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
-        # Keep Ctrl+C from the children: this process ends them.
+        # Don't let Ctrl+C reach the child: this process ends its children.
         start_new_session=sys.platform != "win32",
         creationflags=flags,
     )
@@ -61,11 +61,11 @@ class Child:
         return self.process.returncode is not None
 
     async def end(self) -> None:
-        """Close the child's standard input and wait until it ends; kill it if that takes too long."""
+        """Close the child's standard input and wait until the child ends. Kill the child after END_TIMEOUT."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         ending = asyncio.ensure_future(self.process.wait())
-        # Not wait_for: before Python 3.12 it swallows a cancellation that arrives as the child ends.
+        # Don't use wait_for: before Python 3.12, it swallows a cancellation that arrives as the child ends.
         await asyncio.wait({ending}, timeout=END_TIMEOUT)
         if not ending.done():
             with contextlib.suppress(ProcessLookupError):
@@ -74,21 +74,23 @@ class Child:
 
 
 class _KilledAtStart(ServerError):
-    """The embedded server was killed from outside while it started: starting another may work."""
+    """Another process killed the embedded server while it started. Another start may work."""
 
 
 class EmbeddedNexum:
-    """A Nexum server that answers for the length of an `async with`.
+    """A Nexum server that is available inside an `async with` block.
 
-    If `address` or NEXUM_ADDRESS names a server, it must answer. Otherwise the run uses the server that has this
-    folder's database open, else a server that a person started on the default port, else it starts an embedded server
-    and the given worker scripts. An embedded server listens on the default port or, if that is taken, on a free one.
-    Runs of other folders never use it.
+    If `address` or NEXUM_ADDRESS names a server, that server must answer. Otherwise the program uses the server that
+    has this folder's database open, else a server that a person started on the default port. If neither answers, it
+    starts an embedded server and the given worker scripts. The embedded server listens on the default port or, if that
+    port is taken, on a free one. Programs in other folders never use the embedded server.
 
-    A server or worker that ends early is restarted. If the server's run has ended, another run of the folder restarts
-    it. After too many restarts, the body is cancelled and the `async with` raises ServerError.
+    An embedded server or worker that ends early is restarted. A program that uses another program's embedded server
+    restarts that server if it has ended. After too many restarts, the block is cancelled, and the `async with` raises
+    ServerError.
 
-    `meanwhile` is called while server and workers start: slow imports belong there. Messages for a person are logged.
+    `meanwhile` is called while the server and the workers start: put slow imports there. Messages for a person are
+    logged.
 
     Raises ServerUnavailable, NotANexumServer, ServerError.
     """
@@ -107,12 +109,12 @@ class EmbeddedNexum:
         self._server: Child | None = None
         self._workers: dict[Path, Child] = {}
         self._client = NexumClient(address)
-        # Resolve the path now: the body may change the working folder.
+        # Resolve the path now: the code in the `async with` block may change the working folder.
         self._database = own_database()
         self._listen = DEFAULT_LISTEN
         """The address that a new server tries first."""
         self._is_bound = False
-        """Whether the body is connected to that port, and not to whichever server has the folder's database open."""
+        """Whether the client uses the server on the default port, and not the server with the folder's database."""
         self._watching: asyncio.Task[None] | None = None
         self._restarts: list[float] = []
         self._given_up: NexumError | None = None
@@ -172,21 +174,22 @@ class EmbeddedNexum:
         return True
 
     async def _turn_to_own(self) -> None:
-        """Replace the client with one for the server that has this folder's database open."""
-        if self._database is not None:  # otherwise the new server prints the error
+        """Replace the client with a client for the server that has this folder's database open."""
+        if self._database is not None:  # without a database, the new server fails and prints the error
             await self._client.close()
             self._client = NexumClient(str(self._database))
 
     async def _first_answer(self) -> None:
-        """Return when a Nexum server answers. Raises ServerUnavailable if nothing listens on the address, and
-        NotANexumServer if something listens but doesn't answer as a Nexum server within FIRST_ANSWER.
+        """Wait until a Nexum server answers.
 
-        gRPC alone waits much longer for a first answer, and reports a server of another kind as no server.
+        Raises ServerUnavailable if nothing listens on the address. Raises NotANexumServer if a program listens there
+        but doesn't answer as a Nexum server within FIRST_ANSWER. gRPC alone would wait much longer, and would raise
+        the same error in both cases.
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + FIRST_ANSWER
         while True:
-            # In parallel: if nothing listens, each of them is slow on Windows.
+            # Run both checks in parallel: on Windows, each check is slow if nothing listens.
             refusal, somebody_listens = await asyncio.gather(
                 self._refusal(give_up - loop.time()), self._somebody_listens()
             )
@@ -194,7 +197,7 @@ class EmbeddedNexum:
                 return
             if not somebody_listens:
                 raise refusal
-            # Try again until the time is up: it may be a server that is just ending.
+            # Retry until the time is up: the program that listens may be a Nexum server that is ending.
             if loop.time() >= give_up:
                 raise NotANexumServer(
                     f"the program that listens on {self.address} does not answer as a Nexum server: end it, or name "
@@ -203,7 +206,7 @@ class EmbeddedNexum:
             await asyncio.sleep(LOOK_INTERVAL)
 
     async def _refusal(self, timeout: float) -> ServerUnavailable | None:
-        """Return why no Nexum server answered within `timeout`; None if one answered."""
+        """Return why no Nexum server answered within `timeout`. Return None if a Nexum server answered."""
         pinging = asyncio.ensure_future(self._client.ping())
         try:
             await asyncio.wait({pinging}, timeout=timeout)
@@ -221,7 +224,7 @@ class EmbeddedNexum:
     async def _somebody_listens(self) -> bool:
         host, _, port = self.address.rpartition(":")
         if not port.isdecimal():
-            return False  # a database: no address to connect to
+            return False  # the address is a database's path: nothing to connect to
         host = "127.0.0.1" if host == "localhost" else host.strip("[]")
         connecting = asyncio.ensure_future(asyncio.open_connection(host, int(port)))
         try:
@@ -237,7 +240,7 @@ class EmbeddedNexum:
         return True
 
     async def _start(self, why: str = "") -> None:
-        """Start a server and the workers that don't run. `why` says why a previous server has to be replaced."""
+        """Start a server, and each worker that isn't running. `why` says why the previous server is replaced."""
         listen = self._listen
         command = ["-m", "nexum_engine", "--listen", listen, "--patience", str(PATIENCE)]
         if self._database is not None:
@@ -248,7 +251,7 @@ class EmbeddedNexum:
         self._server = server
         for script in self._worker_scripts:
             if script not in self._workers:
-                await self._start_worker(script)  # now: the worker waits for the server
+                await self._start_worker(script)  # don't wait for the server first: the worker does that
         self._use_the_time()
         try:
             line = await self._first_line(server)
@@ -275,7 +278,7 @@ class EmbeddedNexum:
         self._workers[script] = await start_child([str(script), "--nexum", self.address])
 
     async def _first_line(self, server: Child) -> str | None:
-        """Return the line that the server prints when it is ready; None if another server answers in its place."""
+        """Return the line that `server` prints when it is ready. Return None if another server answers instead."""
         assert server.process.stdout is not None
         reading = asyncio.ensure_future(server.process.stdout.readline())
         loop = asyncio.get_running_loop()
@@ -293,7 +296,7 @@ class EmbeddedNexum:
                     explained = True
                 with contextlib.suppress(ServerUnavailable, NotANexumServer):
                     await self._client.ping()
-                    # Our own server may have answered, a moment before it prints its line.
+                    # Wait for the line: `server` itself may have answered, just before it prints its line.
                     await asyncio.wait({reading}, timeout=1.0)
                     if not reading.done():
                         return None

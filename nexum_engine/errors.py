@@ -10,7 +10,7 @@
     |-- Conflict                          the request contradicts what is recorded
     |   |-- IdempotencyConflict           the key was used with another input
     |   |-- VersionConflict               the version hash is registered with another definition
-    |   `-- StaleTask                     the attempt is over: a newer one was handed out, or it was reported otherwise
+    |   `-- StaleTask                     the attempt is over: a newer attempt exists, or another result was reported
     |-- StoreError                        the database
     |   |-- StoreUnavailable              the outcome of a transaction is unknown: retry
     |   |-- StoreLocked                   another server has the file open
@@ -23,8 +23,8 @@
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
     `-- FinalError                        raised by a worker's handler: a retry can't fix it
 
-A message names the thing, the cause and the next step. It is written for the person (or the model) who reads it. It
-contains no internals, because the server sends it to its clients.
+An error's message names the thing, the cause and the next step. It is written for a person or a model. It contains no
+internals, because the server sends the message to clients.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class VersionConflict(Conflict):
 
 
 class StaleTask(Conflict):
-    """The attempt may not report: it is over, or it has reported something else."""
+    """The attempt can't report: the attempt is over, or it has reported another result."""
 
 
 class StoreError(NexumError):
@@ -94,7 +94,7 @@ class StoreError(NexumError):
 
 
 class StoreUnavailable(StoreError):
-    """The outcome of the transaction is unknown: retry it. Nothing that was acknowledged is lost."""
+    """The database may or may not have stored the transaction: retry it. No acknowledged transaction is lost."""
 
 
 class StoreLocked(StoreError):
@@ -106,7 +106,7 @@ class StoreRefused(StoreError):
 
 
 class ServerError(NexumError):
-    """The server can't be used."""
+    """The server can't be used from this client."""
 
 
 class ServerUnavailable(ServerError, ConnectionError):
@@ -114,7 +114,7 @@ class ServerUnavailable(ServerError, ConnectionError):
 
 
 class ServerNotReady(ServerUnavailable):
-    """A server answers that it can't do the call now: retry it."""
+    """The server answered that it can't do the call now: retry the call."""
 
 
 class NotANexumServer(ServerError):
@@ -122,12 +122,12 @@ class NotANexumServer(ServerError):
 
 
 class ServerFault(ServerError):
-    """The server had an internal error; its log has the details under the id in the message."""
+    """The server had an internal error. The server's log has the details, under the id in this error's message."""
 
 
 class WaitTimeout(NexumError, TimeoutError):
-    """The wait is over, but the execution continues: a later call with the same key attaches to it."""
+    """The wait is over, but the execution continues. A later call with the same key attaches to the execution."""
 
 
 class FinalError(NexumError):
-    """A handler's failure that a retry can't fix (bad arguments, a refused address): it is not retried."""
+    """A failure that a retry can't fix (bad arguments, a refused address). A handler raises it to end the node."""

@@ -1,4 +1,4 @@
-"""The beats of a worker or owner: one stream to the server, on which each beat names the tasks that it holds."""
+"""The heartbeats of a worker or owner, sent on one stream. Each beat names the tasks that the sender holds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from nexum_engine.wire.status import error_of
 if TYPE_CHECKING:
     from nexum_engine.client import WorkerStreamCall
 
-FIRST_ACK_TIMEOUT = 3.0  # seconds until a stream without a first answer is reopened
-MIN_ACK_TIMEOUT = 1.0  # seconds for each later answer, or a third of the lease if that is more
-MIN_LEASE_MS = 100  # a server's shorter lease counts as this one
+FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
+MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
+MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
 SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a disconnected worker keeps its tasks
-TELL_AGAIN_AFTER = 10.0  # seconds until the same kind of loss is reported again
+TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 
 
 def new_worker_id() -> str:
@@ -34,7 +34,7 @@ def new_worker_id() -> str:
 
 
 async def _nothing() -> None:
-    """Do nothing before a connection: the default of `prepare`."""
+    """Do nothing. This is the default of `prepare`."""
 
 
 class Heartbeat:
@@ -42,7 +42,8 @@ class Heartbeat:
 
     `prepare` is awaited before each attempt to connect. `on_connected` is called at the first answer on a stream.
     `on_lost` is called with the error when the stream is lost or can't be opened: ServerUnavailable if no server
-    answers, else the server's own error. It is called at once, whenever the kind of error changes, and every 10 s.
+    answers, else the server's error. `on_lost` is called at the first error, when the error's class changes, and every
+    10 s.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class Heartbeat:
         on_lost: Callable[[NexumError], None] = lambda _: None,
     ) -> None:
         self.held: set[str] = set()
-        """The ids of the tasks that the worker holds. A change needs no call of `beat`."""
+        """The ids of the tasks that the worker holds. The next beat names them, without a call of `beat`."""
         self.draining = False
-        """Whether the worker takes no more tasks."""
+        """Whether the worker is stopping and takes no more tasks."""
         self.connected = asyncio.Event()
-        """Set while a stream is open that the server has answered."""
+        """Set while a stream is open and the server has answered on it."""
         self.connected_once = False
         """Whether the server has ever answered a stream."""
         self._held_until = 0.0
@@ -74,22 +75,22 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether the worker certainly still holds its tasks: its last answered beat is younger than half a lease.
+        """Whether the worker certainly still holds its tasks: it sent an answered beat less than half a lease ago.
 
-        If False, only the server knows whether the worker still holds them.
+        If False, only the server knows whether the worker still holds the tasks.
         """
         return self.connected.is_set() and time.monotonic() < self._held_until
 
     def beat(self) -> None:
-        """Beat now, and once more soon: from two beats in a row the server learns which tasks never arrived."""
+        """Send a beat now, and another one soon. A task that neither beat names has never arrived at the worker."""
         self._is_urgent = True
         self._wake.set()
 
     async def run(self) -> None:
-        """Beat until cancelled. Returns if the server has no WorkerStream.
+        """Send beats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnects as long as the server doesn't answer or has an internal error. Raises InvalidRequest for a worker id
-        that the server refuses, NotANexumServer, and other errors of `prepare`.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises InvalidRequest if the server
+        refuses the worker id, NotANexumServer, and other errors of `prepare`.
         """
         while True:
             try:
@@ -111,15 +112,15 @@ class Heartbeat:
             await asyncio.sleep(RECONNECT_DELAY)
 
     async def _keep_a_stream(self) -> None:
-        """Beat on one stream until the server ends it.
+        """Send beats on one stream until the server ends the stream.
 
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
         call = self._client.worker_stream()
         call.add_done_callback(self._stream_ended)
         timeout = FIRST_ACK_TIMEOUT
-        # A task that was handed out during the reconnection has the short lease of a disconnected worker, and may have
-        # arrived too late for the first beat: send the second one soon.
+        # Send the second beat soon. The server may have handed out a task during the reconnection, with the short lease
+        # of a disconnected worker. The first beat may have been too early to name that task.
         self._is_urgent = True
         try:
             while True:
@@ -150,15 +151,15 @@ class Heartbeat:
 
         async def exchange() -> pb.WorkerBeatAck | None:
             beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=sorted(self.held), draining=self.draining)
-            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: `read` raises the reason
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
                 await call.write(beat)
             ack = await call.read()
             return ack if isinstance(ack, pb.WorkerBeatAck) else None
 
         exchanging = asyncio.ensure_future(exchange())
         try:
-            # Wait twice: if a handler blocks this event loop during one wait, the other can still read the answer.
-            # Not wait_for: in Python 3.11 and before, it can lose a cancellation.
+            # Wait twice. If a handler blocks the event loop during one wait, the other wait can still read the answer.
+            # Don't use wait_for: before Python 3.12, it can lose a cancellation.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():

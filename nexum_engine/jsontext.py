@@ -1,4 +1,4 @@
-"""Strict JSON for data from outside: no NaN, bounded depth and integers. Each error names the limit."""
+"""Strict JSON for data from outside: no NaN, and limits for depth, integers and size. Each error names its limit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic_core import from_json, to_json
 from nexum_engine.errors import InvalidRequest, TooLarge
 
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
-"""The largest input or output."""
+"""The size limit of an input or output, in bytes."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
-    """Parse `text`. Errors call it `what`.
+    """Parse `text`. Errors call the text `what`.
 
-    Raises InvalidRequest if it isn't JSON (RFC 8259: no NaN, no Infinity) or nests deeper than about 200 levels,
-    TooLarge above `max_bytes` of UTF-8.
+    Raises InvalidRequest if `text` isn't JSON (RFC 8259: no NaN, no Infinity) or is nested more than about 200 levels
+    deep. Raises TooLarge if `text` takes more than `max_bytes` of UTF-8.
     """
     check_size(text, what, max_bytes=max_bytes)
     try:
@@ -29,13 +29,13 @@ def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
 
 def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
     """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
-    # A character takes at most four bytes, so short texts need not be encoded.
+    # Encode only long texts: a character takes at most four bytes, and a short text can't exceed the limit.
     if len(text) * 4 > max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_bytes:
         raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
 
 
 def dump(value: object, what: str) -> str:
-    """Return `value` as compact JSON text. Raises InvalidRequest if JSON has no such value (NaN, a cycle, a type)."""
+    """Return `value` as compact JSON text. Raises InvalidRequest if JSON can't hold it, such as NaN or a cycle."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode("utf-8")
@@ -45,13 +45,13 @@ def dump(value: object, what: str) -> str:
 
 
 def dump_model(model: BaseModel, what: str) -> str:
-    """Return a model's fields as compact JSON text, like `dump` but much faster for long texts."""
+    """Return a model's fields as compact JSON text. For long texts, this is much faster than `dump`."""
     try:
         value = model.model_dump(mode="json")
         text = to_json(value, inf_nan_mode="constants").decode()
     except ValueError as error:
         raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
-    # NaN may be a word in a text, or a number that JSON lacks: `dump` tells them apart.
+    # Let `dump` decide if the text contains NaN or Infinity: each may be part of a string, or an invalid number.
     return dump(value, what) if "NaN" in text or "Infinity" in text else text
 
 

@@ -1,7 +1,8 @@
-"""The database that a URL names, and the address of the server that has it open.
+"""The path of the database that a URL names, and the address of the server that has the database open.
 
 A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
-killed server leaves the file behind. So a client asks the server at that address for its database.
+killed server leaves the file behind, and another server may then listen on the address. So a client asks the server at
+the address which database it has open.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def default_database_url() -> str:
 
 def database_path(database_url: str) -> Path:
     """Return the absolute path that a SQLite URL names: `sqlite:///relative`, `sqlite:////absolute`,
-    `sqlite:///C:/path`, or the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for others."""
+    `sqlite:///C:/path`, or the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for other URLs."""
     rest, _, query = database_url.removeprefix("sqlite:").partition("?")
     unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
     name = unquote(rest.removeprefix("//"))
-    # The third slash separates an (empty) host from the path.
+    # Drop the third slash: it separates the empty host from the path.
     name = name[1:] if name.startswith("/") else name
     if not rest.startswith("//") or unknown or not name or ":memory:" in name:
         raise StoreRefused(
@@ -87,7 +88,7 @@ def write_address(database: Path, address: str) -> None:
         try:
             new.replace(path)
             return
-        except PermissionError:  # on Windows, while a client reads the old file
+        except PermissionError:  # Windows raises this while a client reads the old file
             if is_last:
                 raise
             time.sleep(_REPLACE_INTERVAL)

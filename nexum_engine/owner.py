@@ -1,8 +1,8 @@
-"""Owned executions: the process that starts one does its work, and no worker gets its node.
+"""Owned executions. The process that starts an owned execution does the work, and no worker gets the node.
 
     async with Owner(client) as owner:
         owned = await owner.start(WORKFLOW, {"n": 1}, idempotency_key="n-1")
-        if owned.task is not None:                      # else it has ended: owned.ended has the result
+        if owned.task is not None:                      # otherwise, owned.ended has the result
             await owner.complete(owned.task, {"done": True})
 
 If an owner dies, the next owner that starts the same key takes over its execution.
@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 class Owner:
-    """An owner of executions, connected for the length of an `async with`.
+    """An owner of executions. It is connected inside an `async with` block.
 
     Raises ServerError if the server doesn't support owners. `on_lost` is called with the error when the connection is
-    lost, and every 10 s until it is back.
+    lost, and every 10 s until the owner has reconnected.
     """
 
     def __init__(self, client: NexumClient, *, on_lost: Callable[[NexumError], None] | None = None) -> None:
@@ -82,7 +82,7 @@ class Owner:
         if self._on_lost is not None and self._heartbeat.connected_once:
             self._on_lost(error)
         elif isinstance(error, ServerNotReady) or not isinstance(error, ServerUnavailable):
-            # Don't log that no server answers: the caller reports that it waits for one.
+            # Log only other errors: the caller itself reports that no server answers.
             logger.warning("reconnecting: %s", error)
 
     def _knows_no_owners(self) -> ServerError:
@@ -103,10 +103,10 @@ class Owner:
         idempotency_key: str,
         holding: Task | None = None,
     ) -> Started:
-        """Start the key's execution as its owner, take it over from a dead owner, or find its result.
+        """Start the execution of `idempotency_key` as its owner, take it over from a dead owner, or find its result.
 
-        Raises Conflict, with the owner's name, while another owner holds it, and if another owner has taken over
-        `holding`.
+        Raises Conflict, with the owner's name, while another owner holds the execution. Raises Conflict if another
+        owner has taken over the task `holding`.
         """
         return await self._start(workflow, input, idempotency_key, holding, "")
 
@@ -119,16 +119,17 @@ class Owner:
         idempotency_key: str,
         holding: Task | None = None,
     ) -> None:
-        """Start the key's execution and record its result, in one round trip and one transaction.
+        """Start the execution of `idempotency_key` and record its result, in one round trip and one transaction.
 
-        Raises Conflict as `start` does, and if the key has another result.
+        Raises Conflict as `start` does, and if the execution already has a result.
         """
         text = _written(output)
         started = await self._start(workflow, input, idempotency_key, holding, text)
         if started.ended is not None:
             raise Conflict(f"{idempotency_key!r} already has a result (execution {started.execution_id})")
         if started.task is not None:
-            # An older server of ours ignores `output_json`: it has only started the execution.
+            # Record the result in a second call. An older version of our server ignores `output_json`, and has only
+            # started the execution.
             await self._complete(started.task, text)
 
     async def _start(
@@ -158,13 +159,13 @@ class Owner:
         if started.task is not None:
             self._heartbeat.held.add(started.task.task_id)
         elif not started.status.ended:
-            # The server doesn't know the field `owner`: it has queued the node for workers.
+            # Cancel the execution. The server doesn't know the field `owner`, and has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)
             raise self._knows_no_owners()
         return started
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
-        """Record the task's result. Raises StaleTask if another owner has taken over."""
+        """Record the result of `task`. Raises StaleTask if another owner has taken over the execution."""
         await self._complete(task, _written(output))
 
     async def _complete(self, task: Task, text: str) -> None:
@@ -174,7 +175,7 @@ class Owner:
             self._heartbeat.held.discard(task.task_id)
 
     async def fail(self, task: Task, error: str, *, patience: float = PATIENCE) -> None:
-        """Record that the task failed. The next start of the key starts a new execution."""
+        """Record that `task` failed. The next start with its idempotency key starts a new execution."""
         try:
             await self._client.fail_task(task.task_id, error, final=True, patience=patience)
         finally:

@@ -1,4 +1,4 @@
-"""The records of the engine, as frozen objects. All times are milliseconds since 1970, UTC."""
+"""The engine's data classes, all frozen. All times are milliseconds since 1970, UTC."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class ExecutionStatus(str, Enum):
-    """An execution's status, with the strings of the wire."""
+    """An execution's status. The values are the strings that gRPC messages contain."""
 
     RUNNING = "RUNNING"
     """The execution has nodes left to run."""
@@ -27,7 +27,7 @@ class NodeStatus(str, Enum):
     """A node's status within its execution."""
 
     PENDING = "PENDING"
-    """The node waits for the nodes it depends on."""
+    """The node waits for the nodes that it depends on."""
     READY = "READY"
     """The node is a task that no worker holds."""
     RUNNING = "RUNNING"
@@ -37,7 +37,7 @@ class NodeStatus(str, Enum):
     FAILED = "FAILED"
     """The node failed and is not retried."""
     CANCELLED = "CANCELLED"
-    """The execution ended before the node did."""
+    """The execution ended before this node ended."""
 
 
 class Outcome(str, Enum):
@@ -50,17 +50,17 @@ class Outcome(str, Enum):
     FAILED = "FAILED"
     """The worker reported a failure."""
     LOST = "LOST"
-    """The worker's connection broke and the worker did not reconnect: it crashed."""
+    """The worker's connection broke, and the worker did not reconnect. It probably crashed."""
     EXPIRED = "EXPIRED"
-    """The worker sent no beat for longer than its lease: it hangs."""
+    """The worker sent no heartbeat for longer than its lease. It probably hangs."""
     INTERRUPTED = "INTERRUPTED"
-    """The server was restarted and the worker did not reconnect; not counted as a failed or lost attempt."""
+    """The server was restarted, and the worker did not reconnect. This does not count as a failed or lost attempt."""
     CANCELLED = "CANCELLED"
     """The execution ended while the attempt ran."""
 
 
 class NodeType(str, Enum):
-    """A node's purpose. Both types run in a worker and are retried alike."""
+    """A node's purpose. Nodes of both types run in a worker and are retried in the same way."""
 
     EFFECT = "EFFECT"
     """The node acts on the outside world."""
@@ -69,14 +69,14 @@ class NodeType(str, Enum):
 
 
 class Compatibility(str, Enum):
-    """How a newly registered version relates to the one registered before it."""
+    """How a newly registered version relates to the version registered before it."""
 
     NEW = "NEW"
     IDENTICAL = "IDENTICAL"
     SAFE = "SAFE"
     """Only nodes were added."""
     BREAKING = "BREAKING"
-    """A node was removed, or has another type or other dependencies."""
+    """A node was removed, or its type or dependencies changed."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Execution:
-    """One run of a workflow version with one input."""
+    """One instance of a workflow version, with one input."""
 
     execution_id: str
     workflow_id: str
@@ -121,23 +121,23 @@ class Execution:
     """The nodes, dependencies first."""
 
     def outputs(self) -> dict[str, str]:
-        """Return the recorded outputs, as JSON text, by node id."""
+        """Return the recorded output of each node, as JSON text, by node id."""
         return {node.node_id: node.output_json for node in self.nodes if node.output_json is not None}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at a node, as it is handed to a worker or owner."""
+    """One attempt at a node, in the form that a worker or owner gets."""
 
     task_id: str
-    """The id of the attempt, not of the node: each attempt has its own."""
+    """The id of the attempt. Each attempt at a node has its own id."""
     execution_id: str
     node_id: str
     node_type: str
     version_hash: str
     attempt: int
     idempotency_key: str
-    """The same for every attempt at this node."""
+    """The key that is the same for every attempt at this node."""
     input_json: str
     """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
 

@@ -1,4 +1,4 @@
-"""Executions as text for a person (80 columns) and as JSON for a program."""
+"""Reports on executions: text for a person (80 columns), and JSON for a program."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _field(name: str, value: str) -> list[str]:
 
 
 def _wrapped(value: str, indent: str) -> list[str]:
-    # Long words are broken: JSON has few spaces, and a terminal would break them anywhere.
+    # Break long words, too: JSON has few spaces, and a terminal would break the line without the indent.
     lines = textwrap.wrap(
         printable(value[: WIDTH * (_EXCERPT_LINES + 1)]), WIDTH - 1, initial_indent=indent, subsequent_indent=indent
     )
@@ -86,7 +86,7 @@ def _wrapped(value: str, indent: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return the text without control characters, which a server may not have refused in names."""
+    """Return `text` with each control character replaced by a space. Some servers accept names with such characters."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
@@ -100,12 +100,12 @@ def _moment(ms: int) -> str:
 
 
 def seconds(start_ms: int, end_ms: int | None) -> str:
-    """Return a duration in seconds, as text; empty without an end."""
+    """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
 def age(ms: int) -> str:
-    """Return how long ago something was, as text in its largest unit."""
+    """Return the age `ms` as text, in its largest unit."""
     amount, unit = ms / 1000, "s"
     for size, larger in ((60, "min"), (60, "h"), (24, "d")):
         if amount < size:

@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-ORPHAN_GRACE = 1.5  # seconds in which a process whose parent has ended must stop cleanly
+ORPHAN_GRACE = 1.5  # seconds to stop cleanly after the parent process has ended
 
 
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
-    """Return an event that Ctrl+C or SIGTERM sets; a second signal ends the process at once.
+    """Return an event that Ctrl+C or SIGTERM sets. A second signal ends the process at once.
 
-    With `until_stdin_closes`, the event is also set when standard input closes, however the parent has died, and Ctrl+C
-    is left to the parent. Call this in the main thread.
+    With `until_stdin_closes`, the event is also set when standard input closes, however the parent process dies.
+    Ctrl+C is then ignored, and left to the parent. Call this function in the main thread.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -28,7 +28,7 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     handled = [signal.SIGTERM] if until_stdin_closes else [signal.SIGTERM, signal.SIGINT]
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        # Not KeyboardInterrupt: it would cancel running tasks, and they would be reported as failures.
+        # Don't raise KeyboardInterrupt: it would cancel running tasks, and the worker would report them as failed.
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
         stop_soon()
@@ -42,8 +42,8 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
 
 
 def _watch_stdin(stop_soon: Callable[[], None]) -> None:
-    # Read the descriptor: a thread that waits inside sys.stdin would hold its lock when the interpreter exits.
-    with contextlib.suppress(OSError):  # a reset connection is closed, too
+    # Read the file descriptor. A thread that reads from sys.stdin would hold the lock of sys.stdin at exit.
+    with contextlib.suppress(OSError):  # a connection that was reset counts as closed
         while os.read(0, 4096):
             pass
     deadline = threading.Timer(ORPHAN_GRACE, os._exit, args=(0,))
@@ -52,4 +52,4 @@ def _watch_stdin(stop_soon: Callable[[], None]) -> None:
     try:
         stop_soon()
     except RuntimeError:
-        os._exit(0)  # the event loop is closed already
+        os._exit(0)  # `stop_soon` found the event loop closed: the process is ending

@@ -1,4 +1,4 @@
-"""The worker runtime: it takes tasks, runs their handlers, reports results, and sends beats.
+"""The worker runtime. It takes tasks, runs their handlers, reports results and sends heartbeats.
 
 async def greet(task: TaskContext) -> Greeting: ...
 
@@ -36,11 +36,11 @@ from nexum_engine.records import Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
-REPORT_PATIENCE = 300.0  # seconds to try to report a result while no server answers
-STOP_PATIENCE = 3.0  # seconds that a stopping worker waits for a server
+REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no server answers
+STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
-MAX_REASON_CHARACTERS = 100_000  # of a failure's message that is sent; the server stores fewer
+MAX_REASON_CHARACTERS = 100_000  # sent of a failure's message; the server stores fewer characters
 MAX_LOGGED_CHARACTERS = 500
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class TaskContext:
     attempt: int
     """The number of the attempt, from 1."""
     idempotency_key: str
-    """The same at every attempt: a target that honours the key executes the effect once."""
+    """The key is the same at every attempt. A target that honours the key executes the effect once."""
 
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
@@ -77,10 +77,10 @@ class Binding:
 
 
 class Worker:
-    """A worker: it runs tasks of its workflows until it is stopped, then finishes the tasks that it holds.
+    """A worker. It runs tasks of its workflows until it is stopped, and then finishes the tasks that it holds.
 
-    `describe` returns a task's name for the log. `after_report` is called after a report was acknowledged, before the
-    slot polls again. `worker_id` must be unique; the default names host and process.
+    `describe` returns a task's name for the log. The worker calls `after_report` after each acknowledged report, before
+    it takes the next task. `worker_id` must be unique; the default names host and process.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class Worker:
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then finish and report the tasks in hand.
+        """Run tasks until `stop` is set. Then finish and report the tasks that the worker holds.
 
-        A result that no server accepts within a few seconds after `stop` is dropped: its task is run again. Raises the
-        errors of a server that can't work with this worker.
+        After `stop`, a result is dropped if no server accepts it within a few seconds. A worker then runs the task
+        again. Raises an error if the server can't work with this worker.
         """
         connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
         self._stopped = asyncio.create_task(self._told_to_stop.wait(), name="told to stop")
@@ -150,7 +150,7 @@ class Worker:
             for task in (connection, stopping, *slots):
                 task.cancel()
             await asyncio.gather(connection, stopping, *slots, return_exceptions=True)
-            # Finish the reports that have begun, even if the worker is cancelled meanwhile.
+            # Finish the reports that have begun, even if the worker was cancelled.
             await asyncio.gather(*self._reports, return_exceptions=True)
 
     async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
@@ -160,7 +160,7 @@ class Worker:
         self._told_to_stop.set()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # Wake the slots that wait for the server: they have nothing to finish.
+        # Wake the slots that wait for a connection, so that they end. They hold no task.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:
@@ -202,17 +202,18 @@ class Worker:
         versions = list(self._bindings)
         turn = 0
         while True:
-            if not self._told_to_stop.is_set():  # a stopping slot must not wait: the server may never come back
+            if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
                 await self._heartbeat.connected.wait()
             if self._told_to_stop.is_set():
                 return
-            # A server without streams doesn't know polls for several versions, either.
+            # Poll for one version at a time if the server has no worker streams: it knows no other polls.
             asked = versions if self._streams else [versions[turn % len(versions)]]
             turn += 1
             try:
                 task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
             except ServerUnavailable:
-                # The lost answer may have had a task: beats make the server hand it out again soon.
+                # Send beats: the lost answer may have held a task. Beats without this task make the server hand it out
+                # again soon.
                 self._heartbeat.beat()
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
@@ -226,7 +227,7 @@ class Worker:
                 task = await self._hold(task)
 
     async def _answer(self, call: Awaitable[T]) -> T:
-        """Return the server's answer. Raises ServerUnavailable a few seconds after the worker was stopped."""
+        """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
         calling = asyncio.ensure_future(call)
         assert self._stopped is not None
         try:
@@ -242,7 +243,7 @@ class Worker:
             calling.cancel()
 
     async def _hold(self, task: Task) -> Task | None:
-        """Run a task; return the next task if the report brought one."""
+        """Run and report `task`. Return the next task if the answer to the report contains one."""
         self._heartbeat.held.add(task.task_id)
         try:
             return await self._run_task(task)
@@ -268,9 +269,9 @@ class Worker:
         return await self._report(task, what, start, self._success(task, output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
-        """Return the task's handler and node. Raises NotFound for a node without a handler.
+        """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
 
-        Other clients may register two workflows under one version hash, and their tasks are then mixed up.
+        Other clients may register two workflows under one version hash. Then this worker can get tasks of both.
         """
         work = self._work.get((task.version_hash, task.node_id))
         if work is not None:
@@ -280,7 +281,7 @@ class Worker:
         )
 
     async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
-        """Run the handler; return its result as JSON text, checked against the node's output model."""
+        """Run `handler`. Check its result against the node's output model, and return the result as JSON text."""
 
         async def contained() -> Any:
             try:
@@ -288,7 +289,7 @@ class Worker:
             except (Exception, asyncio.CancelledError):
                 raise
             except BaseException as error:
-                # SystemExit and the like would end the event loop with every other task.
+                # Raise an ordinary exception: SystemExit and the like would end the event loop, with every other task.
                 raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
 
         try:
@@ -316,14 +317,16 @@ class Worker:
             raise
 
     async def _complete(self, task: Task, output: str) -> Task | None:
-        # With after_report, don't take the next task in the report: the callback comes between them.
+        # Take the next task with the report, unless the worker is stopping or `after_report` is set. The worker must
+        # call `after_report` before it takes the next task.
         more = not self._told_to_stop.is_set() and self._after_report is None
         then_take = (self.worker_id, list(self._bindings)) if more else None
         complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
         try:
             return await complete()
         except ServerUnavailable:
-            # The lost answer may have had the next task: beats make the server hand it out again soon.
+            # Send beats: the lost answer may have held the next task. Beats without this task make the server hand it
+            # out again soon.
             self._heartbeat.beat()
             return await complete(patience=REPORT_PATIENCE)
 
@@ -339,7 +342,7 @@ class Worker:
         outcome: str,
         reason: str = "",
     ) -> Task | None:
-        """Report an attempt and log in one line how it ended; return the next task if the report brought one."""
+        """Report an attempt, and log its end in one line. Return the next task if the answer contains one."""
         following, acknowledged = None, False
         reporting = asyncio.create_task(self._answer(report))
         self._reports.add(reporting)
@@ -361,7 +364,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return why an attempt failed, as text that can be sent for every exception."""
+    """Return the reason of a failed attempt as text. The text can be sent, whatever the exception is."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
@@ -370,7 +373,8 @@ def _reason(error: Exception) -> str:
 
 
 def _context(task: Task) -> TaskContext:
-    # Not jsontext.parse: this document nests deeper than its limit. The payloads in it were checked when stored.
+    # Don't use jsontext.parse: this document may be nested more deeply than it allows. The server has checked each
+    # payload in the document.
     document = json.loads(task.input_json or "null")
     parts = document if isinstance(document, dict) else {}
     return TaskContext(

@@ -1,4 +1,4 @@
-"""Workflows as data: the builder, the IR that is sent to the server, and the version hash.
+"""Workflows as data: the builder, the intermediate representation (IR) that the server gets, and the version hash.
 
     PIPELINE = (
         workflow("research-pipeline")
@@ -7,7 +7,7 @@
         .build()
     )
 
-The IR is the published one: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...]}}}`.
+The IR has the published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...]}}}`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_ID_LENGTH = 200  # characters
 
 @dataclass(frozen=True)
 class NodeDefinition:
-    """A node of a workflow. The worker checks the handler's result with `output`; the server never sees this model."""
+    """A node of a workflow. The worker checks the handler's result with `output`. The server never sees this model."""
 
     node_id: str
     node_type: NodeType
@@ -41,7 +41,7 @@ class NodeDefinition:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A built workflow, ready to be registered. The client checks an execution's input with `input`."""
+    """A built workflow, ready to be registered. The client checks the input of executions with the model `input`."""
 
     workflow_id: str
     version_hash: str
@@ -50,7 +50,7 @@ class Workflow:
     input: type[BaseModel] | None = None
 
     def __str__(self) -> str:
-        """Return text for a person: the id, the version, and a line for each node."""
+        """Return the workflow as text for a person: the id, the version, and a line for each node."""
         lines = [f"{self.workflow_id} {self.version_hash}"]
         for node in self.nodes:
             after = f" after {', '.join(node.dependencies)}" if node.dependencies else ""
@@ -59,7 +59,7 @@ class Workflow:
 
 
 class WorkflowBuilder:
-    """A workflow definition in progress: `build` checks the nodes and computes the version."""
+    """A builder of a workflow. Its method `build` checks the nodes and computes the version hash."""
 
     def __init__(self, workflow_id: str, input: type[BaseModel] | None = None) -> None:
         self._workflow_id = workflow_id
@@ -86,7 +86,7 @@ class WorkflowBuilder:
         return self
 
     def build(self) -> Workflow:
-        """Return the workflow. Raises InvalidRequest for no nodes, a duplicate name, an unknown dependency, a cycle."""
+        """Return the workflow. Raises InvalidRequest for a duplicate name, unknown dependency, cycle, or no nodes."""
         names = [node.node_id for node in self._nodes]
         if len(set(names)) != len(names):
             raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes with the same name: {names}")
@@ -98,7 +98,7 @@ class WorkflowBuilder:
         }
         ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         parse_ir(ir_json)
-        # Hash the id, too: workers poll by hash alone, and two equal workflows must not share their tasks.
+        # Hash the workflow's id, too. Workers poll by hash, and two workflows with equal nodes must not share tasks.
         digest = hashlib.sha256(f"{self._workflow_id}\n{ir_json}".encode()).hexdigest()
         return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
 
@@ -110,7 +110,7 @@ def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> Workf
 
 
 def check_id(value: str, what: str) -> str:
-    """Return `value` if it can be an id: not empty, not too long, printable. Otherwise raise InvalidRequest."""
+    """Return `value` if it is a valid id: printable, not empty, not too long. Otherwise raise InvalidRequest."""
     if not value:
         raise InvalidRequest(f"{what} is empty")
     if len(value) > MAX_ID_LENGTH:
@@ -121,7 +121,7 @@ def check_id(value: str, what: str) -> str:
 
 
 class _NodeIr(BaseModel):
-    # Published builders may add fields for node types that this server doesn't run.
+    # Ignore unknown fields: the published builders may add fields for node types that this server doesn't run.
     model_config = ConfigDict(extra="ignore")
 
     type: str
@@ -135,7 +135,7 @@ class _WorkflowIr(BaseModel):
 
 
 def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
-    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if it can't run."""
+    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if one can't run."""
     document = jsontext.parse(ir_json, "ir_json", max_bytes=MAX_IR_BYTES)
     try:
         ir = _WorkflowIr.model_validate(document)

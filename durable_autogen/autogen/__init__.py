@@ -1,1 +1,1 @@
-"""The AutoGen part: which of its methods are recorded, and how calls, replies and messages are written."""
+"""Recording of AutoGen: the recorded methods, and the written form of calls, replies and messages."""

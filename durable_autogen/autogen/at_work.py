@@ -1,6 +1,6 @@
-"""Tracking of the agent or team at work, so that its calls are recorded under its name.
+"""Tracking of the agent or team at work. Its calls are recorded under its name.
 
-The place is set around each step of an agent's stream, so it never leaks to the stream's consumer.
+The current place is set only while a step of the agent's stream runs. The stream's consumer never sees it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from durable_autogen.record.place import Place, at, closing, steps_at
 
 
 class AtWork:
-    """An agent or a team that works inside a place."""
+    """An agent or a team at work, with the place that its calls are recorded at."""
 
     def __init__(self, outer: Place, work: Work, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
         self._work = work
         self._recorder = outer.session.recorder
         if is_team and not outer.is_inside:
-            # The members of a program's own team have no prefix.
+            # Add no prefix to the members of a team that the program itself runs.
             self._path = outer.path
         else:
             self._path = work.names.of(runnable, outer.inside(runnable.name))
         self._label = self._path
         if is_team:
-            # The name for the team's own calls, such as one that selects the speaker.
+            # Name the team's own calls, such as the call that selects the next speaker.
             self._label = work.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
         else:
             work.speaks_as(self._label, runnable.name)
@@ -107,18 +107,18 @@ class AtWork:
         if isinstance(item, (Response, TaskResult)):
             self._recorder.survival.turn_is_over(self._path)
             if self._outer.ends_in_order:
-                # Members that work in parallel end their turns in the recorded order, however slow each one is.
+                # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
                     position = self._work.asker(self._label).next("turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
 
     def _raise(self, error: BaseException, token: CancellationToken | None) -> NoReturn:
-        """Raise the error; make it ordinary if AutoGen would otherwise wait for ever for the agent."""
+        """Raise `error`. Turn it into an ordinary exception if AutoGen would otherwise wait for the agent for ever."""
         if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
             raise error
         is_meant = self._recorder.failed.done() or (token is not None and token.is_cancelled()) or is_being_cancelled()
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
-            raise error  # Python 3.10 can't tell who cancels
+            raise error  # Python 3.10 can't tell whether the caller cancelled the agent
         raise made_ordinary(error, self._label) from error
 
 

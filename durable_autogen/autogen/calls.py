@@ -35,8 +35,8 @@ from durable_autogen.record.place import Place, current, recorded_call, started_
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
-HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, which may be the last one
-MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # of one call; the rest is for its fingerprint
+HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the rest is for the call's fingerprint
 
 
 class _Stream:
@@ -46,7 +46,7 @@ class _Stream:
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.passed_on: list[Any] = []
         self.produced: list[Any] = []
-        """All items that a live call has produced, passed on or not."""
+        """All items that a live call has produced, whether or not they were passed on."""
 
     async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
         """Yield items until the call is over. Cancel the call if the consumer leaves."""
@@ -60,7 +60,7 @@ class _Stream:
                 running.cancel()
                 await asyncio.wait({running})
             if not running.cancelled():
-                running.exception()  # mark it as retrieved: the consumer raises it, or has left
+                running.exception()  # mark the exception as retrieved: asyncio would log it if the consumer has left
 
 
 _END = object()
@@ -77,7 +77,7 @@ class ToolCall:
 
 
 class Calls:
-    """The calls at one place: of one agent in one session."""
+    """The recorded calls of one agent in one session."""
 
     def __init__(self, place: Place, work: Work) -> None:
         self._place = place
@@ -115,7 +115,7 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """Yield a reply's pieces as they come, the last one once the reply is recorded. A replay yields the same."""
+        """Yield a reply's pieces, live or from the record. The last piece is held until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
@@ -138,10 +138,11 @@ class Calls:
                     release()
                     held.append(piece)
                     stream.produced.append(piece)
-                    # The last piece waits until the reply is recorded. If no other piece comes soon, release this one.
+                    # Hold back each piece: the last one must wait until the reply is recorded. Release a piece that
+                    # no other piece follows within HOLD_FOR.
                     releasing = loop.call_later(HOLD_FOR, release)
             except BaseException:
-                release()  # the stream broke: the agent gets all pieces that came
+                release()  # the stream broke: give the agent every piece that came
                 raise
             finally:
                 if releasing is not None:
@@ -157,7 +158,7 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if isinstance(content, Returned):
-                self._log_replayed(call)  # before the program prints its pieces
+                self._log_replayed(call)  # log this line before the program prints the reply's pieces
                 held[:] = pieces_again(content.streamed, reply_again(content.value))
             elif isinstance(content, (Raised, GivenUp)):
                 held[:] = content.streamed
@@ -238,7 +239,7 @@ class Calls:
         return result
 
     def workbench_tool_stream(self, run: Callable[[], AsyncIterator[Any]], made: ToolCall) -> AsyncGenerator[Any, None]:
-        """Yield the items of a workbench's streaming tool, then its result; record both."""
+        """Yield the items of a workbench's streaming tool, then the tool's result. Record the items and the result."""
         stream = _Stream()
 
         async def last() -> ToolResult:
@@ -268,7 +269,7 @@ class Calls:
     def tool_stream(
         self, tool: BaseTool[Any, Any], run: Callable[[], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
-        """Yield the items of a directly called streaming tool, then its value; record both."""
+        """Yield the items of a directly called streaming tool, then its value. Record the items and the value."""
         stream = _Stream()
 
         async def last() -> Any:
@@ -299,7 +300,8 @@ class Calls:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
             streamed = [] if stream is None else stream.produced
-            # The tool runs in its own task. Otherwise its own CancelledError would look like a cancelled caller.
+            # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
+            # caller were cancelled.
             running = started_at(current.get(), ordinary(run(), name))
             try:
                 value = await in_a_task(running, name)
@@ -309,7 +311,7 @@ class Calls:
                     raise asyncio.CancelledError from error
                 if not (is_result and self._place.must_not_raise):
                     raise
-                # The tool ran: record its error as a result, so that the next run doesn't run it again.
+                # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
                 return Performed(failed, self._checked(name, failed, declared, []))
 
@@ -336,7 +338,7 @@ class Calls:
         stream.items.put_nowait(item)
 
     def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
-        """Return a tool's value as content. Raises ValueError if the value can't be recorded."""
+        """Return a tool's value in the form that is recorded. Raises ValueError if that is impossible."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
@@ -357,15 +359,15 @@ class Calls:
         return content
 
     def agent_as_tool(self, made: ToolCall) -> Place:
-        """Note a reply's call of an agent or team as a tool; return the place for that agent or team.
+        """Note that a reply calls an agent or team as a tool. Return the place for the agent or team.
 
-        Its calls are recorded under its own name.
+        The calls that the agent or team makes are recorded under the name of the agent or team.
         """
         self._asker.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
     async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
-        """Return the recorded list of a workbench's tools, or ask the workbench and record its list."""
+        """Return the recorded list of a workbench's tools, or ask the workbench and record the list."""
         request = hashed({"workbench": type(workbench).__name__})
         label = f"the tools of {self._agent or 'the program'}"
         found: list[ToolSchema] = await self._other(Kind.TOOLS, "tools", request, run, None, None, label=label)
@@ -377,8 +379,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._asker.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask before the beginning is recorded: AutoGen's UserInputManager waits for ever if its callback hasn't started
-        # when the request is shown.
+        # Ask the person before the call's beginning is recorded. AutoGen shows the request in the meantime, and its
+        # UserInputManager waits for ever if the callback hasn't started by then.
         is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
@@ -407,7 +409,7 @@ class Calls:
     async def memory(
         self, run: Callable[[], Awaitable[MemoryQueryResult]], query: Any, token: CancellationToken | None
     ) -> MemoryQueryResult:
-        """Return a memory's recorded answer, or query the memory and record its answer."""
+        """Return a memory's recorded answer, or query the memory and record the answer."""
         request = hashed({"query": plain(query)})
         found: MemoryQueryResult = await self._other(Kind.MEMORY, "memory", request, run, MemoryQueryResult, token)
         return found
@@ -446,7 +448,7 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Return the recorder's answer. A replayed call that was given up is cancelled by its token."""
+        """Return the recorder's answer to `call`. If the recorded call was given up, `token` cancels its replay."""
         loop = asyncio.get_running_loop()
 
         def give_up() -> None:
@@ -457,7 +459,7 @@ class Calls:
                 return await perform()
             except asyncio.CancelledError:
                 if token is not None and token.is_cancelled():
-                    asking.cancel()  # the program gave the call up: it didn't fail
+                    asking.cancel()  # record that the program gave the call up, not that the call failed
                 raise
 
         def replayed(content: Content) -> None:
@@ -492,7 +494,7 @@ class Calls:
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
-    """Yield a call's streamed items, then its result."""
+    """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
     items = stream.until(running)
     try:
@@ -504,7 +506,7 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether a tool is an agent or team: its calls are recorded, and not its own result."""
+    """Return whether `tool` is an agent or team: the calls inside it are recorded, and its result isn't."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 

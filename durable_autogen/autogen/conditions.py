@@ -29,7 +29,7 @@ MESSAGES_ALONE = {
     conditions.TextMessageTermination,
     conditions.TokenUsageTermination,
 }
-"""Conditions that depend only on messages. They need no record; a changed one shows as drift."""
+"""Conditions that depend only on messages. They need no record: a changed condition causes drift."""
 
 
 async def look(
@@ -38,9 +38,10 @@ async def look(
     work: Work,
     ask: Callable[[], Awaitable[StopMessage | None]],
 ) -> StopMessage | None:
-    """Check a condition; record a stop with the number of the check. A replay stops at the same check.
+    """Check a condition. If it stops the run, record the stop with the number of the check.
 
-    If the condition stops during a replay where the record has no stop, the stop is put off until the replay is over.
+    A replay stops at the recorded check. If the condition stops a replay at a check where the record has no stop, this
+    function returns None and resets the condition. A later check, after the replay, can still stop the run.
     """
     recorder = place.session.recorder
     name = work.names.of(condition, place.inside(type(condition).__name__))
@@ -55,7 +56,7 @@ async def look(
     is_recorded = recorder.ahead(f"{name}/{position}") is not None
     is_decided = recorder.is_replaying or recorder.was_asked(name, look_number)
     if not is_recorded and message is not None and is_decided:
-        # Restore its state: a condition that has stopped raises an error at the next check.
+        # Restore the condition's state. A condition that has stopped raises an error at the next check.
         state.clear()
         state.update(before)
         return None
@@ -70,21 +71,22 @@ async def look(
         return message
     assert isinstance(answer.content, Returned)
     if message is None and "_terminated" in state:
-        # AutoGen's conditions keep here whether they have stopped.
+        # Mark the condition as stopped. AutoGen's conditions keep this mark in `_terminated`.
         state["_terminated"] = True
     stop: Any = value_again(answer.content.value)
     return stop if isinstance(stop, StopMessage) else message
 
 
 def _count_the_sessions_time(condition: TimeoutTermination, work: Work, active_ms: int) -> None:
-    """Make a TimeoutTermination count the session's active time in place of the clock's.
+    """Make a TimeoutTermination count the session's active time instead of the time on the clock.
 
-    By the clock, a replay is too quick to stop where the run stopped, and a resumed run would get its whole time again.
+    A replay takes less time on the clock than the run took: it would not stop where the run stopped. After a crash, the
+    next run would get the whole timeout again.
     """
     now = time.monotonic()
     started, begun_ms = work.timeouts.get(condition, (None, 0))
     if started != condition._start_time:
-        # It was built or reset since the last look.
+        # The condition was built or reset since its last check: take its start on the clock.
         begun_ms = active_ms - min(active_ms, round((now - condition._start_time) * 1000))
     condition._start_time = now - (active_ms - begun_ms) / 1000
     work.timeouts[condition] = (condition._start_time, begun_ms)

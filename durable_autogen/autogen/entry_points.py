@@ -1,4 +1,4 @@
-"""AutoGen's recorded methods: wrapped in each class that defines them, while at least one session is open.
+"""Wrapping of AutoGen's recorded methods. Each class that defines one is wrapped while a session is open.
 
 The program's objects are neither searched nor replaced. Outside a session and inside a recorded call, a wrapped method
 calls the original, so only the outermost call is recorded.
@@ -42,7 +42,7 @@ _works: weakref.WeakKeyDictionary[Session, Work] = weakref.WeakKeyDictionary()
 
 
 def work_of(session: Session) -> Work:
-    """Return the AutoGen part's state of an open session."""
+    """Return the state that the AutoGen integration keeps for an open session."""
     if session not in _works:
         _works[session] = Work(session.recorder)
     return _works[session]
@@ -52,13 +52,13 @@ def work_of(session: Session) -> Work:
 
 
 class _Given:
-    """The arguments of a call. They are passed to the original unchanged."""
+    """The arguments of a call to a wrapped method."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
 
     def __call__(self, number: int, name: str) -> Any:
-        """Return an argument, passed by position or by name."""
+        """Return the argument at position `number` or with the name `name`, however the caller passed it."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
     def with_first(self, name: str, value: Any) -> _Given:
@@ -67,12 +67,12 @@ class _Given:
 
 
 Recording = Callable[[Calls, Any, Original, _Given], Any]
-"""A function that records a call. It gets the object, its bound method and the arguments; it returns an awaitable or a
-stream."""
+"""A function that records a call. Its parameters are the `Calls`, the object, the object's original method and the
+arguments. It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Callable[..., Any]:
-    """Return a method's wrapper: it calls this function if a session records here, else the original method."""
+    """Return a method's wrapper. It calls `recording` if a session records here, else the original method."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         place = recording_place()
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return a wrapper as `_recorded` does, for a method that returns a stream."""
+    """Return the wrapper of a method that returns a stream. It works like that of `_recorded`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -132,7 +132,7 @@ def _tool(stream: bool) -> Recording:
     def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
         if is_recorded_inside(tool):
             return original(*given.args, **given.kwargs)
-        # `run_json` takes the arguments as a mapping, and `run` as a model.
+        # The tool's arguments are a mapping in `run_json`, and a model in `run`.
         args = given(0, "args")
         if isinstance(args, BaseModel):
             args = args.model_dump(mode="json")
@@ -144,7 +144,7 @@ def _tool(stream: bool) -> Recording:
 
 
 def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-    # The program itself defines a StaticWorkbench's tools: nothing has to be recorded.
+    # Record no tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original(*given.args, **given.kwargs)
     return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
@@ -163,7 +163,7 @@ def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
 
 
 def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
-    # The program itself fills a ListMemory: nothing has to be recorded.
+    # Record no query of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original(*given.args, **given.kwargs)
     return calls.memory(
@@ -174,7 +174,8 @@ def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any
 async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     place = current.get()
     if place is not None and place.in_call:
-        # Inside a recorded call, StaticWorkbench runs each tool in a task, where SystemExit would end the event loop.
+        # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a task
+        # would end the event loop.
         return await ordinary(original(*args, **kwargs), self.name)
     return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
 
@@ -185,7 +186,7 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         return await original(*args, **kwargs)
 
     async def ask() -> Any:
-        # A subclass may call its base's method: that is still one check.
+        # Set the condition as `owner`. If its method calls the base class's method, that isn't a second check.
         with at(replace(place, owner=self)):
             return await original(*args, **kwargs)
 
@@ -198,12 +199,12 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the replayed usage: a program that decides by its usage must decide the same in a replay.
+    # Add the usage of replayed replies. A program may decide by the usage, and must decide the same in a replay.
     return total(usage, work_of(place.session).replayed_usage_of(self))
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Start or stop a workbench or executor. That is no effect of the program: neither record nor report it."""
+    """Start or stop a workbench or executor. Neither record nor report the start or stop."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
@@ -213,7 +214,7 @@ async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any)
 
 
 def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
-    """Return the agent or team at work; None outside a session, or if it is at work already and calls itself."""
+    """Return the AtWork of an agent or team. Return None outside a session, and if the object calls its own method."""
     place = recording_place()
     if place is None or place.owner is self:
         return None
@@ -221,7 +222,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
 
 
 def _whole(method: str) -> Callable[..., Any]:
-    """Return a wrapper for an agent's turn or run that isn't streamed. `method` names the method of AtWork."""
+    """Return a wrapper for an agent's turn or run that isn't streamed. It calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         working = _at_work(self, is_team=False)
@@ -234,7 +235,7 @@ def _whole(method: str) -> Callable[..., Any]:
 
 
 def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
-    """Return a wrapper for a streamed turn or run. `method` names the method of AtWork."""
+    """Return a wrapper for a streamed turn or run. It calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
@@ -249,7 +250,7 @@ def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
 
 
 def _task_or_token(args: Any, kwargs: Any) -> Any:
-    """Return the task of a run, which is always passed by name, or else the token of a turn."""
+    """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
     return kwargs["task"] if "task" in kwargs else _Given(args, kwargs)(1, "cancellation_token")
 
 
@@ -258,7 +259,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
     if place is None or place.in_call or place.session.is_over:
         return await original(*args, **kwargs)
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
-        # A core agent is recorded under its type. AgentChat's containers and managers keep the sender's place.
+        # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = work_of(place.session).names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
     with at(place):
@@ -266,12 +267,12 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
-"""Messages sent inside a session, by id, with their sender's place."""
-MAX_SENT = 10_000  # messages; the oldest is dropped, as nothing shows when all subscribers have got a message
+"""Messages sent inside a session, each with its sender's place. The key is the message object's `id()`."""
+MAX_SENT = 10_000  # messages; above it the oldest is dropped, as AutoGen doesn't tell when all have got it
 
 
 def _place_of(message: Any) -> Place | None:
-    """Return the place of a message's sender: a runtime that was started before the session has no place itself."""
+    """Return the place of the message's sender. A runtime that was started before the session has no place."""
     sent = _sent.get(id(message))
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
@@ -344,23 +345,23 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
 _lock = threading.RLock()
 _open_sessions = 0
 _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
-"""The original and the wrapper of each wrapped method."""
+"""The original and the wrapper of each wrapped method, by class and method name."""
 
 
 @contextmanager
 def entry_points(session: Session) -> Iterator[None]:
-    """Record AutoGen's methods for the length of a `with`. Several sessions may overlap."""
+    """Record calls of AutoGen's methods inside a `with` block. The blocks of several sessions may overlap."""
     global _open_sessions
     with _lock:
         _open_sessions += 1
         for base, methods in ENTRY_POINTS:
-            if _open_sessions == 1:  # `_watch_subclasses` wraps classes that are defined later
+            if _open_sessions == 1:  # one wrapping serves all sessions; `_watch_subclasses` adds later classes
                 _watch_subclasses(base, methods)
                 _wrap_all(base, methods)
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # When a run has failed, AutoGen logs a traceback for each of its agents. The run itself raises the error.
+        # Drop AutoGen's tracebacks of a failed run. It logs one for each agent, and the run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 
@@ -398,7 +399,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
-        # The class may inherit the method from a parent that is no AutoGen class.
+        # Look for a method that the class inherits from a parent outside AutoGen.
         owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
         is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
         original = owner.__dict__[name] if owner is not None and is_inherited else None
@@ -417,7 +418,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
 
 
 def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
-    """Return a method of the same kind, name and signature that calls the wrapper with object and original."""
+    """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`."""
 
     def bound(self: Any) -> Original:
         get = getattr(original, "__get__", None)
@@ -438,7 +439,7 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
 
         return functools.wraps(original)(call)
 
-    # A plain function, which may return a coroutine or a stream.
+    # `original` is a plain function. It may return a coroutine or a stream.
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(self, bound(self), *args, **kwargs)
 
@@ -446,7 +447,7 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
-    """Wrap the methods of classes that are defined later, such as by an import inside the session."""
+    """Wrap `methods` in each subclass of `base` that is defined later, such as by an import inside the session."""
     own = base.__dict__.get("__init_subclass__")
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
@@ -466,7 +467,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
 def _restore() -> None:
     for (kind, name), (original, wrapped) in _wrapped.items():
         if wrapped is not None and kind.__dict__.get(name) is not wrapped:
-            continue  # the program has replaced the wrapper
+            continue  # the program has replaced the wrapper: leave the replacement
         if original is None:
             delattr(kind, name)
         else:

@@ -1,7 +1,7 @@
-"""Fingerprints of calls, and the words for their differences.
+"""Fingerprints of calls, and the text that reports their differences.
 
-Each message of a conversation is fingerprinted once. A request holds only its new parts; `base` names the earlier
-request of the same agent that has the rest.
+Each message of a conversation is fingerprinted once. A request's fingerprint holds only its new parts. Its `base` is
+the position of the same agent's previous request, from which the other parts are taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = (
     *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
     "extra_body",
 )
-"""The settings of a client that change its replies. Keys and addresses are never recorded."""
+"""The client settings that change a model's replies. API keys and addresses are never recorded."""
 
 Fingerprint = Mapping[str, Any]
 
@@ -39,9 +39,9 @@ class Conversation:
         self._contents: list[Any] = []
         """The content of each message when it was fingerprinted."""
         self._lists: list[list[Any]] = []
-        """The contents that are lists: they may grow in place."""
+        """The contents that are lists. A list may still grow."""
         self._lengths: list[int] = []
-        """The length of each of these lists when it was fingerprinted."""
+        """The length of each list in `_lists` when it was fingerprinted."""
         self._seen: list[_Seen] = []
         self._whole: dict[str, Any] = {}
         self._written = ""
@@ -57,7 +57,7 @@ class Conversation:
         tools: Sequence[Tool | ToolSchema],
         options: Mapping[str, Any],
     ) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-        """Return a fingerprint's changes since the agent's last request, and a function that returns all of it."""
+        """Return the new parts of a request's fingerprint, and a function that returns the whole fingerprint."""
         leading = 0
         while leading < len(messages) and isinstance(messages[leading], SystemMessage):
             leading += 1
@@ -89,9 +89,9 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Store the messages; return how many of the first ones are unchanged since the previous request."""
+        """Store `messages`. Return how many messages at their beginning are unchanged since the last request."""
         limit = min(len(messages), len(self._messages))
-        # Usually the conversation only grew. Check that without a Python loop, which would be slow for a long one.
+        # Check whether the conversation only grew, which is usual. A Python loop would be slow here.
         is_grown = (
             limit == len(self._messages)
             and all(map(operator.is_, messages, self._messages))
@@ -121,7 +121,7 @@ class Conversation:
 
 
 class _Seen:
-    """A fingerprinted message, linked to the one before it. Its list of calls or results may grow in place."""
+    """A fingerprinted message, linked to the message before it. Its list of calls or results may still grow."""
 
     __slots__ = ("before", "chain", "content", "length", "message", "print")
 
@@ -134,15 +134,15 @@ class _Seen:
         self.print = print
         self.before = before
         self.chain: str = _hash(f"{'' if before is None else before.chain}{print['hash']}")
-        """The hash of all messages up to this one."""
+        """The hash of all messages up to and including `message`."""
 
     def is_still(self, message: LLMMessage) -> bool:
-        """Return whether `message` is this message, unchanged."""
+        """Return whether `message` is the fingerprinted message and has not changed since."""
         return message is self.message and message.content is self.content and len(message.content) == self.length
 
 
 def _prints(last: _Seen | None) -> list[dict[str, str]]:
-    """Return the fingerprints of all messages up to this one."""
+    """Return the fingerprints of all messages up to `last`, in order."""
     found = []
     while last is not None:
         found.append(last.print)
@@ -160,7 +160,7 @@ def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(written, sort_keys=True, ensure_ascii=False)
     except (RecursionError, ValueError):
         text = repr(arguments)
-    # Keep the arguments as a text: they may be nested more deeply than a record can be.
+    # Store the arguments as text. They may be nested more deeply than a record's JSON may be.
     shown = text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
     return {"hash": hashed_value([name, text]), "tool": name, "arguments": shown}
 
@@ -181,7 +181,7 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
 
 
 def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
-    """Return an event's whole fingerprint: its new parts, and the rest from earlier requests."""
+    """Return the whole fingerprint of `event`: its new parts, and the other parts from earlier requests."""
     chain = [event]
     while (base := chain[-1].request.get("base")) is not None:
         earlier = find(f"{event.agent}/{base}")
@@ -218,7 +218,7 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request with its hash, as a fingerprint."""
+    """Return a fingerprint: the request and its hash."""
     return {"hash": hashed_value(request), **request}
 
 
@@ -228,7 +228,7 @@ def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
         config = client.dump_component().config
     except Exception:  # noqa: BLE001 - clients without a configuration raise different errors
         config = {}
-    # AutoGen's OpenAI client sends these settings, and leaves some out of its configuration.
+    # Read the settings that AutoGen's OpenAI client sends. Its configuration lacks some of them.
     sent = getattr(client, "_create_args", None)
     config = {**(sent if isinstance(sent, dict) else {}), **config}
     name = config.get("model") or getattr(client, "model", None) or type(client).__name__
@@ -241,7 +241,7 @@ def _schema(tool: Tool | ToolSchema) -> ToolSchema:
 
 def _message(message: LLMMessage) -> dict[str, str]:
     if isinstance(message, FunctionExecutionResultMessage):
-        # A result may be long: hash all of it, and show only its beginning.
+        # Hash the whole result and show only its beginning: a result may be long.
         results = [[one.name, one.call_id, one.is_error, _hash(one.content)] for one in message.content]
         shown = json.dumps([one.content[: 2 * EXCERPT] for one in message.content], ensure_ascii=False)
         return {"from": "tool results", "hash": hashed_value(results), "text": _excerpt(shown)}
@@ -256,7 +256,7 @@ def _message(message: LLMMessage) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as plain JSON; values that JSON lacks become names or texts."""
+    """Return a value as plain JSON. A value that JSON can't hold becomes a name or a text."""
     if isinstance(value, type) and issubclass(value, BaseModel):
         return value.model_json_schema()
     if isinstance(value, Tool):

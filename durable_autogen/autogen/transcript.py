@@ -1,8 +1,8 @@
-"""The ids and times of a session's messages: the same in every replay.
+"""Message ids and times that are the same in every replay.
 
-AutoGen gives each message a random id and the current time. Inside a session, the id is made from session, agent and
-position, and the time is that of the last event delivered before the message. Both are set when an agent passes the
-message on, before any other code sees it.
+AutoGen gives each message a random id and the current time. A session replaces both when an agent passes the message
+on, before any other code sees the message. The lasting id is made from the session, the agent and a count of the
+agent's messages. The lasting time is the time of the last event delivered before the message.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Item = Message | TaskResult
 Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
 
 REPLAYED = "nexum"
-"""The key in a streamed message's metadata whose value is "replayed" if the message came from the record."""
+"""The metadata key that marks a streamed message from the record. Its value is then "replayed"."""
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "durable_autogen.invalid")
 
@@ -40,7 +40,7 @@ class Transcript:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._lasting: dict[str, str] = {}
-        """The lasting id of each random id."""
+        """The lasting id that replaces each random id."""
         self._done: set[str] = set()
         """The lasting ids in use."""
         self._count: Counter[tuple[str, str]] = Counter()
@@ -51,8 +51,8 @@ class Transcript:
     ) -> None:
         """Set the lasting ids and times of the messages that an agent passes on.
 
-        In a `given` message, values that the caller has set stay. With `made_before` the messages come from the record
-        and keep their times.
+        `given` holds the messages of the caller's task. An id or time that the caller has set stays. With
+        `made_before`, the messages come from the record and keep their times.
         """
         for message in _messages_in(item):
             if isinstance(message, ModelClientStreamingChunkEvent):
@@ -71,7 +71,7 @@ class Transcript:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
-        """Return the result with lasting ids of input requests. Until then, answers need their random ids."""
+        """Return `result` with lasting ids for input requests. During the run, AutoGen needs the random ids."""
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [
@@ -84,7 +84,8 @@ class Transcript:
 
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
-            # Count per kind: a streamed message's id comes before the message, and only if something was streamed.
+            # Count each kind separately. A streamed piece names its message's id before the message comes, and some
+            # messages aren't streamed.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"
@@ -94,7 +95,7 @@ class Transcript:
 
 
 def _set(message: Message, **values: Any) -> None:
-    # Without setattr, which would mark the field as set by the caller.
+    # Don't use setattr: pydantic would mark the field as set by the caller.
     vars(message).update(values)
 
 
@@ -107,7 +108,7 @@ def _messages_in(item: Any) -> Iterable[Message]:
 
 
 def messages_of(task: Task) -> list[BaseChatMessage]:
-    """Return the task's messages; none for a text."""
+    """Return the messages of `task`, or an empty list if `task` is a text or None."""
     if task is None or isinstance(task, str):
         return []
     return [task] if isinstance(task, BaseChatMessage) else list(task)

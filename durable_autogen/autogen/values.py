@@ -1,4 +1,4 @@
-"""Values of calls, written as JSON and built again with the same types."""
+"""Conversion of recorded values: to JSON, and back to Python values of the same types."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     uuid.UUID: (str, uuid.UUID),
     complex: (repr, complex),
 }
-"""For each type, a function that writes its values as JSON, and one that reads them."""
+"""For each type, a function that writes its values as JSON, and a function that reads them."""
 
 
 def written_value(value: Any) -> Any:
@@ -73,7 +73,7 @@ def _written(value: Any) -> Any:
         return _tagged(kind, {one.name: _written(getattr(value, one.name)) for one in dataclasses.fields(value)})
     if isinstance(value, Exception):
         raise ValueError(f"a {kind.__name__} can't be recorded as a value")
-    # A class that tells pydantic how to write it, such as AutoGen's Image.
+    # Let pydantic write the value. Some classes, such as AutoGen's Image, define how.
     return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
 
 
@@ -87,7 +87,7 @@ def unrecorded_value(value: Any) -> Any:
 
 
 def value_again(written: Any, declared: Any = None) -> Any:
-    """Return the value that `written_value` wrote; `declared` is its type if the recorded class isn't loaded.
+    """Return the value that `written_value` wrote. If its class isn't loaded, `declared` is used as its type.
 
     Raises NotDurable if the value could not be recorded.
     """
@@ -104,13 +104,13 @@ def value_again(written: Any, declared: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Unknown:
-    """A value whose class isn't loaded."""
+    """The contents of a value whose class isn't loaded."""
 
     value: Any
 
 
 def _without_unknown(value: Any) -> Any:
-    """Return the value with the contents of each _Unknown in its place; the value itself if it holds none."""
+    """Replace each _Unknown in `value` with its contents. Return `value` itself if it holds no _Unknown."""
     if isinstance(value, _Unknown):
         return _without_unknown(value.value)
     if type(value) is dict:
@@ -156,7 +156,7 @@ def _again(written: Any) -> Any:
 
 
 def _model(kind: type[BaseModel], values: Mapping[str, Any]) -> BaseModel:
-    # Don't validate: the recorded values are valid, and validation needs aliases and may change values.
+    # Don't validate: recorded values are valid. Validation would need field aliases, and may change values.
     found = kind.model_construct(**values)
     if set(values) - set(kind.model_fields) and kind.model_config.get("extra") != "allow":
         return kind.model_validate(values)
@@ -174,12 +174,12 @@ def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
-    """Return a model's reply as JSON, and the reply for the caller: the same live and in a replay."""
+    """Return a model's reply as JSON, and the reply that the caller gets. A replay returns an equal reply."""
     if isinstance(result.content, list):
         for call in result.content:
             arguments: Any = call.arguments
             if not isinstance(arguments, str):
-                # Some servers send the arguments as an object; AutoGen needs a text.
+                # Write the arguments as text. Some servers send an object, and AutoGen needs a text.
                 call.arguments = json.dumps(arguments, ensure_ascii=False)
     dumped = result.model_dump(mode="python", warnings=False)
     kept = representable(dumped)
@@ -197,7 +197,7 @@ def text_of_reply(result: CreateResult) -> str:
 
 
 def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
-    """Return a stream's pieces as JSON: only their lengths, if they join to the reply's text."""
+    """Return a stream's pieces as JSON. If the pieces joined are the reply's text, return only their lengths."""
     if "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
     found: list[Any] = representable(list(pieces))
@@ -238,7 +238,7 @@ def failed_result(name: str, error: BaseException) -> ToolResult:
 
 
 def without_classes(written: Any) -> Any:
-    """Return a written value without its class names, for a person."""
+    """Return `written` without the names of classes, so that a person can read it."""
     if isinstance(written, list):
         return [without_classes(one) for one in written]
     if isinstance(written, dict):

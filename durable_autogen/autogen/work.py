@@ -1,4 +1,4 @@
-"""The AutoGen part's state of one session: its agents' names and positions, and its messages' ids."""
+"""The state that the AutoGen integration keeps for one session: agent names, positions and message ids."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from durable_autogen.record.events import Event, Kind, Said
 if TYPE_CHECKING:
     from durable_autogen.record.recorder import Recorder
 
-MAX_OPEN_CALLS = 1000  # tool calls that replies asked for and no agent has made
+MAX_OPEN_CALLS = 1000  # tool calls that replies requested and that no agent has made yet
 
 
 class Asker:
-    """The position of one agent: counts of its calls, and the tool calls that its replies asked for."""
+    """The state of one agent: the counts of its calls, and the tool calls that its replies requested."""
 
     def __init__(self) -> None:
         self.conversation = Conversation()
         self.replayed = False
-        """Whether the last reply came from the record."""
+        """Whether the agent's last reply was replayed."""
         self.replies = 0
         self._counts: Counter[str] = Counter()
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
@@ -34,43 +34,43 @@ class Asker:
         self._unasked = 0
 
     def next(self, what: str) -> str:
-        """Return the position of the next call of a kind: `reply/3`, `input/1`."""
+        """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `input/1`."""
         self._counts[what] += 1
         if what == "reply":
             self.replies += 1
         return f"{what}/{self._counts[what]}"
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
-        """Note a reply to the agent, with its tool calls."""
+        """Note that the agent got a reply, and which tool calls the reply requests."""
         calls = [] if isinstance(result.content, str) else result.content
-        # The newest reply's calls come first, in the reply's order.
+        # Put the newest reply's tool calls first, in the order of the reply.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
         self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
         self.replayed = replayed
 
     def position_of_call(self, call_id: str | None, name: str) -> str:
-        """Return a tool call's position: by the call with the same id that a reply asked for, else by the name."""
+        """Return a tool call's position: that of the requested call with its id, else with its tool name."""
         same_name = [one for one in self._calls if one[1].name == name]
         same_id = [one for one in same_name if one[1].id == call_id]
         for found in (*same_id, *same_name):
             self._calls.remove(found)
             return found[0]
-        # No reply asked for it: a custom agent calls a tool on its own.
+        # Count an extra call that no reply requested. A custom agent calls tools on its own.
         self._unasked += 1
         return f"reply/{self._last}/tool/{self._unasked}"
 
 
 class Names:
-    """Unique names for objects: an object keeps its name, and no two objects share one."""
+    """Unique names for objects. An object keeps its name, and no two objects have the same name."""
 
     def __init__(self) -> None:
         self._names: dict[tuple[int, str], str] = {}
         self._counts: Counter[str] = Counter()
         self._kept: list[object] = []
-        """Objects without weak references, kept alive so that no other object gets their id."""
+        """Objects that can't be weakly referenced. They are kept alive, so that no other object gets their `id()`."""
 
     def of(self, owner: object, wanted: str) -> str:
-        """Return an object's name: the wanted name, with a number if another object has it."""
+        """Return the name of `owner`: `wanted`, followed by a number if another object has that name."""
         key = (id(owner), wanted)
         if key not in self._names:
             self._counts[wanted] += 1
@@ -91,49 +91,49 @@ class Work:
         self.transcript = Transcript(recorder)
         self.added = Added(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination, its adjusted start, and the session's active time at its real start."""
+        """For each TimeoutTermination, its adjusted start, and the session's active time when it really started."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._askers: dict[str, Asker] = {}
         self._sources: dict[str, set[str]] = {}
 
     def asker(self, agent: str) -> Asker:
-        """Return the state of the agent of this name."""
+        """Return the state of the agent named `agent`."""
         return self._askers.setdefault(agent, Asker())
 
     def speaks_as(self, agent: str, source: str) -> None:
-        """Note the source that an agent's messages have."""
+        """Note that the messages of `agent` have the source `source`."""
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:
-        """Return whether the last reply of the agent with this source was replayed."""
+        """Return whether the last reply of the agents with the source `source` was replayed."""
         askers = [self._askers[name] for name in self._sources.get(source, ()) if name in self._askers]
         return any(one.replayed for one in askers) and all(one.replayed or not one.replies for one in askers)
 
     def used(self, client: object, usage: RequestUsage) -> None:
-        """Add the usage of a replayed reply to its client's usage."""
+        """Add a replayed reply's usage to the replayed usage of `client`."""
         self.replayed_usage[id(client)] = (client, total(self.replayed_usage_of(client), usage))
 
     def replayed_usage_of(self, client: object) -> RequestUsage:
-        """Return the usage of this client's replayed replies."""
+        """Return the total usage of the replayed replies of `client`."""
         found = self.replayed_usage.get(id(client))
         return RequestUsage(prompt_tokens=0, completion_tokens=0) if found is None else found[1]
 
 
 class Added:
-    """The user messages added to a fork. Each agent gets them in its first live request, and keeps them there."""
+    """The user messages added to a fork. They are in each agent's first live request and in its later ones."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.messages = [event for event in recorder.journal.events if event.kind is Kind.MESSAGE]
         self.delivered: set[int] = set()
-        """The event numbers of the messages that an agent got."""
+        """The event numbers of the messages that at least one agent got."""
         self.as_task: set[int] = set()
-        """The event numbers of the messages that became a task, as the run was over."""
+        """The event numbers of the messages that became a new task, because the recorded run had ended."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 
     def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
-        """Return a request's messages with the added user messages."""
+        """Return a request's messages, with the added user messages inserted."""
         if not self.messages:
             return messages
         at = self._at.setdefault(agent, {})
