@@ -21,11 +21,11 @@ from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
-STOP_GRACE = 3.0  # seconds that calls under way have to end
+STOP_GRACE = 3.0  # seconds in which calls under way can still end
 _BIND_RETRY = 0.1  # seconds
 
 _OPTIONS = (
-    # Bind the port alone. Otherwise a second server could bind the same port and would get half of the calls.
+    # Don't share the port: a second server on the same port would get half of the calls.
     ("grpc.so_reuseport", 0),
     # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
     ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
@@ -34,7 +34,7 @@ _OPTIONS = (
 
 
 def loopback_address(listen: str) -> str:
-    """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest if it is not a loopback address."""
+    """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")

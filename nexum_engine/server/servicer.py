@@ -33,7 +33,7 @@ DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
 """The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
-MAX_MESSAGE_CHARACTERS = 600  # of an error message: it is sent in a header of 8 KB, at up to 9 bytes a character
+MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -55,7 +55,7 @@ def _cut(message: str) -> str:
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Make an RPC answer an error of its handler with a gRPC status. Details of an internal error are only logged."""
+    """Answer the errors of an RPC's handler with a gRPC status. The details of an internal error are only logged."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:

@@ -206,11 +206,11 @@ def list_executions(
     before: str = "",
     with_nodes: bool = False,
 ) -> list[Execution]:
-    """Return at most `limit` executions, the newest ones that match every filter that is given.
+    """Return at most `limit` executions, the newest first. An empty filter matches every execution.
 
-    `key_prefix` matches executions whose idempotency key begins with it. `before` is an execution id, and matches
-    executions that are older than this execution. Only with `with_nodes` do the executions have their inputs and nodes.
-    A list with nodes stops at MAX_LIST_BYTES, but never before its first execution.
+    `key_prefix` is the beginning of an idempotency key. `before` is the id of an execution: only older executions
+    match. The returned executions have inputs and nodes only if `with_nodes` is set. A list with nodes stops at
+    MAX_LIST_BYTES, but has at least one execution if any matches.
 
     Raises InvalidRequest for an unknown status and for a prefix without a workflow. Raises ExecutionNotFound for an
     unknown `before`: an empty list would mean that no execution is older.

@@ -63,8 +63,8 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
 
 def sweep(db: Db, since_ms: int) -> Swept:
     """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
-    # Query the due retries before ending the expired attempts. Nodes of expired attempts become due now, and `_expire`
-    # announces them: a later query would announce them a second time.
+    # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
+    # query would announce these nodes a second time.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_attempts", now=db.now_ms):

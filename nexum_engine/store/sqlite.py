@@ -224,7 +224,7 @@ class SqliteStore(Store):
 
 
 class _CommitFailed(Exception):
-    """A failure of the whole transaction, which concerns all its transitions."""
+    """The failure of a whole transaction, with all its transitions."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause) or type(cause).__name__)
@@ -314,7 +314,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _was_unclean(path: Path) -> bool:
-    """Return whether the write-ahead log is still there, because the last server did not close the database."""
+    """Return whether the last server died without closing the database. Its write-ahead log is then not empty."""
     try:
         return Path(f"{path}-wal").stat().st_size > 0
     except FileNotFoundError:

@@ -209,7 +209,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
 def _advance(db: Db, row: Row, changes: Changes) -> None:
     """Turn the nodes that became ready into tasks, or end the execution after its last node."""
     execution_id = row["execution_id"]
-    if row["unrecorded"] == 1:  # the count from before this result: it was the last one
+    if row["unrecorded"] == 1:  # `unrecorded` still counts this node: the node was the last one
         changes.ended.append(end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
         return
     nodes = db.all("node_states", execution_id=execution_id)
