@@ -102,8 +102,8 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submit the shorter leases at once. After a heartbeat on the worker's next stream, the shorter leases would apply
-        # to a worker that has reconnected.
+        # Submit the shorter leases at once. After a heartbeat on the worker's next stream, the shorter leases would
+        # apply to a worker that has reconnected.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
