@@ -27,7 +27,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def failed(self) -> asyncio.Future[str]:
-        """A future for the reason why the database can't be trusted any more. Once it resolves, the server must stop."""
+        """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
