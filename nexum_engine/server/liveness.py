@@ -16,17 +16,17 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
 RECONNECT_GRACE_MS = 1000
-"""How long a worker whose stream broke has to reconnect before its tasks are handed out again."""
+"""How long a worker has to reconnect after its stream broke. After that time its tasks are handed out again."""
 RESTART_GRACE_MS = 1500
-"""How long workers have to reconnect after the server has started. A live worker tries several times a second, so this
-delays only the tasks of a worker that died with the server."""
+"""How long workers have to reconnect after the server has started. A running worker tries several times a second. So
+the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
 
 logger = logging.getLogger(__name__)
 
 
 class Liveness:
-    """The keeper of workers' leases: it renews them at each beat, and ends attempts whose lease has run out."""
+    """The keeper of workers' leases. It renews leases at each heartbeat, and ends attempts whose lease has run out."""
 
     def __init__(self, store: Store, polls: Polls, waiters: Waiters, clock: Clock, lease_ms: int) -> None:
         self._store = store
@@ -42,19 +42,19 @@ class Liveness:
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """Give workers time to reconnect after a restart, and start to sweep."""
+        """Reset the leases, so that workers have time to reconnect after a restart, and start the sweep."""
         await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:
-        """End the streams (their workers keep their tasks) and stop sweeping."""
+        """End the worker streams and the sweep. The workers keep their tasks."""
         self._stopping.set()
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncGenerator[pb.WorkerBeatAck, None]:
-        """Answer one worker's beats until its stream breaks or the server stops."""
+        """Acknowledge the heartbeats of one worker until its stream breaks or the server stops."""
         worker_id = ""
         token = object()
         unnamed: frozenset[str] = frozenset()
@@ -72,13 +72,14 @@ class Liveness:
                     self._polls.drain(worker_id)
                 unnamed_before = unnamed
                 unnamed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
-                # A worker may send one beat before a task has arrived. It sends the next beat after the acknowledgement
-                # of that beat, which was sent after the task. So two beats without the task show that it was lost.
+                # End the attempt at a task that two heartbeats in a row don't name: the task never arrived.
+                # One heartbeat isn't enough, because the worker may send it before the task arrives. The worker sends
+                # the second heartbeat after our acknowledgement, and we send the acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
         finally:
-            # If the worker has reconnected on a new stream, it keeps its tasks.
+            # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
             if worker_id and self._streams.get(worker_id) is token:
                 del self._streams[worker_id]
                 self._polls.worker_disconnected(worker_id)
@@ -86,7 +87,7 @@ class Liveness:
                     self._disconnected(worker_id)
 
     async def _next_beat(self, incoming: AsyncIterator[pb.WorkerBeat]) -> pb.WorkerBeat | None:
-        """Return the next beat; None when the stream is over or the server stops."""
+        """Return the next heartbeat, or None when the stream has ended or the server stops."""
 
         async def read() -> pb.WorkerBeat | None:
             return await anext(incoming, None)
@@ -101,19 +102,20 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submit this at once: after a beat on the worker's next stream it would shorten the leases of a live worker.
+        # Submit the shorter leases at once. After a heartbeat on the worker's next stream, the shorter leases would
+        # apply to a worker that has reconnected.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
     def _count_grace(self, stored: asyncio.Future[None]) -> None:
-        # If this could not be stored, the worker's leases are unchanged and run out later.
+        # Schedule no sweep if the shorter leases were not stored: the worker's leases then run out as before.
         if not stored.cancelled() and stored.exception() is None:
             self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
 
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
     async def carry_out(self, submitted: Awaitable[Changed]) -> None:
-        """Apply a transition once it is stored, even if the caller is cancelled before."""
+        """Wait until a submitted transition is stored. Its effects are applied even if the caller is cancelled."""
         stored = asyncio.ensure_future(submitted)
         stored.add_done_callback(self._apply_stored)
         await asyncio.shield(stored)
@@ -123,7 +125,7 @@ class Liveness:
             self.apply(stored.result())
 
     def apply(self, changed: Changed) -> None:
-        """Wake the polls, waiters and the sweep that a stored transition concerns."""
+        """Wake the polls, the waiters and the sweep that must act after a stored transition."""
         for ready in changed.ready:
             self._polls.task_ready(ready)
         for execution in changed.ended:
@@ -132,13 +134,13 @@ class Liveness:
             self.due_at(changed.retry_ms)
 
     def due_at(self, due_ms: int) -> None:
-        """Make the sweep run at `due_ms` at the latest, for a lease or a retry."""
+        """Make the sweep run no later than `due_ms`, when a lease runs out or a retry is due."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()
 
     def task_handed_out(self) -> None:
-        """Make the sweep run when a lease that begins now runs out."""
+        """Schedule a sweep for the end of a lease that begins now."""
         self.due_at(self._clock.now_ms() + self._lease_ms)
 
     async def _sweep(self) -> None:

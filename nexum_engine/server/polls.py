@@ -1,6 +1,6 @@
 """The polls of workers that wait for tasks.
 
-All of this is only in memory: after a restart workers poll again, and the store has everything else.
+Polls are kept only in memory. After a restart of the server, the workers poll again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from nexum_engine.store import Store, tasks
 from nexum_engine.store.results import Claim, ReadyTask
 
 POLL_COUNTS_FOR_MS = 2000
-"""How long after a poll its worker still counts as polling."""
+"""How long a version counts as polled after its last poll has ended."""
 MAX_REMEMBERED_VERSIONS = 1000
-"""For how many versions the server remembers due tasks and polls. A limit, because clients can invent versions."""
+"""Above this number of versions, the server forgets the versions without a recent poll: clients can invent versions."""
 
 
 class _WaitingPoll:
-    """One poll of a worker. It is idle, or its own coroutine awaits the outcome of its claim."""
+    """One poll of a worker. The call waits for a due task, or for the result of a claim that it submitted."""
 
     def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
         self.worker_id = worker_id
@@ -32,7 +32,7 @@ class _WaitingPoll:
         self.claim: asyncio.Future[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
         self.missed = False
-        """Whether a task became due after the claim was submitted, so that the claim may have missed it."""
+        """Whether a task became due after the claim was submitted. The claim may have missed that task."""
         self.leaving = False
 
     @property
@@ -52,10 +52,13 @@ class Polls:
         self._clock = clock
         self._lease_ms = lease_ms
         self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
-        """The waiting polls of each version, and those whose claim is under way."""
+        """The polls of each version: those that wait for a task, and those whose claim is under way."""
         self._last_poll_ms: dict[str, int] = {}
         self._due: dict[str, int] = {}
-        """An upper bound of due tasks per version; no entry means unknown. It avoids claims that would find nothing."""
+        """An upper bound of the number of due tasks, by version. The number of a missing version is unknown.
+
+        At 0, no claim is submitted, because the claim would find nothing.
+        """
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._streamed_workers: set[str] = set()
@@ -64,7 +67,10 @@ class Polls:
     async def next_task(
         self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, wait_ms: int
     ) -> Task | None:
-        """Return a task for the worker as soon as one is due; None when the time is up or the server stops."""
+        """Return a task for the worker as soon as one is due.
+
+        Returns None if `wait_ms` have passed, or if the worker or the server is stopping.
+        """
         if worker_id in self._draining_workers:
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
@@ -91,11 +97,14 @@ class Polls:
         finally:
             self._remove(poll)
             if poll.claim is not None:
-                # The call was cancelled during its claim: release the task that the claim may have taken.
+                # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
                 self.release(poll.claim)
 
     def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
-        """Submit a claim at once, in the same turn of the event loop; None if no task can be due."""
+        """Submit a claim in this turn of the event loop, and return its future.
+
+        Returns None, without a claim, if no task can be due or if the worker or the server is stopping.
+        """
         if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
@@ -125,7 +134,7 @@ class Polls:
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
-            # A forgotten version costs one claim.
+            # Forget the due tasks of the same versions. The next poll of such a version costs one claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
@@ -148,7 +157,10 @@ class Polls:
         return poll.claim
 
     def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
-        """Update the count of due tasks from a claim. Called in the order of transactions, so it is never too low."""
+        """Update the number of due tasks after a claim.
+
+        Claims are counted in the order of their transactions. So the number is never too low.
+        """
         if done.cancelled() or done.exception() is not None:
             return
         claim = done.result()
@@ -164,10 +176,10 @@ class Polls:
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
     def task_ready(self, task: ReadyTask) -> None:
-        """Offer a task that is due, or will be when the transitions submitted so far are stored.
+        """Offer a task to a waiting poll. The task is due now, or once the submitted transitions are stored.
 
-        The claim is submitted at once, right after the transition that makes the task. So both share a transaction, and
-        the worker gets the task when the maker gets its acknowledgement.
+        The poll's claim is submitted at once. If the transition that makes the task was submitted just before, both
+        share a transaction. The worker then gets the task as early as the caller gets its acknowledgement.
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
@@ -183,18 +195,18 @@ class Polls:
                 return
 
     def has_poller(self, version_hash: str) -> bool:
-        """Return whether a worker polls for the version, or did within the last two seconds."""
+        """Return whether a worker polls for the version, or polled within the last two seconds."""
         last = self._last_poll_ms.get(version_hash)
         return bool(self._polls.get(version_hash)) or (
             last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
         )
 
     def worker_connected(self, worker_id: str) -> None:
-        """Note that the worker has a WorkerStream: its tasks get the shorter lease, which its beats renew."""
+        """Note that the worker has a worker stream. Its next tasks get the shorter lease, which heartbeats renew."""
         self._streamed_workers.add(worker_id)
-        # Forget that the worker was stopping. If it still is, its first beat says so.
+        # Forget that the worker was stopping. A worker that is still stopping says so in its first heartbeat.
         self._draining_workers.discard(worker_id)
-        # Answer the worker's earlier polls: they may have come on a connection that is now dead.
+        # Answer the worker's earlier polls without a task: their connection may be dead.
         self._answer_waiting(worker_id)
 
     def worker_disconnected(self, worker_id: str) -> None:
@@ -203,7 +215,7 @@ class Polls:
         self._draining_workers.discard(worker_id)
 
     def drain(self, worker_id: str) -> None:
-        """Give the worker no more tasks until its stream ends, and answer its waiting polls."""
+        """Give the worker no more tasks until its stream ends, and answer its waiting polls without a task."""
         self._draining_workers.add(worker_id)
         self._answer_waiting(worker_id)
 
@@ -215,13 +227,13 @@ class Polls:
                     poll.wake()
 
     def give_back(self, task: Task) -> None:
-        """Release a task whose call was cancelled before its answer was sent."""
+        """Release a task that was not sent, because the worker's call was cancelled."""
         done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         done.set_result(Claim(task))
         self.release(done)
 
     def release(self, claim: Awaitable[Claim]) -> None:
-        """Release the task that a claim takes: the call that would deliver it was cancelled."""
+        """Release the task that a claim takes, because the worker's call was cancelled."""
 
         async def release() -> None:
             try:
@@ -235,7 +247,7 @@ class Polls:
                     tasks.release, task.task_id, "the worker's call was cancelled before the task reached it"
                 )
             except NexumError:
-                return  # if the task is still handed out, its lease runs out
+                return  # the task may still be handed out: its lease will run out
             for ready in changed.ready:
                 self.task_ready(ready)
 
@@ -244,7 +256,7 @@ class Polls:
         running.add_done_callback(self._releases.discard)
 
     def look_again(self) -> None:
-        """Make every waiting poll claim again: the outcome of earlier transactions is unknown."""
+        """Make every waiting poll claim again: it is unknown whether earlier transactions were stored."""
         self._due.clear()
         for polls in self._polls.values():
             for poll in polls:
@@ -253,7 +265,7 @@ class Polls:
                 poll.wake()
 
     async def stop(self) -> None:
-        """Answer every waiting poll."""
+        """Answer every waiting poll without a task, and wait until the releases are stored."""
         self._stopping = True
         for polls in self._polls.values():
             for poll in polls:

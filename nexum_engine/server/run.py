@@ -1,4 +1,4 @@
-"""The server's life cycle: open the store, bind, serve, stop with a grace period."""
+"""The server's life cycle: open the store, bind the port, serve, and stop with a grace period."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
-STOP_GRACE = 3.0  # seconds for calls that are under way
+STOP_GRACE = 3.0  # seconds in which calls under way can still end
 _BIND_RETRY = 0.1  # seconds
 
 _OPTIONS = (
-    # Otherwise a second server could bind the same port and would get half of the calls.
+    # Don't share the port: a second server on the same port would get half of the calls.
     ("grpc.so_reuseport", 0),
-    # Above the engine's own limit, so that a slightly too large payload gets the engine's clear error.
+    # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
     ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
     ("grpc.max_send_message_length", -1),
 )
 
 
 def loopback_address(listen: str) -> str:
-    """Return `listen` as HOST:PORT of a loopback address. Raises InvalidRequest for any other address."""
+    """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
-    # Bind one address: for "localhost" grpc succeeds even if one of its two addresses is taken.
+    # Bind only 127.0.0.1 for "localhost". The name has two addresses, and grpc succeeds even if one of them is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -65,12 +65,13 @@ async def run_server(
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
 
-    `lease` is for how many seconds a silent worker keeps its tasks. `patience` is how many seconds to wait until an
-    ending server releases the port and the database. With `else_free_port`, a taken port is replaced by a free one at
-    once. An `embedded` server serves one folder's runs: it refuses clients that look for another database.
+    A silent worker keeps its tasks for `lease` seconds. The server waits up to `patience` seconds until an ending
+    server releases the port and the database. With `else_free_port`, the server does not wait for a taken port: it
+    takes a free one. An `embedded` server serves one folder's runs, and refuses every client that names another
+    database.
 
-    Raises InvalidRequest for a bad address, StoreError for a database or ServerError for a port that can't be used,
-    StoreUnavailable when the database fails while serving.
+    Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
+    can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
     clock = SystemClock()
@@ -96,9 +97,9 @@ async def run_server(
             store.failed.add_done_callback(lambda _: stop.set())
             await stop.wait()
         finally:
-            # First, so that no client connects to a server that is about to end.
+            # Remove the address first, so that no new client connects to the ending server.
             remove_address(database)
-            # Answer waiting calls first: grpc waits until all calls have ended.
+            # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
             await polls.stop()
             await liveness.stop()
@@ -122,7 +123,8 @@ async def _bind(
         except RuntimeError as error:
             await server.stop(None)
             if else_free_port:
-                # No need to wait for the port: a server releases its port before its database, and ours is open.
+                # Don't wait for the port. An ending server releases its port before its database, and we have already
+                # opened the database. So no ending server holds the port.
                 address, else_free_port = f"{address.rpartition(':')[0]}:0", False
                 continue
             if loop.time() >= deadline:

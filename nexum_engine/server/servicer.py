@@ -1,4 +1,4 @@
-"""The RPCs: each one decodes its request, makes one call, and encodes the answer."""
+"""The RPCs of the server. Each RPC decodes its request, calls the store or the polls, and encodes the answer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
-"""The longest that GetExecution or PollTask holds a call."""
+"""The longest time that a call may wait for a task or for the end of an execution."""
 DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
-"""The largest payload that a gRPC client with default settings can receive: 4 MiB less the message's frame."""
+"""The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
-MAX_MESSAGE_CHARACTERS = 600  # of an error message; each may take nine bytes of an 8 KB header
+MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -50,31 +50,31 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
 
 
 def _cut(message: str) -> str:
-    # The message is sent in a header, and headers have a size limit.
+    # Cut the message, because it is sent in a header, and headers have a size limit.
     return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Make an RPC answer with the status of the error that its handler raises; internals stay in the log."""
+    """Answer the errors of an RPC's handler with a gRPC status. The details of an internal error are only logged."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
         await self.refuse_what_is_meant_for_another(context)
         try:
             return await handler(self, request, context)
-        except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
+        except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
             await _abort(context, error)
 
     return cast(Handler, answer)
 
 
 def _time(ms: int) -> str:
-    """Return a time as the published server writes it."""
+    """Format a time in UTC, as the published Nexum server does."""
     return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 class NexumServicer(NexumServiceServicer):
-    """The service of proto/nexum.proto, on a store."""
+    """The gRPC service of proto/nexum.proto. Its data is in a store."""
 
     def __init__(
         self, store: Store, polls: Polls, waiters: Waiters, liveness: Liveness, *, embedded: bool = False
@@ -86,7 +86,7 @@ class NexumServicer(NexumServiceServicer):
         self._liveness = liveness
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
-        """Answer UNAVAILABLE to a call for another database, so that its client looks for another server."""
+        """Answer UNAVAILABLE to a call for another database, so that the client looks for another server."""
         why = refusal(context.invocation_metadata() or (), self._store.opened_as, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
@@ -125,7 +125,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
             )
         )
-        # Submit this right after the start, so that a waiting worker's claim is in the same transaction.
+        # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
         self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
         starting.add_done_callback(partial(self._started, request))
         started = await asyncio.shield(starting)
@@ -151,7 +151,7 @@ class NexumServicer(NexumServiceServicer):
                 request.output_json,
             )
         )
-        # A callback: the lease and the waiters need this even if the caller is cancelled before the answer.
+        # Use a callback: the sweep and the waiters must learn of the start even if the caller is cancelled.
         starting.add_done_callback(self._started_owned)
         started = await asyncio.shield(starting)
         is_found = started.status.ended and not request.output_json
@@ -175,7 +175,7 @@ class NexumServicer(NexumServiceServicer):
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
         self._waiters.execution_started(done.result().execution_id)
-        # StartExecution has announced the first task.
+        # Announce the execution's other ready tasks. `StartExecution` has announced one.
         for _ in range(done.result().ready - 1):
             self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
 
@@ -198,7 +198,7 @@ class NexumServicer(NexumServiceServicer):
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         asked = _asked(request.next) if request.HasField("next") else None
         completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
-        # Submit this right after the report, so that both are in one transaction.
+        # Submit the claim right after the report, so that both are in one transaction.
         claim = None if asked is None else self._polls.take_due(*asked)
         try:
             await self._liveness.carry_out(completed)
@@ -242,7 +242,7 @@ class NexumServicer(NexumServiceServicer):
         return _execution_message(execution, self._polls.has_poller(execution.version_hash))
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
-        """Return the execution if it ends within `wait` seconds, else None."""
+        """Return the execution if it ends within `wait` seconds, or None."""
         if not wait:
             return None
         with self._waiters.watch(execution_id) as ended:
@@ -331,11 +331,11 @@ class NexumServicer(NexumServiceServicer):
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         await self.refuse_what_is_meant_for_another(context)
         try:
-            # Close the stream at once: its clean-up must not wait for the garbage collector.
+            # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
-        except Exception as error:  # noqa: BLE001 - becomes a status, or is logged
+        except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
             await _abort(context, error)
 
 
@@ -346,7 +346,7 @@ def _wait_seconds(wait_ms: int) -> float:
 
 
 def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
-    """Return the worker id, the versions and the task size of a poll."""
+    """Return a poll's worker id, its versions and the size in bytes of the largest task that the worker can receive."""
     check_id(request.worker_id, "worker_id")
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:

@@ -1,6 +1,6 @@
 """The callers that wait for the end of an execution.
 
-All of this is only in memory: after a restart callers wait again, and the store has everything else.
+Waiting callers are kept only in memory. After a restart of the server, the callers wait again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nexum_engine.records import Execution
 
 
 class Waiters:
-    """The callers that wait, by execution."""
+    """The callers that wait for the end of an execution, by execution id."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Future[Execution | None]]] = defaultdict(set)
@@ -22,16 +22,16 @@ class Waiters:
         self._stopping = False
 
     def execution_started(self, execution_id: str) -> None:
-        """Note that the execution runs: until `execution_ended`, waiting for it needs no look at the store."""
+        """Note that the execution is running. Until `execution_ended`, callers wait for its end without a query."""
         self._running.add(execution_id)
 
     def is_running(self, execution_id: str) -> bool:
-        """Return whether the execution is known to run. If False, only the store knows."""
+        """Return whether the execution is known to be running. If False, query the store to find out."""
         return execution_id in self._running
 
     @contextmanager
     def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
-        """Yield a future that resolves with the ended execution, or with None if the caller should look again."""
+        """Yield a future that resolves with the ended execution, or with None if the caller should query the store."""
         future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
         if self._stopping:
             future.set_result(None)
@@ -52,7 +52,7 @@ class Waiters:
                 future.set_result(execution)
 
     def look_again(self) -> None:
-        """Make every waiting caller look at the store: the outcome of earlier transactions is unknown."""
+        """Make every waiting caller query the store: it is unknown whether earlier transactions were stored."""
         self._running.clear()
         for waiting in self._waiting.values():
             for future in waiting:
@@ -60,6 +60,6 @@ class Waiters:
                     future.set_result(None)
 
     def stop(self) -> None:
-        """Answer every waiting caller, and later ones at once."""
+        """Make every waiting caller query the store, and let no later caller wait."""
         self._stopping = True
         self.look_again()

@@ -1,7 +1,7 @@
 """The store of executions. `open_store` picks the dialect from the database URL.
 
 Every change of state is a function in `executions.py`, `tasks.py` or `leases.py`. Every query is in `queries.sql`. A
-dialect's module has what differs for its database.
+dialect's module has the code that only its database needs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["Store", "database_exists", "open_store"]
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
     """Open (or create) the database that the URL names: `sqlite:///path`.
 
-    `lock_timeout` is for how many seconds to wait until another server releases the file. Raises StoreRefused for a URL
-    or a file that this version can't open, StoreLocked while another server has the file open.
+    Waits up to `lock_timeout` seconds until another server releases the file. Raises StoreRefused for a URL or a file
+    that this version can't open, and StoreLocked if another server still has the file open.
     """
     scheme = database_url.partition(":")[0]
     if scheme == "sqlite":
@@ -33,7 +33,7 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
 
 
 def database_exists(database_url: str) -> bool:
-    """Return whether there is a database to open: looking at records must not create one."""
+    """Return whether the database exists. Check this before you only read: `open_store` would create the database."""
     if not database_url.startswith("sqlite:"):
         return True
     return database_path(database_url).exists()

@@ -1,4 +1,4 @@
-"""The store's interface: each call runs one transition in one transaction."""
+"""The interface of a store. `Store.run` runs one transition inside a transaction."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Store(ABC):
     @property
     @abstractmethod
     def failed(self) -> asyncio.Future[str]:
-        """A future that resolves with the reason when the database can't be trusted any more: the server must stop."""
+        """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
-    """Callbacks for when the outcome of transactions is unknown: waiting calls must look again."""
+    """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
 
     @abstractmethod
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Submit a transition. It runs in one transaction, after the transitions submitted before it.
 
-        The awaitable returns the result once it is durable. It raises the transition's own error, or StoreUnavailable
-        if the outcome is unknown.
+        The awaitable returns the transition's result once the transaction is durable. It raises the transition's error,
+        or StoreUnavailable if it is unknown whether the transaction was stored.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The database as a transition sees it: named queries inside one transaction, at one moment."""
+"""The interface through which a transition uses the database: named queries inside one transaction."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Db(Protocol):
 
     @property
     def now_ms(self) -> int:
-        """The time of the transaction."""
+        """The transaction's time in milliseconds. All its statements use the same time."""
         ...
 
     def all(self, query: str, **parameters: object) -> list[Row]:
-        """Return the rows of a query, by its name in queries.sql."""
+        """Run the query that is called `query` in queries.sql, and return its rows."""
         ...
 
     def one(self, query: str, **parameters: object) -> Row | None:
-        """Return the first row of a query; None if there is none."""
+        """Run the query that is called `query` in queries.sql, and return its first row, or None."""
         ...
 
     def run(self, query: str, **parameters: object) -> int:
-        """Run a statement; return how many rows it changed."""
+        """Run the statement that is called `query` in queries.sql, and return how many rows it changed."""
         ...
 
 

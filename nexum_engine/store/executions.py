@@ -1,7 +1,7 @@
 """Transitions of workflows and executions: register, start, read, cancel, end.
 
-Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
-change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
+Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
+function raises an error of `nexum_engine.errors`, and its changes are rolled back.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ from nexum_engine.store.results import Changed, Started
 from nexum_engine.workflow import check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64
-"""An upper bound of the size of a task's input_json without its payloads."""
+"""An upper bound of the size of the text that encloses the payloads in a task's input_json."""
 MAX_LIST_BYTES = 16 * 1024 * 1024
-"""The limit of inputs and outputs in one list of executions: server and client hold the whole list in memory."""
+"""The largest total size of the inputs and outputs in one list of executions.
+
+Server and client hold the whole list in memory.
+"""
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
@@ -46,9 +49,10 @@ _definition = lru_cache(maxsize=256)(parse_ir)
 
 
 def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
-    """Store a version; return how it relates to the one registered before it, or IDENTICAL if it is registered already.
+    """Store a workflow version, and return its compatibility with the version that was registered before it.
 
-    Raises InvalidRequest for an IR that can't run, VersionConflict if the hash is registered with another definition.
+    Returns IDENTICAL if the version is already registered. Raises InvalidRequest for an IR that can't run, and
+    VersionConflict if the hash is registered with another definition.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -75,7 +79,7 @@ def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str)
 
 
 def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
-    """Return the versions of a workflow, the latest first; none for an unknown workflow."""
+    """Return the versions of a workflow, the latest first. An unknown workflow has no versions."""
     check_id(workflow_id, "workflow_id")
     return [
         WorkflowVersion(
@@ -95,10 +99,10 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 def start_execution(
     db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str, *, owned: bool = False
 ) -> Started:
-    """Store an execution and its first tasks, or find the key's RUNNING or COMPLETED execution.
+    """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
-    An `owned` execution has one node, which no poll gets. Raises WorkflowNotFound, InvalidRequest for an input that
-    isn't JSON, IdempotencyConflict for a key with another input.
+    An `owned` execution has one node, and no poll gets this node. Raises WorkflowNotFound for an unknown version,
+    InvalidRequest for an input that isn't JSON, and IdempotencyConflict if the key's execution has another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -168,7 +172,7 @@ def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
 
 
 def get_execution(db: Db, execution_id: str, with_attempts: bool = False) -> Execution:
-    """Return one execution with its nodes. Raises ExecutionNotFound."""
+    """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id."""
     row = db.one("execution", execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
@@ -202,11 +206,14 @@ def list_executions(
     before: str = "",
     with_nodes: bool = False,
 ) -> list[Execution]:
-    """Return the newest executions (older than `before`, with keys that begin with the prefix).
+    """Return at most `limit` executions, the newest first. An empty filter matches every execution.
 
-    Inputs and nodes are only there `with_nodes`. Such a list stops at MAX_LIST_BYTES, but has at least one match if
-    there is one. Raises InvalidRequest for an unknown status and for a prefix without a workflow; ExecutionNotFound for
-    an unknown `before`, because an empty list would mean that there are no older executions.
+    `key_prefix` is the beginning of an idempotency key. `before` is the id of an execution: only older executions
+    match. The returned executions have inputs and nodes only if `with_nodes` is set. A list with nodes stops at
+    MAX_LIST_BYTES, but has at least one execution if any matches.
+
+    Raises InvalidRequest for an unknown status and for a prefix without a workflow. Raises ExecutionNotFound for an
+    unknown `before`: an empty list would mean that no execution is older.
     """
     if status and status not in ExecutionStatus.__members__:
         raise InvalidRequest(f"unknown status {status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
@@ -235,15 +242,15 @@ def list_executions(
 
 
 def output_bytes(db: Db, execution_id: str) -> int:
-    """Return an upper bound of the size of an execution's recorded outputs, with the nodes' names."""
+    """Return an upper bound of the size of an execution's recorded outputs, including the nodes' names."""
     row = db.one("output_bytes", execution_id=execution_id)
     return int(row["bytes"]) if row is not None else 0
 
 
 def cancel_execution(db: Db, execution_id: str) -> Changed:
-    """Cancel a running execution; cancelling it again changes nothing.
+    """Cancel a running execution. If the execution is already cancelled, nothing changes.
 
-    Raises ExecutionNotFound, Conflict if the execution has completed or failed.
+    Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
     row = db.one("execution", execution_id=execution_id)
     if row is None:
@@ -256,7 +263,7 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
 
 def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
-    """End a running execution with its unfinished nodes and attempts; return the ended execution."""
+    """End a running execution, cancel its unfinished nodes and attempts, and return the ended execution."""
     db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution_id=execution_id)

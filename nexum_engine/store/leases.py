@@ -1,7 +1,7 @@
 """Transitions of leases: renew, shorten, expire.
 
-Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
-change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
+Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
+function raises an error of `nexum_engine.errors`, and its changes are rolled back.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from nexum_engine.store.results import Changed, Changes, ReadyTask, Swept
 from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
-"""How long after a restart an owner has to reconnect before another owner may take over. A live owner tries several
-times a second, and a late one loses its task only if another owner wants it."""
-SLOW_LINE = 250  # bytes a millisecond
-"""The slowest connection to allow for: a beat may overtake a large task on its way to the worker."""
+"""How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
+tries several times a second. An owner that is late loses its task only if another owner wants the task."""
+SLOW_LINE = 250  # bytes per millisecond
+"""The slowest connection to allow for. Heartbeats can't name a large task that is still on its way to the worker."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> frozenset[str]:
-    """Extend the leases of the tasks that a beat names; return the ids of other tasks that the worker must have."""
+    """Extend the leases of `task_ids`, the tasks that a heartbeat named.
+
+    Returns the ids of tasks that the heartbeat did not name, but that must have reached the worker.
+    """
     until_ms = db.now_ms + lease_ms
     for task_id in task_ids:
         db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
@@ -28,7 +31,7 @@ def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> f
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
-    """End attempts whose task never reached the worker."""
+    """End the attempts at tasks that never reached the worker."""
     changes = Changes()
     reason = f"the task did not reach worker {worker_id}: two beats in a row did not name it"
     for row in _handed_out(db, worker_id):
@@ -42,22 +45,26 @@ def _handed_out(db: Db, worker_id: str) -> list[Row]:
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
-    """Shorten the leases of a worker whose stream broke: it loses its tasks unless it reconnects within the grace."""
+    """Shorten the leases of a worker whose stream broke. To keep its tasks, it must reconnect within `grace_ms`."""
     db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
 
 
 def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
-    """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks."""
+    """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks.
+
+    `unstreamed_ms` is the new lease of workers that had no worker stream.
+    """
     db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
-    # The wall clock may have been set back while no server ran: let no task wait longer than the longest retry delay.
+    # Let no task wait longer than the longest retry delay: the clock may have been set back while no server ran.
     db.run("restart_tasks", latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:
     """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
-    # Query the retries before the expired attempts: those become due now, too, and would be announced twice.
+    # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
+    # query would announce these nodes a second time.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_attempts", now=db.now_ms):
@@ -83,8 +90,8 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
     if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
-        return  # the loss of another attempt in this transaction has ended the execution and this attempt
-    # Don't count losses of an owned node: it runs only when it is started, so it can't kill one worker after another.
+        return  # this attempt is already over: another loss in this transaction ended the execution
+    # Don't count losses of an owned node. No poll gets an owned node, so it can't kill one worker after another.
     lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
     counts = {"failed": 0, "lost": lost}
     if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:

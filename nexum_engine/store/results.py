@@ -1,4 +1,4 @@
-"""The results of transitions. The store returns them only after the commit."""
+"""The results of transitions. The store returns a result only after the commit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Task
 
 @dataclass(frozen=True)
 class ReadyTask:
-    """A task that became due, by version and size: it wakes a waiting poll."""
+    """The version and size of a task that became due. The server offers the task to a waiting poll."""
 
     version_hash: str
     task_bytes: int
@@ -17,32 +17,32 @@ class ReadyTask:
 
 @dataclass(frozen=True)
 class Changed:
-    """The effects of a report or a sweep on other nodes and executions."""
+    """The effects of a transition: the tasks that became due, the executions that ended, and the next retry."""
 
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
     retry_ms: int | None = None
-    """When a failed node becomes due again."""
+    """The time at which a failed node becomes due again."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """The result of `start_execution`."""
+    """The result of `start_execution` or `start_owned`."""
 
     execution_id: str
     status: ExecutionStatus
     existing: bool
     ready: int = 0
-    """How many tasks the execution began with."""
+    """The number of tasks with which the execution began."""
     task: Task | None = None
-    """The task for the owner, if one started the execution."""
+    """The owner's task, if an owner started the execution."""
     changed: Changed = Changed()
-    """The effects of an output that came with the start."""
+    """The effects of the output, if the owner sent one with the start."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The result of `claim`: a task, or the size of a task that was too large for the worker."""
+    """The result of `claim`: a task, or the version and size of a task that is too large for the worker, or neither."""
 
     task: Task | None = None
     oversized: ReadyTask | None = None
@@ -54,12 +54,12 @@ class Swept:
 
     changed: Changed
     next_ms: int | None
-    """When the next lease runs out or the next retry is due."""
+    """The time at which the next lease runs out or the next retry is due."""
 
 
 @dataclass
 class Changes:
-    """A mutable `Changed`, while a transition runs."""
+    """A mutable `Changed` that a transition fills while it runs."""
 
     ready: list[ReadyTask] = field(default_factory=list)
     ended: list[Execution] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The SQLite dialect: one process, one connection, one writer that commits waiting transitions together."""
+"""The store in SQLite: one process, one connection, and one writer thread that commits waiting transitions together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x4E58554D
 """The mark of a Nexum database: SQLite's application_id in the file's header."""
-MINIMUM_SQLITE = (3, 37, 0)  # STRICT tables
+MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
 _HEADER = b"SQLite format 3\x00"
 
@@ -44,9 +44,11 @@ class _Submission:
 class SqliteStore(Store):
     """A Nexum database in one SQLite file.
 
-    Group commit: transitions that are submitted while a transaction is being written, or in the same turn of the event
-    loop, share the next transaction. A failure of one transition does not affect the others. SQLite's bug of several
-    writing connections (WAL reset, before 3.51.3) can't arise: there is one connection.
+    Group commit: transitions share a transaction if they are submitted in one turn of the event loop, or while the
+    previous transaction is being written. If one transition fails, the others are still committed.
+
+    SQLite before 3.51.3 has a bug when several connections write (WAL reset). The bug can't occur here, because the
+    store has one connection.
     """
 
     def __init__(self, path: Path, clock: Clock, lock: FileLock, connection: sqlite3.Connection) -> None:
@@ -64,7 +66,7 @@ class SqliteStore(Store):
 
     @classmethod
     async def open(cls, database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> SqliteStore:
-        """Open or create the file. Raises StoreRefused or StoreLocked; another program's file is left untouched."""
+        """Open or create the database. Raises StoreRefused or StoreLocked. Another program's file is left untouched."""
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise StoreRefused(
                 f"this Python has SQLite {sqlite3.sqlite_version}; Nexum needs "
@@ -146,7 +148,7 @@ class SqliteStore(Store):
             self._pump = None
 
     def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
-        """Run transitions in the writer thread; return the result of each, or the exception that it raised."""
+        """Run transitions in the writer thread. Return a list with each transition's result or exception."""
         try:
             try:
                 return self._transaction(transitions, savepoints=False)
@@ -154,17 +156,20 @@ class SqliteStore(Store):
                 pass
             except sqlite3.Error:
                 raise
-            except Exception:  # noqa: BLE001, S110 - raised again below, for its own transition
+            except Exception:  # noqa: BLE001, S110 - the run with savepoints finds it again
                 pass
-            # Only now use savepoints, which cost time: most batches have no failure.
+            # Run the batch again with savepoints. The first run has none: they cost time, and few batches fail.
             self._connection.execute("ROLLBACK")
             return self._transaction(transitions, savepoints=True)
         except Exception as error:
-            # Every exception, so that every caller gets one: without memory, SQLite raises MemoryError.
+            # Catch more than sqlite3.Error, so that every caller gets an answer: SQLite can raise MemoryError.
             raise _CommitFailed(error) from error
 
     def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
-        """Run one transaction. With savepoints, only a failed transition is undone; its exception is its outcome."""
+        """Run transitions in one transaction, and return their results.
+
+        With `savepoints`, a failed transition is undone alone, and the list has its exception in place of a result.
+        """
         connection = self._connection
         db = _SqliteDb(connection, self._queries, self._clock.now_ms())
         connection.execute("BEGIN IMMEDIATE")
@@ -180,11 +185,11 @@ class SqliteStore(Store):
         try:
             outcome = transition(db)
         except sqlite3.IntegrityError as error:
-            # A violated constraint is a bug in this transition only.
+            # Fail only this transition: a violated constraint is a bug of the transition, not a fault of the database.
             outcome = error
         except sqlite3.Error:
             raise
-        except Exception as error:  # noqa: BLE001 - the caller's future carries it
+        except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
             outcome = error
         if isinstance(outcome, Exception):
             self._connection.execute("ROLLBACK TO transition")
@@ -192,8 +197,8 @@ class SqliteStore(Store):
         return outcome
 
     async def _recover(self, error: _CommitFailed) -> None:
-        """Reopen the database after a failed transaction, or give it up."""
-        # Don't reopen after a disk error: after a failed fsync, the file may read as if the data were on the disk.
+        """Reopen the database after a failed transaction, or mark the store as failed."""
+        # Don't reopen after a disk error: after a failed fsync, a read may return data that is not on the disk.
         reason: Exception | None = error
         if error.is_passing:
             try:
@@ -213,13 +218,13 @@ class SqliteStore(Store):
             look_again()
 
     def _reopen(self) -> sqlite3.Connection:
-        with contextlib.suppress(sqlite3.Error):  # the connection is dropped; its error is already known
+        with contextlib.suppress(sqlite3.Error):  # the error of this connection is already known
             self._connection.close()
         return _connect(self._path)
 
 
 class _CommitFailed(Exception):
-    """The transaction failed as a whole."""
+    """The failure of a whole transaction, with all its transitions."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause) or type(cause).__name__)
@@ -227,8 +232,8 @@ class _CommitFailed(Exception):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the disk is full or another program has the file locked: the file itself is sound."""
-        # By the message: Python 3.10 has no sqlite3.Error.sqlite_errorcode.
+        """Whether the cause can pass: the disk is full, or another program has locked the file. The file is sound."""
+        # Compare the message, because Python 3.10 has no sqlite3.Error.sqlite_errorcode.
         return isinstance(self.cause, sqlite3.Error) and any(word in str(self.cause) for word in ("full", "locked"))
 
     def for_caller(self) -> StoreUnavailable:
@@ -253,7 +258,7 @@ class _SqliteDb:
 
 
 def _check_file(path: Path) -> None:
-    """Raise StoreRefused if the file is not a Nexum database; read only its header, and leave it untouched."""
+    """Raise StoreRefused if the file is not a Nexum database that this version can open. Only the header is read."""
     try:
         with path.open("rb") as file:
             header = file.read(100)
@@ -280,7 +285,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _migrations() -> list[str]:
-    """Return the SQL scripts of the schema; the first makes version 1."""
+    """Return the SQL scripts of the schema in order. The first script makes version 1."""
     folder = files("nexum_engine.store") / "sqlite_migrations"
     return [
         entry.read_text(encoding="utf-8")
@@ -295,7 +300,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         if not path.exists():
             _create(path)
         connection = _open_connection(path)
-        # Check again: the write-ahead log may have a newer version than the header on disk.
+        # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
         _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
         _migrate(connection)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -309,7 +314,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _was_unclean(path: Path) -> bool:
-    """Return whether the last server did not close the file, so that its write-ahead log is still there."""
+    """Return whether the last server died without closing the database. Its write-ahead log is then not empty."""
     try:
         return Path(f"{path}-wal").stat().st_size > 0
     except FileNotFoundError:
@@ -317,7 +322,7 @@ def _was_unclean(path: Path) -> bool:
 
 
 def _create(path: Path) -> None:
-    """Create the database under another name, then rename it, so that a kill leaves no incomplete database."""
+    """Create the database under a temporary name, and rename it. So a kill leaves no incomplete database."""
     new = path.with_name(f"{path.name}.new-{uuid.uuid4().hex[:8]}")
     try:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -329,7 +334,8 @@ def _create(path: Path) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    if sys.platform != "win32":  # Windows can't open a folder, and makes a rename durable without this
+    # Sync the folder to make the rename durable. Windows can't open a folder, and needs no sync.
+    if sys.platform != "win32":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -338,7 +344,8 @@ def _create(path: Path) -> None:
 
 
 def _open_connection(path: Path) -> sqlite3.Connection:
-    # Autocommit: the store begins and ends transactions itself. The writer thread is not the opening thread.
+    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
+    # thread opens the connection and the writer thread uses it.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=128)
     connection.row_factory = sqlite3.Row
     connection.execute("PRAGMA synchronous = FULL")
@@ -353,7 +360,7 @@ def _octet_length(text: str | None) -> int | None:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Update the schema; each step and its version number are in one transaction."""
+    """Update the schema. Each script is committed together with its version number."""
     done = connection.execute("PRAGMA user_version").fetchone()[0]
     for version, script in enumerate(_migrations()[done:], start=done + 1):
         connection.executescript(

@@ -1,7 +1,7 @@
 """Transitions of tasks: hand out, report, release.
 
-Each function is one change of state inside one transaction, the same for every database. If the state doesn't allow the
-change, the function raises an error of `nexum_engine.errors`, and the transaction is rolled back.
+Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
+function raises an error of `nexum_engine.errors`, and its changes are rolled back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def claim(
     lease_ms: int,
     streamed: bool,
 ) -> Claim:
-    """Hand the task that has been due the longest to a worker, as a new attempt with a lease."""
+    """Hand a worker the task that has been due the longest, as a new attempt with a lease."""
     candidates = [
         row
         for version_hash in version_hashes
@@ -52,14 +52,14 @@ def start_owned(
     held_task_id: str = "",
     output_json: str = "",
 ) -> Started:
-    """Start or find the key's execution, and hand its only node to the owner as an attempt. No poll ever gets it.
+    """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
-    A dead owner's execution is taken over. With `output_json`, the attempt is completed at once. Raises the errors of
-    `start_execution`, and:
+    No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
+    attempt is completed at once. Raises the errors of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
-    - Conflict while another owner holds the execution, and if it was started for workers,
-    - StaleTask if the owner has lost the held task, or if the execution has another result.
+    - Conflict if another owner holds the execution, or if the execution was started for workers,
+    - StaleTask if `owner` has lost the task `held_task_id`, or if the execution has a result other than `output_json`.
     """
     check_id(owner, "owner")
     if held_task_id:
@@ -124,7 +124,7 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
         node_type=node["node_type"],
         version_hash=node["version_hash"],
         attempt=attempt,
-        # Without the caller's key, the format is that of the published server.
+        # If the caller gave no key, make one in the format of the published Nexum server.
         idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
         if key
         else f"{execution_id}:{node_id}:{node['version_hash']}",
@@ -148,7 +148,7 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
 
 
 def _task_input(db: Db, node: Row) -> str:
-    """Return `{"input": …, "deps": {…}}`, joined from JSON texts that were checked when they were stored."""
+    """Return `{"input": …, "deps": {…}}` as text. Its JSON parts were checked when they were stored."""
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
@@ -169,7 +169,10 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
 
 
 def _check_may_report(row: Row) -> None:
-    """Raise StaleTask (fencing) unless this is the newest attempt at an unfinished node, and has not reported yet."""
+    """Raise StaleTask (fencing) unless the attempt in `row` may report.
+
+    Only the newest attempt at a node may report, once, while the execution is running.
+    """
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
         raise StaleTask(f"{what} reports too late: the execution is {row['execution_status']}")
@@ -183,10 +186,10 @@ def _check_may_report(row: Row) -> None:
 
 
 def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
-    """Record a node's result; make the next nodes ready, or end the execution after its last node.
+    """Record a node's result. Make the next nodes ready, or end the execution after its last node.
 
-    A second, equal report changes nothing. Raises TaskNotFound, InvalidRequest for an output that isn't JSON, StaleTask
-    if the attempt may not report this.
+    A second report with the same output changes nothing. Raises TaskNotFound for an unknown task, InvalidRequest for an
+    output that isn't JSON, and StaleTask if the attempt may not report.
     """
     jsontext.parse(output_json, "output_json")
     row = _reported_attempt(db, task_id)
@@ -204,9 +207,9 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
 
 
 def _advance(db: Db, row: Row, changes: Changes) -> None:
-    """Turn nodes that became ready into tasks, or end the execution."""
+    """Turn the nodes that became ready into tasks, or end the execution after its last node."""
     execution_id = row["execution_id"]
-    if row["unrecorded"] == 1:  # counted before this result was recorded
+    if row["unrecorded"] == 1:  # `unrecorded` still counts this node: the node was the last one
         changes.ended.append(end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
         return
     nodes = db.all("node_states", execution_id=execution_id)
@@ -226,7 +229,8 @@ def _advance(db: Db, row: Row, changes: Changes) -> None:
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
-    A second, equal report changes nothing. Raises TaskNotFound, StaleTask if the attempt may not report this.
+    A second report with the same error changes nothing. Raises TaskNotFound for an unknown task, and StaleTask if the
+    attempt may not report.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"
@@ -234,7 +238,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
         return Changed()
     _check_may_report(row)
     db.run("end_attempt", task_id=task_id, outcome=Outcome.FAILED.value, error=error, now=db.now_ms)
-    # A lost attempt that still reports a failure counts as failed, not as lost.
+    # Count a lost attempt as failed, and no longer as lost, if its worker still reports the failure.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     counts = {"failed": 1, "lost": lost}
     failed_attempts = row["failed_attempts"] + 1
@@ -270,12 +274,12 @@ def _shortened(error: str) -> str:
 
 
 def release(db: Db, task_id: str, reason: str) -> Changed:
-    """Release a task that never reached its worker; it counts as neither failed nor lost."""
+    """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
     row = db.one("attempt", task_id=task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changed()
     db.run("end_attempt", task_id=task_id, outcome=Outcome.INTERRUPTED.value, error=reason, now=db.now_ms)
     node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
     db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], failed=0, lost=0)
-    # Size 0 wakes any poll: the claim checks the size again.
+    # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
     return Changed(ready=(ReadyTask(row["version_hash"], 0),))

@@ -1,1 +1,1 @@
-"""The gRPC code of proto/nexum.proto, which `generate.py` generates, and the metadata and status codes of calls."""
+"""The gRPC code that `generate.py` makes from proto/nexum.proto, and the metadata and status codes of calls."""

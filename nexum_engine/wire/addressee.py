@@ -1,6 +1,6 @@
 """Metadata in which a client names the database that the server must have open.
 
-Another server can get the same port between two calls. So a run's client sends the metadata with every call.
+A run's client sends the metadata with every call, because another server can get the same port between two calls.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
-    """Return metadata that makes a server with another database refuse the call.
+    """Return metadata that makes a server refuse the call unless the server has `database` open.
 
-    With `embedded_only`, a server that is not embedded answers all the same.
+    With `embedded_only`, only an embedded server refuses. Any other server answers whatever database it has open.
     """
     named = ((_DATABASE, os.fsencode(database)),)
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
 
 
 def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
-    """Return why a server with this database must refuse a call with this metadata; None if it may answer."""
+    """Return why a server that has `database` open must refuse a call with `metadata`, or None if it may answer."""
     found = dict(metadata)
     wanted = found.get(_DATABASE)
     if wanted is None or (_EMBEDDED_ONLY in found and not embedded):

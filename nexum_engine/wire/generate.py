@@ -2,8 +2,8 @@
 
     python -m nexum_engine.wire.generate
 
-This needs grpcio-tools 1.71 and, for the type stubs, mypy-protobuf. grpcio-tools 1.71 has no wheels for Pythons after
-3.13. Its later versions generate code for protobuf 6, which can't be imported together with AutoGen.
+The command needs grpcio-tools 1.71 and, for the type stubs, mypy-protobuf. grpcio-tools 1.71 has no wheels for Python
+3.14 or later. Later versions of grpcio-tools generate code that needs protobuf 6, but AutoGen needs protobuf 5.
 tests/requirements.txt installs both packages on Python 3.10 to 3.13.
 """
 
@@ -63,7 +63,7 @@ def generate(target: Path) -> None:
 
 
 def _plugin(name: str) -> list[str]:
-    # Look beside this Python: its folder need not be on PATH.
+    # Look in the scripts folder of this Python, because the folder may be missing from PATH.
     found = shutil.which(name, path=sysconfig.get_path("scripts"))
     return [f"--plugin={name}={found}"] if found else []
 

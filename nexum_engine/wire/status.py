@@ -9,10 +9,13 @@ import grpc
 from nexum_engine import errors
 
 ANSWERED = "nexum-error"
-"""The trailing metadata with the error's name. An UNAVAILABLE without it comes from the connection, not a server."""
+"""The key of the trailing metadata in which a server sends the name of an engine error.
+
+UNAVAILABLE without this key means that the requested server was not reached.
+"""
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
-    # The first matching class counts, so a subclass comes before its base class.
+    # List a subclass before its base class: the first class that matches counts.
     errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -36,7 +39,7 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
 
 
 def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
-    """Return the status that a server answers with; None for an internal error."""
+    """Return the status with which a server answers `error`, or None for an internal error."""
     return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), None)
 
 
@@ -45,7 +48,7 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     code: grpc.StatusCode = rpc_error.code()
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
-    metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of their own
+    metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of grpc
     if code is grpc.StatusCode.UNAVAILABLE and any(key == ANSWERED for key, _ in metadata or ()):
         return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
     if kind is errors.ServerUnavailable:
