@@ -44,7 +44,7 @@ from support.pipeline.page import page
 from support.pipeline.timeline import timeline
 
 QUERY = "Impact of Rust on systems programming"
-CRASH_AFTER = STEPS[:-1]  # after the last step nothing is left to resume
+CRASH_AFTER = STEPS[:-1]  # without the last step, after which nothing is left to resume
 EVERY_POINT = (*(CrashPoint(step) for step in CRASH_AFTER), CrashPoint("summarize", within=True))
 
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 async def run(
     points: Sequence[CrashPoint], query: str, model: ModelChoice, nexum_address: str | None
 ) -> list[PipelineRun]:
-    """Run one drill for each crash point; return the runs."""
+    """Run a drill for each crash point. Return the drills' runs."""
     let_ctrl_c_cancel()
     workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
     runs: list[PipelineRun] = []
@@ -110,7 +110,7 @@ def show(run: PipelineRun) -> None:
 
 
 def verdict(run: PipelineRun) -> str:
-    """Return one line about the run of one crash point."""
+    """Return one line about a run and its crash point."""
     shares = "; ".join(f"{worker.name} ran {', '.join(run.steps_of(worker)) or 'nothing'}" for worker in run.workers)
     repeated = ", ".join(
         f"{node.node_id} took {len(node.attempts)} attempts, its effect happened {effect_times(run, node)}"
@@ -122,7 +122,7 @@ def verdict(run: PipelineRun) -> str:
 
 
 def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | None) -> int:
-    """Print the results of the runs; return the exit code: 1 if a check failed, else 0."""
+    """Print the results of the runs. Return the exit code: 1 if a check failed, else 0."""
     if len(runs) == 1:
         show(runs[0])
         where = f" --nexum {nexum_address}" if nexum_address else ""
@@ -141,7 +141,7 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the script from the command line; return the exit code: 0 passed, 1 a check failed, 2 could not run."""
+    """Run the script from the command line. Return its exit code: 0 passed, 1 a check failed, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     query = " ".join(argument_text(args.query).split())

@@ -62,7 +62,7 @@ AGENT = "research_assistant"
 
 
 class DurableCalls:
-    """The tools of one run: each call is submitted to Nexum, and a worker executes it.
+    """The tools of one run. Each tool call is submitted to Nexum, and a worker executes the call.
 
     `crash_after` is the number of executed calls after which this process kills itself.
     """
@@ -75,7 +75,7 @@ class DurableCalls:
         """Submit one tool call through submit_task.py; return its recorded result."""
         from durable_autogen import call_id
 
-        # Two equal calls of one run have two ids, so both are executed. A re-run has the same ids.
+        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has equal ids.
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
@@ -84,7 +84,7 @@ class DurableCalls:
         return result.text
 
     def tools(self) -> list[FunctionTool]:
-        """Return the tools, as plain functions in AutoGen's FunctionTool."""
+        """Return the tools as AutoGen's FunctionTools around plain functions."""
         from autogen_core.tools import FunctionTool
 
         from support.tools import TOOLS
@@ -107,7 +107,7 @@ def build_agent(
     *,
     stream: bool = False,
 ) -> AssistantAgent:
-    """Build an ordinary AssistantAgent. Only its tools run elsewhere."""
+    """Build an ordinary AssistantAgent. Only its tool calls run in another process."""
     from autogen_agentchat.agents import AssistantAgent
 
     return AssistantAgent(
@@ -115,13 +115,13 @@ def build_agent(
         model.client(share=share),
         tools=[*calls.tools()],
         system_message=SYSTEM_MESSAGE + role,
-        max_tool_iterations=MAX_TOOL_ROUNDS,  # AutoGen's default, 1, would end with raw tool output, not an answer
+        max_tool_iterations=MAX_TOOL_ROUNDS,  # with AutoGen's default, 1, raw tool output would be the answer
         model_client_stream=stream,
     )
 
 
 async def run(question: str | None, model: ModelChoice, session_id: str, args: argparse.Namespace) -> int:
-    """Ask the question in the session; None stands for the question that the session has recorded.
+    """Ask the question in the session. If `question` is None, ask the question that the session has recorded.
 
     Return the exit code: 0 if there is an answer, else 1.
     """
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo from the command line; return the exit code: 0 answered, 1 failed, 2 could not run."""
+    """Run the demo from the command line. Return its exit code: 0 answered, 1 failed, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.crash_after_step is not None and args.crash_after_step < 1:

@@ -82,7 +82,7 @@ def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Acting:
-    """The effects and the crash of a worker: each step's effect is logged, and the worker dies at its crash point."""
+    """Log the effect of each step, and kill the worker at its crash point."""
 
     effects: EffectLog | None
     crash_after: str | None
@@ -90,7 +90,7 @@ class Acting:
     _done: set[tuple[str, str, int]] = field(default_factory=set)
 
     def around(self, handler: Handler) -> Handler:
-        """Return a handler that also logs the step's effect, and crashes before the report if requested."""
+        """Return a handler that runs `handler`, logs the step's effect and, if requested, crashes before the report."""
 
         async def run(task: TaskContext) -> object:
             output = await handler(task)
@@ -105,15 +105,15 @@ class Acting:
         return run
 
     def after_report(self, task: Task) -> None:
-        """Crash, if requested, after the server has acknowledged a result. A reported failure doesn't count."""
+        """Crash, if requested, when the server has acknowledged a step's result. A reported failure doesn't count."""
         if task.node_id == self.crash_after and (task.execution_id, task.node_id, task.attempt) in self._done:
             say(f"[pipeline] {task.node_id} is recorded; crashing now, as requested")
             kill_this_process()
 
 
 def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Binding]:
-    """Return the workflows that this worker can serve with this model, each with its handlers."""
-    # Imported here because these import AutoGen, and a wrong command line should be reported at once.
+    """Return the workflows that a worker with this model can serve, each with its handlers."""
+    # Import these modules late: they import AutoGen slowly, and a wrong command line should be reported at once.
     from support.offline.pipeline import pipeline_model
     from support.offline.web import OfflineWeb
     from support.pipeline.steps import PipelineSteps
@@ -136,12 +136,12 @@ def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Bind
 
 
 def version_of(pipeline: Workflow, drill: str | None) -> Workflow:
-    """Return the pipeline's version for a drill; without a drill, the pipeline itself."""
+    """Return the version of the pipeline for a drill, or the pipeline itself if `drill` is None."""
     return pipeline if drill is None else drill_version(pipeline, drill)
 
 
 async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> None:
-    """Start an execution with this query: live, or offline if the model is offline."""
+    """Start an execution with the query. Start the offline pipeline if the model is offline, else the live one."""
     workflow = version_of(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
     await client.register_workflow(workflow, patience=SERVER_PATIENCE)
     started = await client.start_execution(workflow, PipelineInput(query=query))
@@ -149,7 +149,7 @@ async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, dr
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Run the worker until a signal stops it; return the exit code: 0 stopped, 2 could not run."""
+    """Run the worker until a signal stops it. Return the exit code: 0 stopped, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:

@@ -81,7 +81,7 @@ class Report(_Record):
 
 
 def _pipeline(workflow_id: str) -> Workflow:
-    """Build the pipeline under an id. Workers poll by the version hash, and the hash covers the id."""
+    """Build the pipeline with this workflow id. The id is part of the version hash, by which workers poll."""
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)
@@ -94,12 +94,12 @@ def _pipeline(workflow_id: str) -> Workflow:
 
 PIPELINE = _pipeline("research-pipeline")
 
-# A separate workflow, so that a live run never gets an offline result.
+# Keep offline pipelines in a separate workflow, so that a live run never gets an offline result.
 OFFLINE_PIPELINE = _pipeline("research-pipeline-offline")
 
 STEPS = tuple(node.node_id for node in PIPELINE.nodes)
 
 
 def drill_version(pipeline: Workflow, drill: str) -> Workflow:
-    """Return the pipeline in a version of its own: only workers of this drill take its steps."""
+    """Return a version of the pipeline for one drill. Only workers of that drill take its steps."""
     return _pipeline(f"{pipeline.workflow_id}-{drill}")

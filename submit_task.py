@@ -46,10 +46,10 @@ from support.options import add_nexum_option
 from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
-BRIEFLY = 0.05  # seconds for which StartExecution waits for the execution's end
-FIRST_NOTICE = 1.0  # seconds until the first line about a wait
-NOTICE_EVERY = 5.0  # seconds between such lines
-SHOWN_REASON = 200  # characters of a failure in a line about waiting
+BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
+FIRST_NOTICE = 1.0  # seconds of waiting before the first line about a wait
+NOTICE_EVERY = 5.0  # seconds between two lines about a wait
+SHOWN_REASON = 200  # characters of a failure that a line about a wait shows
 
 T = TypeVar("T")
 
@@ -58,11 +58,11 @@ class Origin(Enum):
     """How a tool call got its result."""
 
     EXECUTED = "executed"
-    """This call started the execution."""
+    """The tool call started the execution."""
     ATTACHED = "attached"
-    """The execution was already RUNNING."""
+    """The tool call found a RUNNING execution."""
     CACHED = "cached"
-    """The execution was already COMPLETED."""
+    """The tool call found a COMPLETED execution."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ToolResult:
 
 
 class ToolCallFailed(NexumError, RuntimeError):
-    """The tool call's execution is FAILED or CANCELLED. The message has the tool's own reason."""
+    """The tool call's execution is FAILED or CANCELLED. The error's message has the tool's own reason."""
 
 
 def call_key(tool_name: str, tool_args: Mapping[str, Any]) -> str:
@@ -105,8 +105,9 @@ class _Deadline:
 class Session:
     """The durable tool calls of one session on one server. Use it as an async context manager, or call `close`.
 
-    `nexum` is the server's address, with the defaults of NexumClient. A given `client` is used instead, and stays open.
-    `tell` prints the lines about progress. It is called from the event loop and from the session file's thread.
+    `nexum` is the server's address, with the defaults of NexumClient. If `client` is given, the session uses that
+    client and never closes it. `tell` is called with each line about progress, from the event loop or from the thread
+    of the session file.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Session:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection to the server, unless the client was given."""
+        """Close the connection to the server, unless the session was given a client."""
         if self._owns_client:
             await self._client.close()
 
@@ -141,9 +142,10 @@ class Session:
     ) -> ToolResult:
         """Run the tool, or find its recorded result. Two equal calls run twice if their `scope` differs.
 
-        Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or one of the server's
-        refusals and faults. Raises WaitTimeout after `timeout` seconds; the execution continues, and the next equal
-        call attaches to it. Raises ExecutionNotFound if the server doesn't know the execution when the time is up.
+        Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
+        fault of the server. Raises WaitTimeout after `timeout` seconds. The execution then continues, and the next
+        equal call attaches to the execution. Raises ExecutionNotFound if the server doesn't know the execution
+        at that time.
         """
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
         deadline = _Deadline(timeout)
@@ -160,9 +162,9 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    await writing  # it was written while the tool ran
+                    await writing  # the file is written while the tool runs
             except ExecutionNotFound as gone:
-                # The server's database was replaced, or another server took its place, perhaps while we waited.
+                # Start the call again: somebody replaced the server or its database, perhaps while this call waited.
                 if not deadline.left:
                     raise
                 lost = f"{_short(gone.execution_id)} ({tool_name})"
@@ -170,7 +172,7 @@ class Session:
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
-        """Return the server's answer. Retry until the deadline while no server answers, and print that."""
+        """Return the server's answer to `ask`. While no server answers, print that and retry until the deadline."""
         patience = FIRST_NOTICE
         while True:
             try:
@@ -183,7 +185,7 @@ class Session:
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
-        """Return the result of an execution that the session file names; None if it is FAILED or CANCELLED."""
+        """Return the result of an execution that the session file names, or None if it is FAILED or CANCELLED."""
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
         if status is ExecutionStatus.COMPLETED:
@@ -204,7 +206,7 @@ class Session:
             self._workflow,
             task,
             idempotency_key=f"{self.session_id}:{key}",
-            # A call that ends this soon, or ended before, needs no GetExecution.
+            # Wait briefly, so that an execution that ends soon, or has ended, needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
@@ -228,7 +230,7 @@ class Session:
         deadline: _Deadline,
         ended: Execution | None = None,
     ) -> ToolResult:
-        """Return the execution's result; wait for its end unless `ended` is given."""
+        """Return the execution's result. Wait until the execution has ended, unless `ended` is given."""
         notice = FIRST_NOTICE
         while ended is None:
             observed = await self._ask(
@@ -237,7 +239,7 @@ class Session:
                     self._client.get_execution,
                     execution_id,
                     wait=min(deadline.left, notice),
-                    with_attempts=True,  # for the line below
+                    with_attempts=True,  # for the line about the wait
                 ),
             )
             if observed.execution.status.ended:
@@ -278,7 +280,7 @@ class Session:
             )
         for node in nodes:
             if node.status is NodeStatus.RUNNING:
-                # A server with the published protocol alone reports no attempts.
+                # Allow for no attempts: a server that implements only the published protocol reports none.
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
         return "the task is queued, or its next attempt is not due yet"
@@ -302,7 +304,7 @@ def _result(tool_name: str, execution: Execution) -> str:
 
 
 def _last_failure(execution: Execution) -> str:
-    """Return why the last attempt ended, to be added to a line; "" before an attempt has ended."""
+    """Return a phrase that tells why the last attempt ended, or "" if no attempt has ended."""
     ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
     if not ended:
         return ""
@@ -321,15 +323,15 @@ def _reason(execution: Execution) -> str:
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
 _clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
-# Weak: a SessionFile is needed only while a call that uses it has not been written to disk.
+# Hold each SessionFile weakly: it is needed only until the calls that use it are written to disk.
 _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
 
 
 def _client_here() -> NexumClient:
-    """Return the running event loop's client for the server that NEXUM_ADDRESS names, or for the default one."""
+    """Return the running event loop's client, for the server that NEXUM_ADDRESS names or for the default server."""
     for known in list(_clients):
         if known[0].is_closed():
-            _clients.pop(known, None)  # this closes the connection, too
+            _clients.pop(known, None)  # closes the connection
     key = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
     if key not in _clients:
         _clients[key] = NexumClient(key[1])
@@ -339,9 +341,10 @@ def _client_here() -> NexumClient:
 async def submit_tool_call_async(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session of this id; return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
 
-    The sessions of an event loop share a connection. It stays open until a call is made after the loop was closed.
+    The sessions of an event loop share a connection. After the loop is closed, the next call on any loop closes the
+    connection.
     """
     session = Session(session_id, client=_client_here())
     session.file = _files.setdefault((os.getcwd(), session_id), session.file)
@@ -351,9 +354,9 @@ async def submit_tool_call_async(
 def submit_tool_call(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session of this id; return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
 
-    This blocks: inside an event loop, await `submit_tool_call_async` instead.
+    The call blocks. Inside an event loop, await `submit_tool_call_async` instead.
     """
     call = submit_tool_call_async(tool_name, tool_args, session_id, timeout, scope)
     future = asyncio.run_coroutine_threadsafe(call, _background_loop())
@@ -403,7 +406,7 @@ async def _call_once(args: argparse.Namespace, tool_args: Mapping[str, Any]) -> 
 
 
 def main() -> int:
-    """Make one tool call and print its result; return the exit code: 0 done, 1 failed or timed out, 2 not run."""
+    """Make one tool call and print its result. Return the exit code: 0 done, 1 failed or timed out, 2 not run."""
     parser = _build_parser()
     args = parser.parse_args()
     try:

@@ -28,7 +28,7 @@ from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 
 def tool_call_handler(web: Web) -> Handler:
-    """Return the handler of a `tool_call` node. Tools that use the web get this one."""
+    """Return the handler of a `tool_call` node. It passes `web` to the tools that use the web."""
 
     async def tool_call(task: TaskContext) -> ToolCallOutput:
         call = ToolCallInput.model_validate(task.input)
@@ -39,12 +39,12 @@ def tool_call_handler(web: Web) -> Handler:
 
 
 def describe(task: TaskContext) -> str:
-    """Return a task's name for the log: its tool, or else its node."""
+    """Return a task's name for the log: the name of its tool, or of its node if the task names no tool."""
     return str(task.input.get("tool_name")) if isinstance(task.input, dict) else task.node_id
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Run the worker until a signal stops it; return the exit code: 0 stopped, 2 could not run."""
+    """Run the worker until a signal stops it. Return the exit code: 0 stopped, 2 could not run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_nexum_option(parser)
     parser.add_argument(

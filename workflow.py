@@ -28,5 +28,5 @@ class ToolCallOutput(BaseModel):
 
 TOOL_CALL = workflow("tool-call", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
 
-# A separate workflow, so that a live run never gets an offline result.
+# Keep offline tool calls in a separate workflow, so that a live run never gets an offline result.
 OFFLINE_TOOL_CALL = workflow("tool-call-offline", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()

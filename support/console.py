@@ -1,4 +1,4 @@
-"""Start, printing and exit of the scripts.
+"""Start a script, print its output and end it.
 
 Printed text is safe on any terminal. A character that the terminal can't encode becomes a question mark, and control
 characters from a model, a page or a file are escaped. Ctrl+C and a closed output pipe end a script quietly.
@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # typing is slow to import, and until `begin_script` runs, Ctrl+C prints a traceback
+# Don't import typing here: it is slow. Until `begin_script` runs, Ctrl+C prints a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # the exit code after Ctrl+C, as in shells
 
-# All of C0 except tab and newline, DEL, and C1; each as a Python escape.
+# Map each control character (C0, DEL and C1, but not tab or newline) to its Python escape.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
 
@@ -33,7 +34,7 @@ def printable(text: str) -> str:
 
 
 def argument_text(argument: str) -> str:
-    """Return a command-line argument as text. Where the locale isn't UTF-8, Python leaves undecoded bytes in it."""
+    """Return a command-line argument as text. Decode bytes that Python left undecoded: a locale may not be UTF-8."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -92,7 +93,7 @@ def _print(text: str, stream: TextIO) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        # Windows reports a closed pipe as EINVAL.
+        # Raise BrokenPipeError on Windows too: there, a closed pipe is reported as EINVAL.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
@@ -100,7 +101,7 @@ _nobody_reads = False
 
 
 def _print_or_stop(text: str, stream: TextIO) -> None:
-    """Print the text; if the stream was closed, stop this process: by its SIGTERM handler, else as after Ctrl+C."""
+    """Print the text. If the stream was closed, call the SIGTERM handler; without one, stop as after Ctrl+C."""
     global _nobody_reads
     try:
         _print(text, stream)
@@ -127,13 +128,13 @@ def _abandon_output() -> None:
 
 
 def begin_script(name: str) -> None:
-    """Let Ctrl+C end the script at once until `run_script` is called. Call it before the slow imports.
+    """Let Ctrl+C end the script at once until `run_script` is called. Call `begin_script` before the slow imports.
 
-    `name` is the script's `__name__`. In an imported module this does nothing.
+    `name` is the script's `__name__`. In an imported module `begin_script` does nothing.
     """
     if name != "__main__":
         return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent ignores Ctrl+C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent lets this process ignore Ctrl+C
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -143,15 +144,15 @@ def begin_script(name: str) -> None:
 def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
     """Run the script's main and exit with its code.
 
-    After Ctrl+C, print `interrupted` and exit with 130. After an error of the operating system, print it in one line
-    and exit with 1. If the output was closed, exit with 1.
+    After Ctrl+C, print `interrupted` and exit with 130. After an OSError, print the error in one line and
+    exit with 1. If the output was closed, exit with 1.
     """
     try:
         code = _exit_code(main, interrupted)
         say("", end="")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {error}")  # such as a full disk
+            complain(f"error: {error}")  # for example, a full disk
         _abandon_output()
         code = 1
     sys.exit(code)
@@ -165,7 +166,7 @@ def _exit_code(main: Callable[[], int], interrupted: str) -> int:
         if began_here:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return main()
-    except SystemExit as error:  # argparse's
+    except SystemExit as error:  # raised by argparse
         return error.code if isinstance(error.code, int) else 1
     except (KeyboardInterrupt, CancelledError):
         if began_here:
@@ -177,18 +178,18 @@ def _exit_code(main: Callable[[], int], interrupted: str) -> int:
         return INTERRUPTED
     finally:
         if began_here:
-            signal.signal(signal.SIGINT, _end_at_once)  # the interpreter takes a moment to end
+            signal.signal(signal.SIGINT, _end_at_once)  # for Ctrl+C while the interpreter ends
 
 
 def _end_at_once(_number: int, _frame: FrameType | None) -> None:
-    # Don't raise here: an import may swallow an exception.
+    # Don't raise an exception: the import that is interrupted may swallow the exception.
     os._exit(INTERRUPTED)
 
 
 def let_ctrl_c_cancel() -> None:
     """Let Ctrl+C cancel the running task, as `asyncio.run` does since Python 3.11.
 
-    Python 3.10 cancels all tasks, and prints a traceback for each that ends with another error.
+    Python 3.10 cancels all tasks instead. It prints a traceback for each task that ends with another error.
     """
     if sys.version_info < (3, 11):
         import asyncio
@@ -198,7 +199,7 @@ def let_ctrl_c_cancel() -> None:
         cancel = task.cancel
 
         def on_ctrl_c(number: int, _frame: FrameType | None) -> None:
-            signal.signal(number, signal.default_int_handler)  # a second one interrupts
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl+C interrupts at once
             loop.call_soon_threadsafe(cancel)
 
         signal.signal(signal.SIGINT, on_ctrl_c)

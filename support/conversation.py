@@ -18,9 +18,9 @@ class Conversation:
         self.answered = False
         """Whether the run ended with an answer."""
         self.results = 0
-        """Number of tool calls that returned a result."""
+        """The number of tool calls that returned a result."""
         self.failed = 0
-        """Number of tool calls that failed."""
+        """The number of tool calls that failed."""
 
     async def show(self, items: AsyncGenerator[Any, None]) -> None:
         """Print the run's messages until the run ends."""

@@ -1,4 +1,4 @@
-"""The session of a demo run: its id, its announcement, and the question that it has recorded."""
+"""Choose the session of a demo run, announce the session, and look up its recorded question."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.session_file import SessionFile
 
 
 def derived_session_id(question: str, model: ModelChoice, *, team: bool) -> str:
-    """Return the session id that this question has with this model, for one agent or for the team."""
+    """Return the session id that is derived from the question, the model, and whether a team answers."""
     kind = "\nteam" if team else ""
     return hashlib.sha256(f"{question}\n{model.slug}{kind}".encode()).hexdigest()[:12]
 
 
 def announce_session(session_id: str) -> None:
-    """Print whether the session is new or continues."""
+    """Print whether the session is new or continues an earlier run."""
     record = SessionFile(session_id).load()
     if record is None:
         say(f"[demo] Session: {session_id} (new; continue it with --session-id {session_id})")
@@ -28,7 +28,7 @@ def announce_session(session_id: str) -> None:
 
 
 async def recorded_question(session_id: str, question: str, fork_of: str | None, nexum: str, *, default: str) -> str:
-    """Return the question that the session has recorded, or the default one; first fork the session, if requested."""
+    """Return the session's recorded question, or `default`. If `fork_of` names a session, first fork that session."""
     from durable_autogen import fork_session, fork_source, question_of
     from nexum_engine.client import NexumClient
 

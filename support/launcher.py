@@ -1,4 +1,4 @@
-"""Server and worker for one run of a script: running ones, or children that end with the script."""
+"""Provide a server and a worker for one run of a script. A server or worker that the script starts ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command-line options that several scripts have."""
+"""Add the command-line options that several scripts share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nexum_engine.client import DEFAULT_ADDRESS
 
 
 def add_nexum_option(parser: argparse.ArgumentParser, *, embedded: bool = False) -> None:
-    """Add `--nexum`, the server's address. `embedded` tells that the script starts a server if none answers."""
+    """Add `--nexum`, the server's address. Set `embedded` if the script starts a server when none answers."""
     parser.add_argument(
         "--nexum",
         metavar="HOST:PORT",
@@ -20,7 +20,7 @@ def add_nexum_option(parser: argparse.ArgumentParser, *, embedded: bool = False)
 
 
 def add_until_stdin_closes_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--until-stdin-closes`, with which a child ends when its parent dies."""
+    """Add `--until-stdin-closes`. With this option a child process ends when its parent dies."""
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="end when the process that holds standard input ends"
     )

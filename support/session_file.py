@@ -1,6 +1,6 @@
 """The session file `.session-<id>.json`: an index from a session's tool calls to their executions.
 
-Results are on the server, not in the file. If the file is lost, the idempotency key finds them.
+The server holds the results. If the file is lost, a call finds its result by its idempotency key.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class SessionFileError(NexumError, OSError):
 
 
 class SessionRecord(BaseModel):
-    """The contents of a session file. A file with any other field was not written by this project."""
+    """The contents of a session file. A file with other fields was not written by this project."""
 
     model_config = ConfigDict(extra="forbid")
 
     created_at: float
     """Seconds since 1970, UTC."""
     executions: dict[str, dict[str, str]]
-    """Execution ids by workflow and call key."""
+    """Execution ids by workflow id, then by call key."""
 
     @classmethod
     def new(cls) -> SessionRecord:
@@ -50,7 +50,7 @@ class SessionRecord(BaseModel):
 
 
 def check_session_id(session_id: str) -> str:
-    """Return the session id; raise InvalidRequest unless it is safe as a part of a file's name."""
+    """Return the session id. Raises InvalidRequest if the id is not safe as a part of a file's name."""
     if not _SESSION_ID.fullmatch(session_id):
         raise InvalidRequest(
             f"session id {session_id!r} can't be used: give 1 to 64 letters, digits, '-' or '_', "
@@ -62,7 +62,7 @@ def check_session_id(session_id: str) -> str:
 class SessionFile:
     """One session's file in `folder` (default: the working directory). Many tasks and processes may use it at once.
 
-    `tell` prints the lines about problems with the file. It is called from a thread.
+    `tell` is called, from a thread, with each line about a problem with the file.
     """
 
     def __init__(self, session_id: str, folder: Path | None = None, *, tell: Callable[[str], None] = say) -> None:
@@ -72,12 +72,13 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: _Signature | None = None
         self._unreadable: _Signature | None = None
-        self._one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
+        # Lock threads separately: a FileLock doesn't exclude threads of one process.
+        self._one_at_a_time = threading.Lock()
         # Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
         self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
 
     def load(self) -> SessionRecord | None:
-        """Return the file's contents, or None if there is no file; rename a corrupt file. Raises SessionFileError."""
+        """Return the file's contents, or None if there is none. Rename a corrupt file. Raises SessionFileError."""
         try:
             if not self.path.exists():
                 return None
@@ -87,7 +88,7 @@ class SessionFile:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
 
     async def find(self, workflow_id: str, key: str) -> str | None:
-        """Return the id of the execution that was started for this call, or None. Report a file that can't be read."""
+        """Return the id of the execution that the file has for `key`, or None. Report a file that can't be read."""
         known = self._known_id(workflow_id, key)
         if known is None and self._signature() not in (self._seen, self._unreadable):
             await asyncio.to_thread(self._refresh)
@@ -95,12 +96,12 @@ class SessionFile:
         return known
 
     async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
-        """Write an execution's id to the file. Report a file that can't be written: the idempotency key still works."""
+        """Write an execution's id to the file. If the file can't be written, report that and raise no error."""
         self._known.executions.setdefault(workflow_id, {})[key] = execution_id
         await asyncio.to_thread(self._write_down, {(workflow_id, key): execution_id})
 
     async def create(self) -> None:
-        """Write the file, without calls, unless it exists."""
+        """Create the file, with no calls in it, unless the file exists."""
         await asyncio.to_thread(self._write_down, {})
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
@@ -125,7 +126,8 @@ class SessionFile:
             self._known = self.load() or SessionRecord.new()
             self._seen = signature
         except SessionFileError as error:
-            self._unreadable = signature  # reported once, and read again before the next write
+            # Remember this version of the file, so that it is reported once. The next write reads the file again.
+            self._unreadable = signature
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, entries: Mapping[tuple[str, str], str]) -> None:
@@ -147,7 +149,7 @@ class SessionFile:
     def _write(self, text: str) -> None:
         """Replace the file as a whole, so that no reader sees a part of it.
 
-        Don't fsync: after a power failure the idempotency keys find the executions that the file has lost.
+        Don't fsync: if a power failure loses entries of the file, the idempotency keys still find the executions.
         """
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
@@ -158,6 +160,6 @@ class SessionFile:
     def _signature(self) -> _Signature | None:
         try:
             stat = self.path.stat()
-        except OSError:  # there is no file, or its folder can't be entered
+        except OSError:  # the file doesn't exist, or its folder can't be entered
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size

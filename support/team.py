@@ -1,4 +1,4 @@
-"""The demo's team: two researchers work at the same time, and a writer answers from their reports."""
+"""Build the demo's team. Two researchers work at the same time, and a writer answers from their reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES = {
 def build_team(model: ModelChoice, researcher: Callable[[str, str, tuple[int, int]], AssistantAgent]) -> Team:
     """Build the team as an AutoGen GraphFlow.
 
-    `researcher` makes an agent from its name, its role and its share of a question's searches, such as (1, 2).
+    `researcher` makes an agent from a name, a role and a share of the searches, such as (1, 2) for the first of two.
     """
     from autogen_agentchat.agents import AssistantAgent
     from autogen_agentchat.teams import DiGraphBuilder, GraphFlow

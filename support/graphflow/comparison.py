@@ -1,7 +1,7 @@
 """Interrupt the same graph at the same point twice: with AutoGen's save_state and load_state, and as a durable run.
 
-Each run before and after an interruption is a separate process. The printed lines report what happened, with the
-installed AutoGen (microsoft/autogen#7043).
+The part before an interruption and the part after it are separate processes. The printed lines report what happened
+with the installed AutoGen (see microsoft/autogen#7043).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Stage:
 
 
 async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Run and print both halves; return the exit code: 0 if every check of the durable half passed, else 1."""
+    """Run both halves and print them. Return the exit code: 0 if the durable half passed every check, else 1."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
     say(f"[demo] AutoGen {version('autogen-agentchat')}")
@@ -89,7 +89,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
 
 
 async def show_plain(stage: Stage) -> bool:
-    """Run and print AutoGen's own half; return whether it resumed."""
+    """Run the half with AutoGen's own save and load, and print it. Return whether AutoGen resumed the graph."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")
@@ -113,7 +113,7 @@ async def show_plain(stage: Stage) -> bool:
 
 
 async def show_durable(stage: Stage, nexum: str | None) -> int:
-    """Run and print the durable half and its failed checks; return the exit code: 0 if there are none, else 1."""
+    """Run the durable half; print it and its failed checks. Return the exit code: 0 if no check failed, else 1."""
     from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph
@@ -158,14 +158,14 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
 
 
 def asked(part: Part) -> str:
-    """Return which agents called their model, in words."""
+    """Return a phrase that names the agents that called their models."""
     if not part.asked:
         return "no agent called its model"
     return f"model calls by {', '.join(part.asked)}"
 
 
 def ended(part: Part) -> str:
-    """Return how the process ended, in words."""
+    """Return a phrase that tells how the process ended."""
     if part.code == 0:
         return "ended normally"
     return f"killed (exit {part.code})" if part.code < 0 or not part.report else f"failed (exit {part.code})"

@@ -1,4 +1,4 @@
-"""The two graphs of the comparison, each of four agents, with the point of the interruption: a row and a loop."""
+"""Two graphs of four agents for the comparison, a row and a loop. Each has a point of interruption."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 TASK = "Write two sentences on why idempotency keys matter."
 MAX_MESSAGES = 20  # more than either graph needs
 REVISE, APPROVED = "REVISE", "APPROVED"
-REVISIONS = 2  # drafts that the reviewer rejects
+REVISIONS = 2  # the number of drafts that the reviewer rejects
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of four agents. It is interrupted before the reply `at_reply` of the agent `at_agent`."""
+    """A graph of four agents. The comparison interrupts it before reply number `at_reply` of the agent `at_agent`."""
 
     name: str
     agents: tuple[str, ...]
@@ -32,7 +32,7 @@ class Graph:
     def team(
         self, clients: Callable[[str], ChatCompletionClient], until: TerminationCondition | None = None
     ) -> GraphFlow:
-        """Build the team. `clients` makes an agent's model client; the condition `until` may end the team early."""
+        """Build the team. `clients` makes an agent's model client. The condition `until` can end the team early."""
         from autogen_agentchat.agents import AssistantAgent
         from autogen_agentchat.conditions import MaxMessageTermination
         from autogen_agentchat.teams import DiGraphBuilder

@@ -36,14 +36,14 @@ from support.options import add_until_stdin_closes_option
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # the halves; also the file names of their logs of model calls
+PLAIN, DURABLE = "plain", "durable"  # each half's name, and the name of its log file of model calls
 STATE = "state.json"
 REPORT = "REPORT "
 RESUME_TIMEOUT = 60.0  # seconds for a resumed team
 
 
 async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
-    """Run the team in AutoGen until the interruption, and save its state there."""
+    """Run the team in AutoGen until the interruption, and save the team's state at that point."""
     from autogen_agentchat.base import TaskResult
     from autogen_agentchat.conditions import ExternalTermination
     from autogen_agentchat.messages import BaseChatMessage
@@ -55,7 +55,7 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
         await save()
         kill_this_process()
 
-    # A termination condition stops the loop between two rounds. A kill stops the row within a reply.
+    # Interrupt the row by a kill within a reply. Interrupt the loop by a termination condition, between two rounds.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
     team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)
@@ -83,7 +83,7 @@ async def plain_resume(graph: Graph, model: ModelChoice, folder: Path) -> None:
 
 
 async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, nexum: str, *, dies: bool) -> None:
-    """Run the team as a durable run; with `dies`, kill this process at the graph's interruption."""
+    """Run the team as a durable run. If `dies` is true, kill this process at the graph's point of interruption."""
     from durable_autogen import run_durable
 
     async def die() -> None:
@@ -98,7 +98,7 @@ async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, 
 def _clients(
     graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
 ) -> Callable[[str], ChatCompletionClient]:
-    """Return a maker of watched models. The interruption is called before the graph's reply `at_reply`."""
+    """Return a function that makes the watched model of an agent. One model calls the interruption before its reply."""
     from support.graphflow.watched_model import WatchedModel
 
     def client(agent: str) -> ChatCompletionClient:
@@ -132,11 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def end_with_parent() -> None:
-    """End this process at once when standard input closes: the parent process has ended."""
+    """End this process at once when standard input closes, because the parent process has ended then."""
 
     def wait() -> None:
         with suppress(OSError):
-            while os.read(0, 1024):  # not sys.stdin: the thread would hold its lock when the interpreter ends
+            # Don't read from sys.stdin: this thread would hold the lock of sys.stdin when the interpreter ends.
+            while os.read(0, 1024):
                 pass
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""The model of a graph's agent, live or offline. Each call is logged, and can be interrupted."""
+"""A model, live or offline, for an agent of a graph. It logs each call and lets the comparison interrupt the call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPENINGS = {"author": _DRAFT, "planner": "Plan", "publisher": "Published"}
 
 
 class WatchedModel(OfflineModel):
-    """A model that logs each call, then awaits `before_reply` with the call's number, from 1, then replies."""
+    """A model that logs each call, awaits `before_reply` and replies. `before_reply` gets the call's number, from 1."""
 
     def __init__(
         self, agent: str, model: ModelChoice, log: Path, before_reply: Callable[[int], Awaitable[None]]
@@ -51,7 +51,7 @@ class WatchedModel(OfflineModel):
             await self._live.close()
 
     def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
-        # A random token makes every reply differ, so that a repeated call would show.
+        # Add a random token, so that no two replies are equal and the output shows a repeated call.
         token = secrets.token_hex(3)
         if self._agent == "reviewer":
             said = [str(message.content) for message in messages if not isinstance(message, SystemMessage)]

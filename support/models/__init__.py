@@ -1,4 +1,4 @@
-"""The choice of a model, and its client. `choose_model` reads the environment; making a client imports AutoGen."""
+"""Choose a model and make its client. `choose_model` reads the environment. Making a client imports AutoGen."""
 
 from support.models.choice import KEYLESS, OFFLINE_NOTE, ModelChoice, choose_model
 from support.models.vendors import VENDORS, ModelChoiceError, ModelFailed, Vendor

@@ -5,8 +5,8 @@
     OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
     none of these, or offline                             offline: rule-based, no network
 
-Each key is sent only to its vendor, OPENAI_API_KEY also to the server that OPENAI_BASE_URL names. Address and key are
-always passed together, so no library default can combine them otherwise.
+Each key is sent only to its vendor. OPENAI_API_KEY is also sent to the server that OPENAI_BASE_URL names. An address
+and its key are always passed together, so that no default of a library can send a key to another address.
 """
 
 import re
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
 OFFLINE_NOTE = ": rules instead of a model, and this project's own pages instead of the web"
-KEYLESS = "no-key-needed"  # the client insists on a key, also for a server without authentication
+KEYLESS = "no-key-needed"  # sent to a server without authentication, because the client requires a key
 
 
 class ModelChoice(BaseModel):
-    """The chosen model. Its text forms never hold the key."""
+    """The chosen model. `str` and `repr` never show the key."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,8 +38,8 @@ class ModelChoice(BaseModel):
 
     @property
     def streams(self) -> bool:
-        """Whether replies are streamed. Gemini's are not: its endpoint sometimes leaves out the index of a tool call,
-        and AutoGen 0.7.5 tells parallel calls in a stream apart by the index alone."""
+        """Whether replies are streamed. Gemini's replies are not streamed: its endpoint sometimes omits a tool call's
+        index, and AutoGen 0.7.5 needs the index to tell parallel calls in a stream apart."""
         return self.vendor != GEMINI.name
 
     @property
@@ -55,8 +55,8 @@ class ModelChoice(BaseModel):
     def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
         """Return an AutoGen model client.
 
-        The offline model lists `topics` (default: its pages' titles) when no page covers a question. It takes the part
-        `share` of a question's searches: (1, 2) is the first of two.
+        The offline model lists `topics` (default: its pages' titles) when no page covers a question. `share` is the
+        part of a question's searches that the offline model makes: (1, 2) is the first of two parts.
         """
         if self.offline:
             from support.offline.model import OfflineModel
@@ -96,7 +96,7 @@ def _offline(why: str) -> ModelChoice:
 def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> ModelChoice:
     try:
         url = TypeAdapter(AnyHttpUrl).validate_python(server)
-    except ValidationError:  # its text repeats the value, which may hold a password
+    except ValidationError:  # don't chain this error: its text has the value, which may hold a password
         raise ModelChoiceError("OPENAI_BASE_URL is not a URL like http://localhost:11434/v1") from None
     if name is None:
         raise ModelChoiceError("OPENAI_BASE_URL needs NEXUM_MODEL: the name of a model on that server")
@@ -110,14 +110,14 @@ def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> 
 
 
 def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> ModelChoice:
-    name = name.removeprefix("gemini/")  # how LiteLLM writes it
+    name = name.removeprefix("gemini/")  # LiteLLM's prefix for Gemini models
     owner = next((vendor for vendor in vendors if name.startswith(vendor.prefixes)), None)
     if owner is not None:
         key = _key(env, owner.key_variable)
         if key is None:
             raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
         return _at(owner, name, key)
-    # A name without a known prefix may be a fine-tuned or new OpenAI model.
+    # Take a name without a known prefix as OpenAI's: it may be a fine-tuned or a new model.
     openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
     key = _key(env, openai.key_variable)
     if key is None:
@@ -138,7 +138,7 @@ def _at(vendor: Vendor, model: str, key: SecretStr) -> ModelChoice:
 
 
 def _setting(env: Mapping[str, str], variable: str) -> str | None:
-    """Return a variable's value without surrounding blanks, or None if that is empty."""
+    """Return a variable's value without surrounding blanks, or None if nothing is left."""
     value = env.get(variable, "").strip()
     if not value.isprintable():
         raise ModelChoiceError(f"{variable} holds a control character or a line break")
@@ -149,7 +149,7 @@ def _key(env: Mapping[str, str], variable: str) -> SecretStr | None:
     value = _setting(env, variable)
     if value is None:
         return None
-    # Check here: the HTTP client's error for such a header would print the key.
+    # Reject a malformed key here: the HTTP client's error would print the key.
     if not value.isascii() or " " in value:
         raise ModelChoiceError(f"{variable} holds a blank or a character outside ASCII, which no key has")
     return SecretStr(value)

@@ -1,4 +1,4 @@
-"""AutoGen's OpenAI client, adapted to the three vendors. This module imports AutoGen, so import it only when used."""
+"""AutoGen's OpenAI client, adapted to the three vendors. Import this module only when needed: it imports AutoGen."""
 
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from support.models.vendors import ANTHROPIC, GEMINI, OPENAI, ModelFailed
 from support.tools.clean_text import one_line
 
-# Gemini 3 and later answer 400 to a returned tool call without its "thought signature", and AutoGen 0.7.5 drops the
-# signature (microsoft/autogen#7136). Google documents this value for calls without one.
+# Send this value instead of a tool call's "thought signature", which AutoGen 0.7.5 drops (microsoft/autogen#7136).
+# Without any signature, Gemini 3 and later answer 400. Google documents the value for calls that have no signature.
 UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
 
 ERROR_LENGTH = 400  # characters of a vendor's error message
@@ -43,11 +43,11 @@ class LiveModel(OpenAIChatCompletionClient):
             "base_url": base_url,
             "api_key": api_key,
             "model_info": model_info(vendor),
-            # Some servers refuse unknown fields, and only OpenAI is sure to know a message's `name`.
+            # Send a message's `name` only to OpenAI: some other servers refuse the field as unknown.
             "include_name_in_message": vendor == OPENAI.name,
-            # Without this, OPENAI_CUSTOM_HEADERS could replace the Authorization header.
+            # Set the Authorization header here: otherwise OPENAI_CUSTOM_HEADERS could replace the header.
             "default_headers": {"Authorization": f"Bearer {api_key}"},
-            # A redirect could carry the request to another host.
+            # Don't follow redirects: a redirect could send the request, with its key, to another host.
             "http_client": DefaultAsyncHttpxClient(
                 follow_redirects=False,
                 event_hooks={"request": [] if vendor == OPENAI.name else [drop_openai_headers]},
@@ -56,10 +56,10 @@ class LiveModel(OpenAIChatCompletionClient):
         if vendor == OPENAI.name and refuses_tools_while_reasoning(model):
             arguments["reasoning_effort"] = "none"
         super().__init__(**cast(Any, arguments))
-        self._resolved_model = None  # otherwise AutoGen warns at every call of a model by its alias
+        self._resolved_model = None  # prevents AutoGen's warning at each call of a model that is named by an alias
 
     async def create(self, *args: Any, **kwargs: Any) -> CreateResult:
-        """Return the model's reply, as AutoGen's client does. Raises ModelFailed for any error."""
+        """Return the model's reply. Raises ModelFailed for any error."""
         try:
             return await super().create(*args, **kwargs)
         except Exception as error:
@@ -94,7 +94,7 @@ class LiveModel(OpenAIChatCompletionClient):
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> ModelFailed:
-        # A server that is not OpenAI-compatible may cause any exception, deep inside AutoGen.
+        # Accept every exception type: a server that isn't OpenAI-compatible can cause any of them inside AutoGen.
         cause = f" ({error.__cause__})" if isinstance(error, APIConnectionError) and error.__cause__ else ""
         why = one_line(f"{type(error).__name__}: {error}{cause}", ERROR_LENGTH)
         return ModelFailed(f"the model gave no usable answer ({self._who}): {why}")
@@ -103,7 +103,7 @@ class LiveModel(OpenAIChatCompletionClient):
         params = super()._process_create_args(*args, **kwargs)
         if self._unsigned_calls:
             for message in cast(list[dict[str, Any]], params.messages):
-                for call in (message.get("tool_calls") or [])[:1]:  # Gemini signs only the first of parallel calls
+                for call in (message.get("tool_calls") or [])[:1]:  # of parallel calls, Gemini signs only the first
                     call["extra_content"] = UNSIGNED
         return params
 
@@ -129,7 +129,7 @@ def refuses_tools_while_reasoning(model: str) -> bool:
 async def drop_openai_headers(request: Any) -> None:
     """Remove the headers that the openai package makes from OPENAI_ORG_ID, OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS.
 
-    They belong to an OpenAI account, so no other vendor may see them.
+    The headers identify an OpenAI account, so no other vendor may see them.
     """
     for name in list(request.headers.keys()):
         if name.lower() not in HEADERS_SENT:

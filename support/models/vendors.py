@@ -1,4 +1,4 @@
-"""The vendors of models: address, key and names of each. Also the errors of choosing and of calling a model."""
+"""The vendors of models, with their addresses, key variables and model names; and the errors about models."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 
 class ModelChoiceError(ValueError):
-    """The environment selects no usable model. The message is one line and says what to set."""
+    """The environment selects no usable model. The error's message is one line and says what to set."""
 
 
 class ModelFailed(RuntimeError):
-    """The model gave no usable answer. The message is one line and says why."""
+    """The model gave no usable answer. The error's message is one line and says why."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ GEMINI = Vendor(
     name="Google Gemini",
     key_variable="GEMINI_API_KEY",
     base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
-    # Google's alias for its newest Flash model. Google shuts numbered models down within about a year.
+    # Use Google's alias for its newest Flash model: Google shuts down a numbered model within about a year.
     default_model="gemini-flash-latest",
     prefixes=("gemini-",),
 )

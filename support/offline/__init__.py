@@ -1,1 +1,1 @@
-"""The offline twins: a small web of this project's pages, and a rule-based model. They need no network and no key."""
+"""The offline web (pages of this project) and the offline model (rules). They need no network and no key."""

@@ -30,9 +30,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from support.offline.reading import choose_sentences, plan_searches, quoted
 from support.tools import SearchHit
 
-CONTEXT_WORDS = 1_000_000  # a nominal limit: rules need none
-QUOTES_ALONE = 4  # if there is one subject
-QUOTES_EACH = 2  # for each of several subjects
+CONTEXT_WORDS = 1_000_000  # a nominal value: rules have no limit
+QUOTES_ALONE = 4  # quotes in an answer about one subject
+QUOTES_EACH = 2  # quotes for each subject, if there are several
 _HITS = TypeAdapter(list[SearchHit])
 
 
@@ -51,8 +51,8 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    The model lists `topics` when no page covers a question. It takes the part `share` of a question's searches: (1, 2)
-    is the first of two.
+    The model lists `topics` when no page covers a question. `share` is the part of a question's searches that the model
+    makes: (1, 2) is the first of two parts.
     """
 
     component_type = "model"
@@ -119,7 +119,7 @@ class OfflineModel(ChatCompletionClient):
         return self._total
 
     def count_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
-        """Return the number of words in the messages, which this model counts as tokens."""
+        """Return the number of words in the messages. This model counts words as tokens."""
         return sum(len(_text(message).split()) for message in messages)
 
     def remaining_tokens(self, messages: Sequence[LLMMessage], *, tools: Sequence[Tool | ToolSchema] = ()) -> int:
@@ -127,7 +127,7 @@ class OfflineModel(ChatCompletionClient):
 
     @property
     def capabilities(self) -> ModelInfo:
-        """`model_info` under its deprecated name."""
+        """The value of `model_info`, under the deprecated name of that attribute."""
         return self.model_info
 
     @property
@@ -160,7 +160,7 @@ class OfflineModel(ChatCompletionClient):
         return queries[number - 1 :: of] or queries
 
     def _answer(self, turn: Turn) -> str:
-        sources: dict[str, str] = {}  # title by URL, in the order of citing
+        sources: dict[str, str] = {}  # each cited page's title by its URL, in the order of the citations
         paragraphs: list[str] = []
         quotes_each = QUOTES_ALONE if len(turn.hits) == 1 else QUOTES_EACH
         said: set[str] = set()
@@ -237,13 +237,13 @@ def _take(turn: Turn, arguments: Mapping[str, Any], result: FunctionExecutionRes
 
 
 def _pages_to_visit(turn: Turn) -> list[str]:
-    """Return the best hit of each search, or the two best hits of a single search, without duplicates."""
+    """Return the addresses to visit: the best hit of each search, or the two best hits if there was one search."""
     each = 2 if len(turn.hits) == 1 else 1
     return list(dict.fromkeys(hit.href for hits in turn.hits.values() for hit in hits[:each]))
 
 
 def _from_conversation(messages: Sequence[LLMMessage]) -> str:
-    """Answer without tools, as in a team: the first message is the question, the others are the material."""
+    """Answer without tools, as a team's writer does. The first message is the question; quote from the others."""
     said = [message for message in messages if not isinstance(message, SystemMessage)]
     question = _text(said[0]) if said else ""
     material = [sentence for message in said[1:] for sentence in quoted(_text(message))]

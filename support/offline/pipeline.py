@@ -1,6 +1,6 @@
-"""The offline models of the pipeline's agents: rules for each step, which reply in the form of the step's prompt.
+"""The offline models of the pipeline's agents. Each replies by rules, in the form that the step's prompt requests.
 
-Like the demo's offline model they read only the messages: the query, the tools' results, or the step's JSON.
+The models read only the messages: the query, the tools' results, or the step's JSON.
 """
 
 import json
@@ -14,16 +14,16 @@ from autogen_core.models import LLMMessage, UserMessage
 from support.offline.model import OfflineModel, Turn
 from support.offline.reading import best_passage, choose_sentences, coverage
 
-QUOTES_EACH = 3  # from one page
-PASSAGE_LENGTH = 300  # characters, if no sentence of a page matches the query
+QUOTES_EACH = 3  # the most quotes from one page
+PASSAGE_LENGTH = 300  # characters of the passage to quote if no sentence of a page matches the query
 SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
 
 
 class OfflineResearcher(OfflineModel):
-    """The researcher's model: searches and reads like the demo's, but answers with claims instead of prose."""
+    """The researcher's model. It searches and reads as the demo's offline model does, but answers with claims."""
 
     def _answer(self, turn: Turn) -> str:
-        claims: dict[str, dict[str, str]] = {}  # by statement, so that none comes twice
+        claims: dict[str, dict[str, str]] = {}  # each claim by its statement, so that no statement comes twice
         for query, hits in turn.hits.items():
             for hit in hits:
                 page = turn.pages.get(hit.href, "")
@@ -57,7 +57,7 @@ def pipeline_model(step: str, topics: Sequence[str] = ()) -> OfflineModel:
 
 
 def _judge(asked: Mapping[str, Any]) -> str:
-    """Return the verdicts: a quote supports a statement if it shares most of the statement's words."""
+    """Return the verdicts. A quote supports a statement if the quote holds most of the statement's words."""
     verdicts = []
     for claim in asked["claims"]:
         supported = coverage(claim["statement"], claim["quote"]) >= SUPPORTED
@@ -67,7 +67,7 @@ def _judge(asked: Mapping[str, Any]) -> str:
 
 
 def _summarize(asked: Mapping[str, Any]) -> str:
-    """Return one paragraph for each source: its statements, unchanged."""
+    """Return one paragraph for each source, with the unchanged statements from that source."""
     paragraphs: dict[int, list[str]] = {}
     for claim in asked["claims"]:
         paragraphs.setdefault(claim["source"], []).append(f"{claim['statement']} [{claim['source']}]")
@@ -79,5 +79,5 @@ def _report(asked: Mapping[str, Any]) -> str:
 
 
 def _uncited(text: str) -> str:
-    """Return the text on one line, without numbers in brackets: they would count as citations."""
+    """Return the text on one line, without numbers in brackets: those would count as citations."""
     return " ".join(re.sub(r"\[\d+(?:\s*,\s*\d+)*\]", "", text).split())

@@ -1,10 +1,10 @@
-"""The offline model's reading of text: words, sentences and the searches for a question. Pure functions."""
+"""Split texts into words and sentences, and plan searches, for the offline model. All functions are pure."""
 
 import re
 from collections.abc import Sequence
 
 MAX_SEARCHES = 3
-SHORTEST_QUOTE = 5  # words; below that a sentence says too little on its own
+SHORTEST_QUOTE = 5  # words; a shorter sentence says too little on its own
 
 STOPWORDS = frozenset(
     """
@@ -13,10 +13,10 @@ STOPWORDS = frozenset(
     then there these they this to us use used using was we were what when where which who whom whose why will with
     work works would you your explain describe give find show compare compared comparison difference differences
     between versus vs both mean means answer briefly question
-    """.split()  # noqa: SIM905  (a hundred quoted words would be harder to read)
+    """.split()  # noqa: SIM905  (a list of a hundred strings would be harder to read)
 )
 
-# Longest ending first, each with its replacement, so that all forms of a word get one stem.
+# Pairs of an ending and its replacement give all forms of a word one stem. Longer endings come first.
 _ENDINGS = (
     ("ability", "abl"),
     ("ibility", "ibl"),
@@ -65,12 +65,12 @@ def words(text: str) -> list[str]:
 
 
 def stem(word: str) -> str:
-    """Return a word without its ending, so that thread, threads and threading are one word. The rules are crude."""
+    """Return the stem of a word: "thread" for "threads" and for "threading". The rules are crude."""
     for ending, replacement in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) + len(replacement) >= 3:
             word = word[: len(word) - len(ending)] + replacement
             if ending in ("ing", "ings", "ed") and len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":
-                word = word[:-1]  # running, run
+                word = word[:-1]  # makes "run" of "runn", the rest of "running"
             return word
     return word
 
@@ -97,7 +97,7 @@ def _subjects(question: str) -> list[str]:
     if len(parts) < 2:
         return [core]
     attribute = _ATTRIBUTE.match(parts[0])
-    # "A and B" may be one subject. It is two where the question compares, or asks one thing of several names.
+    # Treat "A and B" as two subjects only if the question compares, or asks for one attribute of several names.
     names = all(re.match(r"(?:of |in |for )?(?:the )?[A-Z0-9]", part) for part in parts[1:])
     if not (_COMPARES.search(question) or (names and (attribute or parts[0][:1].isupper()))):
         return [core]
@@ -105,7 +105,7 @@ def _subjects(question: str) -> list[str]:
 
 
 def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
-    """Add to every part what only one part says: in "Tokyo, New York population" both ask for the population."""
+    """Complete the parts: "population" in "Tokyo, New York population" is added to "Tokyo", too."""
     first, *others = parts
     if attribute and len(words(attribute[1])) > 0:
         prefix, first = attribute[1], attribute[2]
@@ -130,7 +130,7 @@ def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
 def sentences(text: str) -> list[str]:
     """Return the sentences of prose in a Markdown text, verbatim.
 
-    Headings, tables and code are left out, and sentences with a double quote, which could not be quoted.
+    Headings, tables and code are left out. Sentences with a double quote are left out: an answer can't quote them.
     """
     found: list[str] = []
     for block in _prose_blocks(text):
@@ -176,7 +176,7 @@ def coverage(query: str, text: str) -> float:
 def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> list[str]:
     """Return up to `limit` sentences of the text that say most about the query, in the text's order.
 
-    A word of the title counts half, because the whole page is about it.
+    A query word that is in `title` counts half, because the whole page is about that word.
     """
     asked = set(words(query))
     named = set(words(title))
@@ -190,17 +190,17 @@ def choose_sentences(query: str, text: str, limit: int, *, title: str = "") -> l
         if counts_people and _LARGE_NUMBER.search(sentence):
             score += 1.0
         if asked & set(words(" ".join(sentence.split()[:3]))):
-            score += 0.5  # the sentence begins with the subject
+            score += 0.5  # the sentence begins with a word of the query
         if sentence.startswith(_LEANING) or "therefore" in sentence.split()[:4]:
             score -= 0.5
-        score += 1.0 / (position + 1)  # pages begin with the most important sentences
+        score += 1.0 / (position + 1)  # prefer early sentences: a page begins with the most important ones
         scored.append((score, position, sentence))
     best = sorted(scored, key=lambda entry: (-entry[0], entry[1]))[:limit]
     return [sentence for _, _, sentence in sorted(best, key=lambda entry: entry[1])]
 
 
 def quoted(text: str) -> list[str]:
-    """Return the sentences that an answer of the offline model quotes: those before a source's number."""
+    """Return the quoted sentences in an answer of the offline model. A source's number follows each quote."""
     return _QUOTED.findall(text)
 
 

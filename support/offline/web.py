@@ -1,4 +1,4 @@
-"""The offline web: the pages of one folder, ranked by BM25 and served as by a web server.
+"""The offline web: search and fetch the pages of one folder. BM25 ranks the hits of a search.
 
 Put a Markdown or HTML file into the folder to add a page. The file's name is the page's address.
 """
@@ -19,9 +19,9 @@ from support.tools.web.page import page_to_markdown
 
 logger = logging.getLogger(__name__)
 
-HOST = "offline.example"  # RFC 2606 reserves .example, so this is no real site
+HOST = "offline.example"  # not a real site: RFC 2606 reserves .example
 PAGES = Path(__file__).parent / "pages"
-MAX_BODY = 2 * 1024 * 1024  # bytes, as for a live page
+MAX_BODY = 2 * 1024 * 1024  # bytes; a live page has an equal limit
 EXCERPT_LENGTH = 300  # characters
 CONTENT_TYPES = {
     ".md": "text/markdown; charset=utf-8",
@@ -30,13 +30,13 @@ CONTENT_TYPES = {
     ".htm": "text/html; charset=utf-8",
 }
 
-# BM25's usual constants: K1 bounds the weight of a repeated word, B is the penalty for a long page.
+# K1 and B have BM25's usual values. K1 bounds the weight of a repeated word. B is the penalty for a long page.
 K1 = 1.2
 B = 0.75
-TITLE_WEIGHT = 4  # occurrences in the text that one word of the title counts as
+TITLE_WEIGHT = 4  # a word in the title counts as this many occurrences in the text
 
-COVERED = 0.66  # the share of a query, by the weight of its words, that a page must hold
-COVERED_LONG = 0.5  # the same share for a long query, in which some words never matter
+COVERED = 0.66  # a page covers a query if it holds this share of the query's words, by weight
+COVERED_LONG = 0.5  # the share for a long query: some of its words don't matter
 LONG_QUERY = 5  # words
 
 
@@ -50,7 +50,7 @@ class _Indexed:
 
 
 class OfflineWeb:
-    """The tools' `Web` over a folder. Every call reads the files again, so that a new page counts at once."""
+    """A `Web` that reads the pages of one folder. Each call reads the files again, so it finds new pages at once."""
 
     def __init__(self, folder: Path = PAGES) -> None:
         self.folder = folder
@@ -98,7 +98,7 @@ class OfflineWeb:
             title = _title(text) or path.stem.replace("-", " ")
             counts = Counter(words(text))
             for word in words(title):
-                counts[word] += TITLE_WEIGHT - 1  # the heading is in the text already
+                counts[word] += TITLE_WEIGHT - 1  # minus 1, because the text holds the heading
             pages.setdefault(url, _Indexed(url, title, text, counts, counts.total()))
         return list(pages.values())
 
@@ -117,7 +117,8 @@ def _title(markdown: str) -> str | None:
 def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
     """Return a page's Okapi BM25 score, or 0 if the page doesn't cover the query.
 
-    No library is used: it would need numpy, and coverage, ranking and the choice of sentences must split words alike.
+    Don't use a library for BM25: libraries need numpy. Ranking, coverage and the choice of sentences must also split
+    words in one way, that of `reading.words`.
     """
     asked = sorted(set(words(query)))
     weights = {word: _weight(word, index) for word in asked}
@@ -134,6 +135,6 @@ def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
 
 
 def _weight(word: str, index: Sequence[_Indexed]) -> float:
-    """Return a word's inverse document frequency: the fewer pages hold the word, the greater its weight."""
+    """Return a word's inverse document frequency. The fewer pages hold the word, the greater its weight."""
     holding = sum(1 for page in index if page.counts[word])
     return math.log(1 + (len(index) - holding + 0.5) / (holding + 0.5))

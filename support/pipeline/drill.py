@@ -1,7 +1,7 @@
-"""One drill: a pipeline whose first worker dies, and as many more workers as are needed to finish it.
+"""Run a drill: start a pipeline, let its first worker die, and start more workers until the pipeline is finished.
 
-Every printed line about the pipeline comes from the server's records; the drill only starts workers and sees them end.
-A drill has its own version of the workflow: no other worker takes its steps, and its workers take no other steps.
+Every printed line about the pipeline comes from the server's records. The drill only starts workers and sees them end.
+A drill has its own version of the workflow. So no other worker takes its steps, and its workers take no other steps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWor
 WORKER = "pipeline_worker.py"
 LOOK_INTERVAL = 0.1  # seconds between two reads of the record
 SAY_WAITING_EVERY = 10.0  # seconds
-SERVER_PATIENCE = 30.0  # seconds in which a killed server has to be back
-MAX_WORKERS = 12  # after so many deaths the next worker would die, too
+SERVER_PATIENCE = 30.0  # seconds to wait for a killed server to be started again
+MAX_WORKERS = 12  # after this many deaths, assume that the next worker would die, too
 CANT_RUN = (1, 2)  # exit codes of a worker that was not killed
 
 
@@ -35,7 +35,7 @@ class DrillFailed(NexumError):
 
 
 class Drill:
-    """One run of the pipeline, in its own version. Call `run` once."""
+    """One run of the pipeline, in the drill's own version of the workflow. Call `run` once."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Drill:
         return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects)
 
     async def _one_worker(self) -> bool:
-        """Start a worker and follow it. Return True if the execution has ended, False if the worker died before."""
+        """Start a worker and follow it. Return True if the execution has ended, and False if the worker died first."""
         number = len(self._workers) + 1
         name = f"worker-{number}"
         child = await start_child(
@@ -94,7 +94,7 @@ class Drill:
             say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
             execution = await self._follow(child)
         except BaseException:
-            await self._cancel()  # before the worker ends, so that it takes no further step
+            await self._cancel()  # cancel before ending the worker, so that the worker takes no further step
             raise
         finally:
             await _end(child)
@@ -104,12 +104,13 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt as it is recorded, until the execution or the worker ends; return the execution."""
+        """Print each attempt once it is recorded, until the execution or the worker ends. Return the execution."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
         while True:
-            child_ended = child.ended  # checked before the read, so that the read sees all that the worker reported
+            # Check for the worker's end before reading the record: the record then holds all that the worker reported.
+            child_ended = child.ended
             execution = await self._look()
             if self._tell(execution):
                 said_at = loop.time()
@@ -118,11 +119,11 @@ class Drill:
             if loop.time() - said_at > SAY_WAITING_EVERY:
                 said_at = loop.time()
                 say(f"  {_what_is_awaited(execution)}")
-            # Not wait_for: before Python 3.12 it loses a Ctrl+C that comes just when the worker ends.
+            # Don't use wait_for: before Python 3.12, wait_for loses a Ctrl+C that comes just when the worker ends.
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """Return the execution as recorded. Raises DrillFailed if the server doesn't report its attempts."""
+        """Return the execution as recorded. Raises DrillFailed if the server doesn't report attempts."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         if observed.has_poller is None:
             raise DrillFailed(
@@ -132,7 +133,7 @@ class Drill:
         return observed.execution
 
     def _tell(self, execution: Execution) -> bool:
-        """Print every attempt that ended since the last call; return whether there was one."""
+        """Print every attempt that ended since the last call of `_tell`. Return whether any attempt did."""
         ended = [
             (attempt.ended_ms, STEPS.index(node.node_id), node, attempt)
             for node in execution.nodes
@@ -145,7 +146,7 @@ class Drill:
         return bool(ended)
 
     def _bury(self, name: str, child: Child, execution: Execution) -> None:
-        """Keep and print a worker's death and the steps that were recorded then. Raises DrillFailed on an error."""
+        """Keep and print a worker's death and the recorded steps. Raises DrillFailed if the worker gave up instead."""
         code = child.process.returncode
         if code in CANT_RUN:
             raise DrillFailed(f"{name} gave up (exit {code}); see its error above")
@@ -156,7 +157,7 @@ class Drill:
 
     async def _cancel(self) -> None:
         try:
-            # `_one_worker` may have cancelled it already.
+            # Look at the status first: `_one_worker` may have cancelled the execution already.
             if not (await self._client.get_execution(self._execution_id)).execution.status.ended:
                 await self._client.cancel_execution(self._execution_id)
                 say(f"[demo] Cancelled {self._execution_id}")
@@ -166,11 +167,11 @@ class Drill:
                 f"cancel it with: python -m nexum_engine cancel {self._execution_id}"
             )
         except BrokenPipeError:
-            return  # it is cancelled, and the output was closed
+            return  # the execution is cancelled; only the message about it can't be printed
 
 
 async def _end(child: Child) -> None:
-    """End the child process. If this is cancelled meanwhile, end the child first, then raise CancelledError."""
+    """End the child process. If the caller is cancelled, wait until the child has ended, then raise CancelledError."""
     ending = asyncio.ensure_future(child.end())
     try:
         await asyncio.wait({ending})

@@ -1,7 +1,7 @@
-"""The effects of the pipeline's steps outside Nexum's database: one line of a file for each.
+"""Log the effects of the pipeline's steps in a file outside Nexum's database, one line for each effect.
 
-A step writes its line after its work and before the report of its result. The file is evidence beside the server's
-record: a step that ran twice has two lines, with one idempotency key.
+A step's line is written after its work is done and before its result is reported. The file is evidence beside the
+server's record: a step that ran twice has two lines with equal idempotency keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nexum_engine.worker import TaskContext
 
 
 class Effect(BaseModel):
-    """One line of the effect log: an attempt at a step."""
+    """One line of the effect log. It stands for one attempt at a step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class EffectLog:
         self.path = path
 
     def append(self, task: TaskContext) -> None:
-        """Append the task's line to the file before returning."""
+        """Write the line of a task to the end of the file, and return when it is written."""
         effect = Effect(
             execution_id=task.execution_id,
             step=task.node_id,
@@ -56,5 +56,5 @@ class EffectLog:
             try:
                 effects.append(Effect.model_validate_json(line))
             except ValidationError:
-                continue  # the writer was killed within this line: the effect didn't happen
+                continue  # an incomplete line, whose writer was killed: the effect didn't happen
         return [effect for effect in effects if effect.execution_id == execution_id]

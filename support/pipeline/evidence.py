@@ -1,7 +1,7 @@
-"""The evidence of one run of the pipeline, and the checks of it.
+"""Hold the evidence of one run of the pipeline, and check the evidence.
 
-The evidence is the server's record, the demo's own observations (the workers that it started, how they ended, and the
-outputs recorded by then) and the log of the steps' effects. Pure functions: nothing here talks to a server.
+There are three sources: the server's record, the log of the steps' effects, and what the demo saw of its workers: how
+each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.pipeline.effects import Effect
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """The point at which worker 1 is killed: after a step's record, or between a step's effect and its record."""
+    """The point at which worker 1 is killed: after a step is recorded, or between the step's effect and its record."""
 
     step: str
     within: bool = False
@@ -28,7 +28,7 @@ class CrashPoint:
 
     @property
     def in_words(self) -> str:
-        """The time of the kill, in words."""
+        """A phrase that tells when worker 1 is killed."""
         return f"within {self.step}, after its effect" if self.within else f"as soon as {self.step} is recorded"
 
     @property
@@ -47,13 +47,13 @@ class SeenWorker:
     name: str
     pid: int
     death: str = ""
-    """The cause of the worker's death, "" if it didn't die."""
+    """The cause of the worker's death, or "" if the worker didn't die."""
     recorded: Mapping[str, str] | None = None
-    """The outputs that the server had recorded by the worker's death."""
+    """The outputs that the server had recorded when the worker died; None if the worker didn't die."""
 
     def owns(self, worker_id: str) -> bool:
-        """Return whether the id in the records is this worker's."""
-        # Don't compare process ids: where a launcher starts Python, the demo only knows the launcher's.
+        """Return whether `worker_id`, an id from the server's records, belongs to this worker."""
+        # Don't compare process ids: if a launcher starts Python, the demo knows only the launcher's process id.
         return worker_id.startswith(f"{self.name}-pid")
 
 
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """The attempt's outcome, in words."""
+        """A phrase for the attempt's outcome."""
         if self.attempt.outcome is Outcome.COMPLETED:
             return "recorded"
         word: str = self.attempt.outcome.value.lower()
@@ -78,7 +78,7 @@ class Row:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the attempt's worker or server died, or the worker fell silent."""
+        """Whether the attempt was lost: its worker died or fell silent, or the server died."""
         return self.attempt.outcome in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED)
 
 
@@ -105,23 +105,23 @@ class PipelineRun:
 
     @property
     def begun_ms(self) -> int:
-        """The start of the first attempt, from which a timeline counts."""
+        """The start time of the first attempt. Timelines count from this time."""
         rows = self.rows
         return rows[0].attempt.started_ms if rows else self.execution.created_ms
 
     def worker_of(self, attempt: Attempt) -> SeenWorker | None:
-        """Return the worker of an attempt; None for a worker that the demo didn't start."""
+        """Return the worker of an attempt, or None if the demo didn't start that worker."""
         return next((worker for worker in self.workers if worker.owns(attempt.worker_id)), None)
 
     def steps_of(self, worker: SeenWorker) -> list[str]:
-        """Return the steps that the server recorded from a worker."""
+        """Return the steps whose recorded outputs came from a worker."""
         return [
             row.node.node_id for row in self.rows if row.worker is worker and row.attempt.outcome is Outcome.COMPLETED
         ]
 
     @property
     def resumptions(self) -> list[tuple[SeenWorker, str]]:
-        """Each worker that took over from a dead one, with the first step that it took."""
+        """Each worker that took over from a dead worker, with the first step that the new worker took."""
         found: list[tuple[SeenWorker, str]] = []
         for worker in self.workers[1:]:
             steps = [row.node.node_id for row in self.rows if row.worker is worker]
@@ -136,13 +136,13 @@ class PipelineRun:
 
     @property
     def report(self) -> str:
-        """The report in Markdown; "" if `report` was not recorded."""
+        """The output of the step `report`, in Markdown; "" if that step was not recorded."""
         output = self.execution.outputs().get("report")
         return str(json.loads(output)["markdown"]) if output is not None else ""
 
 
 def problems(run: PipelineRun) -> list[str]:
-    """Return the failed checks of a run, a sentence each; [] if every check passed."""
+    """Return a sentence for each failed check of a run, or [] if every check passed."""
     execution = run.execution
     if execution.status is not ExecutionStatus.COMPLETED:
         why = next((node.error for node in execution.nodes if node.status is NodeStatus.FAILED), execution.error)
@@ -199,7 +199,7 @@ def _is_after(step: str, other: str) -> bool:
 
 
 def remarks(run: PipelineRun) -> list[str]:
-    """Return sentences about the run: where it was resumed, which steps ran again, and whether the kill was early."""
+    """Return sentences that tell where the run was resumed, which steps ran again, and whether the kill came early."""
     said: list[str] = []
     dead = [worker for worker in run.workers if worker.death]
     if dead and run.resumptions:
@@ -222,7 +222,7 @@ def _repetition(run: PipelineRun, node: Node) -> str:
 
 
 def effect_times(run: PipelineRun, node: Node) -> str:
-    """Return how often a step's effect happened, in words."""
+    """Return a phrase that tells how often a step's effect happened."""
     number = sum(effect.step == node.node_id for effect in run.effects)
     return {1: "once", 2: "twice"}.get(number, f"{number} times")
 

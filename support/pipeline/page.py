@@ -1,7 +1,7 @@
-"""Runs of the pipeline as one self-contained HTML page: a lane for each worker, drawn from the server's records.
+"""Show runs of the pipeline on one HTML page, with a lane for each worker. The data comes from the server's records.
 
-The page has no script, font or picture from elsewhere. Text from records is escaped, and the page's security policy
-lets the browser load and run nothing.
+The page loads no script, font or picture. Text from records is escaped, and the page's security policy forbids the
+browser to load or run anything.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from nexum_engine.records import Outcome
 from support.pipeline.evidence import PipelineRun, Row, SeenWorker, problems, remarks
 
 MAX_TICKS = 8
-LABEL_ROOM = 45.0  # percent of a track that a label may need
-TICK_STEPS = (1, 2, 5)  # times a power of ten, in milliseconds
+LABEL_ROOM = 45.0  # percent of a track's width that is kept free for a label
+TICK_STEPS = (1, 2, 5)  # a distance between ticks is one of these times a power of ten, in milliseconds
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --ink: #1c1d1f; --soft: #5c6066; --line: #d7d9dc; --lane: #f0f1f2;
@@ -54,7 +54,7 @@ pre { white-space: pre-wrap; background: var(--lane); padding: 1rem; border-radi
 
 
 def page(runs: Sequence[PipelineRun]) -> str:
-    """Return the HTML document of these runs."""
+    """Return the HTML document that shows the runs."""
     sections = "\n".join(_section(run) for run in runs)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -94,7 +94,7 @@ def _section(run: PipelineRun) -> str:
 
 
 class _Scale:
-    """A scale from milliseconds of the execution to percent of a track's width."""
+    """Convert a time of the execution, in milliseconds, to a percentage of a track's width."""
 
     def __init__(self, run: PipelineRun) -> None:
         ends = [row.attempt.ended_ms or row.attempt.started_ms for row in run.rows]
@@ -105,7 +105,7 @@ class _Scale:
         return round(100 * (at_ms - self.from_ms) / (self.to_ms - self.from_ms), 3)
 
     def ticks(self) -> list[int]:
-        """Return round numbers of milliseconds since the start."""
+        """Return the times of the ticks: round numbers of milliseconds since the start."""
         length = self.to_ms - self.from_ms
         power = 1
         while True:
@@ -121,7 +121,7 @@ def _chart(run: PipelineRun) -> str:
     ticks = "".join(
         f'<span class="tick" style="left:{scale.percent(scale.from_ms + ms)}%">{ms / 1000:g} s</span>'
         for ms in scale.ticks()
-        if scale.percent(scale.from_ms + ms) < 97  # a label at the edge would stick out
+        if scale.percent(scale.from_ms + ms) < 97  # beyond 97 percent, a label would stick out of the page
     )
     return f"""<div class="chart">
 {lanes}

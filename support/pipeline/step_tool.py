@@ -1,4 +1,4 @@
-"""A declared tool for the agent of a step. It runs in the step's process: the step is recorded, not the tool call."""
+"""Run a declared tool for a step's agent, in the step's process. The server records the step, not the tool call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from support.tools import Tool, ToolContext
 class StepTool(BaseTool[BaseModel, BaseModel]):
     """An AutoGen tool that runs a declared tool.
 
-    `passing_failures` collects the errors that a retry may fix, because AutoGen swallows a tool's errors.
+    The tool adds errors that a retry may fix to `passing_failures`, because AutoGen swallows a tool's errors.
     """
 
     def __init__(self, declared: Tool, context: ToolContext, passing_failures: list[str]) -> None:
-        # AutoGen annotates the type as BaseModel, but its own FunctionTool passes plain types, too.
+        # AutoGen annotates the return type as a BaseModel, but AutoGen's own FunctionTool also passes plain types.
         text: type[Any] = str
         super().__init__(declared.arguments, text, declared.name, declared.description)
         self._declared = declared
@@ -37,7 +37,7 @@ class StepTool(BaseTool[BaseModel, BaseModel]):
         except FinalError:
             raise
         except asyncio.CancelledError as error:
-            # AutoGen 0.7.5 waits for ever for a tool that ends as cancelled.
+            # Raise another error than CancelledError: AutoGen 0.7.5 would wait forever for a cancelled tool.
             raise RuntimeError(f"{self.name} was cancelled") from error
         except Exception as error:
             self._passing_failures.append(f"{self.name}: {error}")

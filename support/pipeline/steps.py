@@ -1,7 +1,7 @@
-"""The work of the pipeline's four steps: each asks an AutoGen agent and checks its reply.
+"""Do the work of the pipeline's four steps. Each step asks an AutoGen agent and checks the agent's reply.
 
-A quote must be on its page, and a citation must have a source. If a reply can't be used, the step asks once more and
-then fails the attempt. This module imports AutoGen, so import it only when used.
+A quote must be on its page, and a citation must have a source. If a reply can't be used, the step asks once more. If
+the second reply can't be used either, the attempt fails. Import this module only when needed: it imports AutoGen.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from support.tools.clean_text import one_line
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
 MAX_TITLE = 200  # characters
-EAGER_ATTEMPTS = 2  # the first attempts, which fail if a page can't be read now; later ones drop the page's claims
-_FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP: the key, the model or the request is wrong
+# If a page can't be read now, this many first attempts fail. Later attempts drop the page's claims instead.
+EAGER_ATTEMPTS = 2
+_FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP statuses for a wrong key, model or request
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
 
 RESEARCHER = f"""You are a researcher. Search with web_search, read the promising pages with visit_webpage, and collect
@@ -86,7 +87,7 @@ class _Verdicts(_Strict):
 
 
 class PipelineSteps:
-    """The four steps, which read this web. `model_for` makes the model client of a step's agent."""
+    """The four steps. They read pages from `web`; `model_for` makes the model client of a step's agent."""
 
     def __init__(self, web: Web, model_for: Callable[[str], ChatCompletionClient]) -> None:
         self._web = web
@@ -102,7 +103,7 @@ class PipelineSteps:
         }
 
     async def research(self, task: TaskContext) -> Research:
-        """Collect claims from the web, each with its page and its quote."""
+        """Collect claims from the web. Each claim has a page and a quote from that page."""
         query = PipelineInput.model_validate(task.input).query
         failures: list[str] = []
         tools = [StepTool(tool, self._context(task), failures) for tool in TOOLS.values()]
@@ -112,7 +113,7 @@ class PipelineSteps:
         return Research(claims=list(dict.fromkeys(found.claims))[:MAX_CLAIMS], note=found.note.strip())
 
     async def validate(self, task: TaskContext) -> Validation:
-        """Read every page again; keep the claims whose quote is on the page and supports the statement."""
+        """Read every page again. Keep each claim whose quote is on the page and supports the statement."""
         claims = Research.model_validate(task.deps["research"]).claims
         pages = {url: await self._read(url, task) for url in dict.fromkeys(claim.url for claim in claims)}
         dropped: list[DroppedClaim] = []
@@ -150,7 +151,7 @@ class PipelineSteps:
         return Summary(text=await self._ask("summarize", SUMMARIZER, _json(asked), _citing(validation.sources)))
 
     async def report(self, task: TaskContext) -> Report:
-        """Write the report; add the numbered sources and the dropped claims."""
+        """Write the report, and add the numbered sources and the dropped claims."""
         query = PipelineInput.model_validate(task.input).query
         validation = Validation.model_validate(task.deps["validate"])
         summary = Summary.model_validate(task.deps["summarize"]).text
@@ -175,9 +176,9 @@ class PipelineSteps:
         parse: Callable[[str], T],
         tools: Sequence[BaseTool[Any, Any]] = (),
     ) -> T:
-        """Return the parsed reply of the step's agent; ask once more if it can't be parsed.
+        """Return the parsed reply of the step's agent. If the reply can't be parsed, ask once more.
 
-        Raises StepFailed, and FinalError for a model's failure that a retry can't fix.
+        Raises FinalError for a failure of the model that a retry can't fix, and StepFailed if a retry may succeed.
         """
         model = self._model_for(step)
         agent = AssistantAgent(
@@ -224,9 +225,9 @@ class PipelineSteps:
     # ---- The web -----------------------------------------------------------------------------------------------------
 
     async def _read(self, url: str, task: TaskContext) -> tuple[str, str]:
-        """Return the page's text and "", or "" and the reason why the page can't be read.
+        """Return the page's text and "". If the page can't be read, return "" and the reason.
 
-        In the first attempts, raise StepFailed instead if a retry may succeed.
+        In the first attempts, raise StepFailed instead of returning a reason that a retry may fix.
         """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""
@@ -242,7 +243,7 @@ class PipelineSteps:
 
 
 def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
-    """Return why a quote is not on its page, or "" if it is. Runs of white space compare as one space."""
+    """Return why a quote is not on its page, or "" if it is. Any run of white space compares as one space."""
     if unreadable:
         return f"its page can't be read again: {one_line(unreadable, MAX_TITLE)}"
     wanted = " ".join(quote.split())
@@ -252,7 +253,7 @@ def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
 
 
 async def _reply(agent: AssistantAgent, task: str) -> str:
-    """Run the agent; return its last message. Raises ValueError if that holds no text."""
+    """Run the agent and return its last message. Raises ValueError if that message holds no text."""
     result = await agent.run(task=task)
     last = result.messages[-1]
     if not isinstance(last, TextMessage) or last.source != agent.name or not last.content.strip():
@@ -269,7 +270,7 @@ def _problem(error: ValueError) -> str:
 
 
 def _parsed(reply: str, form: type[Model]) -> Model:
-    """Return the JSON object in a reply. Models often put a fence or a sentence around it."""
+    """Return the JSON object in a reply, without the fence or the sentence that models often put around the object."""
     start, end = reply.find("{"), reply.rfind("}")
     if start < 0 or end < start:
         raise ValueError("it holds no JSON object")
@@ -281,7 +282,7 @@ def _parse_research(reply: str) -> Research:
 
 
 def _citing(sources: Sequence[Source]) -> Callable[[str], str]:
-    """Return a check for prose: it must cite at least one source, and only sources that exist."""
+    """Return a function that checks prose. The prose must cite at least one source, and only sources that exist."""
     known = {source.number for source in sources}
 
     def check(reply: str) -> str:

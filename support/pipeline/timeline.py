@@ -1,4 +1,4 @@
-"""A run of the pipeline as a text table of 80 columns: every attempt, and the deaths of workers between them."""
+"""Show a run of the pipeline as a text table, 80 columns wide, of its attempts and of its workers' deaths."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _line(run: PipelineRun, row: Row) -> str:
 
 
 def _between(run: PipelineRun, worker: SeenWorker, step: str) -> list[str]:
-    """Return the deaths and the resumption to show before the first attempt of this worker."""
+    """Return the lines about deaths and the resumption that come before the first attempt of `worker`."""
     number = run.workers.index(worker)
-    # Deaths before an earlier resumption are shown there.
+    # Leave out the deaths before an earlier resumption: they are shown with that resumption.
     earlier = [run.workers.index(other) for other, _ in run.resumptions]
     shown = max((index for index in earlier if index < number), default=0)
     deaths = [f"{one.name} died: {one.death}" for one in run.workers[shown:number] if one.death]

@@ -1,13 +1,13 @@
-"""Clean text from outside for use in a message or a tool's result."""
+"""Clean text from outside, such as a page, for use in a message or in a tool's result."""
 
 from __future__ import annotations
 
 import re
 
-SHOWN_LENGTH = 120  # characters of a foreign value that a message repeats
+SHOWN_LENGTH = 120  # the number of characters of a foreign value that a message shows
 
-# Control, zero-width and bidirectional characters, variation selectors, tags and lone surrogates: a person can't see
-# them, but they can carry text that the model reads. Listed here, so that the result is the same on every Python.
+# Remove control, zero-width and bidirectional characters, variation selectors, tags and lone surrogates. A person can't
+# see these characters, but a model reads text that is hidden in them. The list makes every Python remove the same ones.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"

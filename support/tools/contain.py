@@ -1,4 +1,4 @@
-"""Run one function within a time limit, so that its failure can't end or block the process."""
+"""Run a function within a time limit, so that a failing or hung function can't end or block the process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class _Outcome:
 
 
 async def run_contained(function: Callable[[], object], name: str, time_limit: float) -> object:
-    """Call the function, in a new thread unless it is async; return its result or raise its error.
+    """Call the function, in a new thread unless it is async. Return its result or raise its error.
 
-    Past the limit, raise StillRunning and abandon the function. A BaseException from the function becomes a
-    RuntimeError: a tool's CancelledError or SystemExit must not cancel or end the worker that awaits it.
+    At the time limit, abandon the function and raise StillRunning. A BaseException from the function becomes a
+    RuntimeError, so that a tool's CancelledError or SystemExit doesn't cancel or end the worker.
     """
     running: asyncio.Future[_Outcome]
     if inspect.iscoroutinefunction(_innermost(function)):
@@ -33,7 +33,7 @@ async def run_contained(function: Callable[[], object], name: str, time_limit: f
     else:
         running = _in_thread(function, name)
     try:
-        # Not wait_for: it would wait until the function has handled its cancellation.
+        # Don't use wait_for: it would wait until the function has handled its cancellation.
         done, _ = await asyncio.wait({running}, timeout=time_limit)
     finally:
         running.cancel()
@@ -72,10 +72,10 @@ def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Out
             outcome = _Outcome(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
             outcome = _Outcome(error=error)
-        with contextlib.suppress(RuntimeError):  # the loop was closed, so no caller waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
             loop.call_soon_threadsafe(deliver, outcome)
 
-    # A daemon thread, not a pool's: a hung call must not keep the process alive or block other calls.
+    # Start a daemon thread instead of using a pool: a hung call must not keep the process alive or block other calls.
     threading.Thread(target=body, name=f"tool {name}", daemon=True).start()
     return future
 

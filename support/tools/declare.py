@@ -1,4 +1,4 @@
-"""The declaration of tools: a function, its arguments as the model sees them, and its time limit."""
+"""Declare tools. A tool has a function, a model of the function's arguments, and a time limit."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ToolTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class ToolContext:
-    """The context of one tool call, beside the model's arguments."""
+    """What a tool gets in addition to the arguments from the model."""
 
-    idempotency_key: str  # the same at every attempt, so that a target can recognise a retry
+    idempotency_key: str  # equal at every attempt, so that a target can recognise a retry
     attempt: int  # from 1
     web: Web
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A declared tool. Its model `arguments` forbids unknown names and coerces no types."""
+    """A declared tool. `arguments` is a Pydantic model that forbids unknown names and coerces no types."""
 
     name: str
     description: str
@@ -52,7 +52,7 @@ class Tool:
 
     @classmethod
     def from_function(cls, function: Callable[..., object], *, time_limit: float = DEFAULT_TIME_LIMIT) -> Tool:
-        """Make a tool from a function. Raises TypeError or ValueError if the model couldn't call it."""
+        """Make a tool from a function. Raises TypeError or ValueError if no model could call the function."""
         name = function.__name__
         description = inspect.getdoc(function)
         if not description:
@@ -96,7 +96,7 @@ class Tool:
         try:
             if not isinstance(arguments, Mapping):
                 raise TypeError("the arguments must be a JSON object")
-            # Validate as JSON: there, strict mode lets a list fill a tuple, but never a text an int.
+            # Validate as JSON: in JSON, strict mode accepts a list for a tuple, but never a text for an int.
             text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
             checked = self.arguments.model_validate_json(text)
         except ValidationError as invalid:
@@ -127,7 +127,7 @@ class Tool:
             except (TypeError, ValueError, RecursionError) as error:
                 kind = type(result).__name__
                 raise FinalError(f"{self.name} returned a {kind}, which is neither text nor JSON ({error})") from error
-        # Replace lone surrogates: they can't be sent or stored.
+        # Replace lone surrogates, because UTF-8 can't encode them.
         return result.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -148,7 +148,7 @@ def tool(*, time_limit: float = DEFAULT_TIME_LIMIT) -> Callable[[Callable[..., o
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool of this name. Raises FinalError, with the existing names, if there is none."""
+    """Return the tool with the name. If there is none, raise FinalError with the names of all tools."""
     if name not in REGISTRY:
         raise FinalError(f"there is no tool named {shortened(name)}; the tools are {', '.join(sorted(REGISTRY))}")
     return REGISTRY[name]

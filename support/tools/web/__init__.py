@@ -1,4 +1,4 @@
-"""The interface to the web that the tools use, live or offline."""
+"""Define the interface `Web`, through which the tools use the live or the offline web."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXCERPT_LENGTH = 2_000  # characters
 
 
 class WebError(RuntimeError):
-    """A search or a page could not be had now; a retry may succeed."""
+    """A search failed or a page could not be read; a retry may succeed."""
 
 
 class SearchHit(BaseModel):
-    """One result of a search, with visible characters only and an address that visit_webpage accepts."""
+    """One result of a search. Its text has only visible characters, and visit_webpage accepts its address."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,18 +34,18 @@ class Page:
 
     url: str  # after redirects
     status: int
-    content_type: str  # the header's value, "" if there was none
+    content_type: str  # the value of the Content-Type header, or "" without one
     body: bytes
     truncated: bool = False  # the body is longer than the limit
 
 
 class Web(Protocol):
-    """The live or the offline web. Both methods block; they run in a tool's thread."""
+    """The live or the offline web. Both methods block, so call them in a tool's thread."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
-        """Return the hits of a search engine; [] only if the engine reports that there are none."""
+        """Return the hits of a search. Return [] only if the search engine reports that there are none."""
         ...
 
     def fetch(self, url: str) -> Page:
-        """Return the response from a checked address. Raises FinalError if it may not be read, else WebError."""
+        """Return the response from a checked address. Raises WebError if a retry may succeed, else FinalError."""
         ...

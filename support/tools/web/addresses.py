@@ -1,6 +1,6 @@
-"""The test for public internet addresses.
+"""Test whether an IP address is public.
 
-`ipaddress.is_global` alone is not enough: it accepts addresses that wrap another one, and a cloud's internal ones.
+`ipaddress.is_global` alone is not enough: it accepts internal addresses of clouds, and addresses that wrap another one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_public(address: Address) -> bool:
 
 
 def literal_address(host: str) -> Address | None:
-    """Return the IP address that a URL's host is, or None if the host is a name."""
+    """Return the host of a URL as an IP address, or None if the host is a name."""
     try:
         return ip_address(host.strip("[]"))
     except ValueError:

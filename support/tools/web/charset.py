@@ -1,4 +1,4 @@
-"""The kind of a response, and the decoding of its body."""
+"""Tell the kind of a response, and decode its body."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 _DEFAULT = "utf-8"
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # must precede UTF-16: this mark begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -18,20 +18,20 @@ _BYTE_ORDER_MARKS = (
 _DECLARED_WITHIN = 4096  # bytes
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w.:-]{1,40})", re.IGNORECASE)
 _XML = re.compile(rb"^\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
-# Only these names are accepted: Python's codecs also include punycode, unicode_escape, zip and others.
+# Accept only these encodings: Python's codecs also include punycode, unicode_escape, zip and others.
 _CHARSET = re.compile(
     r"utf-(8|16|32)(-[bl]e)?|iso8859-\d+|cp\d+|koi8-\w|euc_\w+|gb\w+|big5\w*|shift_j\w+|mac-\w+|tis-620"
 )
-# Browsers do the same: a page with such a label nearly always uses the superset.
+# Decode with a superset of the declared encoding, as browsers do: most such pages use the superset's characters.
 _SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "tis-620": "cp874"}
 
 
 class Kind(Enum):
-    """The way to read a body."""
+    """The kind of a body, which decides how the body is read."""
 
     HTML = "html"
     JSON = "json"
-    TEXT = "text"  # XML too: its tags are its content
+    TEXT = "text"  # includes XML, because its tags are part of its content
 
 
 def media_type(content_type: str) -> str:
@@ -40,7 +40,7 @@ def media_type(content_type: str) -> str:
 
 
 def kind_of(content_type: str) -> Kind | None:
-    """Return the kind of a body, or None if it is not text. A body without a type counts as HTML."""
+    """Return the kind of a body, or None if the body is not text. A body without a type counts as HTML."""
     match media_type(content_type):
         case "" | "text/html" | "application/xhtml+xml":
             return Kind.HTML
@@ -66,7 +66,7 @@ def is_readable(content_type: str) -> bool:
 def decoded(body: bytes, content_type: str) -> str | Literal[False]:
     """Return the body's text, or False if the body is binary.
 
-    The encoding is that of the byte order mark, the header or the page's declaration, else UTF-8.
+    The encoding comes from the byte order mark, from the header, or from the page's declaration. The default is UTF-8.
     """
     encoding = _encoding(body, content_type)
     if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in body[:_DECLARED_WITHIN]:
@@ -84,7 +84,7 @@ def _encoding(body: bytes, content_type: str) -> str:
     head = body[:_DECLARED_WITHIN]
     declared = _XML.search(head) or (_META.search(head) if kind_of(content_type) is Kind.HTML else None)
     if declared and (charset := _charset(declared[1].decode("ascii", "replace"))):
-        # The declaration was readable as bytes, so the page is not UTF-16.
+        # Ignore a declared UTF-16 or UTF-32: the declaration itself was read as single bytes, so it can't be true.
         return _DEFAULT if charset.startswith(("utf-16", "utf-32")) else charset
     return _DEFAULT
 

@@ -1,7 +1,7 @@
-"""Connections to checked addresses only, with one deadline.
+"""Connect to checked addresses only, with one deadline.
 
 The host is resolved once, and the connection goes to a checked address. So a name can't resolve to a public address for
-the check and to a private one for the connection. TLS names and Host headers stay unchanged.
+the check and to a private address for the connection. TLS names and Host headers stay unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AddressPolicy: TypeAlias = Callable[[Address], bool]
 def system_resolver(host: str) -> list[Address]:
     """Return the addresses to which the system resolves the host."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    # dict, not set: the system lists the best address first.
+    # Remove duplicates with a dict, which keeps the order: the system lists the best address first.
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 
@@ -40,7 +40,7 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds until the deadline. Raises the HTTP client's ReadTimeout after it."""
+        """Return the seconds until the deadline. After the deadline, raise the HTTP client's ReadTimeout."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise httpcore2.ReadTimeout("deadline")
@@ -67,7 +67,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
         addresses = self._checked_addresses(host)
         failure: Exception | None = None
         for tried, address in enumerate(addresses):
-            # Divide the time that is left: a dead first address must not use all of it.
+            # Divide the time that is left among the addresses: a dead first address must not use all the time.
             share = self._deadline.left() / (len(addresses) - tried)
             try:
                 stream = self._sockets.connect_tcp(str(address), port, share, local_address, socket_options)
@@ -94,16 +94,16 @@ class CheckedBackend(httpcore2.NetworkBackend):
         def resolve() -> None:
             try:
                 answers.put(self._resolver(host))
-            except Exception as error:  # noqa: BLE001  (raised in the waiting thread)
+            except Exception as error:  # noqa: BLE001  (the waiting thread raises it)
                 answers.put(error)
 
-        # The system's resolver has no timeout, so it runs in a thread that can be abandoned.
+        # Resolve in a thread that can be abandoned: the system's resolver has no timeout.
         threading.Thread(target=resolve, name=f"resolve {host}", daemon=True).start()
         try:
             answer = answers.get(timeout=self._deadline.left())
         except queue.Empty:
             raise httpcore2.ConnectTimeout("deadline") from None
-        if isinstance(answer, UnicodeError):  # a label over 63 characters
+        if isinstance(answer, UnicodeError):  # for example, a label of more than 63 characters
             raise FinalError(f"the host {host} is not a valid name") from answer
         if isinstance(answer, OSError):
             raise WebError(f"the host {host} was not found ({answer.strerror or answer})") from answer

@@ -1,4 +1,4 @@
-"""Read and decompress a response's body within bounds."""
+"""Read and decompress the body of a response, within a limit of size."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nexum_engine.errors import FinalError
 from support.tools.web import WebError
 
 ACCEPTED_ENCODINGS = "gzip, deflate"
-BOMB_RATIO = 250  # pages compress to a tenth, rarely to a hundredth; zlib's limit is about 1 : 1030
+BOMB_RATIO = 250  # most pages compress to a tenth, few to a hundredth; zlib's maximum is about 1030 to 1
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_body(chunks: Iterable[bytes], encoding: str, max_bytes: int) -> tuple[bytes, bool]:
-    """Return the decompressed body, up to the limit, and whether it was cut there."""
+    """Return the decompressed body, up to `max_bytes`, and whether the body was cut."""
     match encoding.strip().lower():
         case "" | "identity":
             return _plain(chunks, max_bytes)
@@ -41,7 +41,7 @@ def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tupl
     inflater = zlib.decompressobj(window_bits)
     for chunk in chunks:
         received += len(chunk)
-        # Servers send "deflate" with or without zlib's header; the first byte tells which.
+        # Look for zlib's header in the first byte: servers send "deflate" with the header or without it.
         if received == len(chunk) and window_bits == zlib.MAX_WBITS and chunk and chunk[0] & 0x0F != 8:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         data = chunk
@@ -60,7 +60,8 @@ def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tupl
                 data = inflater.unused_data
                 if not data.startswith(_GZIP_MAGIC):
                     return bytes(body), False
-                inflater = zlib.decompressobj(window_bits)  # gzip allows one member after another
+                # Read the next member: a gzip file may have several.
+                inflater = zlib.decompressobj(window_bits)
         if received > max_bytes:
             return bytes(body), True
     if received and not inflater.eof:

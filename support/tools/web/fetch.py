@@ -1,6 +1,6 @@
 """Fetch a page from the public internet only, within bounds of time and bytes.
 
-Proxies from the environment are not used: a proxy would connect to unchecked addresses.
+The fetcher ignores proxies from the environment: a proxy would connect to unchecked addresses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from support.tools.web.connector import AddressPolicy, CheckedBackend, Deadline,
 from support.tools.web.decompress import ACCEPTED_ENCODINGS, read_body
 from support.tools.web.url import checked_url, parse_url
 
-DEADLINE = 30.0  # seconds, from the first look-up to the last byte
-MAX_BYTES = 2 * 1024 * 1024  # of a body, both compressed and decompressed
+DEADLINE = 30.0  # seconds from the first DNS look-up to the last byte
+MAX_BYTES = 2 * 1024 * 1024  # the limit of a body's size, both compressed and decompressed
 MAX_REDIRECTS = 5
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -37,7 +37,7 @@ _HEADERS = {
 
 
 class GuardedFetcher:
-    """A fetcher of public pages. Only code can replace its resolver and policy; no setting can."""
+    """A fetcher of public pages. Code can replace its resolver and its policy; no setting can."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class GuardedFetcher:
         self._max_redirects = max_redirects
 
     def fetch(self, url: str) -> Page:
-        """Return the response from the address, after redirects. A body that is not text is not read."""
+        """Follow redirects from the address and return the last response. Don't read a body that is not text."""
         first = current = checked_url(url)
         deadline = Deadline(self._deadline)
         with _errors_in_words(first, deadline):
@@ -73,7 +73,7 @@ class GuardedFetcher:
         return self._given_ssl_context or httpcore2.default_ssl_context()
 
     def _request(self, url: str, deadline: Deadline) -> Page | bytes:
-        """Return the page, or the location that it redirects to."""
+        """Return the page at the address, or the location to which the server redirects."""
         backend = CheckedBackend(self._resolver, self._address_policy, deadline)
         target = urldefrag(url).url
         with (
@@ -96,7 +96,7 @@ def _redirected(current: str, location: bytes) -> str:
     try:
         target = location.decode()
     except UnicodeDecodeError:
-        target = location.decode("latin-1")  # HTTP's original charset
+        target = location.decode("latin-1")  # the charset of headers in older versions of HTTP
     try:
         return parse_url(urljoin(current, target.strip()))
     except ValueError as error:
@@ -105,7 +105,7 @@ def _redirected(current: str, location: bytes) -> str:
 
 @contextmanager
 def _errors_in_words(url: str, deadline: Deadline) -> Iterator[None]:
-    """Turn every failure into a FinalError or, if a retry may succeed, a WebError that names the requested address."""
+    """Turn each failure into an error that names the address: a WebError if a retry may succeed, else a FinalError."""
     name = shortened(url)
     try:
         yield

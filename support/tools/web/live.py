@@ -1,4 +1,4 @@
-"""The live web, as the tools' `Web`."""
+"""Implement the tools' interface `Web` for the live web."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert a response to the Markdown that a model reads, for the live web and the offline pages alike."""
+"""Convert a page of the live or the offline web to the Markdown that a model reads."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def _check_status(page: Page) -> None:
 def _markdown(html: str, page: Page) -> tuple[str, bool]:
     try:
         return html_to_markdown(html, page.url, xml=media_type(page.content_type) == "application/xhtml+xml")
-    except Exception as error:  # a parser fails on the same page again
+    except Exception as error:  # any error is final: a parser fails again on an unchanged page
         reason = f"{type(error).__name__}: {error}"
         raise FinalError(f"{shortened(page.url)} could not be converted to text ({shortened(reason)})") from error
 
 
 def _pretty(text: str) -> str:
-    """Return the JSON indented, or unchanged if indenting would change a value."""
+    """Return a JSON text with indentation, or unchanged if indenting would change a value."""
 
     def number(digits: str) -> float:
         value = float(digits)

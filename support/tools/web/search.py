@@ -1,7 +1,7 @@
 """Search the web with ddgs, one back-end after the other.
 
 ddgs raises "No results found." for an empty result, for a refused request and for a timeout. The HTTP statuses of the
-back-end's responses tell them apart.
+back-end's responses tell which of the three happened.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ddgs.base import BaseSearchEngine
 
-# Not ddgs.DDGS: that is a proxy, and a class derived from it creates the plain client.
+# Don't import ddgs.DDGS: it is a proxy, and a class that is derived from it creates the plain client.
 from ddgs.ddgs import DDGS
 from ddgs.exceptions import DDGSException
 from pydantic import ValidationError
@@ -21,14 +21,14 @@ from support.tools.web import SearchHit, WebError
 
 logger = logging.getLogger(__name__)
 
-# Named here, because "auto" asks several in turn. The first uses Bing's index, the second its own.
+# Name each back-end, because "auto" asks several in turn. DuckDuckGo uses Bing's index, and Brave has its own.
 BACKENDS = ("duckduckgo", "brave")
-TIMEOUT = 10  # seconds a back-end
+TIMEOUT = 10  # seconds for each back-end
 _NO_RESULTS = "No results found."
 
 
 def search(query: str, max_results: int) -> list[SearchHit]:
-    """Return the hits of the first back-end that has any; [] only if every back-end reports that there are none."""
+    """Return the hits of the first back-end that has hits. Return [] only if every back-end reports no results."""
     failures: list[str] = []
     for backend in BACKENDS:
         try:
@@ -69,7 +69,7 @@ def _hit(row: dict[str, Any]) -> SearchHit | None:
     try:
         return SearchHit.model_validate({name: row.get(name) for name in ("title", "href", "body")})
     except ValidationError:
-        return None  # the link of an advertisement, or an internal link
+        return None  # skip the link of an advertisement, or an internal link
 
 
 class _WatchedDDGS(DDGS):
@@ -89,5 +89,5 @@ class _WatchedDDGS(DDGS):
                 self.statuses.append(response.status_code)
                 return response
 
-            setattr(engine.http_client, "request", watched)  # noqa: B010  (mypy minds the plain assignment)
+            setattr(engine.http_client, "request", watched)  # noqa: B010  (mypy rejects a plain assignment)
         return engines

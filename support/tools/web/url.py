@@ -11,7 +11,7 @@ _HTTP_URL = TypeAdapter(HttpUrl)
 
 
 def parse_url(text: str) -> str:
-    """Return the address as a browser reads it: lower-case ASCII host, encoded path. Raises ValueError."""
+    """Return the address as a browser reads it, with a lower-case ASCII host and an encoded path. Raises ValueError."""
     text = text.strip()
     try:
         url = _HTTP_URL.validate_python(text)
@@ -37,7 +37,7 @@ def parse_url(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """Return the address of a tool's argument as `parse_url` does. Raises FinalError: a retry can't fix the address."""
+    """Return the address as `parse_url` does, but raise FinalError: no retry can fix an invalid address."""
     try:
         return parse_url(text)
     except ValueError as error:

@@ -15,19 +15,19 @@ from support.tools.web.url import parse_url
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
-MAX_HTML = 512_000  # characters; markdownify takes about 5 s a million
-MAX_ADDRESS = 2083  # characters of a base address; the limit of a link, too
+MAX_HTML = 512_000  # characters; markdownify takes about 5 s for a million characters
+MAX_ADDRESS = 2083  # characters of a page's base address or of a link
 
 _SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
 _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 
 def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
-    """Return the page's content as Markdown, and whether all of the page was read. `xml` means XHTML."""
+    """Return the page's content as Markdown, and whether the whole page was read. Set `xml` for XHTML."""
     from bs4 import BeautifulSoup
 
     html = source_of_seen(html, xml=xml)
-    # The newline keeps Beautiful Soup from warning that the text looks like a file's name.
+    # Add a newline: without one, Beautiful Soup may warn that the text looks like a file's name.
     soup = BeautifulSoup(html[:MAX_HTML] + "\n", "lxml")
     base_url = _base_url(soup, url)
     content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
@@ -39,7 +39,7 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
 
 
 def _base_url(soup: BeautifulSoup, url: str) -> str:
-    """Return the address that the page's links are relative to, or "" if it is too long for any link."""
+    """Return the base address of the page's relative links, or "" if that address is too long."""
     base = soup.find("base", href=True)
     if base is None:
         return url
@@ -48,7 +48,7 @@ def _base_url(soup: BeautifulSoup, url: str) -> str:
         return ""
     try:
         joined = urljoin(url, href)
-    except ValueError:  # browsers ignore such a base, too
+    except ValueError:  # ignore an invalid base, as browsers do
         return url
     return joined if joined.startswith(("http:", "https:")) else url
 
@@ -65,9 +65,9 @@ def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
 
     class Element(Tag):
         def find_parent(self, *args: object, **more: object) -> None:
-            """Return None: no `pre` of a seen page holds elements.
+            """Return None, because no element of a seen page is within a `pre`.
 
-            markdownify looks for a `pre` around each element, and that search would take most of the time.
+            markdownify looks for a `pre` around each element. A real search would take most of the conversion's time.
             """
 
     return lambda name: Element(builder=soup.builder, name=name)
@@ -79,7 +79,7 @@ def _markdown(content: Tag) -> tuple[str, bool]:
     class Converter(SeenPageHooks, MarkdownConverter):
         pass
 
-    # No escaping, so that sentences can be quoted verbatim.
+    # Don't escape characters of the text, so that sentences can be quoted verbatim.
     converter = Converter(
         heading_style=ATX, bullets="-", escape_asterisks=False, escape_underscores=False, escape_misc=False
     )

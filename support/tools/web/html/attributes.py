@@ -12,9 +12,9 @@ from support.tools.web.html.style import Style
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_CLASSES = 20  # classes of an element that are read; one element may be around every code block
+MAX_CLASSES = 20  # read only this many classes of an element, because one element may be around every code block
 
-_NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # browsers don't accept more digits
+_NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # at most nine digits, as in browsers
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
 _LANGUAGE_NAME = re.compile(r"[a-z0-9+#.-]{1,30}")
 _NO_LANGUAGE = frozenset({"none", "plain", "plaintext", "text", "txt", "default", "source", "code", "nohighlight"})
@@ -49,7 +49,7 @@ def elements(element: Tag) -> list[Tag]:
 
 
 def number(value: object) -> int | None:
-    """Return the number at the start of an attribute's value, as HTML reads it, or None."""
+    """Return the number at the start of an attribute's value by the rules of HTML, or None if there is none."""
     found = _NUMBER.match(str(value)) if value is not None else None
     return int(found[1]) if found else None
 
@@ -63,7 +63,7 @@ def is_float(text: str) -> bool:
 
 @dataclass(eq=False)
 class ItemMarks:
-    """The marks of an open list's next items."""
+    """The marks, such as "-" or "3.", for the next items of an open list."""
 
     kind: str  # "-", "1", "a", "A", "i" or "I"
     number: int = 1
@@ -108,7 +108,7 @@ def _numeral(number: int, kind: str) -> str:
 
 
 def code_language(element: Tag) -> str:
-    """Return the language of a code block, or "". Highlighters note it on the block, within it or just around it."""
+    """Return the language of a code block, or "". Highlighters note the language on, within or around the block."""
     places = [element, *(child for child in elements(element) if child.name == "code")]
     parent = element.parent
     around = [parent, parent.parent] if parent else []

@@ -1,7 +1,7 @@
 """Hooks for markdownify's converter that write the elements of a seen page, each at linear cost.
 
-`seen.py` builds the elements. A hook replaces markdownify's own method where that would lose a value, break a table or
-take quadratic time.
+`seen.py` builds the elements. A hook replaces a method of markdownify that would lose a value, break a table or take
+quadratic time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bs4 import Tag
 
-REPEATED_TEXT = 200  # characters; a longer text of a cell that spans rows is written in the first row only
-SPANNED_TEXT = 500_000  # characters that spanning cells may add to a page
+# The text of a cell that spans rows is repeated in each row, if the text has at most this many characters.
+REPEATED_TEXT = 200
+SPANNED_TEXT = 500_000  # characters that the repeated texts of spanning cells may add to a page
 _CELL = "cell"
 
 _BACKTICKS = re.compile("`+")
@@ -25,13 +26,13 @@ _ORDINAL = re.compile(r"st|nd|rd|th", re.IGNORECASE)
 
 
 def mark_raised(text: str, tag: str) -> str:
-    """Return a text as `<sup>2</sup>`: Markdown has no mark for it, and without one 10² would read as 102."""
+    """Put a raised text into tags, as in `<sup>2</sup>`. Without a mark, 10² would read as 102."""
     return f"<{tag}>{text}</{tag}>"
 
 
 @dataclass
 class _Row:
-    """A row's cells: for each its first column, the column after its last one, and its text."""
+    """The cells of a row. A cell has its first column, the column after its last column, and its text."""
 
     section: str
     is_head: bool
@@ -40,7 +41,7 @@ class _Row:
 
 @dataclass
 class _Carried:
-    """A cell that spans into the rows below its own."""
+    """A cell that spans into rows below its first row."""
 
     begin: int
     end: int
@@ -49,18 +50,18 @@ class _Carried:
 
 
 class SeenPageHooks:
-    """Conversion hooks of a seen page. In a class, name this base before markdownify's `MarkdownConverter`."""
+    """Hooks that convert a seen page. List this base class before markdownify's `MarkdownConverter`."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        self.complete = True  # False: a table's spans were too large to be written out
-        self._texts: dict[int, str] = {}  # of cells and captions, by id, until their table is written
+        self.complete = True  # False if a table's spans were too large to be written out
+        self._texts: dict[int, str] = {}  # the texts of cells and captions, by element id, until their table is written
         self._spare = SPANNED_TEXT
 
     # Inline elements
 
     def convert_sup(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
-        """Mark raised text, unless it reads well without a mark: a note in brackets, the "th" of "5th"."""
+        """Mark raised text, except text that reads well without a mark: a note in brackets, or the "th" of "5th"."""
         before, word, after = _chomped(text)
         if not word:
             return text
@@ -91,7 +92,7 @@ class SeenPageHooks:
 
     def convert_a(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         if not el.get_text(strip=True):
-            return text  # a picture has its own address
+            return text  # write no link around a picture, which has an address itself
         before, words, after = _chomped(text)
         address = str(el["href"])
         return f"{before}<{address}>{after}" if words == address else f"{before}[{words}]({address}){after}"
@@ -119,7 +120,7 @@ class SeenPageHooks:
     def convert_list(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         if "li" not in parent_tags:
             return f"\n\n{text}\n\n"
-        # An item's list follows its words directly; text after the list is a new paragraph.
+        # Put no empty line between an item's words and its inner list. Text after the inner list is a new paragraph.
         return f"\n{text.rstrip()}" + ("\n\n" if el.next_sibling else "\n")
 
     convert_ul = convert_list
@@ -150,7 +151,7 @@ class SeenPageHooks:
         return text
 
     def convert_table(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
-        """Write the table from the texts of its cells. Text outside the cells comes first, as in a browser."""
+        """Write a table from the texts of its cells. As in a browser, text outside the cells comes first."""
         captions = [self._texts[id(child)].strip() for child in _children(el, "caption")]
         rows = self._rows(el)
         in_one_line = _CELL in parent_tags or "_inline" in parent_tags
@@ -159,12 +160,12 @@ class SeenPageHooks:
         return "\n\n" + "\n\n".join(parts) + "\n\n"
 
     def _rows(self, table: Tag) -> list[_Row]:
-        """Return the rows from top to bottom, each with the cells that span into it from above."""
+        """Return the rows from top to bottom. A row includes the cells that span into it from above."""
         rows: list[_Row] = []
         elements = sorted(_children(table, "row"), key=lambda row: _ORDER[str(row["data-section"])])
         for _, grouped in groupby(elements, key=lambda row: str(row["data-group"])):
             group = list(grouped)
-            carried: list[_Carried] = []  # a cell doesn't span beyond its group of rows
+            carried: list[_Carried] = []  # starts empty in each group of rows, because no cell spans beyond its group
             for index, element in enumerate(group):
                 row, carried = self._row(element, carried, len(group) - index)
                 rows.append(row)
@@ -211,7 +212,7 @@ class SeenPageHooks:
         return self._spare > 0
 
     def _as_table(self, rows: list[_Row]) -> str:
-        # Leave out columns in which no cell begins: "colspan=100" often means the whole width.
+        # Leave out each column in which no cell begins: authors write "colspan=100" for the whole width of a table.
         columns = sorted({begin for row in rows for begin, _, _ in row.cells})
         if not columns:
             return ""
@@ -224,7 +225,7 @@ class SeenPageHooks:
         return "\n".join(written)
 
     def _line(self, row: _Row, columns: list[int]) -> list[str]:
-        """Return the texts of a row, one per column. A head that spans columns is repeated in each of them."""
+        """Return the texts of a row, one per column. A heading cell that spans columns is repeated in each column."""
         line: list[str] = []
         is_head = row.is_head or row.section == "head"
         for begin, end, text in row.cells:
@@ -246,7 +247,7 @@ _ORDER = {"head": 0, "body": 1, "foot": 2}
 
 
 def _as_lines(rows: list[_Row]) -> str:
-    """Return a table within a cell or a heading as text: one line per row."""
+    """Return a table as text, one line per row. Use this form for a table within a cell or a heading."""
     lines = ("; ".join(words for *_, text in row.cells if (words := _one_line(text, " "))) for row in rows)
     return "\n".join(line for line in lines if line)
 
@@ -269,12 +270,12 @@ def _indented(text: str, first: str, rest: str) -> str:
 
 
 def _chomped(text: str) -> tuple[str, str, str]:
-    """Return the blank before, the words, and the blank after: a Markdown mark must touch its words."""
+    """Split a text into leading blank, words and trailing blank, because a Markdown mark must touch its words."""
     return " " if text[:1] == " " else "", text.strip(), " " if text[-1:] == " " else ""
 
 
 def _emphasized(el: Tag, text: str, mark: str) -> str:
-    """Add the mark, unless it would split a word or a number: 10**6** would read as a power."""
+    """Put the mark around the text, unless the mark would split a word or a number: 10**6** would read as a power."""
     before, words, after = _chomped(text)
     if not words:
         return text
@@ -283,7 +284,7 @@ def _emphasized(el: Tag, text: str, mark: str) -> str:
 
 
 def _is_of_word(character: str) -> bool:
-    # Scripts from U+2E80 on put no blanks between words.
+    # Exclude the scripts from U+2E80 on: they put no blanks between words, so a mark may stand anywhere.
     return character.isalnum() and character < "\u2e80"
 
 
@@ -291,7 +292,7 @@ _INLINE = frozenset({"a", "strong", "em", "del", "code", "sup", "sub"})
 
 
 def _last_character(el: Tag) -> str:
-    """Return the character before the element on the same line, or "" at the line's start."""
+    """Return the character before the element, or "" if the element is at the start of its line."""
     while el.previous_sibling is None and el.parent is not None and el.parent.name in _INLINE:
         el = el.parent
     before = el.previous_sibling

@@ -29,7 +29,7 @@ _TOKENS = frozenset({"mi", "mn", "mtext"})
 
 
 def formula(element: Tag, name: str) -> Sequence[object]:
-    """Return the nodes of a formula on one line, with marks for scripts and a slash for a fraction."""
+    """Return the nodes that write a formula on one line: scripts are marked, and a fraction has a slash."""
     nodes: Sequence[object] = list(element.contents)
     parts = elements(element)
     if name in _SCRIPTS and parts:

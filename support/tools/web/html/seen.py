@@ -1,7 +1,7 @@
 """Build the tree of a parsed page's visible content.
 
-The tree has few kinds of elements and is flat: text is in paragraphs, however many boxes were around it. It is built in
-one pass, and nothing is moved or removed afterwards, so the work is linear in the page's size.
+The tree is flat and has few kinds of elements: the boxes around a paragraph are left out. The tree is built in one
+pass, and nothing in it is moved or removed later. So the work is linear in the page's size.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from support.tools.web.html.style import Sight, Style, hides_all, look, parse_st
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup, Tag
 
-MOST = 0.5  # an element with this share of a page's text is its content
-NEARLY_ALL = 2 / 3  # a header with this share is content, else navigation
-MAX_LEVELS = 24  # nested lists and quotes; deeper ones count as this level
-MAX_TABLES = 4  # nested tables; rows of deeper ones are paragraphs
-MAX_MARKS = 12  # nested emphasis, links and raised text; deeper text is plain
-LAYOUT_CELL = 1_000  # characters; a larger cell, in a table without heads, is a part of the page and no value
-LAYOUT_NODES = 100  # texts and elements; a cell with more is a part of the page, too
+MOST = 0.5  # an element that holds more than this share of a page's text is content
+NEARLY_ALL = 2 / 3  # a header that holds more than this share is content; other headers are dropped
+MAX_LEVELS = 24  # levels of nested lists and quotes; a deeper list or quote counts as the last level
+MAX_TABLES = 4  # levels of nested tables; a row of a deeper table is a paragraph
+MAX_MARKS = 12  # levels of nested emphasis, links and raised text; deeper text is plain
+# A table without heading cells is a layout if one of its cells exceeds one of these limits.
+LAYOUT_CELL = 1_000  # characters
+LAYOUT_NODES = 100  # texts and elements
 MAX_SPAN = 1_000  # columns, as in browsers
 
 _SPACE = re.compile("[ \t\r\n\f\v\x1c-\x1f\x85\u00a0\u2007\u2028\u2029\u202f]+")
@@ -43,7 +44,7 @@ _UNSEEN = names(
     "head title script style noscript template svg iframe object canvas audio video datalist map area param"
     " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta"
 )
-_AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless an article holds them
+_AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an article
 _WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 _BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
@@ -55,7 +56,7 @@ _LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 _PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 _MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
 _MARKS |= {"del": "del", "s": "del", "strike": "del", "code": "code", "kbd": "code", "samp": "code", "tt": "code"}
-_NESTING = frozenset({"sup", "sub"})  # may be nested in themselves: a power of a power
+_NESTING = frozenset({"sup", "sub"})  # one may stand within another of its kind, as a power of a power
 _SECTIONS = {"thead": "head", "tbody": "body", "tfoot": "foot"}
 _BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow-root", "table-row"})
 _KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
@@ -66,7 +67,7 @@ _VALUES_OF_INPUT = names(
 
 @dataclass(frozen=True, eq=False)
 class _Mark:
-    """An open inline element. If it covers several paragraphs, each of them gets one."""
+    """An open inline element. If the element covers several paragraphs, each paragraph gets an element of its own."""
 
     name: str
     address: str = ""
@@ -83,16 +84,16 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Place:
-    """The place in the tree for the children of an open element, and their look."""
+    """The place in the tree for the children of an open element, with the look that the children inherit."""
 
     container: Tag
     sight: Sight = Sight()  # noqa: RUF009  (frozen)
     marks: tuple[_Mark, ...] = ()
-    in_line: bool = False  # one line: a heading, a term, a caption
+    in_line: bool = False  # on one line, such as a heading, a term or a caption
     keeps_lines: bool = False
     preformatted: bool = False
     whole: bool = False  # within an article
-    around: tuple[str, ...] = ()  # the elements around it that may be dropped
+    around: tuple[str, ...] = ()  # the kinds of the outer elements that may be dropped
     levels: int = 0
     tables: int = 0
     items: ItemMarks | None = None  # the marks of the list's items
@@ -113,7 +114,7 @@ class _Frame:
 
 @dataclass
 class _Span:
-    """A part of the page that may be content or not, with its start and end in characters."""
+    """A part of the page that is content or is dropped. Start and end count the characters of text."""
 
     element: Tag
     start: int
@@ -127,8 +128,8 @@ class _Span:
 class SeenPage:
     """The visible content of a page.
 
-    `content` is its root; `hooks.py` writes the elements in it. `absolute` returns the full address of a link or a
-    picture, or None if it is no web address. `new_element` makes an element from its name.
+    `content` is the root of the tree that `hooks.py` converts. `absolute` returns the full address of a link or a
+    picture, or None if that is no web address. `new_element` makes an element from its name.
     """
 
     def __init__(
@@ -137,18 +138,18 @@ class SeenPage:
         self._soup = soup
         self._absolute = absolute
         self._new_element = new_element
-        self._run: Tag | None = None  # the paragraph that text is added to
-        self._open: list[tuple[_Mark, Tag]] = []  # the inline elements that are open in it
-        self._linked: set[int] = set()  # links that have words already
+        self._run: Tag | None = None  # the paragraph to which text is added
+        self._open: list[tuple[_Mark, Tag]] = []  # the open inline elements of that paragraph
+        self._linked: set[int] = set()  # ids of the links that have words
         self._text: list[str] = []
         self._text_place: _Place | None = None
         self._after_blank = True
         self._at_line_start = True
-        self._code: list[str] | None = None  # the pieces of the preformatted text that is open
-        self._controls: list[tuple[Tag, Sight]] = []  # buttons and the like in it
+        self._code: list[str] | None = None  # the pieces of the open preformatted text
+        self._controls: list[tuple[Tag, Sight]] = []  # controls, such as buttons, within that preformatted text
         self._quotes = 0
         self._length = 0  # characters of text so far
-        self._around: list[_Span] = []  # forms, headers and the like
+        self._around: list[_Span] = []  # the parts that may be dropped: forms, headers, footers and asides
         self._parts: dict[str, _Span] = {}
         self._articles = 0  # articles that are not within another one
         self._frames: list[_Frame] = []
@@ -170,9 +171,9 @@ class SeenPage:
         self._flush()
 
     def _choose(self, root: Tag) -> Tag:
-        """Return the main part of the page, and mark as dropped the parts around it, unless they hold most of it."""
+        """Return the main part of the page. Mark forms, headers and the like as dropped, unless they hold most text."""
         dropped: list[_Span] = []
-        for span in self._around:  # in the page's order, so outer spans come before inner ones
+        for span in self._around:  # in the order of the page, in which outer spans precede inner spans
             share = MOST if span.element.name == "form" else NEARLY_ALL
             if span.length <= share * self._length:
                 span.element["data-dropped"] = "yes"
@@ -196,7 +197,7 @@ class SeenPage:
             self._enter([node.part], replace(place, marks=(*place.marks, mark)))
         elif is_element(node):
             self._add_element(node, place)
-        elif isinstance(node, str) and not getattr(node, "PREFIX", ""):  # comments and the like have one
+        elif isinstance(node, str) and not getattr(node, "PREFIX", ""):  # comments and doctypes have a PREFIX
             self._add_text(str(node), place)
 
     def _enter(self, nodes: Iterable[_Node], place: _Place, close: Callable[[], None] | None = None) -> None:
@@ -267,13 +268,13 @@ class SeenPage:
         self._text, self._text_place = [], None
         target = self._target(place, text)
         if self._at_line_start and target.name in ("p", "li", "dd") and _MARKUP_AT_START.match(text):
-            text = f"\\{text}"  # otherwise the text would become a heading, a list or a quote
+            text = f"\\{text}"  # without the backslash the text would become a heading, a list or a quote
         if text.strip():
             self._at_line_start = False
         target.append(text)
 
     def _target(self, place: _Place, text: str) -> Tag:
-        """Return the element that gets the next text or inline element; open a missing paragraph and marks."""
+        """Return the element that gets the next text or inline element. Open its paragraph and its marks if needed."""
         if self._run is None:
             self._run = place.container
             bare = place.in_line or (place.container.name in ("li", "dd", "cell") and not place.container.contents)
@@ -357,7 +358,7 @@ class SeenPage:
         return measure
 
     def _inner_place(self, element: Tag, name: str, style: Style, place: _Place) -> _Place:
-        """Return the place for a block's children: a new element, or the same place if the block is a mere box."""
+        """Return the place for a block's children: a new element, or `place` if the block is a mere box."""
         if name == "table":
             return self._table(element, place)
         if name in _SECTIONS and place.table:
@@ -387,7 +388,7 @@ class SeenPage:
     def _new_list(self, name: str, place: _Place) -> Tag:
         parent = place.container
         if place.items is not None and parent.name in ("ul", "ol"):
-            # A list directly within a list belongs to the item before it.
+            # Put a list that is directly within a list into the item before the inner list.
             before = parent.contents[-1] if parent.contents else None
             parent = before if is_element(before) and before.name == "li" else self._new_item(parent, "")
         return self._new(_LISTS[name], parent)
@@ -453,7 +454,7 @@ class SeenPage:
     def _add_within_code(self, element: Tag, name: str, style: Style, place: _Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            self._controls.append((element, place.sight))  # such as "Copy", which is not part of the text
+            self._controls.append((element, place.sight))  # for example "Copy", which is not part of the code
             return
         if name == "br":
             self._add_text("\n", place)
@@ -476,7 +477,7 @@ class SeenPage:
         if self._code and self._code[-1] and not self._code[-1].endswith("\n"):
             self._code.append(" " if in_row else "\n")
 
-    # Elements that stand in a line, and what is seen of them
+    # Inline elements and their visible text
 
     def _add_rule(self, element: Tag, place: _Place) -> None:
         self._break(place)
@@ -485,7 +486,7 @@ class SeenPage:
 
     def _add_br(self, element: Tag, place: _Place) -> None:
         self._add_line_break(place)
-        # An old parser may have put the following nodes into the `br`.
+        # Add the children of the `br`: an old parser may have put the following nodes there.
         self._enter(element.contents, place)
 
     def _add_quote(self, element: Tag, place: _Place) -> None:
@@ -515,7 +516,7 @@ class SeenPage:
         self._after_blank = self._at_line_start = False
 
     def _add_apart(self, text: str, place: _Place) -> None:
-        """Add the words of a control, with blanks around them: a control has a border."""
+        """Add the words of a control, with blanks around the words in place of the control's border."""
         if text.strip():
             self._add_text(f" {text.strip()} ", place)
 
@@ -568,7 +569,7 @@ def _is_unseen(element: Tag, name: str, style: Style, place: _Place) -> bool:
         return True
     if name == "dialog" and not element.has_attr("open"):
         return True
-    # A formula is often a picture hidden from screen readers, beside a text for screen readers only.
+    # Skip what is hidden from screen readers, but not a picture: a formula's picture is often hidden from them.
     if element.get("aria-hidden") == "true" and name != "img":
         return True
     return bool(style) and hides_all(style)
@@ -585,7 +586,7 @@ def _is_flow(place: _Place) -> bool:
 
 
 def _around_name(name: str, place: _Place) -> str:
-    """Return "form" or "aside" for an element that is dropped or kept as a whole, else ""."""
+    """Return "form" or "aside" for an element that may be dropped as a whole, and "" for any other."""
     kind = "form" if name == "form" else "aside" if name in _AROUND and not place.whole else ""
     return "" if kind in place.around else kind
 
@@ -617,7 +618,7 @@ def _may_stand(mark: _Mark, place: _Place) -> bool:
 
 
 def _is_layout(table: Tag) -> bool:
-    """Return whether the table is only a layout of the page's parts, so that its cells are no values."""
+    """Return whether the table only lays out parts of the page. The cells of such a table are no values."""
     if table.get("role") in ("presentation", "none"):
         return True
     parts: list[Tag] = []
@@ -641,7 +642,7 @@ def _is_long(cell: Tag) -> bool:
 
 
 def _holds_line_breaks(element: Tag, name: str, place: _Place) -> bool:
-    """Return whether the element is code of several lines. Code within code isn't searched: that would be quadratic."""
+    """Return whether the element is code of several lines. Don't search code within code: that takes quadratic time."""
     if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
         return False
     return element.find("br") is not None

@@ -5,27 +5,28 @@ from __future__ import annotations
 import re
 from html import escape
 
-# Browsers read the contents of these as plain characters and show none of them.
+# Browsers read the contents of these elements as plain characters, and don't show them.
 _UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
-_SEEN = frozenset({"textarea", "title", "xmp"})  # plain characters too, but shown; entities are decoded, except in xmp
-_FOREIGN = frozenset({"svg", "math"})  # within these, "/>" closes any element
+# Browsers read the contents of these elements as plain characters, and show them. Entities are decoded, except in xmp.
+_SEEN = frozenset({"textarea", "title", "xmp"})
+_FOREIGN = frozenset({"svg", "math"})  # within these elements, "/>" closes any element
 _HTML_WITHIN = frozenset({"foreignobject", "desc", "annotation-xml"})  # within these, HTML begins again
-# A drawing ends where one of these begins, even if it was not closed.
+# An unclosed drawing ends where one of these elements begins.
 _NOT_DRAWN = frozenset(
     {"blockquote", "body", "br", "center", "code", "dd", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4", "h5", "h6"}
     | {"hr", "img", "li", "menu", "ol", "p", "pre", "ruby", "span", "strong", "sub", "sup", "table", "ul", "var"}
 )
-_NEAR = 8  # open drawings that an end tag may close at once
+_NEAR = 8  # the number of open drawings that one end tag may close
 
-# libxml2 closes these where a paragraph or a cell begins, so the contents would lose their look: struck out or hidden.
-# It does not close elements that look the same under the newer name.
+# Replace each old name by a newer name of equal look. libxml2 closes an element with an old name where a paragraph or a
+# cell begins. The contents of that element would lose their look, such as struck out or hidden.
 _OTHER_NAMES = {"s": "del", "strike": "del", "b": "strong", "i": "em", "tt": "code"}
 _OTHER_NAMES |= dict.fromkeys(("font", "u", "big", "small"), "span")
 
 _MARKUP = re.compile(r"<(?:(!--)|([!?]|/[^a-zA-Z])|(/?)([a-zA-Z][^ \t\n\f\r/>]*))")
 _COMMENT_END = re.compile(r"--!?>")
 _RAW_END = {name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])", re.IGNORECASE) for name in _UNSEEN | _SEEN}
-# Each pattern takes one piece and nothing that the next one could take, so no input causes backtracking.
+# No pattern matches a character that the next pattern could match, so that no input causes backtracking.
 _BETWEEN = re.compile(r"[ \t\n\f\r/]*")
 _NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
 _EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
@@ -33,9 +34,9 @@ _BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
 
 
 def source_of_seen(html: str, *, xml: bool = False) -> str:
-    """Return the page without scripts, style sheets and frames: they may be large and come before the content.
+    """Return the page without scripts, style sheets and frames, which may be large and precede the content.
 
-    Old names of formatting elements become the newer ones. One pass tells tags from comments, attributes and plain
+    Newer names replace old names of formatting elements. One pass tells tags from comments, attributes and plain
     text, as the HTML standard says. With `xml`, "/>" closes a script, as in XHTML.
     """
     kept: list[str] = []
@@ -60,7 +61,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
             start = markup.start()
         drawn = bool(foreign) and foreign[-1] in _FOREIGN
         if closing and name in ("body", "html"):
-            kept.append(html[start : markup.start()])  # browsers still show what follows
+            kept.append(html[start : markup.start()])  # drop the end tag, because browsers show what follows
             start = position
         elif name == "plaintext" and not closing:
             kept += html[start : markup.start()], "<pre>", escape(html[position:])
@@ -79,7 +80,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
 
 
 def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> list[str]:
-    """Update the list of open drawings and formulas for a tag; return those that the tag ends implicitly."""
+    """Update `foreign`, the open drawings and formulas, for a tag. Return the names that the tag closes implicitly."""
     if closing:
         near = foreign[-_NEAR:]
         if name in near:
@@ -94,7 +95,7 @@ def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> 
 
 
 def _plain(name: str, tag: str, text: str) -> str:
-    """Return an element of plain characters in a form that every parser reads right, also libxml2 before 2.14."""
+    """Return an element of plain characters in a form that every parser reads correctly, even libxml2 before 2.14."""
     if name in _UNSEEN:
         return ""
     if name == "xmp":

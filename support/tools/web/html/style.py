@@ -1,4 +1,4 @@
-"""Find out what a `style` attribute hides from a person who looks at the page."""
+"""Find out what a `style` attribute hides from a person who looks at a page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 Style = dict[str, str]
 
-SMALLEST_LETTERS = 2.0  # pixels; smaller letters can't be read
+SMALLEST_LETTERS = 2.0  # pixels; a person can't read smaller letters
 LEAST_OPACITY = 0.05  # a lower opacity is invisible
-OFF_SCREEN = 900.0  # pixels to the left or above: beyond the edge of the page
+OFF_SCREEN = 900.0  # pixels to the left or upwards that move an element off the page
 _A_PIXEL = 1.0
 
 # Pixels per unit. Units relative to the window assume 1000 pixels.
@@ -53,7 +53,7 @@ def parse_style(text: str) -> Style:
         name, colon, value = declaration.partition(":")
         name = name.strip()
         value, mark, word = value.partition("!")
-        value = " ".join(value.split())  # the patterns below expect single blanks; long runs would slow them down
+        value = " ".join(value.split())  # the patterns below expect single blanks, and are slow for many blanks
         is_important = bool(mark) and word.strip() == "important"
         if not colon or not value or (name in important and not is_important):
             continue
@@ -77,7 +77,7 @@ def hides_all(style: Style) -> bool:
 
 
 def look(style: Style, above: Sight) -> Sight:
-    """Return the visibility within an element of this style whose parent has the visibility `above`."""
+    """Return the visibility within an element with the style `style`, whose parent has the visibility `above`."""
     sight = above
     match style.get("visibility"):
         case "hidden" | "collapse":
@@ -128,7 +128,7 @@ def _size_of_font(font: str) -> str:
 
 
 def _is_coloured(colour: str, style: Style) -> bool:
-    # Letters filled with a background picture, or with a shadow, are visible.
+    # Letters are visible in any colour if a background picture fills them or if they have a shadow.
     if "text" in (style.get("background-clip"), style.get("-webkit-background-clip")) or "text-shadow" in style:
         return True
     colour = _colour(colour)
@@ -165,7 +165,7 @@ def _is_clipped(style: Style) -> bool:
     if style.get("scale") == "0":
         return True
     overflow = style.get("overflow", style.get("overflow-y", style.get("overflow-x", "")))
-    # A box of height 0 often gets its visible height from a padding.
+    # A box of height 0 hides nothing if its overflow is shown or a padding gives it height.
     if not overflow.startswith(("hidden", "clip")) or any(name.startswith(("padding", "min-")) for name in style):
         return False
     boxes = [(_pixels(style.get(side, "")), _pixels(style.get(f"max-{side}", ""))) for side in ("width", "height")]
