@@ -137,9 +137,9 @@ def running(
 def nexum_server(
     folder: Path, *, port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Run a server process on `folder`/nexum.db, ready for calls."""
+    """Run a server process on `folder`/nexum.db, ready for calls. With port 0, the server takes a free port itself."""
     command = [
-        *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port or free_port()}", "--lease", str(lease)),
+        *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
         *("--database-url", f"sqlite:///{folder / 'nexum.db'}", *arguments),
     ]
     with running(command, cwd=folder) as process:
