@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from durable_autogen.script import complain, run_script
+from durable_autogen.script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
 
 
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # otherwise Python 3.10 to 3.12 names them, too, if SCRIPT is missing
+    arguments.required = False  # else, without SCRIPT, Python 3.10 to 3.12 says that ARGUMENTS are missing, too
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_what_is_logged()
             return run_script(args)
         try:
-            _print(asyncio.run(look(args)))
+            print_line(asyncio.run(look(args)), sys.stdout)
         except KeyboardInterrupt:  # Ctrl-C in `ls`, `show` or `fork`
             return 130
     except (InvalidRequest, NexumError) as error:
@@ -122,11 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
-
-
-def _print(text: str) -> None:
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 class _Lines(logging.Handler):

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from durable_autogen.record.session import check_session_id
 from nexum_engine.errors import NexumError
@@ -34,10 +34,15 @@ def default_session(script: Path, arguments: Sequence[str]) -> str:
     return f"{stem[:MAX_STEM]}-{hashlib.sha256(named.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}"
 
 
+def print_line(text: str, stream: TextIO) -> None:
+    """Print a line at once. A character that the stream's encoding lacks becomes a question mark."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+
+
 def complain(text: str) -> None:
     """Print a line on standard error. Standard output is left to the script."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)
 
 
 class _Sessions:

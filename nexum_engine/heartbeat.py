@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
 MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
-SECOND_BEAT_AFTER = 0.5  # seconds; less than the grace in which a disconnected worker keeps its tasks
+# Seconds, at most, from a stream's first beat, or from a beat that `beat()` requests, to the next beat. Less than the
+# grace in which a disconnected worker keeps its tasks.
+SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 
 

@@ -325,8 +325,8 @@ class Worker:
         try:
             return await complete()
         except ServerUnavailable:
-            # Send beats: the lost answer may have held the next task. Beats without this task make the server hand it
-            # out again soon.
+            # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow soon.
+            # They don't name that task, so the server hands it out again.
             self._heartbeat.beat()
             return await complete(patience=REPORT_PATIENCE)
 

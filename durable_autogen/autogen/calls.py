@@ -379,8 +379,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._asker.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask the person before the call's beginning is recorded. AutoGen shows the request in the meantime, and its
-        # UserInputManager waits for ever if the callback hasn't started by then.
+        # Start to ask before the call's beginning is recorded. AutoGen shows the request while that is being recorded.
+        # If the callback hasn't started when the request is shown, AutoGen's UserInputManager waits for ever.
         is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 

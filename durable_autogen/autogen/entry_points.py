@@ -272,7 +272,10 @@ MAX_SENT = 10_000  # messages; above it the oldest is dropped, as AutoGen doesn'
 
 
 def _place_of(message: Any) -> Place | None:
-    """Return the place of the message's sender. A runtime that was started before the session has no place."""
+    """Return the place of the message's sender, or else the current place.
+
+    The current place isn't enough: a runtime that was started before the session has none.
+    """
     sent = _sent.get(id(message))
     return sent[1] if sent is not None and sent[0] is message else current.get()
 

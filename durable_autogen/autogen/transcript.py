@@ -84,8 +84,8 @@ class Transcript:
 
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
-            # Count each kind separately. A streamed piece names its message's id before the message comes, and some
-            # messages aren't streamed.
+            # Count each kind separately. A streamed message gets its number at its first piece, other messages when
+            # they are passed on. With one counter, an id would depend on which of the two comes first.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"

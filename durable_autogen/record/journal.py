@@ -107,7 +107,10 @@ class Journal:
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
-        """Begin the session's next run, or take over the latest run; return the owned run's task and the latest run."""
+        """Begin the session's next run, or take over the latest one.
+
+        Return the task of the run that this process now owns, and the latest run that was found on the server, or None.
+        """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         is_reported = False
@@ -136,6 +139,9 @@ class Journal:
                     return started.task, latest
             await asyncio.sleep(LOOK_INTERVAL)
             latest = await self._runs()
+
+    def _busy(self, why: str) -> SessionBusy:
+        return SessionBusy(f"session {self.session}: {why}. Run it again when that process has ended")
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the session's latest run, with its result; None if there is none. With `status`, skip other runs."""
@@ -207,10 +213,7 @@ class Journal:
                 if await self._move_if_replaced():
                     continue
                 if loop.time() >= give_up:
-                    raise SessionBusy(
-                        f"session {self.session} was taken over by another process: {conflict}. Run it again when "
-                        "that process has ended"
-                    ) from conflict
+                    raise self._busy(f"another process has taken over: {conflict}") from conflict
                 # Try again: the event's owner may have died, and the server may not have noticed yet.
                 await asyncio.sleep(LOOK_INTERVAL)
 
@@ -284,9 +287,7 @@ class Journal:
         # Shield the start: if the caller is cancelled, the journal still gets the task, and closes it at the run's end.
         started = await asyncio.shield(starting)
         if started.task is None:
-            raise SessionBusy(
-                f"session {self.session}: another process has recorded {call}. Run it again when that process has ended"
-            )
+            raise self._busy(f"another process has recorded {call}")
         return started.task
 
     async def record(
@@ -327,10 +328,7 @@ class Journal:
             await self._move_if_replaced()
             task = None
         except StaleTask as stale:
-            raise SessionBusy(
-                f"session {self.session}: another process has taken over {event} ({stale}). Run it again when that "
-                "process has ended"
-            ) from stale
+            raise self._busy(f"another process has taken over {event} ({stale})") from stale
         if task is None:
             await self._record_at_once(input, event)
         self._append(event)
@@ -395,15 +393,12 @@ class Journal:
                     await self._move_if_replaced()
                     await self._owner.complete(self._run, summary)
             except StaleTask as stale:
-                raise SessionBusy(
-                    f"session {self.session} was taken over by another process ({stale}). Run it again when that "
-                    "process has ended"
-                ) from stale
+                raise self._busy(f"another process has taken over ({stale})") from stale
             finally:
                 self._run = None
 
     async def release(self) -> None:
-        """Release the session without running it."""
+        """Give up the ownership of the session. Its run ends as failed, because no program ran: a fork only copies."""
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None

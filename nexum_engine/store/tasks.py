@@ -55,11 +55,12 @@ def start_owned(
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
-    attempt is completed at once. Raises the errors of `start_execution`, and:
+    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task: an
+    owner that has lost its session's run can't record events. Raises the errors of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, or if the execution was started for workers,
-    - StaleTask if `owner` has lost the task `held_task_id`, or if the execution has a result other than `output_json`.
+    - StaleTask if `held_task_id` is lost, or if the execution has a result other than `output_json`.
     """
     check_id(owner, "owner")
     if held_task_id:

@@ -30,7 +30,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from support.offline.reading import choose_sentences, plan_searches, quoted
 from support.tools import SearchHit
 
-CONTEXT_WORDS = 1_000_000  # a nominal value: rules have no limit
+CONTEXT_WORDS = 1_000_000  # a nominal value: the offline model works by rules, and has no limit
 QUOTES_ALONE = 4  # quotes in an answer about one subject
 QUOTES_EACH = 2  # quotes for each subject, if there are several
 _HITS = TypeAdapter(list[SearchHit])

@@ -199,7 +199,7 @@ def _is_after(step: str, other: str) -> bool:
 
 
 def remarks(run: PipelineRun) -> list[str]:
-    """Return sentences that tell where the run was resumed, which steps ran again, and whether the kill came early."""
+    """Tell where the run was resumed, whether the first worker died before its crash point, and what ran again."""
     said: list[str] = []
     dead = [worker for worker in run.workers if worker.death]
     if dead and run.resumptions:

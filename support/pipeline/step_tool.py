@@ -17,7 +17,7 @@ from support.tools import Tool, ToolContext
 class StepTool(BaseTool[BaseModel, BaseModel]):
     """An AutoGen tool that runs a declared tool.
 
-    The tool adds errors that a retry may fix to `passing_failures`, because AutoGen swallows a tool's errors.
+    AutoGen swallows a tool's errors. So the tool also notes each error in `passing_failures`, if a retry may fix it.
     """
 
     def __init__(self, declared: Tool, context: ToolContext, passing_failures: list[str]) -> None:

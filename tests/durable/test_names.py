@@ -119,7 +119,7 @@ async def test_clients_and_agents_are_recorded_wherever_agent_keeps_them(server:
 
 async def test_run_without_recorded_calls_is_reported(server: Server) -> None:
     async def nothing(_: str) -> str:
-        return "said by itself"
+        return "said on its own"
 
     lines: list[str] = []
     await run(server, lambda: Own("own", nothing), logs=lines)

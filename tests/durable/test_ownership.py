@@ -75,7 +75,7 @@ async def test_process_that_lost_session_records_nothing(server: Server) -> None
                 await again.create([UserMessage(content="two", source="user")])
 
     with OpenAIServer(lambda _: answer("yes")) as model:
-        with pytest.raises(SessionBusy, match="session s was taken over by another process"):
+        with pytest.raises(SessionBusy, match="session s: another process has taken over"):
             await program()
         async with NexumClient(server.address) as nexum:
             record = await read_record(nexum, "s")
@@ -242,9 +242,9 @@ async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Ser
         assert await hung.before(REPLIES[0]) is None
         await hung._owner.__aexit__()
         async with next_run(server):
-            with pytest.raises(SessionBusy, match="was taken over by another process"):
+            with pytest.raises(SessionBusy, match="another process has taken over"):
                 await hung.before(REPLIES[1])
-            with pytest.raises(SessionBusy, match="was taken over by another process"):
+            with pytest.raises(SessionBusy, match="another process has taken over"):
                 await hung.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         assert not (await read_record(nexum, "s")).events
