@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     # Import this class for type checks only: it exists only in the type stubs.
     from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
 
-    WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
-
 DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
@@ -60,7 +58,7 @@ RECONNECT_DELAY = 0.1  # seconds
 MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
 
-_OPTIONS = (
+CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Reconnect before a restarted server stops waiting for its workers and owners.
     ("grpc.max_reconnect_backoff_ms", 200),
@@ -129,6 +127,7 @@ class NexumClient:
         address = address or os.environ.get("NEXUM_ADDRESS") or None
         self._channels: list[grpc.aio.Channel] = []
         self._target = ""
+        self._metadata: Metadata = ()
         self._connected: NexumServiceAsyncStub | None = None
         self._is_lost = False
         self._database: Path | None = None
@@ -140,6 +139,7 @@ class NexumClient:
             self._database = own_database()
         elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = Path(address).absolute()
+            self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
             host, colon, port = address.rpartition(":")
@@ -169,7 +169,8 @@ class NexumClient:
         return self._connected
 
     def _connect(self, target: str, metadata: Metadata) -> None:
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        self._metadata = metadata
+        channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         # Keep earlier channels open: closing one would cancel its calls.
         self._channels.append(channel)
         self._target, self._connected = target, _stub_with(channel, metadata)
@@ -179,7 +180,17 @@ class NexumClient:
         assert self._database is not None
         target = read_address(self._database)
         if target is not None and target != self._target:
-            self._connect(target, metadata_for(str(self._database)))
+            self._connect(target, self._metadata)
+
+    def route(self) -> tuple[str, Metadata]:
+        """Return the present HOST:PORT of the server, and the metadata to send with each call.
+
+        For a connection of another thread. Call `reach` once before. Raises ServerUnavailable.
+        """
+        target = (read_address(self._database) if self._database is not None else None) or self._target
+        if not target:
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
+        return target, self._metadata
 
     async def reach(self) -> None:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
@@ -210,7 +221,7 @@ class NexumClient:
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
         """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+        channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         stub = _stub_with(channel, metadata)
         try:
             try:
@@ -469,10 +480,6 @@ class NexumClient:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
             raise StaleTask(str(error)) from error
-
-    def worker_stream(self) -> WorkerStreamCall:
-        """Open a worker stream, on which the server answers each heartbeat. Its methods raise grpc.RpcError."""
-        return self._stub.WorkerStream()
 
 
 def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:

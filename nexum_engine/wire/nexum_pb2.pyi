@@ -753,7 +753,8 @@ class WorkerBeat(google.protobuf.message.Message):
     """True if the worker takes no more tasks: the server answers its waiting polls."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
+        """Every task that the worker holds. A named task whose lease has run out is the worker's again, unless a newer attempt
+        was handed out. If two beats in a row don't name a task that was handed to the worker, the task
         never reached it: it is handed out again.
         """
 
@@ -773,14 +774,20 @@ class WorkerBeatAck(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LEASE_MS_FIELD_NUMBER: builtins.int
+    LOST_TASK_IDS_FIELD_NUMBER: builtins.int
     lease_ms: builtins.int
     """How long a silent worker keeps its tasks."""
+    @property
+    def lost_task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The named tasks that the worker no longer holds: they are over, or a newer attempt was handed out."""
+
     def __init__(
         self,
         *,
         lease_ms: builtins.int = ...,
+        lost_task_ids: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "lost_task_ids", b"lost_task_ids"]) -> None: ...
 
 global___WorkerBeatAck = WorkerBeatAck
 

@@ -161,7 +161,7 @@ async def test_beats_keep_a_lease_shorter_than_second_beat_delay(
             await beats.connected()
             task = await client.poll_task("w1", [ONE.version_hash], wait=1)
             assert task is not None
-            beats.heart.held.add(task.task_id)
+            beats.heart.hold(task.task_id)
             server.watch(leases.renew)
             await until(lambda: server.calls[leases.renew] >= 5)
             execution = (await client.get_execution(started.execution_id, with_attempts=True)).execution
