@@ -85,6 +85,11 @@ async def run(
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
+            if nexum.is_published:
+                say(
+                    f"[demo] {nexum.address} is a published Nexum server: it records each step's result, but not its "
+                    "attempts. The timeline is from the workers' log. A dead worker's step comes back after 60 to 90 s"
+                )
             for point in points:
                 if len(points) > 1:
                     say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")

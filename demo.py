@@ -59,6 +59,7 @@ SYSTEM_MESSAGE = (
     "only then answer, in prose, from what you read. End with a list of your sources, each with its URL."
 )
 AGENT = "research_assistant"
+OWN_SERVER = "use this project's own server: python -m nexum_engine"
 
 
 class DurableCalls:
@@ -131,7 +132,15 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     async with NexumForRun(args.nexum, meanwhile=partial(import_module, "durable_autogen")) as nexum:
         from durable_autogen import run_durable_stream
 
-        if args.fork or question is None:
+        if nexum.is_published:
+            if args.fork:
+                raise InvalidRequest(f"--fork needs a record of the run, and {nexum.address} keeps none: {OWN_SERVER}")
+            say(
+                f"[demo] {nexum.address} is a published Nexum server: it records the tool calls, but not the run. A "
+                f"re-run asks the model again. To record runs, {OWN_SERVER}"
+            )
+            question = question or QUESTION
+        elif args.fork or question is None:
             question = await recorded_question(session_id, question or "", args.fork, nexum.address, default=QUESTION)
         workflow = OFFLINE_TOOL_CALL if model.offline else TOOL_CALL
         async with Session(session_id, nexum=nexum.address, workflow=workflow, tell=say_or_stop) as session:
@@ -143,9 +152,12 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
                     return build_team(model, partial(build_agent, model, calls))
                 return build_agent(model, calls, stream=model.streams)
 
-            items = run_durable_stream(
-                build, task=question, session_id=session_id, nexum=nexum.address, on_drift=args.on_drift
-            )
+            if nexum.is_published:
+                items = build().run_stream(task=question)
+            else:
+                items = run_durable_stream(
+                    build, task=question, session_id=session_id, nexum=nexum.address, on_drift=args.on_drift
+                )
             await conversation.show(items)
     executed, attached = calls.count[Origin.EXECUTED], calls.count[Origin.ATTACHED]
     cached = conversation.results - executed - attached

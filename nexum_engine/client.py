@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import grpc
 from pydantic import BaseModel, ValidationError
 
-from nexum_engine import jsontext
+from nexum_engine import jsontext, published
 from nexum_engine.errors import (
     Conflict,
     ExecutionNotFound,
@@ -365,7 +364,10 @@ class NexumClient:
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
-            logger.warning("the server on %s has no GetExecution: polling it with GetStatus", self.address)
+            logger.warning(
+                "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
+                self.address,
+            )
         self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
@@ -377,7 +379,7 @@ class NexumClient:
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
-                return Observed(_execution_of_status(execution_id, answer), None)
+                return Observed(published.execution(execution_id, answer), None)
             await asyncio.sleep(_FAST_POLL if waited < _FAST_FOR else _SLOW_POLL)
 
     async def list_executions(
@@ -418,7 +420,7 @@ class NexumClient:
                 status=ExecutionStatus(summary.status),
                 input_json=summary.input_json,
                 idempotency_key=summary.idempotency_key,
-                created_ms=summary.created_ms,
+                created_ms=summary.created_ms or published.milliseconds(summary.created_at),
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
                 nodes=_nodes(summary.nodes),
@@ -550,23 +552,4 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
             ),
         )
         for node in records
-    )
-
-
-def _execution_of_status(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    outputs: dict[str, Any] = json.loads(answer.completed_nodes_json or "{}")
-    return Execution(
-        execution_id=execution_id,
-        workflow_id="",
-        version_hash="",
-        status=ExecutionStatus(answer.status),
-        input_json="",
-        idempotency_key="",
-        created_ms=0,
-        ended_ms=None,
-        error="the server gave no reason" if answer.status == ExecutionStatus.FAILED else "",
-        nodes=tuple(
-            Node(node_id, "", NodeStatus.COMPLETED, json.dumps(output, ensure_ascii=False), "")
-            for node_id, output in outputs.items()
-        ),
     )

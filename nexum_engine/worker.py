@@ -194,7 +194,7 @@ class Worker:
     async def _stay_connected(self) -> None:
         await self._heartbeat.run()
         logger.warning(
-            "the server on %s has no WorkerStream: run one worker process only, because it may give one task to two of "
+            "connected to %s, which has no WorkerStream: run one worker process only, because it may give a task to two of "
             "them",
             self._client.address,
         )
@@ -325,7 +325,7 @@ class Worker:
             except ServerUnavailable:
                 return False
             if work.task is task:
-                logger.info("execution %s was handed to another worker before it began here", task.execution_id)
+                logger.info("execution %s was handed out again before it began here", task.execution_id)
                 return False
         return True
 
@@ -406,12 +406,22 @@ class Worker:
         then_take = (self.worker_id, list(self._bindings)) if more else None
         complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
         try:
-            return await complete()
-        except ServerUnavailable:
-            # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow soon.
-            # They don't name that task, so the server hands it out again.
-            self._heartbeat.beat()
-            return await complete(patience=REPORT_PATIENCE)
+            try:
+                return await complete()
+            except ServerUnavailable:
+                # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow
+                # soon. They don't name that task, so the server hands it out again.
+                self._heartbeat.beat()
+                return await complete(patience=REPORT_PATIENCE)
+        except ServerFault:
+            # A published server answers INTERNAL to a second report: the first answer was lost.
+            if self._streams or not await self._is_recorded(task):
+                raise
+            return None
+
+    async def _is_recorded(self, task: Task) -> bool:
+        observed = await self._client.get_execution(task.execution_id)
+        return task.node_id in observed.execution.outputs()
 
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)

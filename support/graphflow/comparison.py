@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.client import NexumClient
+from nexum_engine.errors import ServerError
 from support.console import complain, let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
 from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
@@ -120,6 +121,11 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
     session = f"graphflow-{secrets.token_hex(4)}"
     say("\n=== The same team as a durable run: killed at the same point, and run again ===")
     async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
+        if server.is_published:
+            raise ServerError(
+                f"{server.address} is a published Nexum server, which can't record a run: use this project's own "
+                "server (python -m nexum_engine)"
+            )
 
         async def replies() -> list[Event]:
             return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]

@@ -19,8 +19,9 @@ from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
 from support.launcher import ROOT, Child, start_child
-from support.pipeline.effects import EffectLog
+from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
+from support.pipeline.published import attempts_of_effects
 
 WORKER = "pipeline_worker.py"
 LOOK_INTERVAL = 0.1  # seconds between two reads of the record
@@ -73,9 +74,8 @@ class Drill:
         except BaseException:
             await self._cancel()
             raise
-        execution = await self._look()
-        effects = self._effects.of(self._execution_id)
-        return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects)
+        execution, effects, source = await self._evidence()
+        return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects, source)
 
     async def _one_worker(self) -> bool:
         """Start a worker and follow it. Return True if the execution has ended, and False if the worker died first."""
@@ -123,14 +123,16 @@ class Drill:
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """Return the execution as recorded. Raises DrillFailed if the server doesn't report attempts."""
+        """Return the execution as recorded."""
+        return (await self._evidence())[0]
+
+    async def _evidence(self) -> tuple[Execution, list[Effect], str]:
+        """Return the execution as recorded, the effects of its steps, and what the attempts are known from."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
+        effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:
-            raise DrillFailed(
-                f"the server on {self._client.address} has no GetExecution, so it can't show which worker ran a step: "
-                "use this project's own server"
-            )
-        return observed.execution
+            return *attempts_of_effects(observed.execution, effects), "the workers' own log"
+        return observed.execution, effects, "the server's records"
 
     def _tell(self, execution: Execution) -> bool:
         """Print every attempt that ended since the last call of `_tell`. Return whether any attempt did."""

@@ -15,6 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nexum_engine.worker import TaskContext
 
 
+def now_ms() -> int:
+    """Return the time in milliseconds since 1970."""
+    return round(time.time() * 1000)
+
+
 class Effect(BaseModel):
     """One line of the effect log. It stands for one attempt at a step."""
 
@@ -25,16 +30,19 @@ class Effect(BaseModel):
     attempt: int
     idempotency_key: str
     pid: int
+    worker_id: str
+    begun_ms: int
     at_ms: int
 
 
 class EffectLog:
     """The file that holds the effects."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, worker_id: str = "") -> None:
         self.path = path
+        self._worker_id = worker_id
 
-    def append(self, task: TaskContext) -> None:
+    def append(self, task: TaskContext, begun_ms: int) -> None:
         """Write the line of a task to the end of the file, and return when it is written."""
         effect = Effect(
             execution_id=task.execution_id,
@@ -42,7 +50,9 @@ class EffectLog:
             attempt=task.attempt,
             idempotency_key=task.idempotency_key,
             pid=os.getpid(),
-            at_ms=round(time.time() * 1000),
+            worker_id=self._worker_id,
+            begun_ms=begun_ms,
+            at_ms=now_ms(),
         )
         with self.path.open("a", encoding="utf-8") as file:
             file.write(effect.model_dump_json() + "\n")

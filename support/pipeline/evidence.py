@@ -91,6 +91,8 @@ class PipelineRun:
     point: CrashPoint
     workers: Sequence[SeenWorker]
     effects: Sequence[Effect]
+    source: str = "the server's records"
+    """What the attempts are known from."""
 
     @property
     def rows(self) -> list[Row]:

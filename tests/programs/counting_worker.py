@@ -80,6 +80,12 @@ async def block_loop(log: str, seconds: float, number: int, *, call: ToolContext
     return f"{number}: attempt {call.attempt}"
 
 
+@tool()
+def write_much(size: int) -> str:
+    """Return a text of `size` characters."""
+    return "é" * size
+
+
 @tool(time_limit=0.3)
 def hang_once(log: str, *, call: ToolContext) -> str:
     """Hang past the time limit at the first attempt."""

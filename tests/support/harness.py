@@ -160,6 +160,25 @@ class Server:
 
 
 @contextmanager
+def published_server(folder: Path, *, take_back_after: float = 60.0) -> Iterator[str]:
+    """Run a stand-in for the published Nexum server, with its files in `folder`; yield its address."""
+    host = "[::1]" if _has_ipv6() else "127.0.0.1"
+    program = str(ROOT / "tests" / "support" / "published_server.py")
+    command = [program, "--listen", f"{host}:0", "--take-back-after", str(take_back_after)]
+    with running(command, cwd=folder) as process:
+        yield process.wait_for("Published Nexum on").rpartition(" ")[2].replace(host, "localhost")
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
 def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) -> Iterator[Process]:
     """Run a worker.py that is connected to the server."""
     with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:

@@ -182,6 +182,8 @@ def made_run(
                         attempt=number,
                         idempotency_key=f"key-{step}",
                         pid=worker.pid if worker else 99,
+                        worker_id=worker_id,
+                        begun_ms=BEGUN_MS + one.start,
                         at_ms=BEGUN_MS + one.end,
                     )
                 )
