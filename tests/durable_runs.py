@@ -64,9 +64,7 @@ class RandomModel:
         time.sleep(random.uniform(0.01, 0.08))
         reply = self._reply(body)
         with self._lock:
-            answer = json.dumps(
-                [reply.text, [arguments["text"] for _, arguments in reply.calls if "text" in arguments]]
-            )
+            answer = json.dumps([reply.text, [arguments for _, arguments in reply.calls]])
             self.said.append((body["model"], json.dumps(body, sort_keys=True), answer))
         return reply
 
@@ -265,7 +263,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
             content = event.content.value["content"]
             calls = [] if isinstance(content, str) else [json.loads(call["arguments"]) for call in content]
             text = content.strip() if isinstance(content, str) else ""
-            answer = json.dumps([text, [call["text"] for call in calls if "text" in call]])
+            answer = json.dumps([text, calls])
             models.setdefault(event.agent, event.request.get("model", ""))
             recorded[models[event.agent]].append(answer)
     repeated = 0
