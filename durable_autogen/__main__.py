@@ -104,7 +104,7 @@ async def look(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, which is 2 after an error of this command."""
+    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":

@@ -29,7 +29,7 @@ Item = Message | TaskResult
 Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
 
 REPLAYED = "nexum"
-"""The metadata key that marks a streamed message from the record. Its value is then "replayed"."""
+"""The metadata key that marks a streamed message from the record. Its value is "replayed"."""
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "durable_autogen.invalid")
 
@@ -51,7 +51,7 @@ class Transcript:
     ) -> None:
         """Set the lasting ids and times of the messages that an agent passes on.
 
-        `given` holds the messages of the caller's task. An id or time that the caller has set stays. With
+        `given` holds the messages of the caller's task: an id or time that the caller has set is kept. With
         `made_before`, the messages come from the record and keep their times.
         """
         for message in _messages_in(item):

@@ -16,7 +16,7 @@ from nexum_engine.worker import TaskContext
 
 
 class Effect(BaseModel):
-    """One line of the effect log. It stands for one attempt at a step."""
+    """One line of the effect log: the effect of one attempt at a step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,5 +56,5 @@ class EffectLog:
             try:
                 effects.append(Effect.model_validate_json(line))
             except ValidationError:
-                continue  # an incomplete line, whose writer was killed: the effect didn't happen
+                continue  # an incomplete line, whose writer was killed: it doesn't count as an effect
         return [effect for effect in effects if effect.execution_id == execution_id]

@@ -68,14 +68,14 @@ pytestmark = pytest.mark.every_python
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test has sessions of its own."""
+    """One server for the whole file: each test uses new sessions."""
     with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
         yield running
 
 
 @pytest.fixture
 def happened() -> list[str]:
-    """The live calls and effects."""
+    """A list to which a test's live calls and effects are added."""
     return []
 
 
@@ -111,7 +111,7 @@ KEPT: dict[str, Callable[[Any], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-async def test_agent_asks_client_kept_anywhere_once(
+async def test_client_is_recorded_wherever_program_keeps_it(
     server: Server, happened: list[str], keep: Callable[[Any], Callable[[], Any]]
 ) -> None:
     kept = keep(Scripted(happened))  # before the session
@@ -163,7 +163,7 @@ async def test_cached_reply_and_usage_stay_as_client_gave_them(server: Server, h
     async def program() -> Any:
         store: Any = InMemoryStore()
         client = ChatCompletionCache(Scripted(happened), store)
-        # In parallel: the store returns one object, which counts as a hit from the second time on.
+        # Dump each reply at once: the store returns the same object again, and the client marks it as cached.
         return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
 
     live, hit, used = await twice(server, program, happened)
@@ -407,7 +407,7 @@ async def test_memory_is_asked_once(server: Server, happened: list[str]) -> None
 
 
 class Executor(CodeExecutor):
-    """An executor that notes the code instead of running it."""
+    """An executor that notes each execution and runs no code."""
 
     component_type = "code_executor"
     component_config_schema = BaseModel
@@ -495,7 +495,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
-async def test_condition_without_messages_stops_replay_at_same_message(
+async def test_condition_that_ignores_messages_stops_replay_at_same_message(
     server: Server, happened: list[str], condition: Callable[[list[str]], TerminationCondition]
 ) -> None:
     async def program() -> TaskResult:
@@ -509,7 +509,7 @@ async def test_condition_without_messages_stops_replay_at_same_message(
         await twice(server, program, happened)
 
 
-# ---- Work in a turn, and at once -------------------------------------------------------------------------------------
+# ---- Agents inside a turn, parallel sessions and tasks ---------------------------------------------------------------
 
 
 async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server, happened: list[str]) -> None:
@@ -608,7 +608,7 @@ async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(server
         def in_a_thread() -> None:
             try:
                 ask()
-            except BaseException as error:  # noqa: BLE001 - looked at below
+            except BaseException as error:  # noqa: BLE001 - the error is checked below
                 raised.append(error)
 
         thread = threading.Thread(target=in_a_thread)
@@ -675,7 +675,7 @@ async def test_last_session_restores_all_methods(server: Server, happened: list[
     with pytest.raises(ServerUnavailable):
         async with DurableSession(new_session(), nexum="127.0.0.1:1"):
             pass
-    assert everything() == during  # the first is still open
+    assert everything() == during  # the first session is still open
     await first.__aexit__(None, None, None)
     after = everything()
     assert [name for name in before if after[name] != before[name]] == []

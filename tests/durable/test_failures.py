@@ -136,7 +136,7 @@ async def test_failure_that_ended_run_is_retried_although_other_agents_continued
         assert texts(await run(server, build)) == texts(first)
         asked = [request.body["model"] for request in model.requests]
     assert asked.count("a") == 1
-    assert asked.count("c") == 2  # its second reply, recorded after b's failure, is kept
+    assert asked.count("c") == 2  # c's second reply, recorded after b's failure, is kept
     assert asked.count("d") == 1
 
 
@@ -191,7 +191,7 @@ async def test_workbench_that_raises_anything_is_recorded_failure(server: Server
 
 
 class Hopeless(BaseException):
-    """An exception that is no Exception."""
+    """An exception that doesn't derive from Exception."""
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless] if sys.version_info >= (3, 11) else [Hopeless])
@@ -509,7 +509,7 @@ async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -
         assert len(model.requests) == 10
 
 
-async def test_slow_branch_is_no_drift_while_call_was_in_flight(
+async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
@@ -535,7 +535,7 @@ async def test_slow_branch_is_no_drift_while_call_was_in_flight(
         running = asyncio.ensure_future(run(server, build))
         await asyncio.wait_for(asked.wait(), TIMEOUT)
         async with NexumClient(server.address) as nexum:
-            while not any(  # noqa: ASYNC110 - another process writes it
+            while not any(  # noqa: ASYNC110 - the record is on the server
                 event.kind is Kind.TURN and event.agent == "b" for event in (await read_record(nexum, "s")).events
             ):
                 await asyncio.sleep(0.05)

@@ -27,7 +27,7 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen import DriftError, DurableSession
 
 
-async def test_model_call_of_tool_is_part_of_its_result(server: Server) -> None:
+async def test_model_call_inside_tool_is_not_recorded_separately(server: Server) -> None:
     def build() -> Own:
         async def digest(text: str) -> str:
             """Digest it."""
@@ -105,7 +105,9 @@ async def test_changed_text_of_graph_member_raises_drift_error(server: Server) -
         assert len(model.requests) == 1
 
 
-async def test_tool_call_of_tool_is_part_of_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tool_call_inside_tool_is_not_recorded_separately(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     noted = 0
 

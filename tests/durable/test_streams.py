@@ -1,4 +1,4 @@
-"""Streams, and exceptions of the program."""
+"""Replays of streamed messages, and of exceptions whose classes the program defines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.models.live import LiveModel
 
 
 class InPieces(LiveModel):
-    """A model whose stream begins with these pieces."""
+    """A model whose stream begins with `pieces`."""
 
     pieces: Sequence[str] = ()
 

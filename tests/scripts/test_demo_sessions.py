@@ -89,7 +89,7 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # A worker had recorded this call, but the dead run had not. The new run makes it again and finds the result cached.
+    # The server had one call's result when the run died, but the session didn't: the new run finds that result cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 

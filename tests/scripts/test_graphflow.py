@@ -69,8 +69,8 @@ def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(serve
 
 
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
-def test_fixed_autogen_resumes(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
-    output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{mended}"})
+def test_fixed_autogen_resumes(server: Server, tmp_path: Path, fixed: Path, kind: str) -> None:
+    output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{fixed}"})
     assert "[plain] the team resumed: after loading," in output
     assert "did not resume" not in output
     assert "none was repeated" in output

@@ -169,7 +169,7 @@ async def test_an_agent_makes_parallel_calls_and_answers_with_any_model_name(
     assert final.content.strip() == "the end"
     assert sorted(looked) == ["one called twice", "two"]
     assert final.models_usage is not None
-    assert final.models_usage.prompt_tokens > 0  # streamed as well
+    assert final.models_usage.prompt_tokens > 0  # also if the reply is streamed
     assert not [warning for warning in recwarn if "model" in str(warning.message).lower()]
 
     second = next(server for server in servers.values() if server.requests).requests[1].body
