@@ -71,7 +71,7 @@ THREADS = 32
 
 
 class Model(ChatCompletionClient):
-    """A model that answers at once with the script's reply of this number."""
+    """A model that answers at once. `script` returns the reply of a given number."""
 
     component_type = "model"
     component_config_schema = BaseModel

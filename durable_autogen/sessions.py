@@ -161,7 +161,7 @@ async def fork_session(
         raise _unknown(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
-            f"session {source!r} has {len(calls)} recorded event(s): give 0 to {len(calls)}, not {count}"
+            f"session {source!r} has {len(calls)} recorded call(s): give 0 to {len(calls)}, not {count}"
         )
     last = calls[count - 1].seq if count else 0
     begin = [event for event in events if event.kind is Kind.BEGIN][-1:]

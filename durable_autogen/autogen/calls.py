@@ -506,7 +506,7 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team: the calls inside it are recorded, and its result isn't."""
+    """Return whether `tool` is an agent or team. The calls inside such a tool are recorded, but not its own result."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 

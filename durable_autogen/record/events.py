@@ -3,7 +3,7 @@
 An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
 is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
 execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
-owns the run may record events.
+owns the run's execution may record events.
 """
 
 from __future__ import annotations

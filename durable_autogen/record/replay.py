@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds to wait instead, if an earlier run made all of those unrecorded calls, too
+TRIED_PATIENCE = 30.0  # seconds to wait instead of DRIFT_PATIENCE, if an earlier run made those calls, too
 
 
 class Compare(Protocol):

@@ -67,7 +67,7 @@ class Survival:
 def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    It shows that if its caller is the same task (`asker`), the program itself, the same agent, or a team or agent that
+    It does so if its caller is the same task (`asker`), the program itself, the same agent, or a team or agent that
     contains the agent.
     """
     return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")

@@ -1,7 +1,7 @@
 """Log the effects of the pipeline's steps in a file outside Nexum's database, one line for each effect.
 
-A step's line is written after its work is done and before its result is reported. The file is evidence beside the
-server's record: a step that ran twice has two lines with equal idempotency keys.
+A step's line is written after its work is done and before its result is reported. The file is evidence in addition to
+the server's record: a step that ran twice has two lines with equal idempotency keys.
 """
 
 from __future__ import annotations

@@ -109,7 +109,6 @@ async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> No
     happened: list[str] = []
 
     def note(text: str, more: dict[str, list[int]]) -> str:
-        """Note it."""
         happened.append(f"{text} {more}")
         return word()
 
@@ -142,7 +141,6 @@ async def test_deeply_nested_arguments_and_results_are_recorded(server: Server, 
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
-        """Climb it."""
         here: Any = tree
         depth = 0
         while isinstance(here, dict):

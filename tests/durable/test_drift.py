@@ -1,4 +1,4 @@
-"""Drift, forks, and calls that are cut off while they are recorded."""
+"""Drift, forks, and calls that are cancelled while their results are recorded."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ async def test_fork_into_different_session_is_refused(
                 await fork_session(nexum, source, count, "f", message)
 
 
-# ---- Cut off ---------------------------------------------------------------------------------------------------------
+# ---- Cancelled calls -------------------------------------------------------------------------------------------------
 
 
 class Held:
@@ -311,7 +311,6 @@ async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> Non
     runs = 0
 
     async def slow() -> str:
-        """Take its time."""
         nonlocal runs
         runs += 1
         begun[runs - 1].set()

@@ -114,7 +114,7 @@ KEPT: dict[str, Callable[[Any], Callable[[], Any]]] = {
 async def test_client_is_recorded_wherever_program_keeps_it(
     server: Server, happened: list[str], keep: Callable[[Any], Callable[[], Any]]
 ) -> None:
-    kept = keep(Scripted(happened))  # before the session
+    kept = keep(Scripted(happened))  # made before the session is opened
     other = Scripted(happened)
 
     async def program() -> TaskResult:
@@ -343,7 +343,6 @@ async def test_core_agents_are_recorded_whenever_their_runtime_started(
 
 async def test_tool_agent_calls_tools_once(server: Server, happened: list[str]) -> None:
     def charge(amount: int) -> str:
-        """Charge."""
         happened.append(f"charge {amount}")
         return word()
 
@@ -367,7 +366,6 @@ async def test_team_on_own_runtime_started_before_session_is_recorded(server: Se
     runtime.start()
 
     def note(text: str) -> str:
-        """Note it."""
         happened.append(text)
         return word()
 
@@ -514,7 +512,6 @@ async def test_condition_that_ignores_messages_stops_replay_at_same_message(
 
 async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server, happened: list[str]) -> None:
     def note() -> str:
-        """Note it."""
         happened.append("noted")
         return word()
 
@@ -548,7 +545,7 @@ async def test_parallel_sessions_in_one_loop_stay_separate(server: Server, happe
 
     first = await all_of_them()
     before = list(happened)
-    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each alone
+    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each session alone
     assert await all_of_them() == first
     assert happened == before
 
@@ -560,7 +557,6 @@ async def test_session_inside_recorded_tool_is_separate(server: Server, happened
         return await inside(server, lambda: asked(Scripted(happened, name="inner")), own)
 
     async def delegate() -> str:
-        """Delegate."""
         happened.append("delegated")
         return str(await inner())
 
@@ -596,7 +592,6 @@ async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(server
         return asyncio.run(asked(Scripted(happened, name="threaded")))
 
     def threaded() -> str:
-        """Ask."""
         return ask()
 
     async def program() -> Any:
@@ -682,7 +677,6 @@ async def test_last_session_restores_all_methods(server: Server, happened: list[
 
 
 def note(text: str, times: int = 1) -> str:
-    """Note it."""
     return text * times
 
 

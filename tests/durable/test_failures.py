@@ -115,7 +115,6 @@ async def test_failure_that_ended_run_is_retried_although_other_agents_continued
         return answer(body["model"])
 
     async def slow() -> str:
-        """Take a while."""
         await asyncio.sleep(0.3)
         return "done"
 
@@ -224,7 +223,6 @@ async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
 
 async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: Server) -> None:
     def look() -> str:
-        """Look."""
         return next(row for row in ("a", "b") if row == "c")
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -482,7 +480,6 @@ async def test_failure_in_team_tool_has_same_text_in_replay(server: Server) -> N
 
 async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -> None:
     def note(text: str) -> str:
-        """Note it."""
         return f"noted {text} {random.random()}"
 
     def reply(body: dict[str, Any]) -> Reply:

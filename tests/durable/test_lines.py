@@ -33,7 +33,6 @@ async def test_function_gets_the_lines_of_its_session_and_the_logger_gets_none(s
 @pytest.mark.parametrize("line", ["note for one: replayed", "reply 1 of one: replayed", "reply 2 of one: replayed"])
 async def test_error_of_the_function_ends_the_run(server: Server, line: str) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def tell(text: str) -> None:

@@ -72,7 +72,6 @@ class Streaming(LiveModel):
 
 async def test_messages_keep_ids_if_streamed_pieces_are_not_in_reply(server: Server) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:

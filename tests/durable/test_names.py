@@ -69,7 +69,6 @@ async def test_parallel_agents_of_one_name_keep_their_calls_separate(server: Ser
     done: list[str] = []
 
     def note(text: str) -> str:
-        """Note it."""
         done.append(text)
         return f"noted {text} {random.random()}"
 
@@ -130,7 +129,6 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await go_on.wait()
         return "waited"

@@ -30,7 +30,6 @@ from durable_autogen import DriftError, DurableSession
 async def test_model_call_inside_tool_is_not_recorded_separately(server: Server) -> None:
     def build() -> Own:
         async def digest(text: str) -> str:
-            """Digest it."""
             reply = await own.llm.create([UserMessage(content=text, source="user")])  # type: ignore[attr-defined]
             return f"digest: {reply.content}"
 
@@ -112,7 +111,6 @@ async def test_tool_call_inside_tool_is_not_recorded_separately(
     noted = 0
 
     async def note() -> str:
-        """Note it."""
         nonlocal noted
         noted += 1
         return f"noted {noted}"
@@ -121,7 +119,6 @@ async def test_tool_call_inside_tool_is_not_recorded_separately(
         async with DurableSession("s", nexum=server.address):
 
             async def outer() -> str:
-                """Do it with others."""
                 within = [await tools.call_tool("note", {})]
                 helped = tools.call_tool_stream("helper", {"task": "help"})
                 within += [item async for item in helped if isinstance(item, ToolResult)]

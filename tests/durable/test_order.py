@@ -160,15 +160,14 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
 
 
 def fan_out(happened: list[str]) -> GraphFlow:
-    """Return a graph whose branches stream an agent tool, call a tool, and stream a reply."""
+    """Return a graph of three parallel branches: one streams an agent tool, one calls a tool, one streams a reply."""
 
     def note() -> str:
-        """Note it."""
         happened.append("noted")
         return word()
 
     def says(*script: Any) -> Scripted:
-        """A slow model."""
+        """Return a slow model with this script."""
 
         async def late(content: Any) -> Any:
             await asyncio.sleep(random.random() * 0.01)

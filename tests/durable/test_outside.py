@@ -164,14 +164,12 @@ async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> str:
-        """Work."""
         happened.append("worked")
         for way in WAYS:
             await way(world)
         return word()
 
     def block() -> str:
-        """Block."""
         happened.append("blocked")
         subprocess.run(world.command, check=True)
         return word()

@@ -119,7 +119,6 @@ async def test_begun_event_of_cancelled_caller_is_closed(
     ran: list[str] = []
 
     async def note() -> None:
-        """Note."""
         ran.append("note")
 
     monkeypatch.setattr(Owner, "start", slow)
@@ -182,7 +181,6 @@ async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
     monkeypatch.setattr(NexumClient, "complete_task", completed)
 
     def note() -> str:
-        """Note."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:

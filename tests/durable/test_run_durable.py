@@ -54,7 +54,6 @@ async def test_finished_session_is_replayed_without_live_call(server: Server) ->
     lines: list[str] = []
 
     def note(text: str) -> str:
-        """Note it."""
         done.append(text)
         return f"noted {random.random()}"
 
@@ -83,7 +82,6 @@ async def test_failed_tool_result_is_replayed_as_failure(server: Server) -> None
     count = 0
 
     def fails() -> str:
-        """Fail."""
         nonlocal count
         count += 1
         raise ValueError(f"no {count}")
@@ -107,7 +105,6 @@ async def test_result_that_cannot_be_recorded_is_recorded_failure(server: Server
     count = 0
 
     def returns() -> str:
-        """Return it."""
         nonlocal count
         count += 1
         return result
@@ -131,11 +128,9 @@ async def test_tool_that_raises_anything_returns_error(
     server: Server, error: type[BaseException], is_async: bool
 ) -> None:
     async def in_the_loop() -> str:
-        """End."""
         raise error
 
     def in_a_thread() -> str:
-        """End."""
         raise error
 
     chosen: Callable[..., Any] = in_the_loop if is_async else in_a_thread
@@ -160,7 +155,6 @@ async def test_cancelled_run_ends_at_once_and_resumes(server: Server, place: str
     slow = True
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await asyncio.sleep(3600 if slow else 0)
         return "waited"
@@ -190,7 +184,6 @@ async def test_cancelled_task_ends_at_once(server: Server) -> None:
     begun = asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await asyncio.sleep(3600)
         return ""
@@ -305,7 +298,6 @@ async def test_run_with_more_calls_than_recorded_raises_drift_error(server: Serv
 
 async def test_timeout_ends_replay_where_it_ended_run(server: Server) -> None:
     async def wait() -> str:
-        """Wait."""
         await asyncio.sleep(0.5)
         return "waited"
 
@@ -348,7 +340,6 @@ async def test_second_process_gets_session_busy_with_owners_name(server: Server)
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await go_on.wait()
         return "waited"

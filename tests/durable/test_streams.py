@@ -39,7 +39,6 @@ async def test_streamed_messages_keep_their_ids_in_replay(
     server: Server, pieces: Sequence[str], iterations: int
 ) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(_: dict[str, Any]) -> Reply:

@@ -29,9 +29,9 @@ REPAIRS = (
 
 
 @pytest.fixture
-def mended(tmp_path: Path) -> Path:
-    """A folder with a fixed copy of AutoGen, for the front of the path."""
-    folder = tmp_path / "mended"
+def fixed(tmp_path: Path) -> Path:
+    """A folder with a fixed copy of AutoGen, to be put on PYTHONPATH."""
+    folder = tmp_path / "fixed"
     package = Path(autogen_agentchat.__file__).parent
     shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / "autogen_agentchat/teams/_group_chat/_graph/_digraph_group_chat.py"
