@@ -189,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fork",
         metavar="SESSION@N",
-        help="begin --session-id with the first N events of SESSION (python -m durable_autogen show SESSION); "
+        help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
         "a question is added as the user's next message",
     )
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
