@@ -180,7 +180,8 @@ def _run_as_main(script: Path) -> None:
     before = sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
-        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
+        # Without dont_inherit, this file's `from __future__ import annotations` would hold for the script, too.
+        exec(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), module.__dict__)
     finally:
         sys.modules["__main__"] = before
 

@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent, CodeExecutorAgent
-from autogen_agentchat.base import TaskResult
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.conditions import MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import ModelClientStreamingChunkEvent, ToolCallExecutionEvent
-from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.teams import RoundRobinGroupChat, SelectorGroupChat
 from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
+from autogen_core.models import ModelFamily, ModelInfo
 from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
 from autogen_ext.agents.openai import OpenAIAgent
+from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import TIMEOUT, answer, client, run, texts
 from harness import Server, tool_worker
 from openai import AsyncOpenAI
@@ -271,6 +273,66 @@ async def test_drift_error_names_the_difference(
         # From now on, this program is the recorded one.
         assert texts(await run(server, build, question)) == texts(changed)
         assert len(model.requests) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+@pytest.mark.parametrize("change", ["streaming", "order of tools", "description", "timeout"])
+async def test_change_that_no_reply_depends_on_is_no_drift(server: Server, change: str) -> None:
+    def first() -> str:
+        """Do one thing."""
+        return "one"
+
+    def second() -> str:
+        """Do another thing."""
+        return "another"
+
+    def build(change: str = "") -> AssistantAgent:
+        tools = [second, first] if change == "order of tools" else [first, second]
+        return AssistantAgent(
+            "writer",
+            settings(model, **({"timeout": 3} if change == "timeout" else {})),
+            tools=list[Any](tools),
+            description="an editor" if change == "description" else "a writer",
+            model_client_stream=change == "streaming",
+        )
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        recorded = texts(await run(server, build))
+        assert texts(await run(server, lambda: build(change))) == recorded
+        assert len(model.requests) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+async def test_drift_error_names_a_setting_of_the_model(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: AssistantAgent("writer", settings(model)))
+        with pytest.raises(DriftError, match=r"the option temperature was none, now it is 0\.2"):
+            await run(server, lambda: AssistantAgent("writer", settings(model, temperature=0.2)))
+        assert len(model.requests) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+async def test_drift_error_names_a_description_that_the_model_sees(server: Server) -> None:
+    def build(description: str) -> Team:
+        members: list[ChatAgent | Team] = [
+            AssistantAgent(name, settings(model), description=description) for name in ("one", "two")
+        ]
+        return SelectorGroupChat(
+            members, model_client=settings(model), max_turns=1, selector_prompt="Choose from:\n{roles}"
+        )
+
+    with OpenAIServer(lambda _: Reply("one")) as model:
+        await run(server, lambda: build("a writer"))
+        with pytest.raises(DriftError, match=r"the messages, from number 1 on: .*a writer.* now it is .*an editor"):
+            await run(server, lambda: build("an editor"))
+
+
+def settings(model: OpenAIServer, **more: Any) -> OpenAIChatCompletionClient:
+    """Return AutoGen's own client of the local server, with these settings."""
+    info = ModelInfo(
+        vision=False, function_calling=True, json_output=True, structured_output=False, family=ModelFamily.UNKNOWN
+    )
+    return OpenAIChatCompletionClient(model="m", base_url=model.base_url, api_key="k", model_info=info, **more)
 
 
 async def test_run_with_fewer_calls_raises_drift_error(server: Server) -> None:
