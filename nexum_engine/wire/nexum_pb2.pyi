@@ -97,7 +97,7 @@ class StartRequest(google.protobuf.message.Message):
     """
     held_task_id: builtins.str
     """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
-    refused (FAILED_PRECONDITION). So one owned execution can guard others: its owner alone can start them.
+    refused (FAILED_PRECONDITION). So a process can start further executions only while it owns this one.
     """
     output_json: builtins.str
     """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
@@ -754,7 +754,7 @@ class WorkerBeat(google.protobuf.message.Message):
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
-        never reached it: it is handed out again.
+        never reached the worker, and is handed out again.
         """
 
     def __init__(

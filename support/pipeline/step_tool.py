@@ -17,7 +17,7 @@ from support.tools import Tool, ToolContext
 class StepTool(BaseTool[BaseModel, BaseModel]):
     """An AutoGen tool that runs a declared tool.
 
-    AutoGen swallows a tool's errors. So the tool adds each error that a retry may fix to `transient_failures`.
+    AutoGen swallows a tool's errors. So the tool also adds each error that isn't final to `transient_failures`.
     """
 
     def __init__(self, declared: Tool, context: ToolContext, transient_failures: list[str]) -> None:

@@ -97,7 +97,7 @@ def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: P
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
-    assert pipelines(tmp_path, server.address) == []  # `pipelines` lists only offline ones
+    assert pipelines(tmp_path, server.address) == []  # `pipelines` leaves out live ones
 
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])
