@@ -97,7 +97,7 @@ class StartRequest(google.protobuf.message.Message):
     """
     held_task_id: builtins.str
     """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
-    refused (FAILED_PRECONDITION). So a process can start further executions only while it owns this one.
+    refused (FAILED_PRECONDITION). So a process can start further executions only while it holds that task.
     """
     output_json: builtins.str
     """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
