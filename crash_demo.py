@@ -10,7 +10,7 @@ agents answer offline.
     python crash_demo.py --crash-after research
     python crash_demo.py --query "Impact of Rust on systems programming" --html timeline.html
     python crash_demo.py --all                          # every crash point, also within a step
-    python crash_demo.py --graphflow                    # instead: an interrupted GraphFlow, in AutoGen and durable
+    python crash_demo.py --graphflow                    # instead: interrupt a GraphFlow, and resume it
     python crash_demo.py --cyclic                       # the same for a GraphFlow with a loop
 """
 

@@ -76,7 +76,7 @@ class DurableCalls:
         """Submit one tool call through submit_task.py; return its recorded result."""
         from durable_autogen import call_id
 
-        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has equal ids.
+        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has the same ids.
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
@@ -201,7 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fork",
         metavar="SESSION@N",
-        help="begin --session-id with the first N events of SESSION (python -m durable_autogen show SESSION); "
+        help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
         "a question is added as the user's next message",
     )
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")

@@ -6,7 +6,7 @@ pipelines; without one, only offline pipelines.
     python pipeline_worker.py
     python pipeline_worker.py --query "Impact of Rust on systems programming"          # start a pipeline, then work
     CRASH_AFTER=validate python pipeline_worker.py      # kill the worker once the server has recorded `validate`
-    CRASH_DURING=summarize python pipeline_worker.py    # kill it after the effect of `summarize`, before its record
+    CRASH_DURING=summarize python pipeline_worker.py    # kill it when `summarize` has had its effect but isn't recorded
 """
 
 from __future__ import annotations

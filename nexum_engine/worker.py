@@ -194,7 +194,7 @@ class Worker:
     async def _stay_connected(self) -> None:
         await self._heartbeat.run()
         logger.warning(
-            "connected to %s, which has no WorkerStream: run one worker process only, for it may give a task to two of them",
+            "connected to %s, which has no WorkerStream: run only one worker process, as two may get the same task",
             self._client.address,
         )
         self._streams = False

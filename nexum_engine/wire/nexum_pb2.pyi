@@ -97,7 +97,7 @@ class StartRequest(google.protobuf.message.Message):
     """
     held_task_id: builtins.str
     """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
-    refused (FAILED_PRECONDITION). So one owned execution can guard others: its owner alone can start them.
+    refused (FAILED_PRECONDITION). So a process can start further executions only while it holds that task.
     """
     output_json: builtins.str
     """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
@@ -753,9 +753,9 @@ class WorkerBeat(google.protobuf.message.Message):
     """True if the worker takes no more tasks: the server answers its waiting polls."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds. A named task whose lease has run out is the worker's again, unless a newer attempt
-        was handed out. If two beats in a row don't name a task that was handed to the worker, the task
-        never reached it: it is handed out again.
+        """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
+        never reached the worker, and is handed out again. If a beat names a task whose lease has run out, the worker holds
+        the task again, unless a newer attempt was handed out.
         """
 
     def __init__(

@@ -78,7 +78,7 @@ class Stage:
 
 
 async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Run both halves and print them. Return the exit code: 0 if the durable half passed every check, else 1."""
+    """Run AutoGen alone and then the durable run. Return the exit code: 0 if the durable run passed every check."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
     say(f"[demo] AutoGen {version('autogen-agentchat')}")
@@ -90,7 +90,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
 
 
 async def show_plain(stage: Stage) -> bool:
-    """Run the half with AutoGen's own save and load, and print it. Return whether AutoGen resumed the graph."""
+    """Run and print the half with AutoGen's own save_state and load_state. Return whether AutoGen resumed the graph."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")

@@ -28,7 +28,7 @@ LOOK_INTERVAL = 0.1  # seconds between two reads of the record
 SAY_WAITING_EVERY = 10.0  # seconds
 SERVER_PATIENCE = 30.0  # seconds to wait for a killed server to be started again
 MAX_WORKERS = 12  # after this many deaths, assume that the next worker would die, too
-CANT_RUN = (1, 2)  # exit codes of a worker that was not killed
+CANT_RUN = (1, 2)  # exit codes of a worker that gave up with an error
 
 
 class DrillFailed(NexumError):
@@ -100,7 +100,7 @@ class Drill:
             await _end(child)
         if execution.status.ended:
             return True
-        self._bury(name, child, execution)
+        self._note_death(name, child, execution)
         return False
 
     async def _follow(self, child: Child) -> Execution:
@@ -147,8 +147,8 @@ class Drill:
             say(f"  {node.node_id:<10} {_what_became_of(attempt, node, ended_ms - attempt.started_ms)}")
         return bool(ended)
 
-    def _bury(self, name: str, child: Child, execution: Execution) -> None:
-        """Keep and print a worker's death and the recorded steps. Raises DrillFailed if the worker gave up instead."""
+    def _note_death(self, name: str, child: Child, execution: Execution) -> None:
+        """Note and print how a worker died and which steps are recorded. Raises DrillFailed if the worker gave up."""
         code = child.process.returncode
         if code in CANT_RUN:
             raise DrillFailed(f"{name} gave up (exit {code}); see its error above")

@@ -1,7 +1,7 @@
 """Log the effects of the pipeline's steps in a file outside Nexum's database, one line for each effect.
 
-A step's line is written after its work is done and before its result is reported. The file is evidence beside the
-server's record: a step that ran twice has two lines with equal idempotency keys.
+A step's line is written after its work is done and before its result is reported. The file is evidence in addition to
+the server's record: a step that ran twice has two lines with equal idempotency keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def now_ms() -> int:
 
 
 class Effect(BaseModel):
-    """One line of the effect log. It stands for one attempt at a step."""
+    """One line of the effect log: the effect of one attempt at a step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,5 +66,5 @@ class EffectLog:
             try:
                 effects.append(Effect.model_validate_json(line))
             except ValidationError:
-                continue  # an incomplete line, whose writer was killed: the effect didn't happen
+                continue  # an incomplete line, whose writer was killed: it doesn't count as an effect
         return [effect for effect in effects if effect.execution_id == execution_id]

@@ -25,7 +25,7 @@ from durable_autogen import DriftError
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test has sessions of its own."""
+    """One server for the whole file: each test uses new sessions."""
     with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
         yield running
 
@@ -56,7 +56,7 @@ async def test_broken_reply_at_end_is_reported_and_retried(server: Server, broke
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_empty_reply_after_which_the_program_continued_stays(server: Server, stream: bool) -> None:
+async def test_empty_reply_is_kept_if_program_continued(server: Server, stream: bool) -> None:
     happened: list[str] = []
     lines: list[str] = []
 
@@ -93,7 +93,7 @@ async def test_web_page_as_reply_is_dropped(server: Server, stream: bool) -> Non
                 said = texts(await run(server, lambda: build(f"http://127.0.0.1:{proxy.port}/v1"), session=session))[-1]
             except DriftError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever the client makes of it
+            except Exception as error:  # noqa: BLE001 - the client may raise any error
                 said = f"failed: {error}"
             assert not said or "failed" in said
             assert proxy.connections > number
@@ -109,7 +109,6 @@ async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> No
     happened: list[str] = []
 
     def note(text: str, more: dict[str, list[int]]) -> str:
-        """Note it."""
         happened.append(f"{text} {more}")
         return word()
 
@@ -142,7 +141,6 @@ async def test_deeply_nested_arguments_and_results_are_recorded(server: Server, 
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
-        """Climb it."""
         here: Any = tree
         depth = 0
         while isinstance(here, dict):

@@ -129,7 +129,7 @@ async def test_report_whose_answer_was_lost_counts_as_recorded(address: str, cap
 def test_worker_says_once_to_run_one_process_only(tmp_path: Path, address: str) -> None:
     with tool_worker(tmp_path, address) as worker:
         (line,) = worker.lines
-    assert "has no WorkerStream: run one worker process only, because it may give a task to two of them" in line
+    assert "has no WorkerStream: run only one worker process, as two may get the same task" in line
 
 
 # ---- Scripts ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
-    # For programs that pytest doesn't start: its settings do the same.
+    # Do this for programs that pytest doesn't start. Under pytest, its settings do the same.
     sys.path.insert(0, str(ROOT))
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
