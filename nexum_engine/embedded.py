@@ -138,7 +138,8 @@ class EmbeddedNexum:
             else:
                 await self._first_answer()
             if not self.embedded:
-                self.is_published = await self._client.server_info(patience=FIRST_ANSWER) is None
+                with contextlib.suppress(ServerUnavailable):  # the server may just restart
+                    self.is_published = await self._client.server_info() is None
             self._use_the_time()
         except BaseException:
             await self._end()
