@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 from harness import Server, nexum_server
+from nexum_wire import complete, connected, poll
 from processes import attempts, counting_worker, effects, recorded, send, submitter, wait_until
 
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
 from workflow import TOOL_CALL, ToolCallInput
@@ -203,6 +206,48 @@ async def test_task_that_worker_still_runs_is_not_begun_again(
     assert client.returned.is_set()
     assert begun == [started.execution_id]
     assert "was handed out again: attempt 1 still runs here" in caplog.text
+
+
+async def test_task_that_was_read_late_is_not_begun_if_another_worker_has_it(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    begun: list[str] = []
+    read = asyncio.Event()
+
+    async def handler(task: TaskContext) -> str:
+        begun.append(task.execution_id)
+        return "done"
+
+    with connected(server.address) as stub, ThreadPoolExecutor(1) as threads:
+
+        class Late(NexumClient):
+            taken: pb.PollResponse | None = None
+
+            async def poll_task(self, *args: Any, **options: Any) -> Task | None:
+                task = await super().poll_task(*args, **options)
+                if task is not None and self.taken is None:
+                    # Block the event loop until another worker has the task.
+                    taking = threads.submit(poll, stub, "other", ONE.version_hash, wait_ms=20_000)
+                    self.taken = taking.result(SOON)
+                    read.set()
+                return task
+
+        late = Late(server.address)
+        async with late:
+            await late.register_workflow(ONE)
+            started = await late.start_execution(ONE, {})
+            stop = asyncio.Event()
+            worker = asyncio.create_task(Worker(late, [Binding(ONE, {"a": handler})], concurrency=1).run(stop))
+            await asyncio.wait_for(read.wait(), SOON)
+            later = await late.start_execution(ONE, {}, wait=SOON)
+            assert late.taken is not None
+            assert late.taken.execution_id == started.execution_id
+            complete(stub, late.taken)
+            stop.set()
+            await asyncio.wait_for(worker, SOON)
+    assert begun == [later.execution_id]
+    assert f"execution {started.execution_id} was handed out again before it began here" in caplog.text
 
 
 async def test_owner_with_blocked_event_loop_keeps_its_task(server: Server) -> None:
