@@ -138,6 +138,7 @@ class Worker:
         self._streams = True
         self._polling = asyncio.Lock()
         """Held by a poll of a server without worker streams: it may answer two polls at once with the same task."""
+        self._turn = 0
         self._at_work: dict[tuple[str, str], _Work] = {}
         """The work in this process, by execution and node."""
         self._handlers: dict[asyncio.Task[Any], str] = {}
@@ -239,19 +240,14 @@ class Worker:
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        versions = list(self._bindings)
-        turn = 0
         while True:
             if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
                 await self._heartbeat.connected.wait()
             if self._told_to_stop.is_set():
                 return
-            # Poll for one version at a time if the server has no worker streams: it knows no other polls.
-            asked = versions if self._streams else [versions[turn % len(versions)]]
-            turn += 1
             requested = time.monotonic()
             try:
-                task = await self._answer(self._poll(asked))
+                task = await self._answer(self._poll())
             except ServerUnavailable:
                 # Send beats: the lost answer may have held a task. Beats without this task make the server hand it out
                 # again soon.
@@ -262,17 +258,21 @@ class Worker:
                 logger.warning("no task from %s, retrying: %s", self._client.address, error)
                 await asyncio.sleep(FAULT_DELAY)
                 continue
-            if task is None and not self._streams:
-                await asyncio.sleep(SHORT_POLL_INTERVAL)
             work = None if task is None else _Work(task, requested)
             while work is not None:
                 work = await self._hold(work)
 
-    async def _poll(self, versions: Sequence[str]) -> Task | None:
+    async def _poll(self) -> Task | None:
+        versions = list(self._bindings)
         if self._streams:
             return await self._client.poll_task(self.worker_id, versions, wait=POLL_WAIT)
         async with self._polling:
-            return await self._client.poll_task(self.worker_id, versions, wait=0.0)
+            # Poll for one version at a time: the server knows no other polls.
+            self._turn = (self._turn + 1) % len(versions)
+            task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
+            if task is None:
+                await asyncio.sleep(SHORT_POLL_INTERVAL)
+            return task
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
