@@ -53,6 +53,14 @@ def test_worker_runs_every_call_once(tmp_path: Path, address: str) -> None:
     assert len(effects(log)) == len({one.key for one in effects(log)}) == 60
 
 
+def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: Path, address: str) -> None:
+    arguments = {"log": str(tmp_path / "log"), "number": 1}
+    with submitter(tmp_path, address, "count_effect", arguments) as caller:
+        assert caller.wait_for("waiting:").endswith("start one, unless one runs, with: python worker.py")
+        with counting_worker(tmp_path, address):
+            assert caller.wait() == 0
+
+
 def test_task_that_the_server_takes_back_is_not_begun_again(tmp_path: Path) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     with published_server(tmp_path, take_back_after=0.5) as address, counting_worker(tmp_path, address) as worker:
