@@ -357,7 +357,7 @@ class NexumClient:
                     return Observed(_execution(answer), answer.has_poller)
                 except NotANexumServer:
                     self._fall_back()
-            return await self._get_status(execution_id, wait=wait, patience=patience)
+            return await self._poll_status(execution_id, wait=wait, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
 
@@ -370,7 +370,7 @@ class NexumClient:
             )
         self._has_get_execution = False
 
-    async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
+    async def _poll_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
         """Poll with GetStatus until the execution ends or `wait` seconds are over. Poll less often after 2 s."""
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -381,6 +381,15 @@ class NexumClient:
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
                 return Observed(published.execution(execution_id, answer), None)
             await asyncio.sleep(_FAST_POLL if waited < _FAST_FOR else _SLOW_POLL)
+
+    async def get_status(self, execution_id: str, *, patience: float = 0.0) -> ExecutionStatus:
+        """Return the status of an execution, without its outputs. Raises ExecutionNotFound."""
+        request = pb.StatusRequest(execution_id=execution_id)
+        try:
+            answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
+        except NotFound as error:
+            raise ExecutionNotFound(execution_id) from error
+        return ExecutionStatus(answer.status)
 
     async def list_executions(
         self,
@@ -430,6 +439,10 @@ class NexumClient:
 
     async def cancel_execution(self, execution_id: str) -> None:
         """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed."""
+        # Check the status here, too: a published server cancels ended executions, and accepts unknown ids.
+        status = await self.get_status(execution_id)
+        if status in (ExecutionStatus.COMPLETED, ExecutionStatus.FAILED):
+            raise Conflict(f"execution {execution_id} is {status.value} and can't be cancelled any more")
         try:
             await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:

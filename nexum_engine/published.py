@@ -45,7 +45,7 @@ def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
         idempotency_key="",
         created_ms=0,
         ended_ms=None,
-        error="the server gave no reason (see the worker's output)" if status is ExecutionStatus.FAILED else "",
+        error="the server keeps no reason: see the worker's output" if status is ExecutionStatus.FAILED else "",
         nodes=tuple(
             Node(
                 node_id,

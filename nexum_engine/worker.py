@@ -43,6 +43,7 @@ REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no serv
 STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
+PUBLISHED_RETRIES = 3  # of a failed task, by a published server
 MAX_REASON_CHARACTERS = 100_000  # sent of a failure's message; the server stores fewer characters
 MAX_LOGGED_CHARACTERS = 500
 
@@ -195,7 +196,8 @@ class Worker:
     async def _stay_connected(self) -> None:
         await self._heartbeat.run()
         logger.warning(
-            "connected to %s, which has no WorkerStream: run only one worker process, as two may get the same task",
+            "connected to %s, which is a published Nexum server: run only one worker process, as two may get the same "
+            "task",
             self._client.address,
         )
         self._streams = False
@@ -267,12 +269,16 @@ class Worker:
         if self._streams:
             return await self._client.poll_task(self.worker_id, versions, wait=POLL_WAIT)
         async with self._polling:
-            # Poll for one version at a time: the server knows no other polls.
-            self._turn = (self._turn + 1) % len(versions)
-            task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
-            if task is None:
-                await asyncio.sleep(SHORT_POLL_INTERVAL)
-            return task
+            for _ in versions:
+                if self._told_to_stop.is_set():  # while this slot waited for its turn
+                    return None
+                # Poll for one version at a time: the server knows no other polls.
+                self._turn = (self._turn + 1) % len(versions)
+                task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
+                if task is not None:
+                    return task
+            await asyncio.sleep(SHORT_POLL_INTERVAL)
+            return None
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
@@ -308,7 +314,7 @@ class Worker:
     def _adopt(self, running: _Work, work: _Work) -> None:
         """Let the running work report as the new attempt. The server counted its own attempt as lost."""
         old, new = running.task, work.task
-        logger.info("execution %s was handed out again: attempt %d still runs here", old.execution_id, old.attempt)
+        logger.info("execution %s was handed out again: it still runs here", old.execution_id)
         if new.attempt > old.attempt:
             running.task, running.requested = new, work.requested
             self._heartbeat.hold(new.task_id)
@@ -333,7 +339,8 @@ class Worker:
         start = time.monotonic()
         context = _context(task)
         name = self._describe(context)
-        what = f"{name}, execution {task.execution_id}, attempt {task.attempt}"
+        attempt = f", attempt {task.attempt}" if self._streams else ""  # a published server sends no number
+        what = f"{name}, execution {task.execution_id}{attempt}"
         logger.info("started  %s", what)
         try:
             handler, node = self._work_of(task)
@@ -423,7 +430,14 @@ class Worker:
         return task.node_id in observed.execution.outputs()
 
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
-        await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
+        fail = partial(self._client.fail_task, task.task_id, reason, final=final, patience=REPORT_PATIENCE)
+        await fail()
+        if final and not self._streams:
+            # Use up the task's retries: a published server doesn't know `final`.
+            for _ in range(PUBLISHED_RETRIES):
+                if (await self._client.get_status(task.execution_id, patience=REPORT_PATIENCE)).ended:
+                    break
+                await fail()
 
     async def _report(
         self,

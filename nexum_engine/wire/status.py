@@ -26,6 +26,7 @@ STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.TooLarge,
+    grpc.StatusCode.OUT_OF_RANGE: errors.TooLarge,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
     grpc.StatusCode.ALREADY_EXISTS: errors.IdempotencyConflict,
@@ -55,4 +56,9 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
         return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")
     if kind is errors.NotANexumServer:
         return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")
+    if code is grpc.StatusCode.OUT_OF_RANGE:  # from a published server, for a message above 4 MiB
+        return errors.TooLarge(
+            f"the server on {address} refuses a message of this size: send less, or use this project's own server, "
+            f"python -m nexum_engine ({details})"
+        )
     return kind(details)

@@ -123,7 +123,7 @@ async def test_our_client_and_worker_run_a_workflow_on_published_server(
     assert seen == [("a", {}, 1), ("b", {"a": "from a"}, 1)]
     assert old.calls["GetStatus"] > 0
     assert caplog.text.count("has no GetExecution") == 1
-    assert caplog.text.count("has no WorkerStream") == 1
+    assert caplog.text.count("is a published Nexum server: run only one worker process") == 1
 
 
 async def test_parallel_calls_fall_back_and_log_one_line(old: Proxy, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,7 +157,7 @@ async def test_failed_execution_on_published_server_has_no_reason(server: Server
         failed = (await client.get_execution(started.execution_id, wait=1)).execution
         assert (failed.status, failed.error) == (
             ExecutionStatus.FAILED,
-            "the server gave no reason (see the worker's output)",
+            "the server keeps no reason: see the worker's output",
         )
         cancelled = (await client.start_execution(CHAIN, {})).execution_id
         await client.cancel_execution(cancelled)
@@ -166,6 +166,6 @@ async def test_failed_execution_on_published_server_has_no_reason(server: Server
 
 def test_worker_process_drains_on_published_server(old: Proxy, tmp_path: Path) -> None:
     with running([str(ROOT / "worker.py"), "--nexum", old.address], cwd=tmp_path) as worker:
-        worker.wait_for("has no WorkerStream")
+        worker.wait_for("is a published Nexum server: run only one worker process")
         worker.interrupt()
         assert worker.wait(SOON) == 0

@@ -4,7 +4,8 @@
 
 It polls in two steps, so that two polls at the same moment get the same task. It keeps an output above 100 kB in a file
 of its folder, and returns a pointer. It sorts the keys of stored JSON, gives no reason for a failure, answers a second
-report with INTERNAL, and takes a silent worker's task back, counting that as a retry. Its data is lost with it.
+report with INTERNAL, and takes a silent worker's task back, counting that as a retry. It refuses messages above 4 MiB,
+cancels what has ended, and accepts the cancellation of an unknown execution. Its data is lost with it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 
 STEP = 0.01  # seconds between the two steps of a poll or report
 MAX_STORED_BYTES = 100 * 1024
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_RETRIES = 3
 BLOBS = Path(".nexum/blobs")
 CLAIM_CHECK = "__nexum_claim_check__"
@@ -75,13 +77,10 @@ class PublishedServer:
             with self._lock:
                 for task in self._tasks.values():
                     if task.status == "RUNNING" and time.monotonic() - task.taken > after:
-                        self._retry(task, 0.0)
+                        self._make_ready(task, 0.0)
 
-    def _retry(self, task: Task, delay: float) -> None:
-        if task.retries < MAX_RETRIES:
-            task.status, task.retries, task.due = "READY", task.retries + 1, time.monotonic() + delay
-        else:
-            task.status = self._executions[task.execution_id].status = "FAILED"
+    def _make_ready(self, task: Task, delay: float) -> None:
+        task.status, task.retries, task.due = "READY", task.retries + 1, time.monotonic() + delay
 
     def _execution(self, execution_id: str) -> Execution:
         if execution_id not in self._executions:
@@ -161,7 +160,10 @@ class PublishedServer:
     def FailTask(self, request: pb.FailRequest) -> pb.AckResponse:
         with self._lock:
             task = self._task(request.task_id)
-            self._retry(task, 2.0**task.retries)
+            if task.retries < MAX_RETRIES:
+                self._make_ready(task, 2.0**task.retries)
+            else:
+                task.status = self._executions[task.execution_id].status = "FAILED"
         return pb.AckResponse(ok=True)
 
     def GetStatus(self, request: pb.StatusRequest) -> pb.StatusResponse:
@@ -185,7 +187,8 @@ class PublishedServer:
 
     def CancelExecution(self, request: pb.CancelRequest) -> pb.AckResponse:
         with self._lock:
-            self._execution(request.execution_id).status = "CANCELLED"
+            if request.execution_id in self._executions:
+                self._executions[request.execution_id].status = "CANCELLED"
             for task in self._tasks.values():
                 if task.execution_id == request.execution_id and task.status in ("READY", "RUNNING"):
                     task.status = "CANCELLED"
@@ -212,6 +215,8 @@ def _read(execution: Execution, node_id: str) -> Any:
 def _handler(call: Callable[[Any], Message], request_type: str, response_type: str) -> grpc.RpcMethodHandler[Any, Any]:
     def handle(request: Message, context: grpc.ServicerContext) -> Message:
         try:
+            if request.ByteSize() > MAX_MESSAGE_BYTES:
+                raise Refused(grpc.StatusCode.OUT_OF_RANGE, "Error, decoded message length too large")
             return published(call(published(request)))
         except Refused as error:
             _abort(context, error)
@@ -238,7 +243,7 @@ def main() -> None:
         for name, types in PUBLISHED_RPCS.items()
         if hasattr(service, name)
     }
-    server = grpc.server(ThreadPoolExecutor(32))
+    server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.max_receive_message_length", -1)])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("nexum.NexumService", handlers),))
     port = server.add_insecure_port(args.listen)
     server.start()
