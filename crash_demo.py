@@ -133,7 +133,7 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
         where = f" --nexum {nexum_address}" if nexum_address else ""
         say(f"\n[demo] The whole record: python -m nexum_engine show {runs[0].execution.execution_id}{where}")
     else:
-        say(f"\n[demo] {len(runs)} crash points, from the server's records:")
+        say(f"\n[demo] {len(runs)} crash points, from {runs[0].source}:")
         for one in runs:
             say(verdict(one))
     if html is not None:

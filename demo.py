@@ -59,7 +59,6 @@ SYSTEM_MESSAGE = (
     "only then answer, in prose, from what you read. End with a list of your sources, each with its URL."
 )
 AGENT = "research_assistant"
-OWN_SERVER = "use this project's own server: python -m nexum_engine"
 
 
 class DurableCalls:
@@ -129,15 +128,14 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     let_ctrl_c_cancel()
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    async with NexumForRun(args.nexum, meanwhile=partial(import_module, "durable_autogen")) as nexum:
+    loading = partial(import_module, "durable_autogen")
+    async with NexumForRun(args.nexum, owners=bool(args.fork), meanwhile=loading) as nexum:
         from durable_autogen import run_durable_stream
 
         if nexum.is_published:
-            if args.fork:
-                raise InvalidRequest(f"--fork needs a record of the run, and {nexum.address} keeps none: {OWN_SERVER}")
             say(
                 f"[demo] {nexum.address} is a published Nexum server: it records the tool calls, but not the run. A "
-                f"re-run asks the model again. To record runs, {OWN_SERVER}"
+                "re-run asks the model again. To record runs, use this project's own server: python -m nexum_engine"
             )
             question = question or QUESTION
         elif args.fork or question is None:

@@ -141,12 +141,12 @@ def version_of(pipeline: Workflow, drill: str | None) -> Workflow:
     return pipeline if drill is None else drill_version(pipeline, drill)
 
 
-async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> None:
-    """Start an execution with the query. Start the offline pipeline if the model is offline, else the live one."""
+async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> str:
+    """Start the offline pipeline if the model is offline, else the live one. Return the execution's id."""
     workflow = version_of(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
     await client.register_workflow(workflow, patience=SERVER_PATIENCE)
     started = await client.start_execution(workflow, PipelineInput(query=query))
-    say(f"[pipeline] started {started.execution_id} (python -m nexum_engine show {started.execution_id})")
+    return started.execution_id
 
 
 async def main(argv: list[str] | None = None) -> int:
@@ -175,7 +175,9 @@ async def main(argv: list[str] | None = None) -> int:
                 after_report=acting.after_report,
             )
             if args.query is not None:
-                await start_pipeline(client, args.query.strip(), model, args.drill)
+                execution_id = await start_pipeline(client, args.query.strip(), model, args.drill)
+                where = f" --nexum {args.nexum}" if args.nexum else ""
+                say(f"[pipeline] started {execution_id} (python -m nexum_engine show {execution_id}{where})")
             await worker.run(stop)
     except NexumError as error:
         complain(f"error: {error}")

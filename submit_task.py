@@ -41,7 +41,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
-from support.console import complain, let_ctrl_c_cancel, run_script, say
+from support.console import complain, let_ctrl_c_cancel, run_script, say, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
@@ -246,9 +246,11 @@ class Session:
                 ended = observed.execution
                 break
             if not deadline.left:
+                # A published server can lose a task, for instance if the client died while it started the call.
+                lost = f", or, if its worker is idle, cancel it first: nexum cancel {execution_id}"
                 raise WaitTimeout(
                     f"{tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
-                    "make the same call again to attach to it"
+                    f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
                 )
             what_for = f"{self._what_for(observed)}{_last_failure(observed.execution)}"
             self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
@@ -427,4 +429,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    say_what_is_logged("nexum_engine")
     run_script(main, interrupted="the tool call continues; run the same command again for its result")

@@ -91,7 +91,7 @@ async def look(args: argparse.Namespace) -> str:
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
 
-    async with EmbeddedNexum(args.nexum) as nexum, NexumClient(nexum.address) as client:
+    async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await list_sessions(client)
             return report.sessions_as_json(sessions) if args.json else report.table(sessions, time.time())

@@ -71,7 +71,7 @@ class _Sessions:
         from nexum_engine.embedded import EmbeddedNexum
 
         try:
-            async with EmbeddedNexum(self._args.nexum) as nexum:
+            async with EmbeddedNexum(self._args.nexum, owners=True) as nexum:
                 session = DurableSession(
                     name,
                     nexum=nexum.address,

@@ -17,12 +17,20 @@ from typing import Any
 
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
-from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
+from nexum_engine.errors import (
+    NexumError,
+    NoOwnedExecutions,
+    NotANexumServer,
+    ServerError,
+    ServerNotReady,
+    ServerUnavailable,
+)
 from nexum_engine.location import database_url, is_same_database, own_database, read_address
 
 _log = logging.getLogger(__name__)
 
 _IMPORTED_FROM = Path(__file__).resolve().parent.parent
+ANY_PORT = "127.0.0.1:0"
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between checks of the children and the server
 PATIENCE = 10.0  # seconds for which a new server waits until an ending server releases the database
@@ -89,10 +97,13 @@ class EmbeddedNexum:
     restarts that server if it has ended. After too many restarts, the block is cancelled, and the `async with` raises
     ServerError.
 
+    With `owners`, the server must support owned executions: a published Nexum server is refused if its address was
+    given, and otherwise ignored.
+
     `meanwhile` is called while the server and the workers start: put slow imports there. Messages for a person are
     logged.
 
-    Raises ServerUnavailable, NotANexumServer, ServerError.
+    Raises ServerUnavailable, NotANexumServer, NoOwnedExecutions, ServerError.
     """
 
     def __init__(
@@ -100,12 +111,14 @@ class EmbeddedNexum:
         address: str | None,
         *,
         workers: Sequence[Path] = (),
+        owners: bool = False,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.embedded = False
         self.is_published = False
         """Whether the server is a published Nexum server, which knows only the published contract."""
         self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
+        self._needs_owners = owners
         self._worker_scripts = workers
         self._meanwhile = meanwhile
         self._server: Child | None = None
@@ -140,6 +153,8 @@ class EmbeddedNexum:
             if not self.embedded:
                 with contextlib.suppress(ServerUnavailable):  # the server may just restart
                     self.is_published = await self._client.server_info() is None
+            if self.is_published and self._needs_owners:
+                raise NoOwnedExecutions(self.address)
             self._use_the_time()
         except BaseException:
             await self._end()
@@ -169,6 +184,10 @@ class EmbeddedNexum:
         try:
             info = await self._client.server_info()
         except (ServerUnavailable, NotANexumServer):
+            return False
+        if info is None and self._needs_owners:
+            # Take a free port. On the default port, only one of the two servers is reached as localhost.
+            self._listen = ANY_PORT
             return False
         own = self._database
         self._is_bound = self.address == DEFAULT_ADDRESS

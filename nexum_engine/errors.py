@@ -19,6 +19,7 @@
     |   |-- ServerUnavailable (ConnectionError)   no server answers
     |   |   `-- ServerNotReady                      the server can't answer the call now: retry
     |   |-- NotANexumServer               a server of another kind answers
+    |   |-- NoOwnedExecutions             the server can't record runs
     |   `-- ServerFault                   the server had an internal error, which is in its log
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
     `-- FinalError                        raised by a worker's handler: a retry can't fix it
@@ -119,6 +120,16 @@ class ServerNotReady(ServerUnavailable):
 
 class NotANexumServer(ServerError):
     """A server of another kind answers at the address."""
+
+
+class NoOwnedExecutions(ServerError):
+    """The server knows no owned executions, so it can't record runs."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"{address} is a published Nexum server, which can't record runs: use this project's own server (python "
+            "-m nexum_engine)"
+        )
 
 
 class ServerFault(ServerError):

@@ -22,6 +22,7 @@ from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import (
     Conflict,
     NexumError,
+    NoOwnedExecutions,
     ServerError,
     ServerNotReady,
     ServerUnavailable,
@@ -59,7 +60,7 @@ class Owner:
             await asyncio.wait({self._beating, connecting}, timeout=CONNECT_TIMEOUT, return_when="FIRST_COMPLETED")
             if self._beating.done():
                 self._beating.result()
-                raise self._knows_no_owners()
+                raise NoOwnedExecutions(self._client.address)
             if not self._heartbeat.connected.is_set():
                 raise ServerError(
                     f"no Nexum server on {self._client.address} accepted the connection of an owner within "
@@ -84,11 +85,6 @@ class Owner:
         elif isinstance(error, ServerNotReady) or not isinstance(error, ServerUnavailable):
             # Log only other errors: the caller itself reports that no server answers.
             logger.warning("reconnecting: %s", error)
-
-    def _knows_no_owners(self) -> ServerError:
-        return ServerError(
-            f"the server on {self._client.address} does not support owned executions: use this project's own server"
-        )
 
     @property
     def is_holding(self) -> bool:
@@ -161,7 +157,7 @@ class Owner:
         elif not started.status.ended:
             # Cancel the execution. The server doesn't know the field `owner`, and has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)
-            raise self._knows_no_owners()
+            raise NoOwnedExecutions(self._client.address)
         return started
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
                 _followed(execution_id, node_id, output) or json.dumps(output, ensure_ascii=False),
                 "",
             )
-            for node_id, output in outputs.items()
+            for node_id, output in sorted(outputs.items())  # the server sends them in random order
         ),
     )
 

@@ -31,9 +31,10 @@ class NexumForRun(EmbeddedNexum):
         address: str | None,
         *,
         workers: tuple[str, ...] = ("worker.py",),
+        owners: bool = False,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__(address, workers=[ROOT / script for script in workers], meanwhile=meanwhile)
+        super().__init__(address, workers=[ROOT / script for script in workers], owners=owners, meanwhile=meanwhile)
 
 
 __all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "start_child"]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import ServerError
 from support.console import complain, let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
 from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
@@ -85,8 +84,10 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
     say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
-        await show_plain(stage)
-        return await show_durable(stage, nexum)
+        # Start with the server: if it can't record runs, the first half isn't run for nothing.
+        async with NexumForRun(nexum, workers=(), owners=True) as server:
+            await show_plain(stage)
+            return await show_durable(stage, server.address)
 
 
 async def show_plain(stage: Stage) -> bool:
@@ -113,24 +114,19 @@ async def show_plain(stage: Stage) -> bool:
     return not never
 
 
-async def show_durable(stage: Stage, nexum: str | None) -> int:
+async def show_durable(stage: Stage, nexum: str) -> int:
     """Run the durable half; print it and its failed checks. Return the exit code: 0 if no check failed, else 1."""
     from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph
     session = f"graphflow-{secrets.token_hex(4)}"
     say("\n=== The same team as a durable run: killed at the same point, and run again ===")
-    async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
-        if server.is_published:
-            raise ServerError(
-                f"{server.address} is a published Nexum server, which can't record a run: use this project's own "
-                "server (python -m nexum_engine)"
-            )
+    async with NexumClient(nexum) as client:
 
         async def replies() -> list[Event]:
             return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]
 
-        where = ("--session", session, "--nexum", server.address)
+        where = ("--session", session, "--nexum", nexum)
         first = await stage.part(DURABLE, "durable-first", *where)
         before = await replies()
         say(f"[durable] process {first.pid}: {asked(first)}; {ended(first)}")

@@ -118,7 +118,7 @@ class Drill:
                 return execution
             if loop.time() - said_at > SAY_WAITING_EVERY:
                 said_at = loop.time()
-                say(f"  {_what_is_awaited(execution)}")
+                say(f"  {self._what_is_awaited(execution)}")
             # Don't use wait_for: before Python 3.12, wait_for loses a Ctrl+C that comes just when the worker ends.
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
@@ -156,6 +156,17 @@ class Drill:
         say(f"[demo] {name} is dead: {_death(code)}")
         states = [f"{node.node_id} {_state(node)}" for node in execution.nodes]
         say(f"[demo] On record: {', '.join(states)}")
+
+    def _what_is_awaited(self, execution: Execution) -> str:
+        for node in execution.nodes:
+            if node.status is NodeStatus.RUNNING:
+                attempt = node.attempts[-1]
+                if self._workers[-1].owns(attempt.worker_id):
+                    return f"{node.node_id:<10} still at work (attempt {attempt.attempt})"
+                return f"{node.node_id:<10} waits until the server takes it back from {attempt.worker_id}"
+            if node.status is NodeStatus.READY:
+                return f"{node.node_id:<10} waits: {node.error or 'no worker has taken it yet'}"
+        return "no step is queued or handed out"
 
     async def _cancel(self) -> None:
         try:
@@ -211,12 +222,3 @@ def _what_became_of(attempt: Attempt, node: Node, took_ms: int) -> str:
             return f"attempt {attempt.attempt} failed: {attempt.error}"
         case _:
             return f"attempt {attempt.attempt} {attempt.outcome.value.lower()}: {attempt.error or 'no reason given'}"
-
-
-def _what_is_awaited(execution: Execution) -> str:
-    for node in execution.nodes:
-        if node.status is NodeStatus.RUNNING:
-            return f"{node.node_id:<10} still at work (attempt {len(node.attempts)})"
-        if node.status is NodeStatus.READY:
-            return f"{node.node_id:<10} waits: {node.error or 'no worker has taken it yet'}"
-    return "no step is queued or handed out"

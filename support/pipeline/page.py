@@ -67,9 +67,9 @@ def page(runs: Sequence[PipelineRun]) -> str:
 </head>
 <body>
 <h1>A pipeline that crashes and resumes</h1>
-<p class="soft">Each lane is a worker process, and each bar is an attempt at a step, with its recorded times. A
-dashed line is a worker's death as recorded: at the worker's last report, or at the end of the attempt that it
-held.</p>
+<p class="soft">Each lane is a worker process, and each bar is an attempt at a step, with its times from
+{runs[0].source}. A dashed line is a worker's death as recorded: at the worker's last report, or at the end of the
+attempt that it held.</p>
 {sections}
 </body>
 </html>

@@ -12,15 +12,22 @@ from typing import Any
 import pytest
 from harness import ROOT, published_server, tool_worker
 from nexum_wire import complete, connected, poll, register, start
+from pipelines import QUERY
 from processes import DEMO, counting_worker, effects, run_demo, run_script, submitter
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import ServerError, ServerUnavailable, TooLarge
+from nexum_engine.owner import Owner
 from nexum_engine.published import execution
 from nexum_engine.records import Task
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
+from pipeline_workflow import OFFLINE_PIPELINE
+from support.pipeline.drill import Drill
+from support.pipeline.effects import EffectLog
+from support.pipeline.evidence import CrashPoint
 
 SOON = 20.0  # seconds
 ONE = workflow("one").effect("a").build()
@@ -257,20 +264,66 @@ def test_crash_demo_resumes_the_pipeline(tmp_path: Path, options: list[str], res
     assert "worker-1 died: killed by SIG" in output
 
 
-@pytest.mark.parametrize(
-    ("command", "told"),
-    [
-        ([DEMO, "--offline", "--fork", "demo1@2", "--session-id", "other"], "error: --fork needs a record of the run"),
-        ([CRASH_DEMO, "--offline", "--graphflow"], "which can't record a run: use this project's own server"),
-    ],
-    ids=["fork", "graphflow"],
-)
-def test_script_that_needs_recorded_runs_exits_with_2_and_one_line(
-    tmp_path: Path, address: str, command: list[str], told: str
+async def test_drill_tells_that_a_dead_workers_step_waits_for_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, output = run_script([*command, "--nexum", address], tmp_path)
+    monkeypatch.setattr("support.pipeline.drill.SAY_WAITING_EVERY", 0.2)
+    effects_log = EffectLog(tmp_path / "effects.jsonl")
+    with published_server(tmp_path, take_back_after=2.0) as address:
+        async with NexumClient(address) as client:
+            point = CrashPoint("research", within=True)
+            await Drill(client, OFFLINE_PIPELINE, QUERY, point, effects_log, worker_options=["--offline"]).run()
+    assert "research   waits until the server takes it back from worker-1-pid" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [DEMO, "--offline", "--fork", "demo1@2", "--session-id", "other"],
+        [DEMO, "--sessions"],
+        [CRASH_DEMO, "--offline", "--graphflow"],
+        ["-m", "durable_autogen", "run", DEMO],
+        ["-m", "durable_autogen", "show", "demo1"],
+    ],
+    ids=["fork", "sessions", "graphflow", "run", "show"],
+)
+def test_command_that_needs_recorded_runs_exits_with_2_and_one_line(
+    tmp_path: Path, address: str, command: list[str]
+) -> None:
+    code, output = run_script(command, tmp_path, {"NEXUM_ADDRESS": address})
     assert code == 2, output
-    assert told in output.splitlines()[-1]
+    assert output.splitlines()[-1] == (
+        f"error: {address} is a published Nexum server, which can't record runs: use this project's own server (python "
+        "-m nexum_engine)"
+    )
+    assert "AutoGen alone" not in output
+
+
+async def test_recorded_run_starts_its_own_server_beside_a_published_one(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    for module in ("client", "embedded"):
+        monkeypatch.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", address)
+    caplog.set_level("INFO")
+    async with EmbeddedNexum(None) as nexum:
+        assert (nexum.address, nexum.is_published, nexum.embedded) == (address, True, False)
+    async with EmbeddedNexum(None, owners=True) as nexum, NexumClient(nexum.address) as client, Owner(client):
+        assert (nexum.is_published, nexum.embedded) == (False, True)
+    assert f"{address} is in use: started one for this run on 127.0.0.1:" in caplog.text
+
+
+def test_command_line_call_prefixes_every_line_and_names_the_way_out_of_a_lost_task(
+    tmp_path: Path, address: str
+) -> None:
+    command = ["submit_task.py", "web_search", '{"query": "x"}', "--offline", "--timeout", "1", "--nexum", address]
+    code, output = run_script([str(ROOT / command[0]), *command[1:]], tmp_path)
+    *lines, last = output.splitlines()
+    assert code == 1
+    assert all(line.startswith("[Nexum] ") for line in lines), output
+    assert re.search(r"attach to it, or, if its worker is idle, cancel it first: nexum cancel exec-\S+$", last), last
 
 
 def test_show_leaves_out_what_the_server_does_not_show(tmp_path: Path, address: str) -> None:
