@@ -57,6 +57,8 @@ def _check_status(page: Page) -> None:
 def _markdown(html: str, page: Page) -> tuple[str, bool]:
     try:
         return html_to_markdown(html, page.url, xml=media_type(page.content_type) == "application/xhtml+xml")
+    except MemoryError:
+        raise
     except Exception as error:  # any error is final: a parser fails again on an unchanged page
         reason = f"{type(error).__name__}: {error}"
         raise FinalError(f"{shortened(page.url)} could not be converted to text ({shortened(reason)})") from error

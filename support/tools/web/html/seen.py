@@ -394,8 +394,10 @@ class SeenPage:
         return self._new(_LISTS[name], parent)
 
     def _item(self, element: Tag, place: _Place) -> _Place:
-        if place.levels >= MAX_LEVELS and place.items is None:
-            return place
+        if place.items is None:  # outside a list
+            if place.levels >= MAX_LEVELS:
+                return place
+            place = replace(place, levels=place.levels + 1)
         mark = place.items.mark(number(element.get("value"))) if place.items else "-"
         return replace(place, container=self._new_item(place.container, mark), items=None)
 
@@ -633,9 +635,19 @@ def _is_layout(table: Tag) -> bool:
 
 
 def _is_long(cell: Tag) -> bool:
-    length = 0
-    for count, node in enumerate(cell.descendants):
-        length += 0 if is_element(node) else len(str(node).strip())
+    # Don't use `descendants`, which first goes to the end of the cell: in nested tables that takes quadratic time.
+    length = count = 0
+    open_nodes = [iter(cell.contents)]
+    while open_nodes:
+        node = next(open_nodes[-1], None)
+        if node is None:
+            open_nodes.pop()
+            continue
+        count += 1
+        if is_element(node):
+            open_nodes.append(iter(node.contents))
+        else:
+            length += len(str(node).strip())
         if length > LAYOUT_CELL or count > LAYOUT_NODES:
             return True
     return False
