@@ -161,7 +161,7 @@ GREEK = "Καλημέρα κόσμε"
         ("日本語".encode("shift_jis"), "text/html; charset=Shift_JIS", "日本語"),
         ("中文".encode("gb18030"), "text/plain; charset=gb2312", "中文"),
         ("\u201cquoted\u201d".encode("cp1252"), "text/plain; charset=iso-8859-1", "\u201cquoted\u201d"),
-        (b"caf\xe9", "text/plain", "caf\ufffd"),
+        (b"caf\xe9", "text/plain", "café"),
         (GREEK.encode()[:-1], "text/plain", GREEK[:-1] + "\ufffd"),
         (
             b'<?xml version="1.0" encoding="iso-8859-7"?><a>' + GREEK.encode("iso-8859-7") + b"</a>",

@@ -29,9 +29,10 @@ def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
     if kind is None:
         media = shortened(media_type(page.content_type))
         raise FinalError(f"{name} is not a page but {media}; only HTML, text, JSON and XML can be read")
-    text = decoded(page.body, page.content_type)
-    if text is False:
-        raise FinalError(f"{name} holds binary data; only HTML, text, JSON and XML can be read")
+    try:
+        text = decoded(page.body, page.content_type)
+    except ValueError as error:
+        raise FinalError(f"{name} {error}") from None
     complete = not page.truncated
     if kind is Kind.HTML:
         text, all_read = _markdown(text, page)
