@@ -12,9 +12,12 @@ from collections.abc import Callable
 from types import FrameType
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.tools.web import Page
 from support.tools.web.html import attributes, hooks, seen, source, style
+from support.tools.web.html.attributes import names
 from support.tools.web.page import page_to_markdown
 
 URL = "https://example.org/dir/page"
@@ -43,7 +46,8 @@ PAGES: dict[str, Callable[[int], str]] = {
     "bodies": lambda n: f"<table>{'<tbody><tr><td>a<td>b' * n}</table>",
     "columns": lambda n: f"<table><tr>{'<td>a' * n}<tr><td>b</table>",
     "tables": lambda n: "<table><tr><th>a</table>" * n,
-    "nested tables": lambda n: "<table><tr><td>a<td>b" * n,
+    "nested tables": lambda n: "<table><tr><td>a<td>b" * 5 * n,  # many, because a table costs more than its nesting
+    "items outside lists": lambda n: "<li><span>a<thead>" * n,
     "terms": lambda n: f"<dl>{'<dt>a<dd>b' * n}</dl>",
     "preformatted": lambda n: "<pre><code>a</code></pre>" * n,
     "boxes in preformatted": lambda n: f"<pre>{'<div>a</div>' * n}</pre>",
@@ -86,6 +90,21 @@ def test_work_grows_linearly_with_the_page(name: str) -> None:
     calls(page(1))  # import modules and compile patterns first
     # Linear work makes four times as many calls, quadratic work sixteen times. Eight leaves room for a constant part.
     assert calls(page(GROWTH * SMALL)) < 2 * GROWTH * calls(page(SMALL))
+
+
+NESTABLE = sorted(
+    names("a b blockquote code dd div form h2 i li main math msup ol p pre q select span sup table td tr")
+)
+TAGS = st.builds(
+    "<{}{}>{}".format, st.sampled_from(["", "", "/"]), st.sampled_from(NESTABLE), st.sampled_from(["", "a"])
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(TAGS, min_size=1, max_size=5).map("".join), st.lists(TAGS, max_size=2).map("".join))
+def test_work_grows_linearly_with_the_repeats_of_any_piece(piece: str, around: str) -> None:
+    calls(f"seen{around}{piece}")
+    assert calls(f"seen{around}{piece * GROWTH * SMALL}") < 2 * GROWTH * calls(f"seen{around}{piece * SMALL}")
 
 
 PATTERNS = sorted(
