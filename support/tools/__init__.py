@@ -63,7 +63,7 @@ def web_search(
 _CONVERTERS = Converters()
 
 
-@tool(time_limit=80)  # 30 s to fetch the page, 20 s to wait for a converter, and 20 s to convert
+@tool(time_limit=90)  # 30 s to fetch the page, 20 s to wait for a converter, 30 s to convert
 def visit_webpage(url: str, *, call: ToolContext) -> str:
     """Read a public web page and return its content as Markdown, without navigation and scripts.
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.tools.web import Page
-from support.tools.web.html import attributes, hooks, seen, source, style
+from support.tools.web.html import attributes, hooks, seen, sheets, source, style
 from support.tools.web.html.attributes import names
 from support.tools.web.page import page_to_markdown
 
@@ -60,6 +60,8 @@ PAGES: dict[str, Callable[[int], str]] = {
     "nested formula": lambda n: "<math>" + "<msup><mi>a" * n,
     "custom elements": lambda n: "".join(f"<x-{number}>a" for number in range(n)),
     "soft breaks": lambda n: "a<wbr>" * n,
+    "rules of sheets": lambda n: f"<style>{'.a .b,p{display:none}' * n}</style>a" + "<p class=a>b" * n,
+    "sheets": lambda n: "<style>.a{display:none}</style><p class=a>a<b>" * n,
     "scripts": lambda n: "<script>x</script>a" * n,
     "drawings": lambda n: "a" + "<svg><desc>" * n + "</title>" * n,
     "drawings left": lambda n: "a" + "<svg><p>b" * n,
@@ -110,7 +112,7 @@ def test_work_grows_linearly_with_the_repeats_of_any_piece(piece: str, around: s
 PATTERNS = sorted(
     {
         (module.__name__, pattern.pattern)
-        for module in (attributes, hooks, seen, source, style)
+        for module in (attributes, hooks, seen, sheets, source, style)
         for value in vars(module).values()
         for pattern in (value.values() if isinstance(value, dict) else [value])
         if isinstance(pattern, re.Pattern)

@@ -22,7 +22,8 @@ from support.tools.web import Page, WebError
 from support.tools.web.html import html_to_markdown
 from support.tools.web.page import page_to_markdown
 
-CONVERSION_LIMIT = 20.0  # seconds; the largest page that is read takes 2 to 7
+MAX_CHILDREN = max(4, os.cpu_count() or 1)  # four, so that a few slow pages don't keep others waiting
+CONVERSION_LIMIT = 30.0  # seconds; the largest page that is read takes 2 to 7
 LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, because it would keep the memory
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
 MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; the largest page that is read takes about 300 MB
@@ -40,12 +41,12 @@ class _Answer(BaseModel):
 
 
 class Converters:
-    """Child processes that convert pages, one for each processor at most."""
+    """Child processes that convert pages, MAX_CHILDREN at most."""
 
     def __init__(self, *, limit: float = CONVERSION_LIMIT, memory: int = MEMORY_LIMIT) -> None:
         self._limit = limit
         self._memory = memory
-        self._slots = threading.BoundedSemaphore(os.cpu_count() or 1)
+        self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
         self._idle: list[_Child] = []
 
     def convert(self, page: Page) -> str:

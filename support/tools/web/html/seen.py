@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from support.tools.web.html.attributes import (
     ItemMarks,
+    classes_of,
     code_language,
     elements,
     is_element,
@@ -23,6 +24,7 @@ from support.tools.web.html.attributes import (
 )
 from support.tools.web.html.hooks import mark_raised
 from support.tools.web.html.math import MATHS, Raised, formula
+from support.tools.web.html.sheets import Sheets
 from support.tools.web.html.style import Sight, Style, hides_all, look, parse_style
 
 if TYPE_CHECKING:
@@ -133,9 +135,14 @@ class SeenPage:
     """
 
     def __init__(
-        self, soup: BeautifulSoup, absolute: Callable[[str], str | None], new_element: Callable[[str], Tag]
+        self,
+        soup: BeautifulSoup,
+        sheets: Sheets,
+        absolute: Callable[[str], str | None],
+        new_element: Callable[[str], Tag],
     ) -> None:
         self._soup = soup
+        self._sheets = sheets
         self._absolute = absolute
         self._new_element = new_element
         self._run: Tag | None = None  # the paragraph to which text is added
@@ -206,6 +213,7 @@ class SeenPage:
     def _add_element(self, element: Tag, place: _Place) -> None:
         name = element.name.lower()
         style = parse_style(str(element["style"])) if element.has_attr("style") else {}
+        style = self._sheets.style_of(name, str(element.get("id", "")), classes_of(element), style)
         if _is_unseen(element, name, style, place):
             return
         if style:

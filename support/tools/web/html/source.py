@@ -31,6 +31,7 @@ _RAW_END = {name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])", re.IGNORECASE) for n
 _BETWEEN = re.compile(r"[ \t\n\f\r/]*")
 _NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
 _EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
+_NOT_ON_SCREEN = re.compile(r"[ \t\n\f\r]media=[\"']?(?:print|speech)[\"' >]", re.IGNORECASE)
 _ATTRIBUTE = re.compile(r"([^ \t\n\f\r/>=]+)[ \t\n\f\r]*=[ \t\n\f\r]*(\"[^\"]*\"|'[^']*'|[^ \t\n\f\r>]*)")
 _BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
 
@@ -65,13 +66,14 @@ def attributes_of(html: str, tag: Tag) -> list[tuple[str, str]]:
     return [(name.lower(), value.strip("\"'")) for name, value in found]
 
 
-def source_of_seen(html: str, *, xml: bool = False) -> str:
-    """Return the page without scripts, style sheets and frames, which may be large and precede the content.
+def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
+    """Return the page without scripts, style sheets and frames, which may be large, and the style sheets.
 
     Newer names replace old names of formatting elements. One pass tells tags from comments, attributes and plain
     text, as the HTML standard says. With `xml`, "/>" closes a script, as in XHTML.
     """
     kept: list[str] = []
+    sheets: list[str] = []
     foreign: list[str] = []
     position = start = 0
     while tag := next_tag(html, position):
@@ -88,10 +90,12 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
             start = position
         elif name == "plaintext" and not closing:
             kept += html[start : tag.start], "<pre>", escape(html[position:])
-            return "".join(kept)
+            return "".join(kept), sheets
         elif new_name in (_UNSEEN if drawn else _RAW_END) and not closing and not (self_closed and (xml or drawn)):
             ending = _RAW_END[name].search(html, position)
             inner_end = ending.start() if ending else len(html)
+            if name == "style" and not _NOT_ON_SCREEN.search(html, tag.start, position):
+                sheets.append(html[position:inner_end])
             plain = _plain(name, html[tag.start : position], html[position:inner_end])
             kept += html[start : tag.start], plain
             position = start = _tag_end(html, ending.end()) if ending else len(html)
@@ -99,7 +103,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> str:
             kept += html[start : tag.name_end - len(name)], new_name
             start = tag.name_end
     kept.append(html[start:])
-    return "".join(kept)
+    return "".join(kept), sheets
 
 
 def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> list[str]:
