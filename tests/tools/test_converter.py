@@ -19,7 +19,7 @@ from processes import is_alive, stat, wait_until
 
 from nexum_engine.errors import FinalError
 from support.tools import Page, WebError, find_tool
-from support.tools.web.converter import Converters
+from support.tools.web.converter import CONVERSION_LIMIT, Converters
 
 pytestmark = pytest.mark.every_python
 
@@ -56,7 +56,7 @@ def new_children() -> Iterator[set[int]]:
 def test_a_page_and_its_errors_come_back_from_the_child() -> None:
     converters = Converters()
     assert converters.convert(page("<h1>Zürich</h1><p>5 €</p>")) == "# Zürich\n\n5 €"
-    assert converters.convert(Page(URL, 200, "text/plain", b"caf\xe9\0"[:4])) == "caf\ufffd"
+    assert converters.convert(Page(URL, 200, "text/plain", "中文".encode())) == "中文"
     with pytest.raises(FinalError, match="HTTP 404 \\(there is no such page"):
         converters.convert(page(status=404))
     with pytest.raises(WebError, match="HTTP 503"):
@@ -145,25 +145,55 @@ def test_an_idle_child_that_died_is_replaced() -> None:
     assert converters.convert(page()) == "words"
 
 
-@linux_only
-@pytest.mark.parametrize("html", ["'<p>a'", "test_converter.SLOW_PAGE"], ids=["idle", "converting"])
-def test_a_child_ends_with_the_process_that_started_it(html: str) -> None:
-    program = (
-        "import sys, test_converter as tests; from support.tools.web.converter import Converters;"
-        f"Converters().convert(tests.page({html.replace('test_converter', 'tests')})); print('idle', flush=True);"
-        "sys.stdin.read()"
+@contextmanager
+def converting_program(program: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program in which `converters`, `page` and `SLOW_PAGE` are defined."""
+    begin = (
+        "import sys, threading; from test_converter import SLOW_PAGE, page; from support.tools.web.converter import *;"
+        "converters = Converters(); "
     )
     path = os.pathsep.join([str(ROOT), *(str(ROOT / "tests" / name) for name in ("support", "tools"))])
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", begin + program],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as parent:
-        if html == "'<p>a'":
-            assert parent.stdout is not None
-            assert parent.stdout.readline() == b"idle\n"
-        wait_until(lambda: bool(children_of(parent.pid)), "a child runs")
-        (child,) = children_of(parent.pid)
+        yield parent
+
+
+def the_child_of(parent: subprocess.Popen[bytes]) -> int:
+    wait_until(lambda: bool(children_of(parent.pid)), "a child runs")
+    (child,) = children_of(parent.pid)
+    return child
+
+
+@linux_only
+def test_an_idle_child_ends_with_the_process_that_started_it() -> None:
+    with converting_program("converters.convert(page()); print('idle', flush=True); sys.stdin.read()") as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"idle\n"
+        child = the_child_of(parent)
         parent.kill()
+    wait_until(lambda: not is_alive(child), "the child ended", timeout=10)
+
+
+@linux_only
+def test_a_busy_child_ends_with_the_process_that_started_it() -> None:
+    with converting_program("converters.convert(page(SLOW_PAGE))") as parent:
+        child = the_child_of(parent)
+        parent.kill()
+    wait_until(lambda: not is_alive(child), "the child ended", timeout=10)
+
+
+@linux_only
+def test_a_conversion_does_not_delay_the_end_of_its_process() -> None:
+    program = (
+        "threading.Thread(target=converters.convert, args=[page(SLOW_PAGE * 2)], daemon=True).start(); sys.stdin.read()"
+    )
+    with converting_program(program) as parent:
+        child = the_child_of(parent)
+        assert parent.stdin is not None
+        parent.stdin.close()
+        assert parent.wait(CONVERSION_LIMIT / 2) == 0
     wait_until(lambda: not is_alive(child), "the child ended", timeout=10)

@@ -36,7 +36,7 @@ PAGE = """<!DOCTYPE html><html><head><title>A &amp; B
    people_here *today* in&nbsp;2024 [1] #1 &lt;b&gt;.</p>
 <p hidden>HIDDEN1</p><p aria-hidden="true">HIDDEN2</p><p style="color:red; DISPLAY : none">HIDDEN3</p>
 <script>SCRIPT1 < "</p>"</script><noscript>NOSCRIPT</noscript><template>TEMPLATE</template>
-<svg><text>SVG</text></svg><iframe src="x">IFRAME</iframe><form><p>FORM</p></form>
+<svg><title>SVG</title></svg><iframe src="x">IFRAME</iframe><form><p>FORM</p></form>
 <ul><li>one<ul><li>inner</li></ul></li><li>two</li></ul>
 <pre><code>def f():
     return  1

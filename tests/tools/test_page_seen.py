@@ -99,6 +99,7 @@ def test_layout_table_becomes_text() -> None:
         ),
         ("<ul><li><input type=checkbox checked>a<li><input type=checkbox>b</ul>", "- [x] a\n- [ ] b"),
         ("<dl><dt>t</dt><dd>one</dd><dd>two<p>more</p></dd></dl>", "t\n:   one\n:   two\n\n    more"),
+        ("<dl><dt>s<dt>t<dd>one<dd>two<p>more<dt>u</dl>", "s\n\nt\n:   one\n:   two\n\n    more\n\nu"),
         ("<menu><li>a</menu><dir><li>b</dir><li>c", "- a\n\n- b\n\n- c"),
         ("<blockquote>a<blockquote><p>b</p></blockquote></blockquote>", "> a\n>\n> > b"),
         ("<blockquote><p>words</p><footer>who</footer></blockquote>", "> words\n>\n> who"),
@@ -253,9 +254,9 @@ def test_words_shown_again_by_an_inner_style_are_kept() -> None:
         "<iframe>x</iframe>",
         "<object>x</object>",
         "<video>x</video>",
-        "<svg><style/><text>x</text></svg>",
-        "<svg><title>x</title><desc>x</desc></svg>",
-        "<svg><foreignObject><p>x</p></foreignObject></svg>",
+        "<svg><title>x</title><desc>x</desc>x<g>x</g></svg>",
+        "<svg><defs><text>x</text></defs><symbol><text>x</text></symbol><text display=none>x</text></svg>",
+        "<svg hidden><text>x</text></svg>",
         "<datalist><option>x</datalist>",
         "<!-- <p>x</p> -->",
         "<!-- > x -->",
@@ -266,6 +267,19 @@ def test_words_shown_again_by_an_inner_style_are_kept() -> None:
 def test_invisible_elements_are_left_out(html: str) -> None:
     assert read(f"<p>a</p>{html}") == "a"
     assert read("<p>a</p><dialog open>b</dialog>") == "a\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        ("<svg><title>x</title><text x=1>12<tspan>%</tspan></text><g><text>34%</text></g></svg>", "12% 34%"),
+        ("<svg><style/><text>b</text></svg>c", "b c"),
+        ("<svg><foreignObject><p>b</p><p>c</p></foreignObject></svg>", "b\n\nc"),
+        ("<x-card><template shadowrootmode=open><p>b</p></template></x-card>", "b"),
+    ],
+)
+def test_words_of_drawings_and_shadow_roots_are_read(html: str, text: str) -> None:
+    assert read(f"<p>a</p>{html}") == f"a\n\n{text}"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ PAGES: dict[str, Callable[[int], str]] = {
     "readings": lambda n: "<ruby>a<rt>b" * n,
     "formula": lambda n: "<math>" + "<msup><mi>a</mi><mn>2</mn></msup>" * n,
     "nested formula": lambda n: "<math>" + "<msup><mi>a" * n,
+    "nested scripts": lambda n: "<math>" + "<msup><mi>a</mi>" * n,
+    "texts in drawings": lambda n: "a" + "<svg><text>b</text>" * n,
+    "nested terms": lambda n: "<dl>" + "<dd>a" * n,
     "custom elements": lambda n: "".join(f"<x-{number}>a" for number in range(n)),
     "soft breaks": lambda n: "a<wbr>" * n,
     "rules of sheets": lambda n: f"<style>{'.a .b,p{display:none}' * n}</style>a" + "<p class=a>b" * n,
@@ -144,4 +147,11 @@ def repeated_neighbours(pattern: str) -> list[str]:
 def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
     """Each page takes under a second. Quadratic work would take hours, and pytest's time limit would end the test."""
     html = "<h1>head</h1>" + around.replace("|", run * (400_000 // len(run)))
+    assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")
+
+
+@pytest.mark.parametrize("piece", ["<div><br>a", "<b><img src=x>a<i>"])
+def test_400_kilobytes_of_nested_elements_are_read(piece: str) -> None:
+    """Each page takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
+    html = "<h1>head</h1>" + piece * (400_000 // len(piece))
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")

@@ -110,6 +110,7 @@ class _Child:
             self._process.kill()
 
         timer = threading.Timer(limit, give_up)
+        timer.daemon = True  # don't delay the end of this process
         timer.start()
         try:
             self._process.stdin.write(_PAGE.dump_json(page) + b"\n")

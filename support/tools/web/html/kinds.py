@@ -15,9 +15,10 @@ LAYOUT_CELL = 1_000  # characters
 LAYOUT_NODES = 100  # texts and elements
 
 UNSEEN = names(
-    "head title script style noscript template svg iframe object canvas audio video datalist map area param"
+    "head title script style noscript template iframe object canvas audio video datalist map area param"
     " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta"
 )
+UNDRAWN = names("defs symbol clippath mask marker pattern desc metadata")  # unseen parts of a drawing
 AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an article
 WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 BLOCKS = names(
@@ -26,6 +27,7 @@ BLOCKS = names(
     " blockquote caption dd dt h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex"
 )
 HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
+TERMS = frozenset({"dt", "dd"})  # a term and its definition
 LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
@@ -37,6 +39,8 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 
 def is_unseen(element: Tag, name: str, style: Style) -> bool:
+    if name == "template" and element.has_attr("shadowrootmode"):
+        return False  # its content is shown in place of its parent's content
     if name in UNSEEN or name == "nav" or element.has_attr("hidden") or element.has_attr("popover"):
         return True
     if name == "dialog" and not element.has_attr("open"):

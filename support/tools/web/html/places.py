@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from support.tools.web.html.attributes import ItemMarks
@@ -43,6 +43,7 @@ class Place:
     in_line: bool = False  # on one line, such as a heading, a term or a caption
     keeps_lines: bool = False
     preformatted: bool = False
+    drawn: bool = False  # in a drawing, outside its texts
     whole: bool = False  # within an article
     around: tuple[str, ...] = ()  # the kinds of the outer elements that may be dropped
     levels: int = 0
@@ -83,10 +84,13 @@ def mark_of(element: Tag, name: str, style: Style, absolute: Callable[[str], str
     return None
 
 
-def may_stand(mark: Mark, place: Place) -> bool:
-    if len(place.marks) >= MAX_MARKS:
-        return False
-    return mark.name in NESTING or all(other.name != mark.name for other in place.marks)
+def marked(place: Place, mark: Mark | None) -> Place:
+    """Return the place within an inline element with this mark, or the place itself if the mark is too much."""
+    if mark is None or len(place.marks) >= MAX_MARKS:
+        return place
+    if mark.name not in NESTING and any(other.name == mark.name for other in place.marks):
+        return place
+    return replace(place, marks=(*place.marks, mark))
 
 
 def holds_line_breaks(element: Tag, name: str, place: Place) -> bool:

@@ -21,6 +21,8 @@ from support.tools.web.html.kinds import (
     MARKS,
     PREFORMATTED,
     SECTIONS,
+    TERMS,
+    UNDRAWN,
     WHOLES,
     is_layout,
     is_unseen,
@@ -37,7 +39,7 @@ from support.tools.web.html.places import (
     is_flow,
     keeps_lines,
     mark_of,
-    may_stand,
+    marked,
 )
 from support.tools.web.html.sheets import Sheets
 from support.tools.web.html.style import Sight, Style, look, parse_style
@@ -140,10 +142,11 @@ class SeenPage:
 
     def _add(self, node: _Node, place: Place) -> None:
         if isinstance(node, Raised):
-            mark = Mark(node.name)
-            self._enter([node.part], replace(place, marks=(*place.marks, mark)))
+            self._enter([node.part], marked(place, Mark(node.name)))
         elif is_element(node):
             self._add_element(node, place)
+        elif place.drawn:
+            return
         elif isinstance(node, str) and not getattr(node, "PREFIX", ""):  # comments and doctypes have a PREFIX
             self._add_text(str(node), place)
 
@@ -154,14 +157,18 @@ class SeenPage:
         name = element.name.lower()
         style = parse_style(str(element["style"])) if element.has_attr("style") else {}
         style = self._sheets.style_of(name, str(element.get("id", "")), classes_of(element), style)
-        if is_unseen(element, name, style):
+        if place.drawn:
+            style = {key: str(element[key]) for key in ("display", "visibility") if element.has_attr(key)} | style
+        if is_unseen(element, name, style) or (place.drawn and name in UNDRAWN):
             return
         if style:
             place = replace(place, sight=look(style, place.sight), keeps_lines=keeps_lines(style, place))
         self._articles += name == "article" and not place.whole
         if name in WHOLES or element.get("role") == "main":
             place = replace(place, whole=True)
-        if place.preformatted:
+        if name == "svg" or (place.drawn and name in ("text", "foreignobject")):
+            self._enter([" ", *element.contents, " "], replace(place, drawn=name == "svg"))
+        elif place.preformatted:
             self._add_within_code(element, name, style, place)
         elif name in _INLINE_HANDLERS:
             _INLINE_HANDLERS[name](self, element, place)
@@ -172,10 +179,7 @@ class SeenPage:
         elif name in BLOCKS or style.get("display") in BLOCK_DISPLAYS:
             self._add_block(element, name, style, place)
         else:
-            mark = mark_of(element, name, style, self._absolute)
-            if mark is not None and may_stand(mark, place):
-                place = replace(place, marks=(*place.marks, mark))
-            self._enter(element.contents, place)
+            self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
 
     # Text
 
@@ -198,6 +202,16 @@ class SeenPage:
     # Blocks
 
     def _add_block(self, element: Tag, name: str, style: Style, place: Place) -> None:
+        parent = place.container.parent
+        if (
+            name in TERMS
+            and place.container.name in TERMS
+            and parent
+            and element.parent
+            and element.parent.name in TERMS
+        ):
+            # The parser doesn't close a term or its definition where the next one begins.
+            place = replace(place, container=parent, in_line=False, levels=place.levels - (element.parent.name == "dd"))
         self._text.end(place)
 
         def close() -> None:
