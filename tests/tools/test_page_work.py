@@ -150,8 +150,7 @@ def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")
 
 
-@pytest.mark.parametrize("piece", ["<div><br>a", "<b><img src=x>a<i>"])
-def test_400_kilobytes_of_nested_elements_are_read(piece: str) -> None:
-    """Each page takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
-    html = "<h1>head</h1>" + piece * (400_000 // len(piece))
+def test_400_kilobytes_of_nested_elements_are_read() -> None:
+    """It takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
+    html = "<h1>head</h1>" + "<div><br>a" * 40_000
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")
