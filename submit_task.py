@@ -371,6 +371,16 @@ _background: asyncio.AbstractEventLoop | None = None
 _background_lock = threading.Lock()
 
 
+def _forget_background_loop() -> None:
+    """Drop the event loop after a fork: its thread runs in the parent only, and may have held the lock."""
+    global _background, _background_lock
+    _background, _background_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_background_loop)
+
+
 def _background_loop() -> asyncio.AbstractEventLoop:
     global _background
     with _background_lock:

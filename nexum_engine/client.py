@@ -8,14 +8,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
+from nexum_engine.connection import Connection
 from nexum_engine.errors import (
     Conflict,
     ExecutionNotFound,
@@ -41,7 +41,6 @@ from nexum_engine.records import (
 )
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
 
@@ -59,18 +58,6 @@ CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the cal
 RECONNECT_DELAY = 0.1  # seconds
 MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
-
-_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # Reconnect before a restarted server stops waiting for its workers and owners.
-    ("grpc.max_reconnect_backoff_ms", 200),
-    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Ignore http_proxy: it is for the web, not for a server on this machine.
-    ("grpc.enable_http_proxy", 0),
-)
 
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
@@ -127,9 +114,7 @@ class NexumClient:
 
     def __init__(self, address: str | None = None) -> None:
         address = address or os.environ.get("NEXUM_ADDRESS") or None
-        self._channels: list[grpc.aio.Channel] = []
-        self._target = ""
-        self._connected: NexumServiceAsyncStub | None = None
+        self._connections: list[Connection] = []
         self._is_lost = False
         self._database: Path | None = None
         self._is_searching = address is None
@@ -156,29 +141,27 @@ class NexumClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the client's connections."""
-        for channel in self._channels:
-            await channel.close()
+        """Close the connections of the running event loop."""
+        for connection in self._connections:
+            await connection.close()
 
     # ---- Which server ------------------------------------------------------------------------------------------------
 
     @property
     def _stub(self) -> NexumServiceAsyncStub:
-        if self._connected is None:
+        if not self._connections:
             raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return self._connected
+        return self._connections[-1].stub
 
     def _connect(self, target: str, metadata: Metadata) -> None:
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        # Keep earlier channels open: closing one would cancel its calls.
-        self._channels.append(channel)
-        self._target, self._connected = target, _stub_with(channel, metadata)
+        # Keep earlier connections open: closing one would cancel its calls.
+        self._connections.append(Connection(target, metadata))
 
     def _follow(self) -> None:
         """Connect to the present address of the database's server."""
         assert self._database is not None
         target = read_address(self._database)
-        if target is not None and target != self._target:
+        if target is not None and (not self._connections or target != self._connections[-1].target):
             self._connect(target, metadata_for(str(self._database)))
 
     async def reach(self) -> None:
@@ -210,8 +193,8 @@ class NexumClient:
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
         """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        stub = _stub_with(channel, metadata)
+        connection = Connection(target, metadata)
+        stub = connection.stub
         try:
             try:
                 return _info(await stub.GetServerInfo(pb.EmptyRequest(), timeout=FIRST_ANSWER))
@@ -224,7 +207,7 @@ class NexumClient:
             error = error_of(rpc_error, target)
             return error if isinstance(error, ServerError) else None
         finally:
-            await channel.close()
+            await connection.close()
         return None
 
     async def _call(
@@ -239,7 +222,7 @@ class NexumClient:
         give_up = loop.time() + patience
         while True:
             try:
-                if self._is_lost or self._connected is None:
+                if self._is_lost or not self._connections:
                     await self.reach()
                 answer = await method(self._stub)(request, timeout=CALL_DEADLINE + wait)
             except grpc.RpcError as rpc_error:
@@ -473,15 +456,6 @@ class NexumClient:
     def worker_stream(self) -> WorkerStreamCall:
         """Open a worker stream, on which the server answers each heartbeat. Its methods raise grpc.RpcError."""
         return self._stub.WorkerStream()
-
-
-def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:
-    """Return a stub that sends the metadata with every call."""
-    stub = NexumServiceStub(channel)
-    if metadata:
-        for name, call in vars(stub).items():
-            setattr(stub, name, partial(call, metadata=metadata))
-    return cast("NexumServiceAsyncStub", stub)
 
 
 def _info(answer: pb.ServerInfo) -> ServerInfo:
