@@ -13,4 +13,7 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 VERSION = "0.1.0"
+ERROR = "error: "
+"""How the command line begins the line of an error. An embedded server prints that line for the program that started
+it, in the place of the line that says that it is ready."""
 DEFAULT_LISTEN = "127.0.0.1:50051"

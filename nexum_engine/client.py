@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class NexumClient:
             self._follow()
         else:
             host, colon, port = address.rpartition(":")
-            if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
+            if not colon or not host or "/" in host or not _is_port(port):
                 raise InvalidRequest(
                     f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
                 )
@@ -224,7 +225,7 @@ class NexumClient:
             try:
                 if self._is_lost or not self._connections:
                     await self.reach()
-                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + wait)
+                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
                 error = error_of(rpc_error, self.address)
                 self._is_lost = isinstance(error, ServerUnavailable)
@@ -299,7 +300,7 @@ class NexumClient:
             version_hash=workflow.version_hash,
             input_json=input_json,
             idempotency_key=idempotency_key,
-            wait_ms=round(wait * 1000),
+            wait_ms=_milliseconds(wait),
             owner=owner,
             held_task_id=held_task_id,
             output_json=output_json,
@@ -323,7 +324,7 @@ class NexumClient:
         try:
             if self._has_get_execution:
                 request = pb.GetExecutionRequest(
-                    execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
+                    execution_id=execution_id, wait_ms=_milliseconds(wait), with_attempts=with_attempts
                 )
                 try:
                     answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
@@ -458,6 +459,17 @@ class NexumClient:
         return self._stub.WorkerStream()
 
 
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) <= 65535
+
+
+def _milliseconds(wait: float) -> int:
+    """Return a wait for a request. Raises InvalidRequest for NaN."""
+    if math.isnan(wait):
+        raise InvalidRequest("wait is not a number: give a number of seconds")
+    return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
+
+
 def _info(answer: pb.ServerInfo) -> ServerInfo:
     return ServerInfo(answer.database, answer.embedded)
 
@@ -467,7 +479,7 @@ def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) ->
         worker_id=worker_id,
         version_hash=version_hashes[0],
         more_version_hashes=version_hashes[1:],
-        wait_ms=round(wait * 1000),
+        wait_ms=_milliseconds(wait),
         max_task_bytes=2**40,
     )
 

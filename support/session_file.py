@@ -17,7 +17,7 @@ from typing import TypeAlias
 from weakref import WeakSet
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexum_engine.errors import InvalidRequest, NexumError
 from support.console import say
@@ -37,7 +37,7 @@ class SessionRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    created_at: float
+    created_at: float = Field(ge=0, le=1e11)
     """Seconds since 1970, UTC."""
     executions: dict[str, dict[str, str]]
     """Execution ids by workflow id, then by call key."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import grpclib.client
+from google.protobuf.message import DecodeError
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
@@ -61,18 +62,18 @@ class ForkedChannel:
         """Return a function that makes one call of the method."""
         method = grpclib.client.UnaryUnaryMethod[bytes, bytes](self._connection, path, bytes, bytes)
 
-        async def exchange(stream: _Stream, request: bytes) -> bytes:
+        async def exchange(stream: _Stream, request: bytes) -> Any:
             with _as_rpc_errors(stream):
                 async with stream:
                     await stream.send_message(request, end=True)
                     answer = await stream.recv_message()
                 if answer is None:
                     raise StreamTerminatedError("the server sent no answer")
-                return answer
+                return response_deserializer(answer)
 
         async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> Any:
             stream = method.open(timeout=timeout, metadata=metadata)
-            return response_deserializer(await _in_own_context(exchange(stream, request_serializer(request))))
+            return await _in_own_context(exchange(stream, request_serializer(request)))
 
         return call
 
@@ -136,7 +137,8 @@ class ForkedStream:
             self._answers.put_nowait(None)  # for the next call of `read`
             await self._reading
             return grpc.aio.EOF
-        return self._deserialize(answer)
+        with _as_rpc_errors(self._stream):
+            return self._deserialize(answer)
 
 
 def _in_own_context(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -155,6 +157,8 @@ def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
         raise _rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
     except (OSError, StreamTerminatedError) as error:
         raise _rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+    except DecodeError as error:
+        raise _rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
 
 
 def _rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:

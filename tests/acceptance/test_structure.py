@@ -75,6 +75,8 @@ def test_walk_finds_the_known_modules_and_imports() -> None:
 ENGINE = {
     "errors": (),
     "clock": (),
+    "streams": (),
+    "options": (),
     "signals": (),
     "records": (),
     "jsontext": ("errors",),
