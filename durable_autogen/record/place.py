@@ -68,7 +68,8 @@ def call_id() -> str:
 def recording_place() -> Place | None:
     """Return the place of the current call; None if no session has to record the call.
 
-    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's.
+    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's, or in a
+    forked process.
     """
     place = current.get()
     if place is None or place.in_call:
@@ -81,8 +82,8 @@ def recording_place() -> Place | None:
         )
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
-            f"this call of session {session.session_id} can't be recorded: it is made in another event loop. Make it "
-            "in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
+            f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "
+            "forked process. Make it in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
         )
     return place
 
