@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc
 from pydantic import BaseModel, ValidationError
 
-from nexum_engine import jsontext
+from nexum_engine import jsontext, published
+from nexum_engine.connection import Connection
 from nexum_engine.errors import (
     Conflict,
     ExecutionNotFound,
@@ -41,7 +41,6 @@ from nexum_engine.records import (
 )
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
 
@@ -51,26 +50,12 @@ if TYPE_CHECKING:
     # Import this class for type checks only: it exists only in the type stubs.
     from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
 
-    WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
-
 DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
 MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
-
-_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # Reconnect before a restarted server stops waiting for its workers and owners.
-    ("grpc.max_reconnect_backoff_ms", 200),
-    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Ignore http_proxy: it is for the web, not for a server on this machine.
-    ("grpc.enable_http_proxy", 0),
-)
 
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
@@ -127,9 +112,7 @@ class NexumClient:
 
     def __init__(self, address: str | None = None) -> None:
         address = address or os.environ.get("NEXUM_ADDRESS") or None
-        self._channels: list[grpc.aio.Channel] = []
-        self._target = ""
-        self._connected: NexumServiceAsyncStub | None = None
+        self._connections: list[Connection] = []
         self._is_lost = False
         self._database: Path | None = None
         self._is_searching = address is None
@@ -143,7 +126,7 @@ class NexumClient:
             self._follow()
         else:
             host, colon, port = address.rpartition(":")
-            if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
+            if not colon or not host or "/" in host or not _is_port(port):
                 raise InvalidRequest(
                     f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
                 )
@@ -156,30 +139,37 @@ class NexumClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the client's connections."""
-        for channel in self._channels:
-            await channel.close()
+        """Close the connections of the running event loop."""
+        for connection in self._connections:
+            await connection.close()
 
     # ---- Which server ------------------------------------------------------------------------------------------------
 
     @property
     def _stub(self) -> NexumServiceAsyncStub:
-        if self._connected is None:
-            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return self._connected
+        return self._latest().stub
 
     def _connect(self, target: str, metadata: Metadata) -> None:
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        # Keep earlier channels open: closing one would cancel its calls.
-        self._channels.append(channel)
-        self._target, self._connected = target, _stub_with(channel, metadata)
+        # Keep earlier connections open: closing one would cancel its calls.
+        self._connections.append(Connection(target, metadata))
 
     def _follow(self) -> None:
         """Connect to the present address of the database's server."""
         assert self._database is not None
         target = read_address(self._database)
-        if target is not None and target != self._target:
+        if target is not None and (not self._connections or target != self._connections[-1].target):
             self._connect(target, metadata_for(str(self._database)))
+
+    def connection(self) -> Connection:
+        """Return the connection to the server's present address. Call `reach` once before. Raises ServerUnavailable."""
+        if self._database is not None and not self._is_searching:
+            self._follow()
+        return self._latest()
+
+    def _latest(self) -> Connection:
+        if not self._connections:
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
+        return self._connections[-1]
 
     async def reach(self) -> None:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
@@ -210,8 +200,8 @@ class NexumClient:
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
         """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        stub = _stub_with(channel, metadata)
+        connection = Connection(target, metadata)
+        stub = connection.stub
         try:
             try:
                 return _info(await stub.GetServerInfo(pb.EmptyRequest(), timeout=FIRST_ANSWER))
@@ -224,7 +214,7 @@ class NexumClient:
             error = error_of(rpc_error, target)
             return error if isinstance(error, ServerError) else None
         finally:
-            await channel.close()
+            await connection.close()
         return None
 
     async def _call(
@@ -239,9 +229,9 @@ class NexumClient:
         give_up = loop.time() + patience
         while True:
             try:
-                if self._is_lost or self._connected is None:
+                if self._is_lost or not self._connections:
                     await self.reach()
-                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + wait)
+                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
                 error = error_of(rpc_error, self.address)
                 self._is_lost = isinstance(error, ServerUnavailable)
@@ -316,7 +306,7 @@ class NexumClient:
             version_hash=workflow.version_hash,
             input_json=input_json,
             idempotency_key=idempotency_key,
-            wait_ms=round(wait * 1000),
+            wait_ms=_milliseconds(wait),
             owner=owner,
             held_task_id=held_task_id,
             output_json=output_json,
@@ -340,7 +330,7 @@ class NexumClient:
         try:
             if self._has_get_execution:
                 request = pb.GetExecutionRequest(
-                    execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
+                    execution_id=execution_id, wait_ms=_milliseconds(wait), with_attempts=with_attempts
                 )
                 try:
                     answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
@@ -354,7 +344,10 @@ class NexumClient:
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
-            logger.warning("the server on %s has no GetExecution: polling it with GetStatus", self.address)
+            logger.warning(
+                "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
+                self.address,
+            )
         self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
@@ -366,7 +359,7 @@ class NexumClient:
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
-                return Observed(_execution_of_status(execution_id, answer), None)
+                return Observed(published.execution(execution_id, answer), None)
             await asyncio.sleep(_FAST_POLL if waited < _FAST_FOR else _SLOW_POLL)
 
     async def list_executions(
@@ -407,7 +400,7 @@ class NexumClient:
                 status=ExecutionStatus(summary.status),
                 input_json=summary.input_json,
                 idempotency_key=summary.idempotency_key,
-                created_ms=summary.created_ms,
+                created_ms=summary.created_ms or published.milliseconds(summary.created_at),
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
                 nodes=_nodes(summary.nodes),
@@ -470,18 +463,16 @@ class NexumClient:
         except Conflict as error:
             raise StaleTask(str(error)) from error
 
-    def worker_stream(self) -> WorkerStreamCall:
-        """Open a worker stream, on which the server answers each heartbeat. Its methods raise grpc.RpcError."""
-        return self._stub.WorkerStream()
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) <= 65535
 
 
-def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:
-    """Return a stub that sends the metadata with every call."""
-    stub = NexumServiceStub(channel)
-    if metadata:
-        for name, call in vars(stub).items():
-            setattr(stub, name, partial(call, metadata=metadata))
-    return cast("NexumServiceAsyncStub", stub)
+def _milliseconds(wait: float) -> int:
+    """Return a wait for a request. Raises InvalidRequest for NaN."""
+    if math.isnan(wait):
+        raise InvalidRequest("wait is not a number: give a number of seconds")
+    return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
 
 
 def _info(answer: pb.ServerInfo) -> ServerInfo:
@@ -493,7 +484,7 @@ def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) ->
         worker_id=worker_id,
         version_hash=version_hashes[0],
         more_version_hashes=version_hashes[1:],
-        wait_ms=round(wait * 1000),
+        wait_ms=_milliseconds(wait),
         max_task_bytes=2**40,
     )
 
@@ -543,23 +534,4 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
             ),
         )
         for node in records
-    )
-
-
-def _execution_of_status(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    outputs: dict[str, Any] = json.loads(answer.completed_nodes_json or "{}")
-    return Execution(
-        execution_id=execution_id,
-        workflow_id="",
-        version_hash="",
-        status=ExecutionStatus(answer.status),
-        input_json="",
-        idempotency_key="",
-        created_ms=0,
-        ended_ms=None,
-        error="the server gave no reason" if answer.status == ExecutionStatus.FAILED else "",
-        nodes=tuple(
-            Node(node_id, "", NodeStatus.COMPLETED, json.dumps(output, ensure_ascii=False), "")
-            for node_id, output in outputs.items()
-        ),
     )

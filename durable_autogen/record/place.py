@@ -42,7 +42,8 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether each message of the agent is passed on only when its next message arrives, while other agents work."""
+    """Whether AutoGen passes on each message of this agent only when the agent's next one comes. Other agents work
+    meanwhile."""
     owner: Any = None
     """The agent or team at work."""
 
@@ -67,7 +68,8 @@ def call_id() -> str:
 def recording_place() -> Place | None:
     """Return the place of the current call; None if no session has to record the call.
 
-    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's.
+    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's, or in a
+    forked process.
     """
     place = current.get()
     if place is None or place.in_call:
@@ -80,8 +82,8 @@ def recording_place() -> Place | None:
         )
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
-            f"this call of session {session.session_id} can't be recorded: it is made in another event loop. Make it "
-            "in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
+            f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "
+            "forked process. Make it in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
         )
     return place
 

@@ -16,10 +16,9 @@ from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, add_to_server
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
-from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
 _BIND_RETRY = 0.1  # seconds
@@ -36,7 +35,7 @@ _OPTIONS = (
 def loopback_address(listen: str) -> str:
     """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+    if not colon or not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
     # Bind only 127.0.0.1 for "localhost". The name has two addresses, and grpc succeeds even if one of them is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
@@ -117,7 +116,7 @@ async def _bind(
     deadline = loop.time() + patience
     while True:
         server = grpc.aio.server(options=_OPTIONS)
-        add_NexumServiceServicer_to_server(servicer, server)
+        add_to_server(servicer, server)
         try:
             return server, server.add_insecure_port(address)
         except RuntimeError as error:

@@ -13,6 +13,8 @@ from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
@@ -61,7 +63,7 @@ def _rpc(handler: Handler) -> Handler:
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
         await self.refuse_what_is_meant_for_another(context)
         try:
-            return await handler(self, request, context)
+            return await handler(self, _checked(request), context)
         except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
             await _abort(context, error)
 
@@ -331,12 +333,42 @@ class NexumServicer(NexumServiceServicer):
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         await self.refuse_what_is_meant_for_another(context)
         try:
+            beats = (_checked(beat) async for beat in request_iterator)
             # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
-            async with aclosing(self._liveness.beats(request_iterator)) as acks:
+            async with aclosing(self._liveness.beats(beats)) as acks:
                 async for ack in acks:
                     yield ack
         except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
             await _abort(context, error)
+
+
+def add_to_server(servicer: NexumServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server. The generated function would answer UNKNOWN to a malformed message."""
+    service = pb.DESCRIPTOR.services_by_name["NexumService"]
+    handlers = {}
+    for method in service.methods:
+        streams = method.client_streaming and method.server_streaming
+        handler = grpc.stream_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        handlers[method.name] = handler(
+            getattr(servicer, method.name),
+            request_deserializer=partial(_decoded, GetMessageClass(method.input_type)),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _decoded(kind: type[Message], data: bytes) -> Message | InvalidRequest:
+    """Return the message. Return, and don't raise, the error for a malformed one: grpcio would answer it itself."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        return InvalidRequest(f"the request is not a {kind.DESCRIPTOR.name} message: {error}")
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, InvalidRequest):
+        raise request
+    return request
 
 
 def _wait_seconds(wait_ms: int) -> float:

@@ -15,8 +15,17 @@ from harness import free_port, logged, nexum_server
 from nexum_engine.client import NexumClient, ServerInfo
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
-from nexum_engine.location import address_file, database_path, database_url, read_address, write_address
+from nexum_engine.location import (
+    address_file,
+    database_path,
+    database_url,
+    is_same_database,
+    read_address,
+    write_address,
+)
+from nexum_engine.owner import Owner
 from nexum_engine.server import run_server
+from nexum_engine.workflow import workflow
 
 NOWHERE = "127.0.0.1:1"
 
@@ -119,15 +128,17 @@ async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path:
             await client.ping(patience=10)
 
 
-async def test_server_refuses_calls_for_another_database(tmp_path: Path) -> None:
+async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.db"
     async with serving(tmp_path / "nexum.db") as address:
         write_address(other, address)
         async with NexumClient(str(other)) as client:
             with pytest.raises(ServerUnavailable, match=r"the server has .*nexum.db open, not .*other.db"):
                 await client.ping()
-            call = client.worker_stream()
-            assert (await call.code()).name == "UNAVAILABLE"
+            monkeypatch.setattr("nexum_engine.owner.CONNECT_TIMEOUT", 0.5)
+            with pytest.raises(ServerError, match=r"the server has .*nexum.db open, not .*other.db"):
+                async with Owner(client):
+                    pass
 
 
 async def test_link_names_the_same_database(tmp_path: Path) -> None:
@@ -203,3 +214,26 @@ async def test_client_leaves_default_port_after_its_server_changes(
     async with client, serving(tmp_path / "other.db", address, embedded=True):
         with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
             await client.ping()
+
+
+async def test_path_with_a_zero_byte_is_an_error_in_words(tmp_path: Path) -> None:
+    async with NexumClient(f"{tmp_path}/a\0b") as client:
+        with pytest.raises(ServerUnavailable, match="no running Nexum server has"):
+            await client.ping()
+    assert not is_same_database(f"{tmp_path}/a\0b", f"{tmp_path}/ab")
+
+
+@pytest.mark.parametrize("wait", [float("nan"), float("inf"), -1.0])
+async def test_wait_of_any_size_is_refused_in_words_or_limited(tmp_path: Path, wait: float) -> None:
+    one = workflow("one").effect("a").build()
+    async with serving(tmp_path / "nexum.db") as address, NexumClient(address) as client:
+        await client.register_workflow(one)
+        if wait != wait:
+            with pytest.raises(InvalidRequest, match="wait is not a number"):
+                await client.start_execution(one, {}, wait=wait)
+        else:
+            starting = asyncio.create_task(client.start_execution(one, {}, wait=wait))
+            while not (found := await client.list_executions()):
+                pass
+            await client.cancel_execution(found[0].execution_id)
+            assert (await starting).execution_id == found[0].execution_id

@@ -15,10 +15,9 @@ from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, add_to_server
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
-from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 Transition = Callable[..., Any]
 Run = Callable[[], Awaitable[Any]]
@@ -46,7 +45,7 @@ class EngineServer:
         """Number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the runs of a transition, and replace the first ones by `faults`, one each."""
+        """Count the runs of a transition. Call each of `faults` once, in order, instead of the first runs."""
         self.calls[transition] = 0
 
         def counted(run: Run) -> Awaitable[Any]:
@@ -82,7 +81,7 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
     store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server()
-    add_NexumServiceServicer_to_server(NexumServicer(store, polls, waiters, liveness), server)
+    add_to_server(NexumServicer(store, polls, waiters, liveness), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await liveness.start()
     await server.start()
