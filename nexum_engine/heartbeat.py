@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import error_of
