@@ -117,6 +117,7 @@ def session() -> Session:
     """Return the open session."""
     place = current.get()
     assert place is not None
+    assert isinstance(place.session, Session)
     return place.session
 
 
