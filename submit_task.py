@@ -287,6 +287,8 @@ class Session:
                 # Allow for no attempts: a server that implements only the published protocol reports none.
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
+        if observed.has_poller is None:
+            return "the server doesn't show whether a worker polls; start one, unless one runs, with: python worker.py"
         return "the task is queued, or its next attempt is not due yet"
 
 

@@ -5,8 +5,8 @@
 
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result. It goes through submit_task with its session file, a
 server process and a worker process, on SQLite with synchronous=FULL. The floor is two committed transactions of two
-statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The rounds of
-each alternate, so that a slow machine slows all of them.
+statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The measurements
+take turns, so that a slow moment of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL  # noqa: E402
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # with its name and the quotes: 300 bytes
+ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quotes
 RESULT = "y" * 1024
 ECHO = "/benchmark.Echo/Echo"
 
 
 @tool(time_limit=60)
 async def no_op(argument: str) -> str:
-    """Return a kilobyte."""
+    """Return a text of one kilobyte."""
     return RESULT
 
 

@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-drift",
         choices=("stop", "continue"),
         default="stop",
-        help="what to do if the session has recorded another program: stop, or continue live from there (default: "
-        "%(default)s)",
+        help="what to do if the script differs from the recorded one: stop, or continue live from the difference "
+        "(default: %(default)s)",
     )
     run.add_argument(
         "--on-unrecorded",
@@ -101,11 +101,11 @@ async def look(args: argparse.Namespace) -> str:
             return report.events_as_json(shown) if args.json else report.details(shown, time.time())
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message)
-        return f"session {args.new} begins with the first {count} event(s) of {source}"
+        return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, which is 2 after an error of this command."""
+    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
     open_closed_streams()
     args = build_parser().parse_args(argv)
     try:

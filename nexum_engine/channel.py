@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -29,6 +30,15 @@ _OPTIONS = (
     # Ignore http_proxy: it is for the web, not for a server on this machine.
     ("grpc.enable_http_proxy", 0),
 )
+
+
+def blocking_channel(target: str) -> AbstractContextManager[Any]:
+    """Return a channel for a thread without an event loop. It shares no connection: large messages delay nothing."""
+    if _is_forked:
+        from nexum_engine.wire.forked import BlockingForkedChannel
+
+        return BlockingForkedChannel(target)
+    return grpc.insecure_channel(target, options=(*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)))
 
 
 class Channel:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-import grpc
 from pydantic import BaseModel, ValidationError
 
-from nexum_engine import jsontext
+from nexum_engine import jsontext, published
 from nexum_engine.connection import (
     MAX_SERVER_WAIT,
     Connection,
@@ -43,12 +41,8 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.addressee import Metadata
 from nexum_engine.workflow import Workflow
-
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    WorkerStreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
 
@@ -114,6 +108,13 @@ class NexumClient:
     async def reach(self) -> None:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
         await self._connection.reach()
+
+    def route(self) -> tuple[str, Metadata]:
+        """Return the present HOST:PORT of the server, and the metadata to send with each call.
+
+        For a connection of another thread. Call `reach` once before. Raises ServerUnavailable.
+        """
+        return self._connection.route()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """Return the server's database and kind; None if the server knows only the published contract."""
@@ -213,7 +214,10 @@ class NexumClient:
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
-            logger.warning("the server on %s has no GetExecution: polling it with GetStatus", self.address)
+            logger.warning(
+                "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
+                self.address,
+            )
         self._has_get_execution = False
 
     async def _get_status(self, execution_id: str, *, wait: float, patience: float) -> Observed:
@@ -225,7 +229,7 @@ class NexumClient:
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
             if answer.status != ExecutionStatus.RUNNING or waited >= wait:
-                return Observed(_execution_of_status(execution_id, answer), None)
+                return Observed(published.execution(execution_id, answer), None)
             await asyncio.sleep(_FAST_POLL if waited < _FAST_FOR else _SLOW_POLL)
 
     async def list_executions(
@@ -266,7 +270,7 @@ class NexumClient:
                 status=ExecutionStatus(summary.status),
                 input_json=summary.input_json,
                 idempotency_key=summary.idempotency_key,
-                created_ms=summary.created_ms,
+                created_ms=summary.created_ms or published.milliseconds(summary.created_at),
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
                 nodes=_nodes(summary.nodes),
@@ -328,10 +332,6 @@ class NexumClient:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
             raise StaleTask(str(error)) from error
-
-    def worker_stream(self) -> WorkerStreamCall:
-        """Open a worker stream, on which the server answers each heartbeat. Its methods raise grpc.RpcError."""
-        return self._connection.stub.WorkerStream()
 
 
 def _milliseconds(wait: float) -> int:
@@ -396,23 +396,4 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
             ),
         )
         for node in records
-    )
-
-
-def _execution_of_status(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    outputs: dict[str, Any] = json.loads(answer.completed_nodes_json or "{}")
-    return Execution(
-        execution_id=execution_id,
-        workflow_id="",
-        version_hash="",
-        status=ExecutionStatus(answer.status),
-        input_json="",
-        idempotency_key="",
-        created_ms=0,
-        ended_ms=None,
-        error="the server gave no reason" if answer.status == ExecutionStatus.FAILED else "",
-        nodes=tuple(
-            Node(node_id, "", NodeStatus.COMPLETED, json.dumps(output, ensure_ascii=False), "")
-            for node_id, output in outputs.items()
-        ),
     )

@@ -49,6 +49,7 @@ class Connection:
 
     def __init__(self, address: str | None) -> None:
         self._channels: list[Channel] = []
+        self._metadata: Metadata = ()
         self._is_lost = False
         self._database: Path | None = None
         self._is_searching = address is None
@@ -58,6 +59,7 @@ class Connection:
             self._database = own_database()
         elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = Path(address).absolute()
+            self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
             host, colon, port = address.rpartition(":")
@@ -80,6 +82,7 @@ class Connection:
         return self._channels[-1].stub
 
     def _connect(self, target: str, metadata: Metadata) -> None:
+        self._metadata = metadata
         # Keep earlier channels open: closing one would cancel its calls.
         self._channels.append(Channel(target, metadata))
 
@@ -88,7 +91,14 @@ class Connection:
         assert self._database is not None
         target = read_address(self._database)
         if target is not None and (not self._channels or target != self._channels[-1].target):
-            self._connect(target, metadata_for(str(self._database)))
+            self._connect(target, self._metadata)
+
+    def route(self) -> tuple[str, Metadata]:
+        """Return the present HOST:PORT of the server, and the metadata to send with each call."""
+        target = read_address(self._database) if self._database is not None else None
+        if target is None and not self._channels:
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
+        return target or self._channels[-1].target, self._metadata
 
     async def reach(self) -> None:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""

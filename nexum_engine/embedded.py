@@ -104,6 +104,8 @@ class EmbeddedNexum:
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.embedded = False
+        self.is_published = False
+        """Whether the server is a published Nexum server, which knows only the published contract."""
         self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
         self._worker_scripts = workers
         self._meanwhile = meanwhile
@@ -136,6 +138,9 @@ class EmbeddedNexum:
                 self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
             else:
                 await self._first_answer()
+            if not self.embedded:
+                with contextlib.suppress(ServerUnavailable):  # the server may just restart
+                    self.is_published = await self._client.server_info() is None
             self._use_the_time()
         except BaseException:
             await self._end()

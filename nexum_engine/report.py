@@ -41,7 +41,8 @@ def details(execution: Execution) -> str:
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
-        f"started    {_moment(execution.created_ms)}{took}",
+        # A published server shows neither this time nor the nodes' types.
+        *([f"started    {_moment(execution.created_ms)}{took}"] if execution.created_ms else []),
     ]
     if execution.idempotency_key:
         lines += _field("key", execution.idempotency_key)
@@ -49,7 +50,8 @@ def details(execution: Execution) -> str:
     if execution.error:
         lines += _field("error", execution.error)
     for node in execution.nodes:
-        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({printable(node.node_type)}) {node.status.value}"]
+        kind = f" ({printable(node.node_type)})" if node.node_type else ""
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)}{kind} {node.status.value}"]
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):

@@ -145,7 +145,7 @@ class SessionFile:
             self._known = self.load() or SessionRecord.new()
             self._seen = signature
         except SessionFileError as error:
-            # Remember this version of the file, so that it is reported once. The next write reads the file again.
+            # Remember this version of the file, so that its error is reported once. The next write reads it again.
             self._unreadable = signature
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 

@@ -1,6 +1,6 @@
-"""Tracking of the agent or team at work. Its calls are recorded under its name.
+"""Tracking of the agent or team at work, so that its calls are recorded under its name.
 
-The current place is set only while a step of the agent's stream runs. The stream's consumer never sees it.
+The place of the agent is set only while a step of the agent's stream runs. The stream's consumer keeps its own place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fingerprints of calls, and the text that reports their differences.
 
-Each message of a conversation is fingerprinted once. A request's fingerprint holds only its new parts. Its `base` is
-the position of the same agent's previous request, from which the other parts are taken.
+Each message of a conversation is fingerprinted once. A request's fingerprint holds only the request's new parts. The
+other parts are those of the agent's previous request, whose position is `base`.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Store `messages`. Return how many messages at their beginning are unchanged since the last request."""
+        """Store `messages`. Return how many of the first ones are unchanged since the last request."""
         limit = min(len(messages), len(self._messages))
-        # Check whether the conversation only grew, which is usual. A Python loop would be slow here.
+        # Check first whether the conversation only grew, as it usually does. `map` is faster than a loop.
         is_grown = (
             limit == len(self._messages)
             and all(map(operator.is_, messages, self._messages))
@@ -228,7 +228,7 @@ def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
         config = client.dump_component().config
     except Exception:  # noqa: BLE001 - clients without a configuration raise different errors
         config = {}
-    # Read the settings that AutoGen's OpenAI client sends. Its configuration lacks some of them.
+    # Read also the settings that AutoGen's OpenAI client sends: the client's configuration lacks some of them.
     sent = getattr(client, "_create_args", None)
     config = {**(sent if isinstance(sent, dict) else {}), **config}
     name = config.get("model") or getattr(client, "model", None) or type(client).__name__
@@ -256,7 +256,7 @@ def _message(message: LLMMessage) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as plain JSON. A value that JSON can't hold becomes a name or a text."""
+    """Return a value as plain JSON: a model as an object, a tool as its name, and any other unknown value as a text."""
     if isinstance(value, type) and issubclass(value, BaseModel):
         return value.model_json_schema()
     if isinstance(value, Tool):

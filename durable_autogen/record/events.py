@@ -3,7 +3,7 @@
 An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
 is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
 execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
-owns the run may record events.
+owns the run's execution may record events.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Event(Addressed, _Frozen):
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time when the event was recorded: the length of all its runs, without the time between."""
+    """The session's active time when the event was recorded: the length of all its runs, without the pauses."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
@@ -246,7 +246,7 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. With a `base`, it holds only what is new since that earlier request of the agent."""
+    """The call's fingerprint. If it has a `base`, it holds only the parts that the agent's request at `base` lacks."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -334,7 +334,7 @@ class Record:
     events: list[Event] = field(default_factory=list)
     """The events that count, in order."""
     begun: list[EventInput] = field(default_factory=list)
-    """The events that an earlier run began and didn't record."""
+    """The calls that an earlier run began without recording a result."""
     tried: set[str] = field(default_factory=set)
     """The addresses of revoked events, and of calls that earlier runs began without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)

@@ -45,7 +45,7 @@ class _Watcher:
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
-    def sees_at_once_that_it_is_idle(self, session: OpenSession) -> bool:
+    def is_idle_now(self, session: OpenSession) -> bool:
         """Return whether a session is idle now and no earlier caller waits for it. If so, the caller need not wait."""
         ready = getattr(self._loop, "_ready", None)
         return (
@@ -125,7 +125,7 @@ async def idle(session: OpenSession) -> None:
     watcher = _watchers.get(loop)
     if watcher is None:
         watcher = _watchers[loop] = _Watcher(loop)
-    if not watcher.sees_at_once_that_it_is_idle(session):
+    if not watcher.is_idle_now(session):
         await watcher.wait(session)
 
 

@@ -66,7 +66,8 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether each message of the agent is passed on only when its next message arrives, while other agents work."""
+    """Whether AutoGen passes on each message of this agent only when the agent's next one comes. Other agents work
+    meanwhile."""
     owner: Any = None
     """The agent or team at work."""
 

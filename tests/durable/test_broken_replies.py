@@ -47,7 +47,7 @@ async def test_broken_reply_at_end_is_reported_and_retried(shared_server: Server
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_empty_reply_after_which_the_program_continued_stays(shared_server: Server, stream: bool) -> None:
+async def test_empty_reply_is_kept_if_program_continued(shared_server: Server, stream: bool) -> None:
     happened: list[str] = []
     lines: list[str] = []
 
@@ -86,7 +86,7 @@ async def test_web_page_as_reply_is_dropped(shared_server: Server, stream: bool)
                 )[-1]
             except DriftError:
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever the client makes of it
+            except Exception as error:  # noqa: BLE001 - the client may raise any error
                 said = f"failed: {error}"
             assert not said or "failed" in said
             assert proxy.connections > number
@@ -102,7 +102,6 @@ async def test_arguments_given_as_an_object_reach_the_tool(shared_server: Server
     happened: list[str] = []
 
     def note(text: str, more: dict[str, list[int]]) -> str:
-        """Note it."""
         happened.append(f"{text} {more}")
         return word()
 
@@ -137,7 +136,6 @@ async def test_deeply_nested_arguments_and_results_are_recorded(shared_server: S
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
-        """Climb it."""
         here: Any = tree
         depth = 0
         while isinstance(here, dict):

@@ -68,7 +68,7 @@ pytestmark = pytest.mark.every_python
 
 @pytest.fixture
 def happened() -> list[str]:
-    """The live calls and effects."""
+    """A list to which a test's live calls and effects are added."""
     return []
 
 
@@ -104,10 +104,10 @@ KEPT: dict[str, Callable[[Any], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-async def test_agent_asks_client_kept_anywhere_once(
+async def test_client_is_recorded_wherever_program_keeps_it(
     shared_server: Server, happened: list[str], keep: Callable[[Any], Callable[[], Any]]
 ) -> None:
-    kept = keep(Scripted(happened))  # before the session
+    kept = keep(Scripted(happened))  # made before the session is opened
     other = Scripted(happened)
 
     async def program() -> TaskResult:
@@ -156,7 +156,7 @@ async def test_cached_reply_and_usage_stay_as_client_gave_them(shared_server: Se
     async def program() -> Any:
         store: Any = InMemoryStore()
         client = ChatCompletionCache(Scripted(happened), store)
-        # In parallel: the store returns one object, which counts as a hit from the second time on.
+        # Dump each reply at once: the store returns the same object again, and the client marks it as cached.
         return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
 
     live, hit, used = await twice(shared_server, program, happened)
@@ -336,7 +336,6 @@ async def test_core_agents_are_recorded_whenever_their_runtime_started(
 
 async def test_tool_agent_calls_tools_once(shared_server: Server, happened: list[str]) -> None:
     def charge(amount: int) -> str:
-        """Charge."""
         happened.append(f"charge {amount}")
         return word()
 
@@ -362,7 +361,6 @@ async def test_team_on_own_runtime_started_before_session_is_recorded(
     runtime.start()
 
     def note(text: str) -> str:
-        """Note it."""
         happened.append(text)
         return word()
 
@@ -402,7 +400,7 @@ async def test_memory_is_asked_once(shared_server: Server, happened: list[str]) 
 
 
 class Executor(CodeExecutor):
-    """An executor that notes the code instead of running it."""
+    """An executor that notes each execution and runs no code."""
 
     component_type = "code_executor"
     component_config_schema = BaseModel
@@ -490,7 +488,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
-async def test_condition_without_messages_stops_replay_at_same_message(
+async def test_condition_that_ignores_messages_stops_replay_at_same_message(
     shared_server: Server, happened: list[str], condition: Callable[[list[str]], TerminationCondition]
 ) -> None:
     async def program() -> TaskResult:
@@ -504,12 +502,11 @@ async def test_condition_without_messages_stops_replay_at_same_message(
         await twice(shared_server, program, happened)
 
 
-# ---- Work in a turn, and at once -------------------------------------------------------------------------------------
+# ---- Agents inside a turn, parallel sessions and tasks ---------------------------------------------------------------
 
 
 async def test_agents_and_teams_built_in_a_turn_are_recorded(shared_server: Server, happened: list[str]) -> None:
     def note() -> str:
-        """Note it."""
         happened.append("noted")
         return word()
 
@@ -543,7 +540,7 @@ async def test_parallel_sessions_in_one_loop_stay_separate(shared_server: Server
 
     first = await all_of_them()
     before = list(happened)
-    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each alone
+    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each session alone
     assert await all_of_them() == first
     assert happened == before
 
@@ -555,7 +552,6 @@ async def test_session_inside_recorded_tool_is_separate(shared_server: Server, h
         return await inside(shared_server, lambda: asked(Scripted(happened, name="inner")), own)
 
     async def delegate() -> str:
-        """Delegate."""
         happened.append("delegated")
         return str(await inner())
 
@@ -593,7 +589,6 @@ async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(
         return asyncio.run(asked(Scripted(happened, name="threaded")))
 
     def threaded() -> str:
-        """Ask."""
         return ask()
 
     async def program() -> Any:
@@ -605,7 +600,7 @@ async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(
         def in_a_thread() -> None:
             try:
                 ask()
-            except BaseException as error:  # noqa: BLE001 - looked at below
+            except BaseException as error:  # noqa: BLE001 - the error is checked below
                 raised.append(error)
 
         thread = threading.Thread(target=in_a_thread)
@@ -672,14 +667,13 @@ async def test_last_session_restores_all_methods(shared_server: Server, happened
     with pytest.raises(ServerUnavailable):
         async with DurableSession(new_session(), nexum="127.0.0.1:1"):
             pass
-    assert everything() == during  # the first is still open
+    assert everything() == during  # the first session is still open
     await first.__aexit__(None, None, None)
     after = everything()
     assert [name for name in before if after[name] != before[name]] == []
 
 
 def note(text: str, times: int = 1) -> str:
-    """Note it."""
     return text * times
 
 

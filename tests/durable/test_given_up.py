@@ -28,18 +28,18 @@ GIVEN_UP_AFTER = 0.1  # seconds
 
 @pytest.fixture
 def happened() -> list[str]:
-    """The live calls and effects."""
+    """A list to which a test's live calls and effects are added."""
     return []
 
 
 async def hangs() -> str:
-    """Wait for ever, as a model that never answers."""
+    """Wait for ever, like a model that never answers."""
     await asyncio.Event().wait()
     return "never"
 
 
 class Nothing(BaseModel):
-    """No arguments."""
+    """The arguments of a tool that takes none."""
 
 
 class Said(BaseModel):
@@ -66,7 +66,7 @@ class Pieces(Scripted):
 
 
 async def said_until(stop: str, client: ChatCompletionClient) -> str:
-    """Return a stream's text up to a word; leave the stream there."""
+    """Return a stream's text up to the word `stop`; leave the stream there."""
     said = ""
     async for piece in client.create_stream(QUESTION):
         if isinstance(piece, str):
@@ -195,7 +195,7 @@ async def test_retried_stream_has_same_message_ids_in_replay(shared_server: Serv
 
     found = await twice(shared_server, program, happened)
     assert len(happened) == 5
-    # The task, three attempts with pieces in the first turn, and one in the second.
+    # One id for the task, one for each of the first turn's three attempts with pieces, and one for the second turn.
     assert len({message for _, message in found}) == 5
     assert [said for said, _ in found if said in ("one ", "three ")] == ["one ", "three "]
 
@@ -206,7 +206,7 @@ async def test_call_left_running_at_session_end_is_given_up(shared_server: Serve
     async def program() -> str:
         left.append(asyncio.create_task(asked(Scripted(happened, hangs, name="left"))))
         said = await asked(Scripted(happened, name="last"))
-        await asyncio.sleep(0.1)  # a replay would call again in this time
+        await asyncio.sleep(0.1)  # in this time, a replay would make the left call again
         return said
 
     await asyncio.wait_for(twice(shared_server, program, happened), TIMEOUT)
@@ -232,7 +232,7 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
         return f"{first} {await asked(Scripted(happened, answers, name='second'))}"
 
     async def program() -> Any:
-        # Without the team's own `run`: if cancelled, it waits for its agent for ever.
+        # Don't call the team's own `run`: when it is cancelled, it waits for ever for its agent.
         return plain(await run(shared_server, lambda: by(act, happened), session=session)) if is_team else await alone()
 
     async def alone() -> Any:

@@ -65,7 +65,7 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
             await asyncio.sleep(0)
 
     async def neighbour() -> None:
-        await asyncio.create_task(tick())  # in its session
+        await asyncio.create_task(tick())  # this task belongs to the neighbour's session
 
     async def program() -> list[str]:
         return [await asked(Scripted(happened)) for _ in range(10)]
@@ -102,7 +102,7 @@ def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyn
         async def branch(name: str) -> None:
             await asked(Scripted(happened, answers))
             seen.append(f"{name} begins")
-            await asyncio.to_thread(time.sleep, 0.05)  # the work in the thread
+            await asyncio.to_thread(time.sleep, 0.05)  # work in a thread
             seen.append(f"{name} has worked")
             await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.02)
             await asked(Scripted(happened))
@@ -112,7 +112,7 @@ def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyn
         return seen
 
     seen = loop.run_until_complete(twice(shared_server, program, happened))
-    # The second reply is delivered when the first one's work is over.
+    # The second branch's reply is delivered when the first branch's work in the thread is over.
     first, second = seen[0].split()[0], seen[2].split()[0]
     assert first != second
     assert seen[:2] == [f"{first} begins", f"{first} has worked"]
@@ -153,15 +153,14 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
 
 
 def fan_out(happened: list[str]) -> GraphFlow:
-    """Return a graph whose branches stream an agent tool, call a tool, and stream a reply."""
+    """Return a graph of three parallel branches: one streams an agent tool, one calls a tool, one streams a reply."""
 
     def note() -> str:
-        """Note it."""
         happened.append("noted")
         return word()
 
     def says(*script: Any) -> Scripted:
-        """A slow model."""
+        """Return a slow model with this script."""
 
         async def late(content: Any) -> Any:
             await asyncio.sleep(random.random() * 0.01)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.every_python
 
 
 class World:
-    """The outside: a web server, and a file that a process writes."""
+    """The outside world of a program: a web server, and a file that a process writes."""
 
     def __init__(self, web: LoopbackServer, file: Path) -> None:
         self.web, self.file = web, file
@@ -61,7 +61,7 @@ async def by_urllib_in_a_thread(world: World) -> None:
 async def by_a_stream(world: World) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", world.web.port)
     writer.write(b"GET / HTTP/1.0\r\n\r\n")
-    await reader.read()  # the server counts a connection when it answers it
+    await reader.read()  # by now, the server has counted the connection
     writer.close()
     await writer.wait_closed()
 
@@ -124,7 +124,7 @@ async def test_on_unrecorded_stop_prevents_connection_outside_record(
     async def survives(_: str) -> str:
         try:
             return await act("")
-        except Exception:  # noqa: BLE001 - the run ends although its agent takes the error
+        except Exception:  # noqa: BLE001 - the run must end although its agent catches the error
             return word()
 
     for acting in (act, survives):
@@ -159,14 +159,12 @@ async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
     begun, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> str:
-        """Work."""
         happened.append("worked")
         for way in WAYS:
             await way(world)
         return word()
 
     def block() -> str:
-        """Block."""
         happened.append("blocked")
         subprocess.run(world.command, check=True)
         return word()

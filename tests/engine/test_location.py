@@ -24,6 +24,7 @@ from nexum_engine.location import (
     read_address,
     write_address,
 )
+from nexum_engine.owner import Owner
 from nexum_engine.server import run_server
 from nexum_engine.workflow import workflow
 
@@ -128,15 +129,17 @@ async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path:
             await client.ping(patience=10)
 
 
-async def test_server_refuses_calls_for_another_database(tmp_path: Path) -> None:
+async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.db"
     async with serving(tmp_path / "nexum.db") as address:
         write_address(other, address)
         async with NexumClient(str(other)) as client:
             with pytest.raises(ServerUnavailable, match=r"the server has .*nexum.db open, not .*other.db"):
                 await client.ping()
-            call = client.worker_stream()
-            assert (await call.code()).name == "UNAVAILABLE"
+            monkeypatch.setattr("nexum_engine.owner.CONNECT_TIMEOUT", 0.5)
+            with pytest.raises(ServerError, match=r"the server has .*nexum.db open, not .*other.db"):
+                async with Owner(client):
+                    pass
 
 
 async def test_link_names_the_same_database(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -
     assert [one["outcome"] for one in attempts(before)] == ["COMPLETED"]
     assert len(recorded(tmp_path)) == 4
 
-    # The demo reports a step that it never reaches.
+    # If the demo never reaches the step, it reports that.
     code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code == 0
     assert output.splitlines()[-1] == "[demo] No crash: this run executed 0 tool call(s), not 3"
@@ -237,7 +237,7 @@ def silent_server(port: int) -> Iterator[None]:
     with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)
-        listener.accept()[0].close()  # a client had connected
+        listener.accept()[0].close()  # raises an error if no client has connected
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, othe
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 8  # the demo waits 2 s for a server that is ending; gRPC alone would wait for 20
+    assert took < 8  # the demo waits 2 s, in case a server is just ending; gRPC's default is 20 s
     assert list(tmp_path.iterdir()) == []
 
 

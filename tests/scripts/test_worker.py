@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
 
 
 def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
-    # A Python process plays the shell: it starts a worker and is then killed.
+    # A parent process starts the worker and is then killed.
     parent = (
         "import subprocess, sys; "
         f"child = subprocess.Popen([sys.executable, {WORKER!r}, '--nexum', {server.address!r}, "
