@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nexum_engine import DEFAULT_LISTEN, ERROR, VERSION, report
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
+from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     InvalidRequest,
     NexumError,

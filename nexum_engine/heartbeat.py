@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
-from nexum_engine.connection import Connection
+from nexum_engine.channel import blocking_channel
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import error_of
@@ -38,7 +39,7 @@ MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
-END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
+END_TIMEOUT = 1.0  # seconds to wait for the end of the thread
 
 
 def new_worker_id() -> str:
@@ -210,13 +211,12 @@ class Heartbeat:
         try:
             while True:
                 try:
-                    clients = self._client.connection()
-                    if connection is None or connection.target != clients.target:
-                        if connection is not None:
-                            await connection.close()
-                        # Share no connection with the client: its large messages would delay the beats.
-                        connection = Connection(clients.target, clients.metadata, purpose="heartbeat")
-                    await self._keep_a_stream(connection.stub.WorkerStream(), loop, tell)
+                    target, metadata = self._client.route()
+                    if channel is None or target != connected_to:
+                        connection.close()
+                        channel = connection.enter_context(blocking_channel(target))
+                        connected_to = target
+                    self._keep_a_stream(channel, metadata, loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._client.address} ended the connection"
                     )

@@ -149,7 +149,7 @@ def test_get_execution_answers_running_after_its_wait(stub: NexumServiceStub) ->
 
 
 def test_server_caps_the_wait_of_a_call() -> None:
-    from nexum_engine.client import CALL_DEADLINE, MAX_SERVER_WAIT
+    from nexum_engine.connection import CALL_DEADLINE, MAX_SERVER_WAIT
     from nexum_engine.server.servicer import MAX_WAIT_MS, _wait_seconds
 
     assert _wait_seconds(2**31 - 1) == MAX_WAIT_MS / 1000 == 30
