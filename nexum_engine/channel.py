@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -32,21 +31,16 @@ _OPTIONS = (
 )
 
 
-def blocking_channel(target: str) -> AbstractContextManager[Any]:
-    """Return a channel for a thread without an event loop. It shares no connection: large messages delay nothing."""
-    if _is_forked:
-        from nexum_engine.wire.forked import BlockingForkedChannel
-
-        return BlockingForkedChannel(target)
-    return grpc.insecure_channel(target, options=(*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)))
-
-
 class Channel:
-    """A channel to one server. Each event loop that uses it, and each forked process, gets a connection of its own."""
+    """A channel to one server. Each event loop that uses it, and each forked process, gets one of its own.
 
-    def __init__(self, target: str, metadata: Metadata) -> None:
+    Channels with different purposes share no connection.
+    """
+
+    def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:
         self.target = target
         self._metadata = metadata
+        self._purpose = purpose
         self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Any, NexumServiceAsyncStub]] = {}
         _all.add(self)
 
@@ -68,7 +62,9 @@ class Channel:
 
             channel = ForkedChannel(self.target)
         else:
-            channel = grpc.aio.insecure_channel(self.target, options=_OPTIONS)
+            channel = grpc.aio.insecure_channel(
+                self.target, options=(*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
+            )
         stub = NexumServiceStub(channel)
         if self._metadata:
             for name, call in vars(stub).items():

@@ -109,11 +109,8 @@ class NexumClient:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
         await self._connection.reach()
 
-    def connection(self) -> Connection:
-        """Return the connection to the server's present address. Call `reach` once before. Raises ServerUnavailable."""
-        if self._database is not None and not self._is_searching:
-            self._follow()
-        return self._latest()
+    def route(self) -> tuple[str, Metadata]:
+        """Return the present HOST:PORT of the server, and the metadata to send with each call.
 
         For a connection of another thread. Call `reach` once before. Raises ServerUnavailable.
         """

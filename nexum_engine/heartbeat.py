@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from nexum_engine.channel import blocking_channel
+from nexum_engine.channel import Channel
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
@@ -39,7 +39,7 @@ MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
-END_TIMEOUT = 1.0  # seconds to wait for the end of the thread
+END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
 def new_worker_id() -> str:
@@ -207,16 +207,17 @@ class Heartbeat:
         def tell(lost: NexumError | None) -> None:
             self._call_soon(loop, news.put_nowait, lost)
 
-        connection: Connection | None = None
+        channel: Channel | None = None
         try:
             while True:
                 try:
                     target, metadata = self._client.route()
-                    if channel is None or target != connected_to:
-                        connection.close()
-                        channel = connection.enter_context(blocking_channel(target))
-                        connected_to = target
-                    self._keep_a_stream(channel, metadata, loop, tell)
+                    if channel is None or channel.target != target:
+                        if channel is not None:
+                            await channel.close()
+                        # Share no connection with the client: its large messages would delay the beats.
+                        channel = Channel(target, metadata, purpose="heartbeat")
+                    await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._client.address} ended the connection"
                     )
@@ -232,8 +233,8 @@ class Heartbeat:
                 await asyncio.sleep(RECONNECT_DELAY)
         finally:
             self._held_until = 0.0
-            if connection is not None:
-                await connection.close()
+            if channel is not None:
+                await channel.close()
             self._call_soon(loop, ended.set)
 
     async def _keep_a_stream(

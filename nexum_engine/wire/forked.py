@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpclib.client
@@ -24,7 +22,6 @@ Serialize = Callable[[Any], bytes]
 Deserialize = Callable[[bytes], Any]
 _Stream = grpclib.client.Stream[bytes, bytes]
 
-T = TypeVar("T")
 _CODE = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -142,80 +139,6 @@ class ForkedStream:
             return grpc.aio.EOF
         with _as_rpc_errors(self._stream):
             return self._deserialize(answer)
-
-
-class BlockingForkedChannel:
-    """A channel whose streams block, with the methods of `grpc.Channel` that the heartbeat needs."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="forked channel", daemon=True)
-
-    def __enter__(self) -> BlockingForkedChannel:
-        self._thread.start()
-        self._channel = self._run(self._opened())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._run(self._channel.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    async def _opened(self) -> ForkedChannel:
-        return ForkedChannel(self._target)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def unary_unary(self, _path: str, **_: object) -> None:
-        """Return None: the heartbeat makes no call of one message."""
-
-    def stream_stream(self, path: str, **serializers: Any) -> Callable[..., BlockingForkedStream]:
-        """Return a function that opens a stream of the method and sends the requests of an iterator."""
-
-        async def opened(metadata: Sequence[Any]) -> ForkedStream:
-            return self._channel.stream_stream(path, **serializers)(metadata=metadata)
-
-        def call(requests: Iterator[Any], *, metadata: Sequence[Any] = ()) -> BlockingForkedStream:
-            return BlockingForkedStream(self._loop, self._run(opened(metadata)), requests)
-
-        return call
-
-
-class BlockingForkedStream:
-    """An open stream: an iterator over the answers, with the methods of a `grpc.Call` that the heartbeat needs."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, stream: ForkedStream, requests: Iterator[Any]) -> None:
-        self._loop, self._stream = loop, stream
-        threading.Thread(target=self._send_all, args=(requests,), name="forked stream", daemon=True).start()
-
-    def _send_all(self, requests: Iterator[Any]) -> None:
-        for request in requests:
-            try:
-                asyncio.run_coroutine_threadsafe(self._stream.write(request), self._loop).result()
-            except (asyncio.InvalidStateError, CancelledError):
-                return  # the stream is over: `__next__` raises the reason
-
-    def __iter__(self) -> BlockingForkedStream:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            answer = asyncio.run_coroutine_threadsafe(self._stream.read(), self._loop).result()
-        except CancelledError as error:
-            raise _rpc_error(grpc.StatusCode.CANCELLED, "the stream was cancelled") from error
-        if answer is grpc.aio.EOF:
-            raise StopIteration
-        return answer
-
-    def cancel(self) -> None:
-        """End the stream."""
-        self._loop.call_soon_threadsafe(self._stream.cancel)
-
-    def add_callback(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the stream is over."""
-        self._loop.call_soon_threadsafe(self._stream.add_done_callback, lambda _: callback())
 
 
 def _in_own_context(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
