@@ -91,7 +91,7 @@ class DurableCalls:
 
         from support.tools import TOOLS
 
-        async def web_search(query: str, max_results: int = 5) -> str:
+        async def web_search(query: str, max_results: int | None = None) -> str:
             return await self.call("web_search", query=query, max_results=max_results)
 
         async def visit_webpage(url: str) -> str:
