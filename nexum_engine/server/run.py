@@ -98,7 +98,7 @@ async def run_server(
             await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
-            remove_address(database)
+            remove_address(database, address)
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
             await polls.stop()
