@@ -11,10 +11,12 @@ the file's stamp is the log's base or, after a checkpoint, the log's stamp.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import sqlite3
+import stat
 import sys
 import uuid
 from dataclasses import dataclass
@@ -106,6 +108,8 @@ class DatabaseFile:
             was_open = _size(log_of(path)) > 0
             if not path.exists():
                 _create(path)
+            # Get the reason from the operating system: SQLite reports a read-only file as a "disk I/O error".
+            os.close(os.open(path, os.O_RDWR))
             connection = _connect(path, timeout)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
             _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
@@ -139,24 +143,27 @@ class DatabaseFile:
         """Close the database, with all its contents in the file."""
         try:
             self.check()
-            _write_stamp(self.connection, _Stamp(os.urandom(_STAMP_BYTES), self._stamp_in_file, closed=True))
-            _checkpoint(self.connection)
+            self._complete()
         except (FilesLost, sqlite3.Error) as error:
             logger.warning("database %s was not closed as usual: %s", self._path, error)
             self.abandon()
-            return
-        self._detach()
+        else:
+            self._detach()
 
     def abandon(self) -> None:
-        """Close the database after an error. The log is not copied into the file, unless the file was moved."""
-        if self._is_moved():
-            # Complete the file at its new place, because its log has stayed behind.
+        """Close the database after an error. The log stays as it is, unless it could be lost."""
+        if self._is_parted():
             with contextlib.suppress(sqlite3.Error):
-                _checkpoint(self.connection)
+                self._complete()
         # SQLite would copy the log into the file. An interrupted connection doesn't.
         with contextlib.suppress(sqlite3.Error):
             self.connection.interrupt()
         self._detach()
+
+    def _complete(self) -> None:
+        """Copy the log into the file, and mark the file as closed."""
+        _write_stamp(self.connection, _Stamp(os.urandom(_STAMP_BYTES), self._stamp_in_file, closed=True))
+        _checkpoint(self.connection)
 
     def _detach(self) -> None:
         """Close the connection and the descriptors. Does nothing the second time."""
@@ -196,36 +203,41 @@ class DatabaseFile:
 
         This takes microseconds.
         """
-        try:
-            named, log = os.stat(self._path), os.stat(self._log_path)
-        except OSError as error:
-            raise FilesLost(self._lost(f"{error.filename} is gone ({error.strerror})")) from error
-        if self._file_id not in (None, (named.st_dev, named.st_ino)):
-            raise FilesLost(self._lost("another file has its name"))
-        if self._log_id not in (None, (log.st_dev, log.st_ino)):
-            raise FilesLost(self._lost(f"another file has the name of its log {self._log_path}"))
-        is_whole = named.st_size >= self._file_bytes and log.st_size >= self._log_bytes
-        if not is_whole or not self._is_ours() or (log.st_size and not any(self._read(self._log, 0, 4))):
+        if not self._is_named():
+            raise FilesLost(self._lost("it or its log was moved, deleted or replaced"))
+        if not self._is_ours() or not self._is_log_whole():
             raise FilesLost(self._lost("another program has truncated or overwritten it"))
-        self._file_bytes, self._log_bytes = named.st_size, log.st_size
+
+    def _is_named(self) -> bool:
+        """Return whether the paths of the database and of its log still name the open files."""
+        try:
+            file, log = os.stat(self._path), os.stat(self._log_path)
+        except OSError:
+            return False
+        return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
+
+    def _is_log_whole(self) -> bool:
+        # The log never shrinks while it is open. If it is truncated and then written to, its beginning is empty.
+        size = os.fstat(self._log).st_size
+        if size < self._log_bytes or (size and not any(self._read(self._log, 0, 4))):
+            return False
+        self._log_bytes = size
+        return True
 
     def _is_ours(self) -> bool:
-        """Return whether the file has our marks, also where it is now if it was moved."""
-        layout = self._layout
-        if _blob(self._page(layout.mark_page)) != self._mark:
+        """Return whether the open file has our marks, and has not shrunk."""
+        layout, size = self._layout, os.fstat(self._file).st_size
+        if size < self._file_bytes or _blob(self._page(layout.mark_page)) != self._mark:
             return False
+        self._file_bytes = size
         self._stamp_in_file = _Stamp.decode(_blob(self._page(layout.stamp_page))).own
         return self._stamp_in_file in (self._stamp.own, self._stamp.base)
 
-    def _is_moved(self) -> bool:
-        """Return whether the file is whole and has a name, but not the name under which it was opened."""
-        if self._file < 0 or self._file_id is None or os.fstat(self._file).st_nlink == 0 or not self._is_ours():
+    def _is_parted(self) -> bool:
+        """Return whether file and log are whole, but at least one of them was moved, or the log was deleted."""
+        if self._file < 0 or os.fstat(self._file).st_nlink == 0 or not self._is_ours() or not self._is_log_whole():
             return False
-        try:
-            named = os.stat(self._path)
-        except OSError:
-            return True
-        return self._file_id != (named.st_dev, named.st_ino)
+        return not self._is_named()
 
     def _page(self, number: int) -> bytes:
         return self._read(self._file, (number - 1) * self._layout.page_size, self._layout.page_size)
@@ -243,9 +255,12 @@ class DatabaseFile:
 
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
     """Return what identifies the open file; None on a file system whose numbers differ between two questions."""
-    opened, named = os.fstat(descriptor), os.stat(path)
-    ids = (named.st_dev, named.st_ino)
-    return ids if ids == (opened.st_dev, opened.st_ino) and named.st_ino else None
+    opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
+    return named if named == opened else None
+
+
+def _id(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
@@ -390,9 +405,12 @@ def _check_contents(path: Path, connection: sqlite3.Connection) -> None:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
         return 0
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder")
+    return status.st_size
 
 
 def _create(path: Path) -> None:

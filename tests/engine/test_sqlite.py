@@ -155,6 +155,16 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
+async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    await (await opened(tmp_path / "nexum.db")).close()
+    (tmp_path / "nexum.db").chmod(0o400)
+    run = serve(tmp_path / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert f"database {tmp_path / 'nexum.db'} can't be opened" in run.stderr
+    assert f"make the file and its folder {tmp_path} writable" in run.stderr
+
+
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
