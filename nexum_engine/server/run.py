@@ -12,14 +12,13 @@ import grpc
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.location import address_file, remove_address, write_address
+from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, abort
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
-from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
 _BIND_RETRY = 0.1  # seconds
@@ -28,7 +27,9 @@ _OPTIONS = (
     # Don't share the port: a second server on the same port would get half of the calls.
     ("grpc.so_reuseport", 0),
     # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
-    ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024 * 1024),
+    # Hold little of a request that is not read yet.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
 
@@ -82,7 +83,7 @@ async def run_server(
         waiters = Waiters()
         liveness = Liveness(store, polls, waiters, clock, lease_ms)
         store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(store, polls, waiters, liveness, embedded=embedded)
+        servicer = NexumServicer(store, polls, waiters, liveness, Answers(), embedded=embedded)
         server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
         address = f"{address.rpartition(':')[0]}:{port}"
         database = Path(store.opened_as)
@@ -116,8 +117,8 @@ async def _bind(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
     while True:
-        server = grpc.aio.server(options=_OPTIONS)
-        add_NexumServiceServicer_to_server(servicer, server)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
+        add_servicer(servicer, server, abort)
         try:
             return server, server.add_insecure_port(address)
         except RuntimeError as error:

@@ -462,13 +462,7 @@ def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    if sqlite3.sqlite_version_info < (3, 43, 0):
-        connection.create_function("octet_length", 1, _octet_length, deterministic=True)
     return connection
-
-
-def _octet_length(text: str | None) -> int | None:
-    return None if text is None else len(text.encode("utf-8"))
 
 
 def _migrations() -> list[str]:
