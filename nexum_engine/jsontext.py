@@ -12,7 +12,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
-MAX_VALUES = 250_000
+MAX_VALUES = 200_000
 """The limit for the number of values, and of strings and names, in an input or output. A parser stops all threads."""
 
 
@@ -49,8 +49,13 @@ def _structure(text: str) -> int:
 def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
     """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
     # Encode only long texts: a character takes at most four bytes, and a short text can't exceed the limit.
-    if len(text) * 4 > max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_bytes:
+    if len(text) * 4 > max_bytes and (size := size_of(text)) > max_bytes:
         raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
+
+
+def size_of(text: str) -> int:
+    """Return the size of `text` in bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def dump(value: object, what: str) -> str:

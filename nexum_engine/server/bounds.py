@@ -26,12 +26,14 @@ SMALL_BYTES = 16 * 1024
 MAX_SMALL_REQUEST_BYTES = 256 * 1024
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
 """The largest request with a payload. More than the payload's own limit, whose error is clearer."""
-READERS = 8
+READERS = 16
 """The number of requests that are read at the same time."""
-READ_TIMEOUT = 10.0  # seconds for a request to arrive once it is read
-REQUEST_BUDGET = 256 * 1024 * 1024
+READ_PATIENCE = 1.0  # seconds for a request to arrive, if others wait
+REQUEST_BUDGET = 192 * 1024 * 1024
 REQUEST_COPIES = 6
 """How many times its size a request takes while it is handled: the message, its text, and the parsed and bound text."""
+MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
+"""How much of the budget requests may wait for. A request that waits is in memory."""
 ANSWER_BUDGET = 256 * 1024 * 1024
 ANSWER_COPIES = 3
 ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
@@ -40,15 +42,23 @@ ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 _SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
 _WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask"}
 
+_OVERLOADED = (
+    "the server already holds as much for other calls as it may: retry, and end clients that don't read answers"
+)
 Context = grpc.aio.ServicerContext[Any, Any]
 Abort = Callable[[Context, Exception], Awaitable[Any]]
 
 
 class Budget:
-    """A number of units that calls share. A call waits, in order, until enough units are free."""
+    """A number of units that calls share. A call waits, in order, until enough units are free.
 
-    def __init__(self, total: int) -> None:
+    Together, waiting calls may want up to `max_waiting` units.
+    """
+
+    def __init__(self, total: int, max_waiting: int | None = None) -> None:
         self._total = self._free = total
+        self._max_waiting = max_waiting
+        self._wanted = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, units: int, patience: float | None = None) -> int:
@@ -57,27 +67,24 @@ class Budget:
         if not self._waiting and units <= self._free:
             self._free -= units
             return units
+        if self._max_waiting is not None and self._wanted + units > self._max_waiting:
+            raise Overloaded(_OVERLOADED)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((units, turn))
+        self._wanted += units
         try:
             await asyncio.wait({turn}, timeout=patience)
+            if not turn.done():
+                raise Overloaded(_OVERLOADED)
         except BaseException:
-            self._leave(units, turn)
+            if turn.done():
+                self.give(units)
+            else:
+                self._waiting.remove((units, turn))
+                self._wanted -= units
+                self.give(0)  # the next call may want less
             raise
-        if not turn.done():
-            self._leave(units, turn)
-            raise Overloaded(
-                "the server already holds as much for other calls as it may: retry, and end clients that don't read "
-                "their answers"
-            )
         return units
-
-    def _leave(self, units: int, turn: asyncio.Future[None]) -> None:
-        if turn.done():
-            self.give(units)
-            return
-        self._waiting.remove((units, turn))
-        self.give(0)  # the next one may need less
 
     def give(self, units: int) -> None:
         """Give units back, and let waiting calls take them."""
@@ -85,6 +92,7 @@ class Budget:
         while self._waiting and self._waiting[0][0] <= self._free:
             units, turn = self._waiting.popleft()
             self._free -= units
+            self._wanted -= units
             turn.set_result(None)
 
 
@@ -127,10 +135,11 @@ class Received:
 
 
 class Reading(grpc.aio.ServerInterceptor):
-    """Reads only a few requests at the same time."""
+    """Reads only a few requests at the same time. A request that arrives slowly gives way to others."""
 
     def __init__(self) -> None:
         self._slots = Budget(READERS)
+        self._since: dict[asyncio.Task[Any], float] = {}
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -139,28 +148,34 @@ class Reading(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        slot = await self._slots.take(1)
-        call = asyncio.current_task()
-        assert call is not None
-        timer = asyncio.get_running_loop().call_later(READ_TIMEOUT, call.cancel)
-
-        def free(_: object = None) -> None:
-            nonlocal slot
-            timer.cancel()
-            freed, slot = slot, 0
-            self._slots.give(freed)
-
-        call.add_done_callback(free)
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await self._slots.take(1, READ_PATIENCE)
+                break
+            except Overloaded:
+                for call, since in self._since.items():
+                    if loop.time() - since >= READ_PATIENCE:
+                        call.cancel()
+        own = asyncio.current_task()
+        assert own is not None
+        self._since[own] = loop.time()
+        own.add_done_callback(self._free)
 
         async def read(request: Received, context: Context) -> Any:
-            return await handler.unary_unary(request, context, free)
+            self._free(own)
+            return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(read, handler.request_deserializer, handler.response_serializer)
+
+    def _free(self, call: asyncio.Task[Any]) -> None:
+        if self._since.pop(call, None) is not None:
+            self._slots.give(1)
 
 
 def add_servicer(servicer: Any, server: grpc.aio.Server, abort: Abort) -> None:
     """Register the servicer's RPCs. Each request is checked against its size limit before it is decoded."""
-    budget = Budget(REQUEST_BUDGET)
+    budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
     handlers: dict[str, Any] = {}
     for method in _SERVICE.methods:
         name, behaviour = method.name, getattr(servicer, method.name)
@@ -179,15 +194,12 @@ def add_servicer(servicer: Any, server: grpc.aio.Server, abort: Abort) -> None:
 
 
 def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budget, abort: Abort) -> Any:
-    async def handle(received: Received, context: Context, free: Callable[[], None] = lambda: None) -> Any:
+    async def handle(received: Received, context: Context) -> Any:
         share = 0
         try:
-            try:
-                _check(received, limit)
-                if received.size > SMALL_BYTES:
-                    share = await budget.take(received.size * REQUEST_COPIES)
-            finally:
-                free()
+            _check(received, limit)
+            if received.size > SMALL_BYTES:
+                share = await budget.take(received.size * REQUEST_COPIES)
             return await behaviour(_decoded(received, request_type, limit), context)
         except (InvalidRequest, Overloaded) as error:
             await abort(context, error)

@@ -28,6 +28,9 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024 * 1024),
+    # Wait for calls that arrive faster than they are read: by default, gRPC cancels some of them.
+    ("grpc.server.max_pending_requests", MAX_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
     # Hold little of a request that is not read yet.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 
+from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
 from nexum_engine.server.bounds import SMALL_BYTES, Answers
@@ -135,21 +136,23 @@ class NexumServicer(NexumServiceServicer):
             return await self._start_owned(request, context)
         if request.output_json:
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
+        input_json = request.input_json  # each access makes a copy
+        task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
                 request.workflow_id,
                 request.version_hash,
-                request.input_json,
+                input_json,
                 request.idempotency_key,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
-        self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
-        starting.add_done_callback(partial(self._started, request))
+        self._polls.task_ready(task)
+        starting.add_done_callback(partial(self._started, task))
         started = await asyncio.shield(starting)
         # Don't hold a call with a large input: its request would stay in memory.
-        ended = None if len(request.input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
+        ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -158,13 +161,14 @@ class NexumServicer(NexumServiceServicer):
         )
 
     async def _start_owned(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
-        await self._answers.reserve(context, len(request.input_json))
+        input_json = request.input_json  # each access makes a copy
+        await self._answers.reserve(context, len(input_json))
         starting = asyncio.ensure_future(
             self._store.run(
                 tasks.start_owned,
                 request.workflow_id,
                 request.version_hash,
-                request.input_json,
+                input_json,
                 request.idempotency_key,
                 request.owner,
                 *self._polls.lease_of(request.owner),
@@ -192,13 +196,13 @@ class NexumServicer(NexumServiceServicer):
             self._liveness.task_handed_out()
         self._liveness.apply(done.result().changed)
 
-    def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
+    def _started(self, task: ReadyTask, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
         self._waiters.execution_started(done.result().execution_id)
         # Announce the execution's other ready tasks. `StartExecution` has announced one.
         for _ in range(done.result().ready - 1):
-            self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+            self._polls.task_ready(task)
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:

@@ -146,7 +146,7 @@ def start_execution(
         idempotency_key=idempotency_key or None,
         now=db.now_ms,
     )
-    task_bytes = len(input_json.encode("utf-8")) + TASK_FRAME_BYTES
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     definition = _definition(version["ir_json"])
     if owned and len(definition) != 1:
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
