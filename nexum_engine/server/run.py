@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,8 @@ async def run_server(
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
+    # A client that leaves before it has read its answer is no fault of the server, but gRPC logs a traceback.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
