@@ -38,6 +38,8 @@ DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
 """The number of versions that one poll may name."""
+SUMMARY_BYTES, VERSION_BYTES = 5000, 500
+"""The sizes of a long item in a list of executions, and in one of versions."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts that are written into an answer on the event loop."""
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
@@ -216,8 +218,8 @@ class NexumServicer(NexumServiceServicer):
             return pb.PollResponse(has_task=False)
         self._liveness.task_handed_out()
         try:
+            await self._answers.reserve(context, task.input_bytes)
             if not task.input_json:
-                await self._answers.reserve(context, task.input_bytes)
                 task = replace(task, input_json=await self._store.run(tasks.task_input, task.task_id))
         except BaseException:
             self._polls.give_back(task)
@@ -259,7 +261,6 @@ class NexumServicer(NexumServiceServicer):
                 f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
                 f"a default client ({DEFAULT_CLIENT_BYTES:,}): use GetExecution"
             )
-        await self._answers.reserve(context, size)
         execution = await self._get(request.execution_id, context)
         outputs = ",".join(
             f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
@@ -272,7 +273,8 @@ class NexumServicer(NexumServiceServicer):
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
         if execution is None or request.with_attempts:
             execution = await self._get(request.execution_id, context, request.with_attempts)
-        execution = await self._whole(execution, context)
+        else:
+            execution = await self._whole(execution, context)
         # In a thread, so that an execution with many nodes and attempts doesn't block the event loop.
         has_poller = self._polls.has_poller(execution.version_hash)
         if sum(1 + len(node.attempts) for node in execution.nodes) > MAX_ITEMS_AT_ONCE:
@@ -289,9 +291,11 @@ class NexumServicer(NexumServiceServicer):
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
         """Return the execution with its payloads, which a large execution lacks."""
         if execution.nodes:
+            await self._answers.reserve(context, _size_of(execution))
             return execution
         execution_id = execution.execution_id
-        await self._answers.reserve(context, await self._store.run(executions.payload_bytes, execution_id))
+        size = await self._store.run(executions.payload_bytes, execution_id, with_attempts)
+        await self._answers.reserve(context, size)
         return await self._store.run(executions.get_execution, execution_id, with_attempts)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
@@ -311,8 +315,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        if request.with_nodes:
-            await self._answers.reserve(context, executions.MAX_LIST_BYTES)
+        await self._answers.reserve(context, executions.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
         found = await self._store.run(
             executions.list_executions,
             request.workflow_id,
@@ -349,6 +352,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        await self._answers.reserve(context, executions.MAX_VERSIONS * VERSION_BYTES)
         versions = await self._store.run(executions.workflow_versions, request.workflow_id)
         return pb.ListVersionsResponse(
             versions=[
@@ -429,6 +433,12 @@ def _task_message(task: Task) -> pb.PollResponse:
         attempt=task.attempt,
         version_hash=task.version_hash,
     )
+
+
+def _size_of(execution: Execution) -> int:
+    parts = [execution.input_json, *(node.output_json or "" for node in execution.nodes)]
+    parts += [attempt.error for node in execution.nodes for attempt in node.attempts]
+    return sum(map(len, parts))
 
 
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:

@@ -187,9 +187,9 @@ def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
 def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max_bytes: int | None = None) -> Execution:
     """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id.
 
-    If the input and outputs are larger than `max_bytes`, the execution has no input and no nodes.
+    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes.
     """
-    if max_bytes is not None and payload_bytes(db, execution_id) > max_bytes:
+    if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
         row = db.one("execution_without_input", execution_id=execution_id)
         assert row is not None
         return _execution(row)
@@ -261,9 +261,12 @@ def list_executions(
     return whole
 
 
-def payload_bytes(db: Db, execution_id: str) -> int:
-    """Return the size of an execution's input and recorded outputs. An unknown execution has none."""
-    return sum(int(part["bytes"]) for part in db.all("input_sizes", execution_id=execution_id))
+def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
+    """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
+    parts = db.all("input_sizes", execution_id=execution_id)
+    if with_attempts:
+        parts = [*parts, *db.all("attempt_sizes", execution_id=execution_id)]
+    return sum(int(part["bytes"]) for part in parts)
 
 
 def output_bytes(db: Db, execution_id: str) -> int:

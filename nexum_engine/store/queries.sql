@@ -94,6 +94,11 @@ SELECT '' AS node_id, length(CAST(input_json AS BLOB)) AS bytes FROM executions 
 UNION ALL
 SELECT node_id, length(CAST(output_json AS BLOB)) FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
 
+-- name: attempt_sizes
+-- The size of an execution's attempts.
+SELECT coalesce(sum(length(error) + length(worker_id) + 100), 0) AS bytes FROM attempts
+WHERE execution_id = :execution_id;
+
 -- name: oldest_task
 -- The task of a version that has been due the longest and is small enough for the worker. Its input only if it is short.
 SELECT nodes.execution_id, node_id, node_type, dependencies, attempts, ready_ms, nodes.version_hash,

@@ -125,13 +125,11 @@ class DatabaseFile:
             _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False))
             _checkpoint(connection)
             return cls(path, connection)
-        except (sqlite3.Error, OSError) as error:
+        except BaseException as error:
             if connection is not None:
-                connection.close()
-            raise cannot_open(path, error) from error
-        except BaseException:
-            if connection is not None:
-                connection.close()
+                _leave(connection)
+            if isinstance(error, (sqlite3.Error, OSError)):
+                raise cannot_open(path, error) from error
             raise
 
     def reopen(self) -> None:
@@ -155,9 +153,7 @@ class DatabaseFile:
         if self._is_parted():
             with contextlib.suppress(sqlite3.Error):
                 self._complete()
-        # SQLite would copy the log into the file. An interrupted connection doesn't.
-        with contextlib.suppress(sqlite3.Error):
-            self.connection.interrupt()
+        _leave(self.connection)
         self._detach()
 
     def _complete(self) -> None:
@@ -505,6 +501,13 @@ def _checkpoint(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
 
+def _leave(connection: sqlite3.Connection) -> None:
+    """Close the connection, and leave the log as it is. SQLite would copy it into the file."""
+    with contextlib.suppress(sqlite3.Error):
+        connection.interrupt()
+        connection.close()
+
+
 def _blob(page: bytes) -> bytes:
     """Return the BLOB in the page of a table that has one row with one short BLOB."""
     # https://www.sqlite.org/fileformat.html#b_tree_pages: at byte 8 is the place of the only cell. The cell has one
@@ -558,8 +561,7 @@ def _refuse_open_file(path: Path) -> None:
         if "locked" in str(error):
             raise _in_use(path) from error
         return  # no server can have such a file open
-    connection.interrupt()  # so that the log is not copied into the file
-    connection.close()
+    _leave(connection)
 
 
 def _copy_backup(backup: Path, new: Path) -> None:

@@ -19,12 +19,14 @@ from nexum_wire import UNLIMITED, complete, connected, poll, record, refused, re
 from processes import wait_until
 
 from nexum_engine import jsontext
-from nexum_engine.errors import Overloaded, TooLarge
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest, Overloaded, ServerNotReady, TooLarge
 from nexum_engine.server import bounds
 from nexum_engine.server.bounds import Budget
-from nexum_engine.store import tasks
+from nexum_engine.store import executions, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+from nexum_engine.workflow import parse_ir
 
 SIXTEEN_MIB = 16 * 1024 * 1024
 LARGE = json.dumps("x" * (SIXTEEN_MIB - 2))
@@ -133,6 +135,12 @@ def test_outputs_of_one_execution_have_a_limit_in_total(stub: NexumServiceStub, 
     complete(stub, task, '"short"')
 
 
+def test_workflow_with_too_many_dependencies_is_refused() -> None:
+    nodes = {f"n{n}": {"type": "EFFECT", "dependencies": [f"n{m}" for m in range(n)][:100]} for n in range(200)}
+    with pytest.raises(InvalidRequest, match="the limit is 10,000"):
+        parse_ir(json.dumps({"nodes": nodes}))
+
+
 # ---- Shared memory ---------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +186,18 @@ async def test_budget_refuses_in_words() -> None:
     with pytest.raises(Overloaded, match="retry"):
         await budget.take(1)
     waiting.cancel()
+
+
+async def test_client_retries_a_call_that_the_server_has_no_room_for(tmp_path: Path) -> None:
+    async def has_no_room() -> None:
+        raise Overloaded("too much: retry")
+
+    async with engine_server(tmp_path) as server, NexumClient(server.address) as client:
+        server.watch(executions.list_executions, has_no_room, has_no_room)
+        with pytest.raises(ServerNotReady, match="too much: retry"):
+            await client.list_executions()
+        assert await client.list_executions(patience=20) == []
+        assert server.calls[executions.list_executions] == 3
 
 
 def peak_memory(server: Server) -> int:
