@@ -136,7 +136,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("sqlite3", {"nexum_engine.store.sqlite"}),
+        ("sqlite3", {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file"}),
         ("psycopg", {"nexum_engine.store.postgresql"}),
         ("asyncpg", {"nexum_engine.store.postgresql"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
