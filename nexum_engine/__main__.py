@@ -4,6 +4,7 @@
     python -m nexum_engine ps                     list executions
     python -m nexum_engine show EXECUTION         show an execution: nodes, attempts, workers, times, errors
     python -m nexum_engine cancel EXECUTION       cancel an execution
+    python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
 If the package is installed, `nexum` is the same command.
 
@@ -31,8 +32,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nexum_engine import DEFAULT_LISTEN, ERROR, VERSION, report
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
+from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     InvalidRequest,
     NexumError,
@@ -41,10 +43,10 @@ from nexum_engine.errors import (
     StoreLocked,
     StoreRefused,
 )
-from nexum_engine.location import DEFAULT_DATABASE_URL, default_database_url
+from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
 from nexum_engine.options import count, seconds
 from nexum_engine.records import Execution
-from nexum_engine.store import database_exists, executions, open_store
+from nexum_engine.store import database_exists, executions, open_store, restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
 DEFAULT_LEASE = 30.0  # seconds
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop when standard input closes, and serve only the runs of this folder",
     )
     _add_database(parser, None)
-    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
+    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,restore}")
     ps = commands.add_parser("ps", help="list executions, newest first")
     ps.add_argument("--workflow", default="", help="only executions of this workflow")
     ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
@@ -106,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
             f"else {DEFAULT_ADDRESS}; if none answers, the database is read directly)",
         )
         _add_database(command, argparse.SUPPRESS)
+    restore = commands.add_parser("restore", help="replace the database by a backup; stop its server first")
+    restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
+    _add_database(restore, argparse.SUPPRESS)
     return parser
 
 
@@ -144,6 +149,14 @@ async def serve(args: argparse.Namespace) -> None:
         stop=stop_event(until_stdin_closes=args.until_stdin_closes),
         on_ready=on_ready,
     )
+
+
+def restore(args: argparse.Namespace) -> str:
+    """Replace the database by a backup; return what to print."""
+    url = default_database_url() if args.database_url is None else args.database_url
+    former = restore_database(url, args.backup)
+    kept = "" if former is None else f"; the former database is kept as {former}"
+    return f"{database_path(url)} now has the contents of {args.backup}{kept}"
 
 
 async def look(args: argparse.Namespace) -> str:
@@ -236,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command is None:
             asyncio.run(serve(args))
+        elif args.command == "restore":
+            _say(restore(args))
         else:
             _say(asyncio.run(look(args)))
     except NexumError as error:

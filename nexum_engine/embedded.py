@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nexum_engine import DEFAULT_LISTEN, ERROR
-from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import DEFAULT_ADDRESS, FIRST_ANSWER
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
 from nexum_engine.location import database_url, is_same_database, own_database, read_address
 

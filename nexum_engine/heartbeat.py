@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
-from nexum_engine.connection import Connection
+from nexum_engine.channel import Channel
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import error_of
@@ -206,17 +207,17 @@ class Heartbeat:
         def tell(lost: NexumError | None) -> None:
             self._call_soon(loop, news.put_nowait, lost)
 
-        connection: Connection | None = None
+        channel: Channel | None = None
         try:
             while True:
                 try:
-                    clients = self._client.connection()
-                    if connection is None or connection.target != clients.target:
-                        if connection is not None:
-                            await connection.close()
+                    target, metadata = self._client.route()
+                    if channel is None or channel.target != target:
+                        if channel is not None:
+                            await channel.close()
                         # Share no connection with the client: its large messages would delay the beats.
-                        connection = Connection(clients.target, clients.metadata, purpose="heartbeat")
-                    await self._keep_a_stream(connection.stub.WorkerStream(), loop, tell)
+                        channel = Channel(target, metadata, purpose="heartbeat")
+                    await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._client.address} ended the connection"
                     )
@@ -232,8 +233,8 @@ class Heartbeat:
                 await asyncio.sleep(RECONNECT_DELAY)
         finally:
             self._held_until = 0.0
-            if connection is not None:
-                await connection.close()
+            if channel is not None:
+                await channel.close()
             self._call_soon(loop, ended.set)
 
     async def _keep_a_stream(

@@ -64,8 +64,8 @@ def is_same_database(one: str, other: str) -> bool:
 
 
 def address_file(database: Path) -> Path:
-    """Return the path of the file with the address of the database's server."""
-    return database.with_name(f"{database.name}.address")
+    """Return the path of the file with the address of the database's server. It lies beside the file behind a link."""
+    return Path(f"{os.path.realpath(database)}.address")
 
 
 def read_address(database: Path) -> str | None:
@@ -96,7 +96,8 @@ def write_address(database: Path, address: str) -> None:
             time.sleep(_REPLACE_INTERVAL)
 
 
-def remove_address(database: Path) -> None:
-    """Remove the database's address file if possible. The caller must hold the database's lock."""
-    with contextlib.suppress(OSError):
-        address_file(database).unlink()
+def remove_address(database: Path, address: str) -> None:
+    """Remove the database's address file if possible, unless another server has written its address into it."""
+    if read_address(database) == address:
+        with contextlib.suppress(OSError):
+            address_file(database).unlink()

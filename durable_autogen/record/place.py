@@ -12,21 +12,45 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
 
-if TYPE_CHECKING:
-    from durable_autogen.record.session import Session
-
 T = TypeVar("T")
+
+
+class Activity:
+    """The work that a session gave to threads. While such work runs, the session isn't idle."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        """How many functions of the session run in a thread or wait for one."""
+        self.is_never_idle = False
+        """Whether the session was once busy for longer than `BUSY_PATIENCE` of order.py."""
+
+
+class OpenSession(Protocol):
+    """What a place has to know of its session. `Session` in session.py is the class."""
+
+    session_id: str
+    is_over: bool
+    activity: Activity
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
+    @property
+    def recorder(self) -> Any:
+        """The run's Recorder. This module can't name the class: recorder.py imports the module."""
+
+    def left_the_record(self, agent: str, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Place:
     """The agent or program at work in a session."""
 
-    session: Session
+    session: OpenSession
     agent: str = ""
     """The agent's name, under which its calls are recorded; empty for the program itself."""
     path: str = ""

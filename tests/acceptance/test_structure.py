@@ -87,12 +87,13 @@ ENGINE = {
     "wire": ("location", "errors"),
     "store": ("location", "scheduling", "workflow", "jsontext", "records", "errors", "clock"),
     "server": ("store", "wire", "location", "workflow", "jsontext", "records", "errors", "clock"),
-    "connection": ("wire",),
     "published": ("wire", "records", "errors"),
-    "client": ("connection", "published", "wire", "location", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("client", "wire", "errors"),
-    "worker": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
-    "embedded": ("client", "location", "errors"),
+    "channel": ("wire",),
+    "connection": ("channel", "wire", "location", "errors"),
+    "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
+    "heartbeat": ("client", "connection", "channel", "wire", "errors"),
+    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
+    "embedded": ("client", "connection", "location", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }
 
@@ -135,7 +136,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("sqlite3", {"nexum_engine.store.sqlite"}),
+        ("sqlite3", {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file"}),
         ("psycopg", {"nexum_engine.store.postgresql"}),
         ("asyncpg", {"nexum_engine.store.postgresql"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),

@@ -149,7 +149,7 @@ def test_get_execution_answers_running_after_its_wait(stub: NexumServiceStub) ->
 
 
 def test_server_caps_the_wait_of_a_call() -> None:
-    from nexum_engine.client import CALL_DEADLINE, MAX_SERVER_WAIT
+    from nexum_engine.connection import CALL_DEADLINE, MAX_SERVER_WAIT
     from nexum_engine.server.servicer import MAX_WAIT_MS, _wait_seconds
 
     assert _wait_seconds(2**31 - 1) == MAX_WAIT_MS / 1000 == 30
@@ -503,7 +503,7 @@ def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -
         for method in methods:
             code, words = refused(partial(send, channel, method, data))
             assert (code, method.name) == (grpc.StatusCode.INVALID_ARGUMENT, method.name)
-            assert f"the request is not a {method.input_type.name} message" in words
+            assert f"the request is not a valid {method.input_type.name} message" in words
 
 
 def test_database_with_a_zero_byte_in_its_name_is_another_one(server: Server) -> None:
