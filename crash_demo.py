@@ -10,7 +10,7 @@ agents answer offline.
     python crash_demo.py --crash-after research
     python crash_demo.py --query "Impact of Rust on systems programming" --html timeline.html
     python crash_demo.py --all                          # every crash point, also within a step
-    python crash_demo.py --graphflow                    # instead: an interrupted GraphFlow, in AutoGen and durable
+    python crash_demo.py --graphflow                    # instead: interrupt a GraphFlow, and resume it
     python crash_demo.py --cyclic                       # the same for a GraphFlow with a loop
 """
 
@@ -85,6 +85,11 @@ async def run(
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
+            if nexum.is_published:
+                say(
+                    f"[demo] {nexum.address} is a published Nexum server: it records each step's result, but not its "
+                    "attempts. The timeline is from the workers' log. A dead worker's step comes back after 60 to 90 s"
+                )
             for point in points:
                 if len(points) > 1:
                     say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")

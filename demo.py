@@ -27,6 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.options import count
 from submit_task import Origin, Session
 from support.console import (
     argument_text,
@@ -59,6 +60,7 @@ SYSTEM_MESSAGE = (
     "only then answer, in prose, from what you read. End with a list of your sources, each with its URL."
 )
 AGENT = "research_assistant"
+OWN_SERVER = "use this project's own server: python -m nexum_engine"
 
 
 class DurableCalls:
@@ -75,7 +77,7 @@ class DurableCalls:
         """Submit one tool call through submit_task.py; return its recorded result."""
         from durable_autogen import call_id
 
-        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has equal ids.
+        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has the same ids.
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
@@ -89,7 +91,7 @@ class DurableCalls:
 
         from support.tools import TOOLS
 
-        async def web_search(query: str, max_results: int = 5) -> str:
+        async def web_search(query: str, max_results: int | None = None) -> str:
             return await self.call("web_search", query=query, max_results=max_results)
 
         async def visit_webpage(url: str) -> str:
@@ -131,7 +133,15 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     async with NexumForRun(args.nexum, meanwhile=partial(import_module, "durable_autogen")) as nexum:
         from durable_autogen import run_durable_stream
 
-        if args.fork or question is None:
+        if nexum.is_published:
+            if args.fork:
+                raise InvalidRequest(f"--fork needs a record of the run, and {nexum.address} keeps none: {OWN_SERVER}")
+            say(
+                f"[demo] {nexum.address} is a published Nexum server: it records the tool calls, but not the run. A "
+                f"re-run asks the model again. To record runs, {OWN_SERVER}"
+            )
+            question = question or QUESTION
+        elif args.fork or question is None:
             question = await recorded_question(session_id, question or "", args.fork, nexum.address, default=QUESTION)
         workflow = OFFLINE_TOOL_CALL if model.offline else TOOL_CALL
         async with Session(session_id, nexum=nexum.address, workflow=workflow, tell=say_or_stop) as session:
@@ -143,9 +153,12 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
                     return build_team(model, partial(build_agent, model, calls))
                 return build_agent(model, calls, stream=model.streams)
 
-            items = run_durable_stream(
-                build, task=question, session_id=session_id, nexum=nexum.address, on_drift=args.on_drift
-            )
+            if nexum.is_published:
+                items = build().run_stream(task=question)
+            else:
+                items = run_durable_stream(
+                    build, task=question, session_id=session_id, nexum=nexum.address, on_drift=args.on_drift
+                )
             await conversation.show(items)
     executed, attached = calls.count[Origin.EXECUTED], calls.count[Origin.ATTACHED]
     cached = conversation.results - executed - attached
@@ -177,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     session.add_argument("--new-session", action="store_true", help="begin a session with a new id")
     parser.add_argument(
-        "--crash-after-step", type=int, metavar="N", help="kill this process after N tool calls that it executed"
+        "--crash-after-step", type=count(), metavar="N", help="kill this process after N tool calls that it executed"
     )
     parser.add_argument(
         "--on-drift",
@@ -189,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fork",
         metavar="SESSION@N",
-        help="begin --session-id with the first N events of SESSION (python -m durable_autogen show SESSION); "
+        help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
         "a question is added as the user's next message",
     )
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
@@ -201,8 +214,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line. Return its exit code: 0 answered, 1 failed, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.crash_after_step is not None and args.crash_after_step < 1:
-        parser.error(f"--crash-after-step is {args.crash_after_step}: give 1 or more")
     question = argument_text(QUESTION if args.question is None else args.question).strip()
     if not question:
         parser.error("the question is empty")

@@ -6,7 +6,7 @@ pipelines; without one, only offline pipelines.
     python pipeline_worker.py
     python pipeline_worker.py --query "Impact of Rust on systems programming"          # start a pipeline, then work
     CRASH_AFTER=validate python pipeline_worker.py      # kill the worker once the server has recorded `validate`
-    CRASH_DURING=summarize python pipeline_worker.py    # kill it after the effect of `summarize`, before its record
+    CRASH_DURING=summarize python pipeline_worker.py    # kill it when `summarize` has had its effect but isn't recorded
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from support.console import complain, log_to, run_script, say
 from support.launcher import kill_this_process
 from support.models import ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option, add_until_stdin_closes_option
-from support.pipeline.effects import EffectLog
+from support.pipeline.effects import EffectLog, now_ms
 
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
@@ -93,9 +93,10 @@ class Acting:
         """Return a handler that runs `handler`, logs the step's effect and, if requested, crashes before the report."""
 
         async def run(task: TaskContext) -> object:
+            begun_ms = now_ms()
             output = await handler(task)
             if self.effects is not None:
-                self.effects.append(task)
+                self.effects.append(task, begun_ms)
             if task.node_id == self.crash_during:
                 say(f"[pipeline] {task.node_id} has had its effect; crashing before its report, as requested")
                 kill_this_process()
@@ -161,7 +162,8 @@ async def main(argv: list[str] | None = None) -> int:
         parser.error("the query is empty")
 
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
-    acting = Acting(EffectLog(args.effects) if args.effects else None, crash_after, crash_during)
+    worker_id = f"{args.name}-pid{os.getpid()}"
+    acting = Acting(EffectLog(args.effects, worker_id) if args.effects else None, crash_after, crash_during)
     say(f"[pipeline] Model: {model.description}")
     try:
         async with NexumClient(args.nexum) as client:
@@ -169,7 +171,7 @@ async def main(argv: list[str] | None = None) -> int:
                 client,
                 bindings(model, acting, args.drill),
                 concurrency=1,
-                worker_id=f"{args.name}-pid{os.getpid()}",
+                worker_id=worker_id,
                 after_report=acting.after_report,
             )
             if args.query is not None:

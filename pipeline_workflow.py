@@ -1,4 +1,4 @@
-"""The research pipeline: four EFFECT nodes, as data. `pipeline_worker.py` runs the nodes, `crash_demo.py` starts it.
+"""The research pipeline: four EFFECT nodes, as data. `crash_demo.py` starts it, `pipeline_worker.py` runs the nodes.
 
     research -> validate -> summarize -> report
 

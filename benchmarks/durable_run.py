@@ -10,14 +10,14 @@ once, so the times are only those of AutoGen and durable_autogen. The cases:
 
 - agent: one AssistantAgent; every second reply calls a tool with a result of 1 KB.
 - team: a RoundRobinGroupChat of two such agents.
-- results: one agent with 40 replies; the first five call a tool with a result of 1 MB. The script reads no message.
-- requests: the case results with a script that writes each request as JSON, as a real client does.
+- results: one agent with 40 replies; the first five call a tool with a result of 1 MB. The model reads no message.
+- requests: as the case `results`, but the model writes each request as JSON, as a real client does.
 - sessions: 300 sessions in one event loop, each with two replies and a tool.
-- busy: 30 such sessions beside a task that calls asyncio.sleep(0) for ever.
+- busy: 30 such sessions, while another task calls asyncio.sleep(0) for ever.
 - blocking: one reply with 20 calls of a tool that blocks for 0.3 s, on an executor of 32 threads.
 
 A step is a tool and the reply after it; a turn has two replies and a tool. The floor of a call is two commits and two
-gRPC echoes; it is measured between the runs. Ratios travel between machines, times don't.
+gRPC echoes; it is measured between the runs. To compare machines, compare the ratios, not the times.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ from autogen_core import FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
 from pydantic import BaseModel
 
+from nexum_engine.options import count
+
 SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
 MODES = ("plain", "live", "replay")
 CASES = ("agent", "team", "results", "requests", "sessions", "busy", "blocking")
-HUNDRED = 50  # turns with a hundred replies
+HUNDRED = 50  # turns: together they have a hundred replies
 FLOORS = 100  # measurements of the floor after each run
 RESULT_BYTES = 1024
 BIG_RESULTS = 5
@@ -71,7 +73,7 @@ THREADS = 32
 
 
 class Model(ChatCompletionClient):
-    """A model that answers at once with the script's reply of this number."""
+    """A model that answers at once. `script` returns the reply of a given number."""
 
     component_type = "model"
     component_config_schema = BaseModel
@@ -95,7 +97,7 @@ class Model(ChatCompletionClient):
         yield await self.create(messages)
 
     async def close(self) -> None:
-        """Close nothing."""
+        """Do nothing: this model holds no connection."""
 
     def actual_usage(self) -> RequestUsage:
         """Return the same usage for each reply."""
@@ -106,21 +108,21 @@ class Model(ChatCompletionClient):
         return self.actual_usage()
 
     def count_tokens(self, messages: Sequence[LLMMessage], **_: Any) -> int:
-        """Count nothing."""
+        """Return a constant: the agents don't depend on it."""
         return 1
 
     def remaining_tokens(self, messages: Sequence[LLMMessage], **_: Any) -> int:
-        """Count nothing."""
+        """Return a constant: the agents don't depend on it."""
         return 1000
 
     @property
     def capabilities(self) -> Any:
-        """What the model can do."""
+        """The model's abilities, as AutoGen requires them."""
         return self.model_info
 
     @property
     def model_info(self) -> ModelInfo:
-        """What the model can do."""
+        """The model's abilities, as AutoGen requires them."""
         return ModelInfo(
             vision=False, function_calling=True, json_output=True, structured_output=False, family="unknown"
         )
@@ -145,7 +147,7 @@ async def look_up(argument: str) -> str:
 
 
 async def read_file(argument: str) -> str:
-    """Return lines of one megabyte."""
+    """Return lines of text, one megabyte in all."""
     line = f'a line of the file {argument} with some words and a "quoted" one\n'
     return (line * (BIG_RESULT_BYTES // len(line) + 1))[:BIG_RESULT_BYTES]
 
@@ -211,7 +213,7 @@ class Program:
             yield
 
     def saw(self, item: object) -> None:
-        """Note the time at which a message came."""
+        """Note the time of a message: it ends a step or a turn, or shows that a tool is called."""
         now = time.perf_counter()
         if isinstance(item, ToolCallRequestEvent):
             self._tool_called = now
@@ -239,7 +241,7 @@ class Program:
                 self.saw(item)
 
     async def results(self, replies: int, *, writes_requests: bool = False) -> None:
-        """Run one agent with big results: each later request contains all of them."""
+        """Run one agent with big tool results: each later request contains all of them."""
 
         def script(number: int) -> str | list[FunctionCall]:
             return call("read_file", number) if number <= BIG_RESULTS else text(number)
@@ -251,7 +253,7 @@ class Program:
                 assert isinstance(result, TaskResult)
 
     async def requests(self, replies: int) -> None:
-        """Run the case results with a model that writes each request as JSON."""
+        """Run the case `results` with a model that writes each request as JSON."""
         await self.results(replies, writes_requests=True)
 
     async def sessions(self, replies: int) -> None:
@@ -289,7 +291,7 @@ def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Me
     """Run a case in this process."""
     program = Program(mode, session, nexum)
     if mode != "plain":
-        import durable_autogen  # noqa: F401 - imported before the time, and not in a plain run
+        import durable_autogen  # noqa: F401 - imported before the time is taken; a plain run doesn't use it
     gc.collect()
     begun, cpu_begun = time.perf_counter(), time.process_time()
     asyncio.run(getattr(program, case)(replies))
@@ -478,8 +480,8 @@ def goals(cases: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replies", type=int, default=300, help="of agent and team (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each case (default: %(default)s)")
+    parser.add_argument("--replies", type=count(), default=300, help="of agent and team (default: %(default)s)")
+    parser.add_argument("--rounds", type=count(), default=3, help="runs of each case (default: %(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run only these cases"
     )

@@ -5,8 +5,8 @@
 
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result. It goes through submit_task with its session file, a
 server process and a worker process, on SQLite with synchronous=FULL. The floor is two committed transactions of two
-statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The rounds of
-each alternate, so that a slow machine slows all of them.
+statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The measurements
+take turns, so that a slow moment of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nexum_engine.client import NexumClient  # noqa: E402 - the project is a folder of scripts, not a package
+from nexum_engine.options import count  # noqa: E402
 from nexum_engine.worker import Binding, Worker  # noqa: E402
 from submit_task import Origin, Session  # noqa: E402
 from support.tools import tool  # noqa: E402
@@ -44,14 +45,14 @@ from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL  # noqa: E402
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # with its name and the quotes: 300 bytes
+ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quotes
 RESULT = "y" * 1024
 ECHO = "/benchmark.Echo/Echo"
 
 
 @tool(time_limit=60)
 async def no_op(argument: str) -> str:
-    """Return a kilobyte."""
+    """Return a text of one kilobyte."""
     return RESULT
 
 
@@ -267,8 +268,8 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Run the benchmark from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=200, help="calls one by one in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=count(), default=5, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=count(), default=200, help="calls one by one in a round (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--work", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--serve-echo", action="store_true", help=argparse.SUPPRESS)

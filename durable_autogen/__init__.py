@@ -8,8 +8,8 @@ recorded is paid for or executed again. Start a Nexum server first (`python -m n
         result = await team.run(task="...")      # or any other AutoGen call
 
 `run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
-an unchanged script durable. Tools run in the program's process. Messages for a person are logged by the loggers
-`durable_autogen` and `nexum_engine`.
+an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
+progress and warnings.
 
 The folder `record` records and replays calls, and doesn't import AutoGen. The folder `autogen` defines which of
 AutoGen's methods are recorded, and how.

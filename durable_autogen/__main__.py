@@ -14,6 +14,7 @@ from pathlib import Path
 
 from durable_autogen.script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.streams import in_words, open_closed_streams
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-drift",
         choices=("stop", "continue"),
         default="stop",
-        help="what to do if the session has recorded another program: stop, or continue live from there (default: "
-        "%(default)s)",
+        help="what to do if the script differs from the recorded one: stop, or continue live from the difference "
+        "(default: %(default)s)",
     )
     run.add_argument(
         "--on-unrecorded",
@@ -100,11 +101,12 @@ async def look(args: argparse.Namespace) -> str:
             return report.events_as_json(shown) if args.json else report.details(shown, time.time())
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message)
-        return f"session {args.new} begins with the first {count} event(s) of {source}"
+        return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, which is 2 after an error of this command."""
+    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
+    open_closed_streams()
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
@@ -117,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
-    except BrokenPipeError:
-        with suppress(OSError):  # otherwise Python reports the closed pipe at exit, when it flushes
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            complain(f"error: {in_words(error)}")  # such as a full disk
+        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

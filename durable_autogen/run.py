@@ -1,4 +1,4 @@
-"""`run_durable`: run one agent or team in a session, or resume it after a crash."""
+"""`run_durable`: run one agent or team in a session; after a crash, resume its run."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ async def run_durable(
 
     `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
     calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
-    `task` out. AutoGen's `run` defines `cancellation_token` and `output_task_messages`. DurableSession defines the
-    other arguments.
+    `task` out. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`, and the other arguments
+    those of DurableSession.
 
-    Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs them.
+    `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
     Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
     """
@@ -127,7 +127,7 @@ class _Run:
                 running.cancel()
                 await asyncio.wait({running})
             if not running.cancelled():
-                running.exception()  # mark the error as retrieved: it is raised above, or the consumer has left
+                running.exception()  # mark the error as retrieved: asyncio would log it if the consumer has left
 
     async def _whole(self) -> None:
         session, result = self._session, TaskResult(messages=[])
@@ -181,7 +181,7 @@ class _Run:
                 await asyncio.wait({running}, timeout=END_PATIENCE)
                 running.cancel()
             if running.done() and not running.cancelled():
-                running.exception()  # mark the team's error as retrieved: the error that counts is raised already
+                running.exception()  # mark the team's error as retrieved: the run raises another error instead
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
@@ -264,7 +264,7 @@ def _dumped(message: BaseChatMessage) -> dict[str, Any]:
 
 
 def _task_again(begun: Begun) -> Task:
-    """Return the recorded task as a text or as messages, as the program gave it."""
+    """Return the recorded task in the form in which the program gave it: a text or messages."""
     if not begun.messages:
         return "\n".join(begun.task)
     factory = MessageFactory()

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -46,17 +47,21 @@ def complain(text: str) -> None:
 
 
 class _Sessions:
-    """A wrapper that runs each main coroutine of a script in its own session."""
+    """A wrapper that runs each main coroutine of a script, as passed to `asyncio.run`, in its own session."""
 
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
+        self._process = os.getpid()
         self.count = 0
         """How many main coroutines the script has run."""
         self._is_inside = False
 
     def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the next session."""
+        """Return a coroutine that runs `main` in the next session. In a forked process, return `main`."""
+        if os.getpid() != self._process:
+            _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
+            return main
         self.count += 1
         name = self._session if self.count == 1 else f"{self._session}-{self.count}"
 
@@ -130,8 +135,8 @@ class _Sessions:
 
     def _run_until_complete(self, original: Any) -> Any:
         def run_until_complete(loop: Any, future: Any) -> Any:
-            # A coroutine of the script is a main coroutine. A Runner passes a task, not a coroutine. asyncio passes its
-            # own shutdown coroutines: exclude those by name.
+            # Only a coroutine that the script itself passes is a main coroutine. asyncio also passes tasks, and its own
+            # shutdown coroutines, which are excluded by name.
             is_main = (
                 inspect.iscoroutine(future)
                 and not self._is_inside
@@ -180,7 +185,8 @@ def _run_as_main(script: Path) -> None:
     before = sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
-        exec(compile(script.read_bytes(), str(script), "exec"), module.__dict__)
+        # Without dont_inherit, this file's `from __future__ import annotations` would hold for the script, too.
+        exec(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), module.__dict__)
     finally:
         sys.modules["__main__"] = before
 

@@ -25,9 +25,10 @@ class DurableSession(Session):
     starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.
 
     `nexum` is the server's address. It defaults to NEXUM_ADDRESS, then to the server of this folder's database, then to
-    localhost:50051. Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs them.
+    localhost:50051. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
+    these lines.
 
-    A session can be entered once. Entering it raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong
+    Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, and InvalidRequest for a wrong
     argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
     """
 
@@ -50,7 +51,7 @@ class DurableSession(Session):
         )
 
     def entry_points(self) -> AbstractContextManager[None]:
-        """Record AutoGen's methods for the length of a `with`."""
+        """Record calls of AutoGen's methods for the length of a `with`."""
         return entry_points(self)
 
     async def __aenter__(self) -> DurableSession:

@@ -108,7 +108,7 @@ def _unknown(session: str) -> InvalidRequest:
 def fork_source(text: str) -> tuple[str, int]:
     """Return SESSION and N of the text `SESSION@N`. Raises InvalidRequest for any other text."""
     session, _, count = text.rpartition("@")
-    if not session or not count.isdecimal():
+    if not session or not count.isdecimal() or len(count) > 9:
         raise InvalidRequest(f"{text!r} must be SESSION@N, for example demo1@2")
     return check_session_id(session), int(count)
 
@@ -145,12 +145,12 @@ async def fork_session(
     *,
     tell: Callable[[str], None] | None = None,
 ) -> list[Event]:
-    """Begin a session with the first `count` recorded calls of another one; return the copied events.
+    """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
     The copied events are accepted: they count, whatever the program asks for. `message` is a user message to add after
-    the copied events. Messages for a person are passed to `tell`. Without `tell`, the logger `durable_autogen` logs
-    them. A second fork with equal arguments changes nothing. Raises InvalidRequest for a wrong argument, and DriftError
-    if `session` has other events on record.
+    the copied events. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
+    these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a wrong argument, and
+    DriftError if `session` has other events on record.
     """
     check_session_id(session)
     if session == source:
@@ -161,7 +161,7 @@ async def fork_session(
         raise _unknown(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
-            f"session {source!r} has {len(calls)} recorded event(s): give 0 to {len(calls)}, not {count}"
+            f"session {source!r} has {len(calls)} recorded call(s): give 0 to {len(calls)}, not {count}"
         )
     last = calls[count - 1].seq if count else 0
     begin = [event for event in events if event.kind is Kind.BEGIN][-1:]

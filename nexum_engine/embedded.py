@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nexum_engine import DEFAULT_LISTEN
-from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
+from nexum_engine import DEFAULT_LISTEN, ERROR
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import DEFAULT_ADDRESS, FIRST_ANSWER
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerNotReady, ServerUnavailable
 from nexum_engine.location import database_url, is_same_database, own_database, read_address
 
@@ -103,6 +104,8 @@ class EmbeddedNexum:
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self.embedded = False
+        self.is_published = False
+        """Whether the server is a published Nexum server, which knows only the published contract."""
         self._may_start = not (address or os.environ.get("NEXUM_ADDRESS"))
         self._worker_scripts = workers
         self._meanwhile = meanwhile
@@ -135,6 +138,9 @@ class EmbeddedNexum:
                 self._watching = asyncio.create_task(self._watch(body), name="watch server and workers")
             else:
                 await self._first_answer()
+            if not self.embedded:
+                with contextlib.suppress(ServerUnavailable):  # the server may just restart
+                    self.is_published = await self._client.server_info() is None
             self._use_the_time()
         except BaseException:
             await self._end()
@@ -306,7 +312,9 @@ class EmbeddedNexum:
         if not line:
             if await server.process.wait() < 0:
                 raise _KilledAtStart("the embedded server was killed while it started")
-            raise ServerError("the embedded server did not start; see its error above")
+            raise ServerError(f"the embedded server did not start (exit {server.process.returncode})")
+        if line.startswith(ERROR):
+            raise ServerError(f"the embedded server did not start: {line.removeprefix(ERROR)}")
         return line
 
     async def _watch(self, body: asyncio.Task[Any]) -> None:

@@ -1,25 +1,35 @@
-"""The heartbeats of a worker or owner, sent on one stream. Each beat names the tasks that the sender holds."""
+"""The heartbeats of a worker or owner, sent on one stream. Each beat names the tasks that the sender holds.
+
+A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
+blocks the program's event loop doesn't stop them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
-from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.channel import Channel
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
+from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import error_of
 
 if TYPE_CHECKING:
-    from nexum_engine.client import WorkerStreamCall
+    from typing import TypeAlias
+
+    StreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
@@ -28,11 +38,17 @@ MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
 # grace in which a disconnected worker keeps its tasks.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
+BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
+END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
 def new_worker_id() -> str:
     """Return a unique worker id that names the host and the process."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+class _NoWorkerStream(NexumError):
+    """The server has no WorkerStream."""
 
 
 async def _nothing() -> None:
@@ -42,10 +58,12 @@ async def _nothing() -> None:
 class Heartbeat:
     """A WorkerStream that is reopened when it breaks or the server stops answering.
 
-    `prepare` is awaited before each attempt to connect. `on_connected` is called at the first answer on a stream.
-    `on_lost` is called with the error when the stream is lost or can't be opened: ServerUnavailable if no server
-    answers, else the server's error. `on_lost` is called at the first error, when the error's class changes, and every
-    10 s.
+    `prepare` is awaited after each connection, before `connected` is set and `on_connected` is called. `on_lost` is
+    called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
+    server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
+
+    `on_blocked` is called from the heartbeat's thread, with a number of seconds, once each time that the event loop is
+    blocked for so long.
     """
 
     def __init__(
@@ -56,24 +74,39 @@ class Heartbeat:
         prepare: Callable[[], Awaitable[None]] = _nothing,
         on_connected: Callable[[], None] = lambda: None,
         on_lost: Callable[[NexumError], None] = lambda _: None,
+        on_blocked: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self.held: set[str] = set()
-        """The ids of the tasks that the worker holds. The next beat names them, without a call of `beat`."""
         self.draining = False
         """Whether the worker is stopping and takes no more tasks."""
         self.connected = asyncio.Event()
         """Set while a stream is open and the server has answered on it."""
         self.connected_once = False
         """Whether the server has ever answered a stream."""
-        self._held_until = 0.0
         self._client = client
         self._worker_id = worker_id
         self._prepare = prepare
         self._on_connected = on_connected
         self._on_lost = on_lost
+        self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
+
+        # The program's event loop and the heartbeat loop share these. The lock guards the tasks.
+        self._lock = threading.Lock()
+        self._held: set[str] = set()
+        self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
+        """Set in the heartbeat loop when the next beat is due, or when the stream is over."""
         self._is_urgent = False
+        self._held_until = 0.0
+        self._last_sent = 0.0
+        self._sent = self._turned = 0
+        """The number of beats sent, and the number of the last beat after which the event loop has run."""
+        self._turn_due = 0.0
+        self._is_blocked = False
+        self._doubtful_until = 0.0
+        """The server may have reassigned tasks that were requested before this time."""
+
+    # ---- For the event loop ------------------------------------------------------------------------------------------
 
     @property
     def is_holding(self) -> bool:
@@ -81,12 +114,36 @@ class Heartbeat:
 
         If False, only the server knows whether the worker still holds the tasks.
         """
-        return self.connected.is_set() and time.monotonic() < self._held_until
+        return time.monotonic() < self._held_until
+
+    def hold(self, task_id: str) -> None:
+        """Name the task in the next beat and in all later ones."""
+        with self._lock:
+            self._held.add(task_id)
+
+    def release(self, task_id: str) -> None:
+        """Name the task in no further beat."""
+        with self._lock:
+            self._held.discard(task_id)
 
     def beat(self) -> None:
         """Send a beat now, and another one soon. A task that neither beat names has never arrived at the worker."""
         self._is_urgent = True
-        self._wake.set()
+        _heartbeat_loop().call_soon_threadsafe(self._wake.set)
+
+    async def may_begin(self, task_id: str, requested: float) -> bool:
+        """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
+
+        The server may have given the task to another worker if this process has read the answer late: because its event
+        loop was blocked, or because the whole process was stopped.
+        """
+        if self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
+            return True
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._questions.append((task_id, answer))
+        self.beat()
+        return await answer
 
     async def run(self) -> None:
         """Send beats until cancelled. Return if the server has no WorkerStream.
@@ -94,33 +151,103 @@ class Heartbeat:
         Reconnect whenever the server doesn't answer or has an internal error. Raises InvalidRequest if the server
         refuses the worker id, NotANexumServer, and other errors of `prepare`.
         """
+        await self._retry(self._client.reach)
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[NexumError | None] = asyncio.Queue()
+        ended = asyncio.Event()
+        sending = asyncio.run_coroutine_threadsafe(self._send_until_cancelled(loop, news, ended), _heartbeat_loop())
+        try:
+            while True:
+                lost = await news.get()
+                if lost is None:
+                    await self._retry(self._prepare)
+                    self._told = None
+                    self.connected_once = True
+                    self.connected.set()
+                    self._on_connected()
+                elif isinstance(lost, _NoWorkerStream):
+                    await self._retry(self._prepare)
+                    return
+                elif isinstance(lost, InvalidRequest):
+                    raise lost
+                else:
+                    self.connected.clear()
+                    self._tell(lost)
+        finally:
+            self.connected.clear()
+            sending.cancel()
+            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                await asyncio.wait_for(ended.wait(), END_TIMEOUT)
+
+    async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await self._prepare()
-                await self._client.reach()
-                await self._keep_a_stream()
-                lost: NexumError = ServerUnavailable(f"the Nexum server on {self._client.address} ended the connection")
-            except grpc.RpcError as rpc_error:
-                lost = error_of(rpc_error, self._client.address)
-                if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    return
-                if rpc_error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                    raise lost from rpc_error
+                await action()
             except NotANexumServer:
                 raise
             except ServerError as error:
-                lost = error
-            self._tell(lost)
-            await asyncio.sleep(RECONNECT_DELAY)
+                self._tell(error)
+                await asyncio.sleep(RECONNECT_DELAY)
+            else:
+                return
 
-    async def _keep_a_stream(self) -> None:
+    def _tell(self, lost: NexumError) -> None:
+        now = time.monotonic()
+        if self._told is None or self._told[0] is not type(lost) or now - self._told[1] >= TELL_AGAIN_AFTER:
+            self._told = type(lost), now
+            self._on_lost(lost)
+
+    # ---- In the heartbeat loop ---------------------------------------------------------------------------------------
+
+    async def _send_until_cancelled(
+        self, loop: asyncio.AbstractEventLoop, news: asyncio.Queue[NexumError | None], ended: asyncio.Event
+    ) -> None:
+        """Send beats. Put None into `news` at each connection, and the error at each loss. Set `ended` at the end."""
+
+        def tell(lost: NexumError | None) -> None:
+            self._call_soon(loop, news.put_nowait, lost)
+
+        channel: Channel | None = None
+        try:
+            while True:
+                try:
+                    target, metadata = self._client.route()
+                    if channel is None or channel.target != target:
+                        if channel is not None:
+                            await channel.close()
+                        # Share no connection with the client: its large messages would delay the beats.
+                        channel = Channel(target, metadata, purpose="heartbeat")
+                    await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
+                    lost: NexumError = ServerUnavailable(
+                        f"the Nexum server on {self._client.address} ended the connection"
+                    )
+                except grpc.RpcError as rpc_error:
+                    is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
+                    lost = _NoWorkerStream() if is_missing else error_of(rpc_error, self._client.address)
+                except ServerError as error:
+                    lost = error
+                self._held_until = 0.0
+                tell(lost)
+                if isinstance(lost, (_NoWorkerStream, InvalidRequest)):
+                    return
+                await asyncio.sleep(RECONNECT_DELAY)
+        finally:
+            self._held_until = 0.0
+            if channel is not None:
+                await channel.close()
+            self._call_soon(loop, ended.set)
+
+    async def _keep_a_stream(
+        self, call: StreamCall, loop: asyncio.AbstractEventLoop, tell: Callable[[NexumError | None], None]
+    ) -> None:
         """Send beats on one stream until the server ends the stream.
 
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
-        call = self._client.worker_stream()
-        call.add_done_callback(self._stream_ended)
-        timeout = FIRST_ACK_TIMEOUT
+        call.add_done_callback(lambda _: self._wake.set())
+        is_connected, timeout = False, FIRST_ACK_TIMEOUT
+        lease = float("inf")
+        self._doubtful_until = time.monotonic()
         # Send the second beat soon. The server may have handed out a task during the reconnection, with the short lease
         # of a disconnected worker. The first beat may have been too early to name that task.
         self._is_urgent = True
@@ -129,30 +256,32 @@ class Heartbeat:
                 self._wake.clear()
                 again_soon, self._is_urgent = self._is_urgent, False
                 sent = time.monotonic()
-                ack = await self._exchange(call, timeout)
+                if sent - self._last_sent > lease / 2:
+                    self._doubtful_until = sent  # this process was stopped
+                self._last_sent = sent
+                self._watch(loop, sent)
+                with self._lock:
+                    questions = len(self._questions)
+                    held = sorted(self._held)
+                beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=held, draining=self.draining)
+                ack = await self._exchange(call, beat, timeout)
                 if ack is None:
                     return
+                lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
                 self._held_until = sent + ack.lease_ms / 2000
-                if not self.connected.is_set():
-                    self._told = None
-                    self.connected_once = True
-                    self.connected.set()
-                    self._on_connected()
-                interval = max(ack.lease_ms, MIN_LEASE_MS) / 3000
-                timeout = max(interval, MIN_ACK_TIMEOUT)
-                await self._sleep(min(interval, SECOND_BEAT_AFTER) if again_soon else interval)
+                self._answer(loop, questions, frozenset(ack.lost_task_ids))
+                if not is_connected:
+                    is_connected = True
+                    tell(None)
+                timeout = max(lease / 3, MIN_ACK_TIMEOUT)
+                await self._sleep(min(lease / 3, SECOND_BEAT_AFTER) if again_soon else lease / 3)
         finally:
-            self.connected.clear()
             call.cancel()
 
-    def _stream_ended(self, _: Any) -> None:
-        self._wake.set()
-
-    async def _exchange(self, call: WorkerStreamCall, timeout: float) -> pb.WorkerBeatAck | None:
+    async def _exchange(self, call: StreamCall, beat: pb.WorkerBeat, timeout: float) -> pb.WorkerBeatAck | None:
         """Send a beat and return its answer; None if the server has ended the stream."""
 
         async def exchange() -> pb.WorkerBeatAck | None:
-            beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=sorted(self.held), draining=self.draining)
             with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
                 await call.write(beat)
             ack = await call.read()
@@ -160,7 +289,7 @@ class Heartbeat:
 
         exchanging = asyncio.ensure_future(exchange())
         try:
-            # Wait twice. If a handler blocks the event loop during one wait, the other wait can still read the answer.
+            # Wait twice. If this process is stopped during one wait, the other wait can still read the answer.
             # Don't use wait_for: before Python 3.12, it can lose a cancellation.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
@@ -180,8 +309,62 @@ class Heartbeat:
         finally:
             timer.cancel()
 
-    def _tell(self, lost: NexumError) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._told is None or self._told[0] is not type(lost) or now - self._told[1] >= TELL_AGAIN_AFTER:
-            self._told = type(lost), now
-            self._on_lost(lost)
+    def _watch(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
+        """Let the event loop note that it runs. Report a loop that has not run since earlier beats."""
+        if self._turned == self._sent:
+            self._turn_due, self._is_blocked = now, False
+        elif now - self._turn_due >= BLOCKED_AFTER and not self._is_blocked:
+            self._is_blocked = True
+            self._on_blocked(now - self._turn_due)
+        self._sent += 1
+        self._call_soon(loop, self._note_turn, self._sent)
+
+    def _note_turn(self, number: int) -> None:
+        if self._sent > number:
+            self._doubtful_until = time.monotonic()  # the loop was blocked while a further beat was sent
+        self._turned = number
+
+    def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:
+        with self._lock:
+            questions, self._questions = self._questions[:count], self._questions[count:]
+
+        def answer() -> None:
+            for task_id, future in questions:
+                if not future.done():
+                    future.set_result(task_id not in lost)
+
+        if questions:
+            self._call_soon(loop, answer)
+
+    @staticmethod
+    def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(callback, *arguments)
+
+
+# ---- The heartbeat loop ----------------------------------------------------------------------------------------------
+
+_shared: asyncio.AbstractEventLoop | None = None
+_shared_lock = threading.Lock()
+
+
+def _heartbeat_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process's heartbeats. Its thread is started at the first call."""
+    global _shared
+    with _shared_lock:
+        if _shared is None:
+            _shared = asyncio.new_event_loop()
+            thread = threading.Thread(target=_shared.run_forever, name="heartbeats", daemon=True)
+            # Start it without a context: the thread is no work of the caller's.
+            contextvars.Context().run(thread.start)
+        return _shared
+
+
+def _after_fork() -> None:
+    """Forget the loop: a forked process doesn't have its thread."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

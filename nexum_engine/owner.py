@@ -157,7 +157,7 @@ class Owner:
             await self._client.register_workflow(workflow, patience=PATIENCE)
             started = await start()
         if started.task is not None:
-            self._heartbeat.held.add(started.task.task_id)
+            self._heartbeat.hold(started.task.task_id)
         elif not started.status.ended:
             # Cancel the execution. The server doesn't know the field `owner`, and has queued the node for workers.
             await self._client.cancel_execution(started.execution_id)
@@ -172,14 +172,14 @@ class Owner:
         try:
             await self._client.complete_task(task.task_id, text, patience=PATIENCE)
         finally:
-            self._heartbeat.held.discard(task.task_id)
+            self._heartbeat.release(task.task_id)
 
     async def fail(self, task: Task, error: str, *, patience: float = PATIENCE) -> None:
         """Record that `task` failed. The next start with its idempotency key starts a new execution."""
         try:
             await self._client.fail_task(task.task_id, error, final=True, patience=patience)
         finally:
-            self._heartbeat.held.discard(task.task_id)
+            self._heartbeat.release(task.task_id)
 
 
 def _written(output: BaseModel | Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ class Outcome(str, Enum):
     LOST = "LOST"
     """The worker's connection broke, and the worker did not reconnect. It probably crashed."""
     EXPIRED = "EXPIRED"
-    """The worker sent no heartbeat for longer than its lease. It probably hangs."""
+    """The worker sent no heartbeat for longer than its lease. Its process was probably stopped."""
     INTERRUPTED = "INTERRUPTED"
     """The server was restarted, and the worker did not reconnect. This does not count as a failed or lost attempt."""
     CANCELLED = "CANCELLED"

@@ -41,7 +41,8 @@ def details(execution: Execution) -> str:
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
-        f"started    {_moment(execution.created_ms)}{took}",
+        # A published server shows neither this time nor the nodes' types.
+        *([f"started    {_moment(execution.created_ms)}{took}"] if execution.created_ms else []),
     ]
     if execution.idempotency_key:
         lines += _field("key", execution.idempotency_key)
@@ -49,7 +50,8 @@ def details(execution: Execution) -> str:
     if execution.error:
         lines += _field("error", execution.error)
     for node in execution.nodes:
-        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)} ({printable(node.node_type)}) {node.status.value}"]
+        kind = f" ({printable(node.node_type)})" if node.node_type else ""
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)}{kind} {node.status.value}"]
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
@@ -96,16 +98,24 @@ def _cut(text: str, width: int) -> str:
 
 
 def _moment(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
+    try:
+        moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
+    except (ValueError, OverflowError, OSError):  # another server may send any number
+        return f"at {ms} ms since 1970"
+    return moment.isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
 
 
 def seconds(start_ms: int, end_ms: int | None) -> str:
     """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
+    if end_ms is not None and end_ms < start_ms:
+        return "an unknown time (the clock was put back)"
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
 def age(ms: int) -> str:
-    """Return the age `ms` as text, in its largest unit."""
+    """Return the age `ms` as text, in its largest unit. A clock that was put back makes an age negative."""
+    if ms <= -1000:
+        return "in the future"
     amount, unit = ms / 1000, "s"
     for size, larger in ((60, "min"), (60, "h"), (24, "d")):
         if amount < size:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +22,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import (
     FinalError,
     InvalidRequest,
@@ -76,6 +80,16 @@ class Binding:
     handlers: Mapping[str, Handler]
 
 
+class _Work:
+    """A node's work in this process, from its hand-out to its acknowledged report."""
+
+    def __init__(self, task: Task, requested: float) -> None:
+        self.task = task
+        """The newest attempt at the node that was handed to this process."""
+        self.requested = requested
+        """The monotonic time of the request that the server answered with the task."""
+
+
 class Worker:
     """A worker. It runs tasks of its workflows until it is stopped, and then finishes the tasks that it holds.
 
@@ -119,9 +133,19 @@ class Worker:
             prepare=self._register,
             on_connected=self._say_connected,
             on_lost=self._say_lost,
+            on_blocked=self._say_blocked,
         )
         self._was_connected = False
         self._streams = True
+        self._polling = asyncio.Lock()
+        """Held by a poll of a server without worker streams: it may answer two polls at once with the same task."""
+        self._turn = 0
+        self._at_work: dict[tuple[str, str], _Work] = {}
+        """The work in this process, by execution and node."""
+        self._handlers: dict[asyncio.Task[Any], str] = {}
+        """The running handlers, with the names of their tasks."""
+        self._loop: tuple[asyncio.AbstractEventLoop, int] | None = None
+        """The event loop and the id of its thread."""
         self._told_to_stop = asyncio.Event()
         self._stopped: asyncio.Task[bool] | None = None
         self._reports: set[asyncio.Task[Task | None]] = set()
@@ -133,6 +157,7 @@ class Worker:
         After `stop`, a result is dropped if no server accepts it within a few seconds. A worker then runs the task
         again. Raises an error if the server can't work with this worker.
         """
+        self._loop = asyncio.get_running_loop(), threading.get_ident()
         connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
         self._stopped = asyncio.create_task(self._told_to_stop.wait(), name="told to stop")
         slots = [asyncio.create_task(self._slot(), name=f"slot {n + 1}") for n in range(self._concurrency)]
@@ -154,7 +179,7 @@ class Worker:
             await asyncio.gather(*self._reports, return_exceptions=True)
 
     async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
-        held = len(self._heartbeat.held)
+        held = len(self._at_work)
         if held:
             logger.info("stopping: finishing %d task(s) first (Ctrl+C again to abandon them)", held)
         self._told_to_stop.set()
@@ -171,7 +196,7 @@ class Worker:
     async def _stay_connected(self) -> None:
         await self._heartbeat.run()
         logger.warning(
-            "the server on %s has no WorkerStream: it decides without beats when a worker is lost",
+            "connected to %s, which has no WorkerStream: run only one worker process, as two may get the same task",
             self._client.address,
         )
         self._streams = False
@@ -196,21 +221,34 @@ class Worker:
         else:
             logger.warning("not connected to %s, retrying: %s", self._client.address, error)
 
+    def _say_blocked(self, seconds: float) -> None:
+        # The heartbeat's thread calls this while the event loop is blocked.
+        assert self._loop is not None
+        loop, thread = self._loop
+        frame = sys._current_frames().get(thread)
+        where = f" (at {frame.f_code.co_filename}, line {frame.f_lineno})" if frame is not None else ""
+        current = asyncio.current_task(loop)
+        name = self._handlers.get(current) if current is not None else None
+        names = [name] if name is not None else sorted({*self._handlers.values()})
+        logger.warning(
+            "the event loop has been blocked for %.1f s by %s%s: the worker's other tasks wait; run blocking code in a "
+            "thread, with asyncio.to_thread",
+            seconds,
+            " or ".join(names) or "code outside the handlers",
+            where,
+        )
+
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        versions = list(self._bindings)
-        turn = 0
         while True:
             if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
                 await self._heartbeat.connected.wait()
             if self._told_to_stop.is_set():
                 return
-            # Poll for one version at a time if the server has no worker streams: it knows no other polls.
-            asked = versions if self._streams else [versions[turn % len(versions)]]
-            turn += 1
+            requested = time.monotonic()
             try:
-                task = await self._answer(self._client.poll_task(self.worker_id, asked, wait=POLL_WAIT))
+                task = await self._answer(self._poll())
             except ServerUnavailable:
                 # Send beats: the lost answer may have held a task. Beats without this task make the server hand it out
                 # again soon.
@@ -221,10 +259,21 @@ class Worker:
                 logger.warning("no task from %s, retrying: %s", self._client.address, error)
                 await asyncio.sleep(FAULT_DELAY)
                 continue
-            if task is None and not self._streams:
+            work = None if task is None else _Work(task, requested)
+            while work is not None:
+                work = await self._hold(work)
+
+    async def _poll(self) -> Task | None:
+        versions = list(self._bindings)
+        if self._streams:
+            return await self._client.poll_task(self.worker_id, versions, wait=POLL_WAIT)
+        async with self._polling:
+            # Poll for one version at a time: the server knows no other polls.
+            self._turn = (self._turn + 1) % len(versions)
+            task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
+            if task is None:
                 await asyncio.sleep(SHORT_POLL_INTERVAL)
-            while task is not None:
-                task = await self._hold(task)
+            return task
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
@@ -242,31 +291,61 @@ class Worker:
         finally:
             calling.cancel()
 
-    async def _hold(self, task: Task) -> Task | None:
-        """Run and report `task`. Return the next task if the answer to the report contains one."""
-        self._heartbeat.held.add(task.task_id)
+    async def _hold(self, work: _Work) -> _Work | None:
+        """Run and report the task, unless this process runs its node already. Return the next task, if there is one."""
+        node = work.task.execution_id, work.task.node_id
+        running = self._at_work.get(node)
+        if running is not None:
+            self._adopt(running, work)
+            return None
+        self._at_work[node] = work
+        self._heartbeat.hold(work.task.task_id)
         try:
-            return await self._run_task(task)
+            return await self._run_task(work) if await self._may_begin(work) else None
         finally:
-            self._heartbeat.held.discard(task.task_id)
+            del self._at_work[node]
+            self._heartbeat.release(work.task.task_id)
 
-    async def _run_task(self, task: Task) -> Task | None:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
+    def _adopt(self, running: _Work, work: _Work) -> None:
+        """Let the running work report as the new attempt. The server counted its own attempt as lost."""
+        old, new = running.task, work.task
+        logger.info("execution %s was handed out again: attempt %d still runs here", old.execution_id, old.attempt)
+        if new.attempt > old.attempt:
+            running.task, running.requested = new, work.requested
+            self._heartbeat.hold(new.task_id)
+            self._heartbeat.release(old.task_id)
+
+    async def _may_begin(self, work: _Work) -> bool:
+        """Return whether the server still counts on this worker for the task."""
+        while self._streams:
+            task = work.task
+            try:
+                if await self._answer(self._heartbeat.may_begin(task.task_id, work.requested)):
+                    return True
+            except ServerUnavailable:
+                return False
+            if work.task is task:
+                logger.info("execution %s was handed out again before it began here", task.execution_id)
+                return False
+        return True
+
+    async def _run_task(self, work: _Work) -> _Work | None:
+        task = work.task
+        start = time.monotonic()
         context = _context(task)
         name = self._describe(context)
         what = f"{name}, execution {task.execution_id}, attempt {task.attempt}"
         logger.info("started  %s", what)
         try:
             handler, node = self._work_of(task)
-            output = await self._output(handler, context, node)
+            output = await self._output(handler, context, node, name)
         except Exception as error:  # noqa: BLE001 - reported to the server
             final = isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
-            report = self._failure(task, reason, final=final)
+            report = partial(self._failure, reason=reason, final=final)
             outcome = "failed, no retry" if final else "failed"
-            return await self._report(task, what, start, report, outcome, reason)
-        return await self._report(task, what, start, self._success(task, output), "finished")
+            return await self._report(work, what, start, report, outcome, reason)
+        return await self._report(work, what, start, partial(self._success, output=output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
@@ -280,7 +359,7 @@ class Worker:
             f"worker {self.worker_id} has no handler for node {task.node_id!r} of version {task.version_hash!r}"
         )
 
-    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition) -> str:
+    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition, name: str) -> str:
         """Run `handler`. Check its result against the node's output model, and return the result as JSON text."""
 
         async def contained() -> Any:
@@ -292,12 +371,16 @@ class Worker:
                 # Raise an ordinary exception: SystemExit and the like would end the event loop, with every other task.
                 raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
 
+        running = asyncio.create_task(contained())
+        self._handlers[running] = name
         try:
-            result = await asyncio.ensure_future(contained())
+            result = await running
         except asyncio.CancelledError as error:
             if self._closing:
                 raise
             raise RuntimeError("the handler cancelled itself") from error
+        finally:
+            del self._handlers[running]
         if node.output is not None and not isinstance(result, node.output):
             try:
                 result = node.output.model_validate(result)
@@ -323,28 +406,49 @@ class Worker:
         then_take = (self.worker_id, list(self._bindings)) if more else None
         complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
         try:
-            return await complete()
-        except ServerUnavailable:
-            # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow soon.
-            # They don't name that task, so the server hands it out again.
-            self._heartbeat.beat()
-            return await complete(patience=REPORT_PATIENCE)
+            try:
+                return await complete()
+            except ServerUnavailable:
+                # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow
+                # soon. They don't name that task, so the server hands it out again.
+                self._heartbeat.beat()
+                return await complete(patience=REPORT_PATIENCE)
+        except ServerFault:
+            # A published server answers INTERNAL to a second report: the first answer was lost.
+            if self._streams or not await self._is_recorded(task):
+                raise
+            return None
+
+    async def _is_recorded(self, task: Task) -> bool:
+        observed = await self._client.get_execution(task.execution_id)
+        return task.node_id in observed.execution.outputs()
 
     async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
         await self._client.fail_task(task.task_id, reason, final=final, patience=REPORT_PATIENCE)
 
     async def _report(
         self,
-        task: Task,
+        work: _Work,
         what: str,
         start: float,
-        report: Coroutine[Any, Any, Task | None],
+        report: Callable[[Task], Coroutine[Any, Any, Task | None]],
         outcome: str,
         reason: str = "",
-    ) -> Task | None:
+    ) -> _Work | None:
         """Report an attempt, and log its end in one line. Return the next task if the answer contains one."""
+        task, requested = work.task, time.monotonic()
         following, acknowledged = None, False
-        reporting = asyncio.create_task(self._answer(report))
+
+        async def report_newest() -> Task | None:
+            while True:
+                newest = work.task
+                try:
+                    return await report(newest)
+                except StaleTask:
+                    if work.task is newest:
+                        raise
+
+        reporting = asyncio.create_task(self._answer(report_newest()))
         self._reports.add(reporting)
         reporting.add_done_callback(self._reports.discard)
         try:
@@ -354,13 +458,13 @@ class Worker:
             reason = f"refused by the server: {error}"
         except NexumError as error:
             reason = f"not reported, so the task will be run again: {error}"
-        seconds = asyncio.get_running_loop().time() - start
+        seconds = time.monotonic() - start
         level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
         logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
         if acknowledged and self._after_report is not None:
             self._after_report(task)
-        return following
+        return None if following is None else _Work(following, requested)
 
 
 def _reason(error: Exception) -> str:

@@ -37,7 +37,7 @@ async def recorded_question(session_id: str, question: str, fork_of: str | None,
             source, count = fork_source(fork_of)
             await fork_session(client, source, count, session_id, question)
             said = f"; the user says: {question}" if question else ""
-            say(f"[demo] Forked from the first {count} event(s) of {source}{said}")
+            say(f"[demo] Forked from the first {count} call(s) of {source}{said}")
         recorded = await question_of(client, session_id)
     why = "Forked" if question else "No question given"
     whose = "this demo" if recorded is None else "the session"

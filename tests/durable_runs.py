@@ -32,6 +32,7 @@ from openai_server import OpenAIServer, Reply
 
 from durable_autogen.record.events import Event, Kind, Returned, read_record
 from nexum_engine.client import NexumClient
+from nexum_engine.options import count
 
 SHAPES = (
     "single",
@@ -49,7 +50,7 @@ SHAPES = (
 PARALLEL = {"fan_out": 3, "random": 5}  # agents that work in parallel; one in all other shapes
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-TAKE_OVER = 1.0  # seconds that a run waits for its dead owner, about
+TAKE_OVER = 1.0  # seconds, about, that a run waits until the server notices the death of the killed run
 
 
 class RandomModel:
@@ -64,9 +65,7 @@ class RandomModel:
         time.sleep(random.uniform(0.01, 0.08))
         reply = self._reply(body)
         with self._lock:
-            answer = json.dumps(
-                [reply.text, [arguments["text"] for _, arguments in reply.calls if "text" in arguments]]
-            )
+            answer = json.dumps([reply.text, [arguments for _, arguments in reply.calls]])
             self.said.append((body["model"], json.dumps(body, sort_keys=True), answer))
         return reply
 
@@ -106,7 +105,7 @@ def _ledger(words: str) -> str:
 
 
 class Programs:
-    """A starter of durable programs. It forks them from a process with AutoGen imported, so that a start is quick."""
+    """A starter of durable programs. It forks them from a process that has AutoGen imported, so each start is quick."""
 
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
         self._folder = folder
@@ -151,7 +150,7 @@ class Programs:
 
 
 def _kill(pid: int) -> None:
-    # The program may have just ended: its process id isn't in use again yet.
+    # The program may have just ended. No other process has its id yet.
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -172,9 +171,9 @@ class Bench:
         return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
 
     def length(self, shape: str) -> float:
-        """Return the seconds that an undisturbed run of this shape takes, to time its kills.
+        """Return the seconds that a run of this shape takes without kills, to time its kills.
 
-        It is the shorter one of two runs: a kill after the end of a run tests nothing.
+        Take the shorter one of two runs: a kill after the end of a run tests nothing.
         """
         if shape not in self._lengths:
             self._lengths[shape] = min(self._measured(shape, number) for number in (1, 2))
@@ -258,14 +257,14 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
     """Check that replies were recorded once and in order, and that calls in flight were retried unchanged."""
     recorded: dict[str, list[str]] = defaultdict(list)
     models: dict[str, str] = {}
-    """The model of each agent: only an agent's first request has it."""
+    """The model of each agent. Only the recorded event of an agent's first request names it."""
     for event in events:
         if event.kind is Kind.REPLY:
             assert isinstance(event.content, Returned)
             content = event.content.value["content"]
             calls = [] if isinstance(content, str) else [json.loads(call["arguments"]) for call in content]
             text = content.strip() if isinstance(content, str) else ""
-            answer = json.dumps([text, [call["text"] for call in calls if "text" in call]])
+            answer = json.dumps([text, calls])
             models.setdefault(event.agent, event.request.get("model", ""))
             recorded[models[event.agent]].append(answer)
     repeated = 0
@@ -321,7 +320,7 @@ def main() -> int:
         "shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"(default: {' '.join(SHAPES)})"
     )
     parser.add_argument("--long", action="store_true", help="100 runs of each shape")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each shape (default: %(default)s)")
+    parser.add_argument("--runs", type=count(), default=3, help="runs of each shape (default: %(default)s)")
     parser.add_argument("--uvloop", action="store_true", help="run the programs on uvloop")
     args = parser.parse_args()
     failed = 0

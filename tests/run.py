@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_AT_ONCE = 3 * (os.cpu_count() or 1)
-"""Tests at the same time. Most tests wait most of the time."""
+"""The number of tests that run at the same time: more than processors, because most tests mostly wait."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The supported versions, oldest first."""
 
@@ -34,7 +34,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 def run_quietly(command: Sequence[str | Path]) -> None:
-    """Run a step beside others; print its output after its end, and exit with its code if it fails."""
+    """Run a step at the same time as others; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
@@ -88,7 +88,7 @@ def test_on(others: dict[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(f"\nPython {version}: testing with {python}", flush=True)
             marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
-            # A separate cache, because other Pythons run at the same time.
+            # Use a separate cache: the tests of this Python run at the same time.
             run_quietly([environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"])
 
 

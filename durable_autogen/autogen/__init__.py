@@ -1,1 +1,1 @@
-"""Recording of AutoGen: the recorded methods, and the written form of calls, replies and messages."""
+"""Recording of AutoGen programs: the methods to record, and the recorded form of calls, replies and messages."""

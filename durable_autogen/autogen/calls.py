@@ -138,8 +138,8 @@ class Calls:
                     release()
                     held.append(piece)
                     stream.produced.append(piece)
-                    # Hold back each piece: the last one must wait until the reply is recorded. Release a piece that
-                    # no other piece follows within HOLD_FOR.
+                    # Hold back the newest piece: the last piece must wait until the reply is recorded. If no other
+                    # piece comes within HOLD_FOR, release the piece.
                     releasing = loop.call_later(HOLD_FOR, release)
             except BaseException:
                 release()  # the stream broke: give the agent every piece that came
@@ -361,7 +361,7 @@ class Calls:
     def agent_as_tool(self, made: ToolCall) -> Place:
         """Note that a reply calls an agent or team as a tool. Return the place for the agent or team.
 
-        The calls that the agent or team makes are recorded under the name of the agent or team.
+        That agent's or team's own calls are recorded under its own name.
         """
         self._asker.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
@@ -379,8 +379,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._asker.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Start to ask before the call's beginning is recorded. AutoGen shows the request while that is being recorded.
-        # If the callback hasn't started when the request is shown, AutoGen's UserInputManager waits for ever.
+        # Ask before the call's beginning is recorded. AutoGen announces the request meanwhile, and its UserInputManager
+        # waits for ever if the callback hasn't started by then.
         is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
@@ -448,7 +448,7 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Return the recorder's answer to `call`. If the recorded call was given up, `token` cancels its replay."""
+        """Return the recorder's answer to `call`. The replay of a given-up call ends when `token` is cancelled."""
         loop = asyncio.get_running_loop()
 
         def give_up() -> None:
@@ -506,7 +506,7 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team: the calls inside it are recorded, and its result isn't."""
+    """Return whether `tool` is an agent or team. The calls inside such a tool are recorded, but not its own result."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 

@@ -15,7 +15,7 @@ from durable_autogen.autogen.values import value_again, written_value
 from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import Place
-from durable_autogen.record.recorder import Performed
+from durable_autogen.record.recorder import Performed, Recorder
 
 MESSAGES_ALONE = {
     AndTerminationCondition,
@@ -29,7 +29,7 @@ MESSAGES_ALONE = {
     conditions.TextMessageTermination,
     conditions.TokenUsageTermination,
 }
-"""Conditions that depend only on messages. They need no record: a changed condition causes drift."""
+"""Conditions that depend only on messages. They need no record: a replay has the same messages."""
 
 
 async def look(
@@ -40,10 +40,10 @@ async def look(
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
 
-    A replay stops at the recorded check. If the condition stops a replay at a check where the record has no stop, this
-    function returns None and resets the condition. A later check, after the replay, can still stop the run.
+    A replay stops at the recorded check. If the condition would stop a replay at another check, this function returns
+    None and restores the condition's state, so that a later check, after the replay, can still stop the run.
     """
-    recorder = place.session.recorder
+    recorder: Recorder = place.session.recorder
     name = work.names.of(condition, place.inside(type(condition).__name__))
     recorder.looks[name] += 1
     look_number = recorder.looks[name]
@@ -80,8 +80,8 @@ async def look(
 def _count_the_sessions_time(condition: TimeoutTermination, work: Work, active_ms: int) -> None:
     """Make a TimeoutTermination count the session's active time instead of the time on the clock.
 
-    A replay takes less time on the clock than the run took: it would not stop where the run stopped. After a crash, the
-    next run would get the whole timeout again.
+    By the clock, a replay takes less time than the run took, so it would not stop where the run stopped. After a crash,
+    the next run would get the whole timeout again.
     """
     now = time.monotonic()
     started, begun_ms = work.timeouts.get(condition, (None, 0))

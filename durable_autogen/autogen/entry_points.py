@@ -32,16 +32,16 @@ from durable_autogen.autogen.at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.work import Work, total
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
 """A class's original method, bound to its object."""
 
-_works: weakref.WeakKeyDictionary[Session, Work] = weakref.WeakKeyDictionary()
+_works: weakref.WeakKeyDictionary[OpenSession, Work] = weakref.WeakKeyDictionary()
 
 
-def work_of(session: Session) -> Work:
+def work_of(session: OpenSession) -> Work:
     """Return the state that the AutoGen integration keeps for an open session."""
     if session not in _works:
         _works[session] = Work(session.recorder)
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return the wrapper of a method that returns a stream. It works like that of `_recorded`."""
+    """Return the wrapper of a method that returns a stream. Like `_recorded`, it calls `recording` or the original."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -186,7 +186,7 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         return await original(*args, **kwargs)
 
     async def ask() -> Any:
-        # Set the condition as `owner`. If its method calls the base class's method, that isn't a second check.
+        # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
         with at(replace(place, owner=self)):
             return await original(*args, **kwargs)
 
@@ -204,7 +204,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Start or stop a workbench or executor. Neither record nor report the start or stop."""
+    """Start, stop or reset a workbench or executor, without recording it or reporting its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
@@ -268,13 +268,13 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
 
 _sent: dict[int, tuple[Any, Place]] = {}
 """Messages sent inside a session, each with its sender's place. The key is the message object's `id()`."""
-MAX_SENT = 10_000  # messages; above it the oldest is dropped, as AutoGen doesn't tell when all have got it
+MAX_SENT = 10_000  # messages to keep: AutoGen doesn't tell when a message has reached all its receivers
 
 
 def _place_of(message: Any) -> Place | None:
     """Return the place of the message's sender, or else the current place.
 
-    The current place isn't enough: a runtime that was started before the session has none.
+    The current place isn't enough: a runtime that was started before the session delivers messages without a place.
     """
     sent = _sent.get(id(message))
     return sent[1] if sent is not None and sent[0] is message else current.get()

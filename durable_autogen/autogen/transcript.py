@@ -29,7 +29,7 @@ Item = Message | TaskResult
 Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
 
 REPLAYED = "nexum"
-"""The metadata key that marks a streamed message from the record. Its value is then "replayed"."""
+"""The metadata key that marks a streamed message from the record. Its value is "replayed"."""
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "durable_autogen.invalid")
 
@@ -51,7 +51,7 @@ class Transcript:
     ) -> None:
         """Set the lasting ids and times of the messages that an agent passes on.
 
-        `given` holds the messages of the caller's task. An id or time that the caller has set stays. With
+        `given` holds the messages of the caller's task: an id or time that the caller has set is kept. With
         `made_before`, the messages come from the record and keep their times.
         """
         for message in _messages_in(item):
@@ -85,7 +85,7 @@ class Transcript:
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
             # Count each kind separately. A streamed message gets its number at its first piece, other messages when
-            # they are passed on. With one counter, an id would depend on which of the two comes first.
+            # they are passed on. With one counter, the numbers would depend on which message's time comes first.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"

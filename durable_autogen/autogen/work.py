@@ -49,13 +49,13 @@ class Asker:
         self.replayed = replayed
 
     def position_of_call(self, call_id: str | None, name: str) -> str:
-        """Return a tool call's position: that of the requested call with its id, else with its tool name."""
+        """Return a tool call's position: that of the requested call with the same id, else with the same tool name."""
         same_name = [one for one in self._calls if one[1].name == name]
         same_id = [one for one in same_name if one[1].id == call_id]
         for found in (*same_id, *same_name):
             self._calls.remove(found)
             return found[0]
-        # Count an extra call that no reply requested. A custom agent calls tools on its own.
+        # Count an extra call that no reply requested: a custom agent may call tools on its own.
         self._unasked += 1
         return f"reply/{self._last}/tool/{self._unasked}"
 
@@ -91,7 +91,7 @@ class Work:
         self.transcript = Transcript(recorder)
         self.added = Added(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination, its adjusted start, and the session's active time when it really started."""
+        """For each TimeoutTermination: its adjusted start time, and the session's active time when it was started."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._askers: dict[str, Asker] = {}
@@ -121,7 +121,7 @@ class Work:
 
 
 class Added:
-    """The user messages added to a fork. They are in each agent's first live request and in its later ones."""
+    """The user messages added to a fork. Each agent gets them in its first live request and in all later ones."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.messages = [event for event in recorder.journal.events if event.kind is Kind.MESSAGE]

@@ -1,7 +1,7 @@
 """Recording of `input()`: the lines that a person types at the console.
 
-`input()` blocks its thread, so a typed line can't wait for the server. The line is recorded before the session's next
-call, or at the session's end. A replay returns the recorded line at once, outside the order of events.
+`input()` isn't asynchronous, so it can't wait for the server. A typed line is recorded before the session's next call,
+or at the session's end. A replay returns the recorded line at once, without waiting for earlier events.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from durable_autogen.record.events import Call, Kind, Returned, representable
 from durable_autogen.record.place import at, current
+from durable_autogen.record.recorder import Recorder
 
 _lock = threading.Lock()
 _open_sessions = 0
@@ -45,12 +46,12 @@ def _input(prompt: Any = "", /) -> str:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
         return _original(prompt)
-    recorder = place.session.recorder
+    recorder: Recorder = place.session.recorder
     position = f"console/{recorder.next_question(place.agent)}"
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:
-        # Print what the recorded run had on screen. The typed line was there only on a terminal, which echoes it.
+        # Print what the screen would show: the prompt and, on a terminal, the line, because a terminal echoes it.
         sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
         sys.stdout.flush()
         return recorded

@@ -3,7 +3,7 @@
 An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
 is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
 execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
-owns the run may record events.
+owns the run's execution may record events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -179,7 +179,24 @@ class Asked:
     """The session's active time when the call was made."""
 
 
-class EventInput(_Frozen):
+class Addressed:
+    """The address and the name of a call or an event, made of its kind, its agent and its position."""
+
+    if TYPE_CHECKING:  # pydantic would put these fields first, and change the order of the recorded JSON
+        kind: Kind
+        agent: str
+        position: str
+
+    @property
+    def address(self) -> str:
+        """The agent and the position. It is unique in a session."""
+        return f"{self.agent}/{self.position}"
+
+    def __str__(self) -> str:
+        return name_of(self.kind, self.agent, self.position)
+
+
+class EventInput(Addressed, _Frozen):
     """The input of an event's execution: session, agent, position and kind."""
 
     session: str
@@ -187,12 +204,8 @@ class EventInput(_Frozen):
     position: str
     kind: Kind
 
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
 
-
-class Event(_Frozen):
+class Event(Addressed, _Frozen):
     """A recorded event."""
 
     seq: int
@@ -210,7 +223,7 @@ class Event(_Frozen):
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time when the event was recorded: the length of all its runs, without the time between."""
+    """The session's active time when the event was recorded: the length of all its runs, without the pauses."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
@@ -224,34 +237,20 @@ class Event(_Frozen):
         """Whether the event is a failure or a broken reply. After a run that ends with one, the next run retries it."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
-
-    def __str__(self) -> str:
-        return name_of(self.kind, self.agent, self.position)
-
 
 @dataclass(frozen=True)
-class Call:
+class Call(Addressed):
     """A call that a run makes, or a mark that the session records."""
 
     kind: Kind
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. With a `base`, it holds only what is new since that earlier request of the agent."""
+    """The call's fingerprint. If it has a `base`, it holds only the parts that the agent's request at `base` lacks."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
     """The call's name in errors; empty for the default name."""
-
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
-
-    def __str__(self) -> str:
-        return name_of(self.kind, self.agent, self.position)
 
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
@@ -335,7 +334,7 @@ class Record:
     events: list[Event] = field(default_factory=list)
     """The events that count, in order."""
     begun: list[EventInput] = field(default_factory=list)
-    """The events that an earlier run began and didn't record."""
+    """The calls that an earlier run began without recording a result."""
     tried: set[str] = field(default_factory=set)
     """The addresses of revoked events, and of calls that earlier runs began without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)

@@ -56,8 +56,8 @@ class Failure(BaseModel):
     def again(self) -> Exception:
         """Return the recorded exception, with its class, text, plain arguments and plain attributes.
 
-        If an instance of that class can't be built, return an instance of a subclass of it, or of a subclass of its
-        nearest base class for which this is possible.
+        If the class can't be instantiated, return an instance of a new subclass: of the class itself, or else of its
+        nearest base class that allows one.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:
@@ -97,7 +97,7 @@ class Failure(BaseModel):
         return None
 
     def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # a class written in C may allow no such instance
+        with contextlib.suppress(Exception):  # a class written in C may refuse to be instantiated without arguments
             error = kind.__new__(kind)
             error.args = (self.text,) if self.args is None else tuple(self.args)
             vars(error).update(self.attributes)

@@ -67,7 +67,7 @@ class Journal:
         self._times_revoked: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The events at the end of the record after which no call was begun."""
+        """The last events of the record: no unfinished call was begun after them."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -144,7 +144,7 @@ class Journal:
         return SessionBusy(f"session {self.session}: {why}. Run it again when that process has ended")
 
     async def _runs(self, status: str = "") -> Execution | None:
-        """Return the session's latest run, with its result; None if there is none. With `status`, skip other runs."""
+        """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
         found = await self._client.list_executions(
             workflow_id=AGENT_RUN.workflow_id,
             status=status,
@@ -156,7 +156,7 @@ class Journal:
         return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
-        """Read the record and take over its unfinished events, so that no earlier owner can record those later."""
+        """Read the record and take over its unfinished calls, so that no earlier owner can still record them."""
         while True:
             record = await read_record(self._client, self.session)
             self._times_revoked, self._tried = record.times_revoked, record.tried
@@ -169,7 +169,7 @@ class Journal:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # Skip the events before the last begun call: the run survived them, because it made that call.
+                # Leave out the events before the last unfinished call: the run continued after them to make that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
@@ -251,7 +251,7 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of an address, but no result of the call counts."""
+        """Return whether an earlier run made the call of this address, and no result of the call counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
@@ -260,7 +260,7 @@ class Journal:
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often another program had continued the session before the event number `seq`."""
+        """Return how often a changed program had continued the session live before event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
@@ -268,8 +268,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # Record the beginning of a call that follows a failure or a broken reply: it shows that the run survived
-        # that. Record it also if another run may own the session: the server then refuses before the call costs money.
+        # After a failure or a broken reply, a recorded beginning shows that the run continued. If another run may own
+        # the session, the server refuses to record the beginning, before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)

@@ -1,4 +1,4 @@
-"""Loggers for the lines that a person should read. They go to the logger `durable_autogen`, or to a function."""
+"""Logging of progress and warnings: to the logger `durable_autogen`, or to a function of the program."""
 
 from __future__ import annotations
 

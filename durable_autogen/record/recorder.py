@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from durable_autogen.errors import DriftError
 from durable_autogen.record.events import (
@@ -31,14 +31,11 @@ from durable_autogen.record.events import (
 from durable_autogen.record.failures import Failure, in_a_task, ordinary
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.order import idle
-from durable_autogen.record.place import current, started_at
+from durable_autogen.record.place import OpenSession, current, started_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
 from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
-
-if TYPE_CHECKING:
-    from durable_autogen.record.session import Session
 
 OnDrift = Literal["stop", "continue"]
 
@@ -64,7 +61,7 @@ class Answer:
     position: str
     """The position at which the call is recorded."""
     value: Any = _NOTHING
-    """The live call's value; unset for a replayed call. The caller builds that call's value from `content`."""
+    """The live call's value; unset for a replayed call, whose value the caller builds from `content`."""
 
     @property
     def has_value(self) -> bool:
@@ -82,26 +79,26 @@ class _LiveCall:
     asker: Asker
     task: Task | None = None
     given_up: bool = False
-    went_on: bool = False
-    """Whether the call was given up, and the task or agent that gave it up has made another call since."""
+    continued: bool = False
+    """Whether another call has shown that the run continued after this call was given up (see `continues`)."""
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    """The call's answer or error. The error is the future's result: asyncio warns of an exception left unretrieved."""
+    """The call's answer or error. An error is stored as a result: asyncio would warn of an unretrieved exception."""
 
 
 class Recorder:
     """The recorder of one run: it replays events and records new ones."""
 
     def __init__(
-        self, journal: Journal, session: Session, *, on_drift: OnDrift = "stop", compare: Compare = same_request
+        self, journal: Journal, session: OpenSession, *, on_drift: OnDrift = "stop", compare: Compare = same_request
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The stop reason of the recorded run, if that run is finished and no further call may be made; else None."""
+        """The recorded run's stop reason if that run is finished, so that no further call may be made; else None."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
@@ -119,7 +116,7 @@ class Recorder:
         self._typed: list[tuple[Call, Returned, Asked]] = []
         """The lines typed at the console that are not recorded yet."""
         self._given_up: list[_LiveCall] = []
-        self._turnstile = asyncio.Lock()
+        self._record_lock = asyncio.Lock()
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
             journal,
@@ -158,7 +155,7 @@ class Recorder:
 
     @property
     def programs(self) -> int:
-        """How often another program had continued the session before the last delivered event was recorded."""
+        """How often a changed program had continued the session live before the last delivered event was recorded."""
         return self.journal.programs_before(self.last_seq)
 
     @property
@@ -178,13 +175,13 @@ class Recorder:
 
     @property
     def active_now_ms(self) -> int:
-        """The session's active time until now: the length of all its runs, without the time between."""
+        """The session's active time until now: the length of all its runs, without the pauses."""
         since = self._replay.over_since
         return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
-        """Record the beginning of a new session, or that another program continues the session."""
-        async with self._turnstile:
+        """Record the beginning of a new session, or the beginning of a changed program that continues the session."""
+        async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = "begin"
                 if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
@@ -201,7 +198,7 @@ class Recorder:
             event = self._replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
         if self._calls:
-            # The program ended without waiting for these calls, as it will again in a replay.
+            # The program ended without waiting for these calls. Record them as given up: a replay will end likewise.
             left = dict(self._calls)
             for running, live in left.items():
                 if not live.answer.done():
@@ -209,7 +206,7 @@ class Recorder:
                     running.cancel()
             await asyncio.gather(*left, return_exceptions=True)
         broken = []
-        async with self._turnstile:
+        async with self._record_lock:
             await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
             if broken:
@@ -233,7 +230,7 @@ class Recorder:
 
     async def end_with(self, error: BaseException) -> None:
         """Revoke the failures that led to the run's error, so that the next run makes those calls again."""
-        async with self._turnstile:
+        async with self._record_lock:
             await self._record_typed()
             if ended_it := self.survival.ended_by(error, self.journal.events):
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
@@ -269,7 +266,7 @@ class Recorder:
         asker = asker or asyncio.current_task()
         self.survival.asks(call, asker)
         for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.went_on = live.went_on or continues(live.call.agent, live.asker, call, asker)
+            live.continued = live.continued or continues(live.call.agent, live.asker, call, asker)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
@@ -346,7 +343,7 @@ class Recorder:
             if giving_up:
                 await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
             if self._typed or self._given_up:
-                async with self._turnstile:
+                async with self._record_lock:
                     await self._record_apart()
             live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
             content: Content = Returned()
@@ -354,7 +351,7 @@ class Recorder:
             if perform is not None:
                 live.task = await self.journal.before(call)
                 value, content, error = await self._performed(call, perform, live)
-            async with self._turnstile:
+            async with self._record_lock:
                 self._check_not_failed()
                 await self._record_apart()
                 event = await self._record(live, content)
@@ -410,7 +407,7 @@ class Recorder:
         self._given_up.append(live)
 
     def next_question(self, agent: str) -> int:
-        """Count the questions that an agent asks at the console; return the number of the next one."""
+        """Count a question that an agent asks at the console; return its number."""
         self._questions[agent] += 1
         return self._questions[agent]
 
@@ -456,7 +453,7 @@ class Recorder:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
-                self.survival.add(event, None, live.asker, survived=live.went_on)
+                self.survival.add(event, None, live.asker, survived=live.continued)
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
                 if any(event.address == live.call.address for event in self.journal.events):

@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds to wait if all those calls were under way when an earlier run ended
+TRIED_PATIENCE = 30.0  # seconds to wait instead of DRIFT_PATIENCE, if an earlier run made those calls, too
 
 
 class Compare(Protocol):
@@ -81,7 +81,7 @@ class Replay:
     def matching(self, call: Call) -> Call:
         """Return the call, moved to the position of a recorded event that has the same fingerprint.
 
-        An agent's tasks that make calls at the same moment may make them in another order than in the recorded run.
+        An agent may make simultaneous calls in another order than in the recorded run.
         """
         at_its_place = self.event_ahead(call.address)
         if at_its_place is None or at_its_place.accepted:
@@ -127,7 +127,7 @@ class Replay:
             self._asked.pop(call.address, None)
 
     async def wait_until_over(self, call: Call) -> None:
-        """Wait until the replay is over, before a call without a recorded event. Such a call may mean drift."""
+        """Wait until the replay is over. `call` has no recorded event, which may mean drift."""
         if self._over.is_set():
             return
         self._waiting_live[str(call)] = self._journal.was_tried(call.address)

@@ -14,8 +14,8 @@ from durable_autogen.record import outside
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.lines import log_for
-from durable_autogen.record.order import Activity, watched_threads
-from durable_autogen.record.place import Place, at, current
+from durable_autogen.record.order import watched_threads
+from durable_autogen.record.place import Activity, Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import NexumClient
@@ -79,7 +79,7 @@ class Session:
     # ---- What a framework adds ---------------------------------------------------------------------------------------
 
     def entry_points(self) -> AbstractContextManager[None]:
-        """Record the framework's methods for the length of a `with`."""
+        """Record calls of the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
     # ---- The run -----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Session:
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
-        """Record the calls that the program itself makes inside a `with` under `name`.
+        """Record under `name` the calls that the program itself makes inside a `with`.
 
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
@@ -153,7 +153,7 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # AutoGen may have passed on only the failure's text, as `error`
+                raise failure from error  # `error` may hold only the failure's text: AutoGen's teams pass on no more
             await recorder.end(self.stop_reason)
 
     async def _close(self) -> None:

@@ -37,7 +37,7 @@ class Survival:
         self._setbacks.append(_Setback(event, error, asker, survived))
 
     def asks(self, call: Call, asker: Asker) -> None:
-        """Note that a task makes a call. The run thus survived the setbacks that `continues` finds for that call."""
+        """Note that a task makes a call, which may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
             one.survived = one.survived or continues(one.event.agent, one.asker, call, asker)
 
@@ -53,8 +53,8 @@ class Survival:
         """Return the events of the calls whose failure or cancellation ended the run with `error`."""
         setbacks = [one for one in self._setbacks if one.event in events and not one.event.accepted]
         failures = [one for one in setbacks if one.error is not None]
-        causes = _chain(error)
-        found = [one for one in failures if one.error in causes]  # Python keeps an error's causes
+        causes = _chain(error)  # `error` itself is the first one
+        found = [one for one in failures if one.error in causes]
         # Otherwise look for a failure's text in the error: a team passes on only the text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         # Otherwise the error is unrelated: take every failure after which the run did not continue.
@@ -67,8 +67,8 @@ class Survival:
 def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    It does if the same task (`asker`) makes it, or the program itself, or the agent, or a team or agent that contains
-    the agent.
+    It does so if its caller is the same task (`asker`), the program itself, the same agent, or a team or agent that
+    contains the agent.
     """
     return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 

@@ -76,14 +76,18 @@ class Liveness:
                     )
                 if beat.draining:
                     self._polls.drain(worker_id)
-                unnamed_before = unnamed
-                unnamed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                came_ms = self._clock.now_ms()
+                renewed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                self._polls.worker_beats(worker_id, came_ms)
+                if renewed.resumed:
+                    self.task_handed_out()
+                unnamed_before, unnamed = unnamed, renewed.unnamed
                 # End the attempt at a task that two heartbeats in a row don't name: the task never arrived.
                 # One heartbeat isn't enough, because the worker may send it before the task arrives. The worker sends
                 # the second heartbeat after our acknowledgement, and we send the acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
-                yield pb.WorkerBeatAck(lease_ms=self._lease_ms)
+                yield pb.WorkerBeatAck(lease_ms=self._lease_ms, lost_task_ids=renewed.lost)
         finally:
             # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
             if worker_id and self._streams.get(worker_id) is token:

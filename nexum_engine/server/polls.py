@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from nexum_engine.clock import Clock
@@ -69,7 +69,8 @@ class Polls:
         """
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._streamed_workers: set[str] = set()
+        self._last_beat_ms: dict[str, int] = {}
+        """The time of the last heartbeat of each worker that has a worker stream."""
         self._draining_workers: set[str] = set()
 
     async def next_task(
@@ -85,7 +86,7 @@ class Polls:
         deadline = self._clock.now_ms() + wait_ms
         self._add(poll)
         try:
-            if self._may_be_due(version_hashes):
+            if self._may_be_due(version_hashes) and not self._is_silent(worker_id):
                 self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
@@ -95,7 +96,7 @@ class Polls:
                         return claim.task
                     if claim.oversized is not None:
                         self._offer(claim.oversized)
-                if poll.missed and not poll.leaving:
+                if poll.missed and not poll.leaving and not self._is_silent(worker_id):
                     self._submit_claim(poll)
                     continue
                 left_ms = deadline - self._clock.now_ms()
@@ -111,9 +112,11 @@ class Polls:
     def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
         """Submit a claim in this turn of the event loop, and return its future.
 
-        Returns None, without a claim, if no task can be due or if the worker or the server is stopping.
+        Returns None, without a claim, if no task can be due, if the worker is silent or stopping, or if the server is
+        stopping.
         """
-        if self._stopping or worker_id in self._draining_workers or not self._may_be_due(version_hashes):
+        is_refused = self._stopping or worker_id in self._draining_workers or self._is_silent(worker_id)
+        if is_refused or not self._may_be_due(version_hashes):
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
         self._add(poll)
@@ -181,7 +184,7 @@ class Polls:
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
         """Return the length of the worker's leases in ms, and whether the worker has a stream."""
-        streamed = worker_id in self._streamed_workers
+        streamed = worker_id in self._last_beat_ms
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
     def task_ready(self, task: ReadyTask) -> None:
@@ -198,7 +201,8 @@ class Polls:
 
     def _offer(self, task: ReadyTask) -> None:
         for poll in self._polls.get(task.version_hash, ()):
-            if poll.is_idle and poll.max_bytes >= task.task_bytes and not poll.leaving:
+            may_take = poll.is_idle and not poll.leaving and not self._is_silent(poll.worker_id)
+            if may_take and poll.max_bytes >= task.task_bytes:
                 self._submit_claim(poll)
                 poll.wake()
                 return
@@ -212,16 +216,33 @@ class Polls:
 
     def worker_connected(self, worker_id: str) -> None:
         """Note that the worker has a worker stream. Its next tasks get the shorter lease, which heartbeats renew."""
-        self._streamed_workers.add(worker_id)
+        self._last_beat_ms[worker_id] = self._clock.now_ms()
         # Forget that the worker was stopping. A worker that is still stopping says so in its first heartbeat.
         self._draining_workers.discard(worker_id)
         # Answer the worker's earlier polls without a task: their connection may be dead.
         self._answer_waiting(worker_id)
 
+    def worker_beats(self, worker_id: str, came_ms: int) -> None:
+        """Note a heartbeat that came at `came_ms`, after the leases of the tasks that it names were renewed."""
+        was_silent = self._is_silent(worker_id)
+        self._last_beat_ms[worker_id] = came_ms
+        if was_silent:
+            self._claim_again(lambda poll: poll.worker_id == worker_id)
+
+    def _is_silent(self, worker_id: str) -> bool:
+        """Return whether the worker's leases have run out although its stream is open.
+
+        A silent worker gets no task: the worker is probably stopped, and it may still be at work on the very task that
+        it has lost.
+        """
+        last_ms = self._last_beat_ms.get(worker_id)
+        return last_ms is not None and self._clock.now_ms() - last_ms >= self._lease_ms
+
     def worker_disconnected(self, worker_id: str) -> None:
-        """Note that the worker's stream ended."""
-        self._streamed_workers.discard(worker_id)
+        """Note that the worker's stream ended. Its polls are answered: it polls again when it has reconnected."""
+        self._last_beat_ms.pop(worker_id, None)
         self._draining_workers.discard(worker_id)
+        self._answer_waiting(worker_id)
 
     def drain(self, worker_id: str) -> None:
         """Give the worker no more tasks until its stream ends, and answer its waiting polls without a task."""
@@ -265,11 +286,14 @@ class Polls:
     def look_again(self) -> None:
         """Make every waiting poll claim again: it is unknown whether earlier transactions were stored."""
         self._due.clear()
-        for polls in self._polls_of_worker.values():
-            for poll in polls:
-                if poll.claim is None:
-                    self._submit_claim(poll)
-                poll.wake()
+        self._claim_again(lambda _: True)
+
+    def _claim_again(self, which: Callable[[_WaitingPoll], bool]) -> None:
+        waiting = [poll for polls in self._polls_of_worker.values() for poll in polls]
+        for poll in filter(which, waiting):
+            if poll.claim is None:
+                self._submit_claim(poll)
+            poll.wake()
 
     async def stop(self) -> None:
         """Answer every waiting poll without a task, and wait until the releases are stored."""

@@ -41,7 +41,7 @@ _OPTIONS = (
 def loopback_address(listen: str) -> str:
     """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+    if not colon or not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
     # Bind only 127.0.0.1 for "localhost". The name has two addresses, and grpc succeeds even if one of them is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")

@@ -7,9 +7,9 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 from nexum_engine import scheduling
-from nexum_engine.records import Outcome
+from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.results import Changed, Changes, ReadyTask, Swept
+from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
@@ -21,15 +21,41 @@ SLOW_LINE = 250  # bytes per millisecond
 """The slowest connection to allow for. Heartbeats can't name a large task that is still on its way to the worker."""
 
 
-def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> frozenset[str]:
+def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> Renewed:
     """Extend the leases of `task_ids`, the tasks that a heartbeat named.
 
-    Returns the ids of tasks that the heartbeat did not name, but that must have reached the worker.
+    An attempt whose lease has run out is resumed if no newer attempt was handed out: its worker is still at work.
     """
     until_ms = db.now_ms + lease_ms
-    for task_id in task_ids:
-        db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
-    return frozenset(row["task_id"] for row in _handed_out(db, worker_id)).difference(task_ids)
+    lapsed = [
+        task_id
+        for task_id in task_ids
+        if not db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
+    ]
+    lost = tuple(task_id for task_id in lapsed if not _resume(db, worker_id, task_id, until_ms))
+    unnamed = frozenset(row["task_id"] for row in _handed_out(db, worker_id)).difference(task_ids)
+    return Renewed(unnamed, lost, resumed=len(lost) < len(lapsed))
+
+
+def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
+    row = db.one("attempt", task_id=task_id)
+    if (
+        row is None
+        or row["worker_id"] != worker_id
+        or row["outcome"] not in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED)
+        or row["attempt"] != row["newest_attempt"]
+        or row["execution_status"] != ExecutionStatus.RUNNING
+    ):
+        return False
+    db.run("resume_attempt", task_id=task_id, lease_expires_ms=until_ms)
+    lost = _counted_losses(Outcome(row["outcome"]), row)
+    db.run("resume_node", execution_id=row["execution_id"], node_id=row["node_id"], lost=lost)
+    return True
+
+
+def _counted_losses(outcome: Outcome, row: Row) -> int:
+    # Don't count losses of an owned node. No poll gets an owned node, so it can't kill one worker after another.
+    return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
@@ -93,8 +119,7 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
     if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
         return  # this attempt is already over: another loss in this transaction ended the execution
-    # Don't count losses of an owned node. No poll gets an owned node, so it can't kill one worker after another.
-    lost = 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
+    lost = _counted_losses(outcome, row)
     counts = {"failed": 0, "lost": lost}
     if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:
         last = f"{row['lost_attempts'] + lost} attempts were lost, the last because {reason}"

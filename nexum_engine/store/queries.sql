@@ -155,8 +155,8 @@ SELECT node_id, output_json FROM nodes WHERE execution_id = :execution_id AND st
 
 -- name: attempt
 -- An attempt with its node and execution, whether it is the node's newest, and how many nodes are not recorded yet.
-SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.outcome, attempts.error,
-       nodes.attempts AS newest_attempt, nodes.failed_attempts,
+SELECT attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id, attempts.outcome, attempts.error,
+       nodes.attempts AS newest_attempt, nodes.failed_attempts, nodes.owned,
        executions.status AS execution_status, executions.version_hash,
        (SELECT count(*) FROM nodes AS others
         WHERE others.execution_id = attempts.execution_id AND others.status <> 'COMPLETED') AS unrecorded
@@ -222,6 +222,17 @@ WHERE execution_id = :execution_id AND status = 'RUNNING';
 -- Extend the lease of a task that a beat names.
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
+
+-- name: resume_attempt
+-- Give an attempt whose lease ran out a new lease: its worker is back.
+UPDATE attempts SET outcome = 'RUNNING', error = '', ended_ms = NULL, lease_expires_ms = :lease_expires_ms,
+                    lease_loss = 'EXPIRED', streamed = 1
+WHERE task_id = :task_id;
+
+-- name: resume_node
+-- Take a node out of the queue: the attempt whose lease ran out is resumed.
+UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost
+WHERE execution_id = :execution_id AND node_id = :node_id AND status = 'READY';
 
 -- name: handed_out
 -- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_attempts.

@@ -49,6 +49,18 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Renewed:
+    """The result of `renew`."""
+
+    unnamed: frozenset[str]
+    """The tasks that the heartbeat did not name, but that must have reached the worker."""
+    lost: tuple[str, ...] = ()
+    """The named tasks that the worker no longer holds."""
+    resumed: bool = False
+    """Whether an attempt whose lease had run out has a lease again."""
+
+
+@dataclass(frozen=True)
 class Swept:
     """The result of `sweep`."""
 

@@ -97,7 +97,7 @@ class StartRequest(google.protobuf.message.Message):
     """
     held_task_id: builtins.str
     """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
-    refused (FAILED_PRECONDITION). So one owned execution can guard others: its owner alone can start them.
+    refused (FAILED_PRECONDITION). So a process can start further executions only while it holds that task.
     """
     output_json: builtins.str
     """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
@@ -754,7 +754,8 @@ class WorkerBeat(google.protobuf.message.Message):
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
-        never reached it: it is handed out again.
+        never reached the worker, and is handed out again. If a beat names a task whose lease has run out, the worker holds
+        the task again, unless a newer attempt was handed out.
         """
 
     def __init__(
@@ -773,14 +774,20 @@ class WorkerBeatAck(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LEASE_MS_FIELD_NUMBER: builtins.int
+    LOST_TASK_IDS_FIELD_NUMBER: builtins.int
     lease_ms: builtins.int
     """How long a silent worker keeps its tasks."""
+    @property
+    def lost_task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The named tasks that the worker no longer holds: they are over, or a newer attempt was handed out."""
+
     def __init__(
         self,
         *,
         lease_ms: builtins.int = ...,
+        lost_task_ids: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "lost_task_ids", b"lost_task_ids"]) -> None: ...
 
 global___WorkerBeatAck = WorkerBeatAck
 

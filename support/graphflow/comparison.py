@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.client import NexumClient
+from nexum_engine.errors import ServerError
 from support.console import complain, let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
 from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
@@ -77,7 +78,7 @@ class Stage:
 
 
 async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Run both halves and print them. Return the exit code: 0 if the durable half passed every check, else 1."""
+    """Run AutoGen alone and then the durable run. Return the exit code: 0 if the durable run passed every check."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
     say(f"[demo] AutoGen {version('autogen-agentchat')}")
@@ -89,7 +90,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
 
 
 async def show_plain(stage: Stage) -> bool:
-    """Run the half with AutoGen's own save and load, and print it. Return whether AutoGen resumed the graph."""
+    """Run and print the half with AutoGen's own save_state and load_state. Return whether AutoGen resumed the graph."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")
@@ -120,6 +121,11 @@ async def show_durable(stage: Stage, nexum: str | None) -> int:
     session = f"graphflow-{secrets.token_hex(4)}"
     say("\n=== The same team as a durable run: killed at the same point, and run again ===")
     async with NexumForRun(nexum, workers=()) as server, NexumClient(server.address) as client:
+        if server.is_published:
+            raise ServerError(
+                f"{server.address} is a published Nexum server, which can't record a run: use this project's own "
+                "server (python -m nexum_engine)"
+            )
 
         async def replies() -> list[Event]:
             return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]

@@ -36,7 +36,7 @@ from support.options import add_until_stdin_closes_option
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # each half's name, and the name of its log file of model calls
+PLAIN, DURABLE = "plain", "durable"  # the names of the comparison's halves, and of their log files of model calls
 STATE = "state.json"
 REPORT = "REPORT "
 RESUME_TIMEOUT = 60.0  # seconds for a resumed team
@@ -98,7 +98,7 @@ async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, 
 def _clients(
     graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
 ) -> Callable[[str], ChatCompletionClient]:
-    """Return a function that makes the watched model of an agent. One model calls the interruption before its reply."""
+    """Return a function that makes an agent's model. The model awaits `interruption` before the reply to interrupt."""
     from support.graphflow.watched_model import WatchedModel
 
     def client(agent: str) -> ChatCompletionClient:

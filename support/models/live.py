@@ -109,7 +109,7 @@ class LiveModel(OpenAIChatCompletionClient):
 
 
 def model_info(vendor: str) -> ModelInfo:
-    """Return a vendor's ModelInfo. AutoGen needs it for model names that it doesn't know."""
+    """Return a vendor's ModelInfo. AutoGen needs one for each model name that it doesn't know."""
     return ModelInfo(
         vision=False,
         function_calling=True,

@@ -196,9 +196,7 @@ class OfflineModel(ChatCompletionClient):
         said = "No offline page covers this question, so I have no answer to it."
         if not self._topics:
             return said
-        return f"{said}\n\nThese are the topics that it has pages on:\n" + "\n".join(
-            f"- {topic}" for topic in self._topics
-        )
+        return f"{said}\n\nThe offline pages have these topics:\n" + "\n".join(f"- {topic}" for topic in self._topics)
 
 
 def _read(messages: Sequence[LLMMessage]) -> Turn:

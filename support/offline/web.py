@@ -117,8 +117,8 @@ def _title(markdown: str) -> str | None:
 def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:
     """Return a page's Okapi BM25 score, or 0 if the page doesn't cover the query.
 
-    Don't use a library for BM25: libraries need numpy. Ranking, coverage and the choice of sentences must also split
-    words in one way, that of `reading.words`.
+    Don't use a library for BM25: libraries need numpy. Besides, ranking, coverage and the choice of sentences must all
+    split words as `reading.words` does.
     """
     asked = sorted(set(words(query)))
     weights = {word: _weight(word, index) for word in asked}

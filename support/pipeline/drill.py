@@ -19,15 +19,16 @@ from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
 from support.launcher import ROOT, Child, start_child
-from support.pipeline.effects import EffectLog
+from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
+from support.pipeline.published import attempts_of_effects
 
 WORKER = "pipeline_worker.py"
 LOOK_INTERVAL = 0.1  # seconds between two reads of the record
 SAY_WAITING_EVERY = 10.0  # seconds
 SERVER_PATIENCE = 30.0  # seconds to wait for a killed server to be started again
 MAX_WORKERS = 12  # after this many deaths, assume that the next worker would die, too
-CANT_RUN = (1, 2)  # exit codes of a worker that was not killed
+CANT_RUN = (1, 2)  # exit codes of a worker that gave up with an error
 
 
 class DrillFailed(NexumError):
@@ -73,9 +74,8 @@ class Drill:
         except BaseException:
             await self._cancel()
             raise
-        execution = await self._look()
-        effects = self._effects.of(self._execution_id)
-        return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects)
+        execution, effects, source = await self._evidence()
+        return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects, source)
 
     async def _one_worker(self) -> bool:
         """Start a worker and follow it. Return True if the execution has ended, and False if the worker died first."""
@@ -100,7 +100,7 @@ class Drill:
             await _end(child)
         if execution.status.ended:
             return True
-        self._bury(name, child, execution)
+        self._note_death(name, child, execution)
         return False
 
     async def _follow(self, child: Child) -> Execution:
@@ -123,14 +123,16 @@ class Drill:
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """Return the execution as recorded. Raises DrillFailed if the server doesn't report attempts."""
+        """Return the execution as recorded."""
+        return (await self._evidence())[0]
+
+    async def _evidence(self) -> tuple[Execution, list[Effect], str]:
+        """Return the execution as recorded, the effects of its steps, and what the attempts are known from."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
+        effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:
-            raise DrillFailed(
-                f"the server on {self._client.address} has no GetExecution, so it can't show which worker ran a step: "
-                "use this project's own server"
-            )
-        return observed.execution
+            return *attempts_of_effects(observed.execution, effects), "the workers' own log"
+        return observed.execution, effects, "the server's records"
 
     def _tell(self, execution: Execution) -> bool:
         """Print every attempt that ended since the last call of `_tell`. Return whether any attempt did."""
@@ -145,8 +147,8 @@ class Drill:
             say(f"  {node.node_id:<10} {_what_became_of(attempt, node, ended_ms - attempt.started_ms)}")
         return bool(ended)
 
-    def _bury(self, name: str, child: Child, execution: Execution) -> None:
-        """Keep and print a worker's death and the recorded steps. Raises DrillFailed if the worker gave up instead."""
+    def _note_death(self, name: str, child: Child, execution: Execution) -> None:
+        """Note and print how a worker died and which steps are recorded. Raises DrillFailed if the worker gave up."""
         code = child.process.returncode
         if code in CANT_RUN:
             raise DrillFailed(f"{name} gave up (exit {code}); see its error above")

@@ -1,4 +1,4 @@
-"""Hold the evidence of one run of the pipeline, and check the evidence.
+"""Hold and check the evidence of one run of the pipeline.
 
 There are three sources: the server's record, the log of the steps' effects, and what the demo saw of its workers: how
 each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a server.
@@ -18,7 +18,7 @@ from support.pipeline.effects import Effect
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """The point at which worker 1 is killed: after a step is recorded, or between the step's effect and its record."""
+    """The point at which worker 1 is killed: after a step is recorded, or within it, after its effect."""
 
     step: str
     within: bool = False
@@ -91,6 +91,8 @@ class PipelineRun:
     point: CrashPoint
     workers: Sequence[SeenWorker]
     effects: Sequence[Effect]
+    source: str = "the server's records"
+    """What the attempts are known from."""
 
     @property
     def rows(self) -> list[Row]:

@@ -15,7 +15,7 @@ from support.pipeline.evidence import PipelineRun, Row, SeenWorker, problems, re
 
 MAX_TICKS = 8
 LABEL_ROOM = 45.0  # percent of a track's width that is kept free for a label
-TICK_STEPS = (1, 2, 5)  # a distance between ticks is one of these times a power of ten, in milliseconds
+TICK_STEPS = (1, 2, 5)  # the milliseconds between ticks: one of these numbers, multiplied by a power of ten
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --ink: #1c1d1f; --soft: #5c6066; --line: #d7d9dc; --lane: #f0f1f2;
@@ -67,9 +67,9 @@ def page(runs: Sequence[PipelineRun]) -> str:
 </head>
 <body>
 <h1>A pipeline that crashes and resumes</h1>
-<p class="soft">Each lane is a worker process, and each bar is an attempt at a step, with the times that the Nexum
-server recorded. A dashed line is a worker's death as the server saw it: at the worker's last report, or at the end of
-the attempt that it held.</p>
+<p class="soft">Each lane is a worker process, and each bar is an attempt at a step, with its recorded times. A
+dashed line is a worker's death as recorded: at the worker's last report, or at the end of the attempt that it
+held.</p>
 {sections}
 </body>
 </html>

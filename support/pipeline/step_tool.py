@@ -17,16 +17,16 @@ from support.tools import Tool, ToolContext
 class StepTool(BaseTool[BaseModel, BaseModel]):
     """An AutoGen tool that runs a declared tool.
 
-    AutoGen swallows a tool's errors. So the tool also notes each error in `passing_failures`, if a retry may fix it.
+    AutoGen swallows a tool's errors. So the tool also adds each error that isn't final to `transient_failures`.
     """
 
-    def __init__(self, declared: Tool, context: ToolContext, passing_failures: list[str]) -> None:
+    def __init__(self, declared: Tool, context: ToolContext, transient_failures: list[str]) -> None:
         # AutoGen annotates the return type as a BaseModel, but AutoGen's own FunctionTool also passes plain types.
         text: type[Any] = str
         super().__init__(declared.arguments, text, declared.name, declared.description)
         self._declared = declared
         self._context = context
-        self._passing_failures = passing_failures
+        self._transient_failures = transient_failures
 
     async def run_json(
         self, args: Mapping[str, Any], cancellation_token: CancellationToken, call_id: str | None = None
@@ -40,7 +40,7 @@ class StepTool(BaseTool[BaseModel, BaseModel]):
             # Raise another error than CancelledError: AutoGen 0.7.5 would wait forever for a cancelled tool.
             raise RuntimeError(f"{self.name} was cancelled") from error
         except Exception as error:
-            self._passing_failures.append(f"{self.name}: {error}")
+            self._transient_failures.append(f"{self.name}: {error}")
             raise
 
     async def run(self, args: BaseModel, cancellation_token: CancellationToken) -> Any:

@@ -38,7 +38,7 @@ from support.tools.clean_text import one_line
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
 MAX_TITLE = 200  # characters
-# If a page can't be read now, this many first attempts fail. Later attempts drop the page's claims instead.
+# The number of attempts that fail if a page can't be read. Later attempts drop the page's claims instead.
 EAGER_ATTEMPTS = 2
 _FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP statuses for a wrong key, model or request
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -227,7 +227,7 @@ class PipelineSteps:
     async def _read(self, url: str, task: TaskContext) -> tuple[str, str]:
         """Return the page's text and "". If the page can't be read, return "" and the reason.
 
-        In the first attempts, raise StepFailed instead of returning a reason that a retry may fix.
+        In the first attempts, raise StepFailed instead, if a retry may succeed in reading the page.
         """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""
@@ -243,7 +243,7 @@ class PipelineSteps:
 
 
 def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
-    """Return why a quote is not on its page, or "" if it is. Any run of white space compares as one space."""
+    """Return why a quote is not on its page, or "" if it is. Any run of white space counts as one space."""
     if unreadable:
         return f"its page can't be read again: {one_line(unreadable, MAX_TITLE)}"
     wanted = " ".join(quote.split())

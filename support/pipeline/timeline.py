@@ -10,7 +10,7 @@ WIDTH = 80
 def timeline(run: PipelineRun) -> str:
     """Return the table of a run's attempts. Start times count from the first attempt."""
     lines = [
-        f"Timeline of {run.execution.execution_id} (from the server's records)",
+        f"Timeline of {run.execution.execution_id} (from {run.source})",
         "",
         f"{'STEP':<9} {'ATTEMPT':<7} {'WORKER':<26} {'START s':>7} {'TOOK s':>7}  OUTCOME",
     ]

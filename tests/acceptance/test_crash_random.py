@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs of server, worker and agent at random moments of a run of forty calls."""
+"""Twenty SIGKILLs of server, worker and caller at random moments of a run of forty calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Acknowledged:
 
 
 @pytest.mark.timeout(180)
-def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path: Path) -> None:
+def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
     choose = random.Random(SEED)
     log = tmp_path / "log"
@@ -56,7 +56,7 @@ def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path:
 
         caller = start_caller()
         for kill in range(KILLS):
-            # Start two calls, and kill a process at a random moment of their 40 ms.
+            # Let two calls run, which takes 40 ms, and kill a process at a random moment.
             for gate in gates[2 * kill : 2 * kill + 2]:
                 gate.touch()
             time.sleep(choose.uniform(0, 0.06))
@@ -89,7 +89,7 @@ def test_twenty_random_kills_lose_change_and_repeat_no_recorded_result(tmp_path:
     by_number = {call_of(one)[1]["number"]: one for one in records}
     assert len(records) == len(by_number) == CALLS
     assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect came after its record, and only lost attempts led to another attempt.
+    # No effect happened after its result was recorded, and only lost attempts led to another attempt.
     log_of = defaultdict(list)
     for effect in effects(log):
         log_of[effect.key].append(effect)

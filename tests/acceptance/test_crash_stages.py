@@ -1,7 +1,7 @@
-"""SIGKILL of server, worker and agent at each stage of one call; effects are counted.
+"""SIGKILL of server, worker and caller at each stage of one call; effects are counted.
 
-The stages: before the start is acknowledged, queued, running before its effect, after the effect and before its record,
-after the record and before the caller has it. A process is stopped (SIGSTOP) to hold a stage: nothing depends on luck.
+The stages: before the start is acknowledged; queued; running, before the effect; after the effect, before the result is
+recorded; recorded, before the caller has the result. SIGSTOP holds a call at its stage, so nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pytest
 from harness import Process, Server, nexum_server
 from processes import attempts, counting_worker, effects, recorded, stat, submitter, wait_until
 
-TIMEOUT = 40.0  # seconds that the caller waits, above the server's grace for lost workers
+TIMEOUT = 40.0  # seconds that the caller waits: longer than the server waits for a lost worker
 
 
 class Scene:
-    """Server, worker and caller of one call. Each of them can be killed, frozen and restarted."""
+    """The server, the worker and the caller of one call. Tests kill, freeze and restart these processes."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Scene:
         return [one["outcome"] for one in attempts(execution)]
 
     def assert_done(self, caller: Process, outcomes: list[str], effects_seen: int) -> None:
-        """Check that the caller got the recorded result, after these attempts and effects, all under one key."""
+        """Check the caller's result, the attempts' outcomes and the number of effects, which must have one key."""
         assert caller.wait(TIMEOUT) == 0, caller.output
         assert self.outcomes() == outcomes
         assert caller.lines[-1] == f"RESULT attempt {len(outcomes)}"
@@ -90,7 +90,7 @@ def frozen(process: Process) -> Iterator[None]:
 # ---- Before the start is acknowledged --------------------------------------------------------------------------------
 
 
-def test_server_killed_before_the_start_is_acknowledged(scene: Scene) -> None:
+def test_call_survives_kill_of_server_before_the_start_is_acknowledged(scene: Scene) -> None:
     scene.start_worker()
     scene.gate.touch()
     with frozen(scene.server.process):
@@ -101,7 +101,7 @@ def test_server_killed_before_the_start_is_acknowledged(scene: Scene) -> None:
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_agent_killed_before_the_start_is_acknowledged(scene: Scene) -> None:
+def test_call_survives_kill_of_caller_before_the_start_is_acknowledged(scene: Scene) -> None:
     scene.start_worker()
     scene.gate.touch()
     with frozen(scene.server.process):
@@ -114,7 +114,7 @@ def test_agent_killed_before_the_start_is_acknowledged(scene: Scene) -> None:
 # ---- Queued ----------------------------------------------------------------------------------------------------------
 
 
-def test_server_killed_while_the_call_is_queued(scene: Scene) -> None:
+def test_call_survives_kill_of_server_while_it_is_queued(scene: Scene) -> None:
     scene.gate.touch()
     caller = scene.call("gate_then_effect")
     caller.wait_for("Submitted")
@@ -124,7 +124,7 @@ def test_server_killed_while_the_call_is_queued(scene: Scene) -> None:
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_agent_killed_while_the_call_is_queued(scene: Scene) -> None:
+def test_call_survives_kill_of_caller_while_it_is_queued(scene: Scene) -> None:
     scene.gate.touch()
     caller = scene.call("gate_then_effect")
     caller.wait_for("Submitted")
@@ -145,7 +145,7 @@ def running_before_effect(scene: Scene) -> Process:
     return caller
 
 
-def test_server_killed_while_the_call_runs(scene: Scene) -> None:
+def test_call_survives_kill_of_server_while_it_runs(scene: Scene) -> None:
     caller = running_before_effect(scene)
     kill(scene.server.process)
     scene.restart_server()
@@ -153,7 +153,7 @@ def test_server_killed_while_the_call_runs(scene: Scene) -> None:
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_worker_killed_before_its_effect(scene: Scene) -> None:
+def test_call_survives_kill_of_worker_before_its_effect(scene: Scene) -> None:
     caller = running_before_effect(scene)
     assert scene.worker is not None
     kill(scene.worker)
@@ -162,7 +162,7 @@ def test_worker_killed_before_its_effect(scene: Scene) -> None:
     scene.assert_done(caller, ["LOST", "COMPLETED"], 1)
 
 
-def test_agent_killed_while_the_call_runs(scene: Scene) -> None:
+def test_call_survives_kill_of_caller_while_it_runs(scene: Scene) -> None:
     caller = running_before_effect(scene)
     kill(caller)
     again = scene.call("gate_then_effect")
@@ -171,7 +171,7 @@ def test_agent_killed_while_the_call_runs(scene: Scene) -> None:
     scene.assert_done(again, ["COMPLETED"], 1)
 
 
-def test_server_and_worker_killed_while_the_call_runs(scene: Scene) -> None:
+def test_call_survives_kill_of_server_and_worker_while_it_runs(scene: Scene) -> None:
     caller = running_before_effect(scene)
     assert scene.worker is not None
     kill(scene.server.process)
@@ -193,7 +193,7 @@ def running_after_effect(scene: Scene) -> Process:
     return caller
 
 
-def test_server_killed_between_effect_and_record(scene: Scene) -> None:
+def test_call_survives_kill_of_server_between_effect_and_record(scene: Scene) -> None:
     caller = running_after_effect(scene)
     assert scene.worker is not None
     with frozen(scene.server.process):
@@ -204,7 +204,7 @@ def test_server_killed_between_effect_and_record(scene: Scene) -> None:
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_worker_killed_between_effect_and_record_repeats_the_effect_under_its_key(scene: Scene) -> None:
+def test_kill_of_worker_between_effect_and_record_repeats_the_effect_under_its_key(scene: Scene) -> None:
     caller = running_after_effect(scene)
     assert scene.worker is not None
     kill(scene.worker)
@@ -213,7 +213,7 @@ def test_worker_killed_between_effect_and_record_repeats_the_effect_under_its_ke
     scene.assert_done(caller, ["LOST", "COMPLETED"], 2)
 
 
-def test_agent_killed_between_effect_and_record(scene: Scene) -> None:
+def test_call_survives_kill_of_caller_between_effect_and_record(scene: Scene) -> None:
     caller = running_after_effect(scene)
     kill(caller)
     scene.gate.touch()
@@ -225,7 +225,7 @@ def test_agent_killed_between_effect_and_record(scene: Scene) -> None:
 
 @contextmanager
 def recorded_and_not_delivered(scene: Scene) -> Iterator[Process]:
-    """Stop the caller while the result is recorded."""
+    """Stop the caller before it has its result; yield it once the result is recorded."""
     caller = running_after_effect(scene)
     with frozen(caller):
         scene.gate.touch()
@@ -233,14 +233,14 @@ def recorded_and_not_delivered(scene: Scene) -> Iterator[Process]:
         yield caller
 
 
-def test_server_killed_between_record_and_delivery(scene: Scene) -> None:
+def test_call_survives_kill_of_server_between_record_and_delivery(scene: Scene) -> None:
     with recorded_and_not_delivered(scene) as caller:
         kill(scene.server.process)
         scene.restart_server()
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_worker_killed_between_record_and_delivery(scene: Scene) -> None:
+def test_call_survives_kill_of_worker_between_record_and_delivery(scene: Scene) -> None:
     with recorded_and_not_delivered(scene) as caller:
         assert scene.worker is not None
         kill(scene.worker)
@@ -248,7 +248,7 @@ def test_worker_killed_between_record_and_delivery(scene: Scene) -> None:
     scene.assert_done(caller, ["COMPLETED"], 1)
 
 
-def test_agent_killed_between_record_and_delivery(scene: Scene) -> None:
+def test_call_survives_kill_of_caller_between_record_and_delivery(scene: Scene) -> None:
     with recorded_and_not_delivered(scene) as caller:
         kill(caller)
     again = scene.call("effect_then_gate")

@@ -59,7 +59,7 @@ def programs(text: str) -> list[str]:
 
 
 def libraries(server: Server) -> dict[str, str]:
-    """Return the environment of a program with the libraries installed and this server."""
+    """Return the environment variables with which a program finds both libraries and this server."""
     return {"NEXUM_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
 
 

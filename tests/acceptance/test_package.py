@@ -25,7 +25,7 @@ DISTRIBUTION = f"nexum_durable_autogen-{VERSION}"
 NOT_PACKAGED = {"nexum_engine/wire/generate.py"}
 """A module that needs the source tree."""
 CALLED_OTHERWISE = {"google": "protobuf", "grpc": "grpcio", "pydantic_core": "pydantic"}
-"""Distributions whose import has another name. pydantic pins pydantic_core."""
+"""The distribution of each import whose name differs. For pydantic_core that is pydantic, which requires it."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -65,7 +65,7 @@ def build(tree: Path, target: Path, *kinds: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The wheel and the sdist of a copy of this tree that holds a user's files, too."""
+    """The wheel and the sdist, built from a copy of this tree that also has files of a user."""
     tree = tmp_path_factory.mktemp("source") / "tree"
     unwanted = shutil.ignore_patterns(".git", ".venv", "venv", ".*_cache")
     shutil.copytree(ROOT, tree, ignore=unwanted, symlinks=True)
@@ -100,7 +100,7 @@ def test_wheel_holds_the_two_libraries_and_nothing_else(built: Built) -> None:
 
 
 def test_wheel_holds_sql_the_contract_and_typed_markers(built: Built) -> None:
-    """Files other than Python are the first to be missing after a change of the build."""
+    """A change of the build most easily loses the files that aren't Python."""
     needed = {
         *(f"{library}/py.typed" for library in LIBRARIES),
         "nexum_engine/store/queries.sql",
@@ -120,7 +120,7 @@ def test_sdist_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
     tree = tmp_path / DISTRIBUTION
     assert {path.name for path in tree.iterdir()} == {
         *(*LIBRARIES, "proto", "README.md", "CHANGELOG.md", "LICENSE"),
-        *("pyproject.toml", "PKG-INFO", ".gitignore"),  # the backend's own
+        *("pyproject.toml", "PKG-INFO", ".gitignore"),  # added by the backend
     }
     build(tree, tmp_path / "dist", "wheel")
     assert (tmp_path / "dist" / built.wheel.name).read_bytes() == built.wheel.read_bytes()
@@ -149,7 +149,7 @@ def listed(file: Path) -> set[str]:
 
 
 def packaged(wheel: Path, extra: str) -> set[str]:
-    """Return the requirements of an extra, or the package's for ''."""
+    """Return the requirements of an extra, or those of the package itself if `extra` is ''."""
     found = set()
     for text in metadata_of(wheel).get_all("Requires-Dist") or []:
         plain, _, of = text.partition("extra == ")
@@ -159,7 +159,7 @@ def packaged(wheel: Path, extra: str) -> set[str]:
 
 
 def test_package_and_requirement_files_agree(built: Built) -> None:
-    """The package requires what the libraries need, and an extra the rest of requirements.txt."""
+    """The package requires what the libraries need. Its extra `dev` requires the rest of both files."""
     scripts, tests = listed(ROOT / "requirements.txt"), listed(ROOT / "tests" / "requirements.txt")
     own, dev = packaged(built.wheel, ""), packaged(built.wheel, "dev")
     assert own - scripts == set(), "requirements.txt must list what the package needs, with the same range"
@@ -192,7 +192,7 @@ def test_backend_of_the_tests_is_the_one_that_pip_fetches() -> None:
 
 @pytest.fixture(scope="module")
 def commands(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment with the wheel and this Python's dependencies."""
+    """The commands' folder of a virtual environment with the wheel. Dependencies come from this Python's packages."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     found = folder / ("Scripts" if sys.platform == "win32" else "bin")

@@ -44,7 +44,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def leads_somewhere(page: Path, link: str) -> bool:
-    """Return whether the file that a link names exists, and the heading within it."""
+    """Return whether a link's file exists and has the heading that the link names."""
     path, _, anchor = link.partition("#")
     target = page.parent / path if path else page
     return target.exists() and (not anchor or anchor in anchors(target))
@@ -99,7 +99,7 @@ def test_every_documented_command_is_accepted_by_its_script() -> None:
 
 
 def durable_run_help() -> str:
-    """Return the help of `python -m durable_autogen run`, with the options of `run` alone."""
+    """Return the help of `python -m durable_autogen run`, which lists the options of `run`."""
     return run_script(["-m", "durable_autogen", "run", "--help"], ROOT)[1]
 
 

@@ -1,7 +1,6 @@
-"""Tests of AutoGen's own, inside durable sessions: live and replayed they end as they do without one.
+"""AutoGen's own tests have the same outcomes without a session, in a live durable session, and in its replay.
 
-They come from AutoGen's source distribution, which is fetched for the test; nothing of it is kept here. Where the
-package index can't be reached, the test is skipped and says so.
+They are downloaded with AutoGen's source distribution. If the package index can't be reached, the test is skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of AgentChat's tests, of the installed version."""
+    """Download the tests of the installed version of AgentChat; return their folder."""
     folder = tmp_path_factory.mktemp("autogen")
     version = importlib.metadata.version("autogen-agentchat")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]

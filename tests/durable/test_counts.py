@@ -22,7 +22,6 @@ from durable_autogen import DurableSession
 
 async def test_live_and_replayed_calls_are_counted_separately(server: Server) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:

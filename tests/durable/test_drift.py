@@ -1,4 +1,4 @@
-"""Drift, forks, and calls that are cut off while they are recorded."""
+"""Drift, forks, and calls that are cancelled while their results are recorded."""
 
 from __future__ import annotations
 
@@ -150,11 +150,11 @@ async def test_fork_into_different_session_is_refused(
                 await fork_session(nexum, source, count, "f", message)
 
 
-# ---- Cut off ---------------------------------------------------------------------------------------------------------
+# ---- Cancelled calls -------------------------------------------------------------------------------------------------
 
 
 class Held:
-    """A hook that holds an owner back after it has recorded the event of a position."""
+    """A hook that makes an Owner wait after it has recorded the event of one position."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
         self.recorded, self.go = asyncio.Event(), asyncio.Event()
@@ -177,7 +177,7 @@ class Held:
         monkeypatch.setattr(Owner, "record", recorded)
 
     async def cancel(self, asking: asyncio.Task[Any]) -> None:
-        """Cancel the caller while the owner is held."""
+        """Cancel the caller `asking` while the Owner waits."""
         await asyncio.wait_for(self.recorded.wait(), TIMEOUT)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -192,7 +192,7 @@ async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
 ) -> None:
     monkeypatch.setattr(
         "durable_autogen.record.replay.DRIFT_PATIENCE", 0.1
-    )  # the given-up call isn't reported as an untried one
+    )  # shorter than the wait for the given-up call, which must not count as drift
 
     async def program(held: Held | None = None) -> str:
         async with DurableSession("s", nexum=server.address):
@@ -311,7 +311,6 @@ async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> Non
     runs = 0
 
     async def slow() -> str:
-        """Take its time."""
         nonlocal runs
         runs += 1
         begun[runs - 1].set()

@@ -1,4 +1,4 @@
-"""The limits of drift: patience, program changes and failures around it."""
+"""Limits of drift: how long a replay waits before it reports drift, and changed programs that continue or fail."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_session_that_continued_after_its_end_is_not_finished(server: Serv
         async with NexumClient(server.address) as nexum:
             assert [one.status for one in await list_sessions(nexum)] == ["stopped"]
         broken = False
-        ended = await run(server, lambda: build(3))  # the newest run is compared, and not the first one
+        ended = await run(server, lambda: build(3))  # compared with the second run's record, not with the first one's
         assert len(ended.messages) == 4
         assert len(model.requests) == 4
         async with NexumClient(server.address) as nexum:

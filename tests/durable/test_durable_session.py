@@ -66,7 +66,6 @@ async def test_program_that_runs_agents_itself_continues_after_crash(server: Ser
     done: list[str] = []
 
     def plain(text: str) -> str:
-        """Note it."""
         done.append(text)
         return f"noted {random.random()}"
 
@@ -135,7 +134,6 @@ async def test_session_has_one_owner_and_is_entered_once(server: Server) -> None
 @pytest.mark.parametrize("stream", [False, True])
 async def test_replay_has_ids_and_times_of_first_run(server: Server, stream: bool) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:

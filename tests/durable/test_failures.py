@@ -115,7 +115,6 @@ async def test_failure_that_ended_run_is_retried_although_other_agents_continued
         return answer(body["model"])
 
     async def slow() -> str:
-        """Take a while."""
         await asyncio.sleep(0.3)
         return "done"
 
@@ -136,7 +135,7 @@ async def test_failure_that_ended_run_is_retried_although_other_agents_continued
         assert texts(await run(server, build)) == texts(first)
         asked = [request.body["model"] for request in model.requests]
     assert asked.count("a") == 1
-    assert asked.count("c") == 2  # its second reply, recorded after b's failure, is kept
+    assert asked.count("c") == 2  # c's second reply, recorded after b's failure, is kept
     assert asked.count("d") == 1
 
 
@@ -191,7 +190,7 @@ async def test_workbench_that_raises_anything_is_recorded_failure(server: Server
 
 
 class Hopeless(BaseException):
-    """An exception that is no Exception."""
+    """An exception that doesn't derive from Exception."""
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless] if sys.version_info >= (3, 11) else [Hopeless])
@@ -224,7 +223,6 @@ async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
 
 async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: Server) -> None:
     def look() -> str:
-        """Look."""
         return next(row for row in ("a", "b") if row == "c")
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -482,7 +480,6 @@ async def test_failure_in_team_tool_has_same_text_in_replay(server: Server) -> N
 
 async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -> None:
     def note(text: str) -> str:
-        """Note it."""
         return f"noted {text} {random.random()}"
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -509,7 +506,7 @@ async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -
         assert len(model.requests) == 10
 
 
-async def test_slow_branch_is_no_drift_while_call_was_in_flight(
+async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
@@ -535,7 +532,7 @@ async def test_slow_branch_is_no_drift_while_call_was_in_flight(
         running = asyncio.ensure_future(run(server, build))
         await asyncio.wait_for(asked.wait(), TIMEOUT)
         async with NexumClient(server.address) as nexum:
-            while not any(  # noqa: ASYNC110 - another process writes it
+            while not any(  # noqa: ASYNC110 - the record is on the server
                 event.kind is Kind.TURN and event.agent == "b" for event in (await read_record(nexum, "s")).events
             ):
                 await asyncio.sleep(0.05)

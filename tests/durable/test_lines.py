@@ -1,4 +1,4 @@
-"""Where the lines for a person go: to the logger, or to the program's own function."""
+"""Progress and warnings go to the logger, or to the program's own function."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ async def test_function_gets_the_lines_of_its_session_and_the_logger_gets_none(s
 
 
 @pytest.mark.parametrize("line", ["note for one: replayed", "reply 1 of one: replayed", "reply 2 of one: replayed"])
-async def test_run_ends_with_what_the_function_raises(server: Server, line: str) -> None:
+async def test_error_of_the_function_ends_the_run(server: Server, line: str) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def tell(text: str) -> None:

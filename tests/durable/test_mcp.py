@@ -31,7 +31,7 @@ def mcp_server(log: Path, transport: str) -> Iterator[Any]:
 
     program = [str(ROOT / "tests" / "programs" / "mcp_server.py"), str(log)]
     if transport == "stdio":
-        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes only a part of its environment on
+        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes on only a part of the environment
         yield StdioServerParams(command=sys.executable, args=program, env=env)
         return
     with socket.socket() as probe:

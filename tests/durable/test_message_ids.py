@@ -62,7 +62,7 @@ async def test_chunk_without_message_id_gets_none(server: Server) -> None:
 
 
 class Streaming(LiveModel):
-    """A model that streams pieces which its reply lacks."""
+    """A model that streams pieces that aren't in its reply."""
 
     async def create_stream(self, *args: Any, **more: Any) -> AsyncGenerator[str | CreateResult, None]:
         for piece in ("hm", "so"):
@@ -70,9 +70,8 @@ class Streaming(LiveModel):
         yield await self.create(*args, **more)
 
 
-async def test_messages_keep_ids_with_fewer_streamed_pieces(server: Server) -> None:
+async def test_messages_keep_ids_if_streamed_pieces_are_not_in_reply(server: Server) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:

@@ -69,7 +69,6 @@ async def test_parallel_agents_of_one_name_keep_their_calls_separate(server: Ser
     done: list[str] = []
 
     def note(text: str) -> str:
-        """Note it."""
         done.append(text)
         return f"noted {text} {random.random()}"
 
@@ -130,7 +129,6 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await go_on.wait()
         return "waited"
@@ -149,7 +147,7 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
 
 
 def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
-    """Return an agent's state after replies that asked for these calls, each an id and a name."""
+    """Return an agent's state after replies that requested these tool calls. A call is given as its id and name."""
     found = Asker()
     for calls in asked:
         content = [FunctionCall(id=id, name=name, arguments="{}") for id, name in calls]
@@ -164,13 +162,13 @@ def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
     [
         # Two calls of one name, made in reverse order.
         ([[("1", "note"), ("2", "note")]], [("2", "note"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
-        # Ids that start again with each reply, and a call that was never made.
+        # Equal ids in two replies, and a call that was never made.
         ([[("1", "note"), ("2", "look")], [("1", "note")]], [("1", "note"), ("2", "look")], ["2/tool/1", "1/tool/2"]),
         # No ids at all.
         ([[("", "look"), ("", "note"), ("", "note")]], [("", "note")] * 2, ["1/tool/2", "1/tool/3"]),
         ([[("1", "note"), ("2", "note")]], [(None, "note")] * 2, ["1/tool/1", "1/tool/2"]),
         ([[("", "note")], [("", "note")]], [("", "note")] * 2, ["2/tool/1", "1/tool/1"]),
-        # The id of another call.
+        # Two calls with one id.
         ([[("1", "note"), ("1", "look")]], [("1", "look"), ("1", "note")], ["1/tool/2", "1/tool/1"]),
         # A call that no reply asked for.
         ([[("1", "note")], [("1", "note"), ("2", "note")]], [("3", "look")] * 2, ["2/tool/3", "2/tool/4"]),
@@ -202,7 +200,7 @@ async def test_added_messages_keep_order_if_agent_forgets_messages(server: Serve
         assert prompts == [*("1", "12", "123", "4"), *("12A", "12A3", "4A"), *("12A3B", "4AB")]
 
 
-async def test_added_message_reaches_another_program_from_its_beginning(server: Server) -> None:
+async def test_added_message_is_in_all_requests_after_drift(server: Server) -> None:
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model, "a")], max_turns=2)
 

@@ -27,10 +27,9 @@ from openai_server import OpenAIServer, Reply
 from durable_autogen import DriftError, DurableSession
 
 
-async def test_model_call_of_tool_is_part_of_its_result(server: Server) -> None:
+async def test_model_call_inside_tool_is_not_recorded_separately(server: Server) -> None:
     def build() -> Own:
         async def digest(text: str) -> str:
-            """Digest it."""
             reply = await own.llm.create([UserMessage(content=text, source="user")])  # type: ignore[attr-defined]
             return f"digest: {reply.content}"
 
@@ -105,12 +104,13 @@ async def test_changed_text_of_graph_member_raises_drift_error(server: Server) -
         assert len(model.requests) == 1
 
 
-async def test_tool_call_of_tool_is_part_of_its_result(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tool_call_inside_tool_is_not_recorded_separately(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     noted = 0
 
     async def note() -> str:
-        """Note it."""
         nonlocal noted
         noted += 1
         return f"noted {noted}"
@@ -119,7 +119,6 @@ async def test_tool_call_of_tool_is_part_of_its_result(server: Server, monkeypat
         async with DurableSession("s", nexum=server.address):
 
             async def outer() -> str:
-                """Do it with others."""
                 within = [await tools.call_tool("note", {})]
                 helped = tools.call_tool_stream("helper", {"task": "help"})
                 within += [item async for item in helped if isinstance(item, ToolResult)]

@@ -1,4 +1,4 @@
-"""Ownership of a session by one run, and events that a dead run had begun."""
+"""Ownership of a session by one run, and calls that a dead run had begun."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from nexum_engine.records import Task
 
 
 async def test_stopped_run_can_resume_at_once(server: Server) -> None:
-    """Whatever stopped the run, the events that it had begun don't block the next run."""
+    """Wherever a run was stopped, the calls that it had begun don't block the next run."""
 
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model, "one")], max_turns=20)
@@ -50,7 +50,7 @@ async def test_stopped_run_can_resume_at_once(server: Server) -> None:
         for _ in range(12):
             running = asyncio.ensure_future(run(server, build))
             seen = len(model.requests)
-            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - at a random moment after one
+            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - the server is a thread
                 await asyncio.sleep(random.random() * 0.01)
             stopped += running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -60,13 +60,13 @@ async def test_stopped_run_can_resume_at_once(server: Server) -> None:
 
 
 async def test_process_that_lost_session_records_nothing(server: Server) -> None:
-    """Like a process that is stopped (SIGSTOP) past its lease, and continues after another one has taken over."""
+    """Simulate a process that is stopped (SIGSTOP) past its lease, and continues after another one has taken over."""
 
     async def program() -> None:
         async with DurableSession("s", nexum=server.address) as stopped:
             asking = named(client(model), "me")
             await asking.create([UserMessage(content="one", source="user")])
-            await stopped.recorder.journal._owner.__aexit__()  # it sends no more beats
+            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
             async with DurableSession("s", nexum=server.address):
                 again = named(client(model), "me")
                 await again.create([UserMessage(content="one", source="user")])
@@ -112,14 +112,13 @@ async def test_begun_event_of_cancelled_caller_is_closed(
     async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
         started = await start(self, workflow, input, **more)
         if getattr(input, "position", "") == "reply/0/tool/1":
-            begun.set()  # the server has begun it; its answer is slow
+            begun.set()  # the server has begun the call, and its answer is slow
             await hold.wait()
         return started
 
     ran: list[str] = []
 
     async def note() -> None:
-        """Note."""
         ran.append("note")
 
     monkeypatch.setattr(Owner, "start", slow)
@@ -144,7 +143,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
 
 @asynccontextmanager
 async def killed(server: Server) -> AsyncIterator[Journal]:
-    """Yield a journal whose process sends no more beats after the `with`."""
+    """Yield a journal whose process sends no more heartbeats after the `with`."""
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
         yield journal
@@ -182,7 +181,6 @@ async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
     monkeypatch.setattr(NexumClient, "complete_task", completed)
 
     def note() -> str:
-        """Note."""
         return "noted"
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -209,14 +207,14 @@ async def test_failure_at_end_of_killed_run_is_retried(server: Server) -> None:
 async def test_failure_followed_by_call_of_killed_run_is_kept(server: Server) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
-        assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run has survived the failure"
+        assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run continued after the failure"
     async with killed(server) as again:
         assert [event.position for event in again.events] == ["reply/1"]
         assert await again.before(REPLIES[1]) is not None
     async with next_run(server) as journal:
         assert [event.position for event in journal.events] == ["reply/1"]
         assert journal.was_tried(REPLIES[1].address)
-        # It is recorded in the execution that the dead runs had begun.
+        # The reply is recorded in the execution that the dead runs had begun.
         await journal.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         record = await read_record(nexum, "s")
@@ -253,7 +251,7 @@ async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Ser
 async def test_begun_event_of_dead_run_fails_if_not_called_again(server: Server) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
         await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
-        await dead._owner.__aexit__()  # it sends no more beats
+        await dead._owner.__aexit__()  # this owner sends no more heartbeats
         async with Journal(nexum, "s") as journal:
             await journal.end("done", live={}, replayed={})
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")

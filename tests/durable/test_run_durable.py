@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent, CodeExecutorAgent
-from autogen_agentchat.base import TaskResult
+from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.conditions import MaxMessageTermination, TimeoutTermination
 from autogen_agentchat.messages import ModelClientStreamingChunkEvent, ToolCallExecutionEvent
-from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_agentchat.teams import RoundRobinGroupChat, SelectorGroupChat
 from autogen_agentchat.tools import AgentTool
 from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
+from autogen_core.models import ModelFamily, ModelInfo
 from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
 from autogen_ext.agents.openai import OpenAIAgent
+from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import TIMEOUT, answer, client, run, texts
 from harness import Server, tool_worker
 from openai import AsyncOpenAI
@@ -54,7 +56,6 @@ async def test_finished_session_is_replayed_without_live_call(server: Server) ->
     lines: list[str] = []
 
     def note(text: str) -> str:
-        """Note it."""
         done.append(text)
         return f"noted {random.random()}"
 
@@ -83,7 +84,6 @@ async def test_failed_tool_result_is_replayed_as_failure(server: Server) -> None
     count = 0
 
     def fails() -> str:
-        """Fail."""
         nonlocal count
         count += 1
         raise ValueError(f"no {count}")
@@ -107,7 +107,6 @@ async def test_result_that_cannot_be_recorded_is_recorded_failure(server: Server
     count = 0
 
     def returns() -> str:
-        """Return it."""
         nonlocal count
         count += 1
         return result
@@ -131,11 +130,9 @@ async def test_tool_that_raises_anything_returns_error(
     server: Server, error: type[BaseException], is_async: bool
 ) -> None:
     async def in_the_loop() -> str:
-        """End."""
         raise error
 
     def in_a_thread() -> str:
-        """End."""
         raise error
 
     chosen: Callable[..., Any] = in_the_loop if is_async else in_a_thread
@@ -160,7 +157,6 @@ async def test_cancelled_run_ends_at_once_and_resumes(server: Server, place: str
     slow = True
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await asyncio.sleep(3600 if slow else 0)
         return "waited"
@@ -190,7 +186,6 @@ async def test_cancelled_task_ends_at_once(server: Server) -> None:
     begun = asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await asyncio.sleep(3600)
         return ""
@@ -280,6 +275,66 @@ async def test_drift_error_names_the_difference(
         assert len(model.requests) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+@pytest.mark.parametrize("change", ["streaming", "order of tools", "description", "timeout"])
+async def test_change_that_no_reply_depends_on_is_no_drift(server: Server, change: str) -> None:
+    def first() -> str:
+        """Do one thing."""
+        return "one"
+
+    def second() -> str:
+        """Do another thing."""
+        return "another"
+
+    def build(change: str = "") -> AssistantAgent:
+        tools = [second, first] if change == "order of tools" else [first, second]
+        return AssistantAgent(
+            "writer",
+            settings(model, **({"timeout": 3} if change == "timeout" else {})),
+            tools=list[Any](tools),
+            description="an editor" if change == "description" else "a writer",
+            model_client_stream=change == "streaming",
+        )
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        recorded = texts(await run(server, build))
+        assert texts(await run(server, lambda: build(change))) == recorded
+        assert len(model.requests) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+async def test_drift_error_names_a_setting_of_the_model(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: AssistantAgent("writer", settings(model)))
+        with pytest.raises(DriftError, match=r"the option temperature was none, now it is 0\.2"):
+            await run(server, lambda: AssistantAgent("writer", settings(model, temperature=0.2)))
+        assert len(model.requests) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Resolved model mismatch")
+async def test_drift_error_names_a_description_that_the_model_sees(server: Server) -> None:
+    def build(description: str) -> Team:
+        members: list[ChatAgent | Team] = [
+            AssistantAgent(name, settings(model), description=description) for name in ("one", "two")
+        ]
+        return SelectorGroupChat(
+            members, model_client=settings(model), max_turns=1, selector_prompt="Choose from:\n{roles}"
+        )
+
+    with OpenAIServer(lambda _: Reply("one")) as model:
+        await run(server, lambda: build("a writer"))
+        with pytest.raises(DriftError, match=r"the messages, from number 1 on: .*a writer.* now it is .*an editor"):
+            await run(server, lambda: build("an editor"))
+
+
+def settings(model: OpenAIServer, **more: Any) -> OpenAIChatCompletionClient:
+    """Return AutoGen's own client of the local server, with these settings."""
+    info = ModelInfo(
+        vision=False, function_calling=True, json_output=True, structured_output=False, family=ModelFamily.UNKNOWN
+    )
+    return OpenAIChatCompletionClient(model="m", base_url=model.base_url, api_key="k", model_info=info, **more)
+
+
 async def test_run_with_fewer_calls_raises_drift_error(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
@@ -305,7 +360,6 @@ async def test_run_with_more_calls_than_recorded_raises_drift_error(server: Serv
 
 async def test_timeout_ends_replay_where_it_ended_run(server: Server) -> None:
     async def wait() -> str:
-        """Wait."""
         await asyncio.sleep(0.5)
         return "waited"
 
@@ -348,7 +402,6 @@ async def test_second_process_gets_session_busy_with_owners_name(server: Server)
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
-        """Wait."""
         begun.set()
         await go_on.wait()
         return "waited"

@@ -133,7 +133,10 @@ LOOKS = """
 import asyncio, sys, beside, __main__
 from pathlib import Path
 
+def reads(path: Path): ...
+
 async def main():
+    print(reads.__annotations__)
     print(__name__, Path(__file__).samefile(sys.argv[0]), sys.argv, Path(sys.path[0]).name, beside.NAME)
     print(Path.cwd(), __main__.main is main, asyncio.current_task().get_name())
 

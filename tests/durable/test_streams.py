@@ -1,4 +1,4 @@
-"""Streams, and exceptions of the program."""
+"""Replays of streamed messages, and of exceptions whose classes the program defines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.models.live import LiveModel
 
 
 class InPieces(LiveModel):
-    """A model whose stream begins with these pieces."""
+    """A model whose stream begins with `pieces`."""
 
     pieces: Sequence[str] = ()
 
@@ -39,7 +39,6 @@ async def test_streamed_messages_keep_their_ids_in_replay(
     server: Server, pieces: Sequence[str], iterations: int
 ) -> None:
     def note() -> str:
-        """Note it."""
         return "noted"
 
     def reply(_: dict[str, Any]) -> Reply:

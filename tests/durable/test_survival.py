@@ -32,7 +32,7 @@ async def test_call_of_outer_agent_shows_that_failure_was_survived(server: Serve
             with pytest.raises(Offline):
                 await ask(helper)
             first = await ask(named(client(model), "boss"))
-            raise LookupError(first)  # the session must not be finished
+            raise LookupError(first)  # so that the session isn't finished
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         with pytest.raises(LookupError) as live:
@@ -43,7 +43,7 @@ async def test_call_of_outer_agent_shows_that_failure_was_survived(server: Serve
         assert len(model.requests) == 1
 
 
-async def test_call_of_agent_with_similar_name_does_not_survive_failure(server: Server) -> None:
+async def test_call_of_agent_with_similar_name_does_not_show_survival(server: Server) -> None:
     broken = True
 
     async def program() -> list[Any]:
@@ -58,7 +58,7 @@ async def test_call_of_agent_with_similar_name_does_not_survive_failure(server: 
 
             async def works() -> str:
                 first = await ask(work)
-                await asyncio.sleep(0.05)  # its own
+                await asyncio.sleep(0.05)  # the agent's own work
                 return first + await ask(work)
 
             return await all_of(ask(worker), works())
@@ -122,7 +122,7 @@ class Plain(Exception):
 
 
 class Stated(Exception):
-    """An error with only a keyword argument, and its own text."""
+    """An error that takes only a keyword argument and makes its text from it."""
 
     def __init__(self, *, status: int) -> None:
         self.status = status
@@ -140,7 +140,7 @@ class Kept(Exception):
 
 
 class Caused(Exception):
-    """An error whose text contains its cause."""
+    """An error whose text contains its cause's text."""
 
     def __str__(self) -> str:
         return f"{self.args[0]}: {self.__cause__}"
@@ -235,7 +235,7 @@ def test_failure_of_unloaded_class_has_its_name_and_text() -> None:
         pass
 
     found = again(Hidden("no"))
-    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # a function's class is found, too
+    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # found, though a local class
     for module, name in (("builtins", "print"), ("builtins", "int"), ("builtins", "SystemExit"), ("not.there", "Gone")):
         found = Failure(module=module, name=name, text="no", attributes={"status": 1}).again()
         assert isinstance(found, RecordedFailure)

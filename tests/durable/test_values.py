@@ -1,4 +1,4 @@
-"""Recorded values whose class is not loaded come back by the declared type, or as plain values."""
+"""Recorded values whose class is not loaded are rebuilt as the declared type, or else as plain values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOVED = {"$class": ["module_that_was_renamed", "Point"], "$value": {"x": 1}}
 
 
 class Point(BaseModel):
-    """What the class is called today."""
+    """The class of the recorded values, under its new name."""
 
     x: int
 

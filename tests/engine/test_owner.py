@@ -80,7 +80,7 @@ async def test_owner_keeps_a_task_that_its_beats_do_not_name(store: Store) -> No
     """The answer to the start may be lost: then the owner starts the key again, and gets the same task."""
     started = await own(store, "one")
     assert started.task is not None
-    assert await store.run(leases.renew, "one", (), LEASE_MS) == set()
+    assert (await store.run(leases.renew, "one", (), LEASE_MS)).unnamed == set()
     await store.run(leases.lose, "one", frozenset({started.task.task_id}))
     assert (await own(store, "one")).task == started.task
 

@@ -24,7 +24,7 @@ from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionSta
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, executions, leases, open_store, tasks
 from nexum_engine.store.leases import SLOW_LINE
-from nexum_engine.store.results import Changed, Started
+from nexum_engine.store.results import Changed, Renewed, Started
 
 pytestmark = pytest.mark.every_python
 
@@ -543,6 +543,49 @@ async def test_disconnect_shortens_only_leases_of_its_streamed_worker(store: Sto
     assert await sweep(store) == (0, [])
 
 
+@pytest.mark.parametrize("loss", [Outcome.EXPIRED, Outcome.LOST, Outcome.INTERRUPTED])
+async def test_beat_resumes_attempt_whose_lease_ran_out(store: Store, clock: ManualClock, loss: Outcome) -> None:
+    started = await start(store)
+    task = await taken(store)
+    if loss is Outcome.LOST:
+        await store.run(leases.disconnect, "w1", GRACE_MS)
+    elif loss is Outcome.INTERRUPTED:
+        await store.run(leases.restart, GRACE_MS, GRACE_MS)
+    clock.advance(LEASE_MS / 1000)
+    assert await sweep(store) == (1, [])
+    (ended,) = await attempts(store, started.execution_id)
+    assert ended.outcome is loss
+    assert await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS) == Renewed(frozenset(), resumed=True)
+    (resumed,) = await attempts(store, started.execution_id)
+    assert (resumed.outcome, resumed.ended_ms, resumed.error) == (Outcome.RUNNING, None, "")
+    assert await take(store, "w2") is None
+    clock.advance((LEASE_MS - 1) / 1000)
+    assert await sweep(store) == (0, [])
+    await store.run(tasks.complete_task, task.task_id, "1")
+    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
+
+
+async def test_resumed_attempt_does_not_count_as_lost(store: Store, clock: ManualClock) -> None:
+    started = await start(store)
+    task = await taken(store)
+    for _ in range(2 * MAX_LOST_ATTEMPTS):
+        clock.advance(LEASE_MS / 1000)
+        assert await sweep(store) == (1, [])
+        assert (await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)).resumed
+    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
+
+
+async def test_beat_does_not_resume_another_workers_attempt_or_an_ended_one(store: Store, clock: ManualClock) -> None:
+    started = await start(store)
+    task = await taken(store)
+    assert (await store.run(leases.renew, "w2", (task.task_id,), LEASE_MS)).lost == (task.task_id,)
+    clock.advance(LEASE_MS / 1000)
+    await sweep(store)
+    assert (await store.run(leases.renew, "w2", (task.task_id,), LEASE_MS)).lost == (task.task_id,)
+    await store.run(executions.cancel_execution, started.execution_id)
+    assert (await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)).lost == (task.task_id,)
+
+
 async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     stale = await taken(store)
@@ -553,7 +596,7 @@ async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: 
         await store.run(tasks.complete_task, stale.task_id, '"stale"')
     with pytest.raises(StaleTask):
         await store.run(tasks.fail_task, stale.task_id, "stale", True)
-    await store.run(leases.renew, "w1", (stale.task_id,), LEASE_MS)
+    assert await store.run(leases.renew, "w1", (stale.task_id,), LEASE_MS) == Renewed(frozenset(), (stale.task_id,))
     await store.run(tasks.complete_task, newer.task_id, '"newer"')
     assert (await store.run(executions.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
 
@@ -671,19 +714,21 @@ async def test_renew_returns_handed_out_tasks_that_beat_did_not_name(store: Stor
     await start(store)
     await store.run(executions.start_execution, "w", "v1", "{}", "")
     named, unnamed = await taken(store), await taken(store)
-    assert await store.run(leases.renew, "w1", (named.task_id, "task-unknown"), LEASE_MS) == {unnamed.task_id}
-    assert await store.run(leases.renew, "w2", (), LEASE_MS) == set()
+    assert await store.run(leases.renew, "w1", (named.task_id, "task-unknown"), LEASE_MS) == Renewed(
+        frozenset({unnamed.task_id}), ("task-unknown",)
+    )
+    assert await store.run(leases.renew, "w2", (), LEASE_MS) == Renewed(frozenset())
     await store.run(tasks.complete_task, unnamed.task_id, "1")
-    assert await store.run(leases.renew, "w1", (), LEASE_MS) == {named.task_id}
+    assert (await store.run(leases.renew, "w1", (), LEASE_MS)).unnamed == {named.task_id}
 
 
 async def test_large_task_has_time_to_reach_its_worker(store: Store, clock: ManualClock) -> None:
     await start(store, input_json=json.dumps("x" * 10_000 * SLOW_LINE))
     task = await taken(store)
     clock.advance(9.9)
-    assert await store.run(leases.renew, "w1", (), LEASE_MS) == set()
+    assert (await store.run(leases.renew, "w1", (), LEASE_MS)).unnamed == set()
     clock.advance(0.2)
-    assert await store.run(leases.renew, "w1", (), LEASE_MS) == {task.task_id}
+    assert (await store.run(leases.renew, "w1", (), LEASE_MS)).unnamed == {task.task_id}
 
 
 async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Store) -> None:

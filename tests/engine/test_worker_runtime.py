@@ -17,7 +17,8 @@ from google.protobuf.message import Message
 from harness import ROOT, Server, free_port, nexum_server, running
 from pydantic import BaseModel
 
-from nexum_engine.client import Method, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import Method
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault, ServerUnavailable
 from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
 from nexum_engine.store import tasks

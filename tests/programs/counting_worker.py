@@ -72,6 +72,20 @@ def effect_then_gate(log: str, gate: str, *, call: ToolContext) -> str:
     return f"attempt {call.attempt}"
 
 
+@tool()
+async def block_loop(log: str, seconds: float, number: int, *, call: ToolContext) -> str:
+    """Log the effect, and block the worker's event loop."""
+    write_down(log, call)
+    time.sleep(seconds)  # noqa: ASYNC251 - the fault under test
+    return f"{number}: attempt {call.attempt}"
+
+
+@tool()
+def write_much(size: int) -> str:
+    """Return a text of `size` characters."""
+    return "é" * size
+
+
 @tool(time_limit=0.3)
 def hang_once(log: str, *, call: ToolContext) -> str:
     """Hang past the time limit at the first attempt."""

@@ -1,6 +1,6 @@
 """A program with a durable agent or team: `durable_program.py SHAPE SESSION MODEL_URL LOG [--on-drift ...]`.
 
-Its tools log each effect in LOG. It prints the final transcript as one line: `TRANSCRIPT ` and JSON.
+The tools log each effect in LOG. The program prints the final transcript as one line: `TRANSCRIPT ` and JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from autogen_agentchat.teams import (
 from autogen_agentchat.tools import AgentTool
 
 from durable_autogen import DurableSession, run_durable_stream
+from nexum_engine import channel
 from nexum_engine.errors import NexumError
 from support.models.live import LiveModel
 
@@ -145,7 +146,7 @@ class Program:
         return MagenticOneGroupChat([self.agent("a"), self.agent("b")], model_client=self.client(), max_turns=4)
 
     def random_team(self, seed: str) -> Team:
-        """Return a random team: always the same one for a seed."""
+        """Return a random team. A seed always gives the same team."""
         rng = random.Random(seed)
         names = "abcde"[: rng.randint(3, 5)]
         members: list[ChatAgent | Team] = []
@@ -190,7 +191,7 @@ class Program:
 
 
 def transcript(result: TaskResult) -> list[dict[str, Any]]:
-    """Return the messages that every run has, without the ids of input requests, which are random in each run."""
+    """Return the result's messages as JSON, without the ids of input requests."""
     return [message.model_dump(mode="json", exclude={"request_id"}) for message in result.messages]
 
 
@@ -245,7 +246,7 @@ def run_on_loop(argv: list[str]) -> int:
 
 
 def run_forked(argv: list[str], folder: str, output: str) -> int:
-    """Run the program in a forked process, which needs no imports; return the process id. POSIX only."""
+    """Run the program in a forked process, which need not import AutoGen again; return its id. POSIX only."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -255,6 +256,7 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     random.seed()
+    channel._is_forked = False  # no call was made before the fork: use grpcio, as a program that isn't forked does
     code = 70
     try:
         code = run_on_loop(argv)

@@ -1,6 +1,6 @@
 """A durable run that needs only the installed package: `installed_program.py SESSION NEXUM`, in an empty folder.
 
-Each call of its model adds a line to the file `calls`. It prints the last message.
+Each call of its model adds a line to the file `calls`. The program prints the last message.
 """
 
 from __future__ import annotations

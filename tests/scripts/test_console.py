@@ -45,7 +45,7 @@ def test_model_output_cannot_control_the_terminal(server: Server, tmp_path: Path
 
 
 def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
-    # A team's replies are not streamed; a single agent's are.
+    # The demo streams the replies of a single agent, and prints the replies of a team whole.
     with OpenAIServer([Reply(f"A report.{CLEAR}")]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_demo(tmp_path, "--nexum", server.address, "--team", env=env)
@@ -54,7 +54,7 @@ def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path)
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
-def test_wire_text_cannot_control_the_terminal_of_caller_or_worker(server: Server, tmp_path: Path) -> None:
+def test_tool_name_cannot_control_the_terminal_of_caller_or_worker(server: Server, tmp_path: Path) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, f"no{CLEAR}", {"x": 1}) as caller:
             assert caller.wait() == 1
@@ -91,7 +91,8 @@ class Interrupter:
 
 sys.meta_path.insert(0, Interrupter())
 """
-"""Python imports `sitecustomize` first. This one sends a real SIGINT when the import of a module begins."""
+"""The code of a `sitecustomize` module, which Python imports first. It sends this process a real SIGINT when the import
+of the module INTERRUPT_AT begins."""
 
 AT_ONCE = {
     "demo.py": (
@@ -169,18 +170,18 @@ def test_closed_pipe_on_windows_raises_broken_pipe_error(monkeypatch: pytest.Mon
         say("✓")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("script", ["demo.py", "crash_demo.py"])
 def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: str) -> None:
     with Path("/dev/full").open("wb") as full:
         run = subprocess.run(
             [sys.executable, str(ROOT / script)], cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
         )
-    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+    assert (run.returncode, run.stderr) == (1, b"error: the output can't be written: No space left on device\n")
 
 
 def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
-    # The reader leaves after the first line, about the connection. The next line, about a task, finds the pipe closed.
+    # The reader closes the pipe after the first line, about the connection. Then the worker logs a line about a task.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")
         with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:

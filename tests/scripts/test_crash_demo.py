@@ -43,7 +43,7 @@ def as_planned(crash_after: str) -> list[tuple[str, int, str, str]]:
 
 
 def assert_timeline_is_the_record(output: str, execution: dict[str, Any]) -> None:
-    """Return the rows of the printed timeline."""
+    """Check that the printed timeline has the recorded attempts, and that the recorded report is printed."""
     recorded = sorted(
         (
             (attempt["started_ms"], STEPS.index(node["node_id"]), node["node_id"], attempt)
@@ -133,7 +133,7 @@ def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_
     assert not is_alive(server)
     assert_no_worker_is_left(demo.output)
     (execution,) = pipelines(tmp_path)
-    # Validate is the default. CRASH_AFTER in the environment doesn't reach the demo's workers.
+    # By default, the crash comes after validate. The demo's workers don't get CRASH_AFTER from the environment.
     assert attempts(execution) == as_planned("validate")
     assert_timeline_is_the_record(demo.output, execution)
 
@@ -153,7 +153,7 @@ def test_page_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_
     assert report.strip() in output
 
 
-# ---- Beside others ---------------------------------------------------------------------------------------------------
+# ---- Several demos, workers and pipelines ----------------------------------------------------------------------------
 
 
 def test_pipeline_of_a_killed_demo_does_not_affect_later_demos(server: Server, tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: Server, tmp_
 # ---- Kills from outside ----------------------------------------------------------------------------------------------
 
 
-def assert_true_account(output: str, execution: dict[str, Any]) -> None:
-    """Check that the printed repetitions are the recorded ones, and that no recorded step was handed out again."""
+def assert_output_agrees_with_record(output: str, execution: dict[str, Any]) -> None:
+    """Check the timeline and the printed repetitions, and that no step was handed out again after it was recorded."""
     assert execution["status"] == "COMPLETED"
     assert_timeline_is_the_record(output, execution)
     for node in execution["nodes"]:
@@ -221,13 +221,13 @@ def assert_true_account(output: str, execution: dict[str, Any]) -> None:
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
 def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
-    # If the worker had ended before the kill, try an earlier moment.
+    # Try again at an earlier moment if the worker had ended before the kill.
     moment = random.Random(seed).uniform(0.0, 1.2)
     name = f"worker-{1 + seed % 2}"
     for _ in range(6):
         output = run_with_a_kill(server, tmp_path, name, moment)
         execution = pipelines(tmp_path, server.address)[-1]
-        assert_true_account(output, execution)
+        assert_output_agrees_with_record(output, execution)
         assert_no_worker_is_left(output)
         planned = name == "worker-1" and (STEPS[1], 1, name, "COMPLETED") in attempts(execution)
         if f"{name} is dead: killed by SIGKILL" in output and not planned:
@@ -254,7 +254,7 @@ def test_killed_embedded_server_is_restarted_and_the_run_finishes(tmp_path: Path
         os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
         assert demo.wait() == 0, demo.output
     assert "the server ended (exit -9)" in demo.output
-    assert_true_account(demo.output, pipelines(tmp_path)[0])
+    assert_output_agrees_with_record(demo.output, pipelines(tmp_path)[0])
 
 
 @on_linux
@@ -317,7 +317,7 @@ def test_live_model_runs_the_same_four_steps(server: Server, tmp_path: Path) -> 
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
     assert code == 0, output
-    # The guarded fetch refuses the address, so the claim is dropped.
+    # visit_webpage refuses the private address, so the claim is dropped.
     assert "validate   recorded after" in output
     assert "0 claims kept, 1 dropped" in output
     assert "10.0.0.1 is not a public address" in output

@@ -142,7 +142,7 @@ def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -
     assert [one["outcome"] for one in attempts(before)] == ["COMPLETED"]
     assert len(recorded(tmp_path)) == 4
 
-    # The demo reports a step that it never reaches.
+    # If the demo never reaches the step, it reports that.
     code, output = run_demo(tmp_path, QUESTION, "--crash-after-step", "3")
     assert code == 0
     assert output.splitlines()[-1] == "[demo] No crash: this run executed 0 tool call(s), not 3"
@@ -170,9 +170,9 @@ def test_run_waits_for_the_database_of_a_dying_server_and_prints_that(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--crash-after-step", "0"], "--crash-after-step is 0: give 1 or more"),
-        (["--crash-after-step", "-2"], "--crash-after-step is -2: give 1 or more"),
-        (["--crash-after-step", "one"], "invalid int value: 'one'"),
+        (["--crash-after-step", "0"], "'0' is not a number between 1 and 1,000,000"),
+        (["--crash-after-step", "-2"], "'-2' is not a number between 1"),
+        (["--crash-after-step", "one"], "'one' is not a number between 1"),
         ([""], "the question is empty"),
         (["  \n"], "the question is empty"),
         (["--session-id", "../x"], "session id '../x' can't be used"),
@@ -208,8 +208,8 @@ def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> N
     database.write_bytes(b"dear diary" * 100)
     code, output = run_demo(tmp_path)
     assert code == 2
-    assert f"error: {database} is not a database: it was left untouched" in output
-    assert output.splitlines()[-1] == "error: the embedded server did not start; see its error above"
+    reason = f"{database} is not a database: it was left untouched"
+    assert output.splitlines()[-1] == f"error: the embedded server did not start: {reason}"
     assert database.read_bytes() == b"dear diary" * 100
 
 
@@ -237,7 +237,7 @@ def silent_server(port: int) -> Iterator[None]:
     with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)
-        listener.accept()[0].close()  # a client had connected
+        listener.accept()[0].close()  # raises an error if no client has connected
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, othe
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 8  # the demo waits 2 s for a server that is ending; gRPC alone would wait for 20
+    assert took < 8  # the demo waits 2 s, in case a server is just ending; gRPC's default is 20 s
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,7 +30,7 @@ OTHER_QUESTION = "What is the difference between asyncio and threading in Python
 
 
 def started(process: Process) -> dict[str, int]:
-    """Return the children of a demo that has just printed their start."""
+    """Wait until the demo has started its server and worker; return their process ids."""
     process.wait_for("started one for this run")
     wait_until(lambda: set(children(process.popen.pid)) == {"server", "worker"}, "server and worker are started")
     return children(process.popen.pid)
@@ -151,7 +151,7 @@ def test_demo_fails_when_its_workers_keep_dying(tmp_path: Path) -> None:
 def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as one, demo(tmp_path, QUESTION) as other:
         ended = [(process.wait(), process.output) for process in (one, other)]
-    # On a busy machine, one demo may not end before the other has waited too long for the session.
+    # On a busy machine, one demo may give up waiting for the session before the other demo has ended.
     ended = [
         run_demo(tmp_path, QUESTION) if code == 2 and "is being run" in output else (code, output)
         for code, output in ended

@@ -29,9 +29,9 @@ REPAIRS = (
 
 
 @pytest.fixture
-def mended(tmp_path: Path) -> Path:
-    """A folder with a fixed copy of AutoGen, for the front of the path."""
-    folder = tmp_path / "mended"
+def fixed(tmp_path: Path) -> Path:
+    """A folder with a fixed copy of AutoGen, to be put on PYTHONPATH."""
+    folder = tmp_path / "fixed"
     package = Path(autogen_agentchat.__file__).parent
     shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))
     file = folder / "autogen_agentchat/teams/_group_chat/_graph/_digraph_group_chat.py"
@@ -69,8 +69,8 @@ def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(serve
 
 
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
-def test_fixed_autogen_resumes(server: Server, tmp_path: Path, mended: Path, kind: str) -> None:
-    output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{mended}"})
+def test_fixed_autogen_resumes(server: Server, tmp_path: Path, fixed: Path, kind: str) -> None:
+    output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{fixed}"})
     assert "[plain] the team resumed: after loading," in output
     assert "did not resume" not in output
     assert "none was repeated" in output

@@ -169,7 +169,7 @@ async def test_an_agent_makes_parallel_calls_and_answers_with_any_model_name(
     assert final.content.strip() == "the end"
     assert sorted(looked) == ["one called twice", "two"]
     assert final.models_usage is not None
-    assert final.models_usage.prompt_tokens > 0  # streamed as well
+    assert final.models_usage.prompt_tokens > 0  # also if the reply is streamed
     assert not [warning for warning in recwarn if "model" in str(warning.message).lower()]
 
     second = next(server for server in servers.values() if server.requests).requests[1].body
@@ -190,7 +190,7 @@ async def test_stream_options_are_sent_with_streams_only() -> None:
     assert server.requests[1].body["stream_options"] == {"include_usage": True}
 
 
-async def test_parallel_calls_come_through_a_stream_whole() -> None:
+async def test_streamed_parallel_calls_arrive_whole() -> None:
     with OpenAIServer([Reply(calls=[("f", {"a": 1}), ("f", {"a": 2})])]) as server:
         client = choose_model({"OPENAI_BASE_URL": server.base_url, "NEXUM_MODEL": "m"}, offline=False).client()
         parts = [part async for part in client.create_stream(ASK)]

@@ -78,7 +78,7 @@ class Run:
 
 
 def assert_grounded(answer: str, run: Run) -> None:
-    """Check that every quote is in its source's text as the tools returned it, and that every source was visited."""
+    """Check that every quote is in the text that a visit of its source returned, and that every source is quoted."""
     sources = {int(number): url for number, url in re.findall(r"^\[(\d+)\] .* - (\S+)$", answer, re.MULTILINE)}
     cited = re.findall(r'"([^"]+)" \[(\d+)\]', answer)
     assert cited

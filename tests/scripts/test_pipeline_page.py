@@ -151,7 +151,7 @@ def test_page_of_the_demo_shows_the_servers_records(server: Server, tmp_path: Pa
 
 # ---- In a browser ----------------------------------------------------------------------------------------------------
 
-# Measures the drawn elements, and leaves the numbers in the page as JSON.
+# This script measures the drawn elements and stores the numbers, as JSON, in an attribute of the page's body.
 MEASURE = """<script>
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
 const all = s => [...document.querySelectorAll(s)];
@@ -167,7 +167,7 @@ document.body.dataset.measured = JSON.stringify({
 
 
 def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = False) -> dict[str, Any]:
-    """Return the measurements of the page in Chromium. Our script replaces the policy, which allows no script."""
+    """Return the measurements of the page in Chromium. The page's policy is removed: it would forbid our script."""
     document = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", document).replace("</body>", MEASURE)
     path = folder / "measured.html"
     path.write_text(document, encoding="utf-8")

@@ -53,7 +53,7 @@ def validated(kept: int = 1) -> dict[str, object]:
 
 
 class BrokenWeb(OfflineWeb):
-    """A web without a reachable page."""
+    """A web on which every search and every fetch fails."""
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
         raise WebError("the search is down")

@@ -97,7 +97,7 @@ def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: P
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
-    assert pipelines(tmp_path, server.address) == []  # the pipeline was a live one
+    assert pipelines(tmp_path, server.address) == []  # `pipelines` leaves out live ones
 
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])
@@ -138,4 +138,4 @@ def test_stop_signal_ends_the_worker_normally(server: Server, tmp_path: Path) ->
         begun = time.monotonic()
         worker.terminate()
         assert worker.wait() == 0
-        assert time.monotonic() - begun < 10  # a poll waits for 20
+        assert time.monotonic() - begun < 10  # a poll alone waits 20 s

@@ -62,7 +62,7 @@ print("THREADS", seen[-1] - seen[0])
 
 @pytest.fixture
 def address(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a server with a worker, and let this process work in their folder with that server."""
+    """Run a server with a worker. This process works in their folder and uses that server by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXUM_ADDRESS", server.address)
     with counting_worker(tmp_path, server.address):
@@ -99,7 +99,7 @@ def test_arguments_that_are_not_json_are_refused(value: object) -> None:
 
 
 @pytest.mark.usefixtures("address")
-def test_plain_code_gets_its_result_and_then_the_recorded_one(
+def test_repeated_synchronous_call_returns_the_recorded_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 7}
@@ -140,7 +140,7 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     assert len(effects(tmp_path / "log")) == 2
 
 
-# These run in separate processes: gRPC keeps every event loop as long as any of them has a connection.
+# Run these programs in separate processes: gRPC keeps every event loop alive while any loop has a connection.
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
 )
@@ -198,7 +198,7 @@ def test_fifty_calls_from_two_processes_leave_one_valid_session_file(tmp_path: P
 
 
 class StandIn(NexumClient):
-    """A server that gives these answers, one after the other, and keeps the requests."""
+    """A client that takes its answers from `answers`, one after the other, and keeps how long each call may wait."""
 
     def __init__(self, *answers: Execution | Exception) -> None:
         super().__init__("127.0.0.1:1")
@@ -479,6 +479,8 @@ def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
     [
         (["web_search", "[1]"], 2, "the arguments must be a JSON object, not: [1]"),
         (["web_search", "{}", "--nexum", "127.0.0.1:1", "--timeout", "1"], 2, "no Nexum server answers on 127.0.0.1:1"),
+        (["web_search", "{}", "--timeout", "nan"], 2, "argument --timeout: 'nan' is not a number of seconds between 0"),
+        (["web_search", "{}", "--timeout=-inf"], 2, "argument --timeout: '-inf' is not a number of seconds between 0"),
         (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
     ],
 )

@@ -35,9 +35,9 @@ HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--concurrency", "0"], "--concurrency is 0: give 1 to 1000"),
-        (["--concurrency", "-1"], "--concurrency is -1: give 1 to 1000"),
-        (["--concurrency", "many"], "invalid int value: 'many'"),
+        (["--concurrency", "0"], "'0' is not a number between 1 and 1,000"),
+        (["--concurrency", "-1"], "'-1' is not a number between 1 and 1,000"),
+        (["--concurrency", "many"], "'many' is not a number between 1 and 1,000"),
         (["--nexum", "nonsense"], "'nonsense' is not the address of a server: give HOST:PORT"),
         (["--nexum", "localhost:0"], "is not the address of a server"),
         (["--frob"], "unrecognized arguments: --frob"),
@@ -137,7 +137,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
 
 
 def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
-    # A Python process plays the shell: it starts a worker and is then killed.
+    # A parent process starts the worker and is then killed.
     parent = (
         "import subprocess, sys; "
         f"child = subprocess.Popen([sys.executable, {WORKER!r}, '--nexum', {server.address!r}, "

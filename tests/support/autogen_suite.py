@@ -21,7 +21,7 @@ asked_live = 0
 
 
 def counted(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method so that its calls are counted."""
+    """Return a wrapper of the method that counts its calls."""
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ for name in ("create", "create_stream"):
 
 
 def within_a_session(test: Callable[..., Any], session: str) -> Callable[..., Any]:
-    """Return the test so that it runs inside a session."""
+    """Return a wrapper that runs the test inside a session."""
     from durable_autogen import DurableSession
 
     @functools.wraps(test)

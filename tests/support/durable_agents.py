@@ -24,7 +24,7 @@ from durable_autogen.record.place import Place, at, current, steps_at
 from durable_autogen.record.session import Session
 from support.models.live import LiveModel
 
-TIMEOUT = 20  # seconds after which a program hangs
+TIMEOUT = 20  # seconds after which a program counts as hanging
 
 
 def answer(text: str) -> Reply:
@@ -109,14 +109,15 @@ class Named:
 
 
 def named(client: ChatCompletionClient, name: str) -> Any:
-    """Return the client so that its calls are recorded under this agent name."""
+    """Return a wrapper of the client whose calls are recorded under this agent name."""
     return Named(client, name)
 
 
 def session() -> Session:
-    """Return the open session."""
+    """Return the session inside which the caller runs."""
     place = current.get()
     assert place is not None
+    assert isinstance(place.session, Session)
     return place.session
 
 
@@ -265,7 +266,7 @@ class Offline(Exception):
 
 
 class Failing(LiveModel):
-    """A client that raises the error that `fails` returns, if any, instead of asking."""
+    """A client that raises the error that `fails` returns. If `fails` returns None, the client asks its model."""
 
     def __init__(self, model: OpenAIServer, name: str, fails: Callable[[], Exception | None]) -> None:
         super().__init__(vendor="v", model=name, base_url=model.base_url, api_key="k")
@@ -283,7 +284,7 @@ async def whole(program: Callable[[], Any]) -> Any:
 
 
 async def all_of(*asking: Any) -> list[Any]:
-    """Wait for all; return their results, or raise the first failure after all have ended."""
+    """Wait until all awaitables have ended; return their results, or raise the first error among them."""
     found = await asyncio.gather(*asking, return_exceptions=True)
     for one in found:
         if isinstance(one, BaseException):

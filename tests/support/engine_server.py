@@ -46,7 +46,7 @@ class EngineServer:
         """Number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the runs of a transition, and replace the first ones by `faults`, one each."""
+        """Count the runs of a transition. Call each of `faults` once, in order, instead of the first runs."""
         self.calls[transition] = 0
 
         def counted(run: Run) -> Awaitable[Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
-    # For programs that pytest doesn't start: its settings do the same.
+    # Do this for programs that pytest doesn't start. Under pytest, its settings do the same.
     sys.path.insert(0, str(ROOT))
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
@@ -157,6 +157,25 @@ class Server:
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
+
+
+@contextmanager
+def published_server(folder: Path, *, take_back_after: float = 60.0) -> Iterator[str]:
+    """Run a stand-in for the published Nexum server, with its files in `folder`; yield its address."""
+    host = "[::1]" if _has_ipv6() else "127.0.0.1"
+    program = str(ROOT / "tests" / "support" / "published_server.py")
+    command = [program, "--listen", f"{host}:0", "--take-back-after", str(take_back_after)]
+    with running(command, cwd=folder) as process:
+        yield process.wait_for("Published Nexum on").rpartition(" ")[2].replace(host, "localhost")
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

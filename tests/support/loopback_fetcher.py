@@ -1,4 +1,4 @@
-"""A guarded fetcher that takes one loopback address for a public one."""
+"""A GuardedFetcher that treats one loopback address as a public one."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 @contextmanager
 def connected(address: str, options: Sequence[tuple[str, Any]] = ()) -> Iterator[NexumServiceStub]:
     """Connect a stub. Without `options` it receives up to 4 MB, as published clients do."""
-    # Not from gRPC's shared pool, so that the server sees the connection close.
+    # Don't share the connection with other channels, so that the server sees it close.
     with grpc.insecure_channel(address, options=[*options, ("grpc.use_local_subchannel_pool", 1)]) as channel:
         grpc.channel_ready_future(channel).result(timeout=DEADLINE)
         yield NexumServiceStub(channel)

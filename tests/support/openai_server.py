@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_stream(self, chunks: Sequence[dict[str, Any]]) -> None:
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
-        self.end_headers()  # no length: HTTP/1.0 ends the body by closing
+        self.end_headers()  # no content-length: in HTTP/1.0, closing the connection ends the body
         for chunk in chunks:
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.flush()

@@ -69,7 +69,7 @@ def output_of(execution: Mapping[str, Any], step: str) -> dict[str, Any]:
 
 
 def assert_no_worker_is_left(output: str) -> None:
-    """Check that no worker is alive whose start the demo has printed."""
+    """Check that none of the workers whose start the demo has printed is alive."""
     pids = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", output)]
     assert pids
     assert [pid for pid in pids if is_alive(pid)] == []
@@ -123,7 +123,7 @@ class ScriptedModel(OfflineModel):
 
 
 def always(model: ChatCompletionClient) -> Callable[[str], ChatCompletionClient]:
-    """Return a maker that gives every step this model."""
+    """Return a function that returns this model for every step."""
     return lambda step: model
 
 
@@ -182,6 +182,8 @@ def made_run(
                         attempt=number,
                         idempotency_key=f"key-{step}",
                         pid=worker.pid if worker else 99,
+                        worker_id=worker_id,
+                        begun_ms=BEGUN_MS + one.start,
                         at_ms=BEGUN_MS + one.end,
                     )
                 )

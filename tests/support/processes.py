@@ -19,7 +19,7 @@ from typing import Any
 from harness import ROOT, Process, environment, running
 
 from nexum_engine.__main__ import build_parser, look
-from nexum_engine.client import DEFAULT_ADDRESS
+from nexum_engine.connection import DEFAULT_ADDRESS
 
 DEMO = str(ROOT / "demo.py")
 QUESTION = "What is the population of Tokyo vs New York?"
@@ -121,7 +121,7 @@ def children(pid: int) -> dict[str, int]:
                 command = (folder / "cmdline").read_bytes()
             except (OSError, IndexError):
                 continue
-            # A child has its parent's command line until its exec, so it isn't found before.
+            # Until its exec, a forked child still has its parent's command line, so it isn't found yet.
             for name, part in (("server", b"nexum_engine"), ("worker", b"worker.py")):
                 if parent == pid and part in command:
                     found[name] = int(folder.name)
@@ -129,12 +129,12 @@ def children(pid: int) -> dict[str, int]:
 
 
 def stat(pid: int) -> list[str]:
-    """Return a process's fields in /proc/PID/stat, from the state on."""
+    """Return the fields of /proc/PID/stat, beginning with the process's state."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether the process exists and is no zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return stat(pid)[0] not in "ZX"
     except (OSError, IndexError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 FIRST_ADDED_NUMBER = 100
 STRING, BOOL, INT32, MESSAGE = (
@@ -77,3 +78,12 @@ PUBLISHED_RPCS = {
     "RejectTask": ("RejectRequest", "AckResponse"),
     "GetPendingApprovals": ("EmptyRequest", "PendingApprovalsResponse"),
 }
+
+
+def published(message: Message) -> Message:
+    """Return the message without this project's additions."""
+    for field, _ in message.ListFields():
+        if field.number >= FIRST_ADDED_NUMBER:
+            message.ClearField(field.name)
+    message.DiscardUnknownFields()
+    return message

@@ -37,14 +37,14 @@ def endless(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[[socket.s
         gone = threading.Event()
         connection.sendall(head)
         with contextlib.suppress(OSError):
-            while not gone.wait(pause):  # never set: the loop ends when the client closes the connection
+            while not gone.wait(pause):  # `gone` is never set: sendall raises when the client has closed the connection
                 connection.sendall(piece)
 
     return answer
 
 
 def received(connection: socket.socket) -> bytes:
-    """Read a request up to its empty line. The tests' request bodies fit into the same packet, which is read, too."""
+    """Read a request's head, and the body that comes in the same packets: the tests send only small bodies."""
     data = b""
     while b"\r\n\r\n" not in data and (piece := connection.recv(65536)):
         data += piece
@@ -52,7 +52,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 class LoopbackServer:
-    """A server that answers by path. `connections` is their number, `requests` holds the received requests."""
+    """A server that answers by path. `connections` counts the connections, and `requests` holds the requests."""
 
     def __init__(
         self, answers: Mapping[str, Answer] | None = None, address: str = "127.0.0.1", tls: ssl.SSLContext | None = None
