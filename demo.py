@@ -27,6 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.options import count
 from submit_task import Origin, Session
 from support.console import (
     argument_text,
@@ -89,7 +90,7 @@ class DurableCalls:
 
         from support.tools import TOOLS
 
-        async def web_search(query: str, max_results: int = 5) -> str:
+        async def web_search(query: str, max_results: int | None = None) -> str:
             return await self.call("web_search", query=query, max_results=max_results)
 
         async def visit_webpage(url: str) -> str:
@@ -187,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     session.add_argument("--new-session", action="store_true", help="begin a session with a new id")
     parser.add_argument(
-        "--crash-after-step", type=int, metavar="N", help="kill this process after N tool calls that it executed"
+        "--crash-after-step", type=count(), metavar="N", help="kill this process after N tool calls that it executed"
     )
     parser.add_argument(
         "--on-drift",
@@ -211,8 +212,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line. Return its exit code: 0 answered, 1 failed, 2 could not run."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.crash_after_step is not None and args.crash_after_step < 1:
-        parser.error(f"--crash-after-step is {args.crash_after_step}: give 1 or more")
     question = argument_text(QUESTION if args.question is None else args.question).strip()
     if not question:
         parser.error("the question is empty")

@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -39,6 +40,7 @@ from nexum_engine.errors import (
     WaitTimeout,
     WorkflowNotFound,
 )
+from nexum_engine.options import seconds
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from support.console import complain, let_ctrl_c_cancel, run_script, say, say_what_is_logged
@@ -147,6 +149,8 @@ class Session:
         equal call attaches to the execution. Raises ExecutionNotFound if the server doesn't know the execution
         at that time.
         """
+        if math.isnan(timeout):
+            raise InvalidRequest("timeout is not a number: give a number of seconds")
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
         deadline = _Deadline(timeout)
         execution_id = await self.file.find(self._workflow.workflow_id, key)
@@ -375,6 +379,16 @@ _background: asyncio.AbstractEventLoop | None = None
 _background_lock = threading.Lock()
 
 
+def _forget_background_loop() -> None:
+    """Drop the event loop after a fork: its thread runs in the parent only, and may have held the lock."""
+    global _background, _background_lock
+    _background, _background_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_background_loop)
+
+
 def _background_loop() -> asyncio.AbstractEventLoop:
     global _background
     with _background_lock:
@@ -396,7 +410,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--offline", action="store_true", help="use the offline pages instead of the web")
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", default=120.0, help="how long to wait for the result (%(default)g)"
+        "--timeout",
+        type=seconds(),
+        metavar="SECONDS",
+        default=120.0,
+        help="how long to wait for the result (%(default)g)",
     )
     add_nexum_option(parser)
     return parser

@@ -19,6 +19,7 @@ import sys
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
+from nexum_engine.options import count
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
 from support.console import complain, log_to, run_script
@@ -48,12 +49,14 @@ async def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_nexum_option(parser)
     parser.add_argument(
-        "--concurrency", type=int, default=4, metavar="N", help="tasks at the same time (default: %(default)s)"
+        "--concurrency",
+        type=count(1, 1000),
+        default=4,
+        metavar="N",
+        help="tasks at the same time (default: %(default)s)",
     )
     add_until_stdin_closes_option(parser)
     args = parser.parse_args(argv)
-    if not 1 <= args.concurrency <= 1000:
-        parser.error(f"--concurrency is {args.concurrency}: give 1 to 1000")
 
     from support.offline.web import OfflineWeb
     from support.tools.web.live import LiveWeb

@@ -48,6 +48,8 @@ from autogen_core import FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
 from pydantic import BaseModel
 
+from nexum_engine.options import count
+
 SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -478,8 +480,8 @@ def goals(cases: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replies", type=int, default=300, help="of agent and team (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each case (default: %(default)s)")
+    parser.add_argument("--replies", type=count(), default=300, help="of agent and team (default: %(default)s)")
+    parser.add_argument("--rounds", type=count(), default=3, help="runs of each case (default: %(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run only these cases"
     )

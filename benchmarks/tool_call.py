@@ -36,6 +36,7 @@ ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nexum_engine.client import NexumClient  # noqa: E402 - the project is a folder of scripts, not a package
+from nexum_engine.options import count  # noqa: E402
 from nexum_engine.worker import Binding, Worker  # noqa: E402
 from submit_task import Origin, Session  # noqa: E402
 from support.tools import tool  # noqa: E402
@@ -267,8 +268,8 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Run the benchmark from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=200, help="calls one by one in a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=count(), default=5, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--calls", type=count(), default=200, help="calls one by one in a round (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--work", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--serve-echo", action="store_true", help=argparse.SUPPRESS)

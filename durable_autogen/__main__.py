@@ -14,6 +14,7 @@ from pathlib import Path
 
 from durable_autogen.script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.streams import in_words, open_closed_streams
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,6 +106,7 @@ async def look(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
+    open_closed_streams()
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
@@ -117,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
-    except BrokenPipeError:
-        with suppress(OSError):  # otherwise Python reports the closed pipe at exit, when it flushes
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            complain(f"error: {in_words(error)}")  # such as a full disk
+        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

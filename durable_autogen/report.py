@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from durable_autogen.autogen.fingerprints import excerpt
 from durable_autogen.autogen.values import without_classes
 from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returned, Said, decoded
 from durable_autogen.sessions import SessionInfo, ShownSession
@@ -103,5 +104,4 @@ def _content(content: Any) -> str:
 
 
 def _excerpt(text: str) -> str:
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
+    return printable(excerpt(text, EXCERPT))

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -51,12 +52,16 @@ class _Sessions:
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
+        self._process = os.getpid()
         self.count = 0
         """How many main coroutines the script has run."""
         self._is_inside = False
 
     def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the next session."""
+        """Return a coroutine that runs `main` in the next session. In a forked process, return `main`."""
+        if os.getpid() != self._process:
+            _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
+            return main
         self.count += 1
         name = self._session if self.count == 1 else f"{self._session}-{self.count}"
 

@@ -108,7 +108,7 @@ def _unknown(session: str) -> InvalidRequest:
 def fork_source(text: str) -> tuple[str, int]:
     """Return SESSION and N of the text `SESSION@N`. Raises InvalidRequest for any other text."""
     session, _, count = text.rpartition("@")
-    if not session or not count.isdecimal():
+    if not session or not count.isdecimal() or len(count) > 9:
         raise InvalidRequest(f"{text!r} must be SESSION@N, for example demo1@2")
     return check_session_id(session), int(count)
 

@@ -6,5 +6,14 @@ In a program: `nexum_engine.workflow` defines workflows as data, `nexum_engine.c
 executions, `nexum_engine.worker.Worker` runs their nodes. Errors are in `nexum_engine.errors`.
 """
 
+import os
+
+# Turn off grpcio's own support for forks, before grpcio is imported and reads the variable. It restarts threads in the
+# child, and they crash if a call was open at the fork. nexum_engine/wire/forked.py says what the client uses there.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 VERSION = "0.1.0"
+ERROR = "error: "
+"""How the command line begins the line of an error. An embedded server prints that line for the program that started
+it, in the place of the line that says that it is ready."""
 DEFAULT_LISTEN = "127.0.0.1:50051"

@@ -4,6 +4,7 @@
     python -m nexum_engine ps                     list executions
     python -m nexum_engine show EXECUTION         show an execution: nodes, attempts, workers, times, errors
     python -m nexum_engine cancel EXECUTION       cancel an execution
+    python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
 If the package is installed, `nexum` is the same command.
 
@@ -28,11 +29,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from nexum_engine import DEFAULT_LISTEN, VERSION, report
-from nexum_engine.client import DEFAULT_ADDRESS, NexumClient
+from nexum_engine import DEFAULT_LISTEN, ERROR, VERSION, report
+from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
+from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     InvalidRequest,
     NexumError,
@@ -41,9 +43,11 @@ from nexum_engine.errors import (
     StoreLocked,
     StoreRefused,
 )
-from nexum_engine.location import DEFAULT_DATABASE_URL, default_database_url
+from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
+from nexum_engine.options import count, seconds
 from nexum_engine.records import Execution
-from nexum_engine.store import database_exists, executions, open_store
+from nexum_engine.store import database_exists, executions, open_store, restore_database
+from nexum_engine.streams import in_words, open_closed_streams
 
 DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -62,14 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--lease",
-        type=_positive,
+        type=seconds(0.1),
         default=DEFAULT_LEASE,
         metavar="SECONDS",
         help="how long a silent worker keeps its tasks (default: %(default)s)",
     )
     parser.add_argument(
         "--patience",
-        type=_not_negative,
+        type=seconds(),
         default=0.0,
         metavar="SECONDS",
         help="how long to wait until another server releases the port and the database (default: don't wait)",
@@ -83,11 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop when standard input closes, and serve only the runs of this folder",
     )
     _add_database(parser, None)
-    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel}")
+    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,restore}")
     ps = commands.add_parser("ps", help="list executions, newest first")
     ps.add_argument("--workflow", default="", help="only executions of this workflow")
     ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
-    ps.add_argument("--limit", type=_count, default=20, help="how many to list (default: %(default)s, at most 1000)")
+    ps.add_argument(
+        "--limit", type=count(1, 1000), default=20, help="how many to list (default: %(default)s, at most 1000)"
+    )
     show = commands.add_parser("show", help="show an execution with its nodes and attempts")
     cancel = commands.add_parser("cancel", help="cancel an execution")
     for command in (show, cancel):
@@ -102,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
             f"else {DEFAULT_ADDRESS}; if none answers, the database is read directly)",
         )
         _add_database(command, argparse.SUPPRESS)
+    restore = commands.add_parser("restore", help="replace the database by a backup; stop its server first")
+    restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
+    _add_database(restore, argparse.SUPPRESS)
     return parser
 
 
@@ -117,27 +126,6 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         metavar="URL",
         help=f"the database, as sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if value < 0.1:
-        raise argparse.ArgumentTypeError(f"{text} is too short: give 0.1 seconds or more")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 <= value < 1e6:
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not a number between 1 and 1000")
-    return int(text)
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -161,6 +149,14 @@ async def serve(args: argparse.Namespace) -> None:
         stop=stop_event(until_stdin_closes=args.until_stdin_closes),
         on_ready=on_ready,
     )
+
+
+def restore(args: argparse.Namespace) -> str:
+    """Replace the database by a backup; return what to print."""
+    url = default_database_url() if args.database_url is None else args.database_url
+    former = restore_database(url, args.backup)
+    kept = "" if former is None else f"; the former database is kept as {former}"
+    return f"{database_path(url)} now has the contents of {args.backup}{kept}"
 
 
 async def look(args: argparse.Namespace) -> str:
@@ -236,8 +232,14 @@ def _say(text: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
+def _complain(error: str, stream: TextIO) -> None:
+    with contextlib.suppress(OSError):  # the stream may be what failed
+        print(f"{ERROR}{report.printable(error)}", file=stream, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `nexum` or `python -m nexum_engine`; return the exit code."""
+    open_closed_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -247,14 +249,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command is None:
             asyncio.run(serve(args))
+        elif args.command == "restore":
+            _say(restore(args))
         else:
             _say(asyncio.run(look(args)))
     except NexumError as error:
-        print(f"error: {report.printable(str(error))}", file=sys.stderr)
+        _complain(str(error), sys.stdout if args.until_stdin_closes else sys.stderr)
         return 2 if isinstance(error, ServerUnavailable) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)  # such as a full disk
+            _complain(in_words(error), sys.stderr)  # such as a full disk
         # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
         # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

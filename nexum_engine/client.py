@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar
 
-import grpc
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext, published
+from nexum_engine.connection import (
+    MAX_SERVER_WAIT,
+    Connection,
+    Method,
+    ServerInfo,
+    server_info_of,
+)
 from nexum_engine.errors import (
     Conflict,
     ExecutionNotFound,
     InvalidRequest,
     NotANexumServer,
     NotFound,
-    ServerError,
-    ServerUnavailable,
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
 )
-from nexum_engine.location import is_same_database, own_database, read_address
 from nexum_engine.records import (
     Attempt,
     Compatibility,
@@ -39,42 +41,13 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import Metadata, metadata_for
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
-from nexum_engine.wire.status import error_of
+from nexum_engine.wire.addressee import Metadata
 from nexum_engine.workflow import Workflow
 
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    # Import this class for type checks only: it exists only in the type stubs.
-    from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
-
-DEFAULT_ADDRESS = "localhost:50051"
-FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
-CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
-RECONNECT_DELAY = 0.1  # seconds
-MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
-
-CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    # Reconnect before a restarted server stops waiting for its workers and owners.
-    ("grpc.max_reconnect_backoff_ms", 200),
-    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Ignore http_proxy: it is for the web, not for a server on this machine.
-    ("grpc.enable_http_proxy", 0),
-)
 
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
-Answer = TypeVar("Answer")
-
-# A function that returns a method of its argument, the stub that is connected when the call is made.
-Method: TypeAlias = "Callable[[NexumServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]]"
 
 
 @dataclass(frozen=True)
@@ -100,16 +73,6 @@ class Observed:
     """Whether a worker polls for the execution's version. None if the server can't tell."""
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """A server's database, and whether the server is an embedded server."""
-
-    database: str
-    """The absolute path of the server's database."""
-    embedded: bool
-    """Whether the server is an embedded server."""
-
-
 class NexumClient:
     """A client of one server. Use it as an async context manager, or call `close`.
 
@@ -123,30 +86,14 @@ class NexumClient:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        address = address or os.environ.get("NEXUM_ADDRESS") or None
-        self._channels: list[grpc.aio.Channel] = []
-        self._target = ""
-        self._metadata: Metadata = ()
-        self._connected: NexumServiceAsyncStub | None = None
-        self._is_lost = False
-        self._database: Path | None = None
-        self._is_searching = address is None
+        self._connection = Connection(address or os.environ.get("NEXUM_ADDRESS") or None)
+        self._call = self._connection.call
         self._has_get_execution = True
-        self.address = DEFAULT_ADDRESS if address is None else address
+
+    @property
+    def address(self) -> str:
         """HOST:PORT of the server, or the path of its database."""
-        if address is None:
-            self._database = own_database()
-        elif ("/" in address or "\\" in address) and "://" not in address:
-            self._database = Path(address).absolute()
-            self._metadata = metadata_for(str(self._database))
-            self._follow()
-        else:
-            host, colon, port = address.rpartition(":")
-            if not colon or not host or "/" in host or not port.isdecimal() or not 0 < int(port) <= 65535:
-                raise InvalidRequest(
-                    f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
-                )
-            self._connect(address, ())
+        return self._connection.address
 
     async def __aenter__(self) -> NexumClient:
         return self
@@ -155,116 +102,19 @@ class NexumClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the client's connections."""
-        for channel in self._channels:
-            await channel.close()
+        """Close the connections of the running event loop."""
+        await self._connection.close()
 
-    # ---- Which server ------------------------------------------------------------------------------------------------
-
-    @property
-    def _stub(self) -> NexumServiceAsyncStub:
-        if self._connected is None:
-            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return self._connected
-
-    def _connect(self, target: str, metadata: Metadata) -> None:
-        self._metadata = metadata
-        channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        # Keep earlier channels open: closing one would cancel its calls.
-        self._channels.append(channel)
-        self._target, self._connected = target, _stub_with(channel, metadata)
-
-    def _follow(self) -> None:
-        """Connect to the present address of the database's server."""
-        assert self._database is not None
-        target = read_address(self._database)
-        if target is not None and target != self._target:
-            self._connect(target, self._metadata)
+    async def reach(self) -> None:
+        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
+        await self._connection.reach()
 
     def route(self) -> tuple[str, Metadata]:
         """Return the present HOST:PORT of the server, and the metadata to send with each call.
 
         For a connection of another thread. Call `reach` once before. Raises ServerUnavailable.
         """
-        target = (read_address(self._database) if self._database is not None else None) or self._target
-        if not target:
-            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return target, self._metadata
-
-    async def reach(self) -> None:
-        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
-        if self._is_searching:
-            await self._search()
-        elif self._database is not None:
-            self._follow()
-
-    async def _search(self) -> None:
-        """Connect to this folder's own server, else to the server on the default port."""
-        database = self._database
-        own = read_address(database) if database is not None else None
-        if database is not None and own is not None:
-            metadata = metadata_for(str(database))
-            # Check the database here, too. A published server may now listen on a killed server's port. It would ignore
-            # the metadata that names the database.
-            info = await self._first_answer(own, metadata)
-            if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
-                self.address, self._is_searching = str(database), False
-                self._connect(own, metadata)
-                return
-        metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
-        answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
-        if isinstance(answer, ServerError):
-            raise answer
-        self._database, self._is_searching = None, False
-        self._connect(DEFAULT_ADDRESS, metadata)
-
-    async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
-        """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        stub = _stub_with(channel, metadata)
-        try:
-            try:
-                return _info(await stub.GetServerInfo(pb.EmptyRequest(), timeout=FIRST_ANSWER))
-            except grpc.RpcError as rpc_error:
-                if rpc_error.code() is not grpc.StatusCode.UNIMPLEMENTED:
-                    raise
-            # Try ListExecutions: the published server has no GetServerInfo.
-            await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
-        except grpc.RpcError as rpc_error:
-            error = error_of(rpc_error, target)
-            return error if isinstance(error, ServerError) else None
-        finally:
-            await channel.close()
-        return None
-
-    async def _call(
-        self,
-        method: Method[Request, Answer],
-        request: Request,
-        *,
-        wait: float = 0.0,
-        patience: float = 0.0,
-    ) -> Answer:
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + patience
-        while True:
-            try:
-                if self._is_lost or self._connected is None:
-                    await self.reach()
-                answer = await method(self._stub)(request, timeout=CALL_DEADLINE + wait)
-            except grpc.RpcError as rpc_error:
-                error = error_of(rpc_error, self.address)
-                self._is_lost = isinstance(error, ServerUnavailable)
-                if not self._is_lost or loop.time() >= give_up:
-                    raise error from rpc_error
-            except ServerUnavailable:
-                self._is_lost = True
-                if loop.time() >= give_up:
-                    raise
-            else:
-                self._is_lost = False
-                return answer
-            await asyncio.sleep(RECONNECT_DELAY)
+        return self._connection.route()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """Return the server's database and kind; None if the server knows only the published contract."""
@@ -273,7 +123,7 @@ class NexumClient:
         except NotANexumServer:
             await self.ping()
             return None
-        return _info(answer)
+        return server_info_of(answer)
 
     # ---- Workflows and executions ------------------------------------------------------------------------------------
 
@@ -326,7 +176,7 @@ class NexumClient:
             version_hash=workflow.version_hash,
             input_json=input_json,
             idempotency_key=idempotency_key,
-            wait_ms=round(wait * 1000),
+            wait_ms=_milliseconds(wait),
             owner=owner,
             held_task_id=held_task_id,
             output_json=output_json,
@@ -350,7 +200,7 @@ class NexumClient:
         try:
             if self._has_get_execution:
                 request = pb.GetExecutionRequest(
-                    execution_id=execution_id, wait_ms=round(wait * 1000), with_attempts=with_attempts
+                    execution_id=execution_id, wait_ms=_milliseconds(wait), with_attempts=with_attempts
                 )
                 try:
                     answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
@@ -497,17 +347,11 @@ class NexumClient:
             raise StaleTask(str(error)) from error
 
 
-def _stub_with(channel: grpc.aio.Channel, metadata: Metadata) -> NexumServiceAsyncStub:
-    """Return a stub that sends the metadata with every call."""
-    stub = NexumServiceStub(channel)
-    if metadata:
-        for name, call in vars(stub).items():
-            setattr(stub, name, partial(call, metadata=metadata))
-    return cast("NexumServiceAsyncStub", stub)
-
-
-def _info(answer: pb.ServerInfo) -> ServerInfo:
-    return ServerInfo(answer.database, answer.embedded)
+def _milliseconds(wait: float) -> int:
+    """Return a wait for a request. Raises InvalidRequest for NaN."""
+    if math.isnan(wait):
+        raise InvalidRequest("wait is not a number: give a number of seconds")
+    return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
 
 
 def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:
@@ -515,7 +359,7 @@ def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) ->
         worker_id=worker_id,
         version_hash=version_hashes[0],
         more_version_hashes=version_hashes[1:],
-        wait_ms=round(wait * 1000),
+        wait_ms=_milliseconds(wait),
         max_task_bytes=2**40,
     )
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nexum_engine import DEFAULT_LISTEN
-from nexum_engine.client import DEFAULT_ADDRESS, FIRST_ANSWER, NexumClient
+from nexum_engine import DEFAULT_LISTEN, ERROR
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import DEFAULT_ADDRESS, FIRST_ANSWER
 from nexum_engine.errors import (
     NexumError,
     NoOwnedExecutions,
@@ -330,7 +331,9 @@ class EmbeddedNexum:
         if not line:
             if await server.process.wait() < 0:
                 raise _KilledAtStart("the embedded server was killed while it started")
-            raise ServerError("the embedded server did not start; see its error above")
+            raise ServerError(f"the embedded server did not start (exit {server.process.returncode})")
+        if line.startswith(ERROR):
+            raise ServerError(f"the embedded server did not start: {line.removeprefix(ERROR)}")
         return line
 
     async def _watch(self, body: asyncio.Task[Any]) -> None:

@@ -3,6 +3,7 @@
     NexumError
     |-- InvalidRequest (ValueError)       the request is invalid: fix it, don't retry it
     |   `-- TooLarge                      the request is over a size limit
+    |-- Overloaded                        the server holds too much for other calls: retry
     |-- NotFound (LookupError)            no such execution, task or workflow
     |   |-- ExecutionNotFound
     |   |-- TaskNotFound
@@ -41,6 +42,10 @@ class InvalidRequest(NexumError, ValueError):
 
 class TooLarge(InvalidRequest):
     """The request or the answer is over a documented size limit."""
+
+
+class Overloaded(NexumError):
+    """The server holds as much for other calls as it may: retry."""
 
 
 class NotFound(NexumError, LookupError):

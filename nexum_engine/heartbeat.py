@@ -1,14 +1,15 @@
 """The heartbeats of a worker or owner, sent on one stream. Each beat names the tasks that the sender holds.
 
-A thread with a connection of its own sends them, so that code which blocks the event loop doesn't stop them.
+A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
+blocks the program's event loop doesn't stop them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
-import queue
 import socket
 import threading
 import time
@@ -18,17 +19,17 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from nexum_engine.client import CHANNEL_OPTIONS, RECONNECT_DELAY, NexumClient
+from nexum_engine.channel import Channel
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import Metadata
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.wire.status import error_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    StreamCall: TypeAlias = grpc._CallIterator[pb.WorkerBeatAck]  # exists only in the type stubs
+    StreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
@@ -38,9 +39,7 @@ MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
-END_TIMEOUT = 1.0  # seconds to wait for the end of the thread
-# Share no connection with the client: its large messages would delay the beats.
-_OPTIONS = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
 def new_worker_id() -> str:
@@ -91,11 +90,12 @@ class Heartbeat:
         self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
 
-        # The loop and the thread share these. The lock guards the tasks.
+        # The program's event loop and the heartbeat loop share these. The lock guards the tasks.
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
-        self._wake = threading.Event()
+        self._wake = asyncio.Event()
+        """Set in the heartbeat loop when the next beat is due, or when the stream is over."""
         self._is_urgent = False
         self._held_until = 0.0
         self._last_sent = 0.0
@@ -105,8 +105,6 @@ class Heartbeat:
         self._is_blocked = False
         self._doubtful_until = 0.0
         """The server may have reassigned tasks that were requested before this time."""
-        self._call: StreamCall | None = None
-        self._ended = threading.Event()
 
     # ---- For the event loop ------------------------------------------------------------------------------------------
 
@@ -131,7 +129,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a beat now, and another one soon. A task that neither beat names has never arrived at the worker."""
         self._is_urgent = True
-        self._wake.set()
+        _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     async def may_begin(self, task_id: str, requested: float) -> bool:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
@@ -156,8 +154,8 @@ class Heartbeat:
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[NexumError | None] = asyncio.Queue()
-        thread = threading.Thread(target=self._beat_until_ended, args=(loop, news), name="heartbeat", daemon=True)
-        thread.start()
+        ended = asyncio.Event()
+        sending = asyncio.run_coroutine_threadsafe(self._send_until_cancelled(loop, news, ended), _heartbeat_loop())
         try:
             while True:
                 lost = await news.get()
@@ -177,11 +175,9 @@ class Heartbeat:
                     self._tell(lost)
         finally:
             self.connected.clear()
-            self._ended.set()
-            self._wake.set()
-            if self._call is not None:
-                self._call.cancel()
-            thread.join(END_TIMEOUT)
+            sending.cancel()
+            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                await asyncio.wait_for(ended.wait(), END_TIMEOUT)
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -201,24 +197,27 @@ class Heartbeat:
             self._told = type(lost), now
             self._on_lost(lost)
 
-    # ---- In the thread -----------------------------------------------------------------------------------------------
+    # ---- In the heartbeat loop ---------------------------------------------------------------------------------------
 
-    def _beat_until_ended(self, loop: asyncio.AbstractEventLoop, news: asyncio.Queue[NexumError | None]) -> None:
-        """Send beats until `run` ends. Put None into `news` at each connection, and the error at each loss."""
+    async def _send_until_cancelled(
+        self, loop: asyncio.AbstractEventLoop, news: asyncio.Queue[NexumError | None], ended: asyncio.Event
+    ) -> None:
+        """Send beats. Put None into `news` at each connection, and the error at each loss. Set `ended` at the end."""
 
         def tell(lost: NexumError | None) -> None:
             self._call_soon(loop, news.put_nowait, lost)
 
-        with contextlib.ExitStack() as connection:
-            connected_to, channel = "", None
-            while not self._ended.is_set():
+        channel: Channel | None = None
+        try:
+            while True:
                 try:
                     target, metadata = self._client.route()
-                    if channel is None or target != connected_to:
-                        connection.close()
-                        channel = connection.enter_context(grpc.insecure_channel(target, options=_OPTIONS))
-                        connected_to = target
-                    self._keep_a_stream(channel, metadata, loop, tell)
+                    if channel is None or channel.target != target:
+                        if channel is not None:
+                            await channel.close()
+                        # Share no connection with the client: its large messages would delay the beats.
+                        channel = Channel(target, metadata, purpose="heartbeat")
+                    await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._client.address} ended the connection"
                     )
@@ -231,23 +230,21 @@ class Heartbeat:
                 tell(lost)
                 if isinstance(lost, (_NoWorkerStream, InvalidRequest)):
                     return
-                self._ended.wait(RECONNECT_DELAY)
+                await asyncio.sleep(RECONNECT_DELAY)
+        finally:
+            self._held_until = 0.0
+            if channel is not None:
+                await channel.close()
+            self._call_soon(loop, ended.set)
 
-    def _keep_a_stream(
-        self,
-        channel: grpc.Channel,
-        metadata: Metadata,
-        loop: asyncio.AbstractEventLoop,
-        tell: Callable[[NexumError | None], None],
+    async def _keep_a_stream(
+        self, call: StreamCall, loop: asyncio.AbstractEventLoop, tell: Callable[[NexumError | None], None]
     ) -> None:
         """Send beats on one stream until the server ends the stream.
 
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
-        beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
-        call = NexumServiceStub(channel).WorkerStream(iter(beats.get, None), metadata=metadata)
-        self._call = call
-        call.add_callback(self._wake.set)
+        call.add_done_callback(lambda _: self._wake.set())
         is_connected, timeout = False, FIRST_ACK_TIMEOUT
         lease = float("inf")
         self._doubtful_until = time.monotonic()
@@ -255,7 +252,7 @@ class Heartbeat:
         # of a disconnected worker. The first beat may have been too early to name that task.
         self._is_urgent = True
         try:
-            while not self._ended.is_set():
+            while True:
                 self._wake.clear()
                 again_soon, self._is_urgent = self._is_urgent, False
                 sent = time.monotonic()
@@ -266,8 +263,8 @@ class Heartbeat:
                 with self._lock:
                     questions = len(self._questions)
                     held = sorted(self._held)
-                beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=held, draining=self.draining))
-                ack = self._next_ack(call, timeout)
+                beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=held, draining=self.draining)
+                ack = await self._exchange(call, beat, timeout)
                 if ack is None:
                     return
                 lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
@@ -277,30 +274,38 @@ class Heartbeat:
                     is_connected = True
                     tell(None)
                 timeout = max(lease / 3, MIN_ACK_TIMEOUT)
-                self._wake.wait(min(lease / 3, SECOND_BEAT_AFTER) if again_soon else lease / 3)
+                await self._sleep(min(lease / 3, SECOND_BEAT_AFTER) if again_soon else lease / 3)
         finally:
-            beats.put(None)
             call.cancel()
 
-    def _next_ack(self, call: StreamCall, timeout: float) -> pb.WorkerBeatAck | None:
-        """Return the server's next answer; None if the server has ended the stream."""
-        is_late = threading.Event()
+    async def _exchange(self, call: StreamCall, beat: pb.WorkerBeat, timeout: float) -> pb.WorkerBeatAck | None:
+        """Send a beat and return its answer; None if the server has ended the stream."""
 
-        def give_up() -> None:
-            is_late.set()
-            call.cancel()
+        async def exchange() -> pb.WorkerBeatAck | None:
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
+                await call.write(beat)
+            ack = await call.read()
+            return ack if isinstance(ack, pb.WorkerBeatAck) else None
 
-        timer = threading.Timer(timeout, give_up)
-        timer.daemon = True
-        timer.start()
+        exchanging = asyncio.ensure_future(exchange())
         try:
-            return next(call, None)
-        except grpc.RpcError:
-            if is_late.is_set():
-                raise ServerError(
-                    f"the server on {self._client.address} did not answer a beat within {timeout:g} s"
-                ) from None
-            raise
+            # Wait twice. If this process is stopped during one wait, the other wait can still read the answer.
+            # Don't use wait_for: before Python 3.12, it can lose a cancellation.
+            for _ in range(2):
+                await asyncio.wait({exchanging}, timeout=timeout / 2)
+            if not exchanging.done():
+                raise ServerError(f"the server on {self._client.address} did not answer a beat within {timeout:g} s")
+            if exchanging.cancelled():
+                raise ServerUnavailable(f"the connection to {self._client.address} was closed")
+            return exchanging.result()
+        finally:
+            exchanging.cancel()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep until the next beat is due or requested."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+        try:
+            await self._wake.wait()
         finally:
             timer.cancel()
 
@@ -335,3 +340,31 @@ class Heartbeat:
     def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(callback, *arguments)
+
+
+# ---- The heartbeat loop ----------------------------------------------------------------------------------------------
+
+_shared: asyncio.AbstractEventLoop | None = None
+_shared_lock = threading.Lock()
+
+
+def _heartbeat_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process's heartbeats. Its thread is started at the first call."""
+    global _shared
+    with _shared_lock:
+        if _shared is None:
+            _shared = asyncio.new_event_loop()
+            thread = threading.Thread(target=_shared.run_forever, name="heartbeats", daemon=True)
+            # Start it without a context: the thread is no work of the caller's.
+            contextvars.Context().run(thread.start)
+        return _shared
+
+
+def _after_fork() -> None:
+    """Forget the loop: a forked process doesn't have its thread."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

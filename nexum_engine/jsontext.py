@@ -12,26 +12,50 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
+MAX_VALUES = 200_000
+"""The limit for the number of values, and of strings and names, in an input or output. A parser stops all threads."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
     """Parse `text`. Errors call the text `what`.
 
     Raises InvalidRequest if `text` isn't JSON (RFC 8259: no NaN, no Infinity) or is nested more than about 200 levels
-    deep. Raises TooLarge if `text` takes more than `max_bytes` of UTF-8.
+    deep. Raises TooLarge if `text` takes more than `max_bytes` of UTF-8, or has more than MAX_VALUES values.
     """
     check_size(text, what, max_bytes=max_bytes)
+    _check_count(text, what)
     try:
         return from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from error
 
 
+def _check_count(text: str, what: str) -> None:
+    """Raise TooLarge if `text` has too many values. Takes little time and memory, unlike the parser."""
+    if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
+        return
+    # The text may have its commas and brackets in strings: count only those outside. Without escapes, each second part
+    # between two quotes is a string.
+    text = text.replace("\\\\", "").replace('\\"', "")
+    if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
+        raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")
+
+
+def _structure(text: str) -> int:
+    """Return an upper bound of the number of values, if no string has a comma or a bracket."""
+    return text.count(",") + text.count("[") + text.count("{")
+
+
 def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
     """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
     # Encode only long texts: a character takes at most four bytes, and a short text can't exceed the limit.
-    if len(text) * 4 > max_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_bytes:
+    if len(text) * 4 > max_bytes and (size := size_of(text)) > max_bytes:
         raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
+
+
+def size_of(text: str) -> int:
+    """Return the size of `text` in bytes of UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def dump(value: object, what: str) -> str:
@@ -57,8 +81,24 @@ def dump_model(model: BaseModel, what: str) -> str:
 
 def same(one: str, other: str) -> bool:
     """Return whether two texts that `parse` has accepted have the same value. 1, 1.0 and true are three values."""
-    return one == other or _canonical(one) == _canonical(other)
+    return one == other or _is_same(from_json(one), from_json(other))
 
 
-def _canonical(text: str) -> str:
-    return json.dumps(from_json(text), sort_keys=True, separators=(",", ":"))
+def _is_same(one: object, other: object) -> bool:
+    # A loop in Python, because it lets other threads run.
+    pairs = [(one, other)]
+    while pairs:
+        one, other = pairs.pop()
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, dict) and isinstance(other, dict):
+            if one.keys() != other.keys():
+                return False
+            pairs += [(value, other[name]) for name, value in one.items()]
+        elif isinstance(one, list) and isinstance(other, list):
+            if len(one) != len(other):
+                return False
+            pairs += zip(one, other, strict=True)
+        elif one != other:
+            return False
+    return True

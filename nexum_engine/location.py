@@ -34,7 +34,7 @@ def database_path(database_url: str) -> Path:
     name = unquote(rest.removeprefix("//"))
     # Drop the third slash: it separates the empty host from the path.
     name = name[1:] if name.startswith("/") else name
-    if not rest.startswith("//") or unknown or not name or ":memory:" in name:
+    if not rest.startswith("//") or unknown or not name or ":memory:" in name or "\0" in name:
         raise StoreRefused(
             f"database URL {database_url!r} is not supported: use sqlite:///path, a file on this machine"
         )
@@ -58,12 +58,14 @@ def own_database() -> Path | None:
 
 def is_same_database(one: str, other: str) -> bool:
     """Return whether two paths name the same file, also through links."""
-    return one == other or os.path.realpath(one) == os.path.realpath(other)
+    with contextlib.suppress(ValueError, OSError):  # a path with a zero byte, or one that leads through too many links
+        return one == other or os.path.realpath(one) == os.path.realpath(other)
+    return False
 
 
 def address_file(database: Path) -> Path:
-    """Return the path of the file with the address of the database's server."""
-    return database.with_name(f"{database.name}.address")
+    """Return the path of the file with the address of the database's server. It lies beside the file behind a link."""
+    return Path(f"{os.path.realpath(database)}.address")
 
 
 def read_address(database: Path) -> str | None:
@@ -71,7 +73,7 @@ def read_address(database: Path) -> str | None:
     try:
         with address_file(database).open("rb") as file:
             address = file.read(100).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file holds something else
         return None
     return address if _ADDRESS.fullmatch(address) else None
 
@@ -94,7 +96,8 @@ def write_address(database: Path, address: str) -> None:
             time.sleep(_REPLACE_INTERVAL)
 
 
-def remove_address(database: Path) -> None:
-    """Remove the database's address file if possible. The caller must hold the database's lock."""
-    with contextlib.suppress(OSError):
-        address_file(database).unlink()
+def remove_address(database: Path, address: str) -> None:
+    """Remove the database's address file if possible, unless another server has written its address into it."""
+    if read_address(database) == address:
+        with contextlib.suppress(OSError):
+            address_file(database).unlink()

@@ -140,6 +140,8 @@ class Task:
     """The key that is the same for every attempt at this node."""
     input_json: str
     """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
+    input_bytes: int = 0
+    """The size of `input_json` within the server, also of an input that is still in the store."""
 
 
 @dataclass(frozen=True)

@@ -98,16 +98,24 @@ def _cut(text: str, width: int) -> str:
 
 
 def _moment(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
+    try:
+        moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
+    except (ValueError, OverflowError, OSError):  # another server may send any number
+        return f"at {ms} ms since 1970"
+    return moment.isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
 
 
 def seconds(start_ms: int, end_ms: int | None) -> str:
     """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
+    if end_ms is not None and end_ms < start_ms:
+        return "an unknown time (the clock was put back)"
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
 def age(ms: int) -> str:
-    """Return the age `ms` as text, in its largest unit."""
+    """Return the age `ms` as text, in its largest unit. A clock that was put back makes an age negative."""
+    if ms <= -1000:
+        return "in the future"
     amount, unit = ms / 1000, "s"
     for size, larger in ((60, "min"), (60, "h"), (24, "d")):
         if amount < size:

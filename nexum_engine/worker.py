@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
-from nexum_engine.client import RECONNECT_DELAY, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import (
     FinalError,
     InvalidRequest,

@@ -26,6 +26,7 @@ from nexum_engine.records import Compatibility, NodeType
 
 MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000
+MAX_DEPENDENCIES = 10_000  # of all nodes together
 MAX_ID_LENGTH = 200  # characters
 
 
@@ -147,6 +148,8 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
         raise InvalidRequest("ir_json has no nodes: a workflow needs at least one")
     if len(ir.nodes) > MAX_NODES:
         raise InvalidRequest(f"ir_json has {len(ir.nodes):,} nodes; the limit is {MAX_NODES:,}")
+    if (count := sum(len(node.dependencies) for node in ir.nodes.values())) > MAX_DEPENDENCIES:
+        raise InvalidRequest(f"the nodes of ir_json have {count:,} dependencies; the limit is {MAX_DEPENDENCIES:,}")
     known_types = {node_type.value for node_type in NodeType}
     for node_id, node in ir.nodes.items():
         check_id(node_id, "a node's name")

@@ -11,6 +11,9 @@ import io
 import os
 import signal
 import sys
+from contextlib import suppress
+
+from nexum_engine.streams import in_words, open_closed_streams
 
 # Don't import typing here: it is slow. Until `begin_script` runs, Ctrl+C prints a traceback.
 TYPE_CHECKING = False
@@ -44,7 +47,10 @@ def say(text: str, *, end: str = "\n") -> None:
 
 
 def say_or_stop(text: str) -> None:
-    """Print one line and flush it. If standard output was closed, stop this process instead of raising an error."""
+    """Print one line and flush it. If standard output was closed, stop this process instead of raising an error.
+
+    If the line can't be written for another reason, such as a full disk, report the first such error and continue.
+    """
     _print_or_stop(f"{text}\n", sys.stdout)
 
 
@@ -98,17 +104,24 @@ def _print(text: str, stream: TextIO) -> None:
 
 
 _nobody_reads = False
+_has_reported = False
 
 
 def _print_or_stop(text: str, stream: TextIO) -> None:
     """Print the text. If the stream was closed, call the SIGTERM handler; without one, stop as after Ctrl+C."""
-    global _nobody_reads
+    global _nobody_reads, _has_reported
     try:
         _print(text, stream)
         return
     except BrokenPipeError:
         _abandon_output()
         _nobody_reads = True
+    except OSError as error:
+        if not _has_reported:
+            _has_reported = True
+            with suppress(OSError):
+                complain(f"error: {in_words(error)}; continuing without it")
+        return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         signal.raise_signal(signal.SIGTERM)
     elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -134,6 +147,7 @@ def begin_script(name: str) -> None:
     """
     if name != "__main__":
         return
+    open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent lets this process ignore Ctrl+C
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
@@ -152,7 +166,7 @@ def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
         say("", end="")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {error}")  # for example, a full disk
+            complain(f"error: {in_words(error)}")  # for example, a full disk
         _abandon_output()
         code = 1
     sys.exit(code)

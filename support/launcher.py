@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def kill_this_process() -> NoReturn:
     """Kill this process without clean-up: no `finally` block and no exit handler runs."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     # Windows has no SIGKILL. There, os.kill with SIGTERM calls TerminateProcess.
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     raise SystemError("unreachable: this process was killed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from nexum_engine.client import DEFAULT_ADDRESS
+from nexum_engine.connection import DEFAULT_ADDRESS
 
 
 def add_nexum_option(parser: argparse.ArgumentParser, *, embedded: bool = False) -> None:

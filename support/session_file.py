@@ -10,12 +10,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
+from weakref import WeakSet
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexum_engine.errors import InvalidRequest, NexumError
 from support.console import say
@@ -35,7 +37,7 @@ class SessionRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    created_at: float
+    created_at: float = Field(ge=0, le=1e11)
     """Seconds since 1970, UTC."""
     executions: dict[str, dict[str, str]]
     """Execution ids by workflow id, then by call key."""
@@ -72,17 +74,34 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: _Signature | None = None
         self._unreadable: _Signature | None = None
-        # Lock threads separately: a FileLock doesn't exclude threads of one process.
-        self._one_at_a_time = threading.Lock()
-        # Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
-        self._lock = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
+        self._locks: list[tuple[threading.Lock, FileLock]] = []
+        self.new_locks()
+        _files.add(self)
+
+    def new_locks(self) -> None:
+        """Make new locks, for a new process. A lock that another thread held when the process forked stays locked."""
+        one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
+        # Keep the old locks. If a FileLock is freed, it unlocks the file, also for the process that forked.
+        self._locks.append(
+            (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude other tasks, threads and processes for the length of a `with`.
+
+        Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
+        """
+        one_at_a_time, file_lock = self._locks[-1]
+        with one_at_a_time, file_lock:
+            yield
 
     def load(self) -> SessionRecord | None:
         """Return the file's contents, or None if there is none. Rename a corrupt file. Raises SessionFileError."""
         try:
             if not self.path.exists():
                 return None
-            with self._one_at_a_time, self._lock:
+            with self._locked():
                 return self._read()
         except OSError as error:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
@@ -132,7 +151,7 @@ class SessionFile:
 
     def _write_down(self, entries: Mapping[tuple[str, str], str]) -> None:
         try:
-            with self._one_at_a_time, self._lock:
+            with self._locked():
                 self._merge(entries)
         except OSError as error:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
@@ -163,3 +182,15 @@ class SessionFile:
         except OSError:  # the file doesn't exist, or its folder can't be entered
             return None
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+_files: WeakSet[SessionFile] = WeakSet()
+
+
+def _after_fork() -> None:
+    for file in list(_files):
+        file.new_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

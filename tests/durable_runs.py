@@ -32,6 +32,7 @@ from openai_server import OpenAIServer, Reply
 
 from durable_autogen.record.events import Event, Kind, Returned, read_record
 from nexum_engine.client import NexumClient
+from nexum_engine.options import count
 
 SHAPES = (
     "single",
@@ -319,7 +320,7 @@ def main() -> int:
         "shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"(default: {' '.join(SHAPES)})"
     )
     parser.add_argument("--long", action="store_true", help="100 runs of each shape")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each shape (default: %(default)s)")
+    parser.add_argument("--runs", type=count(), default=3, help="runs of each shape (default: %(default)s)")
     parser.add_argument("--uvloop", action="store_true", help="run the programs on uvloop")
     args = parser.parse_args()
     failed = 0

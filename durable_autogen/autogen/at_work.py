@@ -22,6 +22,7 @@ from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
+from durable_autogen.record.recorder import Recorder
 
 
 class AtWork:
@@ -30,7 +31,7 @@ class AtWork:
     def __init__(self, outer: Place, work: Work, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
         self._work = work
-        self._recorder = outer.session.recorder
+        self._recorder: Recorder = outer.session.recorder
         if is_team and not outer.is_inside:
             # Add no prefix to the members of a team that the program itself runs.
             self._path = outer.path

@@ -15,7 +15,7 @@ from durable_autogen.autogen.values import value_again, written_value
 from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import Place
-from durable_autogen.record.recorder import Performed
+from durable_autogen.record.recorder import Performed, Recorder
 
 MESSAGES_ALONE = {
     AndTerminationCondition,
@@ -43,7 +43,7 @@ async def look(
     A replay stops at the recorded check. If the condition would stop a replay at another check, this function returns
     None and restores the condition's state, so that a later check, after the replay, can still stop the run.
     """
-    recorder = place.session.recorder
+    recorder: Recorder = place.session.recorder
     name = work.names.of(condition, place.inside(type(condition).__name__))
     recorder.looks[name] += 1
     look_number = recorder.looks[name]

@@ -32,16 +32,16 @@ from durable_autogen.autogen.at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.work import Work, total
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
 """A class's original method, bound to its object."""
 
-_works: weakref.WeakKeyDictionary[Session, Work] = weakref.WeakKeyDictionary()
+_works: weakref.WeakKeyDictionary[OpenSession, Work] = weakref.WeakKeyDictionary()
 
 
-def work_of(session: Session) -> Work:
+def work_of(session: OpenSession) -> Work:
     """Return the state that the AutoGen integration keeps for an open session."""
     if session not in _works:
         _works[session] = Work(session.recorder)

@@ -167,7 +167,7 @@ def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_turn(said: str) -> dict[str, Any]:
     """Return the fingerprint of the text that an agent said in its turn."""
-    return {"hash": hashed_value(said), "said": _excerpt(said)}
+    return {"hash": hashed_value(said), "said": excerpt(said)}
 
 
 def differences(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
@@ -244,14 +244,14 @@ def _message(message: LLMMessage) -> dict[str, str]:
         # Hash the whole result and show only its beginning: a result may be long.
         results = [[one.name, one.call_id, one.is_error, _hash(one.content)] for one in message.content]
         shown = json.dumps([one.content[: 2 * EXCERPT] for one in message.content], ensure_ascii=False)
-        return {"from": "tool results", "hash": hashed_value(results), "text": _excerpt(shown)}
+        return {"from": "tool results", "hash": hashed_value(results), "text": excerpt(shown)}
     dumped = message.model_dump(mode="json")
     content = dumped["content"]
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return {
         "from": f"{type(message).__name__} of {dumped.get('source', 'the program')}",
         "hash": hashed_value(dumped),
-        "text": _excerpt(text),
+        "text": excerpt(text),
     }
 
 
@@ -281,9 +281,10 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _excerpt(text: str) -> str:
-    line = " ".join(text[: 20 * EXCERPT].split())
-    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
+def excerpt(text: str, limit: int = EXCERPT) -> str:
+    """Return a text as one line of at most `limit` characters."""
+    line = " ".join(text[: 20 * limit].split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def _values(what: str, recorded: object, now: object) -> list[str]:
@@ -292,7 +293,7 @@ def _values(what: str, recorded: object, now: object) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return "none" if value in (None, [], {}) else _excerpt(value if isinstance(value, str) else json.dumps(value))
+    return "none" if value in (None, [], {}) else excerpt(value if isinstance(value, str) else json.dumps(value))
 
 
 def _texts(what: str, recorded: Sequence[str] | None, now: Sequence[str] | None) -> list[str]:
@@ -302,7 +303,7 @@ def _texts(what: str, recorded: Sequence[str] | None, now: Sequence[str] | None)
     at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     begin = max(0, at - EXCERPT // 4)
     lead = "..." if begin else ""
-    was, is_now = (f"{lead}{_excerpt(text[begin:])}" if text else "none" for text in (one, other))
+    was, is_now = (f"{lead}{excerpt(text[begin:])}" if text else "none" for text in (one, other))
     return [f"{what} was {was!r}, now it is {is_now!r} (they differ from character {at + 1})"]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from durable_autogen.record.events import Call, Kind, Returned, representable
 from durable_autogen.record.place import at, current
+from durable_autogen.record.recorder import Recorder
 
 _lock = threading.Lock()
 _open_sessions = 0
@@ -45,7 +46,7 @@ def _input(prompt: Any = "", /) -> str:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
         return _original(prompt)
-    recorder = place.session.recorder
+    recorder: Recorder = place.session.recorder
     position = f"console/{recorder.next_question(place.agent)}"
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)

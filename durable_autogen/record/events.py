@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -179,7 +179,24 @@ class Asked:
     """The session's active time when the call was made."""
 
 
-class EventInput(_Frozen):
+class Addressed:
+    """The address and the name of a call or an event, made of its kind, its agent and its position."""
+
+    if TYPE_CHECKING:  # pydantic would put these fields first, and change the order of the recorded JSON
+        kind: Kind
+        agent: str
+        position: str
+
+    @property
+    def address(self) -> str:
+        """The agent and the position. It is unique in a session."""
+        return f"{self.agent}/{self.position}"
+
+    def __str__(self) -> str:
+        return name_of(self.kind, self.agent, self.position)
+
+
+class EventInput(Addressed, _Frozen):
     """The input of an event's execution: session, agent, position and kind."""
 
     session: str
@@ -187,12 +204,8 @@ class EventInput(_Frozen):
     position: str
     kind: Kind
 
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
 
-
-class Event(_Frozen):
+class Event(Addressed, _Frozen):
     """A recorded event."""
 
     seq: int
@@ -224,16 +237,9 @@ class Event(_Frozen):
         """Whether the event is a failure or a broken reply. After a run that ends with one, the next run retries it."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
-
-    def __str__(self) -> str:
-        return name_of(self.kind, self.agent, self.position)
-
 
 @dataclass(frozen=True)
-class Call:
+class Call(Addressed):
     """A call that a run makes, or a mark that the session records."""
 
     kind: Kind
@@ -245,13 +251,6 @@ class Call:
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
     """The call's name in errors; empty for the default name."""
-
-    @property
-    def address(self) -> str:
-        return f"{self.agent}/{self.position}"
-
-    def __str__(self) -> str:
-        return name_of(self.kind, self.agent, self.position)
 
 
 def name_of(kind: Kind, agent: str, position: str) -> str:

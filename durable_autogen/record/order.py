@@ -16,13 +16,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from durable_autogen.record.place import at, current
-
-if TYPE_CHECKING:
-    from durable_autogen.record.session import Session
+from durable_autogen.record.place import OpenSession, at, current
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
@@ -32,18 +29,8 @@ THREAD_LOOK_INTERVAL = 0.0005  # seconds
 logger = logging.getLogger(__name__)
 
 
-class Activity:
-    """The work that a session gave to threads. While such work runs, the session isn't idle."""
-
-    def __init__(self) -> None:
-        self.threads = 0
-        """How many functions of the session run in a thread or wait for one."""
-        self.is_never_idle = False
-        """Whether the session was once busy for longer than BUSY_PATIENCE."""
-
-
 class _Waiting:
-    def __init__(self, session: Session, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: OpenSession, loop: asyncio.AbstractEventLoop) -> None:
         self.session = session
         self.idle: asyncio.Future[None] = loop.create_future()
         self.turns = 0
@@ -58,7 +45,7 @@ class _Watcher:
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
-    def is_idle_now(self, session: Session) -> bool:
+    def is_idle_now(self, session: OpenSession) -> bool:
         """Return whether a session is idle now and no earlier caller waits for it. If so, the caller need not wait."""
         ready = getattr(self._loop, "_ready", None)
         return (
@@ -68,7 +55,7 @@ class _Watcher:
             and id(session) not in _sessions_ready_to_run(ready)
         )
 
-    async def wait(self, session: Session) -> None:
+    async def wait(self, session: OpenSession) -> None:
         waiting = _Waiting(session, self._loop)
         self._waiting.append(waiting)
         if self._watching is None or self._watching.done():
@@ -129,7 +116,7 @@ def _sessions_ready_to_run(ready: Any) -> set[int]:
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watcher] = WeakKeyDictionary()
 
 
-async def idle(session: Session) -> None:
+async def idle(session: OpenSession) -> None:
     """Wait until nothing of a session is ready to run.
 
     Call `idle` from a task of that session. The calling task isn't counted.

@@ -12,21 +12,45 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
 
-if TYPE_CHECKING:
-    from durable_autogen.record.session import Session
-
 T = TypeVar("T")
+
+
+class Activity:
+    """The work that a session gave to threads. While such work runs, the session isn't idle."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        """How many functions of the session run in a thread or wait for one."""
+        self.is_never_idle = False
+        """Whether the session was once busy for longer than `BUSY_PATIENCE` of order.py."""
+
+
+class OpenSession(Protocol):
+    """What a place has to know of its session. `Session` in session.py is the class."""
+
+    session_id: str
+    is_over: bool
+    activity: Activity
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop: ...
+
+    @property
+    def recorder(self) -> Any:
+        """The run's Recorder. This module can't name the class: recorder.py imports the module."""
+
+    def left_the_record(self, agent: str, what: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Place:
     """The agent or program at work in a session."""
 
-    session: Session
+    session: OpenSession
     agent: str = ""
     """The agent's name, under which its calls are recorded; empty for the program itself."""
     path: str = ""
@@ -68,7 +92,8 @@ def call_id() -> str:
 def recording_place() -> Place | None:
     """Return the place of the current call; None if no session has to record the call.
 
-    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's.
+    Raises NotDurable if the session has ended, or if the call is made in another event loop than the session's, or in a
+    forked process.
     """
     place = current.get()
     if place is None or place.in_call:
@@ -81,8 +106,8 @@ def recording_place() -> Place | None:
         )
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
-            f"this call of session {session.session_id} can't be recorded: it is made in another event loop. Make it "
-            "in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
+            f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "
+            "forked process. Make it in the session's loop (asyncio.run_coroutine_threadsafe), or inside a tool"
         )
     return place
 

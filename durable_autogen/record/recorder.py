@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from durable_autogen.errors import DriftError
 from durable_autogen.record.events import (
@@ -31,14 +31,11 @@ from durable_autogen.record.events import (
 from durable_autogen.record.failures import Failure, in_a_task, ordinary
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.order import idle
-from durable_autogen.record.place import current, started_at
+from durable_autogen.record.place import OpenSession, current, started_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
 from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
-
-if TYPE_CHECKING:
-    from durable_autogen.record.session import Session
 
 OnDrift = Literal["stop", "continue"]
 
@@ -94,7 +91,7 @@ class Recorder:
     """The recorder of one run: it replays events and records new ones."""
 
     def __init__(
-        self, journal: Journal, session: Session, *, on_drift: OnDrift = "stop", compare: Compare = same_request
+        self, journal: Journal, session: OpenSession, *, on_drift: OnDrift = "stop", compare: Compare = same_request
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift

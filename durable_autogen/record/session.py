@@ -14,8 +14,8 @@ from durable_autogen.record import outside
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.lines import log_for
-from durable_autogen.record.order import Activity, watched_threads
-from durable_autogen.record.place import Place, at, current
+from durable_autogen.record.order import watched_threads
+from durable_autogen.record.place import Activity, Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import NexumClient

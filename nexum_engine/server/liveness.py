@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import StoreUnavailable
+from nexum_engine.errors import InvalidRequest, StoreUnavailable
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases
@@ -21,6 +21,8 @@ RESTART_GRACE_MS = 1500
 """How long workers have to reconnect after the server has started. A running worker tries several times a second. So
 the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
+MAX_BEAT_TASKS = 4000
+"""The number of tasks that one worker may hold."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ class Liveness:
                     worker_id = check_id(beat.worker_id, "worker_id")
                     self._streams[worker_id] = token
                     self._polls.worker_connected(worker_id)
+                if len(beat.task_ids) > MAX_BEAT_TASKS:
+                    raise InvalidRequest(
+                        f"the beat names {len(beat.task_ids):,} tasks; the limit is {MAX_BEAT_TASKS:,}"
+                    )
                 if beat.draining:
                     self._polls.drain(worker_id)
                 came_ms = self._clock.now_ms()

@@ -44,6 +44,12 @@ class _WaitingPoll:
             self.idle.set_result(None)
 
 
+def _discard(polls: dict[str, dict[_WaitingPoll, None]], name: str, poll: _WaitingPoll) -> None:
+    del polls[name][poll]
+    if not polls[name]:
+        del polls[name]
+
+
 class Polls:
     """The dispatcher of due tasks to waiting polls."""
 
@@ -51,9 +57,11 @@ class Polls:
         self._store = store
         self._clock = clock
         self._lease_ms = lease_ms
-        self._polls: dict[str, list[_WaitingPoll]] = defaultdict(list)
-        """The polls of each version: those that wait for a task, and those whose claim is under way."""
+        self._polls: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
+        """The polls of each version, oldest first: those that wait for a task, and those whose claim is under way."""
+        self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
+        self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
         """An upper bound of the number of due tasks, by version. The number of a missing version is unknown.
 
@@ -120,25 +128,26 @@ class Polls:
         return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
 
     def _add(self, poll: _WaitingPoll) -> None:
+        self._polls_of_worker[poll.worker_id][poll] = None
         for version_hash in poll.version_hashes:
-            self._polls[version_hash].append(poll)
+            self._polls[version_hash][poll] = None
             self._remember_poll(version_hash)
 
     def _remove(self, poll: _WaitingPoll) -> None:
+        _discard(self._polls_of_worker, poll.worker_id, poll)
         for version_hash in poll.version_hashes:
-            polls = self._polls[version_hash]
-            polls.remove(poll)
-            if not polls:
-                del self._polls[version_hash]
+            _discard(self._polls, version_hash, poll)
             self._remember_poll(version_hash)
 
     def _remember_poll(self, version_hash: str) -> None:
         now_ms = self._clock.now_ms()
         self._last_poll_ms[version_hash] = now_ms
-        if len(self._last_poll_ms) > MAX_REMEMBERED_VERSIONS:
+        if len(self._last_poll_ms) > self._forget_above:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
             # Forget the due tasks of the same versions. The next poll of such a version costs one claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
+            # Look again only when the number has doubled: each look takes time in proportion to the number.
+            self._forget_above = max(MAX_REMEMBERED_VERSIONS, 2 * len(self._last_poll_ms))
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
         loop = asyncio.get_running_loop()
@@ -241,11 +250,9 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def _answer_waiting(self, worker_id: str) -> None:
-        for polls in self._polls.values():
-            for poll in polls:
-                if poll.worker_id == worker_id:
-                    poll.leaving = True
-                    poll.wake()
+        for poll in self._polls_of_worker.get(worker_id, ()):
+            poll.leaving = True
+            poll.wake()
 
     def give_back(self, task: Task) -> None:
         """Release a task that was not sent, because the worker's call was cancelled."""
@@ -282,7 +289,7 @@ class Polls:
         self._claim_again(lambda _: True)
 
     def _claim_again(self, which: Callable[[_WaitingPoll], bool]) -> None:
-        waiting = dict.fromkeys(poll for polls in self._polls.values() for poll in polls)  # some wait for two versions
+        waiting = [poll for polls in self._polls_of_worker.values() for poll in polls]
         for poll in filter(which, waiting):
             if poll.claim is None:
                 self._submit_claim(poll)
@@ -291,7 +298,7 @@ class Polls:
     async def stop(self) -> None:
         """Answer every waiting poll without a task, and wait until the releases are stored."""
         self._stopping = True
-        for polls in self._polls.values():
+        for polls in self._polls_of_worker.values():
             for poll in polls:
                 poll.wake()
         while self._releases:

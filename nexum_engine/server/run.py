@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,13 @@ import grpc
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.location import address_file, remove_address, write_address
+from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, abort
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
-from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
 _BIND_RETRY = 0.1  # seconds
@@ -28,7 +28,12 @@ _OPTIONS = (
     # Don't share the port: a second server on the same port would get half of the calls.
     ("grpc.so_reuseport", 0),
     # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
-    ("grpc.max_receive_message_length", MAX_PAYLOAD_BYTES + 2 * 1024 * 1024),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024 * 1024),
+    # Wait for calls that arrive faster than they are read: by default, gRPC cancels some of them.
+    ("grpc.server.max_pending_requests", MAX_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
+    # Hold little of a request that is not read yet.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
 
@@ -36,7 +41,7 @@ _OPTIONS = (
 def loopback_address(listen: str) -> str:
     """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+    if not colon or not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
     # Bind only 127.0.0.1 for "localhost". The name has two addresses, and grpc succeeds even if one of them is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
@@ -74,6 +79,8 @@ async def run_server(
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
+    # A client that leaves before it has read its answer is no fault of the server, but gRPC logs a traceback.
+    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
@@ -82,7 +89,7 @@ async def run_server(
         waiters = Waiters()
         liveness = Liveness(store, polls, waiters, clock, lease_ms)
         store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(store, polls, waiters, liveness, embedded=embedded)
+        servicer = NexumServicer(store, polls, waiters, liveness, Answers(), embedded=embedded)
         server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
         address = f"{address.rpartition(':')[0]}:{port}"
         database = Path(store.opened_as)
@@ -98,7 +105,7 @@ async def run_server(
             await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
-            remove_address(database)
+            remove_address(database, address)
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
             await polls.stop()
@@ -116,8 +123,8 @@ async def _bind(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
     while True:
-        server = grpc.aio.server(options=_OPTIONS)
-        add_NexumServiceServicer_to_server(servicer, server)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
+        add_servicer(servicer, server, abort)
         try:
             return server, server.add_insecure_port(address)
         except RuntimeError as error:

@@ -8,21 +8,24 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial, wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 
+from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
+from nexum_engine.server.bounds import SMALL_BYTES, Answers
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import refusal
+from nexum_engine.wire.addressee import is_meant_for, refusal
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
@@ -33,6 +36,12 @@ DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
 """The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
+MAX_VERSIONS = 100
+"""The number of versions that one poll may name."""
+SUMMARY_BYTES, VERSION_BYTES = 5000, 500
+"""The sizes of a long item in a list of executions, and in one of versions."""
+MAX_ITEMS_AT_ONCE = 1000
+"""The number of nodes and attempts that are written into an answer on the event loop."""
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
@@ -40,7 +49,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
-async def _abort(context: Context, error: Exception) -> NoReturn:
+async def abort(context: Context, error: Exception) -> NoReturn:
+    """Answer a call with the status of an error. The details of an internal error are only logged."""
     status = status_of(error) if isinstance(error, NexumError) else None
     if status is not None:
         await context.abort(status, _cut(str(error)), ((ANSWERED, type(error).__name__),))
@@ -62,8 +72,8 @@ def _rpc(handler: Handler) -> Handler:
         await self.refuse_what_is_meant_for_another(context)
         try:
             return await handler(self, request, context)
-        except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
-            await _abort(context, error)
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
 
     return cast(Handler, answer)
 
@@ -77,8 +87,16 @@ class NexumServicer(NexumServiceServicer):
     """The gRPC service of proto/nexum.proto. Its data is in a store."""
 
     def __init__(
-        self, store: Store, polls: Polls, waiters: Waiters, liveness: Liveness, *, embedded: bool = False
+        self,
+        store: Store,
+        polls: Polls,
+        waiters: Waiters,
+        liveness: Liveness,
+        answers: Answers,
+        *,
+        embedded: bool = False,
     ) -> None:
+        self._answers = answers
         self._embedded = embedded
         self._store = store
         self._polls = polls
@@ -87,7 +105,11 @@ class NexumServicer(NexumServiceServicer):
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
         """Answer UNAVAILABLE to a call for another database, so that the client looks for another server."""
-        why = refusal(context.invocation_metadata() or (), self._store.opened_as, embedded=self._embedded)
+        metadata, database = context.invocation_metadata() or (), self._store.opened_as
+        if is_meant_for(metadata, database):
+            return
+        # In a thread: a client may name a path on a file system that doesn't answer.
+        why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
 
@@ -113,37 +135,42 @@ class NexumServicer(NexumServiceServicer):
         wait = _wait_seconds(request.wait_ms)
         check_id(request.version_hash, "version_hash")
         if request.owner:
-            return await self._start_owned(request)
+            return await self._start_owned(request, context)
         if request.output_json:
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
+        input_json = request.input_json  # each access makes a copy
+        task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
                 request.workflow_id,
                 request.version_hash,
-                request.input_json,
+                input_json,
                 request.idempotency_key,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
-        self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
-        starting.add_done_callback(partial(self._started, request))
+        self._polls.task_ready(task)
+        starting.add_done_callback(partial(self._started, task))
         started = await asyncio.shield(starting)
-        ended = await self._end_of(started.execution_id, wait)
+        # Don't hold a call with a large input: its request would stay in memory.
+        ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
             status=started.status.value,
-            ended=None if ended is None else _execution_message(ended, has_poller=True),
+            ended=None if ended is None else _execution_message(await self._whole(ended, context), has_poller=True),
         )
 
-    async def _start_owned(self, request: pb.StartRequest) -> pb.StartResponse:
+    async def _start_owned(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
+        input_json = request.input_json  # each access makes a copy
+        await self._answers.reserve(context, len(input_json))
         starting = asyncio.ensure_future(
             self._store.run(
                 tasks.start_owned,
                 request.workflow_id,
                 request.version_hash,
-                request.input_json,
+                input_json,
                 request.idempotency_key,
                 request.owner,
                 *self._polls.lease_of(request.owner),
@@ -155,7 +182,7 @@ class NexumServicer(NexumServiceServicer):
         starting.add_done_callback(self._started_owned)
         started = await asyncio.shield(starting)
         is_found = started.status.ended and not request.output_json
-        ended = await self._store.run(executions.get_execution, started.execution_id) if is_found else None
+        ended = await self._get(started.execution_id, context) if is_found else None
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -171,25 +198,32 @@ class NexumServicer(NexumServiceServicer):
             self._liveness.task_handed_out()
         self._liveness.apply(done.result().changed)
 
-    def _started(self, request: pb.StartRequest, done: asyncio.Future[Started]) -> None:
+    def _started(self, task: ReadyTask, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
         self._waiters.execution_started(done.result().execution_id)
         # Announce the execution's other ready tasks. `StartExecution` has announced one.
         for _ in range(done.result().ready - 1):
-            self._polls.task_ready(ReadyTask(request.version_hash, len(request.input_json.encode("utf-8"))))
+            self._polls.task_ready(task)
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
         worker_id, versions, max_bytes = _asked(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
         task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
-        return self._hand_out(task, context)
+        return await self._hand_out(task, context)
 
-    def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
+    async def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
         if task is None:
             return pb.PollResponse(has_task=False)
         self._liveness.task_handed_out()
+        try:
+            await self._answers.reserve(context, task.input_bytes)
+            if not task.input_json:
+                task = replace(task, input_json=await self._store.run(tasks.task_input, task.task_id))
+        except BaseException:
+            self._polls.give_back(task)
+            raise
         if context.cancelled():
             self._polls.give_back(task)
         return _task_message(task)
@@ -209,7 +243,7 @@ class NexumServicer(NexumServiceServicer):
         finally:
             if claim is not None:
                 self._polls.release(claim)
-        return pb.AckResponse(ok=True, next=self._hand_out(task, context))
+        return pb.AckResponse(ok=True, next=await self._hand_out(task, context))
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
@@ -227,7 +261,7 @@ class NexumServicer(NexumServiceServicer):
                 f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
                 f"a default client ({DEFAULT_CLIENT_BYTES:,}): use GetExecution"
             )
-        execution = await self._store.run(executions.get_execution, request.execution_id)
+        execution = await self._get(request.execution_id, context)
         outputs = ",".join(
             f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
         )
@@ -238,8 +272,31 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.execution_id, "execution_id")
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
         if execution is None or request.with_attempts:
-            execution = await self._store.run(executions.get_execution, request.execution_id, request.with_attempts)
-        return _execution_message(execution, self._polls.has_poller(execution.version_hash))
+            execution = await self._get(request.execution_id, context, request.with_attempts)
+        else:
+            execution = await self._whole(execution, context)
+        # In a thread, so that an execution with many nodes and attempts doesn't block the event loop.
+        has_poller = self._polls.has_poller(execution.version_hash)
+        if sum(1 + len(node.attempts) for node in execution.nodes) > MAX_ITEMS_AT_ONCE:
+            return await asyncio.to_thread(_execution_message, execution, has_poller)
+        return _execution_message(execution, has_poller)
+
+    async def _get(self, execution_id: str, context: Context, with_attempts: bool = False) -> Execution:
+        """Return an execution. One with large payloads is read when there is room for the answer."""
+        execution = await self._store.run(
+            executions.get_execution, execution_id, with_attempts, max_bytes=executions.MAX_INLINE_BYTES
+        )
+        return await self._whole(execution, context, with_attempts)
+
+    async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
+        """Return the execution with its payloads, which a large execution lacks."""
+        if execution.nodes:
+            await self._answers.reserve(context, _size_of(execution))
+            return execution
+        execution_id = execution.execution_id
+        size = await self._store.run(executions.payload_bytes, execution_id, with_attempts)
+        await self._answers.reserve(context, size)
+        return await self._store.run(executions.get_execution, execution_id, with_attempts)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """Return the execution if it ends within `wait` seconds, or None."""
@@ -247,7 +304,9 @@ class NexumServicer(NexumServiceServicer):
             return None
         with self._waiters.watch(execution_id) as ended:
             if not self._waiters.is_running(execution_id):
-                execution = await self._store.run(executions.get_execution, execution_id)
+                execution = await self._store.run(
+                    executions.get_execution, execution_id, max_bytes=executions.MAX_INLINE_BYTES
+                )
                 if execution.status.ended:
                     return execution
             await asyncio.wait({ended}, timeout=wait)
@@ -256,6 +315,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
+        await self._answers.reserve(context, executions.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
         found = await self._store.run(
             executions.list_executions,
             request.workflow_id,
@@ -292,6 +352,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        await self._answers.reserve(context, executions.MAX_VERSIONS * VERSION_BYTES)
         versions = await self._store.run(executions.workflow_versions, request.workflow_id)
         return pb.ListVersionsResponse(
             versions=[
@@ -323,7 +384,7 @@ class NexumServicer(NexumServiceServicer):
     async def _nothing_to_decide(self, execution_id: str, node_id: str) -> NotFound:
         check_id(execution_id, "execution_id")
         check_id(node_id, "node_id")
-        await self._store.run(executions.get_execution, execution_id)
+        await self._store.run(executions.get_execution, execution_id, max_bytes=0)
         return NotFound(f"node {node_id!r} of execution {execution_id} does not wait for an approval")
 
     async def WorkerStream(
@@ -335,8 +396,8 @@ class NexumServicer(NexumServiceServicer):
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
-        except Exception as error:  # noqa: BLE001 - `_abort` answers with a status
-            await _abort(context, error)
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
 
 
 def _wait_seconds(wait_ms: int) -> float:
@@ -348,6 +409,10 @@ def _wait_seconds(wait_ms: int) -> float:
 def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
     """Return a poll's worker id, its versions and the size in bytes of the largest task that the worker can receive."""
     check_id(request.worker_id, "worker_id")
+    if len(request.more_version_hashes) >= MAX_VERSIONS:
+        raise InvalidRequest(
+            f"the poll names {1 + len(request.more_version_hashes):,} versions; the limit is {MAX_VERSIONS}"
+        )
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:
         check_id(version_hash, "version_hash")
@@ -368,6 +433,12 @@ def _task_message(task: Task) -> pb.PollResponse:
         attempt=task.attempt,
         version_hash=task.version_hash,
     )
+
+
+def _size_of(execution: Execution) -> int:
+    parts = [execution.input_json, *(node.output_json or "" for node in execution.nodes)]
+    parts += [attempt.error for node in execution.nodes for attempt in node.attempts]
+    return sum(map(len, parts))
 
 
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 from nexum_engine.records import Execution
 
+MAX_REMEMBERED_EXECUTIONS = 100_000
+"""Above this number of running executions, the server forgets which ones run. The next caller queries the store."""
+
 
 class Waiters:
     """The callers that wait for the end of an execution, by execution id."""
@@ -23,6 +26,8 @@ class Waiters:
 
     def execution_started(self, execution_id: str) -> None:
         """Note that the execution is running. Until `execution_ended`, callers wait for its end without a query."""
+        if len(self._running) >= MAX_REMEMBERED_EXECUTIONS:
+            self._running.clear()
         self._running.add(execution_id)
 
     def is_running(self, execution_id: str) -> bool:
@@ -45,11 +50,11 @@ class Waiters:
                 del self._waiting[execution_id]
 
     def execution_ended(self, execution: Execution) -> None:
-        """Answer the callers that wait for the execution."""
+        """Answer the callers that wait for the execution. They query the store for an execution with large payloads."""
         self._running.discard(execution.execution_id)
         for future in self._waiting.get(execution.execution_id, ()):
             if not future.done():
-                future.set_result(execution)
+                future.set_result(execution if execution.nodes else None)
 
     def look_again(self) -> None:
         """Make every waiting caller query the store: it is unknown whether earlier transactions were stored."""

@@ -6,12 +6,14 @@ dialect's module has the code that only its database needs.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreRefused
 from nexum_engine.location import database_path
 from nexum_engine.store.base import Store
 
-__all__ = ["Store", "database_exists", "open_store"]
+__all__ = ["Store", "database_exists", "open_store", "restore_database"]
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
@@ -37,3 +39,14 @@ def database_exists(database_url: str) -> bool:
     if not database_url.startswith("sqlite:"):
         return True
     return database_path(database_url).exists()
+
+
+def restore_database(database_url: str, backup: Path) -> Path | None:
+    """Replace the database that the URL names by a copy of `backup`. Return where the former database is kept, if any.
+
+    Raises StoreRefused for a URL or a backup that can't be used, and StoreLocked if a server has the database open.
+    """
+    path = database_path(database_url)
+    from nexum_engine.store.sqlite_file import restore
+
+    return restore(path, backup)

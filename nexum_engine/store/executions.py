@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import uuid
+from collections.abc import Mapping
 from functools import lru_cache
 
 from nexum_engine import jsontext
@@ -32,10 +33,17 @@ from nexum_engine.records import (
 )
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.results import Changed, Started
-from nexum_engine.workflow import check_id, compatibility, parse_ir
+from nexum_engine.workflow import NodeDefinition, check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64
 """An upper bound of the size of the text that encloses the payloads in a task's input_json."""
+MAX_OUTPUT_BYTES = 64 * 1024 * 1024
+"""The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
+MAX_INLINE_BYTES = 64 * 1024
+"""The size up to which transitions return payloads that nobody has asked for, or that may be many at once."""
+MAX_VERSIONS = 1000
+MAX_ATTEMPTS = 10_000
+"""The number of versions, and of attempts, that are returned at most."""
 MAX_LIST_BYTES = 16 * 1024 * 1024
 """The largest total size of the inputs and outputs in one list of executions.
 
@@ -45,7 +53,12 @@ Server and client hold the whole list in memory.
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
 
-_definition = lru_cache(maxsize=256)(parse_ir)
+_parse_again = lru_cache(maxsize=256)(parse_ir)
+
+
+def _definition(ir_json: str) -> Mapping[str, NodeDefinition]:
+    # Remember only short definitions: the memory must stay small whatever clients register.
+    return _parse_again(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else parse_ir(ir_json)
 
 
 def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str) -> Compatibility:
@@ -89,7 +102,7 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
             row["registered_ms"],
             row["active_executions"],
         )
-        for row in db.all("versions", workflow_id=workflow_id)
+        for row in db.all("versions", workflow_id=workflow_id, limit=MAX_VERSIONS)
     ]
 
 
@@ -133,7 +146,7 @@ def start_execution(
         idempotency_key=idempotency_key or None,
         now=db.now_ms,
     )
-    task_bytes = len(input_json.encode("utf-8")) + TASK_FRAME_BYTES
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     definition = _definition(version["ir_json"])
     if owned and len(definition) != 1:
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
@@ -171,14 +184,21 @@ def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
     )
 
 
-def get_execution(db: Db, execution_id: str, with_attempts: bool = False) -> Execution:
-    """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id."""
+def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max_bytes: int | None = None) -> Execution:
+    """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id.
+
+    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes.
+    """
+    if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
+        row = db.one("execution_without_input", execution_id=execution_id)
+        assert row is not None
+        return _execution(row)
     row = db.one("execution", execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
-        for a in db.all("attempts", execution_id=execution_id):
+        for a in db.all("attempts", execution_id=execution_id, limit=MAX_ATTEMPTS):
             attempts.setdefault(a["node_id"], []).append(
                 Attempt(a["attempt"], a["worker_id"], a["started_ms"], a["ended_ms"], Outcome(a["outcome"]), a["error"])
             )
@@ -234,11 +254,19 @@ def list_executions(
     whole: list[Execution] = []
     left = MAX_LIST_BYTES
     for row in rows:
-        left -= sum(size["bytes"] for size in db.all("input_sizes", execution_id=row["execution_id"]))
+        left -= payload_bytes(db, row["execution_id"])
         if whole and left < 0:
             break
         whole.append(get_execution(db, row["execution_id"]))
     return whole
+
+
+def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
+    """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
+    parts = db.all("input_sizes", execution_id=execution_id)
+    if with_attempts:
+        parts = [*parts, *db.all("attempt_sizes", execution_id=execution_id)]
+    return sum(int(part["bytes"]) for part in parts)
 
 
 def output_bytes(db: Db, execution_id: str) -> int:
@@ -263,9 +291,12 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
 
 def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
-    """End a running execution, cancel its unfinished nodes and attempts, and return the ended execution."""
+    """End a running execution, cancel its unfinished nodes and attempts, and return the ended execution.
+
+    An execution with large payloads is returned without its input and nodes: few callers wait for it, or none.
+    """
     db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution_id=execution_id)
         db.run("cancel_attempts", execution_id=execution_id, now=db.now_ms)
-    return get_execution(db, execution_id)
+    return get_execution(db, execution_id, max_bytes=MAX_INLINE_BYTES)

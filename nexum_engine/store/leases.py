@@ -15,6 +15,8 @@ from nexum_engine.store.tasks import fail_node
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
 tries several times a second. An owner that is late loses its task only if another owner wants the task."""
+MAX_SWEPT = 500
+"""How many leases one transaction ends. The next one follows at once."""
 SLOW_LINE = 250  # bytes per millisecond
 """The slowest connection to allow for. Heartbeats can't name a large task that is still on its way to the worker."""
 
@@ -93,7 +95,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
     # query would announce these nodes a second time.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
-    for row in db.all("expired_attempts", now=db.now_ms):
+    for row in db.all("expired_attempts", now=db.now_ms, limit=MAX_SWEPT):
         _expire(db, row, changes)
     due = [
         row["due"]

@@ -14,12 +14,12 @@ INSERT INTO workflow_versions (workflow_id, version_hash, ir_json, compatibility
 VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
 -- name: versions
--- A workflow's versions, the latest first, each with its running executions.
-SELECT workflow_id, version_hash, compatibility, registered_ms,
-       (SELECT count(*) FROM executions
-        WHERE executions.workflow_id = workflow_versions.workflow_id
-          AND executions.version_hash = workflow_versions.version_hash AND status = 'RUNNING') AS active_executions
-FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC;
+-- A workflow's latest versions, the latest first, each with its running executions.
+SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
+FROM workflow_versions
+LEFT JOIN (SELECT version_hash AS of_version, count(*) AS running FROM executions
+           WHERE workflow_id = :workflow_id AND status = 'RUNNING' GROUP BY version_hash) ON of_version = version_hash
+WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 
 -- name: execution_of_key
 -- The latest execution of an idempotency key.
@@ -41,6 +41,11 @@ VALUES (:execution_id, :node_id, :position, :node_type, :dependencies, :version_
 -- name: execution
 -- One execution.
 SELECT execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms, error
+FROM executions WHERE execution_id = :execution_id;
+
+-- name: execution_without_input
+-- One execution without its input.
+SELECT execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
 FROM executions WHERE execution_id = :execution_id;
 
 -- name: sequence
@@ -76,22 +81,29 @@ SELECT node_id, status, dependencies FROM nodes WHERE execution_id = :execution_
 -- name: attempts
 -- Every attempt of an execution.
 SELECT node_id, attempt, worker_id, started_ms, ended_ms, outcome, error FROM attempts
-WHERE execution_id = :execution_id ORDER BY attempt;
+WHERE execution_id = :execution_id ORDER BY attempt LIMIT :limit;
 
 -- name: output_bytes
 -- An upper bound of the size of an execution's outputs as one JSON object: each character of a name may be escaped.
-SELECT coalesce(sum(octet_length(output_json) + 2 * octet_length(node_id) + 4), 0) AS bytes FROM nodes WHERE execution_id = :execution_id;
+SELECT coalesce(sum(length(CAST(output_json AS BLOB)) + 2 * length(CAST(node_id AS BLOB)) + 4), 0) AS bytes
+FROM nodes WHERE execution_id = :execution_id;
 
 -- name: input_sizes
 -- The parts of the size of an execution's tasks: its input, under an empty name, and each recorded output.
-SELECT '' AS node_id, octet_length(input_json) AS bytes FROM executions WHERE execution_id = :execution_id
+SELECT '' AS node_id, length(CAST(input_json AS BLOB)) AS bytes FROM executions WHERE execution_id = :execution_id
 UNION ALL
-SELECT node_id, octet_length(output_json) FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
+SELECT node_id, length(CAST(output_json AS BLOB)) FROM nodes WHERE execution_id = :execution_id AND status = 'COMPLETED';
+
+-- name: attempt_sizes
+-- The size of an execution's attempts.
+SELECT coalesce(sum(length(error) + length(worker_id) + 100), 0) AS bytes FROM attempts
+WHERE execution_id = :execution_id;
 
 -- name: oldest_task
--- The task of a version that has been due the longest and is small enough for the worker.
+-- The task of a version that has been due the longest and is small enough for the worker. Its input only if it is short.
 SELECT nodes.execution_id, node_id, node_type, dependencies, attempts, ready_ms, nodes.version_hash,
-       workflow_id, idempotency_key, input_json
+       workflow_id, idempotency_key, task_bytes,
+       CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
 FROM nodes JOIN executions ON executions.execution_id = nodes.execution_id
 WHERE nodes.version_hash = :version_hash AND nodes.status = 'READY' AND ready_ms <= :now AND task_bytes <= :max_bytes
 ORDER BY ready_ms, nodes.rowid LIMIT 1;
@@ -105,12 +117,20 @@ ORDER BY ready_ms, rowid LIMIT 1;
 -- name: owned_node
 -- The node of an owned execution, with its newest attempt.
 SELECT nodes.execution_id, nodes.node_id, node_type, dependencies, attempts, nodes.version_hash,
-       nodes.status, owned, workflow_id, idempotency_key, input_json, task_id, worker_id
+       nodes.status, owned, workflow_id, idempotency_key, input_json, task_bytes, task_id, worker_id
 FROM nodes
 JOIN executions ON executions.execution_id = nodes.execution_id
 LEFT JOIN attempts ON attempts.execution_id = nodes.execution_id AND attempts.node_id = nodes.node_id
                   AND attempts.attempt = nodes.attempts
 WHERE nodes.execution_id = :execution_id;
+
+-- name: task_payload
+-- What the input of a running task is made of.
+SELECT attempts.execution_id, dependencies, input_json
+FROM attempts
+JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
+JOIN executions ON executions.execution_id = attempts.execution_id
+WHERE task_id = :task_id;
 
 -- name: say_why_waiting
 -- Store in a READY node what it waits for.
@@ -249,7 +269,7 @@ UPDATE nodes SET ready_ms = :latest WHERE status = 'READY' AND ready_ms > :lates
 SELECT attempts.task_id, attempts.execution_id, attempts.node_id, attempts.attempt, attempts.worker_id,
        attempts.lease_loss, nodes.lost_attempts, nodes.version_hash, nodes.task_bytes, nodes.owned
 FROM attempts JOIN nodes ON nodes.execution_id = attempts.execution_id AND nodes.node_id = attempts.node_id
-WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now ORDER BY attempts.lease_expires_ms;
+WHERE attempts.outcome = 'RUNNING' AND attempts.lease_expires_ms <= :now ORDER BY attempts.lease_expires_ms LIMIT :limit;
 
 -- name: next_lease
 -- When the next lease runs out.

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import sqlite3
-import sys
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import NexumError, StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.errors import NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
 from nexum_engine.store.base import Store
 from nexum_engine.store.db import Db, Row, load_queries
+from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock
 
 P = ParamSpec("P")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x4E58554D
-"""The mark of a Nexum database: SQLite's application_id in the file's header."""
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
-_HEADER = b"SQLite format 3\x00"
+WATCH_INTERVAL = 1.0  # seconds between two looks at the files of an idle database
 
 
 @dataclass
@@ -51,17 +45,18 @@ class SqliteStore(Store):
     store has one connection.
     """
 
-    def __init__(self, path: Path, clock: Clock, lock: FileLock, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, clock: Clock, lock: FileLock, database: DatabaseFile) -> None:
         self._path = path
         self._clock = clock
         self._lock = lock
-        self._connection = connection
+        self._database = database
         self._queries = load_queries()
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[str] = self._loop.create_future()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
         self._waiting: list[_Submission] = []
         self._pump: asyncio.Task[None] | None = None
+        self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
         self._closed = False
 
     @classmethod
@@ -77,27 +72,16 @@ class SqliteStore(Store):
 
     @classmethod
     def _open(cls, path: Path, clock: Clock, lock_timeout: float, loop: asyncio.AbstractEventLoop) -> SqliteStore:
-        _check_file(path)
+        check_file(path)
+        held = lock(path, lock_timeout)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock", mode=0o600, thread_local=False)
-            lock.acquire(timeout=lock_timeout)
-        except Timeout as error:
-            raise StoreLocked(
-                f"database {path} is in use by another Nexum server: stop that server, or give this one another "
-                "database with --database-url sqlite:///path"
-            ) from error
-        except OSError as error:
-            raise StoreRefused(f"database {path} can't be opened: {error.strerror or error}") from error
-        try:
-            _check_file(path)
-            connection = _connect(path)
+            database = DatabaseFile.open(path, timeout=lock_timeout)
         except BaseException:
-            lock.release()
+            held.release()
             raise
 
         async def build() -> SqliteStore:
-            return cls(path, clock, lock, connection)
+            return cls(path, clock, held, database)
 
         return asyncio.run_coroutine_threadsafe(build(), loop).result()
 
@@ -121,11 +105,23 @@ class SqliteStore(Store):
 
     async def close(self) -> None:
         self._closed = True
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
         if self._pump is not None:
             await self._pump
-        await self._loop.run_in_executor(self._writer, self._connection.close)
+        close = self._database.abandon if self._failed.done() else self._database.close
+        await self._loop.run_in_executor(self._writer, close)
         self._writer.shutdown()
         self._lock.release()
+
+    async def _watch(self) -> None:
+        """Notice lost files also while nobody calls, so that the server frees its port for another one."""
+        while not self._failed.done():
+            await asyncio.sleep(WATCH_INTERVAL)
+            try:
+                await self._loop.run_in_executor(self._writer, self._database.check)
+            except FilesLost as error:
+                await self._recover(_CommitFailed(error))
 
     async def _write_waiting(self) -> None:
         try:
@@ -154,12 +150,12 @@ class SqliteStore(Store):
                 return self._transaction(transitions, savepoints=False)
             except sqlite3.IntegrityError:
                 pass
-            except sqlite3.Error:
+            except (sqlite3.Error, FilesLost):
                 raise
             except Exception:  # noqa: BLE001, S110 - the run with savepoints finds it again
                 pass
             # Run the batch again with savepoints. The first run has none: they cost time, and few batches fail.
-            self._connection.execute("ROLLBACK")
+            self._database.connection.execute("ROLLBACK")
             return self._transaction(transitions, savepoints=True)
         except Exception as error:
             # Catch more than sqlite3.Error, so that every caller gets an answer: SQLite can raise MemoryError.
@@ -170,18 +166,18 @@ class SqliteStore(Store):
 
         With `savepoints`, a failed transition is undone alone, and the list has its exception in place of a result.
         """
-        connection = self._connection
-        db = _SqliteDb(connection, self._queries, self._clock.now_ms())
-        connection.execute("BEGIN IMMEDIATE")
+        db = _SqliteDb(self._database.connection, self._queries, self._clock.now_ms())
+        self._database.begin()
         if savepoints:
             outcomes = [self._in_savepoint(transition, db) for transition in transitions]
         else:
             outcomes = [transition(db) for transition in transitions]
-        connection.execute("COMMIT")
+        self._database.commit()
         return outcomes
 
     def _in_savepoint(self, transition: Callable[[Db], Any], db: _SqliteDb) -> Any:
-        self._connection.execute("SAVEPOINT transition")
+        connection = self._database.connection
+        connection.execute("SAVEPOINT transition")
         try:
             outcome = transition(db)
         except sqlite3.IntegrityError as error:
@@ -192,8 +188,8 @@ class SqliteStore(Store):
         except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
             outcome = error
         if isinstance(outcome, Exception):
-            self._connection.execute("ROLLBACK TO transition")
-        self._connection.execute("RELEASE transition")
+            connection.execute("ROLLBACK TO transition")
+        connection.execute("RELEASE transition")
         return outcome
 
     async def _recover(self, error: _CommitFailed) -> None:
@@ -202,25 +198,23 @@ class SqliteStore(Store):
         reason: Exception | None = error
         if error.is_passing:
             try:
-                self._connection = await self._loop.run_in_executor(self._writer, self._reopen)
+                await self._loop.run_in_executor(self._writer, self._database.reopen)
                 logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
                 reason = None
-            except (sqlite3.Error, NexumError) as failure:
+            except (sqlite3.Error, OSError, NexumError) as failure:
                 reason = failure
         if reason is not None:
             if not self._failed.done():
-                self._failed.set_result(f"database {self._path} can't be trusted any more: {reason}")
+                is_told = isinstance(error.cause, FilesLost)
+                self._failed.set_result(
+                    str(reason) if is_told else f"database {self._path} can't be trusted any more: {reason}"
+                )
             for submission in self._waiting:
                 if not submission.future.done():
                     submission.future.set_exception(error.for_caller())
             self._waiting = []
         for look_again in self.on_unknown:
             look_again()
-
-    def _reopen(self) -> sqlite3.Connection:
-        with contextlib.suppress(sqlite3.Error):  # the error of this connection is already known
-            self._connection.close()
-        return _connect(self._path)
 
 
 class _CommitFailed(Exception):
@@ -255,115 +249,3 @@ class _SqliteDb:
 
     def run(self, query: str, **parameters: object) -> int:
         return self._connection.execute(self._queries[query], parameters).rowcount
-
-
-def _check_file(path: Path) -> None:
-    """Raise StoreRefused if the file is not a Nexum database that this version can open. Only the header is read."""
-    try:
-        with path.open("rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreRefused(f"database {path} can't be read: {error.strerror or error}") from error
-    if len(header) < 100 or not header.startswith(_HEADER):
-        raise StoreRefused(f"{path} is not a database: it was left untouched; name another file with --database-url")
-    # https://www.sqlite.org/fileformat.html#the_database_header
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise StoreRefused(
-            f"{path} is another program's database: it was left untouched; name another file with --database-url"
-        )
-    _check_version(path, int.from_bytes(header[60:64], "big"))
-
-
-def _check_version(path: Path, version: int) -> None:
-    if version > len(_migrations()):
-        raise StoreRefused(
-            f"{path} has schema version {version}, made by a newer Nexum; this one knows {len(_migrations())}: "
-            "use the newer one"
-        )
-
-
-def _migrations() -> list[str]:
-    """Return the SQL scripts of the schema in order. The first script makes version 1."""
-    folder = files("nexum_engine.store") / "sqlite_migrations"
-    return [
-        entry.read_text(encoding="utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".sql")
-    ]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        unclean = _was_unclean(path)
-        if not path.exists():
-            _create(path)
-        connection = _open_connection(path)
-        # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
-        _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
-        _migrate(connection)
-        connection.execute("PRAGMA journal_mode = WAL")
-        check = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if unclean else "ok"
-    except (sqlite3.Error, OSError) as error:
-        raise StoreRefused(f"database {path} can't be opened: {error}") from error
-    if check != "ok":
-        connection.close()
-        raise StoreRefused(f"database {path} is damaged: {check}")
-    return connection
-
-
-def _was_unclean(path: Path) -> bool:
-    """Return whether the last server died without closing the database. Its write-ahead log is then not empty."""
-    try:
-        return Path(f"{path}-wal").stat().st_size > 0
-    except FileNotFoundError:
-        return False
-
-
-def _create(path: Path) -> None:
-    """Create the database under a temporary name, and rename it. So a kill leaves no incomplete database."""
-    new = path.with_name(f"{path.name}.new-{uuid.uuid4().hex[:8]}")
-    try:
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        connection = _open_connection(new)
-        try:
-            _migrate(connection)
-        finally:
-            connection.close()
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    # Sync the folder to make the rename durable. Windows can't open a folder, and needs no sync.
-    if sys.platform != "win32":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _open_connection(path: Path) -> sqlite3.Connection:
-    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
-    # thread opens the connection and the writer thread uses it.
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=128)
-    connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    if sqlite3.sqlite_version_info < (3, 43, 0):
-        connection.create_function("octet_length", 1, _octet_length, deterministic=True)
-    return connection
-
-
-def _octet_length(text: str | None) -> int | None:
-    return None if text is None else len(text.encode("utf-8"))
-
-
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Update the schema. Each script is committed together with its version number."""
-    done = connection.execute("PRAGMA user_version").fetchone()[0]
-    for version, script in enumerate(_migrations()[done:], start=done + 1):
-        connection.executescript(
-            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};\n"
-            "COMMIT;"
-        )

@@ -11,10 +11,17 @@ import uuid
 from dataclasses import replace
 
 from nexum_engine import jsontext, scheduling
-from nexum_engine.errors import Conflict, StaleTask, TaskNotFound
+from nexum_engine.errors import Conflict, StaleTask, TaskNotFound, TooLarge
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.executions import TASK_FRAME_BYTES, end_execution, start_execution
+from nexum_engine.store.executions import (
+    MAX_INLINE_BYTES,
+    MAX_OUTPUT_BYTES,
+    TASK_FRAME_BYTES,
+    end_execution,
+    output_bytes,
+    start_execution,
+)
 from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
@@ -29,11 +36,23 @@ def claim(
     lease_ms: int,
     streamed: bool,
 ) -> Claim:
-    """Hand a worker the task that has been due the longest, as a new attempt with a lease."""
+    """Hand a worker the task that has been due the longest, as a new attempt with a lease.
+
+    A task with a large input is returned without it: get it with `task_input`.
+    """
     candidates = [
         row
         for version_hash in version_hashes
-        if (row := db.one("oldest_task", version_hash=version_hash, now=db.now_ms, max_bytes=max_bytes)) is not None
+        if (
+            row := db.one(
+                "oldest_task",
+                version_hash=version_hash,
+                now=db.now_ms,
+                max_bytes=max_bytes,
+                max_inline=MAX_INLINE_BYTES,
+            )
+        )
+        is not None
     ]
     if not candidates:
         return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
@@ -129,7 +148,8 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
         idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
         if key
         else f"{execution_id}:{node_id}:{node['version_hash']}",
-        input_json=_task_input(db, node),
+        input_json="" if node["input_json"] is None else _task_input(db, node),
+        input_bytes=node["task_bytes"],
     )
 
 
@@ -146,6 +166,14 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
             )
             return ReadyTask(version_hash, row["task_bytes"])
     return None
+
+
+def task_input(db: Db, task_id: str) -> str:
+    """Return the input of a task that was handed out without it."""
+    node = db.one("task_payload", task_id=task_id)
+    if node is None:
+        raise TaskNotFound(task_id)
+    return _task_input(db, node)
 
 
 def _task_input(db: Db, node: Row) -> str:
@@ -200,6 +228,8 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
         if recorded is not None and jsontext.same(recorded["output_json"], output_json):
             return Changed()
     _check_may_report(row)
+    if len(output_json) > MAX_INLINE_BYTES and output_bytes(db, execution_id) + len(output_json) > MAX_OUTPUT_BYTES:
+        raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", execution_id=execution_id, node_id=node_id, output_json=output_json, attempt=row["attempt"])
     db.run("end_attempt", task_id=task_id, outcome=Outcome.COMPLETED.value, error="", now=db.now_ms)
     changes = Changes()

@@ -26,8 +26,17 @@ def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
 
 
+def is_meant_for(metadata: Iterable[Any], database: str) -> bool:
+    """Return whether a call names no database, or `database` by the same path."""
+    wanted = dict(metadata).get(_DATABASE)
+    return wanted is None or wanted == os.fsencode(database)
+
+
 def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
-    """Return why a server that has `database` open must refuse a call with `metadata`, or None if it may answer."""
+    """Return why a server that has `database` open must refuse a call with `metadata`, or None if it may answer.
+
+    This asks the file system where links lead, which can take long.
+    """
     found = dict(metadata)
     wanted = found.get(_DATABASE)
     if wanted is None or (_EMBEDDED_ONLY in found and not embedded):

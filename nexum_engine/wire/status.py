@@ -18,6 +18,7 @@ STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # List a subclass before its base class: the first class that matches counts.
     errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.IdempotencyConflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.Conflict: grpc.StatusCode.FAILED_PRECONDITION,
@@ -50,7 +51,8 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
     metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of grpc
-    if code is grpc.StatusCode.UNAVAILABLE and any(key == ANSWERED for key, _ in metadata or ()):
+    answered = dict(metadata or ()).get(ANSWERED)
+    if (code is grpc.StatusCode.UNAVAILABLE and answered) or answered == errors.Overloaded.__name__:
         return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")

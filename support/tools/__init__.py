@@ -7,9 +7,10 @@ A third tool takes five lines:
         \"\"\"Count the words of a text.\"\"\"
         return str(len(text.split()))
 
-The model sees the name, the docstring and the type hints. Arguments are checked against the hints. A parameter
-`*, call: ToolContext` is hidden from the model: it holds the call's idempotency key, its attempt and the web. Raise
-`FinalError` for an error that a retry can't fix. Any other error is retried, up to four attempts in all.
+The model sees the name, the docstring and the type hints. Arguments are checked against the hints, and converted where
+nothing is lost: "5" is 5. A parameter `*, call: ToolContext` is hidden from the model: it holds the call's idempotency
+key, its attempt and the web. Raise `FinalError` for an error that a retry can't fix. Any other error is retried, up to
+four attempts in all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import Field
 from nexum_engine.errors import FinalError
 from support.tools.declare import REGISTRY, Tool, ToolContext, ToolTimeout, find_tool, tool
 from support.tools.web import Page, SearchHit, Web, WebError
-from support.tools.web.page import page_to_markdown
+from support.tools.web.converter import Converters
 from support.tools.web.url import checked_url
 
 __all__ = [
@@ -60,14 +61,17 @@ def web_search(
     return json.dumps([hit.model_dump() for hit in hits[:max_results]], ensure_ascii=False)
 
 
-@tool(time_limit=60)
+_CONVERTERS = Converters()
+
+
+@tool(time_limit=90)  # 30 s to fetch the page, 20 s to wait for a converter, 30 s to convert
 def visit_webpage(url: str, *, call: ToolContext) -> str:
     """Read a public web page and return its content as Markdown, without navigation and scripts.
 
     Give a full http:// or https:// address, for instance the href of a search result. Long pages are cut, with a note
     at the end that says so.
     """
-    return page_to_markdown(call.web.fetch(checked_url(url)))
+    return _CONVERTERS.convert(call.web.fetch(checked_url(url)))
 
 
 TOOLS: Mapping[str, Tool] = REGISTRY

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from nexum_engine.errors import FinalError
+from support.tools.arguments import validate_leniently
 from support.tools.clean_text import shortened
 from support.tools.contain import StillRunning, run_contained
 from support.tools.web import Web
@@ -40,7 +41,7 @@ class ToolContext:
 
 @dataclass(frozen=True)
 class Tool:
-    """A declared tool. `arguments` is a Pydantic model that forbids unknown names and coerces no types."""
+    """A declared tool. `arguments` is a strict Pydantic model that forbids unknown names."""
 
     name: str
     description: str
@@ -98,7 +99,7 @@ class Tool:
                 raise TypeError("the arguments must be a JSON object")
             # Validate as JSON: in JSON, strict mode accepts a list for a tuple, but never a text for an int.
             text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
-            checked = self.arguments.model_validate_json(text)
+            checked = validate_leniently(self.arguments, text)
         except ValidationError as invalid:
             causes = "; ".join(_cause(error) for error in invalid.errors(include_url=False))
             raise self._wrong(causes) from None

@@ -75,6 +75,8 @@ def test_walk_finds_the_known_modules_and_imports() -> None:
 ENGINE = {
     "errors": (),
     "clock": (),
+    "streams": (),
+    "options": (),
     "signals": (),
     "records": (),
     "jsontext": ("errors",),
@@ -86,10 +88,12 @@ ENGINE = {
     "store": ("location", "scheduling", "workflow", "jsontext", "records", "errors", "clock"),
     "server": ("store", "wire", "location", "workflow", "jsontext", "records", "errors", "clock"),
     "published": ("wire", "records", "errors"),
-    "client": ("published", "wire", "location", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("client", "wire", "errors"),
-    "worker": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
-    "embedded": ("client", "location", "errors"),
+    "channel": ("wire",),
+    "connection": ("channel", "wire", "location", "errors"),
+    "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
+    "heartbeat": ("client", "connection", "channel", "wire", "errors"),
+    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
+    "embedded": ("client", "connection", "location", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }
 
@@ -132,10 +136,11 @@ def test_client_and_server_do_not_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("sqlite3", {"nexum_engine.store.sqlite"}),
+        ("sqlite3", {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file"}),
         ("psycopg", {"nexum_engine.store.postgresql"}),
         ("asyncpg", {"nexum_engine.store.postgresql"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
+        ("grpclib", {"nexum_engine.wire.forked"}),
         ("ddgs", {"support.tools.web.search"}),
         ("markdownify", {"support.tools.web.html"}),
         ("bs4", {"support.tools.web.html"}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,25 +15,17 @@ from autogen_core.models import ChatCompletionTokenLogprob, CreateResult, ModelI
 from autogen_core.tools import FunctionTool
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import QUESTION, Scripted, answer, asked, bench, inside, new_session, reply, run, texts, twice, word
-from harness import Server, nexum_server
+from harness import Server
 from openai_server import OpenAIServer
 from web_servers import LoopbackServer, page
 
 from durable_autogen import DriftError
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test uses new sessions."""
-    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
-        yield running
-
-
 CUT_OFF = reply([FunctionCall(id="1", name="note", arguments='{"text": "half')], finish_reason="length")
 
 
 @pytest.mark.parametrize("broken", [pytest.param("", id="empty"), pytest.param([], id="no call"), CUT_OFF])
-async def test_broken_reply_at_end_is_reported_and_retried(server: Server, broken: Any) -> None:
+async def test_broken_reply_at_end_is_reported_and_retried(shared_server: Server, broken: Any) -> None:
     happened: list[str] = []
     lines: list[str] = []
     session = new_session()
@@ -43,20 +34,20 @@ async def test_broken_reply_at_end_is_reported_and_retried(server: Server, broke
         return [await asked(Scripted(happened)), await asked(Scripted(happened, *script))]
 
     script = [broken]
-    first = await inside(server, program, session, logs=lines)
+    first = await inside(shared_server, program, session, logs=lines)
     assert any("reply 2 of the program is empty or cut off" in line and "again" in line for line in lines)
     script = []
     lines.clear()
-    second = await inside(server, program, session, logs=lines)
+    second = await inside(shared_server, program, session, logs=lines)
     assert second[0] == first[0]
     assert second[1].startswith("word")
     assert not any("cut off" in line for line in lines)
-    assert await inside(server, program, session, logs=lines) == second
+    assert await inside(shared_server, program, session, logs=lines) == second
     assert happened == ["model"] * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_empty_reply_is_kept_if_program_continued(server: Server, stream: bool) -> None:
+async def test_empty_reply_is_kept_if_program_continued(shared_server: Server, stream: bool) -> None:
     happened: list[str] = []
     lines: list[str] = []
 
@@ -65,7 +56,7 @@ async def test_empty_reply_is_kept_if_program_continued(server: Server, stream: 
         await agent.run(task="Q")
         return await agent.run(task="R")
 
-    await twice(server, program, happened, logs=lines)
+    await twice(shared_server, program, happened, logs=lines)
     assert happened == ["model"] * 2
     assert not any("cut off" in line for line in lines)
 
@@ -79,7 +70,7 @@ def openai(base_url: str) -> OpenAIChatCompletionClient:
 
 @pytest.mark.filterwarnings("ignore")  # AutoGen warns of the empty reply and of the unknown model
 @pytest.mark.parametrize("stream", [False, True])
-async def test_web_page_as_reply_is_dropped(server: Server, stream: bool) -> None:
+async def test_web_page_as_reply_is_dropped(shared_server: Server, stream: bool) -> None:
     happened: list[str] = []
     session = new_session()
 
@@ -90,7 +81,9 @@ async def test_web_page_as_reply_is_dropped(server: Server, stream: bool) -> Non
     with LoopbackServer({"/v1/chat/completions": login}) as proxy:
         for number in range(2):
             try:
-                said = texts(await run(server, lambda: build(f"http://127.0.0.1:{proxy.port}/v1"), session=session))[-1]
+                said = texts(
+                    await run(shared_server, lambda: build(f"http://127.0.0.1:{proxy.port}/v1"), session=session)
+                )[-1]
             except DriftError:
                 raise
             except Exception as error:  # noqa: BLE001 - the client may raise any error
@@ -99,13 +92,13 @@ async def test_web_page_as_reply_is_dropped(server: Server, stream: bool) -> Non
             assert proxy.connections > number
             happened.append(said)
     with OpenAIServer(lambda _: answer("yes")) as model:
-        first = await run(server, lambda: build(model.base_url), session=session)
+        first = await run(shared_server, lambda: build(model.base_url), session=session)
         assert texts(first)[-1].startswith("yes")
-        assert texts(await run(server, lambda: build(model.base_url), session=session)) == texts(first)
+        assert texts(await run(shared_server, lambda: build(model.base_url), session=session)) == texts(first)
         assert len(model.requests) == 1
 
 
-async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> None:
+async def test_arguments_given_as_an_object_reach_the_tool(shared_server: Server) -> None:
     happened: list[str] = []
 
     def note(text: str, more: dict[str, list[int]]) -> str:
@@ -117,11 +110,11 @@ async def test_arguments_given_as_an_object_reach_the_tool(server: Server) -> No
         asks = [FunctionCall(id="1", name="note", arguments=arguments)]
         return await AssistantAgent("a", Scripted(happened, asks), tools=[note]).run(task="Q")
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["model", "über {'x': [1, 2]}"]
 
 
-async def test_infinite_logprobs_are_replayed(server: Server) -> None:
+async def test_infinite_logprobs_are_replayed(shared_server: Server) -> None:
     happened: list[str] = []
     tops = [TopLogprob(logprob=-math.inf, bytes=[1]), TopLogprob(logprob=math.inf)]
     logprobs = [ChatCompletionTokenLogprob(token="x", logprob=-math.inf, top_logprobs=tops, bytes=[2])]
@@ -129,7 +122,9 @@ async def test_infinite_logprobs_are_replayed(server: Server) -> None:
     async def program() -> CreateResult:
         return await Scripted(happened, reply(logprobs=logprobs)).create(QUESTION)
 
-    assert (await twice(server, program, happened))["logprobs"] == reply(logprobs=logprobs).model_dump()["logprobs"]
+    assert (await twice(shared_server, program, happened))["logprobs"] == reply(logprobs=logprobs).model_dump()[
+        "logprobs"
+    ]
 
 
 def nested(depth: int) -> str:
@@ -137,7 +132,7 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize("way", ["model", "workbench", "tool"])
-async def test_deeply_nested_arguments_and_results_are_recorded(server: Server, way: str) -> None:
+async def test_deeply_nested_arguments_and_results_are_recorded(shared_server: Server, way: str) -> None:
     happened: list[str] = []
 
     def climb(tree: dict[str, Any]) -> str:
@@ -159,18 +154,18 @@ async def test_deeply_nested_arguments_and_results_are_recorded(server: Server, 
         tree = FunctionTool(lambda: (climb(grown), grown)[1], "The tree.", name="tree")
         return await tree.run_json({}, CancellationToken())
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert "climbed 300" in happened
 
 
 @pytest.mark.parametrize("is_message", [False, True])
-async def test_half_surrogate_pair_in_task_is_replaced(server: Server, is_message: bool) -> None:
+async def test_half_surrogate_pair_in_task_is_replaced(shared_server: Server, is_message: bool) -> None:
     happened: list[str] = []
     session = new_session()
     text = "half \ud83d of it"
     task: Any = TextMessage(content=text, source="user") if is_message else text
-    first = await run(server, lambda: AssistantAgent("a", Scripted(happened)), task, session)
+    first = await run(shared_server, lambda: AssistantAgent("a", Scripted(happened)), task, session)
     for again in (None, task):
-        found = await run(server, lambda: AssistantAgent("a", Scripted(happened)), again, session)
+        found = await run(shared_server, lambda: AssistantAgent("a", Scripted(happened)), again, session)
         assert texts(found)[-1] == texts(first)[-1]
     assert happened == ["model"]

@@ -10,7 +10,7 @@ import pickle
 import random
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -57,20 +57,13 @@ from durable_agents import (
     twice,
     word,
 )
-from harness import Server, nexum_server
+from harness import Server
 from pydantic import BaseModel, ValidationError
 
 from durable_autogen import DurableSession, NotDurable
 from nexum_engine.errors import ServerUnavailable
 
 pytestmark = pytest.mark.every_python
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test uses new sessions."""
-    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -112,7 +105,7 @@ KEPT: dict[str, Callable[[Any], Callable[[], Any]]] = {
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
 async def test_client_is_recorded_wherever_program_keeps_it(
-    server: Server, happened: list[str], keep: Callable[[Any], Callable[[], Any]]
+    shared_server: Server, happened: list[str], keep: Callable[[Any], Callable[[], Any]]
 ) -> None:
     kept = keep(Scripted(happened))  # made before the session is opened
     other = Scripted(happened)
@@ -120,11 +113,11 @@ async def test_client_is_recorded_wherever_program_keeps_it(
     async def program() -> TaskResult:
         return await pair(Own("keeper", lambda _: asked(kept())), AssistantAgent("other", other)).run(task="Q")
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert len(happened) == 4
 
 
-async def test_create_method_of_mixin_is_recorded(server: Server, happened: list[str]) -> None:
+async def test_create_method_of_mixin_is_recorded(shared_server: Server, happened: list[str]) -> None:
     class Speaks:  # not an AutoGen class
         async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
             happened.append("mixin")
@@ -136,12 +129,12 @@ async def test_create_method_of_mixin_is_recorded(server: Server, happened: list
     async def program() -> list[str]:
         return [await asked(Mixed(happened)) for _ in range(2)]
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["mixin"] * 2
     assert "create" not in vars(Mixed)
 
 
-async def test_client_that_asks_other_clients_is_recorded_once(server: Server, happened: list[str]) -> None:
+async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Server, happened: list[str]) -> None:
     class Fallback(Scripted):
         async def create(self, messages: Sequence[Any], **more: Any) -> CreateResult:
             for client in (Scripted(happened, LookupError("down"), name="first"), Scripted(happened, name="second")):
@@ -155,18 +148,18 @@ async def test_client_that_asks_other_clients_is_recorded_once(server: Server, h
         assert recorder.live["model calls"] + recorder.replayed["model calls"] == 1
         return said
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["first", "second"]
 
 
-async def test_cached_reply_and_usage_stay_as_client_gave_them(server: Server, happened: list[str]) -> None:
+async def test_cached_reply_and_usage_stay_as_client_gave_them(shared_server: Server, happened: list[str]) -> None:
     async def program() -> Any:
         store: Any = InMemoryStore()
         client = ChatCompletionCache(Scripted(happened), store)
         # Dump each reply at once: the store returns the same object again, and the client marks it as cached.
         return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
 
-    live, hit, used = await twice(server, program, happened)
+    live, hit, used = await twice(shared_server, program, happened)
     assert (live["cached"], hit["cached"]) == (False, True)
     assert live["content"] == hit["content"]
     assert used == 2
@@ -204,7 +197,7 @@ PIXEL = Image.from_base64(
 )
 @pytest.mark.parametrize("method", ["run", "run_json"])
 async def test_directly_called_tool_returns_same_value_in_replay(
-    server: Server, happened: list[str], value: Any, method: str
+    shared_server: Server, happened: list[str], value: Any, method: str
 ) -> None:
     def give(text: str) -> Any:
         happened.append(text)
@@ -216,7 +209,7 @@ async def test_directly_called_tool_returns_same_value_in_replay(
         got = await getattr(tool, method)(args, token())
         return type(got), got.to_base64() if isinstance(got, Image) else got
 
-    assert (await twice(server, program, happened))[0] is type(value)
+    assert (await twice(shared_server, program, happened))[0] is type(value)
 
 
 class Declined(Exception):
@@ -229,7 +222,7 @@ class Declined(Exception):
 
 @pytest.mark.parametrize("kind", [Declined, ValidationError, KeyError])
 async def test_tool_error_is_caught_by_its_type_in_replay(
-    server: Server, happened: list[str], kind: type[Exception]
+    shared_server: Server, happened: list[str], kind: type[Exception]
 ) -> None:
     def fail() -> None:
         happened.append("failed")
@@ -247,7 +240,7 @@ async def test_tool_error_is_caught_by_its_type_in_replay(
             details = [(one["type"], one["loc"], one["msg"], one["input"]) for one in found]
             return [str(error), details or vars(error), type(error) is kind]
 
-    assert (await twice(server, program, happened))[-1]
+    assert (await twice(shared_server, program, happened))[-1]
 
 
 class NewsArguments(BaseModel):
@@ -279,14 +272,14 @@ class NewsTool(BaseStreamTool[NewsArguments, TextMessage, News]):
         yield News(text=word())
 
 
-async def test_messages_of_streaming_tool_are_in_transcript(server: Server, happened: list[str]) -> None:
+async def test_messages_of_streaming_tool_are_in_transcript(shared_server: Server, happened: list[str]) -> None:
     async def program() -> TaskResult:
         model = Scripted(happened, [call("news", upto=2)])
         return await pair(AssistantAgent("a", model, tools=[NewsTool(happened)]), turns=1).run(task="Q")
 
     outside = [(type(message).__name__, message.source) for message in (await program()).messages]
     assert sum(source == "news" for _, source in outside) == 2
-    recorded = await twice(server, program, happened)
+    recorded = await twice(shared_server, program, happened)
     assert [(message["type"], message["source"]) for message in recorded["messages"]] == outside
     assert happened == ["model", "item 0", "item 1"]
 
@@ -313,7 +306,7 @@ class Asker(RoutedAgent):
 
 @pytest.mark.parametrize("started", ["before", "within"])
 async def test_core_agents_are_recorded_whenever_their_runtime_started(
-    server: Server, happened: list[str], started: str
+    shared_server: Server, happened: list[str], started: str
 ) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
 
@@ -336,12 +329,12 @@ async def test_core_agents_are_recorded_whenever_their_runtime_started(
             await at_work.stop_when_idle()
         return said
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     if before is not None:
         await before.stop()
 
 
-async def test_tool_agent_calls_tools_once(server: Server, happened: list[str]) -> None:
+async def test_tool_agent_calls_tools_once(shared_server: Server, happened: list[str]) -> None:
     def charge(amount: int) -> str:
         happened.append(f"charge {amount}")
         return word()
@@ -357,11 +350,13 @@ async def test_tool_agent_calls_tools_once(server: Server, happened: list[str]) 
         # The ids of the calls differ in each run.
         return [str(message.content) for message in said]
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert sorted(happened) == ["charge 1", "charge 2", "model", "model", "model"]
 
 
-async def test_team_on_own_runtime_started_before_session_is_recorded(server: Server, happened: list[str]) -> None:
+async def test_team_on_own_runtime_started_before_session_is_recorded(
+    shared_server: Server, happened: list[str]
+) -> None:
     runtime = SingleThreadedAgentRuntime()
     runtime.start()
 
@@ -376,7 +371,7 @@ async def test_team_on_own_runtime_started_before_session_is_recorded(server: Se
         one = AssistantAgent("one", Scripted(happened, [call("note", text="by model")]), tools=[note])
         return await pair(one, Own("two", act), runtime=runtime).run(task="Q")
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["model", "by model", "directly", "model", "directly"]
     await runtime.stop()
 
@@ -384,7 +379,7 @@ async def test_team_on_own_runtime_started_before_session_is_recorded(server: Se
 # ---- Memory, code, people --------------------------------------------------------------------------------------------
 
 
-async def test_memory_is_asked_once(server: Server, happened: list[str]) -> None:
+async def test_memory_is_asked_once(shared_server: Server, happened: list[str]) -> None:
     class Library(ListMemory):
         async def query(self, *args: Any, **more: Any) -> MemoryQueryResult:
             happened.append("looked up")
@@ -400,7 +395,7 @@ async def test_memory_is_asked_once(server: Server, happened: list[str]) -> None
         said = await AssistantAgent("a", Scripted(happened), memory=[memory]).run(task="Q")
         return [direct.model_dump(), plain(said)]
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["looked up", "looked up", "model"]
 
 
@@ -424,7 +419,7 @@ class Executor(CodeExecutor):
     async def restart(self) -> None: ...
 
 
-async def test_code_is_approved_and_executed_once(server: Server, happened: list[str]) -> None:
+async def test_code_is_approved_and_executed_once(shared_server: Server, happened: list[str]) -> None:
     async def approve(request: ApprovalRequest) -> ApprovalResponse:
         happened.append("approved")
         return ApprovalResponse(approved=len(happened) < 4, reason=word())
@@ -436,11 +431,11 @@ async def test_code_is_approved_and_executed_once(server: Server, happened: list
         direct = await Executor(happened).execute_code_blocks([CodeBlock("1", "python")], token())
         return [plain(said), direct]
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["model", "approved", "executed", "model", "approved", "executed"]
 
 
-async def test_person_behind_own_get_input_is_asked_once(server: Server, happened: list[str]) -> None:
+async def test_person_behind_own_get_input_is_asked_once(shared_server: Server, happened: list[str]) -> None:
     class Web(UserProxyAgent):
         async def _get_input(self, prompt: str, cancellation_token: CancellationToken | None) -> str:
             happened.append(prompt)
@@ -449,7 +444,7 @@ async def test_person_behind_own_get_input_is_asked_once(server: Server, happene
     async def program() -> TaskResult:
         return await pair(Web("person"), turns=2).run(task="Q")
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert len(happened) == 2
 
 
@@ -494,7 +489,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
 
 @pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
 async def test_condition_that_ignores_messages_stops_replay_at_same_message(
-    server: Server, happened: list[str], condition: Callable[[list[str]], TerminationCondition]
+    shared_server: Server, happened: list[str], condition: Callable[[list[str]], TerminationCondition]
 ) -> None:
     async def program() -> TaskResult:
         await asked(Scripted(happened))
@@ -504,13 +499,13 @@ async def test_condition_that_ignores_messages_stops_replay_at_same_message(
         return result
 
     for _ in range(4):
-        await twice(server, program, happened)
+        await twice(shared_server, program, happened)
 
 
 # ---- Agents inside a turn, parallel sessions and tasks ---------------------------------------------------------------
 
 
-async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server, happened: list[str]) -> None:
+async def test_agents_and_teams_built_in_a_turn_are_recorded(shared_server: Server, happened: list[str]) -> None:
     def note() -> str:
         happened.append("noted")
         return word()
@@ -524,12 +519,12 @@ async def test_agents_and_teams_built_in_a_turn_are_recorded(server: Server, hap
     async def program() -> TaskResult:
         return await pair(Own("builder", act), turns=2).run(task="Q")
 
-    said = await twice(server, program, happened)
+    said = await twice(shared_server, program, happened)
     assert len(said["messages"]) == 3
     assert happened == (["model", "noted", *["model"] * 3]) * 2
 
 
-async def test_parallel_sessions_in_one_loop_stay_separate(server: Server, happened: list[str]) -> None:
+async def test_parallel_sessions_in_one_loop_stay_separate(shared_server: Server, happened: list[str]) -> None:
     ids = {f"s{number}": new_session() for number in range(4)}
 
     async def one(name: str) -> Any:
@@ -538,7 +533,7 @@ async def test_parallel_sessions_in_one_loop_stay_separate(server: Server, happe
             direct = await asyncio.gather(*(asked(Scripted(happened, name=name)) for _ in range(3)))
             return [direct, plain(await pair(*agents).run(task=name))]
 
-        return await inside(server, program, ids[name])
+        return await inside(shared_server, program, ids[name])
 
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(*map(one, ids))
@@ -550,11 +545,11 @@ async def test_parallel_sessions_in_one_loop_stay_separate(server: Server, happe
     assert happened == before
 
 
-async def test_session_inside_recorded_tool_is_separate(server: Server, happened: list[str]) -> None:
+async def test_session_inside_recorded_tool_is_separate(shared_server: Server, happened: list[str]) -> None:
     own = new_session()
 
     async def inner() -> Any:
-        return await inside(server, lambda: asked(Scripted(happened, name="inner")), own)
+        return await inside(shared_server, lambda: asked(Scripted(happened, name="inner")), own)
 
     async def delegate() -> str:
         happened.append("delegated")
@@ -563,13 +558,13 @@ async def test_session_inside_recorded_tool_is_separate(server: Server, happened
     async def program() -> TaskResult:
         return await AssistantAgent("a", Scripted(happened, [call("delegate")]), tools=[delegate]).run(task="Q")
 
-    said = await twice(server, program, happened)
+    said = await twice(shared_server, program, happened)
     assert happened == ["model", "delegated", "inner"]
     assert await inner() in str(said)
     assert happened == ["model", "delegated", "inner"]
 
 
-async def test_tasks_that_ask_in_other_order_get_their_replies(server: Server, happened: list[str]) -> None:
+async def test_tasks_that_ask_in_other_order_get_their_replies(shared_server: Server, happened: list[str]) -> None:
     async def ask(name: str) -> str:
         messages = [QUESTION[0].model_copy(update={"content": f"for {name}"})]
         return str((await Scripted(happened).create(messages)).content)
@@ -581,13 +576,15 @@ async def test_tasks_that_ask_in_other_order_get_their_replies(server: Server, h
         return dict(sorted(zip(names, found, strict=True)))
 
     for _ in range(3):
-        await twice(server, program, happened)
+        await twice(shared_server, program, happened)
 
 
 # ---- NotDurable ------------------------------------------------------------------------------------------------------
 
 
-async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(server: Server, happened: list[str]) -> None:
+async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(
+    shared_server: Server, happened: list[str]
+) -> None:
     def ask() -> str:
         return asyncio.run(asked(Scripted(happened, name="threaded")))
 
@@ -612,11 +609,11 @@ async def test_thread_with_own_event_loop_raises_not_durable_outside_tool(server
         assert isinstance(raised[0], NotDurable)
         return await AssistantAgent("a", Scripted(happened, [call("threaded")]), tools=[threaded]).run(task="Q")
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["model", "threaded"]
 
 
-async def test_call_after_session_end_raises_not_durable(server: Server, happened: list[str]) -> None:
+async def test_call_after_session_end_raises_not_durable(shared_server: Server, happened: list[str]) -> None:
     over = asyncio.Event()
     late: list[asyncio.Task[str]] = []
 
@@ -628,8 +625,8 @@ async def test_call_after_session_end_raises_not_durable(server: Server, happene
         late.append(asyncio.create_task(ask()))
         return await asked(Scripted(happened))
 
-    async with DurableSession(new_session(), nexum=server.address):
-        await inside(server, program, "ends-first")
+    async with DurableSession(new_session(), nexum=shared_server.address):
+        await inside(shared_server, program, "ends-first")
         over.set()
         with pytest.raises(NotDurable, match="session ends-first has ended"):
             await late[0]
@@ -660,11 +657,11 @@ def everything() -> dict[str, Any]:
     return found
 
 
-async def test_last_session_restores_all_methods(server: Server, happened: list[str]) -> None:
+async def test_last_session_restores_all_methods(shared_server: Server, happened: list[str]) -> None:
     before = everything()
-    first = DurableSession(new_session(), nexum=server.address)
+    first = DurableSession(new_session(), nexum=shared_server.address)
     await first.__aenter__()
-    async with DurableSession(new_session(), nexum=server.address):
+    async with DurableSession(new_session(), nexum=shared_server.address):
         during = everything()
         assert {kind.__name__ for kind in WRAPPED} <= {name for name in before if during[name] != before[name]}
     with pytest.raises(ServerUnavailable):
@@ -680,7 +677,7 @@ def note(text: str, times: int = 1) -> str:
     return text * times
 
 
-async def test_session_leaves_objects_unchanged(server: Server, happened: list[str]) -> None:
+async def test_session_leaves_objects_unchanged(shared_server: Server, happened: list[str]) -> None:
     def looks() -> list[Any]:
         client = OpenAIChatCompletionClient(model="gpt-4o", api_key="k")
         tool = FunctionTool(note, "Note it.")
@@ -706,10 +703,10 @@ async def test_session_leaves_objects_unchanged(server: Server, happened: list[s
         ]
 
     outside = looks()
-    assert await inside(server, lambda: asyncio.sleep(0, looks()), new_session()) == outside
+    assert await inside(shared_server, lambda: asyncio.sleep(0, looks()), new_session()) == outside
 
 
-async def test_class_defined_in_session_is_recorded(server: Server, happened: list[str]) -> None:
+async def test_class_defined_in_session_is_recorded(shared_server: Server, happened: list[str]) -> None:
     async def program() -> Any:
         class Defined(Scripted):
             async def create(self, messages: Sequence[Any], **_: Any) -> CreateResult:
@@ -731,5 +728,5 @@ async def test_class_defined_in_session_is_recorded(server: Server, happened: li
         again = await Counter().run(NewsArguments(**arguments), token())
         return [await asked(Defined(happened)), counted.text, again.text]
 
-    await twice(server, program, happened)
+    await twice(shared_server, program, happened)
     assert happened == ["counted", "counted", "defined"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,20 +17,13 @@ from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, CreateResult
 from autogen_core.tools import BaseTool, FunctionTool
 from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_session, plain, reply, run, twice, word
-from harness import Server, nexum_server
+from harness import Server
 from pydantic import BaseModel
 
 pytestmark = pytest.mark.every_python
 
 
 GIVEN_UP_AFTER = 0.1  # seconds
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test uses new sessions."""
-    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -93,7 +86,7 @@ def by(act: Callable[[], Awaitable[str]], happened: list[str], turns: int = 2) -
 @pytest.mark.parametrize("then", ["the stream hangs", "the stream is over"])
 @pytest.mark.parametrize("turns", [1, 2])
 async def test_agent_that_leaves_stream_gets_same_pieces_in_replay(
-    server: Server, happened: list[str], then: str, turns: int
+    shared_server: Server, happened: list[str], then: str, turns: int
 ) -> None:
     async def act() -> str:
         more: list[Any] = [hangs] if then == "the stream hangs" else []
@@ -102,7 +95,7 @@ async def test_agent_that_leaves_stream_gets_same_pieces_in_replay(
     async def program() -> TaskResult:
         return await by(act, happened, turns).run(task="Q")
 
-    result = await twice(server, program, happened)
+    result = await twice(shared_server, program, happened)
     assert result["messages"][1]["content"].endswith("STOP ")
     assert happened == ["model", "next"][:turns]
 
@@ -110,7 +103,7 @@ async def test_agent_that_leaves_stream_gets_same_pieces_in_replay(
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("what", ["model", "tool", "own stream"])
 async def test_call_cancelled_by_wait_for_is_cancelled_in_replay(
-    server: Server, happened: list[str], turns: int, what: str
+    shared_server: Server, happened: list[str], turns: int, what: str
 ) -> None:
     async def act() -> str:
         if what == "model":
@@ -131,17 +124,19 @@ async def test_call_cancelled_by_wait_for_is_cancelled_in_replay(
     async def team() -> TaskResult:
         return await by(act, happened, turns).run(task="Q")
 
-    result = await twice(server, team, happened)
+    result = await twice(shared_server, team, happened)
     assert result["messages"][-1]["content"] == "gave up"
     assert len(happened) == (1 if turns == 1 else 3)
     session = new_session()
-    first = await run(server, lambda: by(act, happened, turns), session=session)
+    first = await run(shared_server, lambda: by(act, happened, turns), session=session)
     happened.clear()
-    assert (await run(server, lambda: by(act, happened, turns), session=session)).model_dump() == first.model_dump()
+    assert (
+        await run(shared_server, lambda: by(act, happened, turns), session=session)
+    ).model_dump() == first.model_dump()
     assert happened == []
 
 
-async def test_loser_of_race_is_cancelled_in_replay(server: Server, happened: list[str]) -> None:
+async def test_loser_of_race_is_cancelled_in_replay(shared_server: Server, happened: list[str]) -> None:
     async def program() -> list[str]:
         said = []
         for number in range(3):
@@ -159,7 +154,7 @@ async def test_loser_of_race_is_cancelled_in_replay(server: Server, happened: li
             said += [task.result() for task in done]
         return said
 
-    assert len(await twice(server, program, happened)) == 3
+    assert len(await twice(shared_server, program, happened)) == 3
     assert sorted(happened) == ["quick"] * 3 + ["slow"] * 3
 
 
@@ -185,7 +180,7 @@ class Retrying(Own):
         yield Response(chat_message=TextMessage(content=f"{said} {tried}", source=self.name, id=message))
 
 
-async def test_retried_stream_has_same_message_ids_in_replay(server: Server, happened: list[str]) -> None:
+async def test_retried_stream_has_same_message_ids_in_replay(shared_server: Server, happened: list[str]) -> None:
     async def program() -> list[tuple[str, str | None]]:
         broken = ConnectionError(word())
         script = ["one ", "two ", broken, broken, "three ", "four ", broken, word(), None, word()]
@@ -198,14 +193,14 @@ async def test_retried_stream_has_same_message_ids_in_replay(server: Server, hap
                 found.append((item.content, item.id))
         return found
 
-    found = await twice(server, program, happened)
+    found = await twice(shared_server, program, happened)
     assert len(happened) == 5
     # One id for the task, one for each of the first turn's three attempts with pieces, and one for the second turn.
     assert len({message for _, message in found}) == 5
     assert [said for said, _ in found if said in ("one ", "three ")] == ["one ", "three "]
 
 
-async def test_call_left_running_at_session_end_is_given_up(server: Server, happened: list[str]) -> None:
+async def test_call_left_running_at_session_end_is_given_up(shared_server: Server, happened: list[str]) -> None:
     left: list[asyncio.Task[str]] = []
 
     async def program() -> str:
@@ -214,7 +209,7 @@ async def test_call_left_running_at_session_end_is_given_up(server: Server, happ
         await asyncio.sleep(0.1)  # in this time, a replay would make the left call again
         return said
 
-    await asyncio.wait_for(twice(server, program, happened), TIMEOUT)
+    await asyncio.wait_for(twice(shared_server, program, happened), TIMEOUT)
     assert sorted(happened) == ["last", "left"]
     done, _ = await asyncio.wait(left, timeout=TIMEOUT)
     assert len(done) == 2
@@ -222,7 +217,7 @@ async def test_call_left_running_at_session_end_is_given_up(server: Server, happ
 
 @pytest.mark.parametrize("is_team", [True, False])
 async def test_cancelled_session_records_no_given_up_call_and_retries(
-    server: Server, happened: list[str], is_team: bool
+    shared_server: Server, happened: list[str], is_team: bool
 ) -> None:
     begun = asyncio.Event()
     session = new_session()
@@ -238,10 +233,10 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
 
     async def program() -> Any:
         # Don't call the team's own `run`: when it is cancelled, it waits for ever for its agent.
-        return plain(await run(server, lambda: by(act, happened), session=session)) if is_team else await alone()
+        return plain(await run(shared_server, lambda: by(act, happened), session=session)) if is_team else await alone()
 
     async def alone() -> Any:
-        return await inside(server, act, session)
+        return await inside(shared_server, act, session)
 
     for number in range(2):  # the second run replays, and is cancelled at the same call
         begun.clear()
@@ -259,7 +254,7 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
     assert happened == expected
 
 
-async def test_tool_answers_call_with_already_cancelled_token(server: Server, happened: list[str]) -> None:
+async def test_tool_answers_call_with_already_cancelled_token(shared_server: Server, happened: list[str]) -> None:
     class Careful(BaseTool[Nothing, Said]):
         """Return an answer although the token is cancelled, as AutoGen's command-line executor does."""
 
@@ -278,5 +273,5 @@ async def test_tool_answers_call_with_already_cancelled_token(server: Server, ha
 
     session = new_session()
     for _ in range(2):
-        assert await inside(server, program, session) == "cancelled before it began"
+        assert await inside(shared_server, program, session) == "cancelled before it began"
     assert happened == ["ran"]

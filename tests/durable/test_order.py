@@ -24,7 +24,7 @@ from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
-from harness import ROOT, Server, nexum_server
+from harness import ROOT, Server
 
 from durable_autogen.record.order import BUSY_PATIENCE
 from durable_autogen.record.place import current
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.every_python
 
 T = TypeVar("T")
 OnLoop = Callable[[Coroutine[Any, Any, T]], T]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test uses new sessions."""
-    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
-        yield running
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -58,7 +51,7 @@ def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def test_session_does_not_wait_for_a_neighbours_busy_task(
-    server: Server, loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+    shared_server: Server, loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
     happened: list[str] = []
     busy, over = asyncio.Event(), asyncio.Event()
@@ -78,10 +71,10 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
         return [await asked(Scripted(happened)) for _ in range(10)]
 
     async def main() -> float:
-        neighbours = [asyncio.create_task(inside(server, neighbour, new_session())), asyncio.create_task(tick())]
+        neighbours = [asyncio.create_task(inside(shared_server, neighbour, new_session())), asyncio.create_task(tick())]
         await busy.wait()
         before, begun = ticks, time.monotonic()
-        await twice(server, program, happened)
+        await twice(shared_server, program, happened)
         seconds = time.monotonic() - begun
         assert ticks > before
         over.set()
@@ -93,7 +86,7 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
     assert "was busy" not in caplog.text
 
 
-def test_session_waits_for_its_work_in_threads(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyncio.AbstractEventLoop) -> None:
     happened: list[str] = []
 
     async def program() -> list[str]:
@@ -118,7 +111,7 @@ def test_session_waits_for_its_work_in_threads(server: Server, loop: asyncio.Abs
         await asyncio.gather(branch("one"), branch("two"))
         return seen
 
-    seen = loop.run_until_complete(twice(server, program, happened))
+    seen = loop.run_until_complete(twice(shared_server, program, happened))
     # The second branch's reply is delivered when the first branch's work in the thread is over.
     first, second = seen[0].split()[0], seen[2].split()[0]
     assert first != second
@@ -127,7 +120,7 @@ def test_session_waits_for_its_work_in_threads(server: Server, loop: asyncio.Abs
 
 
 def test_programs_own_executor_runs_its_functions_with_its_threads(
-    server: Server, loop: asyncio.AbstractEventLoop
+    shared_server: Server, loop: asyncio.AbstractEventLoop
 ) -> None:
     happened: list[str] = []
     held = threading.local()
@@ -147,7 +140,7 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
         return [said, await asyncio.to_thread(lambda: held.connection)]
 
     async def main() -> Any:
-        found = await twice(server, program, happened)
+        found = await twice(shared_server, program, happened)
         after = await asyncio.to_thread(lambda: (threading.current_thread().name, held.connection))
         assert after[0].startswith("own")
         assert after[1] == "open"
@@ -189,7 +182,7 @@ def fan_out(happened: list[str]) -> GraphFlow:
 
 
 def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
-    server: Server, loop: asyncio.AbstractEventLoop
+    shared_server: Server, loop: asyncio.AbstractEventLoop
 ) -> None:
     happened: list[str] = []
 
@@ -198,13 +191,15 @@ def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
 
     async def main() -> None:
         for _ in range(6):
-            await twice(server, program, happened)
+            await twice(shared_server, program, happened)
             assert sorted(happened) == ["model"] * 7 + ["noted"]
 
     loop.run_until_complete(main())
 
 
-def test_agents_that_end_together_keep_order_of_plain_run(server: Server, loop: asyncio.AbstractEventLoop) -> None:
+def test_agents_that_end_together_keep_order_of_plain_run(
+    shared_server: Server, loop: asyncio.AbstractEventLoop
+) -> None:
     """No agent overtakes one that waits until the session is idle."""
 
     async def says(_: str) -> str:
@@ -225,7 +220,7 @@ def test_agents_that_end_together_keep_order_of_plain_run(server: Server, loop: 
     async def main() -> None:
         plain = await program()
         for _ in range(5):
-            assert await inside(server, program, new_session()) == plain
+            assert await inside(shared_server, program, new_session()) == plain
 
     loop.run_until_complete(main())
 
@@ -236,7 +231,7 @@ since_314 = pytest.mark.skipif(sys.version_info < (3, 14), reason="new in Python
 
 
 @since_314
-async def test_thread_keeps_the_context_that_the_program_gave_it(server: Server) -> None:
+async def test_thread_keeps_the_context_that_the_program_gave_it(shared_server: Server) -> None:
     asker: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="nobody")
     given, empty = contextvars.Context(), contextvars.Context()
     given.run(asker.set, "the program")
@@ -250,13 +245,13 @@ async def test_thread_keeps_the_context_that_the_program_gave_it(server: Server)
             started.start()
             await asyncio.to_thread(started.join)
 
-    await inside(server, program, new_session())
+    await inside(shared_server, program, new_session())
     assert seen == [("the program", True), ("nobody", True)]
     assert given.run(current.get) is None  # unchanged
 
 
 @since_314
-async def test_pool_of_interpreters_runs_its_functions_in_a_session(server: Server) -> None:
+async def test_pool_of_interpreters_runs_its_functions_in_a_session(shared_server: Server) -> None:
     futures: Any = importlib.import_module("concurrent.futures")
 
     async def program() -> float:
@@ -264,11 +259,11 @@ async def test_pool_of_interpreters_runs_its_functions_in_a_session(server: Serv
             root: float = await asyncio.get_running_loop().run_in_executor(pool, math.sqrt, 4)
             return root
 
-    assert await inside(server, program, new_session()) == 2
+    assert await inside(shared_server, program, new_session()) == 2
 
 
 @since_314
-def test_pool_started_in_session_has_no_session_after_it(server: Server) -> None:
+def test_pool_started_in_session_has_no_session_after_it(shared_server: Server) -> None:
     # Threads inherit their starter's context in a free-threaded Python, or with this option.
     code = """
         import asyncio, sys
@@ -286,6 +281,6 @@ def test_pool_started_in_session_has_no_session_after_it(server: Server) -> None
     """
     command = [sys.executable, "-X", "thread_inherit_context=1", "-c", textwrap.dedent(code)]
     done = subprocess.run(
-        [*command, server.address, new_session()], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, shared_server.address, new_session()], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr

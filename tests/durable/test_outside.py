@@ -19,19 +19,12 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.tools import FunctionTool
 from durable_agents import Own, Scripted, asked, call, inside, new_session, run, twice, word
-from harness import Server, nexum_server
+from harness import Server
 from web_servers import LoopbackServer, page
 
 from durable_autogen import NotDurable
 
 pytestmark = pytest.mark.every_python
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for the whole file: each test uses new sessions."""
-    with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
-        yield running
 
 
 class World:
@@ -95,7 +88,7 @@ def about_outside(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_connection_is_reported_once_and_in_summary(server: Server, world: World, way: Way) -> None:
+async def test_connection_is_reported_once_and_in_summary(shared_server: Server, world: World, way: Way) -> None:
     lines: list[str] = []
     named: list[list[str]] = []
 
@@ -108,7 +101,7 @@ async def test_connection_is_reported_once_and_in_summary(server: Server, world:
     async def program() -> TaskResult:
         return await RoundRobinGroupChat([Own("reporter", act)], max_turns=1).run(task="Q")
 
-    await inside(server, program, new_session(), logs=lines)
+    await inside(shared_server, program, new_session(), logs=lines)
     assert world.touched == 2
     (line,) = named[0]
     assert named[1] == [line]
@@ -121,7 +114,9 @@ async def test_connection_is_reported_once_and_in_summary(server: Server, world:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_on_unrecorded_stop_prevents_connection_outside_record(server: Server, world: World, way: Way) -> None:
+async def test_on_unrecorded_stop_prevents_connection_outside_record(
+    shared_server: Server, world: World, way: Way
+) -> None:
     async def act(_: str) -> str:
         await way(world)
         return word()
@@ -134,11 +129,11 @@ async def test_on_unrecorded_stop_prevents_connection_outside_record(server: Ser
 
     for acting in (act, survives):
         with pytest.raises(NotDurable, match=f"reporter {target(way, world)}.*on_unrecorded='stop'"):
-            await run(server, lambda: Own("reporter", acting), session=new_session(), on_unrecorded="stop")  # noqa: B023
+            await run(shared_server, lambda: Own("reporter", acting), session=new_session(), on_unrecorded="stop")  # noqa: B023
     assert world.touched == 0
 
 
-async def test_program_and_each_agent_are_reported_separately(server: Server, world: World) -> None:
+async def test_program_and_each_agent_are_reported_separately(shared_server: Server, world: World) -> None:
     lines: list[str] = []
 
     async def act(_: str) -> str:
@@ -149,7 +144,7 @@ async def test_program_and_each_agent_are_reported_separately(server: Server, wo
         await by_a_stream(world)
         await RoundRobinGroupChat([Own("one", act), Own("two", act)], max_turns=2).run(task="Q")
 
-    await inside(server, program, new_session(), logs=lines)
+    await inside(shared_server, program, new_session(), logs=lines)
     connected = f"connected to 127.0.0.1:{world.web.port} outside the record"
     named = [line for line in lines if connected in line]
     assert [line.partition(" connected")[0] for line in named] == ["the program", "one", "two"]
@@ -157,7 +152,7 @@ async def test_program_and_each_agent_are_reported_separately(server: Server, wo
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
 async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
-    server: Server, world: World, on_unrecorded: str
+    shared_server: Server, world: World, on_unrecorded: str
 ) -> None:
     happened: list[str] = []
     lines: list[str] = []
@@ -192,13 +187,15 @@ async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
         return await FunctionTool(work, "Work.").run_json({}, CancellationToken())
 
     outside = asyncio.create_task(neighbour())  # started before the session, and at work during it
-    await twice(server, program, happened, logs=lines, on_unrecorded=on_unrecorded)
+    await twice(shared_server, program, happened, logs=lines, on_unrecorded=on_unrecorded)
     await outside
     assert sorted(happened[1:]) == ["blocked", "model", "worked", "worked"]
     assert about_outside(lines) == []
 
 
-async def test_console_input_is_recorded_and_not_reported(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_console_input_is_recorded_and_not_reported(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     happened: list[str] = []
     lines: list[str] = []
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\nthird\nfourth\n"))
@@ -212,7 +209,7 @@ async def test_console_input_is_recorded_and_not_reported(server: Server, monkey
         return [said, result.messages[-1].to_text(), await asked(Scripted(happened))]
 
     before = input
-    said = await twice(server, program, happened, logs=lines, on_unrecorded="stop")
+    said = await twice(shared_server, program, happened, logs=lines, on_unrecorded="stop")
     assert said[:2] == ["first", "second third"]
     assert sys.stdin.readline() == "fourth\n"
     assert about_outside(lines) == []

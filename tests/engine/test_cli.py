@@ -106,12 +106,17 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["--database-url", "postgresql://localhost/x"], 1, "PostgreSQL is not supported yet: use sqlite:///path"),
         (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not supported"),
         (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
-        (["--lease", "soon"], 2, "argument --lease: soon is not a number of seconds"),
-        (["--lease", "0"], 2, "argument --lease: 0 is too short"),
-        (["--patience", "nan"], 2, "argument --patience: nan is not a number of seconds"),
+        (["--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),
+        (["ps", "--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),
+        (["--listen", "127.0.0.1:٥٠٠٠"], 1, "is not an address"),
+        (["--lease", "inf"], 2, "argument --lease: 'inf' is not a number of seconds between 0.1 and 1,000,000"),
+        (["--lease", "soon"], 2, "argument --lease: 'soon' is not a number of seconds between 0.1 and"),
+        (["--lease", "0"], 2, "argument --lease: '0' is not a number of seconds between 0.1 and 1,000,000"),
+        (["--patience", "nan"], 2, "argument --patience: 'nan' is not a number of seconds between 0 and"),
         (["frob"], 2, "invalid choice: 'frob'"),
-        (["ps", "--limit", "0"], 2, "argument --limit: 0 is not a number between 1 and 1000"),
-        (["ps", "--limit", "many"], 2, "argument --limit: many is not a number between 1 and 1000"),
+        (["ps", "--limit", "0"], 2, "argument --limit: '0' is not a number between 1 and 1,000"),
+        (["ps", "--limit", "many"], 2, "argument --limit: 'many' is not a number between 1 and 1,000"),
+        (["ps", "--limit", "9" * 5000], 2, "...' is not a number between 1 and 1,000"),
         (["show"], 2, "the following arguments are required: EXECUTION"),
         (["ps", "--nexum", "nonsense"], 1, "'nonsense' is not the address of a server"),
     ],
@@ -266,7 +271,7 @@ def test_full_disk_under_output_is_a_one_line_error(tmp_path: Path, server: Serv
             stderr=subprocess.PIPE,
             timeout=30,
         )
-    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+    assert (run.returncode, run.stderr) == (1, b"error: the output can't be written: No space left on device\n")
 
 
 def test_closed_pipe_on_windows_prints_no_traceback(tmp_path: Path, server: Server) -> None:

@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 from harness import free_port, logged, nexum_server
 
-from nexum_engine.client import NexumClient, ServerInfo
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import ServerInfo
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
-from nexum_engine.location import address_file, database_path, database_url, read_address, write_address
+from nexum_engine.location import (
+    address_file,
+    database_path,
+    database_url,
+    is_same_database,
+    read_address,
+    write_address,
+)
 from nexum_engine.owner import Owner
 from nexum_engine.server import run_server
+from nexum_engine.workflow import workflow
 
 NOWHERE = "127.0.0.1:1"
 
@@ -56,7 +65,7 @@ def default_port(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Unset NEXUM_ADDRESS and DATABASE_URL, and use a default port on which nothing listens."""
     for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("nexum_engine.client.DEFAULT_ADDRESS", NOWHERE)
+    monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", NOWHERE)
     return monkeypatch
 
 
@@ -152,7 +161,7 @@ async def test_bad_address_is_refused(address: str) -> None:
 async def test_client_prefers_own_server_to_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     own = enter(tmp_path / "own", default_port)
     async with serving(own, embedded=True), serving(tmp_path / "other.db") as other:
-        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", other)
         async with NexumClient() as client:
             assert await client.server_info() == ServerInfo(str(own), True)
             assert client.address == str(own)
@@ -161,7 +170,7 @@ async def test_client_prefers_own_server_to_default_port(tmp_path: Path, default
 async def test_client_uses_a_persons_server_on_default_port(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     own = enter(tmp_path / "own", default_port)
     async with serving(tmp_path / "other.db") as other:
-        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", other)
         own.parent.mkdir()
         write_address(own, other)  # a killed server left this file, and another server has its port now
         async with NexumClient() as client:
@@ -178,7 +187,7 @@ async def test_client_uses_a_persons_server_on_default_port(tmp_path: Path, defa
 async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     enter(tmp_path / "own", default_port)
     async with serving(tmp_path / "other.db", embedded=True) as other:
-        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", other)
+        default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", other)
         async with NexumClient() as client:
             with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
                 await client.ping()
@@ -200,9 +209,32 @@ async def test_client_leaves_default_port_after_its_server_changes(
 ) -> None:
     enter(tmp_path / "own", default_port)
     async with serving(tmp_path / "person.db") as address:
-        default_port.setattr("nexum_engine.client.DEFAULT_ADDRESS", address)
+        default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", address)
         client = NexumClient()
         await client.ping()
     async with client, serving(tmp_path / "other.db", address, embedded=True):
         with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
             await client.ping()
+
+
+async def test_path_with_a_zero_byte_is_an_error_in_words(tmp_path: Path) -> None:
+    async with NexumClient(f"{tmp_path}/a\0b") as client:
+        with pytest.raises(ServerUnavailable, match="no running Nexum server has"):
+            await client.ping()
+    assert not is_same_database(f"{tmp_path}/a\0b", f"{tmp_path}/ab")
+
+
+@pytest.mark.parametrize("wait", [float("nan"), float("inf"), -1.0])
+async def test_wait_of_any_size_is_refused_in_words_or_limited(tmp_path: Path, wait: float) -> None:
+    one = workflow("one").effect("a").build()
+    async with serving(tmp_path / "nexum.db") as address, NexumClient(address) as client:
+        await client.register_workflow(one)
+        if wait != wait:
+            with pytest.raises(InvalidRequest, match="wait is not a number"):
+                await client.start_execution(one, {}, wait=wait)
+        else:
+            starting = asyncio.create_task(client.start_execution(one, {}, wait=wait))
+            while not (found := await client.list_executions()):
+                pass
+            await client.cancel_execution(found[0].execution_id)
+            assert (await starting).execution_id == found[0].execution_id

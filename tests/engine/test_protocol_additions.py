@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -147,7 +149,7 @@ def test_get_execution_answers_running_after_its_wait(stub: NexumServiceStub) ->
 
 
 def test_server_caps_the_wait_of_a_call() -> None:
-    from nexum_engine.client import CALL_DEADLINE, MAX_SERVER_WAIT
+    from nexum_engine.connection import CALL_DEADLINE, MAX_SERVER_WAIT
     from nexum_engine.server.servicer import MAX_WAIT_MS, _wait_seconds
 
     assert _wait_seconds(2**31 - 1) == MAX_WAIT_MS / 1000 == 30
@@ -476,3 +478,36 @@ def test_concurrent_starts_with_one_key_get_one_execution(server: Server) -> Non
         other = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="1", idempotency_key="key")
         code, words = refused(lambda: stub.StartExecution(other, timeout=DEADLINE))
         assert (code, answers[0][0] in words) == (grpc.StatusCode.ALREADY_EXISTS, True)
+
+
+# ---- Malformed messages ----------------------------------------------------------------------------------------------
+
+MALFORMED = [b"\xff\xff\xff", b"\x0a\x05ab", b"\x0a\x02\xff\xfe"]
+"""A bad tag, a text that is shorter than its length, and a text that is not UTF-8."""
+
+
+def send(channel: Any, method: Any, data: bytes) -> None:
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    if method.client_streaming:
+        list(channel.stream_stream(path)(iter([data]), timeout=DEADLINE))
+    else:
+        channel.unary_unary(path)(data, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("data", MALFORMED)
+def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -> None:
+    # A message without fields may hold anything.
+    methods = [one for one in pb.DESCRIPTOR.services_by_name["NexumService"].methods if one.input_type.fields]
+    assert "WorkerStream" in {method.name for method in methods}
+    with grpc.insecure_channel(server.address) as channel:
+        for method in methods:
+            code, words = refused(partial(send, channel, method, data))
+            assert (code, method.name) == (grpc.StatusCode.INVALID_ARGUMENT, method.name)
+            assert f"the request is not a valid {method.input_type.name} message" in words
+
+
+def test_database_with_a_zero_byte_in_its_name_is_another_one(server: Server) -> None:
+    with connected(server.address) as stub:
+        metadata = (("nexum-database-bin", b"/tmp/a\0b"),)
+        code, words = refused(lambda: stub.ListExecutions(pb.ListRequest(), metadata=metadata, timeout=DEADLINE))
+    assert (code, "open" in words) == (grpc.StatusCode.UNAVAILABLE, True)

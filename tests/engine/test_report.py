@@ -99,3 +99,16 @@ def test_age_is_in_its_largest_unit() -> None:
 
 def test_empty_table_says_no_executions() -> None:
     assert report.table([], START) == "no executions"
+
+
+def test_clock_that_was_put_back_shows_no_negative_time() -> None:
+    assert report.age(-315_359_999_000) == "in the future"
+    assert report.age(-999) == "0 s ago"  # two clocks are never quite equal
+    assert report.seconds(START, START - 5000) == "an unknown time (the clock was put back)"
+    assert "in the future" in report.table([EXECUTION], START - 3_600_000)
+    assert "took an unknown time" in report.details(replace(EXECUTION, ended_ms=START - 1))
+
+
+@pytest.mark.parametrize("ms", [2**62, -(2**62)])
+def test_impossible_time_of_another_server_is_shown_as_its_number(ms: int) -> None:
+    assert f"at {ms} ms since 1970" in report.details(replace(EXECUTION, created_ms=ms))

@@ -24,7 +24,8 @@ from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, St
 from nexum_engine.location import database_path
 from nexum_engine.store import database_exists, executions, open_store
 from nexum_engine.store.db import Db
-from nexum_engine.store.sqlite import APPLICATION_ID, SqliteStore
+from nexum_engine.store.sqlite import SqliteStore
+from nexum_engine.store.sqlite_file import APPLICATION_ID
 from nexum_engine.workflow import workflow
 
 pytestmark = pytest.mark.every_python
@@ -118,7 +119,7 @@ def test_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("", "can't be read"), ("file.txt/nexum.db", "can't be read"), ("x" * 300, "name too long")],
+    [("", "it is a folder"), ("file.txt/nexum.db", "Not a directory"), ("x" * 300, "name too long")],
     ids=["a folder", "below a file", "a name too long"],
 )
 def test_bad_path_is_refused_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
@@ -150,7 +151,18 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
+    assert "writable" in run.stderr
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
+async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    await (await opened(tmp_path / "nexum.db")).close()
+    (tmp_path / "nexum.db").chmod(0o400)
+    run = serve(tmp_path / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
+    assert f"database {tmp_path / 'nexum.db'} can't be opened" in run.stderr
+    assert f"make the file and its folder {tmp_path} writable" in run.stderr
 
 
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
@@ -159,7 +171,8 @@ async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> Non
     # As if a newer server had been killed before its log reached the file: the header still says version 1.
     program = (
         "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
-        "c.execute('PRAGMA user_version = 99'); c.commit(); os._exit(9)"
+        "c.execute('PRAGMA user_version = 99'); own = c.execute('SELECT stamp FROM log_stamp').fetchone()[0][:16];"
+        "c.execute('UPDATE log_stamp SET stamp = ?', (bytes(16) + own + bytes(1),)); c.commit(); os._exit(9)"
     )
     with running(["-c", program], cwd=tmp_path) as newer_server:
         assert newer_server.wait() == 9
@@ -254,9 +267,10 @@ async def test_schema_is_what_the_migrations_make(tmp_path: Path) -> None:
 
 async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
-    connection = store._connection
+    connection = store._database.connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
-    assert {row["name"] for row in tables if row["strict"]} == {"workflow_versions", "executions", "nodes", "attempts"}
+    ours = {"workflow_versions", "executions", "nodes", "attempts", "file_mark", "log_stamp"}
+    assert {row["name"] for row in tables if row["strict"]} == ours
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
@@ -303,11 +317,13 @@ def test_patient_server_starts_when_first_server_is_killed(tmp_path: Path) -> No
 def commits(store: SqliteStore) -> Iterator[list[str]]:
     """Record the statements that end a transaction, as SQLite runs them."""
     seen: list[str] = []
-    store._connection.set_trace_callback(lambda sql: seen.append(sql) if sql in ("COMMIT", "ROLLBACK") else None)
+    store._database.connection.set_trace_callback(
+        lambda sql: seen.append(sql) if sql in ("COMMIT", "ROLLBACK") else None
+    )
     try:
         yield seen
     finally:
-        store._connection.set_trace_callback(None)
+        store._database.connection.set_trace_callback(None)
 
 
 async def test_transitions_submitted_together_share_a_transaction(tmp_path: Path) -> None:
@@ -381,8 +397,8 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
     store.on_unknown = [lambda: told.append(None)]
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id
-    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
-    store._connection.execute(f"PRAGMA max_page_count = {pages}")
+    pages = store._database.connection.execute("PRAGMA page_count").fetchone()[0]
+    store._database.connection.execute(f"PRAGMA max_page_count = {pages}")
     large = json.dumps("x" * 1_000_000)
     outcomes = await asyncio.gather(
         store.run(executions.start_execution, "w", "v1", "1", ""),
@@ -400,21 +416,6 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
     await store.close()
 
 
-async def test_store_waits_for_a_locked_database(tmp_path: Path) -> None:
-    store = await opened(tmp_path / "nexum.db")
-    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
-    store._connection.execute("PRAGMA busy_timeout = 50")
-    other = sqlite3.connect(tmp_path / "nexum.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StoreUnavailable):
-        await store.run(executions.start_execution, "w", "v1", "1", "")
-    other.execute("ROLLBACK")
-    other.close()
-    assert not store.failed.done()
-    assert (await store.run(executions.start_execution, "w", "v1", "1", "")).execution_id
-    await store.close()
-
-
 async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path: Path) -> None:
     """COMMIT fails after all statements succeeded: no caller may get a success, and none its own error."""
     store = await opened(tmp_path / "nexum.db")
@@ -424,7 +425,7 @@ async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path
 
     def broken(db: Db) -> None:
         # SQLite checks a deferred reference only at COMMIT.
-        store._connection.execute("PRAGMA defer_foreign_keys = ON")
+        store._database.connection.execute("PRAGMA defer_foreign_keys = ON")
         db.run("add_attempt", **ORPHAN)
         ran.append("to its end")
 
@@ -449,7 +450,7 @@ async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, mo
     failing: list[str] = []
 
     def fails(*_: Any, **__: Any) -> list[Any]:
-        store._connection.execute("BEGIN IMMEDIATE")
+        store._database.connection.execute("BEGIN IMMEDIATE")
         failing.append("with a transaction open")
         raise MemoryError
 

@@ -17,7 +17,8 @@ from google.protobuf.message import Message
 from harness import ROOT, Server, free_port, nexum_server, running
 from pydantic import BaseModel
 
-from nexum_engine.client import Method, NexumClient
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import Method
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault, ServerUnavailable
 from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
 from nexum_engine.store import tasks
@@ -472,8 +473,9 @@ class Lossy(NexumClient):
         super().__init__(address)
         self._kind = kind
         self.lost: list[str] = []
+        self._call = self._call_and_lose
 
-    async def _call(
+    async def _call_and_lose(
         self,
         method: Method[Request, Answer],
         request: Request,
@@ -481,7 +483,7 @@ class Lossy(NexumClient):
         wait: float = 0.0,
         patience: float = 0.0,
     ) -> Answer:
-        answer = await super()._call(method, request, wait=wait, patience=patience)
+        answer = await self._connection.call(method, request, wait=wait, patience=patience)
         handed: Any = answer.next if isinstance(answer, pb.AckResponse) else answer
         has_task = isinstance(handed, pb.PollResponse) and handed.has_task
         if not has_task or not isinstance(answer, self._kind) or self.lost:
@@ -489,7 +491,7 @@ class Lossy(NexumClient):
         self.lost.append(handed.execution_id)
         if not patience:
             raise ServerUnavailable("the connection broke")
-        return await super()._call(method, request, wait=wait, patience=patience)
+        return await self._connection.call(method, request, wait=wait, patience=patience)
 
 
 @pytest.mark.parametrize("kind", [pb.PollResponse, pb.AckResponse], ids=["a poll", "a report"])

@@ -32,6 +32,7 @@ from autogen_agentchat.teams import (
 from autogen_agentchat.tools import AgentTool
 
 from durable_autogen import DurableSession, run_durable_stream
+from nexum_engine import channel
 from nexum_engine.errors import NexumError
 from support.models.live import LiveModel
 
@@ -255,6 +256,7 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     random.seed()
+    channel._is_forked = False  # no call was made before the fork: use grpcio, as a program that isn't forked does
     code = 70
     try:
         code = run_on_loop(argv)

@@ -177,7 +177,7 @@ def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: 
         run = subprocess.run(
             [sys.executable, str(ROOT / script)], cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE
         )
-    assert (run.returncode, run.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+    assert (run.returncode, run.stderr) == (1, b"error: the output can't be written: No space left on device\n")
 
 
 def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:

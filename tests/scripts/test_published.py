@@ -305,7 +305,7 @@ async def test_recorded_run_starts_its_own_server_beside_a_published_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    for module in ("client", "embedded"):
+    for module in ("connection", "embedded"):
         monkeypatch.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", address)
     caplog.set_level("INFO")
     async with EmbeddedNexum(None) as nexum:

@@ -479,6 +479,8 @@ def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
     [
         (["web_search", "[1]"], 2, "the arguments must be a JSON object, not: [1]"),
         (["web_search", "{}", "--nexum", "127.0.0.1:1", "--timeout", "1"], 2, "no Nexum server answers on 127.0.0.1:1"),
+        (["web_search", "{}", "--timeout", "nan"], 2, "argument --timeout: 'nan' is not a number of seconds between 0"),
+        (["web_search", "{}", "--timeout=-inf"], 2, "argument --timeout: '-inf' is not a number of seconds between 0"),
         (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
     ],
 )

@@ -35,9 +35,9 @@ HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--concurrency", "0"], "--concurrency is 0: give 1 to 1000"),
-        (["--concurrency", "-1"], "--concurrency is -1: give 1 to 1000"),
-        (["--concurrency", "many"], "invalid int value: 'many'"),
+        (["--concurrency", "0"], "'0' is not a number between 1 and 1,000"),
+        (["--concurrency", "-1"], "'-1' is not a number between 1 and 1,000"),
+        (["--concurrency", "many"], "'many' is not a number between 1 and 1,000"),
         (["--nexum", "nonsense"], "'nonsense' is not the address of a server: give HOST:PORT"),
         (["--nexum", "localhost:0"], "is not the address of a server"),
         (["--frob"], "unrecognized arguments: --frob"),

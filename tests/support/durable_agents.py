@@ -117,6 +117,7 @@ def session() -> Session:
     """Return the session inside which the caller runs."""
     place = current.get()
     assert place is not None
+    assert isinstance(place.session, Session)
     return place.session
 
 

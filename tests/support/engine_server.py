@@ -13,12 +13,12 @@ import grpc
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
+from nexum_engine.server.bounds import Answers, Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, abort
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
-from nexum_engine.wire.nexum_pb2_grpc import add_NexumServiceServicer_to_server
 
 Transition = Callable[..., Any]
 Run = Callable[[], Awaitable[Any]]
@@ -81,8 +81,8 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     waiters = Waiters()
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
     store.on_unknown = [polls.look_again, waiters.look_again]
-    server = grpc.aio.server()
-    add_NexumServiceServicer_to_server(NexumServicer(store, polls, waiters, liveness), server)
+    server = grpc.aio.server(interceptors=[Reading()])
+    add_servicer(NexumServicer(store, polls, waiters, liveness, Answers()), server, abort)
     port = server.add_insecure_port("127.0.0.1:0")
     await liveness.start()
     await server.start()

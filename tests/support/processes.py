@@ -19,7 +19,7 @@ from typing import Any
 from harness import ROOT, Process, environment, running
 
 from nexum_engine.__main__ import build_parser, look
-from nexum_engine.client import DEFAULT_ADDRESS
+from nexum_engine.connection import DEFAULT_ADDRESS
 
 DEMO = str(ROOT / "demo.py")
 QUESTION = "What is the population of Tokyo vs New York?"

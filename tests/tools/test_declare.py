@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from nexum_engine.errors import FinalError
 from support.tools import TOOLS, Page, SearchHit, Tool, ToolContext, find_tool, tool, web_search
 from support.tools.declare import REGISTRY
+from support.tools.web.url import checked_url
 
 pytestmark = pytest.mark.every_python
 
@@ -69,12 +70,46 @@ async def test_arguments_and_context_reach_the_function() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"count": "5"}, {"count": 5}),
+        ({"count": 5.0}, {"count": 5}),
+        ({"count": " 5.0 "}, {"count": 5}),
+        ({"count": None}, {"count": 3}),
+        ({"share": "0.25"}, {"share": 0.25}),
+        ({"share": None, "exact": None, "pair": None, "mode": None}, {}),
+        ({"exact": "True"}, {"exact": True}),
+        ({"exact": "false"}, {"exact": False}),
+        ({"tags": '["x", "y"]'}, {"tags": ["x", "y"]}),
+        ({"tags": None}, {"tags": None}),
+        ({"pair": ["3", 4.0]}, {"pair": (3, 4)}),
+        ({"pair": '["3", 4]', "count": "2"}, {"pair": (3, 4), "count": 2}),
+        ({"place": '{"city": "C"}'}, {"place": Place(city="C")}),
+    ],
+)
+def test_a_value_that_loses_nothing_is_converted(given: dict[str, Any], read: dict[str, Any]) -> None:
+    defaults = {"count": 3, "share": 0.5, "exact": False, "tags": None, "pair": (1, 2), "mode": "a", "place": None}
+    checked = EVERYTHING.validate({"text": "t", **given})
+    assert checked == {"text": "t", **defaults, **read}
+    assert all(type(checked[name]) is type(value) for name, value in read.items())
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({}, "text is missing"),
         ({"text": 5}, "text: Input should be a valid string (given: 5)"),
         ({"text": None}, "text: Input should be a valid string (given: None)"),
-        ({"text": "t", "count": "5"}, "count: Input should be a valid integer (given: '5')"),
+        ({"text": "t", "count": "five"}, "count: Input should be a valid integer (given: 'five')"),
+        ({"text": "t", "count": "10"}, "count: Input should be less than or equal to 9 (given: 10)"),
+        ({"text": "t", "count": "5.5"}, "count: Input should be a valid integer (given: '5.5')"),
+        ({"text": "t", "count": "٣"}, "count: Input should be a valid integer (given: '٣')"),
+        ({"text": "t", "count": 1e300}, "count: Input should be a valid integer (given: 1e+300)"),
+        ({"text": "t", "share": "1e999"}, "share: Input should be a valid number (given: '1e999')"),
+        ({"text": "t", "share": True}, "share: Input should be a valid number (given: True)"),
+        ({"text": "t", "tags": "x"}, "tags: Input should be a valid array (given: 'x')"),
+        ({"text": "t", "place": "{'city': 'C'}"}, "place: "),
+        ({"text": "t", "pair": [1, None]}, "pair.1: Input should be a valid integer (given: None)"),
         ({"text": "t", "count": 2.5}, "count: Input should be a valid integer"),
         ({"text": "t", "count": True}, "count: Input should be a valid integer"),
         ({"text": "t", "count": 10}, "count: Input should be less than or equal to 9 (given: 10)"),
@@ -226,10 +261,51 @@ async def test_visit_webpage_checks_the_address_before_it_asks_the_web() -> None
     web = PlannedWeb(page=Page("https://example.org/", 200, "text/plain", b"hello"))
     visit = find_tool("visit_webpage")
     assert await visit.run({"url": " https://EXAMPLE.org "}, context(web)) == "hello"
-    for url in ("file:///etc/hostname", "example.org", "http://localhost/"):
+    for url in ("file:///etc/hostname", "example", "http://localhost/"):
         with pytest.raises(FinalError, match="was not visited"):
             await visit.run({"url": url}, context(web))
     assert web.asked == ["https://example.org/"]
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("example.org", "https://example.org/"),
+        ("<https://example.org>", "https://example.org/"),
+        ("<example.org/a?b=c#d>", "https://example.org/a?b=c#d"),
+        ('"https://example.org/"', "https://example.org/"),
+        ("`http://example.org/a_(b)`\n", "http://example.org/a_(b)"),
+        ("www.Example.co.uk:8443/x", "https://www.example.co.uk:8443/x"),
+        ("münchen.de", "https://xn--mnchen-3ya.de/"),
+        ("https://example.org/%00?q=a b", "https://example.org/%00?q=a%20b"),
+    ],
+)
+def test_an_address_without_scheme_or_in_brackets_is_read(given: str, address: str) -> None:
+    assert checked_url(given) == address
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("population of Tokyo", "it has no scheme; write the full address, beginning with https://"),
+        ("/wiki/Tokyo", "it has no scheme"),
+        ("Tokyo", "it has no scheme"),
+        ("localhost:8000/x", "only http:// and https:// addresses can be visited"),
+        ("user@example.org", "it has no scheme"),
+        ("mailto:user@example.org", "only http:// and https://"),
+        ("javascript:alert(1)", "only http:// and https://"),
+        ("10.0.0.1/", "it has no scheme"),
+        ("", "it is not a web address (Input should be a valid URL, input is empty)"),
+        ("<>", "it is not a web address"),
+        ("[text](https://example.org)", "it has no scheme"),
+        ("https://", "it is not a web address"),
+        ("example.org:99999", "it is not a web address (Input should be a valid URL, invalid port number)"),
+    ],
+)
+def test_another_text_is_no_address(given: str, words: str) -> None:
+    with pytest.raises(FinalError) as refused:
+        checked_url(given)
+    assert f"was not visited: {words}" in str(refused.value)
 
 
 @pytest.mark.parametrize("href", ["javascript:alert(1)", "/x", "ftp://example.org/", "http://localhost/", ""])

@@ -16,6 +16,7 @@ from web_servers import LoopbackServer, endless, page, redirect
 
 from nexum_engine.errors import FinalError
 from support.tools.web import WebError
+from support.tools.web.decompress import read_body
 
 
 @pytest.fixture
@@ -99,6 +100,14 @@ def deflated(data: bytes, window_bits: int) -> bytes:
 def test_known_encodings_are_decompressed(server: LoopbackServer, encoding: str, body: bytes) -> None:
     server.answers["/"] = page(body, content_encoding=encoding)
     assert fetcher().fetch(f"http://public.test:{server.port}/").body == b"hello " * 50
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20, 21, 22, 1000])
+def test_parts_of_a_gzip_file_may_end_with_any_packet(size: int) -> None:
+    data = b"".join(gzip.compress(word) for word in (b"one ", b"", b"two ", b"three"))
+    packets = [data[begin : begin + size] for begin in range(0, len(data), size)]
+    assert read_body(packets, "gzip", 1000) == (b"one two three", False)
+    assert read_body([*packets, b"\0" * 9], "gzip", 1000) == (b"one two three", False)
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "evil"])

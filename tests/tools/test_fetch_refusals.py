@@ -136,7 +136,7 @@ def test_the_trap_is_reached_where_the_policy_allows_it(trap: LoopbackServer) ->
     [
         ("file:///etc/hostname", "only http:// and https:// addresses"),
         ("ftp://public.test/", "only http:// and https:// addresses"),
-        ("public.test/page", "no scheme; write the full address, beginning with https://"),
+        ("/page", "no scheme; write the full address, beginning with https://"),
         ("http://127.0.0.1", "127.0.0.1 is not a public address"),
         ("http://169.254.169.254", "169.254.169.254 is not a public address"),
         ("http://localhost", "its host is this computer"),

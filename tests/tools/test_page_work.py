@@ -12,9 +12,12 @@ from collections.abc import Callable
 from types import FrameType
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.tools.web import Page
-from support.tools.web.html import attributes, hooks, seen, source, style
+from support.tools.web.html import attributes, hooks, paragraphs, source, style
+from support.tools.web.html.attributes import names
 from support.tools.web.page import page_to_markdown
 
 URL = "https://example.org/dir/page"
@@ -43,7 +46,8 @@ PAGES: dict[str, Callable[[int], str]] = {
     "bodies": lambda n: f"<table>{'<tbody><tr><td>a<td>b' * n}</table>",
     "columns": lambda n: f"<table><tr>{'<td>a' * n}<tr><td>b</table>",
     "tables": lambda n: "<table><tr><th>a</table>" * n,
-    "nested tables": lambda n: "<table><tr><td>a<td>b" * n,
+    "nested tables": lambda n: "<table><tr><td>a<td>b" * 5 * n,  # many, because a table costs more than its nesting
+    "items outside lists": lambda n: "<li><span>a<thead>" * n,
     "terms": lambda n: f"<dl>{'<dt>a<dd>b' * n}</dl>",
     "preformatted": lambda n: "<pre><code>a</code></pre>" * n,
     "boxes in preformatted": lambda n: f"<pre>{'<div>a</div>' * n}</pre>",
@@ -54,8 +58,13 @@ PAGES: dict[str, Callable[[int], str]] = {
     "readings": lambda n: "<ruby>a<rt>b" * n,
     "formula": lambda n: "<math>" + "<msup><mi>a</mi><mn>2</mn></msup>" * n,
     "nested formula": lambda n: "<math>" + "<msup><mi>a" * n,
+    "nested scripts": lambda n: "<math>" + "<msup><mi>a</mi>" * n,
+    "texts in drawings": lambda n: "a" + "<svg><text>b</text>" * n,
+    "nested terms": lambda n: "<dl>" + "<dd>a" * n,
     "custom elements": lambda n: "".join(f"<x-{number}>a" for number in range(n)),
     "soft breaks": lambda n: "a<wbr>" * n,
+    "rules of sheets": lambda n: f"<style>{'.a .b,p{display:none}' * n}</style>a" + "<p class=a>b" * n,
+    "sheets": lambda n: "<style>.a{display:none}</style><p class=a>a<b>" * n,
     "scripts": lambda n: "<script>x</script>a" * n,
     "drawings": lambda n: "a" + "<svg><desc>" * n + "</title>" * n,
     "drawings left": lambda n: "a" + "<svg><p>b" * n,
@@ -88,10 +97,25 @@ def test_work_grows_linearly_with_the_page(name: str) -> None:
     assert calls(page(GROWTH * SMALL)) < 2 * GROWTH * calls(page(SMALL))
 
 
+NESTABLE = sorted(
+    names("a b blockquote code dd div form h2 i li main math msup ol p pre q select span sup table td tr")
+)
+TAGS = st.builds(
+    "<{}{}>{}".format, st.sampled_from(["", "", "/"]), st.sampled_from(NESTABLE), st.sampled_from(["", "a"])
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(TAGS, min_size=1, max_size=5).map("".join), st.lists(TAGS, max_size=2).map("".join))
+def test_work_grows_linearly_with_the_repeats_of_any_piece(piece: str, around: str) -> None:
+    calls(f"seen{around}{piece}")
+    assert calls(f"seen{around}{piece * GROWTH * SMALL}") < 2 * GROWTH * calls(f"seen{around}{piece * SMALL}")
+
+
 PATTERNS = sorted(
     {
         (module.__name__, pattern.pattern)
-        for module in (attributes, hooks, seen, source, style)
+        for module in (attributes, hooks, paragraphs, source, style)
         for value in vars(module).values()
         for pattern in (value.values() if isinstance(value, dict) else [value])
         if isinstance(pattern, re.Pattern)
@@ -123,4 +147,10 @@ def repeated_neighbours(pattern: str) -> list[str]:
 def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
     """Each page takes under a second. Quadratic work would take hours, and pytest's time limit would end the test."""
     html = "<h1>head</h1>" + around.replace("|", run * (400_000 // len(run)))
+    assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")
+
+
+def test_400_kilobytes_of_nested_elements_are_read() -> None:
+    """It takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
+    html = "<h1>head</h1>" + "<div><br>a" * 40_000
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")

@@ -38,6 +38,9 @@ class Page:
     body: bytes
     truncated: bool = False  # the body is longer than the limit
 
+    # Allow any bytes in JSON, in which a page is passed to the process that converts it.
+    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
 
 class Web(Protocol):
     """The live or the offline web. Both methods block, so call them in a tool's thread."""

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
 from enum import Enum
-from typing import Literal
+from itertools import chain
 
-_DEFAULT = "utf-8"
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # must precede UTF-16: this mark begins with UTF-16's mark
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_DECLARED_WITHIN = 4096  # bytes
-_META = re.compile(rb"<meta[^>]{0,200}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w.:-]{1,40})", re.IGNORECASE)
-_XML = re.compile(rb"^\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
-# Accept only these encodings: Python's codecs also include punycode, unicode_escape, zip and others.
-_CHARSET = re.compile(
-    r"utf-(8|16|32)(-[bl]e)?|iso8859-\d+|cp\d+|koi8-\w|euc_\w+|gb\w+|big5\w*|shift_j\w+|mac-\w+|tis-620"
-)
-# Decode with a superset of the declared encoding, as browsers do: most such pages use the superset's characters.
-_SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "tis-620": "cp874"}
+from support.tools.web.decoders import REPLACEMENT, decode, encoding_name
+from support.tools.web.html.source import attributes_of, next_tag
+
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16le"), (codecs.BOM_UTF16_BE, "utf-16be"))
+_DECLARED_WITHIN = 4096  # bytes; the HTML standard looks at the first 1024, and browsers also later
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
+_XML = re.compile(r"\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
 
 
 class Kind(Enum):
@@ -63,36 +54,65 @@ def is_readable(content_type: str) -> bool:
     return kind_of(content_type) is not None
 
 
-def decoded(body: bytes, content_type: str) -> str | Literal[False]:
-    """Return the body's text, or False if the body is binary.
+def decoded(body: bytes, content_type: str) -> str:
+    """Return the body's text. Raises ValueError, with the reason in words, if the body can't be read.
 
-    The encoding comes from the byte order mark, from the header, or from the page's declaration. The default is UTF-8.
+    As in the HTML standard, the encoding comes from the byte order mark, from the header, or from the page's own
+    declaration. Without these, the text is UTF-8, or else windows-1252.
     """
-    encoding = _encoding(body, content_type)
-    if not encoding.startswith(("utf-16", "utf-32")) and b"\0" in body[:_DECLARED_WITHIN]:
-        return False
-    return body.decode(encoding, "replace")
-
-
-def _encoding(body: bytes, content_type: str) -> str:
-    for mark, encoding in _BYTE_ORDER_MARKS:
+    for mark, marked in _BYTE_ORDER_MARKS:
         if body.startswith(mark):
-            return encoding
-    header = re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", content_type, re.IGNORECASE)
-    if header and (charset := _charset(header[1])):
-        return charset
+            return decode(body[len(mark) :], marked)
+    labels = (found[1] for found in _CHARSET.finditer(content_type))
+    encoding = next(filter(None, map(encoding_name, labels)), None) or _declared(body, kind_of(content_type))
+    if encoding == REPLACEMENT:
+        raise ValueError("is in an encoding that browsers refuse to read")
+    if encoding not in ("utf-16le", "utf-16be") and b"\0" in body[:_DECLARED_WITHIN]:
+        encoding = _utf_16(body)
+    if encoding is not None:
+        return decode(body, encoding)
+    text = decode(body, "utf-8")
+    undecodable = text.count("\ufffd")
+    # Count bytes above the number of characters: a text in UTF-8 has more sequences of several bytes than errors.
+    return text if undecodable <= len(body) - len(text) else decode(body, "windows-1252")
+
+
+def _utf_16(body: bytes) -> str:
+    """Return the encoding of a text with NULs: UTF-16, if half of its bytes are NULs, as in Latin letters."""
     head = body[:_DECLARED_WITHIN]
-    declared = _XML.search(head) or (_META.search(head) if kind_of(content_type) is Kind.HTML else None)
-    if declared and (charset := _charset(declared[1].decode("ascii", "replace"))):
-        # Ignore a declared UTF-16 or UTF-32: the declaration itself was read as single bytes, so it can't be true.
-        return _DEFAULT if charset.startswith(("utf-16", "utf-32")) else charset
-    return _DEFAULT
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if min(even, odd) > 0 or max(even, odd) * 4 < len(head):
+        raise ValueError("holds binary data; only HTML, text, JSON and XML can be read")
+    return "utf-16be" if even else "utf-16le"
 
 
-def _charset(label: str) -> str | None:
-    try:
-        name = codecs.lookup(label).name
-    except LookupError:
-        return None
-    name = _SUPERSETS.get(name, name)
-    return name if _CHARSET.fullmatch(name) else None
+def _declared(body: bytes, kind: Kind | None) -> str | None:
+    """Return the encoding that the body itself declares, in HTML or XML."""
+    head = body[:_DECLARED_WITHIN].decode("latin-1")
+    labels = _meta_labels(head) if kind is Kind.HTML else iter(())
+    xml = _XML.match(head)
+    for label in chain(labels, [xml[1]] if xml else []):
+        match encoding_name(label):
+            case None:
+                continue
+            case "utf-16le" | "utf-16be":
+                return "utf-8"  # the declaration was read as single bytes, so it can't be true
+            case "x-user-defined":
+                return "windows-1252"
+            case encoding:
+                return encoding
+    return None
+
+
+def _meta_labels(head: str) -> Iterator[str]:
+    """Return the labels in the `meta` elements of a page's head, leaving out comments and other tags' attributes."""
+    position = 0
+    while tag := next_tag(head, position):
+        position = tag.end
+        if tag.name != "meta" or tag.closing:
+            continue
+        attributes = dict(reversed(attributes_of(head, tag)))  # the first of equal names counts
+        if "charset" in attributes:
+            yield attributes["charset"]
+        elif attributes.get("http-equiv", "").lower() == "content-type":
+            yield from _CHARSET.findall(attributes.get("content", ""))[:1]

@@ -38,14 +38,20 @@ def _plain(chunks: Iterable[bytes], max_bytes: int) -> tuple[bytes, bool]:
 def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tuple[bytes, bool]:
     body = bytearray()
     received = 0
+    data = b""
     inflater = zlib.decompressobj(window_bits)
     for chunk in chunks:
         received += len(chunk)
         # Look for zlib's header in the first byte: servers send "deflate" with the header or without it.
         if received == len(chunk) and window_bits == zlib.MAX_WBITS and chunk and chunk[0] & 0x0F != 8:
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = chunk
-        while data:
+        data += chunk
+        # A gzip file may have several members. Between two of them, wait for the first bytes of the next one.
+        while data and not (inflater.eof and len(data) < len(_GZIP_MAGIC)):
+            if inflater.eof:
+                if not data.startswith(_GZIP_MAGIC):
+                    return bytes(body), False
+                inflater = zlib.decompressobj(window_bits)
             try:
                 body += inflater.decompress(data, max_bytes + 1 - len(body))
             except zlib.error as error:
@@ -55,13 +61,7 @@ def _inflated(chunks: Iterable[bytes], max_bytes: int, window_bits: int) -> tupl
                 if len(body) > BOMB_RATIO * used:
                     raise FinalError(f"the page is a compression bomb: {used:,} bytes hold more than {max_bytes:,}")
                 return bytes(body[:max_bytes]), True
-            data = inflater.unconsumed_tail
-            if inflater.eof:
-                data = inflater.unused_data
-                if not data.startswith(_GZIP_MAGIC):
-                    return bytes(body), False
-                # Read the next member: a gzip file may have several.
-                inflater = zlib.decompressobj(window_bits)
+            data = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
         if received > max_bytes:
             return bytes(body), True
     if received and not inflater.eof:

@@ -29,9 +29,10 @@ def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
     if kind is None:
         media = shortened(media_type(page.content_type))
         raise FinalError(f"{name} is not a page but {media}; only HTML, text, JSON and XML can be read")
-    text = decoded(page.body, page.content_type)
-    if text is False:
-        raise FinalError(f"{name} holds binary data; only HTML, text, JSON and XML can be read")
+    try:
+        text = decoded(page.body, page.content_type)
+    except ValueError as error:
+        raise FinalError(f"{name} {error}") from None
     complete = not page.truncated
     if kind is Kind.HTML:
         text, all_read = _markdown(text, page)
@@ -57,6 +58,8 @@ def _check_status(page: Page) -> None:
 def _markdown(html: str, page: Page) -> tuple[str, bool]:
     try:
         return html_to_markdown(html, page.url, xml=media_type(page.content_type) == "application/xhtml+xml")
+    except MemoryError:
+        raise
     except Exception as error:  # any error is final: a parser fails again on an unchanged page
         reason = f"{type(error).__name__}: {error}"
         raise FinalError(f"{shortened(page.url)} could not be converted to text ({shortened(reason)})") from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 
+_AROUND = ' \t\r\n<>"`'  # what models put around an address; no address begins or ends with these
+_HOST_AT_START = re.compile(r"[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\.?(?::\d+)?(?:[/?#]|$)")
 _HTTP_URL = TypeAdapter(HttpUrl)
 
 
@@ -37,8 +41,14 @@ def parse_url(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """Return the address as `parse_url` does, but raise FinalError: no retry can fix an invalid address."""
+    """Return the address that a model gave, as `parse_url` does. Raises FinalError, because a retry can't fix it.
+
+    Accept `<https://example.org>`, and `example.org/path` as an https address.
+    """
+    address = text.strip(_AROUND)
+    if _HOST_AT_START.match(address):
+        address = f"https://{address}"
     try:
-        return parse_url(text)
+        return parse_url(address)
     except ValueError as error:
         raise FinalError(f"{shortened(text)} was not visited: {error}") from None

@@ -9,6 +9,7 @@ from urllib.parse import urljoin
 
 from support.tools.web.html.hooks import SeenPageHooks
 from support.tools.web.html.seen import SeenPage
+from support.tools.web.html.sheets import Sheets
 from support.tools.web.html.source import source_of_seen
 from support.tools.web.url import parse_url
 
@@ -24,18 +25,32 @@ _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
     """Return the page's content as Markdown, and whether the whole page was read. Set `xml` for XHTML."""
-    from bs4 import BeautifulSoup
-
-    html = source_of_seen(html, xml=xml)
-    # Add a newline: without one, Beautiful Soup may warn that the text looks like a file's name.
-    soup = BeautifulSoup(html[:MAX_HTML] + "\n", "lxml")
+    html, sheets = source_of_seen(html, xml=xml)
+    soup = _parsed(html[:MAX_HTML])
     base_url = _base_url(soup, url)
-    content = SeenPage(soup, lambda address: _absolute(base_url, address), _element_maker(soup)).content
-    markdown, complete = _markdown(content)
+    for rules in (Sheets(sheets), Sheets([])):
+        content = SeenPage(soup, rules, lambda address: _absolute(base_url, address), _element_maker(soup)).content
+        markdown, complete = _markdown(content)
+        if markdown.strip():
+            break  # otherwise scripts show what the style sheets hide
     title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
     if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"
     return markdown, complete and len(html) <= MAX_HTML
+
+
+def _parsed(html: str) -> BeautifulSoup:
+    from bs4 import BeautifulSoup
+
+    class InOrder(BeautifulSoup):
+        def _linkage_fixer(self, el: Tag) -> None:
+            """Do nothing, because lxml reports elements in their order, and no link to a next element changes.
+
+            The original looks for a next element among all ancestors, which takes quadratic time in deep nesting.
+            """
+
+    # Add a newline: without one, Beautiful Soup may warn that the text looks like a file's name.
+    return InOrder(html + "\n", "lxml")
 
 
 def _base_url(soup: BeautifulSoup, url: str) -> str:

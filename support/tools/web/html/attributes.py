@@ -12,7 +12,7 @@ from support.tools.web.html.style import Style
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_CLASSES = 20  # read only this many classes of an element, because one element may be around every code block
+MAX_CLASSES = 20  # an element with more classes is read as if it had the first ones only
 
 _NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # at most nine digits, as in browsers
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
@@ -46,6 +46,11 @@ def is_element(node: object) -> TypeGuard[Tag]:
 def elements(element: Tag) -> list[Tag]:
     """Return the child elements of an element."""
     return [child for child in element.children if is_element(child)]
+
+
+def classes_of(element: Tag) -> list[str]:
+    """Return the first classes of an element."""
+    return [str(name) for name in element.get_attribute_list("class")[:MAX_CLASSES] if name]
 
 
 def number(value: object) -> int | None:
@@ -116,7 +121,7 @@ def code_language(element: Tag) -> str:
         for attribute in ("data-lang", "data-language"):
             if found := _LANGUAGE_NAME.fullmatch(str(place.get(attribute, "")).strip().lower()):
                 return found[0]
-        classes = [str(name).lower() for name in place.get_attribute_list("class")[:MAX_CLASSES] if name]
+        classes = [name.lower() for name in classes_of(place)]
         for index, name in enumerate(classes):
             found = _LANGUAGE.fullmatch(name)
             if name in ("brush:", "hljs", "sourcecode") and index + 1 < len(classes):

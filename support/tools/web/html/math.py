@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import elements, names
+from support.tools.web.html.attributes import elements, is_element, names
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -32,6 +32,8 @@ def formula(element: Tag, name: str) -> Sequence[object]:
     """Return the nodes that write a formula on one line: scripts are marked, and a fraction has a slash."""
     nodes: Sequence[object] = list(element.contents)
     parts = elements(element)
+    if any(str(node).strip() for node in element.children if not is_element(node)):
+        return nodes  # not MathML, but browsers show the words
     if name in _SCRIPTS and parts:
         return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=False))]
     match name, len(parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
+from typing import NamedTuple
 
 # Browsers read the contents of these elements as plain characters, and don't show them.
 _UNSEEN = frozenset({"script", "style", "iframe", "noembed", "noframes", "noscript"})
@@ -30,53 +31,79 @@ _RAW_END = {name: re.compile(rf"</{name}(?=[ \t\n\f\r/>])", re.IGNORECASE) for n
 _BETWEEN = re.compile(r"[ \t\n\f\r/]*")
 _NAME = re.compile(r"=?[^ \t\n\f\r/>=]*")
 _EQUALS = re.compile(r"[ \t\n\f\r]*=[ \t\n\f\r]*")
+_NOT_ON_SCREEN = re.compile(r"[ \t\n\f\r]media=[\"']?(?:print|speech)[\"' >]", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"([^ \t\n\f\r/>=]+)[ \t\n\f\r]*=[ \t\n\f\r]*(\"[^\"]*\"|'[^']*'|[^ \t\n\f\r>]*)")
 _BARE_VALUE = re.compile(r"[^ \t\n\f\r>]*")
 
 
-def source_of_seen(html: str, *, xml: bool = False) -> str:
-    """Return the page without scripts, style sheets and frames, which may be large and precede the content.
+class Tag(NamedTuple):
+    """The place of a tag in a page's source."""
+
+    name: str  # in lower case
+    closing: bool
+    start: int
+    name_end: int
+    end: int
+
+
+def next_tag(html: str, position: int) -> Tag | None:
+    """Return the next tag from a position on, or None. As the HTML standard says, skip comments and the like."""
+    while markup := _MARKUP.search(html, position):
+        comment, bogus, closing, name = markup.groups()
+        if name:
+            return Tag(name.lower(), bool(closing), markup.start(), markup.end(), _tag_end(html, markup.end()))
+        if comment:
+            ending = _COMMENT_END.search(html, markup.start() + 2)
+            position = ending.end() if ending else len(html)
+        if bogus:
+            position = (html.find(">", markup.start()) + 1) or len(html)
+    return None
+
+
+def attributes_of(html: str, tag: Tag) -> list[tuple[str, str]]:
+    """Return the attributes of a tag, with names in lower case. Entities in values aren't decoded."""
+    found = _ATTRIBUTE.findall(html, tag.name_end, tag.end)
+    return [(name.lower(), value.strip("\"'")) for name, value in found]
+
+
+def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
+    """Return the page without scripts, style sheets and frames, which may be large, and the style sheets.
 
     Newer names replace old names of formatting elements. One pass tells tags from comments, attributes and plain
     text, as the HTML standard says. With `xml`, "/>" closes a script, as in XHTML.
     """
     kept: list[str] = []
+    sheets: list[str] = []
     foreign: list[str] = []
     position = start = 0
-    while markup := _MARKUP.search(html, position):
-        comment, bogus, closing, name = markup.groups()
-        if comment:
-            ending = _COMMENT_END.search(html, markup.start() + 2)
-            position = ending.end() if ending else len(html)
-            continue
-        if bogus:
-            position = (html.find(">", markup.start()) + 1) or len(html)
-            continue
-        name = name.lower()
-        position = _tag_end(html, markup.end())
-        self_closed = html.endswith("/>", markup.start(), position)
+    while tag := next_tag(html, position):
+        name, closing, position = tag.name, tag.closing, tag.end
+        self_closed = html.endswith("/>", tag.start, position)
         new_name = "desc" if name == "title" and foreign else _OTHER_NAMES.get(name, name)
-        left = _follow(foreign, new_name, bool(closing), self_closed)
+        left = _follow(foreign, new_name, closing, self_closed)
         if left:
-            kept += html[start : markup.start()], *(f"</{drawing}>" for drawing in left)
-            start = markup.start()
+            kept += html[start : tag.start], *(f"</{drawing}>" for drawing in left)
+            start = tag.start
         drawn = bool(foreign) and foreign[-1] in _FOREIGN
         if closing and name in ("body", "html"):
-            kept.append(html[start : markup.start()])  # drop the end tag, because browsers show what follows
+            kept.append(html[start : tag.start])  # drop the end tag, because browsers show what follows
             start = position
         elif name == "plaintext" and not closing:
-            kept += html[start : markup.start()], "<pre>", escape(html[position:])
-            return "".join(kept)
+            kept += html[start : tag.start], "<pre>", escape(html[position:])
+            return "".join(kept), sheets
         elif new_name in (_UNSEEN if drawn else _RAW_END) and not closing and not (self_closed and (xml or drawn)):
             ending = _RAW_END[name].search(html, position)
             inner_end = ending.start() if ending else len(html)
-            plain = _plain(name, html[markup.start() : position], html[position:inner_end])
-            kept += html[start : markup.start()], plain
+            if name == "style" and not _NOT_ON_SCREEN.search(html, tag.start, position):
+                sheets.append(html[position:inner_end])
+            plain = _plain(name, html[tag.start : position], html[position:inner_end])
+            kept += html[start : tag.start], plain
             position = start = _tag_end(html, ending.end()) if ending else len(html)
         elif new_name != name:
-            kept += html[start : markup.start(4)], new_name
-            start = markup.end(4)
+            kept += html[start : tag.name_end - len(name)], new_name
+            start = tag.name_end
     kept.append(html[start:])
-    return "".join(kept)
+    return "".join(kept), sheets
 
 
 def _follow(foreign: list[str], name: str, closing: bool, self_closed: bool) -> list[str]:

@@ -1,0 +1,102 @@
+"""The channel of a client to the server at one address."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
+
+import grpc
+
+from nexum_engine.wire.addressee import Metadata
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+
+if TYPE_CHECKING:
+    # Import this class for type checks only: it exists only in the type stubs.
+    from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
+
+_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    # Reconnect before a restarted server stops waiting for its workers and owners.
+    ("grpc.max_reconnect_backoff_ms", 200),
+    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # Ignore http_proxy: it is for the web, not for a server on this machine.
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class Channel:
+    """A channel to one server. Each event loop that uses it, and each forked process, gets one of its own.
+
+    Channels with different purposes share no connection.
+    """
+
+    def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:
+        self.target = target
+        self._metadata = metadata
+        self._purpose = purpose
+        self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Any, NexumServiceAsyncStub]] = {}
+        _all.add(self)
+
+    @property
+    def stub(self) -> NexumServiceAsyncStub:
+        """The stub of the running event loop's channel. It sends the metadata with every call."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._by_loop:
+            for known in list(self._by_loop):
+                if known.is_closed():
+                    self._by_loop.pop(known, None)  # closes the channel
+            self._by_loop[loop] = self._open()
+        return self._by_loop[loop][1]
+
+    def _open(self) -> tuple[Any, NexumServiceAsyncStub]:
+        channel: Any
+        if _is_forked:
+            from nexum_engine.wire.forked import ForkedChannel
+
+            channel = ForkedChannel(self.target)
+        else:
+            channel = grpc.aio.insecure_channel(
+                self.target, options=(*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
+            )
+        stub = NexumServiceStub(channel)
+        if self._metadata:
+            for name, call in vars(stub).items():
+                setattr(stub, name, partial(call, metadata=self._metadata))
+        return channel, cast("NexumServiceAsyncStub", stub)
+
+    async def close(self) -> None:
+        """Close the channel of the running event loop, and the channels of event loops that are closed."""
+        loop = asyncio.get_running_loop()
+        for known in list(self._by_loop):
+            if known is loop or known.is_closed():
+                channel, _ = self._by_loop.pop(known)
+                if known is loop:
+                    await channel.close()
+
+    def forget(self) -> None:
+        """Drop the channels, without closing them, because they are another process's."""
+        # Never free these objects: the core of grpcio would wait for threads that this process doesn't have, or crash.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._by_loop))
+        self._by_loop = {}
+
+
+_all: WeakSet[Channel] = WeakSet()
+_is_forked = False
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = True
+    for channel in list(_all):
+        channel.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

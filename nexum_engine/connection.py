@@ -1,0 +1,189 @@
+"""The connection of a client: which server it uses, and how it calls it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import grpc
+
+from nexum_engine.channel import Channel
+from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
+from nexum_engine.location import is_same_database, own_database, read_address
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.addressee import Metadata, metadata_for
+from nexum_engine.wire.status import error_of
+
+if TYPE_CHECKING:
+    # Import this class for type checks only: it exists only in the type stubs.
+    from nexum_engine.wire.nexum_pb2_grpc import NexumServiceAsyncStub
+
+DEFAULT_ADDRESS = "localhost:50051"
+FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
+CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
+RECONNECT_DELAY = 0.1  # seconds
+MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+# A function that returns a method of its argument, the stub that is connected when the call is made.
+Method: TypeAlias = "Callable[[NexumServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]]"
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server's database, and whether the server is an embedded server."""
+
+    database: str
+    """The absolute path of the server's database."""
+    embedded: bool
+    """Whether the server is an embedded server."""
+
+
+class Connection:
+    """A connection to one server. NexumClient says which server that is; without `address` the connection finds it."""
+
+    def __init__(self, address: str | None) -> None:
+        self._channels: list[Channel] = []
+        self._metadata: Metadata = ()
+        self._is_lost = False
+        self._database: Path | None = None
+        self._is_searching = address is None
+        self.address = DEFAULT_ADDRESS if address is None else address
+        """HOST:PORT of the server, or the path of its database."""
+        if address is None:
+            self._database = own_database()
+        elif ("/" in address or "\\" in address) and "://" not in address:
+            self._database = Path(address).absolute()
+            self._metadata = metadata_for(str(self._database))
+            self._follow()
+        else:
+            host, colon, port = address.rpartition(":")
+            if not colon or not host or "/" in host or not _is_port(port):
+                raise InvalidRequest(
+                    f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
+                )
+            self._connect(address, ())
+
+    async def close(self) -> None:
+        """Close the channels of the running event loop."""
+        for channel in self._channels:
+            await channel.close()
+
+    @property
+    def stub(self) -> NexumServiceAsyncStub:
+        """The stub of the present server. Raises ServerUnavailable if the database has no running server."""
+        if not self._channels:
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
+        return self._channels[-1].stub
+
+    def _connect(self, target: str, metadata: Metadata) -> None:
+        self._metadata = metadata
+        # Keep earlier channels open: closing one would cancel its calls.
+        self._channels.append(Channel(target, metadata))
+
+    def _follow(self) -> None:
+        """Connect to the present address of the database's server."""
+        assert self._database is not None
+        target = read_address(self._database)
+        if target is not None and (not self._channels or target != self._channels[-1].target):
+            self._connect(target, self._metadata)
+
+    def route(self) -> tuple[str, Metadata]:
+        """Return the present HOST:PORT of the server, and the metadata to send with each call."""
+        target = read_address(self._database) if self._database is not None else None
+        if target is None and not self._channels:
+            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
+        return target or self._channels[-1].target, self._metadata
+
+    async def reach(self) -> None:
+        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
+        if self._is_searching:
+            await self._search()
+        elif self._database is not None:
+            self._follow()
+
+    async def _search(self) -> None:
+        """Connect to this folder's own server, else to the server on the default port."""
+        database = self._database
+        own = read_address(database) if database is not None else None
+        if database is not None and own is not None:
+            metadata = metadata_for(str(database))
+            # Check the database here, too. A published server may now listen on a killed server's port. It would ignore
+            # the metadata that names the database.
+            info = await self._first_answer(own, metadata)
+            if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
+                self.address, self._is_searching = str(database), False
+                self._connect(own, metadata)
+                return
+        metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
+        answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
+        if isinstance(answer, ServerError):
+            raise answer
+        self._database, self._is_searching = None, False
+        self._connect(DEFAULT_ADDRESS, metadata)
+
+    async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
+        """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
+        channel = Channel(target, metadata)
+        stub = channel.stub
+        try:
+            try:
+                return server_info_of(await stub.GetServerInfo(pb.EmptyRequest(), timeout=FIRST_ANSWER))
+            except grpc.RpcError as rpc_error:
+                if rpc_error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+            # Try ListExecutions: the published server has no GetServerInfo.
+            await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
+        except grpc.RpcError as rpc_error:
+            error = error_of(rpc_error, target)
+            return error if isinstance(error, ServerError) else None
+        finally:
+            await channel.close()
+        return None
+
+    async def call(
+        self,
+        method: Method[Request, Answer],
+        request: Request,
+        *,
+        wait: float = 0.0,
+        patience: float = 0.0,
+    ) -> Answer:
+        """Make one call. While no server answers, retry for `patience` seconds. Raises the engine's errors.
+
+        `wait` is how long the server may hold the call, in addition to CALL_DEADLINE.
+        """
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + patience
+        while True:
+            try:
+                if self._is_lost or not self._channels:
+                    await self.reach()
+                answer = await method(self.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
+            except grpc.RpcError as rpc_error:
+                error = error_of(rpc_error, self.address)
+                self._is_lost = isinstance(error, ServerUnavailable)
+                if not self._is_lost or loop.time() >= give_up:
+                    raise error from rpc_error
+            except ServerUnavailable:
+                self._is_lost = True
+                if loop.time() >= give_up:
+                    raise
+            else:
+                self._is_lost = False
+                return answer
+            await asyncio.sleep(RECONNECT_DELAY)
+
+
+def server_info_of(answer: pb.ServerInfo) -> ServerInfo:
+    """Return a server's answer to GetServerInfo as a ServerInfo."""
+    return ServerInfo(answer.database, answer.embedded)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) <= 65535

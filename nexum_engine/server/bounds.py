@@ -1,0 +1,248 @@
+"""Bounds on what calls hold in memory: the size of each request, and the total of requests and of unread answers.
+
+A request is small, or it carries a payload. Only a few requests are read at the same time, because gRPC holds each of
+them in memory. Payloads and large answers take their share of a budget, and wait for it in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
+from nexum_engine.wire import nexum_pb2 as pb
+
+MAX_CALLS = 10_000
+"""The largest number of calls at the same time, including those that wait."""
+SMALL_BYTES = 16 * 1024
+"""The size up to which a request or an answer needs no share of a budget."""
+MAX_SMALL_REQUEST_BYTES = 256 * 1024
+MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
+"""The largest request with a payload. More than the payload's own limit, whose error is clearer."""
+PAYLOAD_READERS, READERS = 12, 24
+"""The numbers of requests, with and without a payload, that are read at the same time."""
+READ_PATIENCE = 1.0  # seconds for a request to arrive, if others wait
+REQUEST_BUDGET = 192 * 1024 * 1024
+REQUEST_COPIES = 6
+"""How many times its size a request takes while it is handled: the message, its text, and the parsed and bound text."""
+MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
+"""How much of the budget requests may wait for. A request that waits is in memory."""
+ANSWER_BUDGET = 256 * 1024 * 1024
+ANSWER_COPIES = 3
+ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
+ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
+_WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask"}
+
+_OVERLOADED = (
+    "the server already holds as much for other calls as it may: retry, and end clients that don't read answers"
+)
+Context = grpc.aio.ServicerContext[Any, Any]
+Abort = Callable[[Context, Exception], Awaitable[Any]]
+
+
+class Budget:
+    """A number of units that calls share. A call waits, in order, until enough units are free.
+
+    Together, waiting calls may want up to `max_waiting` units.
+    """
+
+    def __init__(self, total: int, max_waiting: int | None = None) -> None:
+        self._total = self._free = total
+        self._max_waiting = max_waiting
+        self._wanted = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, units: int, patience: float | None = None) -> int:
+        """Take `units`, or all if they are more than all. Returns what to `give` back. Raises Overloaded."""
+        units = min(units, self._total)
+        if not self._waiting and units <= self._free:
+            self._free -= units
+            return units
+        if self._max_waiting is not None and self._wanted + units > self._max_waiting:
+            raise Overloaded(_OVERLOADED)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((units, turn))
+        self._wanted += units
+        try:
+            await asyncio.wait({turn}, timeout=patience)
+            if not turn.done():
+                raise Overloaded(_OVERLOADED)
+        except BaseException:
+            if turn.done():
+                self.give(units)
+            else:
+                self._waiting.remove((units, turn))
+                self._wanted -= units
+                self.give(0)  # the next call may want less
+            raise
+        return units
+
+    def give(self, units: int) -> None:
+        """Give units back, and let waiting calls take them."""
+        self._free += units
+        while self._waiting and self._waiting[0][0] <= self._free:
+            units, turn = self._waiting.popleft()
+            self._free -= units
+            self._wanted -= units
+            turn.set_result(None)
+
+
+class Answers:
+    """The budget for answers that clients have not read yet."""
+
+    def __init__(self) -> None:
+        self._budget = Budget(ANSWER_BUDGET)
+
+    async def reserve(self, context: Context, size: int) -> None:
+        """Take a share for an answer of `size` bytes until the call has ended. Raises Overloaded.
+
+        Reserve before the answer is read from the store. A client that doesn't read its answer loses the call.
+        """
+        if size <= SMALL_BYTES:
+            return
+        units = await self._budget.take(size * ANSWER_COPIES, ANSWER_PATIENCE)
+        call = asyncio.current_task()
+        assert call is not None
+        # Cancelling the call's task is the only way to make gRPC drop the answer.
+        timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, call.cancel)
+
+        def ended(_: Context) -> None:
+            timer.cancel()
+            self._budget.give(units)
+
+        context.add_done_callback(cast(Any, ended))  # the stubs have a wrong type
+
+
+class Received:
+    """A request that is not decoded yet. `take` hands it out once, so that nothing else keeps it in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def take(self) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+
+class _Slots:
+    """The slots of calls whose requests are being read. A request that arrives slowly gives way to others."""
+
+    def __init__(self, count: int) -> None:
+        self._free = Budget(count)
+        self._since: dict[asyncio.Task[Any], float] = {}
+
+    async def take(self) -> None:
+        """Wait for a slot, and take it for this call."""
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
+        assert call is not None
+        while True:
+            try:
+                await self._free.take(1, READ_PATIENCE)
+                break
+            except Overloaded:
+                for slow, since in self._since.items():
+                    if loop.time() - since >= READ_PATIENCE:
+                        slow.cancel()
+        self._since[call] = loop.time()
+        call.add_done_callback(self.give)
+
+    def give(self, call: asyncio.Task[Any] | None) -> None:
+        """Free the call's slot. Does nothing the second time."""
+        if call is not None and self._since.pop(call, None) is not None:
+            self._free.give(1)
+
+
+class Reading(grpc.aio.ServerInterceptor):
+    """Reads only a few requests at the same time. Requests with payloads keep no others out."""
+
+    def __init__(self) -> None:
+        self._with_payload, self._without = _Slots(PAYLOAD_READERS), _Slots(READERS)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Return the method's handler. It frees its slot as soon as it has the request."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = handler_call_details.method.rpartition("/")[2]
+        slots = self._with_payload if method in _WITH_PAYLOAD else self._without
+        await slots.take()
+
+        async def read(request: Received, context: Context) -> Any:
+            slots.give(asyncio.current_task())
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(read, handler.request_deserializer, handler.response_serializer)
+
+
+def add_servicer(servicer: Any, server: grpc.aio.Server, abort: Abort) -> None:
+    """Register the servicer's RPCs. Each request is checked against its size limit before it is decoded."""
+    budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
+    handlers: dict[str, Any] = {}
+    for method in _SERVICE.methods:
+        name, behaviour = method.name, getattr(servicer, method.name)
+        request_type = getattr(pb, method.input_type.name)
+        serializer = getattr(pb, method.output_type.name).SerializeToString
+        limit = MAX_REQUEST_BYTES if name in _WITH_PAYLOAD else MAX_SMALL_REQUEST_BYTES
+        if method.client_streaming:
+            handlers[name] = grpc.stream_stream_rpc_method_handler(
+                _streaming(behaviour, request_type, limit), Received, serializer
+            )
+        else:
+            handlers[name] = grpc.unary_unary_rpc_method_handler(
+                _unary(behaviour, request_type, limit, budget, abort), Received, serializer
+            )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+
+
+def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budget, abort: Abort) -> Any:
+    async def handle(received: Received, context: Context) -> Any:
+        share = 0
+        try:
+            _check(received, limit)
+            if received.size > SMALL_BYTES:
+                share = await budget.take(received.size * REQUEST_COPIES)
+            return await behaviour(_decoded(received, request_type, limit), context)
+        except (InvalidRequest, Overloaded) as error:
+            await abort(context, error)
+        finally:
+            budget.give(share)
+
+    return handle
+
+
+def _streaming(behaviour: Any, request_type: type[Message], limit: int) -> Any:
+    async def handle(requests: Any, context: Context) -> Any:
+        async def decoded() -> Any:
+            async for received in requests:
+                yield _decoded(received, request_type, limit)
+
+        async with aclosing(behaviour(decoded(), context)) as answers:
+            async for answer in answers:
+                yield answer
+
+    return handle
+
+
+def _check(received: Received, limit: int) -> None:
+    if received.size > limit:
+        raise TooLarge(f"the request is {received.size:,} bytes; the limit is {limit:,} bytes")
+
+
+def _decoded(received: Received, request_type: type[Message], limit: int) -> Message:
+    _check(received, limit)
+    try:
+        return request_type.FromString(received.take())
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not a valid {request_type.DESCRIPTOR.name} message") from error

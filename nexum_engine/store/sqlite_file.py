@@ -1,0 +1,590 @@
+"""The files of a SQLite database: opening them, watching them while they are open, and restoring a backup.
+
+A database is a file and, while a server has it open, a write-ahead log. A commit is written to the log. A checkpoint
+copies the log into the file, and the next commit starts the log again.
+
+SQLite doesn't check that a log belongs to a file. So the first transaction of each log stores a new **stamp** in the
+table `log_stamp`, together with the stamp that the file has without the log, its **base**. A file belongs to a log if
+the file's stamp is the log's base or, after a checkpoint, the log's stamp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import sys
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
+
+APPLICATION_ID = 0x4E58554D
+"""The mark of a Nexum database: SQLite's application_id in the file's header."""
+_HEADER = b"SQLite format 3\x00"
+_LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
+_STAMP_BYTES = 16
+
+logger = logging.getLogger(__name__)
+
+
+class FilesLost(NexumError):
+    """The path no longer names the open files, or another program has changed them. Nothing may be acknowledged."""
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """The contents of the table `log_stamp`."""
+
+    own: bytes
+    base: bytes
+    closed: bool
+    """Whether the last server closed the database."""
+
+    @classmethod
+    def decode(cls, blob: bytes) -> _Stamp:
+        return cls(blob[:_STAMP_BYTES], blob[_STAMP_BYTES : 2 * _STAMP_BYTES], blob[2 * _STAMP_BYTES :] == b"\x01")
+
+    def encode(self) -> bytes:
+        return self.own + self.base + bytes([self.closed])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a file has its marks."""
+
+    page_size: int
+    mark_page: int
+    stamp_page: int
+
+
+class DatabaseFile:
+    """An open database: the only connection to it, and the descriptors with which its files are watched.
+
+    SQLite locks the file in exclusive mode. This lock is on the file itself, so it holds for every name of the file.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._log_path = log_of(path)
+        self._attach(connection)
+
+    def _attach(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self._layout = _layout(connection)
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        # Close this descriptor after the connection only: closing it would release SQLite's locks (POSIX).
+        self._file = os.open(self._path, flags)
+        self._log = os.open(self._log_path, flags)
+        self._file_id, self._log_id = _file_id(self._file, self._path), _file_id(self._log, self._log_path)
+        self._file_bytes = self._log_bytes = 0
+        self._mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
+        self._stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+        self._stamp_in_file = self._stamp.own
+        self._changes = 0
+
+    # ---- Opening and closing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: Path, *, timeout: float = 0.0) -> DatabaseFile:
+        """Open or create the database. The caller must hold the `lock` of the path.
+
+        Waits up to `timeout` seconds for another program's lock on the file. Raises StoreRefused, StoreLocked.
+        """
+        connection: sqlite3.Connection | None = None
+        try:
+            check_file(path)
+            _check_log(path)
+            was_open = _size(log_of(path)) > 0
+            if not path.exists():
+                _create(path)
+            # Get the reason from the operating system: SQLite reports a read-only file as a "disk I/O error".
+            os.close(os.open(path, os.O_RDWR))
+            connection = _connect(path, timeout)
+            # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
+            _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
+            _migrate(connection)
+            stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+            if was_open or not stamp.closed:
+                _check_contents(path, connection)
+            if not was_open and not stamp.closed:
+                _explain_missing_log(path)
+            # Change the file's stamp now. Otherwise a backup of the file, made before this server started, would have
+            # the stamp on which this server's log is based.
+            _checkpoint(connection)
+            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False))
+            _checkpoint(connection)
+            return cls(path, connection)
+        except BaseException as error:
+            if connection is not None:
+                _leave(connection)
+            if isinstance(error, (sqlite3.Error, OSError)):
+                raise cannot_open(path, error) from error
+            raise
+
+    def reopen(self) -> None:
+        """Open the database again, after an error that can pass. Raises sqlite3.Error, OSError."""
+        self.abandon()
+        self._attach(_connect(self._path, 0.0))
+
+    def close(self) -> None:
+        """Close the database, with all its contents in the file."""
+        try:
+            self.check()
+            self._complete()
+        except (FilesLost, sqlite3.Error) as error:
+            logger.warning("database %s was not closed as usual: %s", self._path, error)
+            self.abandon()
+        else:
+            self._detach()
+
+    def abandon(self) -> None:
+        """Close the database after an error. The log stays as it is, unless it could be lost."""
+        if self._is_parted():
+            with contextlib.suppress(sqlite3.Error):
+                self._complete()
+        _leave(self.connection)
+        self._detach()
+
+    def _complete(self) -> None:
+        """Copy the log into the file, and mark the file as closed."""
+        _write_stamp(self.connection, _Stamp(os.urandom(_STAMP_BYTES), self._stamp_in_file, closed=True))
+        _checkpoint(self.connection)
+
+    def _detach(self) -> None:
+        """Close the connection and the descriptors. Does nothing the second time."""
+        # Close the log's descriptor first, because Windows deletes no file that is open.
+        log, self._log = self._log, -1
+        if log >= 0:
+            os.close(log)
+        with contextlib.suppress(sqlite3.Error):
+            self.connection.close()
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+    # ---- Transactions ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin a transaction. Raises FilesLost."""
+        self.check()
+        self.connection.execute("BEGIN IMMEDIATE")
+        self._changes = self.connection.total_changes
+
+    def commit(self) -> None:
+        """Commit the transaction. Raises FilesLost if it isn't in the files that the path names."""
+        stamp = self._stamp
+        if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
+            # The log was copied into the file, so this transaction starts the log again.
+            stamp = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
+            self.connection.execute("UPDATE log_stamp SET stamp = ?", (stamp.encode(),))
+        self.connection.execute("COMMIT")
+        self._stamp = stamp
+        self.check()
+
+    # ---- Watching ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise FilesLost unless the path names the open files, and nothing but this connection has changed them.
+
+        This takes microseconds.
+        """
+        if not self._is_named():
+            raise FilesLost(self._lost("it or its log was moved, deleted or replaced"))
+        if not self._is_ours() or not self._is_log_whole():
+            raise FilesLost(self._lost("another program has truncated or overwritten it"))
+
+    def _is_named(self) -> bool:
+        """Return whether the paths of the database and of its log still name the open files."""
+        try:
+            file, log = os.stat(self._path), os.stat(self._log_path)
+        except OSError:
+            return False
+        return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
+
+    def _is_log_whole(self) -> bool:
+        # The log never shrinks while it is open. If it is truncated and then written to, its beginning is empty.
+        size = os.fstat(self._log).st_size
+        if size < self._log_bytes or (size and not any(self._read(self._log, 0, 4))):
+            return False
+        self._log_bytes = size
+        return True
+
+    def _is_ours(self) -> bool:
+        """Return whether the open file has our marks, and has not shrunk."""
+        layout, size = self._layout, os.fstat(self._file).st_size
+        if size < self._file_bytes or _blob(self._page(layout.mark_page)) != self._mark:
+            return False
+        self._file_bytes = size
+        self._stamp_in_file = _Stamp.decode(_blob(self._page(layout.stamp_page))).own
+        return self._stamp_in_file in (self._stamp.own, self._stamp.base)
+
+    def _is_parted(self) -> bool:
+        """Return whether file and log are whole, but at least one of them was moved, or the log was deleted."""
+        if self._file < 0 or os.fstat(self._file).st_nlink == 0 or not self._is_ours() or not self._is_log_whole():
+            return False
+        return not self._is_named()
+
+    def _page(self, number: int) -> bytes:
+        return self._read(self._file, (number - 1) * self._layout.page_size, self._layout.page_size)
+
+    def _read(self, descriptor: int, start: int, size: int) -> bytes:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+    def _lost(self, why: str) -> str:
+        return (
+            f"database {self._path} was changed while the server was running: {why}. The server stops, because it "
+            "could lose what it records: put the file back, or restore a backup with: nexum restore FILE"
+        )
+
+
+def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
+    """Return what identifies the open file; None on a file system whose numbers differ between two questions."""
+    opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
+    return named if named == opened else None
+
+
+def _id(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+# ---- Opening ---------------------------------------------------------------------------------------------------------
+
+
+def log_of(path: Path) -> Path:
+    """Return the path of the database's write-ahead log. It lies beside the file that a link leads to."""
+    return Path(f"{os.path.realpath(path)}-wal")
+
+
+def lock(path: Path, timeout: float) -> FileLock:
+    """Take the lock file of the database. Raises StoreLocked if another process holds it for `timeout` seconds.
+
+    The lock file orders the opening and restoring of a database that may not exist yet. An open database is guarded by
+    SQLite's lock on the file itself, because anybody may delete a lock file.
+    """
+    taken = FileLock(f"{os.path.realpath(path)}.lock", mode=0o600, thread_local=False)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken.acquire(timeout=timeout)
+    except Timeout as error:
+        raise _in_use(path) from error
+    except (OSError, NotImplementedError) as error:
+        raise cannot_open(path, error) from error
+    return taken
+
+
+def _in_use(path: Path) -> StoreLocked:
+    return StoreLocked(
+        f"database {path} is in use by another Nexum server, or by another program: stop it, or give this server "
+        "another database with --database-url sqlite:///path"
+    )
+
+
+def cannot_open(path: Path, error: Exception) -> NexumError:
+    """Return the error of a database that can't be opened, with the next step."""
+    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        return _in_use(path)
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    step = "check its folder and the disk"
+    if path.is_dir():
+        reason, step = "it is a folder", "give the path of a file"
+    elif isinstance(error, PermissionError) or "readonly" in reason or "Read-only" in reason:
+        step = f"make the file and its folder {path.parent} writable"
+    return StoreRefused(f"database {path} can't be opened: {reason}; {step}, or name another file with --database-url")
+
+
+def check_file(path: Path) -> None:
+    """Raise StoreRefused if the file is not a Nexum database that this version can open. Only the header is read."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    if len(header) < 100 or not header.startswith(_HEADER):
+        raise StoreRefused(f"{path} is not a database: it was left untouched; name another file with --database-url")
+    # https://www.sqlite.org/fileformat.html#the_database_header
+    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise StoreRefused(
+            f"{path} is another program's database: it was left untouched; name another file with --database-url"
+        )
+    _check_version(path, int.from_bytes(header[60:64], "big"))
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > len(_migrations()):
+        raise StoreRefused(
+            f"{path} has schema version {version}, made by a newer Nexum; this one knows {len(_migrations())}: "
+            "use the newer one"
+        )
+
+
+def _check_log(path: Path) -> None:
+    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy it into the file."""
+    log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
+    if _size(journal):
+        raise StoreRefused(
+            f"{journal} is the journal of another program: {path} was left untouched; move the journal away"
+        )
+    if not _size(log):
+        return
+    if not path.exists():
+        raise StoreRefused(
+            f"database {path} is gone, but its log {log} is still there: put the file back, restore a backup with "
+            "`nexum restore FILE`, or move the log away"
+        )
+    # Read the file without its log.
+    connection = sqlite3.connect(f"file:{quote(os.path.realpath(path))}?immutable=1", uri=True)
+    try:
+        if connection.execute("PRAGMA user_version").fetchone()[0] < 2:
+            return  # a log of the version before the stamps
+        layout = _layout(connection)
+        stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+    finally:
+        connection.close()
+    if not _belongs(log, layout, stamp.own):
+        raise StoreRefused(
+            f"{log} is not the log of {path}: one of the two was replaced, for instance by a backup. Both were left "
+            f"untouched. To use a backup, run `nexum restore FILE`; {path} itself may be the FILE"
+        )
+
+
+def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
+    """Return whether the log continues the file that has the stamp `own`, or was copied into that file."""
+    # https://www.sqlite.org/fileformat.html#the_write_ahead_log
+    newest: _Stamp | None = None
+    in_transaction: _Stamp | None = None
+    has_commit = False
+    with log.open("rb") as file:
+        header = file.read(_LOG_HEADER_BYTES)
+        if int.from_bytes(header[8:12], "big") != layout.page_size:
+            return not any(header)
+        # The frames of this log have its salts. Frames of an earlier log may follow.
+        while (frame := file.read(_FRAME_HEADER_BYTES))[8:16] == header[16:24]:
+            page = file.read(layout.page_size)
+            if int.from_bytes(frame[:4], "big") == layout.stamp_page:
+                in_transaction = _Stamp.decode(_blob(page))
+            if any(frame[4:8]):
+                has_commit = True
+                newest = in_transaction or newest
+    return not has_commit or (newest is not None and own in (newest.own, newest.base))
+
+
+def _explain_missing_log(path: Path) -> None:
+    """Warn of, or refuse, a database that its last server didn't close, and that has no log."""
+    missing = f"database {path} was not closed by its last server, and its log {log_of(path)} is missing"
+    if path.stat().st_nlink > 1:
+        raise StoreRefused(
+            f"{missing}. The file has other names (hard links): open it by the name that has the log, or give up what "
+            f"is in the log with `nexum restore {path}`"
+        )
+    logger.warning("%s. If the log was deleted, or lies beside another name of the file, results are missing", missing)
+
+
+def _check_contents(path: Path, connection: sqlite3.Connection) -> None:
+    check = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if check != "ok":
+        raise StoreRefused(f"database {path} is damaged: {check}; restore a backup with `nexum restore FILE`")
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder")
+    return status.st_size
+
+
+def _create(path: Path) -> None:
+    """Create the database under a temporary name, and rename it. So a kill leaves no incomplete database."""
+    new = _new_name(path)
+    try:
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        connection = _connect(new, 0.0)
+        try:
+            _migrate(connection)
+            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), bytes(_STAMP_BYTES), closed=True))
+        finally:
+            connection.close()
+        new.replace(os.path.realpath(path))
+    finally:
+        new.unlink(missing_ok=True)
+    sync_folder(path)
+
+
+def _new_name(path: Path) -> Path:
+    return Path(f"{os.path.realpath(path)}.new-{uuid.uuid4().hex[:8]}")
+
+
+def sync_folder(path: Path) -> None:
+    """Make a rename of the database durable."""
+    # Windows can't open a folder, and needs no sync.
+    if sys.platform != "win32":
+        folder = os.open(os.path.dirname(os.path.realpath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _connect(path: Path, timeout: float) -> sqlite3.Connection:
+    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
+    # thread opens the connection and the writer thread uses it.
+    connection = sqlite3.connect(
+        path, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=128
+    )
+    connection.row_factory = sqlite3.Row
+    try:
+        # Lock the file for as long as it is open. SQLite then needs no shared memory, which network file systems and
+        # some containers don't have.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrations() -> list[str]:
+    """Return the SQL scripts of the schema in order. The first script makes version 1."""
+    folder = files("nexum_engine.store") / "sqlite_migrations"
+    return [
+        entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".sql")
+    ]
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Update the schema. Each script is committed together with its version number."""
+    done = connection.execute("PRAGMA user_version").fetchone()[0]
+    for version, script in enumerate(_migrations()[done:], start=done + 1):
+        connection.executescript(
+            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\n"
+            f"PRAGMA user_version = {version};\nCOMMIT;"
+        )
+
+
+def _layout(connection: sqlite3.Connection) -> _Layout:
+    pages = dict(
+        tuple(row)
+        for row in connection.execute(
+            "SELECT name, rootpage FROM sqlite_schema WHERE name IN ('file_mark', 'log_stamp')"
+        )
+    )
+    page_size = connection.execute("PRAGMA page_size").fetchone()[0]
+    return _Layout(page_size, pages["file_mark"], pages["log_stamp"])
+
+
+def _write_stamp(connection: sqlite3.Connection, stamp: _Stamp) -> None:
+    connection.execute("UPDATE log_stamp SET stamp = ?", (stamp.encode(),))
+
+
+def _checkpoint(connection: sqlite3.Connection) -> None:
+    """Copy the log into the file, and empty the log."""
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+
+def _leave(connection: sqlite3.Connection) -> None:
+    """Close the connection, and leave the log as it is. SQLite would copy it into the file."""
+    with contextlib.suppress(sqlite3.Error):
+        connection.interrupt()
+        connection.close()
+
+
+def _blob(page: bytes) -> bytes:
+    """Return the BLOB in the page of a table that has one row with one short BLOB."""
+    # https://www.sqlite.org/fileformat.html#b_tree_pages: at byte 8 is the place of the only cell. The cell has one
+    # byte each for the payload's size, the row's number, the header's size and the type. The BLOB follows.
+    cell = int.from_bytes(page[8:10], "big")
+    return page[cell + 4 : cell + 2 + page[cell]] if cell < len(page) else b""
+
+
+# ---- Restoring -------------------------------------------------------------------------------------------------------
+
+
+def restore(path: Path, backup: Path) -> Path | None:
+    """Put a copy of `backup` in the place of the database. Return where the former database is kept, if there was one.
+
+    A log beside the backup is used if it belongs to the backup. The former database keeps its log. Raises StoreRefused
+    for a backup that can't be opened, and StoreLocked if a server has the database open.
+    """
+    check_file(backup)
+    if not backup.exists():
+        raise StoreRefused(f"there is no backup {backup}")
+    held = lock(path, 0.0)
+    new = _new_name(path)
+    try:
+        _refuse_open_file(path)
+        try:
+            _copy_backup(backup, new)
+            DatabaseFile.open(new).close()
+            former = _set_aside(path)
+            new.replace(os.path.realpath(path))
+            if former is not None and _size(log_of(path)):
+                # Killed before this line, we leave a log that doesn't belong to the file, and no server uses it.
+                log_of(path).replace(log_of(former))
+            sync_folder(path)
+        except (sqlite3.Error, OSError) as error:
+            raise cannot_open(path, error) from error
+        finally:
+            new.unlink(missing_ok=True)
+            log_of(new).unlink(missing_ok=True)
+    finally:
+        held.release()
+    return former
+
+
+def _refuse_open_file(path: Path) -> None:
+    """Raise StoreLocked if a server has the database open, whatever became of its lock file."""
+    if not path.exists():
+        return
+    try:
+        connection = _connect(path, 0.0)
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            raise _in_use(path) from error
+        return  # no server can have such a file open
+    _leave(connection)
+
+
+def _copy_backup(backup: Path, new: Path) -> None:
+    shutil.copyfile(backup, new)
+    new.chmod(0o600)
+    if _size(log_of(backup)):
+        try:
+            _check_log(backup)
+        except StoreRefused:
+            logger.warning("%s is not the log of %s: it is not used", log_of(backup), backup)
+        else:
+            shutil.copyfile(log_of(backup), log_of(new))
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Give the database a second name, and return it. The log is moved later."""
+    real = Path(os.path.realpath(path))
+    if not real.exists() and not _size(log_of(real)):
+        return None
+    former = real.with_name(f"{real.name}.{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
+    if real.exists():
+        try:
+            os.link(real, former)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(real, former)
+    return former

@@ -1,0 +1,10 @@
+-- Marks by which the server recognises its files. The server reads them straight from the file and from the write-ahead
+-- log: through SQLite, the log would already have changed what is read. Each table has one row with one BLOB.
+
+-- Random bytes that never change.
+CREATE TABLE file_mark (mark BLOB NOT NULL) STRICT;
+INSERT INTO file_mark VALUES (randomblob(16));
+
+-- The stamp of the newest log, and of the file that this log continues. See sqlite_file.py.
+CREATE TABLE log_stamp (stamp BLOB NOT NULL) STRICT;
+INSERT INTO log_stamp VALUES (zeroblob(33));

@@ -1,0 +1,32 @@
+"""The standard streams: closed ones, and errors of writing to them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def open_closed_streams() -> None:
+    """Open the null device in the place of each standard stream that the caller has closed, as with `>&-`.
+
+    Call this function before other files are opened. The next file would get the number of the closed stream, and
+    whatever a library prints would be written into that file.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+def in_words(error: OSError) -> str:
+    """Return the text for an error that ends a program. An error without a file's name is one of the output."""
+    if error.filename is None and error.strerror is not None:
+        return f"the output can't be written: {error.strerror}"
+    return str(error)

@@ -1,0 +1,166 @@
+"""A gRPC channel for a forked process, in pure Python.
+
+The core of grpcio works in threads. A fork copies their state but not the threads, so grpcio hangs in the child, or ends
+it with a segmentation fault. grpclib has no threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import grpclib.client
+from google.protobuf.message import DecodeError
+from grpclib.encoding.base import CodecBase
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+
+Serialize = Callable[[Any], bytes]
+Deserialize = Callable[[bytes], Any]
+_Stream = grpclib.client.Stream[bytes, bytes]
+
+_CODE = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class _Codec(CodecBase):
+    """Pass messages through: the stub serializes them."""
+
+    __content_subtype__ = "proto"
+
+    def encode(self, message: Any, message_type: Any) -> bytes:
+        return bytes(message)
+
+    def decode(self, data: bytes, message_type: Any) -> bytes:
+        return data
+
+
+class _Connection(grpclib.client.Channel):
+    def __del__(self) -> None:
+        """Don't report an open connection: when the process ends, the operating system closes it."""
+
+
+class ForkedChannel:
+    """A channel with the methods of `grpc.aio.Channel` that this project's calls need.
+
+    Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do. Create it in an event loop.
+    """
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._connection = _Connection(host.strip("[]"), int(port), codec=_Codec())
+
+    async def close(self) -> None:
+        """Close the connection. Calls that are under way fail."""
+        self._connection.close()
+
+    def unary_unary(
+        self, path: str, *, request_serializer: Serialize, response_deserializer: Deserialize, **_: object
+    ) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """Return a function that makes one call of the method."""
+        method = grpclib.client.UnaryUnaryMethod[bytes, bytes](self._connection, path, bytes, bytes)
+
+        async def exchange(stream: _Stream, request: bytes) -> Any:
+            with _as_rpc_errors(stream):
+                async with stream:
+                    await stream.send_message(request, end=True)
+                    answer = await stream.recv_message()
+                if answer is None:
+                    raise StreamTerminatedError("the server sent no answer")
+                return response_deserializer(answer)
+
+        async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> Any:
+            stream = method.open(timeout=timeout, metadata=metadata)
+            return await _in_own_context(exchange(stream, request_serializer(request)))
+
+        return call
+
+    def stream_stream(
+        self, path: str, *, request_serializer: Serialize, response_deserializer: Deserialize, **_: object
+    ) -> Callable[..., ForkedStream]:
+        """Return a function that opens a stream of the method."""
+        method = grpclib.client.StreamStreamMethod[bytes, bytes](self._connection, path, bytes, bytes)
+
+        def call(*, metadata: Sequence[Any] = ()) -> ForkedStream:
+            return ForkedStream(method.open(metadata=metadata), request_serializer, response_deserializer)
+
+        return call
+
+
+class ForkedStream:
+    """An open stream, with the methods of `grpc.aio.StreamStreamCall` that the heartbeat needs."""
+
+    def __init__(self, stream: _Stream, serialize: Serialize, deserialize: Deserialize) -> None:
+        self._stream = stream
+        self._serialize, self._deserialize = serialize, deserialize
+        self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._is_open = asyncio.Event()
+        self._reading = _in_own_context(self._read_all())
+
+    async def _read_all(self) -> None:
+        try:
+            with _as_rpc_errors(self._stream):
+                async with self._stream:
+                    await self._stream.send_request()
+                    self._is_open.set()
+                    async for answer in self._stream:
+                        self._answers.put_nowait(answer)
+                    await self._stream.end()
+        finally:
+            self._is_open.set()
+            self._answers.put_nowait(None)
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call `callback` when the stream is over."""
+        self._reading.add_done_callback(callback)
+
+    def cancel(self) -> None:
+        """End the stream."""
+        self._reading.cancel()
+
+    async def write(self, request: Any) -> None:
+        """Send a request. Raises asyncio.InvalidStateError if the stream is over."""
+        await self._is_open.wait()
+        if self._reading.done():
+            raise asyncio.InvalidStateError("the stream is over")
+        try:
+            await self._stream.send_message(self._serialize(request))
+        except (StreamTerminatedError, OSError) as error:
+            raise asyncio.InvalidStateError("the stream is over") from error
+
+    async def read(self) -> Any:
+        """Return the next answer, or grpc.aio.EOF. Raises grpc.aio.AioRpcError if the stream broke."""
+        answer = await self._answers.get()
+        if answer is None:
+            self._answers.put_nowait(None)  # for the next call of `read`
+            await self._reading
+            return grpc.aio.EOF
+        with _as_rpc_errors(self._stream):
+            return self._deserialize(answer)
+
+
+def _in_own_context(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Run `work` in a task with an empty context: a connection that a call opens is not the caller's own work."""
+    return contextvars.Context().run(asyncio.create_task, work)
+
+
+@contextmanager
+def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
+    try:
+        yield
+    except GRPCError as error:
+        trailing = grpc.aio.Metadata(*(stream.trailing_metadata or {}).items())
+        raise _rpc_error(_CODE[error.status.value], error.message or "", trailing) from error
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise _rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
+    except (OSError, StreamTerminatedError) as error:
+        raise _rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+    except DecodeError as error:
+        raise _rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
+
+
+def _rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:
+    nothing = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, nothing, nothing if trailing is None else trailing, details)

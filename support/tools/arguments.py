@@ -1,0 +1,67 @@
+"""Check the arguments that a model sends. A value of the wrong type is converted if the conversion loses nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+M = TypeVar("M", bound=BaseModel)
+
+MAX_ROUNDS = 5  # a list within a text within a list: each level of text takes one round
+
+_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(?:\.0{1,18})?\s*")
+_DECIMAL = re.compile(r"\s*[+-]?[0-9]{1,15}(?:\.[0-9]{1,15})?\s*")
+_MOST_EXACT = 2**53  # above, a float may be another number than the one that was written
+
+
+def validate_leniently(model: type[M], text: bytes) -> M:
+    """Return the JSON object as an instance of a strict model. Raises ValidationError.
+
+    5.0 and "5" are the integer 5, "0.5" is a number, "true" is a boolean, a JSON text is the list or object that it
+    holds, and null is the default of a parameter.
+    """
+    for _ in range(MAX_ROUNDS):
+        try:
+            return model.model_validate_json(text)
+        except ValidationError as invalid:
+            arguments = json.loads(text)
+            repaired = [_repair(model, arguments, error) for error in invalid.errors(include_url=False)]
+            if not any(repaired):
+                raise
+            text = json.dumps(arguments, allow_nan=False).encode()
+    return model.model_validate_json(text)
+
+
+def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool:
+    """Convert the value that the error names, in its place. Return whether that was possible."""
+    *path, last = error["loc"] or ("",)
+    try:
+        for step in path:
+            arguments = arguments[step]
+        value = arguments[last]
+        if value is None and not path and not model.model_fields[str(last)].is_required():
+            del arguments[last]
+        else:
+            arguments[last] = _converted(value, error["type"])
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return False  # the place of a union's member is no path, or the conversion would lose something
+    return True
+
+
+def _converted(value: object, error: str) -> object:
+    match error, value:
+        case "int_type", float() if value.is_integer() and abs(value) <= _MOST_EXACT:
+            return int(value)
+        case "int_type", str() if _WHOLE.fullmatch(value):
+            return int(value.partition(".")[0])
+        case "float_type", str() if _DECIMAL.fullmatch(value):
+            return float(value)
+        case "bool_type", str() if value.strip().lower() in ("true", "false"):
+            return value.strip().lower() == "true"
+        case (("list_type" | "tuple_type" | "set_type" | "dict_type" | "model_type"), str()):
+            return json.loads(value)
+    raise ValueError

@@ -1,0 +1,100 @@
+"""The place in the tree of a seen page for the children of an open element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from support.tools.web.html.attributes import ItemMarks
+from support.tools.web.html.kinds import AROUND, KEPT_LINES, MARKS, NESTING
+from support.tools.web.html.style import Sight, Style
+
+if TYPE_CHECKING:
+    from bs4 import Tag
+
+MAX_MARKS = 12  # levels of nested emphasis, links and raised text; deeper text is plain
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """An open inline element. If the element covers several paragraphs, each paragraph gets an element of its own."""
+
+    name: str
+    address: str = ""
+
+
+@dataclass(eq=False)
+class OpenTable:
+    """An open table, and its newest row."""
+
+    element: Tag
+    row: Tag | None = None
+    groups: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place in the tree for the children of an open element, with the look that the children inherit."""
+
+    container: Tag
+    sight: Sight = Sight()  # noqa: RUF009  (frozen)
+    marks: tuple[Mark, ...] = ()
+    in_line: bool = False  # on one line, such as a heading, a term or a caption
+    keeps_lines: bool = False
+    preformatted: bool = False
+    drawn: bool = False  # in a drawing, outside its texts
+    whole: bool = False  # within an article
+    around: tuple[str, ...] = ()  # the kinds of the outer elements that may be dropped
+    levels: int = 0
+    tables: int = 0
+    items: ItemMarks | None = None  # the marks of the list's items
+    table: OpenTable | None = None
+    section: str = "body"
+    group: int = 0
+
+
+def keeps_lines(style: Style, place: Place) -> bool:
+    space = style.get("white-space")
+    return place.keeps_lines if space is None else space in KEPT_LINES
+
+
+def is_flow(place: Place) -> bool:
+    """Return whether the place accepts any block."""
+    return place.container.name not in ("ul", "ol", "table") and place.table is None
+
+
+def around_name(name: str, place: Place) -> str:
+    """Return "form" or "aside" for an element that may be dropped as a whole, and "" for any other."""
+    kind = "form" if name == "form" else "aside" if name in AROUND and not place.whole else ""
+    return "" if kind in place.around else kind
+
+
+def mark_of(element: Tag, name: str, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
+    if name == "a":
+        href = str(element.get("href", ""))
+        address = None if href.startswith("#") else absolute(href)
+        return Mark("a", address) if address else None
+    if name in MARKS:
+        return Mark(MARKS[name])
+    if style.get("vertical-align") in ("super", "sub"):
+        return Mark("sup" if style["vertical-align"] == "super" else "sub")
+    if "line-through" in style.get("text-decoration", "") + style.get("text-decoration-line", ""):
+        return Mark("del")
+    return None
+
+
+def marked(place: Place, mark: Mark | None) -> Place:
+    """Return the place within an inline element with this mark, or the place itself if the mark is too much."""
+    if mark is None or len(place.marks) >= MAX_MARKS:
+        return place
+    if mark.name not in NESTING and any(other.name == mark.name for other in place.marks):
+        return place
+    return replace(place, marks=(*place.marks, mark))
+
+
+def holds_line_breaks(element: Tag, name: str, place: Place) -> bool:
+    """Return whether the element is code of several lines. Don't search code within code: that takes quadratic time."""
+    if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
+        return False
+    return element.find("br") is not None

@@ -1,0 +1,365 @@
+"""The files under a running server, the log that belongs to a file, and restored backups."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Server, environment, nexum_server, running
+
+from nexum_engine.clock import ManualClock
+from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
+from nexum_engine.location import address_file, read_address
+from nexum_engine.store import executions, open_store, restore_database
+from nexum_engine.store.sqlite import SqliteStore
+
+pytestmark = pytest.mark.every_python
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename an open file")
+
+ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
+
+
+async def opened(path: Path) -> SqliteStore:
+    store = await open_store(f"sqlite:///{path}", ManualClock())
+    assert isinstance(store, SqliteStore)
+    return store
+
+
+async def start(store: SqliteStore, *inputs: int) -> set[str]:
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    return {(await store.run(executions.start_execution, "w", "v1", str(n), "")).execution_id for n in inputs}
+
+
+async def stored(path: Path) -> set[str]:
+    store = await opened(path)
+    try:
+        return {one.execution_id for one in await store.run(executions.list_executions, "", "", 1000)}
+    finally:
+        await store.close()
+
+
+def nexum(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nexum_engine", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+def kill_after(path: Path, *inputs: int) -> set[str]:
+    """Record executions in a process that dies without closing the database; return all executions' ids."""
+    program = (
+        f"import asyncio, os, sys; sys.path.insert(0, {str(ROOT / 'tests' / 'engine')!r})\n"
+        "from pathlib import Path\nfrom test_sqlite_file import executions, opened, start\n"
+        "async def main():\n"
+        f"    store = await opened(Path({str(path)!r})); await start(store, *{inputs!r})\n"
+        "    found = await store.run(executions.list_executions, '', '', 1000)\n"
+        "    print(*(one.execution_id for one in found), 'stored', flush=True); os._exit(9)\n"
+        "asyncio.run(main())\n"
+    )
+    with running(["-c", program], cwd=path.parent, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}) as one:
+        line = one.wait_for("stored")
+        assert one.wait() == 9
+    return set(line.split()[:-1])
+
+
+def log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file() and not one.name.endswith(".lock")}
+
+
+# ---- Files that change under the server ------------------------------------------------------------------------------
+
+
+def replace(database: Path) -> None:
+    shutil.copyfile(database.parent.parent / "other.db", database.parent / "new.db")
+    (database.parent / "new.db").replace(database)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "the folder is deleted": lambda database: shutil.rmtree(database.parent),
+    "the file is deleted": lambda database: database.unlink(),
+    "the log is deleted": lambda database: log_of(database).unlink(),
+    "the file is moved": lambda database: database.rename(database.parent.parent / "moved.db"),
+    "the log is moved": lambda database: log_of(database).rename(database.parent.parent / "moved.log"),
+    "the folder is moved": lambda database: database.parent.rename(database.parent.parent / "moved"),
+    "the file is replaced": replace,
+    "the file is truncated": lambda database: os.truncate(database, 0),
+    "the file is cut": lambda database: os.truncate(database, database.stat().st_size - 4096),
+    "the log is truncated": lambda database: os.truncate(log_of(database), 0),
+    "the log is cut": lambda database: os.truncate(log_of(database), 4096),
+    "the file is overwritten": lambda database: shutil.copyfile(database.parent.parent / "other.db", database),
+}
+SURVIVORS = {
+    "the log is deleted": "folder/nexum.db",
+    "the log is moved": "folder/nexum.db",
+    "the file is moved": "moved.db",
+    "the folder is moved": "moved/nexum.db",
+}
+"""The files that still have, or get, everything that was acknowledged."""
+
+
+@posix
+@pytest.mark.parametrize("harm", HARMS)
+async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str) -> None:
+    await (await opened(tmp_path / "other.db")).close()
+    database = tmp_path / "folder" / "nexum.db"
+    store = await opened(database)
+    acknowledged = await start(store, 1, 2, 3)
+    HARMS[harm](database)
+    left = {path: path.read_bytes() for path in (database, log_of(database)) if path.exists()}
+    with pytest.raises(StoreUnavailable):
+        await store.run(executions.start_execution, "w", "v1", "4", "")
+    assert f"database {database} was changed while the server was running" in await store.failed
+    await store.close()
+    if harm in SURVIVORS:
+        assert await stored(tmp_path / SURVIVORS[harm]) == acknowledged
+    else:
+        # Nothing was added to what the other program has left.
+        assert {path: path.read_bytes() for path in left if path.exists()} == left
+
+
+@posix
+@pytest.mark.parametrize("name", ["nexum.db", "nexum.db-wal"])
+async def test_truncation_during_a_transaction_is_noticed_before_it_is_acknowledged(tmp_path: Path, name: str) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await start(store, 1)
+    truncated: list[str] = []
+
+    def truncate(_: object) -> None:
+        os.truncate(tmp_path / name, 0)
+        truncated.append(name)
+
+    outcomes = await asyncio.gather(
+        store.run(executions.start_execution, "w", "v1", "2", ""), store.run(truncate), return_exceptions=True
+    )
+    assert truncated
+    assert [type(one) for one in outcomes] == [StoreUnavailable] * 2
+    await store.close()
+
+
+@posix
+async def test_link_that_leads_to_another_file_is_noticed(tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "one.db")
+    store = await opened(link)
+    await start(store, 1)
+    await (await opened(tmp_path / "two.db")).close()
+    link.unlink()
+    link.symlink_to(tmp_path / "two.db")
+    with pytest.raises(StoreUnavailable):
+        await store.run(executions.start_execution, "w", "v1", "2", "")
+    await store.close()
+    assert len(await stored(tmp_path / "one.db")) == 1
+
+
+@posix
+def test_idle_server_of_a_deleted_folder_ends_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with nexum_server(folder) as server:
+        shutil.rmtree(folder)
+        assert server.process.wait(timeout=20) == 1
+    (line,) = server.process.lines[1:]
+    assert line.startswith(f"error: database {folder / 'nexum.db'} was changed while the server was running")
+
+
+async def test_many_checkpoints_and_a_large_log_are_our_own_changes(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    text = f'"{"x" * 300_000}"'
+    for _ in range(40):  # 12 MB: SQLite copies a log of 4 MB into the file
+        await store.run(executions.start_execution, "w", "v1", text, "")
+    assert (tmp_path / "nexum.db").stat().st_size > 8_000_000
+    await store.close()
+    assert len(await stored(tmp_path / "nexum.db")) == 40
+
+
+# ---- One server for every name of a file -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hard link", "symbolic link", "deleted lock file"])
+def test_second_server_is_refused_by_every_name_of_the_file(tmp_path: Path, name: str) -> None:
+    other = tmp_path / "elsewhere" / "other.db"
+    other.parent.mkdir()
+    with nexum_server(tmp_path) as server:
+        database = tmp_path / "nexum.db"
+        if name == "hard link":
+            os.link(database, other)
+        elif name == "symbolic link":
+            other.symlink_to(database)
+        else:
+            (tmp_path / "nexum.db.lock").unlink()
+            other = database
+        run = nexum(tmp_path, "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{other}")
+        assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
+        assert f"database {other} is in use by another Nexum server" in run.stderr
+        assert read_address(database) == server.address
+
+
+async def test_hard_link_without_the_log_of_a_killed_server_is_refused(tmp_path: Path) -> None:
+    acknowledged = kill_after(tmp_path / "nexum.db", 1, 2)
+    (tmp_path / "elsewhere").mkdir()
+    os.link(tmp_path / "nexum.db", tmp_path / "elsewhere" / "nexum.db")
+    with pytest.raises(StoreRefused, match="hard links"):
+        await opened(tmp_path / "elsewhere" / "nexum.db")
+    assert await stored(tmp_path / "nexum.db") == acknowledged
+
+
+def test_link_to_a_database_finds_its_server(tmp_path: Path, server: Server) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "nexum.db")
+    assert read_address(link) == server.address
+    run = nexum(tmp_path, "ps", "--nexum", str(link))
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@posix
+def test_ending_server_leaves_the_address_of_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with nexum_server(folder) as first:
+        first.process.popen.send_signal(signal.SIGSTOP)  # so that it notices later
+        shutil.rmtree(folder)
+        folder.mkdir()
+        with nexum_server(folder) as second:
+            first.process.popen.send_signal(signal.SIGCONT)
+            assert first.process.wait(timeout=20) == 1
+            assert address_file(folder / "nexum.db").read_text().strip() == second.address
+
+
+# ---- Logs and backups ------------------------------------------------------------------------------------------------
+
+
+async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -> None:
+    database, backup = tmp_path / "nexum.db", tmp_path / "backup.db"
+    old = await opened(database)
+    saved = await start(old, 1)
+    await old.close()
+    shutil.copyfile(database, backup)
+    acknowledged = kill_after(database, 2, 3)
+    shutil.copyfile(database, tmp_path / "newest.db")
+    shutil.copyfile(backup, database)
+    before = contents(tmp_path)
+    with pytest.raises(StoreRefused, match="is not the log of"):
+        await opened(database)
+    assert contents(tmp_path) == before
+    # The log still belongs to its own file.
+    shutil.copyfile(tmp_path / "newest.db", database)
+    assert await stored(database) == acknowledged > saved
+
+
+async def test_log_of_a_deleted_file_is_not_copied_into_a_new_one(tmp_path: Path) -> None:
+    kill_after(tmp_path / "nexum.db", 1)
+    (tmp_path / "nexum.db").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(StoreRefused, match="is gone, but its log"):
+        await opened(tmp_path / "nexum.db")
+    assert contents(tmp_path) == before
+
+
+async def test_copied_folder_of_a_killed_server_keeps_its_log(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    acknowledged = kill_after(tmp_path / "one" / "nexum.db", 1, 2)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert await stored(tmp_path / "two" / "nexum.db") == acknowledged
+
+
+async def test_journal_of_another_program_is_refused(tmp_path: Path) -> None:
+    await (await opened(tmp_path / "nexum.db")).close()
+    (tmp_path / "nexum.db-journal").write_bytes(b"x")
+    before = contents(tmp_path)
+    with pytest.raises(StoreRefused, match="journal of another program"):
+        await opened(tmp_path / "nexum.db")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["killed", "copied over"])
+async def test_restored_backup_replaces_database_and_log(tmp_path: Path, copied: bool) -> None:
+    database, backup = tmp_path / "nexum.db", tmp_path / "backup.db"
+    store = await opened(database)
+    saved = await start(store, 1)
+    await store.close()
+    shutil.copyfile(database, backup)
+    acknowledged = kill_after(database, 2)
+    if copied:
+        shutil.copyfile(backup, database)
+    run = nexum(tmp_path, "restore", "backup.db", "--database-url", f"sqlite:///{database}")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith(f"{database} now has the contents of backup.db; the former database is kept as ")
+    assert await stored(database) == saved
+    former = Path(run.stdout.strip().rpartition(" ")[2])
+    assert log_of(former).exists()
+    if not copied:
+        assert await stored(former) == acknowledged
+
+
+async def test_backup_with_its_log_is_restored_whole(tmp_path: Path) -> None:
+    acknowledged = kill_after(tmp_path / "backup.db", 1, 2)
+    before = contents(tmp_path)
+    assert restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "backup.db") is None
+    assert contents(tmp_path).items() > before.items()
+    assert await stored(tmp_path / "nexum.db") == acknowledged
+
+
+@pytest.mark.parametrize(
+    ("backup", "reason"),
+    [("missing.db", "there is no backup"), ("text.db", "is not a database"), ("damaged.db", "damaged|can't be opened")],
+)
+async def test_bad_backup_is_refused_and_database_left_untouched(tmp_path: Path, backup: str, reason: str) -> None:
+    database = tmp_path / "nexum.db"
+    store = await opened(database)
+    await start(store, 1)
+    await store.close()
+    (tmp_path / "text.db").write_text("text")
+    damaged = bytearray(database.read_bytes())
+    damaged[4096:] = b"\xff" * (len(damaged) - 4096)
+    (tmp_path / "damaged.db").write_bytes(damaged)
+    before = contents(tmp_path)
+    with pytest.raises(StoreRefused, match=reason):
+        restore_database(f"sqlite:///{database}", tmp_path / backup)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("lock", ["lock file", "no lock file"])
+def test_database_of_a_running_server_is_not_restored(tmp_path: Path, server: Server, lock: str) -> None:
+    shutil.copyfile(tmp_path / "nexum.db", tmp_path / "backup.db")
+    if lock == "no lock file":
+        (tmp_path / "nexum.db.lock").unlink()
+    with pytest.raises(StoreLocked):
+        restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "backup.db")
+    assert nexum(tmp_path, "ps", "--nexum", server.address).returncode == 0
+
+
+async def test_database_of_the_version_before_is_opened_with_its_data(tmp_path: Path) -> None:
+    database = tmp_path / "nexum.db"
+    connection = sqlite3.connect(database)
+    first = (ROOT / "nexum_engine" / "store" / "sqlite_migrations" / "0001_initial.sql").read_text(encoding="utf-8")
+    connection.executescript(f"{first}; PRAGMA application_id = {0x4E58554D}; PRAGMA user_version = 1;")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("INSERT INTO workflow_versions VALUES (1, 'w', 'v1', ?, 'NEW', 0)", (ONE_NODE,))
+    connection.execute("INSERT INTO executions VALUES (1, 'exec-1', 'w', 'v1', 'RUNNING', '1', NULL, 0, NULL, '')")
+    connection.commit()
+    connection.close()
+    assert await stored(database) == {"exec-1"}
+
+
+# ---- Files that can't be used ----------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("suffix", ["", "-wal", ".lock"])
+def test_folder_in_place_of_a_file_is_refused_in_one_line(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"nexum.db{suffix}").mkdir()
+    run = nexum(tmp_path, "--listen", "127.0.0.1:0", "--database-url", "sqlite:///nexum.db")
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1), run.stderr
+    assert f"{tmp_path / 'nexum.db'}" in run.stderr
+    assert "another file with --database-url" in run.stderr
