@@ -17,6 +17,7 @@ import pytest
 from harness import Server
 from pipelines import BEGUN_MS, ONE, TWO, Try, attempts, made_run, pipelines, recorded_outputs, run_crash_demo
 
+from crash_demo import finish
 from nexum_engine.records import Outcome
 from support.pipeline.evidence import CrashPoint, PipelineRun
 from support.pipeline.page import page
@@ -37,6 +38,13 @@ in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is insta
 
 def made(query: str = "What is so?") -> PipelineRun:
     return made_run(TRIES, [DEAD, TWO], CrashPoint("summarize", within=True), query=query)
+
+
+def test_page_and_verdicts_name_the_source_of_the_times(capsys: pytest.CaptureFixture[str]) -> None:
+    run = replace(made(), source="the workers' own log")
+    assert "with its times from\nthe workers' own log." in page([run])
+    finish([run, run], None, None)
+    assert "2 crash points, from the workers' own log:" in capsys.readouterr().out
 
 
 class _Elements(HTMLParser):

@@ -60,6 +60,7 @@ def test_crash_during_kills_the_worker_between_effect_and_record(server: Server,
     assert code == KILLED
     assert "validate has had its effect; crashing before its report, as requested" in output
     (execution,) = pipelines(tmp_path, server.address)
+    assert f"(python -m nexum_engine show {execution['execution_id']} --nexum {server.address})" in output
     assert [node["status"] for node in execution["nodes"]][:2] == ["COMPLETED", "RUNNING"]
     effects = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(one["step"], one["attempt"]) for one in effects] == [("research", 1), ("validate", 1)]

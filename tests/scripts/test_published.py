@@ -177,6 +177,13 @@ def test_output_that_looks_like_a_pointer_chooses_no_file(
         assert json.loads(execution("exec-1", answer).outputs()["a"]) == output
 
 
+def test_nodes_are_in_one_order() -> None:
+    answers = [
+        pb.StatusResponse(status="COMPLETED", completed_nodes_json=text) for text in ('{"a":1,"b":2}', '{"b":2,"a":1}')
+    ]
+    assert [[*execution("exec-1", answer).outputs()] for answer in answers] == [["a", "b"]] * 2
+
+
 async def test_report_whose_answer_was_lost_counts_as_recorded(address: str, caplog: pytest.LogCaptureFixture) -> None:
     class Lossy(NexumClient):
         lost = False
