@@ -245,4 +245,4 @@ def _decoded(received: Received, request_type: type[Message], limit: int) -> Mes
     try:
         return request_type.FromString(received.take())
     except DecodeError as error:
-        raise InvalidRequest(f"the request is not a valid {request_type.DESCRIPTOR.name} message") from error
+        raise InvalidRequest(f"the request is not a {request_type.DESCRIPTOR.name} message: {error}") from error
