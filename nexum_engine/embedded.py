@@ -139,7 +139,7 @@ class EmbeddedNexum:
             else:
                 await self._first_answer()
             if not self.embedded:
-                with contextlib.suppress(ServerUnavailable):  # the server may just restart
+                with contextlib.suppress(ServerUnavailable):  # the server may be restarting
                     self.is_published = await self._client.server_info() is None
             self._use_the_time()
         except BaseException:

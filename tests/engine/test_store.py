@@ -484,7 +484,7 @@ async def test_lease_ends_at_its_exact_millisecond(store: Store, clock: ManualCl
     second = await taken(store, "w2")
     assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
     lost = (await attempts(store, started.execution_id))[0]
-    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no beat for longer than its lease")
+    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no heartbeat for longer than its lease")
 
 
 async def test_beat_renews_only_the_leases_of_named_tasks(store: Store, clock: ManualClock) -> None:
@@ -738,7 +738,7 @@ async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Stor
         assert (len(changed.ready), changed.ended) == (1, ())
     lost = await attempts(store, started.execution_id)
     assert {(one.outcome, one.error) for one in lost} == {
-        (Outcome.LOST, "the task did not reach worker w1: two beats in a row did not name it")
+        (Outcome.LOST, "the task did not reach worker w1: two heartbeats in a row did not name it")
     }
     last = await taken(store)
     assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()

@@ -58,7 +58,7 @@ def part_name(element: Tag, name: str) -> str:
 
 
 def is_layout(table: Tag) -> bool:
-    """Return whether the table only lays out parts of the page. The cells of such a table are no values."""
+    """Return whether the table only lays out parts of the page. The cells of such a table are not data."""
     if table.get("role") in ("presentation", "none"):
         return True
     parts: list[Tag] = []
