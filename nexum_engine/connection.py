@@ -41,7 +41,7 @@ class ServerInfo:
     database: str
     """The absolute path of the server's database."""
     embedded: bool
-    """Whether the server is an embedded server."""
+    """Whether a program started the server for its own runs."""
 
 
 class Connection:

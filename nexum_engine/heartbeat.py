@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
-MIN_LEASE_MS = 100  # the shortest lease from which the interval between heartbeats is computed
+MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
 # Seconds, at most, from a stream's first heartbeat, or from one that `beat()` requests, to the next. Less than the
 # grace in which a disconnected worker keeps its tasks.
 SECOND_BEAT_AFTER = 0.5
@@ -148,8 +148,8 @@ class Heartbeat:
     async def run(self) -> None:
         """Send heartbeats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnect whenever the server doesn't answer or has an internal error. Raises InvalidRequest if the server
-        refuses the worker id, NotANexumServer, and other errors of `prepare`.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, InvalidRequest if
+        the server refuses the worker id, and other errors of `prepare`.
         """
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()

@@ -18,8 +18,8 @@ from nexum_engine.workflow import check_id
 RECONNECT_GRACE_MS = 1000
 """How long a worker has to reconnect after its stream broke. After that time its tasks are handed out again."""
 RESTART_GRACE_MS = 1500
-"""How long workers have to reconnect after the server has started. A running worker tries several times a second. So
-the grace delays only the tasks of workers that died with the server."""
+"""How long workers have to reconnect after the server has started. A running worker makes several attempts a second.
+So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one worker may hold."""

@@ -43,7 +43,7 @@ MAX_INLINE_BYTES = 64 * 1024
 """The size up to which a transition returns payloads at once. Larger payloads are read separately when needed."""
 MAX_VERSIONS = 1000
 MAX_ATTEMPTS = 10_000
-"""The number of versions, and of attempts, that are returned at most."""
+"""The largest number of versions, and of attempts, in one answer."""
 MAX_LIST_BYTES = 16 * 1024 * 1024
 """The largest total size of the inputs and outputs in one list of executions.
 

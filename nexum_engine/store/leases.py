@@ -14,11 +14,11 @@ from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
-tries several times a second. An owner that is late loses its task only if another owner wants the task."""
+tries to reconnect several times a second. A late owner loses its task only if another owner wants the task."""
 MAX_SWEPT = 500
 """How many expired attempts one transaction ends. If there are more, the next transaction follows at once."""
 SLOW_LINE = 250  # bytes per millisecond
-"""The slowest connection to allow for. Heartbeats can't name a large task that is still on its way to the worker."""
+"""The slowest connection to allow for: a heartbeat can't name a large task that is still on its way to the worker."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> Renewed:

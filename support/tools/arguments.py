@@ -21,8 +21,8 @@ _MOST_EXACT = 2**53  # above this, a float may differ from the number that was w
 def validate_leniently(model: type[M], text: bytes) -> M:
     """Return the JSON object as an instance of a strict model. Raises ValidationError.
 
-    5.0 and "5" are the integer 5, "0.5" is a number, "true" is a boolean, a JSON text is the list or object that it
-    holds, and null is the default of a parameter.
+    These values are converted: 5.0 and "5" to an integer, "0.5" to a number, "true" to a boolean, a JSON text to the
+    list or object that it holds, and null to the default of a parameter.
     """
     for _ in range(MAX_ROUNDS):
         try:

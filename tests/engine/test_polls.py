@@ -492,7 +492,7 @@ async def test_draining_worker_gets_polls_answered_and_no_tasks(engine: Engine) 
     await engine.task(other)
     stream.breaks()
     await stream.ended()
-    # A worker that reconnects under this id is a new worker.
+    # The end of the stream has ended the draining, so a poll under this id gets tasks again.
     back = engine.poll("w1")
     await until_idle(engine, back)
     await engine.start()

@@ -6,7 +6,7 @@ import codecs
 
 import webencodings
 
-REPLACEMENT = "replacement"  # the encoding of labels that browsers refuse, because pages attack with them
+REPLACEMENT = "replacement"  # the standard's name of all encodings that browsers refuse, because attacks use them
 
 # Python's decoders that are closer to the standard than those that webencodings uses.
 _CODECS = {"gbk": "gb18030", "iso-2022-jp": "iso2022_jp_ext"}

@@ -70,7 +70,7 @@ class Sheets:
 
     def style_of(self, name: str, id_: str, classes: Iterable[str], inline: Style) -> Style:
         """Return the style of an element from the sheets and from its own `style` attribute."""
-        if not self._rules or name in ("html", "body"):  # scripts show a page whose body is hidden
+        if not self._rules or name in ("html", "body"):  # if a sheet hides the body, a script shows it later
             return inline
         element = (name, id_, frozenset(classes))
         if element not in self._known:
