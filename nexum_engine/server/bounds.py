@@ -26,8 +26,8 @@ SMALL_BYTES = 16 * 1024
 MAX_SMALL_REQUEST_BYTES = 256 * 1024
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
 """The largest request with a payload. The check of the payload has a lower limit and a clearer error."""
-READERS = 16
-"""The number of requests that are read at the same time."""
+PAYLOAD_READERS, READERS = 12, 24
+"""The numbers of requests, with and without a payload, that are read at the same time."""
 READ_PATIENCE = 1.0  # seconds for a request to arrive, if others wait
 REQUEST_BUDGET = 192 * 1024 * 1024
 REQUEST_COPIES = 6
@@ -135,12 +135,39 @@ class Received:
         return data
 
 
+class _Slots:
+    """The slots of calls whose requests are being read. If others wait, slow requests are cancelled."""
+
+    def __init__(self, count: int) -> None:
+        self._free = Budget(count)
+        self._since: dict[asyncio.Task[Any], float] = {}
+
+    async def take(self) -> None:
+        """Wait for a slot, and take it for this call."""
+        loop, call = asyncio.get_running_loop(), asyncio.current_task()
+        assert call is not None
+        while True:
+            try:
+                await self._free.take(1, READ_PATIENCE)
+                break
+            except Overloaded:
+                for slow, since in self._since.items():
+                    if loop.time() - since >= READ_PATIENCE:
+                        slow.cancel()
+        self._since[call] = loop.time()
+        call.add_done_callback(self.give)
+
+    def give(self, call: asyncio.Task[Any] | None) -> None:
+        """Free the call's slot. Does nothing the second time."""
+        if call is not None and self._since.pop(call, None) is not None:
+            self._free.give(1)
+
+
 class Reading(grpc.aio.ServerInterceptor):
-    """Reads up to READERS requests at a time. If others wait, requests that take over READ_PATIENCE are cancelled."""
+    """An interceptor that limits how many requests are read at once. Those with payloads don't block the others."""
 
     def __init__(self) -> None:
-        self._slots = Budget(READERS)
-        self._since: dict[asyncio.Task[Any], float] = {}
+        self._with_payload, self._without = _Slots(PAYLOAD_READERS), _Slots(READERS)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -149,29 +176,15 @@ class Reading(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                await self._slots.take(1, READ_PATIENCE)
-                break
-            except Overloaded:
-                for call, since in self._since.items():
-                    if loop.time() - since >= READ_PATIENCE:
-                        call.cancel()
-        own = asyncio.current_task()
-        assert own is not None
-        self._since[own] = loop.time()
-        own.add_done_callback(self._free)
+        method = handler_call_details.method.rpartition("/")[2]
+        slots = self._with_payload if method in _WITH_PAYLOAD else self._without
+        await slots.take()
 
         async def read(request: Received, context: Context) -> Any:
-            self._free(own)
+            slots.give(asyncio.current_task())
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(read, handler.request_deserializer, handler.response_serializer)
-
-    def _free(self, call: asyncio.Task[Any]) -> None:
-        if self._since.pop(call, None) is not None:
-            self._slots.give(1)
 
 
 def add_servicer(servicer: Any, server: grpc.aio.Server, abort: Abort) -> None:
@@ -233,4 +246,4 @@ def _decoded(received: Received, request_type: type[Message], limit: int) -> Mes
     try:
         return request_type.FromString(received.take())
     except DecodeError as error:
-        raise InvalidRequest(f"the request is not a valid {request_type.DESCRIPTOR.name} message") from error
+        raise InvalidRequest(f"the request is not a {request_type.DESCRIPTOR.name} message: {error}") from error

@@ -161,6 +161,8 @@ class Liveness:
             try:
                 swept = await self._store.run(leases.sweep, self._swept_until_ms)
             except Exception as error:
+                if self._store.failed.done():
+                    return  # the server stops, and says why
                 fault = None if isinstance(error, StoreUnavailable) else error
                 logger.warning("could not sweep the leases; retrying in 1 s", exc_info=fault)
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)

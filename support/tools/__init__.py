@@ -7,9 +7,10 @@ A third tool takes five lines:
         \"\"\"Count the words of a text.\"\"\"
         return str(len(text.split()))
 
-The model sees the name, the docstring and the type hints. Arguments are checked against the hints. A parameter
-`*, call: ToolContext` is hidden from the model: it holds the call's idempotency key, its attempt and the web. Raise
-`FinalError` for an error that a retry can't fix. Any other error is retried, up to four attempts in all.
+The model sees the name, the docstring and the type hints. Arguments are checked against the hints, and converted where
+nothing is lost: "5" is 5. A parameter `*, call: ToolContext` is hidden from the model: it holds the call's idempotency
+key, its attempt and the web. Raise `FinalError` for an error that a retry can't fix. Any other error is retried, up to
+four attempts in all.
 """
 
 from __future__ import annotations

@@ -76,13 +76,6 @@ def test_large_message_of_a_call_without_payload_is_refused(server: Server, meth
     assert details == "the request is 300,000 bytes; the limit is 262,144 bytes"
 
 
-@pytest.mark.parametrize("method", ["StartExecution", "GetStatus", "WorkerStream"])
-def test_malformed_message_is_an_invalid_argument(server: Server, method: str) -> None:
-    code, details = call_raw(server, method, b"\xff\xff")
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "the request is not a valid" in details
-
-
 @pytest.mark.parametrize(
     "text",
     [

@@ -168,7 +168,8 @@ def test_idle_server_of_a_deleted_folder_ends_in_one_line(tmp_path: Path) -> Non
     with nexum_server(folder) as server:
         shutil.rmtree(folder)
         assert server.process.wait(timeout=20) == 1
-    (line,) = server.process.lines[1:]
+    assert len(server.process.lines) == 2, server.process.output
+    line = server.process.lines[1]
     assert line.startswith(f"error: database {folder / 'nexum.db'} was changed while the server was running")
 
 

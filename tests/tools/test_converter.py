@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def test_a_slow_conversion_takes_no_time_of_this_process() -> None:
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the system has no limit of address space")
 def test_page_that_takes_too_much_memory_is_a_final_error() -> None:
     converters = Converters(memory=200_000_000)
-    with pytest.raises(FinalError, match=f"{URL}.*takes too much memory"):
+    with pytest.raises(FinalError, match=f"{URL}.*(takes too much memory|crashed)"):
         converters.convert(page("<ul><li>a" * 50_000))
     assert converters.convert(page()) == "words"
 
@@ -117,21 +117,28 @@ def test_page_that_takes_too_much_memory_is_a_final_error() -> None:
 def test_a_child_that_is_killed_may_be_replaced_by_a_retry() -> None:
     converters = Converters()
     before = children_of(os.getpid())
-    failures: list[str] = []
-
-    def convert() -> None:
-        with pytest.raises(WebError) as failed:
-            converters.convert(page(SLOW_PAGE))
-        failures.append(str(failed.value))
-
-    thread = threading.Thread(target=convert)
-    thread.start()
-    wait_until(lambda: bool(children_of(os.getpid()) - before), "a child converts the page")
-    (child,) = children_of(os.getpid()) - before
-    os.kill(child, signal.SIGKILL)
-    thread.join()
-    assert failures == [f"'{URL}' could not be read: its conversion ended with exit code -9"]
+    with ThreadPoolExecutor(1) as pool:
+        conversion = pool.submit(converters.convert, page(SLOW_PAGE))
+        wait_until(lambda: bool(children_of(os.getpid()) - before), "a child converts the page")
+        (child,) = children_of(os.getpid()) - before
+        os.kill(child, signal.SIGKILL)
+        with pytest.raises(WebError, match=rf"{URL}.*its conversion was killed \(exit code -9\)"):
+            conversion.result()
     assert converters.convert(page()) == "words"
+
+
+@linux_only
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_page_that_crashes_a_child_is_a_final_error(number: int) -> None:
+    converters = Converters()
+    before = children_of(os.getpid())
+    with ThreadPoolExecutor(1) as pool:
+        conversion = pool.submit(converters.convert, page(SLOW_PAGE))
+        wait_until(lambda: bool(children_of(os.getpid()) - before), "a child converts the page")
+        (child,) = children_of(os.getpid()) - before
+        os.kill(child, number)
+        with pytest.raises(FinalError, match=rf"converting it to text crashed \(exit code -{int(number)}\)"):
+            conversion.result()
 
 
 @linux_only

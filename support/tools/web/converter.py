@@ -28,6 +28,9 @@ LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, be
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
 MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; the largest page that is read takes about 300 MB
 
+# Exit codes of a child that was killed from outside: SIGKILL, and TerminateProcess on Windows. Any other code is a
+# crash, which would happen again.
+_KILLED = (-9, 1)
 _ROOT = Path(__file__).resolve().parents[3]
 _PAGE = TypeAdapter(Page)
 
@@ -121,7 +124,9 @@ class _Child:
             name = shortened(page.url)
             if late.is_set():
                 raise FinalError(f"{name} was not read: converting it to text took longer than {limit:g} s") from error
-            raise WebError(f"{name} could not be read: its conversion ended with exit code {code}") from error
+            if code not in _KILLED:
+                raise FinalError(f"{name} was not read: converting it to text crashed (exit code {code})") from error
+            raise WebError(f"{name} could not be read: its conversion was killed (exit code {code})") from error
         finally:
             timer.cancel()
 
