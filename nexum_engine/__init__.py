@@ -8,12 +8,12 @@ executions, `nexum_engine.worker.Worker` runs their nodes. Errors are in `nexum_
 
 import os
 
-# Turn off grpcio's own support for forks, before grpcio is imported and reads the variable. It restarts threads in the
-# child, and they crash if a call was open at the fork. nexum_engine/wire/forked.py says what the client uses there.
+# Turn off grpcio's own support for forks, before grpcio is imported and reads the variable. That support restarts
+# threads in the child, and they crash if a call was open at the fork. In the child, the client uses wire/forked.py.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 VERSION = "0.1.0"
 ERROR = "error: "
-"""How the command line begins the line of an error. An embedded server prints that line for the program that started
-it, in the place of the line that says that it is ready."""
+"""The beginning of an error's line on the command line. An embedded server that can't start prints such a line for the
+program that started it, instead of its ready line."""
 DEFAULT_LISTEN = "127.0.0.1:50051"

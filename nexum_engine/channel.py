@@ -32,7 +32,7 @@ _OPTIONS = (
 
 
 class Channel:
-    """A channel to one server. Each event loop that uses it, and each forked process, gets one of its own.
+    """The gRPC channels of a client to one server: one for each event loop, and new ones in a forked process.
 
     Channels with different purposes share no connection.
     """
@@ -81,7 +81,7 @@ class Channel:
                     await channel.close()
 
     def forget(self) -> None:
-        """Drop the channels, without closing them, because they are another process's."""
+        """Drop the channels in a forked process, without closing them: they belong to the parent process."""
         # Never free these objects: the core of grpcio would wait for threads that this process doesn't have, or crash.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._by_loop))
         self._by_loop = {}

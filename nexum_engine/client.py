@@ -112,7 +112,7 @@ class NexumClient:
     def route(self) -> tuple[str, Metadata]:
         """Return the present HOST:PORT of the server, and the metadata to send with each call.
 
-        For a connection of another thread. Call `reach` once before. Raises ServerUnavailable.
+        Another thread can use them for its own connection. Call `reach` once before. Raises ServerUnavailable.
         """
         return self._connection.route()
 
@@ -314,7 +314,7 @@ class NexumClient:
         then_take: tuple[str, Sequence[str]] | None = None,
         patience: float = 0.0,
     ) -> Task | None:
-        """Report a task's result. `then_take` is a worker id and versions: return a ready task of the versions.
+        """Report a task's result. With `then_take`, a worker id and versions, take a ready task and return it.
 
         Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
         """

@@ -1,4 +1,4 @@
-"""The connection of a client: which server it uses, and how it calls it."""
+"""The connection of a client: it finds the client's server and makes the client's calls."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
-MAX_SERVER_WAIT = 25.0  # seconds; the server's maximum is higher
+MAX_SERVER_WAIT = 25.0  # seconds, at most, of a wait that a call requests; the server allows more
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-# A function that returns a method of its argument, the stub that is connected when the call is made.
+# A function that picks one RPC of a stub. `call` passes the stub of the present server at each attempt.
 Method: TypeAlias = "Callable[[NexumServiceAsyncStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]]"
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """A server's database, and whether the server is an embedded server."""
+    """A server's answer to GetServerInfo."""
 
     database: str
     """The absolute path of the server's database."""
     embedded: bool
-    """Whether the server is an embedded server."""
+    """Whether a program started the server for its own runs."""
 
 
 class Connection:
-    """A connection to one server. NexumClient says which server that is; without `address` the connection finds it."""
+    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says."""
 
     def __init__(self, address: str | None) -> None:
         self._channels: list[Channel] = []

@@ -152,7 +152,7 @@ class EmbeddedNexum:
             else:
                 await self._first_answer()
             if not self.embedded:
-                with contextlib.suppress(ServerUnavailable):  # the server may just restart
+                with contextlib.suppress(ServerUnavailable):  # the server may be restarting
                     self.is_published = await self._client.server_info() is None
             if self.is_published and self._needs_owners:
                 raise NoOwnedExecutions(self.address)

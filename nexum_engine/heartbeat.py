@@ -1,4 +1,4 @@
-"""The heartbeats of a worker or owner, sent on one stream. Each beat names the tasks that the sender holds.
+"""The heartbeats of a worker or owner, sent on one stream. Each heartbeat names the tasks that the sender holds.
 
 A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
 blocks the program's event loop doesn't stop them.
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
-MIN_LEASE_MS = 100  # the shortest lease that is used to space the beats
-# Seconds, at most, from a stream's first beat, or from a beat that `beat()` requests, to the next beat. Less than the
+MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
+# Seconds, at most, from a stream's first heartbeat, or from one that `beat()` requests, to the next. Less than the
 # grace in which a disconnected worker keeps its tasks.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
@@ -62,8 +62,8 @@ class Heartbeat:
     called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
     server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called from the heartbeat's thread, with a number of seconds, once each time that the event loop is
-    blocked for so long.
+    `on_blocked` is called once each time that the event loop is blocked for BLOCKED_AFTER seconds or longer, with the
+    seconds so far. It is called from the heartbeat's thread.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Heartbeat:
         self._held: set[str] = set()
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
-        """Set in the heartbeat loop when the next beat is due, or when the stream is over."""
+        """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The number of beats sent, and the number of the last beat after which the event loop has run."""
+        """The number of heartbeats sent, and the number of the last one after which the event loop has run."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -110,24 +110,24 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether the worker certainly still holds its tasks: it sent an answered beat less than half a lease ago.
+        """Whether the worker certainly still holds its tasks: it sent an answered heartbeat less than half a lease ago.
 
         If False, only the server knows whether the worker still holds the tasks.
         """
         return time.monotonic() < self._held_until
 
     def hold(self, task_id: str) -> None:
-        """Name the task in the next beat and in all later ones."""
+        """Name the task in the next heartbeat and in all later ones."""
         with self._lock:
             self._held.add(task_id)
 
     def release(self, task_id: str) -> None:
-        """Name the task in no further beat."""
+        """Name the task in no further heartbeat."""
         with self._lock:
             self._held.discard(task_id)
 
     def beat(self) -> None:
-        """Send a beat now, and another one soon. A task that neither beat names has never arrived at the worker."""
+        """Send a heartbeat now, and another one soon. The server hands out again each task that neither one names."""
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
@@ -146,10 +146,10 @@ class Heartbeat:
         return await answer
 
     async def run(self) -> None:
-        """Send beats until cancelled. Return if the server has no WorkerStream.
+        """Send heartbeats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnect whenever the server doesn't answer or has an internal error. Raises InvalidRequest if the server
-        refuses the worker id, NotANexumServer, and other errors of `prepare`.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, InvalidRequest if
+        the server refuses the worker id, and other errors of `prepare`.
         """
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()
@@ -202,7 +202,7 @@ class Heartbeat:
     async def _send_until_cancelled(
         self, loop: asyncio.AbstractEventLoop, news: asyncio.Queue[NexumError | None], ended: asyncio.Event
     ) -> None:
-        """Send beats. Put None into `news` at each connection, and the error at each loss. Set `ended` at the end."""
+        """Send heartbeats. Put None into `news` at each connection, and the error at each loss. Finally set `ended`."""
 
         def tell(lost: NexumError | None) -> None:
             self._call_soon(loop, news.put_nowait, lost)
@@ -215,7 +215,7 @@ class Heartbeat:
                     if channel is None or channel.target != target:
                         if channel is not None:
                             await channel.close()
-                        # Share no connection with the client: its large messages would delay the beats.
+                        # Share no connection with the client: its large messages would delay the heartbeats.
                         channel = Channel(target, metadata, purpose="heartbeat")
                     await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
@@ -240,7 +240,7 @@ class Heartbeat:
     async def _keep_a_stream(
         self, call: StreamCall, loop: asyncio.AbstractEventLoop, tell: Callable[[NexumError | None], None]
     ) -> None:
-        """Send beats on one stream until the server ends the stream.
+        """Send heartbeats on one stream until the server ends the stream.
 
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
@@ -248,8 +248,8 @@ class Heartbeat:
         is_connected, timeout = False, FIRST_ACK_TIMEOUT
         lease = float("inf")
         self._doubtful_until = time.monotonic()
-        # Send the second beat soon. The server may have handed out a task during the reconnection, with the short lease
-        # of a disconnected worker. The first beat may have been too early to name that task.
+        # Send the second heartbeat soon. The server may have handed out a task during the reconnection, with the short
+        # lease of a disconnected worker. The first heartbeat may have been too early to name that task.
         self._is_urgent = True
         try:
             while True:
@@ -279,7 +279,7 @@ class Heartbeat:
             call.cancel()
 
     async def _exchange(self, call: StreamCall, beat: pb.WorkerBeat, timeout: float) -> pb.WorkerBeatAck | None:
-        """Send a beat and return its answer; None if the server has ended the stream."""
+        """Send a heartbeat and return its answer; None if the server has ended the stream."""
 
         async def exchange() -> pb.WorkerBeatAck | None:
             with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
@@ -294,7 +294,9 @@ class Heartbeat:
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
-                raise ServerError(f"the server on {self._client.address} did not answer a beat within {timeout:g} s")
+                raise ServerError(
+                    f"the server on {self._client.address} did not answer a heartbeat within {timeout:g} s"
+                )
             if exchanging.cancelled():
                 raise ServerUnavailable(f"the connection to {self._client.address} was closed")
             return exchanging.result()
@@ -302,7 +304,7 @@ class Heartbeat:
             exchanging.cancel()
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep until the next beat is due or requested."""
+        """Sleep until the next heartbeat is due or requested."""
         timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         try:
             await self._wake.wait()
@@ -310,7 +312,7 @@ class Heartbeat:
             timer.cancel()
 
     def _watch(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
-        """Let the event loop note that it runs. Report a loop that has not run since earlier beats."""
+        """Schedule `_note_turn` on the program's event loop. Report the loop if it is blocked."""
         if self._turned == self._sent:
             self._turn_due, self._is_blocked = now, False
         elif now - self._turn_due >= BLOCKED_AFTER and not self._is_blocked:
@@ -321,7 +323,7 @@ class Heartbeat:
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
-            self._doubtful_until = time.monotonic()  # the loop was blocked while a further beat was sent
+            self._doubtful_until = time.monotonic()  # the loop was blocked while a further heartbeat was sent
         self._turned = number
 
     def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:
@@ -355,7 +357,7 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
         if _shared is None:
             _shared = asyncio.new_event_loop()
             thread = threading.Thread(target=_shared.run_forever, name="heartbeats", daemon=True)
-            # Start it without a context: the thread is no work of the caller's.
+            # Start the thread without the caller's context: its connections are not the caller's work.
             contextvars.Context().run(thread.start)
         return _shared
 

@@ -13,7 +13,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
 MAX_VALUES = 200_000
-"""The limit for the number of values, and of strings and names, in an input or output. A parser stops all threads."""
+"""The limit for the values, and for the strings and names, in an input or output. The parser blocks all threads."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
@@ -34,8 +34,8 @@ def _check_count(text: str, what: str) -> None:
     """Raise TooLarge if `text` has too many values. Takes little time and memory, unlike the parser."""
     if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
         return
-    # The text may have its commas and brackets in strings: count only those outside. Without escapes, each second part
-    # between two quotes is a string.
+    # The text may have its commas and brackets in strings: count only those outside. Once the escapes are removed, each
+    # second part between two quotes is a string.
     text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
         raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")

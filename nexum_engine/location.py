@@ -64,7 +64,7 @@ def is_same_database(one: str, other: str) -> bool:
 
 
 def address_file(database: Path) -> Path:
-    """Return the path of the file with the address of the database's server. It lies beside the file behind a link."""
+    """Return the path of the file with the address of the database's server. For a link, it is beside the target."""
     return Path(f"{os.path.realpath(database)}.address")
 
 
@@ -79,7 +79,7 @@ def read_address(database: Path) -> str | None:
 
 
 def write_address(database: Path, address: str) -> None:
-    """Write the database's address file, whole or not at all. Raises OSError.
+    """Write the database's address file atomically. Raises OSError.
 
     The caller must hold the database's lock.
     """

@@ -1,6 +1,6 @@
-"""What a published Nexum server answers, in this package's terms.
+"""Convert the answers of a published Nexum server to this package's records.
 
-It keeps less than this project's server: no attempts, no reasons of failures, and no times but that of the start.
+That server stores no attempts, no reasons of failures, and no time except that of the start.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Pointer(BaseModel):
 
 
 def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    """Return the execution of an answer to GetStatus. Raises ServerError for an output that can't be read from here."""
+    """Return the execution of an answer to GetStatus. Raises ServerError if this process can't read an output."""
     try:
         outputs = _OUTPUTS.validate_json(answer.completed_nodes_json or "{}")
     except ValidationError as error:
@@ -60,7 +60,7 @@ def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
 
 
 def _followed(execution_id: str, node_id: str, output: Any) -> str | None:
-    """Return the text of the file to which `output` points; None if `output` is no pointer."""
+    """Return the text of the file to which `output` points; None if `output` isn't a pointer."""
     try:
         pointer = _Pointer.model_validate(output)
     except ValidationError:
@@ -84,7 +84,7 @@ def _followed(execution_id: str, node_id: str, output: Any) -> str | None:
 
 
 def milliseconds(created_at: str) -> int:
-    """Return the time of a published server, as 2026-01-31 12:00:00 in UTC, in milliseconds; 0 if there is none."""
+    """Convert a published server's time, such as 2026-01-31 12:00:00 (UTC), to Unix milliseconds; 0 if it has none."""
     try:
         return round(datetime.fromisoformat(created_at).replace(tzinfo=timezone.utc).timestamp() * 1000)
     except ValueError:

@@ -141,7 +141,7 @@ class Task:
     input_json: str
     """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
     input_bytes: int = 0
-    """The size of `input_json` within the server, also of an input that is still in the store."""
+    """The size of `input_json` in bytes, even while that text is only in the store. Only the server sets this."""
 
 
 @dataclass(frozen=True)

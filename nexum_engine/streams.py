@@ -26,7 +26,7 @@ def open_closed_streams() -> None:
 
 
 def in_words(error: OSError) -> str:
-    """Return the text for an error that ends a program. An error without a file's name is one of the output."""
+    """Return the message of an error that ends a program. An error without a file's name concerns the output."""
     if error.filename is None and error.strerror is not None:
         return f"the output can't be written: {error.strerror}"
     return str(error)

@@ -139,7 +139,7 @@ class Worker:
         self._was_connected = False
         self._streams = True
         self._polling = asyncio.Lock()
-        """Held by a poll of a server without worker streams: it may answer two polls at once with the same task."""
+        """Held by a poll of a server without worker streams: two polls at once may get the same task there."""
         self._turn = 0
         self._at_work: dict[tuple[str, str], _Work] = {}
         """The work in this process, by execution and node."""
@@ -252,8 +252,8 @@ class Worker:
             try:
                 task = await self._answer(self._poll())
             except ServerUnavailable:
-                # Send beats: the lost answer may have held a task. Beats without this task make the server hand it out
-                # again soon.
+                # Send heartbeats: the lost answer may have held a task. Heartbeats without this task make the server
+                # hand it out again soon.
                 self._heartbeat.beat()
                 await asyncio.sleep(RECONNECT_DELAY)
                 continue
@@ -313,7 +313,7 @@ class Worker:
             self._heartbeat.release(work.task.task_id)
 
     def _adopt(self, running: _Work, work: _Work) -> None:
-        """Let the running work report as the new attempt. The server counted its own attempt as lost."""
+        """Let the running work report as the new attempt. The server has counted the attempt it began as lost."""
         old, new = running.task, work.task
         logger.info("execution %s was handed out again: it still runs here", old.execution_id)
         if new.attempt > old.attempt:
@@ -322,7 +322,7 @@ class Worker:
             self._heartbeat.release(old.task_id)
 
     async def _may_begin(self, work: _Work) -> bool:
-        """Return whether the server still counts on this worker for the task."""
+        """Return whether the task is still this worker's."""
         while self._streams:
             task = work.task
             try:
@@ -416,8 +416,8 @@ class Worker:
             try:
                 return await complete()
             except ServerUnavailable:
-                # The lost answer may have handed out a next task, of which this worker doesn't know. Two beats follow
-                # soon. They don't name that task, so the server hands it out again.
+                # The lost answer may have handed out a next task, of which this worker doesn't know. Two heartbeats
+                # follow soon. They don't name that task, so the server hands it out again.
                 self._heartbeat.beat()
                 return await complete(patience=REPORT_PATIENCE)
         except ServerFault:
@@ -491,7 +491,7 @@ def _reason(error: Exception) -> str:
 
 
 def _context(task: Task) -> TaskContext:
-    # Don't use jsontext.parse: this document may be nested more deeply than it allows. The server has checked each
+    # Don't use jsontext.parse: this document may be nested more deeply than that allows. The server has checked each
     # payload in the document.
     document = json.loads(task.input_json or "null")
     parts = document if isinstance(document, dict) else {}

@@ -1,7 +1,7 @@
 """Bounds on what calls hold in memory: the size of each request, and the total of requests and of unread answers.
 
-A request is small, or it carries a payload. Only a few requests are read at the same time, because gRPC holds each of
-them in memory. Payloads and large answers take their share of a budget, and wait for it in order.
+Only a few requests are read at the same time, because gRPC holds each of them in memory. Each request or answer above
+SMALL_BYTES takes a share of a budget. If the budget is used up, calls wait for their shares in order.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
 MAX_SMALL_REQUEST_BYTES = 256 * 1024
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
-"""The largest request with a payload. More than the payload's own limit, whose error is clearer."""
+"""The largest request with a payload. The check of the payload has a lower limit and a clearer error."""
 PAYLOAD_READERS, READERS = 12, 24
 """The numbers of requests, with and without a payload, that are read at the same time."""
 READ_PATIENCE = 1.0  # seconds for a request to arrive, if others wait
 REQUEST_BUDGET = 192 * 1024 * 1024
 REQUEST_COPIES = 6
-"""How many times its size a request takes while it is handled: the message, its text, and the parsed and bound text."""
+"""How many times its size a request takes in memory: as a message, as text, parsed, and as a parameter of SQL."""
 MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
-"""How much of the budget requests may wait for. A request that waits is in memory."""
+"""How much of the budget all waiting requests may want together: a waiting request is already in memory."""
 ANSWER_BUDGET = 256 * 1024 * 1024
 ANSWER_COPIES = 3
 ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
@@ -62,7 +62,7 @@ class Budget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, units: int, patience: float | None = None) -> int:
-        """Take `units`, or all if they are more than all. Returns what to `give` back. Raises Overloaded."""
+        """Take `units`, or the whole budget if that is less. Returns what `give` must get. Raises Overloaded."""
         units = min(units, self._total)
         if not self._waiting and units <= self._free:
             self._free -= units
@@ -82,7 +82,7 @@ class Budget:
             else:
                 self._waiting.remove((units, turn))
                 self._wanted -= units
-                self.give(0)  # the next call may want less
+                self.give(0)  # the next waiting call may want fewer units
             raise
         return units
 
@@ -105,7 +105,8 @@ class Answers:
     async def reserve(self, context: Context, size: int) -> None:
         """Take a share for an answer of `size` bytes until the call has ended. Raises Overloaded.
 
-        Reserve before the answer is read from the store. A client that doesn't read its answer loses the call.
+        Reserve before the answer is read from the store. The call is cancelled if the client hasn't read the answer
+        within ANSWER_TIMEOUT.
         """
         if size <= SMALL_BYTES:
             return
@@ -123,7 +124,7 @@ class Answers:
 
 
 class Received:
-    """A request that is not decoded yet. `take` hands it out once, so that nothing else keeps it in memory."""
+    """A request that is not decoded yet. `take` returns its bytes once and drops them, to free memory."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -135,7 +136,7 @@ class Received:
 
 
 class _Slots:
-    """The slots of calls whose requests are being read. A request that arrives slowly gives way to others."""
+    """The slots of calls whose requests are being read. If others wait, slow requests are cancelled."""
 
     def __init__(self, count: int) -> None:
         self._free = Budget(count)
@@ -163,7 +164,7 @@ class _Slots:
 
 
 class Reading(grpc.aio.ServerInterceptor):
-    """Reads only a few requests at the same time. Requests with payloads keep no others out."""
+    """An interceptor that limits how many requests are read at once. Those with payloads don't block the others."""
 
     def __init__(self) -> None:
         self._with_payload, self._without = _Slots(PAYLOAD_READERS), _Slots(READERS)
@@ -171,7 +172,7 @@ class Reading(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        """Return the method's handler. It frees its slot as soon as it has the request."""
+        """Wait for a slot, and return the method's handler. The slot is freed as soon as the request has arrived."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler

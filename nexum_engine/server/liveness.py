@@ -18,8 +18,8 @@ from nexum_engine.workflow import check_id
 RECONNECT_GRACE_MS = 1000
 """How long a worker has to reconnect after its stream broke. After that time its tasks are handed out again."""
 RESTART_GRACE_MS = 1500
-"""How long workers have to reconnect after the server has started. A running worker tries several times a second. So
-the grace delays only the tasks of workers that died with the server."""
+"""How long workers have to reconnect after the server has started. A running worker makes several attempts a second.
+So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one worker may hold."""
@@ -72,7 +72,7 @@ class Liveness:
                     self._polls.worker_connected(worker_id)
                 if len(beat.task_ids) > MAX_BEAT_TASKS:
                     raise InvalidRequest(
-                        f"the beat names {len(beat.task_ids):,} tasks; the limit is {MAX_BEAT_TASKS:,}"
+                        f"the heartbeat names {len(beat.task_ids):,} tasks; the limit is {MAX_BEAT_TASKS:,}"
                     )
                 if beat.draining:
                     self._polls.drain(worker_id)
@@ -112,8 +112,8 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submit the shorter leases at once. After a heartbeat on the worker's next stream, the shorter leases would
-        # apply to a worker that has reconnected.
+        # Submit the shorter leases at once. Later, they could follow the first heartbeat on the worker's next stream,
+        # and shorten the leases of a worker that has reconnected.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 

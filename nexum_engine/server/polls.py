@@ -144,9 +144,9 @@ class Polls:
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > self._forget_above:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
-            # Forget the due tasks of the same versions. The next poll of such a version costs one claim.
+            # Forget their numbers of due tasks, too. The next poll for such a version then submits a claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
-            # Look again only when the number has doubled: each look takes time in proportion to the number.
+            # Scan the versions again only when their number has doubled: a scan takes time in proportion to it.
             self._forget_above = max(MAX_REMEMBERED_VERSIONS, 2 * len(self._last_poll_ms))
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:

@@ -32,7 +32,7 @@ _OPTIONS = (
     # Wait for calls that arrive faster than they are read: by default, gRPC cancels some of them.
     ("grpc.server.max_pending_requests", MAX_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
-    # Hold little of a request that is not read yet.
+    # Don't let gRPC widen its windows, so that it holds little of a request that is not read yet.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
@@ -79,7 +79,7 @@ async def run_server(
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
-    # A client that leaves before it has read its answer is no fault of the server, but gRPC logs a traceback.
+    # Drop the traceback that gRPC logs for a client that leaves before it has read its answer.
     logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)

@@ -39,9 +39,9 @@ MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
 """The number of versions that one poll may name."""
 SUMMARY_BYTES, VERSION_BYTES = 5000, 500
-"""The sizes of a long item in a list of executions, and in one of versions."""
+"""The size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
-"""The number of nodes and attempts that are written into an answer on the event loop."""
+"""The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
@@ -275,21 +275,21 @@ class NexumServicer(NexumServiceServicer):
             execution = await self._get(request.execution_id, context, request.with_attempts)
         else:
             execution = await self._whole(execution, context)
-        # In a thread, so that an execution with many nodes and attempts doesn't block the event loop.
+        # Use a thread for an execution with many nodes and attempts, so that it doesn't block the event loop.
         has_poller = self._polls.has_poller(execution.version_hash)
         if sum(1 + len(node.attempts) for node in execution.nodes) > MAX_ITEMS_AT_ONCE:
             return await asyncio.to_thread(_execution_message, execution, has_poller)
         return _execution_message(execution, has_poller)
 
     async def _get(self, execution_id: str, context: Context, with_attempts: bool = False) -> Execution:
-        """Return an execution. One with large payloads is read when there is room for the answer."""
+        """Return an execution. Reserve a share of the answers' budget before large payloads are read."""
         execution = await self._store.run(
             executions.get_execution, execution_id, with_attempts, max_bytes=executions.MAX_INLINE_BYTES
         )
         return await self._whole(execution, context, with_attempts)
 
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
-        """Return the execution with its payloads, which a large execution lacks."""
+        """Return the execution with its payloads. Read them if `execution` was too large to have them."""
         if execution.nodes:
             await self._answers.reserve(context, _size_of(execution))
             return execution
@@ -299,7 +299,7 @@ class NexumServicer(NexumServiceServicer):
         return await self._store.run(executions.get_execution, execution_id, with_attempts)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
-        """Return the execution if it ends within `wait` seconds, or None."""
+        """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
         if not wait:
             return None
         with self._waiters.watch(execution_id) as ended:

@@ -40,10 +40,10 @@ TASK_FRAME_BYTES = 64
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 """The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
 MAX_INLINE_BYTES = 64 * 1024
-"""The size up to which transitions return payloads that nobody has asked for, or that may be many at once."""
+"""The size up to which a transition returns payloads at once. Larger payloads are read separately when needed."""
 MAX_VERSIONS = 1000
 MAX_ATTEMPTS = 10_000
-"""The number of versions, and of attempts, that are returned at most."""
+"""The largest number of versions, and of attempts, in one answer."""
 MAX_LIST_BYTES = 16 * 1024 * 1024
 """The largest total size of the inputs and outputs in one list of executions.
 
@@ -293,7 +293,7 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
     """End a running execution, cancel its unfinished nodes and attempts, and return the ended execution.
 
-    An execution with large payloads is returned without its input and nodes: few callers wait for it, or none.
+    An execution with large payloads is returned without its input and nodes. A waiting caller reads them.
     """
     db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
     if status is not ExecutionStatus.COMPLETED:

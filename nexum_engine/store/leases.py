@@ -14,11 +14,11 @@ from nexum_engine.store.tasks import fail_node
 
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
-tries several times a second. An owner that is late loses its task only if another owner wants the task."""
+tries to reconnect several times a second. A late owner loses its task only if another owner wants the task."""
 MAX_SWEPT = 500
-"""How many leases one transaction ends. The next one follows at once."""
+"""How many expired attempts one transaction ends. If there are more, the next transaction follows at once."""
 SLOW_LINE = 250  # bytes per millisecond
-"""The slowest connection to allow for. Heartbeats can't name a large task that is still on its way to the worker."""
+"""The slowest connection to allow for: a heartbeat can't name a large task that is still on its way to the worker."""
 
 
 def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> Renewed:
@@ -54,14 +54,14 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
-    # Don't count losses of an owned node. No poll gets an owned node, so it can't kill one worker after another.
+    # Don't count losses of an owned node. An owned node is never handed to workers, so it can't kill one after another.
     return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
-    reason = f"the task did not reach worker {worker_id}: two beats in a row did not name it"
+    reason = f"the task did not reach worker {worker_id}: two heartbeats in a row did not name it"
     for row in _handed_out(db, worker_id):
         if row["task_id"] in task_ids:
             _lose(db, row, Outcome.LOST, reason, changes)
@@ -110,7 +110,7 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
     worker_id = row["worker_id"]
     reason = {
         Outcome.LOST: f"worker {worker_id} disconnected and did not reconnect",
-        Outcome.EXPIRED: f"worker {worker_id} sent no beat for longer than its lease",
+        Outcome.EXPIRED: f"worker {worker_id} sent no heartbeat for longer than its lease",
         Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not reconnect",
     }[outcome]
     _lose(db, row, outcome, reason, changes)

@@ -219,7 +219,7 @@ UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE execution_id = :execution_id AND status = 'RUNNING';
 
 -- name: renew_lease
--- Extend the lease of a task that a beat names.
+-- Extend the lease of a task that a heartbeat names.
 UPDATE attempts SET lease_expires_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
 WHERE task_id = :task_id AND worker_id = :worker_id AND outcome = 'RUNNING';
 

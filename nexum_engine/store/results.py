@@ -53,7 +53,7 @@ class Renewed:
     """The result of `renew`."""
 
     unnamed: frozenset[str]
-    """The tasks that the heartbeat did not name, but that must have reached the worker."""
+    """The tasks that the heartbeat did not name, although they have had time to reach the worker."""
     lost: tuple[str, ...] = ()
     """The named tasks that the worker no longer holds."""
     resumed: bool = False

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
-WATCH_INTERVAL = 1.0  # seconds between two looks at the files of an idle database
+WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
 
 
 @dataclass
@@ -115,7 +115,7 @@ class SqliteStore(Store):
         self._lock.release()
 
     async def _watch(self) -> None:
-        """Notice lost files also while nobody calls, so that the server frees its port for another one."""
+        """Check the files even if no call arrives, so that a server that has lost them ends and frees its port."""
         while not self._failed.done():
             await asyncio.sleep(WATCH_INTERVAL)
             try:
@@ -196,7 +196,7 @@ class SqliteStore(Store):
         """Reopen the database after a failed transaction, or mark the store as failed."""
         # Don't reopen after a disk error: after a failed fsync, a read may return data that is not on the disk.
         reason: Exception | None = error
-        if error.is_passing:
+        if error.is_temporary:
             try:
                 await self._loop.run_in_executor(self._writer, self._database.reopen)
                 logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
@@ -225,8 +225,8 @@ class _CommitFailed(Exception):
         self.cause = cause
 
     @property
-    def is_passing(self) -> bool:
-        """Whether the cause can pass: the disk is full, or another program has locked the file. The file is sound."""
+    def is_temporary(self) -> bool:
+        """Whether the file is sound, and only the disk is full or another program has locked the file."""
         # Compare the message, because Python 3.10 has no sqlite3.Error.sqlite_errorcode.
         return isinstance(self.cause, sqlite3.Error) and any(word in str(self.cause) for word in ("full", "locked"))
 

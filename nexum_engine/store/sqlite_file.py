@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
 
 APPLICATION_ID = 0x4E58554D
-"""The mark of a Nexum database: SQLite's application_id in the file's header."""
+"""SQLite's application_id of a Nexum database, which is in the header of the file."""
 _HEADER = b"SQLite format 3\x00"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _STAMP_BYTES = 16
@@ -61,7 +61,7 @@ class _Stamp:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a file has its marks."""
+    """The page size, and the numbers of the pages that hold the tables `file_mark` and `log_stamp`."""
 
     page_size: int
     mark_page: int
@@ -83,7 +83,7 @@ class DatabaseFile:
         self.connection = connection
         self._layout = _layout(connection)
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-        # Close this descriptor after the connection only: closing it would release SQLite's locks (POSIX).
+        # Close this descriptor only after the connection: on POSIX, closing it releases SQLite's locks on the file.
         self._file = os.open(self._path, flags)
         self._log = os.open(self._log_path, flags)
         self._file_id, self._log_id = _file_id(self._file, self._path), _file_id(self._log, self._log_path)
@@ -108,7 +108,7 @@ class DatabaseFile:
             was_open = _size(log_of(path)) > 0
             if not path.exists():
                 _create(path)
-            # Get the reason from the operating system: SQLite reports a read-only file as a "disk I/O error".
+            # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
             os.close(os.open(path, os.O_RDWR))
             connection = _connect(path, timeout)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
@@ -119,8 +119,8 @@ class DatabaseFile:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
                 _explain_missing_log(path)
-            # Change the file's stamp now. Otherwise a backup of the file, made before this server started, would have
-            # the stamp on which this server's log is based.
+            # Change the stamp in the file now. Otherwise this server's log would also belong to a backup of the file
+            # that was made before the server started.
             _checkpoint(connection)
             _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False))
             _checkpoint(connection)
@@ -133,12 +133,12 @@ class DatabaseFile:
             raise
 
     def reopen(self) -> None:
-        """Open the database again, after an error that can pass. Raises sqlite3.Error, OSError."""
+        """Open the database again, after an error that may be temporary. Raises sqlite3.Error, OSError."""
         self.abandon()
         self._attach(_connect(self._path, 0.0))
 
     def close(self) -> None:
-        """Close the database, with all its contents in the file."""
+        """Copy the log into the file, and close the database."""
         try:
             self.check()
             self._complete()
@@ -149,8 +149,8 @@ class DatabaseFile:
             self._detach()
 
     def abandon(self) -> None:
-        """Close the database after an error. The log stays as it is, unless it could be lost."""
-        if self._is_parted():
+        """Close the database after an error. Leave the log as it is, unless it was separated from the file."""
+        if self._is_separated():
             with contextlib.suppress(sqlite3.Error):
                 self._complete()
         _leave(self.connection)
@@ -163,7 +163,7 @@ class DatabaseFile:
 
     def _detach(self) -> None:
         """Close the connection and the descriptors. Does nothing the second time."""
-        # Close the log's descriptor first, because Windows deletes no file that is open.
+        # Close the log's descriptor first: SQLite then deletes the log, and Windows can't delete an open file.
         log, self._log = self._log, -1
         if log >= 0:
             os.close(log)
@@ -182,7 +182,7 @@ class DatabaseFile:
         self._changes = self.connection.total_changes
 
     def commit(self) -> None:
-        """Commit the transaction. Raises FilesLost if it isn't in the files that the path names."""
+        """Commit the transaction. Raises FilesLost if the path doesn't name the files that hold it."""
         stamp = self._stamp
         if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
             # The log was copied into the file, so this transaction starts the log again.
@@ -221,7 +221,7 @@ class DatabaseFile:
         return True
 
     def _is_ours(self) -> bool:
-        """Return whether the open file has our marks, and has not shrunk."""
+        """Return whether the open file still has this database's mark and stamp, and has not shrunk."""
         layout, size = self._layout, os.fstat(self._file).st_size
         if size < self._file_bytes or _blob(self._page(layout.mark_page)) != self._mark:
             return False
@@ -229,7 +229,7 @@ class DatabaseFile:
         self._stamp_in_file = _Stamp.decode(_blob(self._page(layout.stamp_page))).own
         return self._stamp_in_file in (self._stamp.own, self._stamp.base)
 
-    def _is_parted(self) -> bool:
+    def _is_separated(self) -> bool:
         """Return whether file and log are whole, but at least one of them was moved, or the log was deleted."""
         if self._file < 0 or os.fstat(self._file).st_nlink == 0 or not self._is_ours() or not self._is_log_whole():
             return False
@@ -250,7 +250,7 @@ class DatabaseFile:
 
 
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
-    """Return what identifies the open file; None on a file system whose numbers differ between two questions."""
+    """Return the device and inode of the open file. Return None if the file system gives its path other numbers."""
     opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
     return named if named == opened else None
 
@@ -263,15 +263,15 @@ def _id(status: os.stat_result) -> tuple[int, int]:
 
 
 def log_of(path: Path) -> Path:
-    """Return the path of the database's write-ahead log. It lies beside the file that a link leads to."""
+    """Return the path of the database's write-ahead log. If `path` is a link, the log is beside its target."""
     return Path(f"{os.path.realpath(path)}-wal")
 
 
 def lock(path: Path, timeout: float) -> FileLock:
     """Take the lock file of the database. Raises StoreLocked if another process holds it for `timeout` seconds.
 
-    The lock file orders the opening and restoring of a database that may not exist yet. An open database is guarded by
-    SQLite's lock on the file itself, because anybody may delete a lock file.
+    With the lock file, only one process at a time opens or restores a database, which may not exist yet. SQLite's lock
+    on the file itself guards an open database, because anybody may delete a lock file.
     """
     taken = FileLock(f"{os.path.realpath(path)}.lock", mode=0o600, thread_local=False)
     try:
@@ -332,7 +332,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _check_log(path: Path) -> None:
-    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy it into the file."""
+    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy such a log into it."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
         raise StoreRefused(
@@ -349,7 +349,7 @@ def _check_log(path: Path) -> None:
     connection = sqlite3.connect(f"file:{quote(os.path.realpath(path))}?immutable=1", uri=True)
     try:
         if connection.execute("PRAGMA user_version").fetchone()[0] < 2:
-            return  # a log of the version before the stamps
+            return  # before schema version 2, logs have no stamps
         layout = _layout(connection)
         stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
     finally:
@@ -371,7 +371,7 @@ def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
         header = file.read(_LOG_HEADER_BYTES)
         if int.from_bytes(header[8:12], "big") != layout.page_size:
             return not any(header)
-        # The frames of this log have its salts. Frames of an earlier log may follow.
+        # Each frame of this log repeats the salts in the log's header. Frames of an earlier log may follow.
         while (frame := file.read(_FRAME_HEADER_BYTES))[8:16] == header[16:24]:
             page = file.read(layout.page_size)
             if int.from_bytes(frame[:4], "big") == layout.stamp_page:
@@ -383,7 +383,7 @@ def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
 
 
 def _explain_missing_log(path: Path) -> None:
-    """Warn of, or refuse, a database that its last server didn't close, and that has no log."""
+    """Warn that a database without a log was not closed. Raises StoreRefused if the file has hard links."""
     missing = f"database {path} was not closed by its last server, and its log {log_of(path)} is missing"
     if path.stat().st_nlink > 1:
         raise StoreRefused(
@@ -502,7 +502,7 @@ def _checkpoint(connection: sqlite3.Connection) -> None:
 
 
 def _leave(connection: sqlite3.Connection) -> None:
-    """Close the connection, and leave the log as it is. SQLite would copy it into the file."""
+    """Close the connection. The interrupt stops SQLite from copying the log into the file."""
     with contextlib.suppress(sqlite3.Error):
         connection.interrupt()
         connection.close()
@@ -510,7 +510,7 @@ def _leave(connection: sqlite3.Connection) -> None:
 
 def _blob(page: bytes) -> bytes:
     """Return the BLOB in the page of a table that has one row with one short BLOB."""
-    # https://www.sqlite.org/fileformat.html#b_tree_pages: at byte 8 is the place of the only cell. The cell has one
+    # https://www.sqlite.org/fileformat.html#b_tree_pages: byte 8 gives the position of the only cell. The cell has one
     # byte each for the payload's size, the row's number, the header's size and the type. The BLOB follows.
     cell = int.from_bytes(page[8:10], "big")
     return page[cell + 4 : cell + 2 + page[cell]] if cell < len(page) else b""
@@ -520,7 +520,7 @@ def _blob(page: bytes) -> bytes:
 
 
 def restore(path: Path, backup: Path) -> Path | None:
-    """Put a copy of `backup` in the place of the database. Return where the former database is kept, if there was one.
+    """Replace the database with a copy of `backup`. Return where the former database is kept, if there was one.
 
     A log beside the backup is used if it belongs to the backup. The former database keeps its log. Raises StoreRefused
     for a backup that can't be opened, and StoreLocked if a server has the database open.
@@ -538,7 +538,7 @@ def restore(path: Path, backup: Path) -> Path | None:
             former = _set_aside(path)
             new.replace(os.path.realpath(path))
             if former is not None and _size(log_of(path)):
-                # Killed before this line, we leave a log that doesn't belong to the file, and no server uses it.
+                # A kill before the next line leaves a log that doesn't belong to the file. No server uses such a log.
                 log_of(path).replace(log_of(former))
             sync_folder(path)
         except (sqlite3.Error, OSError) as error:
@@ -552,7 +552,7 @@ def restore(path: Path, backup: Path) -> Path | None:
 
 
 def _refuse_open_file(path: Path) -> None:
-    """Raise StoreLocked if a server has the database open, whatever became of its lock file."""
+    """Raise StoreLocked if a server has the database open, even if its lock file was deleted."""
     if not path.exists():
         return
     try:
@@ -560,7 +560,7 @@ def _refuse_open_file(path: Path) -> None:
     except sqlite3.Error as error:
         if "locked" in str(error):
             raise _in_use(path) from error
-        return  # no server can have such a file open
+        return  # SQLite can't open this file, so no server has it open
     _leave(connection)
 
 
@@ -577,7 +577,7 @@ def _copy_backup(backup: Path, new: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Give the database a second name, and return it. The log is moved later."""
+    """Give the database a second name, and return that name. `restore` then moves the log."""
     real = Path(os.path.realpath(path))
     if not real.exists() and not _size(log_of(real)):
         return None

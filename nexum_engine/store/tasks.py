@@ -38,7 +38,7 @@ def claim(
 ) -> Claim:
     """Hand a worker the task that has been due the longest, as a new attempt with a lease.
 
-    A task with a large input is returned without it: get it with `task_input`.
+    A task with a large input is returned without the input: get the input with `task_input`.
     """
     candidates = [
         row
@@ -74,8 +74,8 @@ def start_owned(
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
-    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task: an
-    owner that has lost its session's run can't record events. Raises the errors of `start_execution`, and:
+    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task.
+    So an owner whose session was taken over can't record events. Raises the errors of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, or if the execution was started for workers,
@@ -169,7 +169,7 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
 
 
 def task_input(db: Db, task_id: str) -> str:
-    """Return the input of a task that was handed out without it."""
+    """Return the input of a task that was handed out without its input."""
     node = db.one("task_payload", task_id=task_id)
     if node is None:
         raise TaskNotFound(task_id)

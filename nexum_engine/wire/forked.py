@@ -1,7 +1,7 @@
 """A gRPC channel for a forked process, in pure Python.
 
-The core of grpcio works in threads. A fork copies their state but not the threads, so grpcio hangs in the child, or ends
-it with a segmentation fault. grpclib has no threads.
+The core of grpcio works in threads. A fork copies their state but not the threads, so grpcio hangs in the child, or
+ends it with a segmentation fault. grpclib has no threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CODE = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class _Codec(CodecBase):
-    """Pass messages through: the stub serializes them."""
+    """A codec that passes bytes through unchanged: the stub serializes the messages."""
 
     __content_subtype__ = "proto"
 
@@ -142,7 +142,7 @@ class ForkedStream:
 
 
 def _in_own_context(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Run `work` in a task with an empty context: a connection that a call opens is not the caller's own work."""
+    """Run `work` in a task without the caller's context: a connection that it opens is not the caller's work."""
     return contextvars.Context().run(asyncio.create_task, work)
 
 

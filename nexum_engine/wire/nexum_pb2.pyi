@@ -753,9 +753,9 @@ class WorkerBeat(google.protobuf.message.Message):
     """True if the worker takes no more tasks: the server answers its waiting polls."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds. If two beats in a row don't name a task that was handed to the worker, the task
-        never reached the worker, and is handed out again. If a beat names a task whose lease has run out, the worker holds
-        the task again, unless a newer attempt was handed out.
+        """Every task that the worker holds. If two heartbeats in a row don't name a task that was handed to the worker, the
+        task never reached the worker, and is handed out again. If a heartbeat names a task whose lease has run out, the
+        worker holds the task again, unless a newer attempt was handed out.
         """
 
     def __init__(

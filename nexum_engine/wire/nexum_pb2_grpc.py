@@ -194,7 +194,7 @@ class NexumServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WorkerStream(self, request_iterator, context):
-        """Addition: a worker's beats. Each beat renews the leases of the tasks that it names.
+        """Addition: a worker's heartbeats. Each heartbeat renews the leases of the tasks that it names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -97,7 +97,7 @@ class NexumServiceStub:
         nexum_pb2.WorkerBeat,
         nexum_pb2.WorkerBeatAck,
     ]
-    """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
+    """Addition: a worker's heartbeats. Each heartbeat renews the leases of the tasks that it names."""
 
     GetServerInfo: grpc.UnaryUnaryMultiCallable[
         nexum_pb2.EmptyRequest,
@@ -176,7 +176,7 @@ class NexumServiceAsyncStub:
         nexum_pb2.WorkerBeat,
         nexum_pb2.WorkerBeatAck,
     ]
-    """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
+    """Addition: a worker's heartbeats. Each heartbeat renews the leases of the tasks that it names."""
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.EmptyRequest,
@@ -283,7 +283,7 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[nexum_pb2.WorkerBeat],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.WorkerBeatAck], collections.abc.AsyncIterator[nexum_pb2.WorkerBeatAck]]:
-        """Addition: a worker's beats. Each beat renews the leases of the tasks that it names."""
+        """Addition: a worker's heartbeats. Each heartbeat renews the leases of the tasks that it names."""
 
     @abc.abstractmethod
     def GetServerInfo(

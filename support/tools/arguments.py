@@ -15,14 +15,14 @@ MAX_ROUNDS = 5  # a list within a text within a list: each level of text takes o
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(?:\.0{1,18})?\s*")
 _DECIMAL = re.compile(r"\s*[+-]?[0-9]{1,15}(?:\.[0-9]{1,15})?\s*")
-_MOST_EXACT = 2**53  # above, a float may be another number than the one that was written
+_MOST_EXACT = 2**53  # above this, a float may differ from the number that was written
 
 
 def validate_leniently(model: type[M], text: bytes) -> M:
     """Return the JSON object as an instance of a strict model. Raises ValidationError.
 
-    5.0 and "5" are the integer 5, "0.5" is a number, "true" is a boolean, a JSON text is the list or object that it
-    holds, and null is the default of a parameter.
+    These values are converted: 5.0 and "5" to an integer, "0.5" to a number, "true" to a boolean, a JSON text to the
+    list or object that it holds, and null to the default of a parameter.
     """
     for _ in range(MAX_ROUNDS):
         try:
@@ -48,7 +48,7 @@ def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool
         else:
             arguments[last] = _converted(value, error["type"])
     except (LookupError, TypeError, ValueError, RecursionError):
-        return False  # the place of a union's member is no path, or the conversion would lose something
+        return False  # an error in a union names no path to the value, or the conversion would lose something
     return True
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-SHOWN_LENGTH = 120  # the number of characters of a foreign value that a message shows
+SHOWN_LENGTH = 120  # the number of characters of a value from outside that a message shows
 
 # Remove control, zero-width and bidirectional characters, variation selectors, tags and lone surrogates. A person can't
-# see these characters, but a model reads text that is hidden in them. The list makes every Python remove the same ones.
+# see these characters, but a model reads text that is hidden in them. The list is explicit, so that all versions of
+# Python remove the same characters.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
@@ -28,7 +29,7 @@ def one_line(text: str, limit: int) -> str:
 
 
 def shortened(value: object) -> str:
-    """Return a foreign value in a short form that is safe in a message."""
+    """Return a value from outside as short text that is safe in a message."""
     try:
         shown = repr(value)
     except RecursionError:

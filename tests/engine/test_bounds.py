@@ -52,12 +52,12 @@ def test_poll_for_too_many_versions_is_refused(stub: NexumServiceStub) -> None:
         )
 
 
-def test_beat_with_too_many_tasks_is_refused(stub: NexumServiceStub) -> None:
+def test_heartbeat_with_too_many_tasks_is_refused(stub: NexumServiceStub) -> None:
     beat = pb.WorkerBeat(worker_id="w", task_ids=["t"] * 4000)
     assert next(stub.WorkerStream(iter([beat]))).lease_ms
     beat.task_ids.append("t")
     code, details = refused(lambda: next(stub.WorkerStream(iter([beat]))))
-    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "the beat names 4,001 tasks; the limit is 4,000")
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, "the heartbeat names 4,001 tasks; the limit is 4,000")
 
 
 def call_raw(server: Server, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
@@ -169,7 +169,7 @@ async def test_cancelled_wait_takes_nothing_from_the_budget(served: bool) -> Non
     assert await asyncio.wait_for(second, 10) == 10
 
 
-async def test_budget_refuses_in_words() -> None:
+async def test_full_budget_raises_overloaded() -> None:
     budget = Budget(10, max_waiting=10)
     await budget.take(10)
     with pytest.raises(Overloaded, match="retry"):
@@ -229,7 +229,7 @@ def test_clients_that_do_not_read_take_bounded_memory(server: Server, stub: Nexu
         calls = []
         for _ in range(40):
             channel = stack.enter_context(grpc.insecure_channel(server.address, options=options))
-            # A client of a stream reads only what it is asked for.
+            # Declare a stream of answers: the client reads it only when the program asks for an answer.
             method: Any = channel.unary_stream(
                 "/nexum.NexumService/GetExecution", request_serializer=pb.GetExecutionRequest.SerializeToString
             )

@@ -116,7 +116,7 @@ async def test_stream_without_first_answer_is_reopened(server: EngineServer, mon
         await beats.connected()
         assert server.calls[leases.renew] >= 2
         assert [str(error) for error in beats.lost] == [
-            f"the server on {server.address} did not answer a beat within 0.2 s"
+            f"the server on {server.address} did not answer a heartbeat within 0.2 s"
         ]
 
 
@@ -131,7 +131,7 @@ async def test_silent_stream_is_reopened_before_the_lease_runs_out(tmp_path: Pat
         assert "within 1.5 s" in str(beats.lost[0])
 
 
-async def test_beats_keep_a_lease_shorter_than_second_beat_delay(
+async def test_heartbeats_keep_a_lease_shorter_than_second_heartbeat_delay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nexum_engine.heartbeat.SECOND_BEAT_AFTER", 4.0)  # a busy machine needs a longer lease
@@ -165,7 +165,7 @@ async def test_owner_keeps_its_task_beyond_its_lease(tmp_path: Path) -> None:
         assert (await client.get_execution(owned.execution_id)).execution.status is ExecutionStatus.COMPLETED
 
 
-async def test_second_beat_follows_soon_after_connecting(
+async def test_second_heartbeat_follows_soon_after_connecting(
     server: EngineServer,
 ) -> None:
     server.watch(leases.renew)
@@ -174,7 +174,7 @@ async def test_second_beat_follows_soon_after_connecting(
         await asyncio.wait_for(until(lambda: server.calls[leases.renew] >= 2), 5)
 
 
-async def test_requested_beat_is_followed_by_another_one_soon(server: EngineServer) -> None:
+async def test_requested_heartbeat_is_followed_by_another_one_soon(server: EngineServer) -> None:
     async with beating(server.address) as beats:
         await beats.connected()
         server.watch(leases.renew)
@@ -217,7 +217,7 @@ async def test_worker_and_owner_work_after_unanswered_first_streams(
         assert started.ended.outputs() == {"a": '"done"'}
         stop.set()
         await asyncio.wait_for(worker, SOON)
-    assert "did not answer a beat" in caplog.text
+    assert "did not answer a heartbeat" in caplog.text
 
 
 async def test_sweep_continues_after_a_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -267,12 +267,12 @@ async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
 
 
 async def test_client_reaches_server_that_accepts_connections_slowly(server: EngineServer) -> None:
-    """The server is on a busy machine, or on a distant one behind a tunnel."""
+    """Connect through a line that is a second late, as to a busy machine or through a tunnel."""
     async with slow_line(int(server.address.rpartition(":")[2]), 1.0) as address, NexumClient(address) as client:
         await client.ping(patience=SOON)
 
 
-async def test_is_holding_lasts_half_a_lease_after_an_answered_beat(
+async def test_is_holding_lasts_half_a_lease_after_an_answered_heartbeat(
     server: EngineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with beating(server.address) as beats:
@@ -281,7 +281,7 @@ async def test_is_holding_lasts_half_a_lease_after_an_answered_beat(
         holding.append(beats.heart.is_holding)
         now = time.monotonic()
         for later in (14.0, 15.1):
-            # As if the process had been stopped meanwhile and had not sent its next beat yet.
+            # Move the time, as if the process had been stopped and had not sent its next heartbeat yet.
             monkeypatch.setattr("nexum_engine.heartbeat.time.monotonic", lambda later=later: now + later)
             holding.append(beats.heart.is_holding)
         monkeypatch.undo()

@@ -76,7 +76,7 @@ async def test_second_start_by_same_owner_gets_the_same_task(store: Store) -> No
     assert (await own(store, "one")).task == (await own(store, "one")).task
 
 
-async def test_owner_keeps_a_task_that_its_beats_do_not_name(store: Store) -> None:
+async def test_owner_keeps_a_task_that_its_heartbeats_do_not_name(store: Store) -> None:
     """The answer to the start may be lost: then the owner starts the key again, and gets the same task."""
     started = await own(store, "one")
     assert started.task is not None

@@ -438,7 +438,7 @@ async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Mak
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
-    assert await swept(engine) == 1  # no beat since
+    assert await swept(engine) == 1  # no heartbeat since
 
 
 async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Make) -> None:
@@ -492,7 +492,7 @@ async def test_draining_worker_gets_polls_answered_and_no_tasks(engine: Engine) 
     await engine.task(other)
     stream.breaks()
     await stream.ended()
-    # A worker that reconnects under this id is a new worker.
+    # The end of the stream has ended the draining, so a poll under this id gets tasks again.
     back = engine.poll("w1")
     await until_idle(engine, back)
     await engine.start()
@@ -557,7 +557,7 @@ async def outcomes(engine: Engine, execution_id: str) -> list[str]:
     return [attempt.outcome.value for attempt in node.attempts]
 
 
-async def test_task_missing_in_two_beats_goes_to_another_worker(engine: Engine) -> None:
+async def test_task_missing_in_two_heartbeats_goes_to_another_worker(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -567,14 +567,14 @@ async def test_task_missing_in_two_beats_goes_to_another_worker(engine: Engine) 
     stream.beat()
     await stream.acked()
     await until_idle(engine, other)
-    assert await outcomes(engine, execution_id) == ["RUNNING"], "after one beat, the task may still be on its way"
+    assert await outcomes(engine, execution_id) == ["RUNNING"], "after one heartbeat, the task may still be on its way"
     stream.beat()
     task = await engine.task(other)
     assert (task.execution_id, task.attempt) == (execution_id, 2)
     assert await outcomes(engine, execution_id) == ["LOST", "RUNNING"]
 
 
-async def test_task_named_by_every_second_beat_is_kept(engine: Engine) -> None:
+async def test_task_named_by_every_second_heartbeat_is_kept(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -597,7 +597,7 @@ async def test_tasks_of_one_worker_are_lost_separately(engine: Engine) -> None:
     assert await outcomes(engine, lost_id) == ["LOST"]
 
 
-async def test_beats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
+async def test_heartbeats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
     await engine.register({"a": []})
     first = await beating(engine)
     execution_id = await engine.start()
@@ -612,7 +612,7 @@ async def test_beats_on_two_streams_are_not_in_a_row(engine: Engine) -> None:
     assert await outcomes(engine, execution_id) == ["RUNNING"]
 
 
-async def test_report_between_two_beats_without_the_task_is_recorded(engine: Engine) -> None:
+async def test_report_between_two_heartbeats_without_the_task_is_recorded(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -625,7 +625,7 @@ async def test_report_between_two_beats_without_the_task_is_recorded(engine: Eng
     assert await outcomes(engine, execution_id) == ["COMPLETED"]
 
 
-async def test_beats_of_one_worker_take_nothing_from_another_without_a_stream(engine: Engine) -> None:
+async def test_heartbeats_of_one_worker_take_nothing_from_another_without_a_stream(engine: Engine) -> None:
     await engine.register({"a": []})
     stream = await beating(engine)
     execution_id = await engine.start()
@@ -676,7 +676,7 @@ async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> 
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
-    # A start that was stored, although the server reported its outcome as unknown.
+    # Store a start directly, as if the server had reported its outcome as unknown.
     await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
     engine.look_again()
@@ -725,7 +725,7 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
-    """Leases and polls are longer than the test: a call that isn't woken fails it."""
+    """Leases and polls are longer than the test: a call that isn't woken fails the test."""
     chance = random.Random(seed)
     graphs: dict[str, dict[str, list[str]]] = {
         "one": {"a": []},

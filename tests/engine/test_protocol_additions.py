@@ -1,4 +1,4 @@
-"""This project's additions to the wire: long polls, waits for an end, reports that take the next task, and beats."""
+"""This project's additions to the wire: long polls, waits for an end, reports that take a task, and heartbeats."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Stream:
         self._call = self.stub.WorkerStream(iter(self._beats.get, None))
 
     def beat(self, *task_ids: str, draining: bool = False) -> int:
-        """Send a beat and wait for its answer; return the lease."""
+        """Send a heartbeat and wait for its answer; return the lease."""
         self._beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=task_ids, draining=draining))
         return int(next(iter(self._call)).lease_ms)
 
@@ -221,7 +221,7 @@ def test_refused_report_takes_no_task(stub: NexumServiceStub) -> None:
     assert poll(stub, wait_ms=LONG_MS).has_task
 
 
-# ---- Beats -----------------------------------------------------------------------------------------------------------
+# ---- Heartbeats ------------------------------------------------------------------------------------------------------
 
 
 def outcomes(stub: NexumServiceStub, execution_id: str) -> list[str]:
@@ -277,7 +277,7 @@ def test_connected_silent_worker_loses_task_after_lease(tmp_path: Path) -> None:
         silent.dies()
 
 
-def test_beating_worker_keeps_task_beyond_its_lease(tmp_path: Path) -> None:
+def test_worker_with_heartbeats_keeps_task_beyond_its_lease(tmp_path: Path) -> None:
     with nexum_server(tmp_path, lease=0.5) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
@@ -496,7 +496,7 @@ def send(channel: Any, method: Any, data: bytes) -> None:
 
 @pytest.mark.parametrize("data", MALFORMED)
 def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -> None:
-    # A message without fields may hold anything.
+    # Leave out messages without fields: for them, some of these bytes are valid unknown fields.
     methods = [one for one in pb.DESCRIPTOR.services_by_name["NexumService"].methods if one.input_type.fields]
     assert "WorkerStream" in {method.name for method in methods}
     with grpc.insecure_channel(server.address) as channel:
@@ -506,7 +506,7 @@ def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -
             assert f"the request is not a valid {method.input_type.name} message" in words
 
 
-def test_database_with_a_zero_byte_in_its_name_is_another_one(server: Server) -> None:
+def test_call_for_a_database_with_a_zero_byte_in_its_name_is_refused(server: Server) -> None:
     with connected(server.address) as stub:
         metadata = (("nexum-database-bin", b"/tmp/a\0b"),)
         code, words = refused(lambda: stub.ListExecutions(pb.ListRequest(), metadata=metadata, timeout=DEADLINE))

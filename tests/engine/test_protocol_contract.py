@@ -25,7 +25,7 @@ def test_published_fields_are_kept_and_additions_start_at_100(message: str) -> N
         (field,) = ours.fields
         assert field.message_type is not None
         assert field.message_type.name == REPEATED[message]
-        assert len(getattr(getattr(nexum_pb2, message)(), field.name)) == 0  # a list
+        assert len(getattr(getattr(nexum_pb2, message)(), field.name)) == 0  # only a list has a length
 
 
 def test_published_rpcs_keep_their_names() -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for a published server: ours, behind a proxy that speaks only the published contract."""
+"""Our client and worker with only the published contract: our server runs behind a proxy that speaks no more."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def old(server: Server) -> Iterator[Proxy]:
 
 
 def test_proxy_speaks_only_the_published_contract(old: Proxy) -> None:
-    """The tests below depend on this."""
+    """Check the proxy on which the tests below depend."""
     start = published(pb.StartRequest(workflow_id="w", idempotency_key="k", wait_ms=5))
     assert start == pb.StartRequest(workflow_id="w")
     with grpc.insecure_channel(old.address) as channel:

@@ -247,7 +247,7 @@ def _register_ir(stub: NexumServiceStub, ir_json: str) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NexumServiceStub]:
-    """Yield one server for all refused requests: each of them must leave it unchanged."""
+    """Yield a stub of one server for all refused requests: each request must leave the server unchanged."""
     with nexum_server(tmp_path_factory.mktemp("refusals")) as running, connected(running.address) as connection:
         register(connection, {"a": []})
         yield connection
@@ -334,7 +334,7 @@ def test_get_status_answers_only_what_a_default_client_can_receive(stub: NexumSe
 
 
 def test_get_status_size_limit_counts_node_names(stub: NexumServiceStub) -> None:
-    """Otherwise gRPC refuses the answer in the client, with an error that names no next step."""
+    """Without the names in the count, gRPC would refuse the answer in the client, and its error names no next step."""
     names = [f"{n}{'é' * 199}" for n in range(9)]
     register(stub, {name: [] for name in names})
     execution_id = start(stub)

@@ -96,7 +96,7 @@ def test_task_that_blocked_worker_read_late_is_left_to_the_worker_that_has_it(tm
 
 
 @stops
-@pytest.mark.parametrize("reports", ["before its beat", "after its beat"])
+@pytest.mark.parametrize("reports", ["before its heartbeat", "after its heartbeat"])
 def test_stopped_worker_continues_its_task(tmp_path: Path, server: Server, reports: str) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     calls = {"log": str(log), "gate": str(gate)}
@@ -107,9 +107,9 @@ def test_stopped_worker_continues_its_task(tmp_path: Path, server: Server, repor
         wait_until(lambda: len(effects(log)) == 1, "the effect")
         with stopped(worker.popen.pid):
             wait_until(lambda: outcomes(tmp_path, server) == [["EXPIRED"]], "the lease runs out")
-            if reports == "before its beat":
+            if reports == "before its heartbeat":
                 gate.touch()
-        if reports == "after its beat":
+        if reports == "after its heartbeat":
             wait_until(lambda: outcomes(tmp_path, server) == [["RUNNING"]], "the attempt is resumed")
             gate.touch()
         assert caller.wait(60) == 0, caller.output
@@ -141,7 +141,7 @@ def count_effect(log: Path, number: int) -> ToolCallInput:
 
 @stops
 def test_another_worker_takes_over_the_task_of_a_stopped_one(tmp_path: Path, server: Server) -> None:
-    """G4 promises no more: the lease has run out, and somebody else was there."""
+    """The effect happens twice, as promise G4 allows: the lease has run out, and another worker polls."""
     log, gate = tmp_path / "log", tmp_path / "gate"
     with counting_worker(tmp_path, server.address) as one, counting_worker(tmp_path, server.address) as other:
         with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as caller:

@@ -134,20 +134,20 @@ CAP_DAC_OVERRIDE = 1
 PR_CAPBSET_DROP = 24
 
 
-AS_ONE_WHOM_PERMISSIONS_BIND = f"""
+BOUND_BY_PERMISSIONS = f"""
 import ctypes, os, sys
 if os.geteuid() == 0 and ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_DAC_OVERRIDE}, 0, 0, 0) != 0:
     raise OSError("root could not give up its right to write everywhere")
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""A separate program: with preexec_fn, a process with threads may hang or abort between fork and exec."""
+"""A program that gives up this right and then runs its arguments. Don't use preexec_fn: it may hang with threads."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
 def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o500)
-    run = serve(folder / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
+    run = serve(folder / "nexum.db", through=[sys.executable, "-c", BOUND_BY_PERMISSIONS])
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
@@ -159,7 +159,7 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
     await (await opened(tmp_path / "nexum.db")).close()
     (tmp_path / "nexum.db").chmod(0o400)
-    run = serve(tmp_path / "nexum.db", through=[sys.executable, "-c", AS_ONE_WHOM_PERMISSIONS_BIND])
+    run = serve(tmp_path / "nexum.db", through=[sys.executable, "-c", BOUND_BY_PERMISSIONS])
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert f"database {tmp_path / 'nexum.db'} can't be opened" in run.stderr
     assert f"make the file and its folder {tmp_path} writable" in run.stderr
@@ -168,7 +168,7 @@ async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
-    # As if a newer server had been killed before its log reached the file: the header still says version 1.
+    # As if a newer server had been killed before its log reached the file: the header still has the older version.
     program = (
         "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
         "c.execute('PRAGMA user_version = 99'); own = c.execute('SELECT stamp FROM log_stamp').fetchone()[0][:16];"
@@ -417,7 +417,7 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
 
 
 async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path: Path) -> None:
-    """COMMIT fails after all statements succeeded: no caller may get a success, and none its own error."""
+    """COMMIT fails after all statements succeeded: every caller gets StoreUnavailable."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     kept = (await store.run(executions.start_execution, "w", "v1", '"kept"', "")).execution_id

@@ -104,7 +104,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""The files that still have, or get, everything that was acknowledged."""
+"""Where everything that was acknowledged can be found after each of these changes."""
 
 
 @posix
@@ -173,7 +173,7 @@ def test_idle_server_of_a_deleted_folder_ends_in_one_line(tmp_path: Path) -> Non
     assert line.startswith(f"error: database {folder / 'nexum.db'} was changed while the server was running")
 
 
-async def test_many_checkpoints_and_a_large_log_are_our_own_changes(tmp_path: Path) -> None:
+async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     text = f'"{"x" * 300_000}"'
@@ -228,7 +228,7 @@ def test_ending_server_leaves_the_address_of_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     with nexum_server(folder) as first:
-        first.process.popen.send_signal(signal.SIGSTOP)  # so that it notices later
+        first.process.popen.send_signal(signal.SIGSTOP)  # so that the first server notices the loss later
         shutil.rmtree(folder)
         folder.mkdir()
         with nexum_server(folder) as second:

@@ -46,7 +46,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture(params=["sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Open a new database for each test, on every kind of store."""
+    """Return the URL of a new database, for each kind of store."""
     return {"sqlite": f"sqlite:///{tmp_path / 'nexum.db'}"}[request.param]
 
 
@@ -229,7 +229,7 @@ async def test_version_registered_again_is_identical(store: Store) -> None:
         await register(store, nodes, version=version)
     for version, nodes in versions.items():
         assert await register(store, nodes, version=version) is Compatibility.IDENTICAL
-    # Registering it again does not make it the latest version.
+    # Registering a version again does not make it the latest version.
     assert [one.version_hash for one in await store.run(executions.workflow_versions, "w")] == ["v3", "v2", "v1"]
     assert await register(store, {"x": [], "y": []}, version="v4") is Compatibility.SAFE
 
@@ -484,10 +484,10 @@ async def test_lease_ends_at_its_exact_millisecond(store: Store, clock: ManualCl
     second = await taken(store, "w2")
     assert (second.attempt, second.idempotency_key) == (2, first.idempotency_key)
     lost = (await attempts(store, started.execution_id))[0]
-    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no beat for longer than its lease")
+    assert (lost.outcome, lost.error) == (Outcome.EXPIRED, "worker w1 sent no heartbeat for longer than its lease")
 
 
-async def test_beat_renews_only_the_leases_of_named_tasks(store: Store, clock: ManualClock) -> None:
+async def test_heartbeat_renews_only_the_leases_of_named_tasks(store: Store, clock: ManualClock) -> None:
     await register(store, ONE)
     for _ in range(3):
         await store.run(executions.start_execution, "w", "v1", "{}", "")
@@ -544,7 +544,7 @@ async def test_disconnect_shortens_only_leases_of_its_streamed_worker(store: Sto
 
 
 @pytest.mark.parametrize("loss", [Outcome.EXPIRED, Outcome.LOST, Outcome.INTERRUPTED])
-async def test_beat_resumes_attempt_whose_lease_ran_out(store: Store, clock: ManualClock, loss: Outcome) -> None:
+async def test_heartbeat_resumes_attempt_whose_lease_ran_out(store: Store, clock: ManualClock, loss: Outcome) -> None:
     started = await start(store)
     task = await taken(store)
     if loss is Outcome.LOST:
@@ -575,7 +575,7 @@ async def test_resumed_attempt_does_not_count_as_lost(store: Store, clock: Manua
     assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
 
 
-async def test_beat_does_not_resume_another_workers_attempt_or_an_ended_one(store: Store, clock: ManualClock) -> None:
+async def test_heartbeat_resumes_no_foreign_or_ended_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
     assert (await store.run(leases.renew, "w2", (task.task_id,), LEASE_MS)).lost == (task.task_id,)
@@ -710,7 +710,7 @@ async def test_released_task_is_not_counted_as_lost(store: Store) -> None:
     assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
-async def test_renew_returns_handed_out_tasks_that_beat_did_not_name(store: Store) -> None:
+async def test_renew_returns_handed_out_tasks_that_heartbeat_did_not_name(store: Store) -> None:
     await start(store)
     await store.run(executions.start_execution, "w", "v1", "{}", "")
     named, unnamed = await taken(store), await taken(store)
@@ -738,11 +738,11 @@ async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Stor
         assert (len(changed.ready), changed.ended) == (1, ())
     lost = await attempts(store, started.execution_id)
     assert {(one.outcome, one.error) for one in lost} == {
-        (Outcome.LOST, "the task did not reach worker w1: two beats in a row did not name it")
+        (Outcome.LOST, "the task did not reach worker w1: two heartbeats in a row did not name it")
     }
     last = await taken(store)
     assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
-    # Some tasks can never arrive, so the losses have a limit.
+    # The number of losses is limited, because some tasks can never arrive.
     (ended,) = (await store.run(leases.lose, "w1", frozenset({last.task_id}))).ended
     assert ended.status is ExecutionStatus.FAILED
     assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changed()

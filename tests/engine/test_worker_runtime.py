@@ -27,7 +27,7 @@ from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Wo
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
-A_FEW_SECONDS = 5.0  # much less than the time of two regular beats
+A_FEW_SECONDS = 5.0  # much less than the time of two regular heartbeats
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
@@ -79,7 +79,7 @@ async def working(
 
 
 async def begin(client: NexumClient, built: Workflow, input: Mapping[str, Any] | None = None) -> str:
-    # Channels of one process share the state of an address, also a refused connection.
+    # Retry, because channels to one address share their state: another client's connection may just have failed.
     await client.register_workflow(built, patience=SOON)
     return (await client.start_execution(built, input or {})).execution_id
 
@@ -467,7 +467,7 @@ async def test_result_is_recorded_when_the_server_is_running_again(
 
 
 class Lossy(NexumClient):
-    """A connection that loses the first answer with a task, of one kind of call."""
+    """A client that loses the first answer that has a task and is of the given kind."""
 
     def __init__(self, address: str, kind: type[Message]) -> None:
         super().__init__(address)
@@ -574,7 +574,7 @@ async def test_task_without_handler_fails(address: str, client: NexumClient) -> 
 
 
 async def test_exception_in_after_report_ends_the_worker(address: str, client: NexumClient) -> None:
-    """A pipeline's crash after a step works this way: the result is already recorded."""
+    """The crash demo ends a worker like this after a step: the step's result is already recorded."""
 
     class Crash(Exception):
         pass

@@ -16,7 +16,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fo
 
 
 def embedded(mode: str, folder: Path, server: Server, *more: str) -> list[str]:
-    """Run a mode of the program to its end; return its lines. Fail if it prints an error of an event loop."""
+    """Run a mode of embedding_program.py; return the lines that it prints. Fail if a line names an error."""
     log = folder / "log"
     code, output = run_script([PROGRAM, mode, str(log), *more], folder, {"NEXUM_ADDRESS": server.address})
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""Our scripts on a published Nexum server: a stand-in with its protocol and its manners runs as a process."""
+"""Our scripts on a published Nexum server. A stand-in process has that server's protocol and behaviour."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_stand_in_gives_one_task_to_two_polls_at_the_same_moment(address: str) -> None:
-    """The tests below depend on this."""
+    """Check the fault of a published server on which the tests below depend."""
 
     def two_polls_get_one_task() -> bool:
         start(stub)

@@ -43,7 +43,7 @@ class EngineServer:
         self.store = store
         self.address = address
         self.calls: dict[Transition, int] = {}
-        """Number of runs of each watched transition."""
+        """The number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
         """Count the runs of a transition. Call each of `faults` once, in order, instead of the first runs."""
@@ -64,7 +64,7 @@ async def raises() -> None:
 
 async def is_full() -> None:
     """Raise the error of a database that can't confirm a transaction."""
-    raise StoreUnavailable("the database could not confirm the transaction: ask again")
+    raise StoreUnavailable("the database could not confirm the transaction: retry")
 
 
 async def hangs() -> None:

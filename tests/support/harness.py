@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
-    # Do this for programs that pytest doesn't start. Under pytest, its settings do the same.
+    # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
     sys.path.insert(0, str(ROOT))
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),

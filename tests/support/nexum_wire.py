@@ -1,4 +1,4 @@
-"""A plain gRPC stub with default options, as any client has it, and short functions for its calls."""
+"""A plain gRPC stub with default options, and short functions for its calls."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A stand-in for the published Nexum server: its protocol, and the manners that its users meet.
+"""A stand-in for the published Nexum server: its protocol, and the behaviour that its clients notice.
 
     published_server.py [--listen HOST:PORT] [--take-back-after SECONDS]
 
-It polls in two steps, so that two polls at the same moment get the same task. It keeps an output above 100 kB in a file
-of its folder, and returns a pointer. It sorts the keys of stored JSON, gives no reason for a failure, answers a second
-report with INTERNAL, and takes a silent worker's task back, counting that as a retry. It refuses messages above 4 MiB,
-cancels what has ended, and accepts the cancellation of an unknown execution. Its data is lost with it.
+It answers a poll in two steps, so that two polls at the same moment get the same task. It keeps an output above 100 kB
+in a file of its folder, and returns a pointer. It sorts the keys of stored JSON, gives no reason for a failure, answers
+a second report with INTERNAL, and takes a silent worker's task back, which counts as a retry. It refuses messages above
+4 MiB, cancels ended executions, and accepts the cancellation of an unknown one. Its data is in memory.
 """
 
 from __future__ import annotations

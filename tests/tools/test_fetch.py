@@ -25,7 +25,7 @@ def server() -> Iterator[LoopbackServer]:
 
 @pytest.fixture
 def trap() -> Iterator[LoopbackServer]:
-    """A server that must not be reached."""
+    """Yield a server that must not be reached."""
     try:
         running = LoopbackServer({"/": page("secret")}, address=str(FORBIDDEN))
     except OSError:

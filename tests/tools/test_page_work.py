@@ -46,7 +46,7 @@ PAGES: dict[str, Callable[[int], str]] = {
     "bodies": lambda n: f"<table>{'<tbody><tr><td>a<td>b' * n}</table>",
     "columns": lambda n: f"<table><tr>{'<td>a' * n}<tr><td>b</table>",
     "tables": lambda n: "<table><tr><th>a</table>" * n,
-    "nested tables": lambda n: "<table><tr><td>a<td>b" * 5 * n,  # many, because a table costs more than its nesting
+    "nested tables": lambda n: "<table><tr><td>a<td>b" * 5 * n,  # many: a table itself is costly
     "items outside lists": lambda n: "<li><span>a<thead>" * n,
     "terms": lambda n: f"<dl>{'<dt>a<dd>b' * n}</dl>",
     "preformatted": lambda n: "<pre><code>a</code></pre>" * n,
@@ -151,6 +151,6 @@ def test_400_kilobytes_of_one_character_are_read(run: str, around: str) -> None:
 
 
 def test_400_kilobytes_of_nested_elements_are_read() -> None:
-    """It takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
+    """This page takes a few seconds. Quadratic work, such as a walk up all ancestors, would take many minutes."""
     html = "<h1>head</h1>" + "<div><br>a" * 40_000
     assert page_to_markdown(Page(URL, 200, "text/html; charset=utf-8", html.encode())).startswith("# head")

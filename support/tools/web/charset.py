@@ -1,4 +1,4 @@
-"""Tell the kind of a response, and decode its body."""
+"""Find out the kind of a response (HTML, JSON or other text), and decode its body."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def decoded(body: bytes, content_type: str) -> str:
         return decode(body, encoding)
     text = decode(body, "utf-8")
     undecodable = text.count("\ufffd")
-    # Count bytes above the number of characters: a text in UTF-8 has more sequences of several bytes than errors.
+    # `len(body) - len(text)` counts the further bytes of UTF-8 sequences. Text with more errors is not UTF-8.
     return text if undecodable <= len(body) - len(text) else decode(body, "windows-1252")
 
 
 def _utf_16(body: bytes) -> str:
-    """Return the encoding of a text with NULs: UTF-16, if half of its bytes are NULs, as in Latin letters."""
+    """Return the byte order of UTF-16 text in Latin letters. Raises ValueError for other data with NUL bytes."""
     head = body[:_DECLARED_WITHIN]
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) > 0 or max(even, odd) * 4 < len(head):

@@ -103,7 +103,7 @@ class _Child:
         return self._process.wait()
 
     def convert(self, page: Page, limit: float) -> _Answer:
-        """Return the child's answer. Unless there is one, end the child and raise an error."""
+        """Return the child's answer. If there is none, end the child and raise an error."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         late = threading.Event()

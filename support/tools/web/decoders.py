@@ -6,9 +6,9 @@ import codecs
 
 import webencodings
 
-REPLACEMENT = "replacement"  # the encoding of labels that browsers refuse, because pages attack with them
+REPLACEMENT = "replacement"  # the standard's name of all encodings that browsers refuse, because attacks use them
 
-# Decoders of Python that accept more of what the standard accepts than those that webencodings names.
+# Python's decoders that are closer to the standard than those that webencodings uses.
 _CODECS = {"gbk": "gb18030", "iso-2022-jp": "iso2022_jp_ext"}
 _LIKE_BROWSERS = "like-browsers"
 
@@ -27,7 +27,7 @@ def decode(body: bytes, name: str) -> str:
 
 
 def _like_browsers(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Decode two bytes that a codec of Python doesn't accept and the standard does."""
+    """Decode one or two bytes that the standard accepts and Python's codec doesn't."""
     assert isinstance(error, UnicodeDecodeError)
     pair = error.object[error.start : error.start + 2]
     match error.encoding:
@@ -51,9 +51,9 @@ def _character(pair: bytes, codec: str) -> str:
 
 
 def _shift_jis(pair: bytes) -> bytes:
-    """Return the Shift_JIS form of two bytes of EUC-JP or ISO-2022-JP, or b"" if they are no row and column.
+    """Return the Shift_JIS form of two bytes of EUC-JP or ISO-2022-JP, or b"" if they are not valid.
 
-    All three encodings encode the row and the column of one table.
+    All three encodings number a character by its row and column in one table.
     """
     row, column = (byte & 0x7F for byte in pair.ljust(2, b"\0"))
     if not (0x21 <= row <= 0x7E and 0x21 <= column <= 0x7E):

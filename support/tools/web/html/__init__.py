@@ -32,7 +32,7 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
         content = SeenPage(soup, rules, lambda address: _absolute(base_url, address), _element_maker(soup)).content
         markdown, complete = _markdown(content)
         if markdown.strip():
-            break  # otherwise scripts show what the style sheets hide
+            break  # if the style sheets hide everything, scripts show it: read the page without the sheets
     title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
     if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"
@@ -44,9 +44,9 @@ def _parsed(html: str) -> BeautifulSoup:
 
     class InOrder(BeautifulSoup):
         def _linkage_fixer(self, el: Tag) -> None:
-            """Do nothing, because lxml reports elements in their order, and no link to a next element changes.
+            """Do nothing: lxml reports elements in the page's order, so each link to a next element is already right.
 
-            The original looks for a next element among all ancestors, which takes quadratic time in deep nesting.
+            The original looks for the next element among all ancestors, which takes quadratic time in deep nesting.
             """
 
     # Add a newline: without one, Beautiful Soup may warn that the text looks like a file's name.

@@ -32,7 +32,7 @@ LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
 MARKS |= {"del": "del", "s": "del", "strike": "del", "code": "code", "kbd": "code", "samp": "code", "tt": "code"}
-NESTING = frozenset({"sup", "sub"})  # one may stand within another of its kind, as a power of a power
+NESTING = frozenset({"sup", "sub"})  # such an element may be within another one, such as a power of a power
 SECTIONS = {"thead": "head", "tbody": "body", "tfoot": "foot"}
 BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow-root", "table-row"})
 KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
@@ -40,7 +40,7 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 def is_unseen(element: Tag, name: str, style: Style) -> bool:
     if name == "template" and element.has_attr("shadowrootmode"):
-        return False  # its content is shown in place of its parent's content
+        return False  # browsers show the template's content in place of its parent's content
     if name in UNSEEN or name == "nav" or element.has_attr("hidden") or element.has_attr("popover"):
         return True
     if name == "dialog" and not element.has_attr("open"):
@@ -58,7 +58,7 @@ def part_name(element: Tag, name: str) -> str:
 
 
 def is_layout(table: Tag) -> bool:
-    """Return whether the table only lays out parts of the page. The cells of such a table are no values."""
+    """Return whether the table only lays out parts of the page. The cells of such a table are not data."""
     if table.get("role") in ("presentation", "none"):
         return True
     parts: list[Tag] = []
@@ -73,7 +73,7 @@ def is_layout(table: Tag) -> bool:
 
 
 def _is_long(cell: Tag) -> bool:
-    # Don't use `descendants`, which first goes to the end of the cell: in nested tables that takes quadratic time.
+    # Don't use `descendants`, which first walks to the end of the cell: in nested tables that takes quadratic time.
     length = count = 0
     open_nodes = [iter(cell.contents)]
     while open_nodes:

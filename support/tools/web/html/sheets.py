@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 from support.tools.web.html.attributes import names
 from support.tools.web.html.style import Style
 
-MAX_SHEETS = 200_000  # characters; the rules of more are not read
+MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no rule is read
 MAX_NESTING = 4  # levels of rules within rules, such as `@media`
-MAX_CHECKS = 500_000  # comparisons of an element with a rule; after that, the rules are left out
+MAX_CHECKS = 500_000  # comparisons of an element with a rule; after that, elements get no rules
 
 # Scripts and animations fade content in, so an opacity of 0 in a sheet is left out. So are sizes of boxes.
 _PROPERTIES = names(
     "display visibility content-visibility font font-size text-indent position left top right bottom inset clip"
     " clip-path"
 )
-_SHOWN = {"visibility": "visible", "font-size": "medium", "text-indent": "0"}  # for unknown values that are inherited
-_UNTOUCHED = names("active focus focus-visible focus-within hover target")  # nobody touches the page
+_SHOWN = {"visibility": "visible", "font-size": "medium", "text-indent": "0"}  # taken if an inherited value is unknown
+_UNTOUCHED = names("active focus focus-visible focus-within hover target")  # these states need a person's input
 _DRAWN = names("after before first-letter first-line")  # pseudo-elements that may be written with one colon
 _GROUPS = names("container layer media scope starting-style supports")
 _COMBINATORS = (">", "+", "~")
 
 
 class _Selector(NamedTuple):
-    """A selector of elements with a name, an id and classes, where "" is any. If not `exact`, of some of these only."""
+    """A selector by name, id and classes, where "" matches any. If not `exact`, some matches may not be selected."""
 
     name: str
     id: str
@@ -70,7 +70,7 @@ class Sheets:
 
     def style_of(self, name: str, id_: str, classes: Iterable[str], inline: Style) -> Style:
         """Return the style of an element from the sheets and from its own `style` attribute."""
-        if not self._rules or name in ("html", "body"):  # scripts show a page whose body is hidden
+        if not self._rules or name in ("html", "body"):  # if a sheet hides the body, a script shows it later
             return inline
         element = (name, id_, frozenset(classes))
         if element not in self._known:
@@ -108,7 +108,7 @@ def _read(sheet: str) -> Iterator[_Rule]:
 
 
 def _rules(nodes: Iterable[Any], *, exact: bool, level: int) -> Iterator[_Rule]:
-    """Return the rules with simple selectors, in the order of the sheet. Rules in others may apply, or not."""
+    """Return the rules with simple selectors, in the order of the sheet. A rule within a rule may apply, or not."""
     import tinycss2
 
     for node in nodes:
@@ -144,7 +144,7 @@ def _selectors(prelude: Iterable[Any]) -> Iterator[_Selector]:
 
 
 def _selector(tokens: list[Any]) -> _Selector | None:
-    """Return the selector of the last element of a selector, or None if no element that is seen is meant."""
+    """Return the part of a selector about the selected element, or None if it selects no visible element."""
     while tokens and tokens[-1].type == "whitespace":
         tokens.pop()
     while tokens and tokens[0].type == "whitespace":
@@ -178,7 +178,7 @@ def _selector(tokens: list[Any]) -> _Selector | None:
 
 
 def _specificity(tokens: list[Any]) -> tuple[int, int, int]:
-    """Return the numbers of ids, of classes and the like, and of names. A nested selector precedes all others."""
+    """Return the numbers of ids, of classes and the like, and of names. A nested selector ranks above all others."""
     if "&" in tokens:
         return (len(tokens), 0, 0)
     ids = sum(token.type == "hash" for token in tokens)

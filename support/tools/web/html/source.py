@@ -67,7 +67,7 @@ def attributes_of(html: str, tag: Tag) -> list[tuple[str, str]]:
 
 
 def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
-    """Return the page without scripts, style sheets and frames, which may be large, and the style sheets.
+    """Return the page without scripts, style sheets and frames (they may be large), and return the style sheets.
 
     Newer names replace old names of formatting elements. One pass tells tags from comments, attributes and plain
     text, as the HTML standard says. With `xml`, "/>" closes a script, as in XHTML.
