@@ -34,6 +34,7 @@ APPLICATION_ID = 0x4E58554D
 _HEADER = b"SQLite format 3\x00"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _STAMP_BYTES = 16
+_OTHER_FILE = "name another file with --database-url or DATABASE_URL"
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ def cannot_open(path: Path, error: Exception) -> NexumError:
         reason, step = "it is a folder", "give the path of a file"
     elif isinstance(error, PermissionError) or "readonly" in reason or "Read-only" in reason:
         step = f"make the file and its folder {path.parent} writable"
-    return StoreRefused(f"database {path} can't be opened: {reason}; {step}, or name another file with --database-url")
+    return StoreRefused(f"database {path} can't be opened: {reason}; {step}, or {_OTHER_FILE}")
 
 
 def check_file(path: Path) -> None:
@@ -314,12 +315,10 @@ def check_file(path: Path) -> None:
     except OSError as error:
         raise cannot_open(path, error) from error
     if len(header) < 100 or not header.startswith(_HEADER):
-        raise StoreRefused(f"{path} is not a database: it was left untouched; name another file with --database-url")
+        raise StoreRefused(f"{path} is not a database: it was left untouched; {_OTHER_FILE}")
     # https://www.sqlite.org/fileformat.html#the_database_header
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise StoreRefused(
-            f"{path} is another program's database: it was left untouched; name another file with --database-url"
-        )
+        raise StoreRefused(f"{path} is another program's database: it was left untouched; {_OTHER_FILE}")
     _check_version(path, int.from_bytes(header[60:64], "big"))
 
 

@@ -208,7 +208,9 @@ def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> N
     database.write_bytes(b"dear diary" * 100)
     code, output = run_demo(tmp_path)
     assert code == 2
-    reason = f"{database} is not a database: it was left untouched"
+    reason = (
+        f"{database} is not a database: it was left untouched; name another file with --database-url or DATABASE_URL"
+    )
     assert output.splitlines()[-1] == f"error: the embedded server did not start: {reason}"
     assert database.read_bytes() == b"dear diary" * 100
 
