@@ -286,7 +286,7 @@ class Session:
             )
         for node in nodes:
             if node.status is NodeStatus.RUNNING:
-                # Allow for no attempts: a server that implements only the published protocol reports none.
+                # The list may be empty: a published server reports no attempts.
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
         if observed.has_poller is None:

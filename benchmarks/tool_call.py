@@ -160,7 +160,7 @@ class Plain:
 
 
 class Calls:
-    """Durable calls: new ones, each with other arguments, or replays of the first ones."""
+    """Durable calls: new ones, each with different arguments, and replays of these from the first on."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

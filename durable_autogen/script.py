@@ -179,7 +179,10 @@ def run_script(args: argparse.Namespace) -> int:
 
 
 def _run_as_main(script: Path) -> None:
-    """Run a script as `python SCRIPT` does. (runpy isn't used: it sets sys.argv[0] and __file__ to one path.)"""
+    """Run a script as `python SCRIPT` does.
+
+    runpy isn't used: with it, sys.argv[0] and `__file__` are the same, but Python leaves sys.argv[0] as it was typed.
+    """
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
     before = sys.modules["__main__"]

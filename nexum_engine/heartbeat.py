@@ -289,7 +289,8 @@ class Heartbeat:
 
         exchanging = asyncio.ensure_future(exchange())
         try:
-            # Wait twice. If this process is stopped during one wait, the other wait can still read the answer.
+            # Wait in two halves. If this process is suspended during one of them, that half is over as soon as the
+            # process resumes, even if the answer has come. The other half then reads the answer.
             # Don't use wait_for: before Python 3.12, it can lose a cancellation.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)

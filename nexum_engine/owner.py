@@ -83,7 +83,7 @@ class Owner:
         if self._on_lost is not None and self._heartbeat.connected_once:
             self._on_lost(error)
         elif isinstance(error, ServerNotReady) or not isinstance(error, ServerUnavailable):
-            # Log only other errors: the caller itself reports that no server answers.
+            # If no server answers, the caller reports that itself. Log every other error here.
             logger.warning("reconnecting: %s", error)
 
     @property

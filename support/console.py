@@ -152,7 +152,8 @@ def begin_script(name: str) -> None:
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # for libraries that print
+            # A library may print a character that the terminal can't encode. `_print` handles this project's own text.
+            stream.reconfigure(errors="replace")
 
 
 def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:

@@ -89,7 +89,7 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Store `messages`. Return how many of the first ones are unchanged since the last request."""
+        """Store `messages`. Return how many of them, from the first on, are unchanged since the last request."""
         limit = min(len(messages), len(self._messages))
         # Check first whether the conversation only grew, as it usually does. `map` is faster than a loop.
         is_grown = (

@@ -185,7 +185,8 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # Add `tell_loop` one turn later, so that it runs after the callback that the caller adds now.
+        # The caller adds its own callback once this function returns. Add `tell_loop` one turn later, so that it runs
+        # after that callback.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 

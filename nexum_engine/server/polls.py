@@ -63,7 +63,7 @@ class Polls:
         self._last_poll_ms: dict[str, int] = {}
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
-        """An upper bound of the number of due tasks, by version. The number of a missing version is unknown.
+        """An upper bound of the number of due tasks, by version. For a version that is missing here, it is unknown.
 
         At 0, no claim is submitted, because the claim would find nothing.
         """

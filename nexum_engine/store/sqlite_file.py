@@ -196,7 +196,7 @@ class DatabaseFile:
     # ---- Watching ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise FilesLost unless the path names the open files, and nothing but this connection has changed them.
+        """Raise FilesLost if the path no longer names the open files, or if anything but this connection changed them.
 
         This takes microseconds.
         """
@@ -361,7 +361,11 @@ def _check_log(path: Path) -> None:
 
 
 def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
-    """Return whether the log continues the file that has the stamp `own`, or was copied into that file."""
+    """Return whether the log belongs to the file with the stamp `own`.
+
+    Its newest stamp is then based on `own`, or, if the log was copied into the file, is `own`. A log without a commit
+    belongs to any file.
+    """
     # https://www.sqlite.org/fileformat.html#the_write_ahead_log
     newest: _Stamp | None = None
     in_transaction: _Stamp | None = None

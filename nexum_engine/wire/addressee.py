@@ -20,7 +20,8 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
     """Return metadata that makes a server refuse the call unless the server has `database` open.
 
-    With `embedded_only`, only an embedded server refuses. Any other server answers whatever database it has open.
+    With `embedded_only`, only an embedded server refuses. Any other server answers, even if it has another database
+    open.
     """
     named = ((_DATABASE, os.fsencode(database)),)
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named

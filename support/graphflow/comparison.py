@@ -84,7 +84,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
     say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
-        # Start with the server: if it can't record runs, the first half isn't run for nothing.
+        # Connect to the server before the first half: if it can't record runs, this ends at once.
         async with NexumForRun(nexum, workers=(), owners=True) as server:
             await show_plain(stage)
             return await show_durable(stage, server.address)

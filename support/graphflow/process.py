@@ -36,7 +36,7 @@ from support.options import add_until_stdin_closes_option
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # the names of the comparison's halves, and of their log files of model calls
+PLAIN, DURABLE = "plain", "durable"  # the two halves; each logs its model calls in a file of this name
 STATE = "state.json"
 REPORT = "REPORT "
 RESUME_TIMEOUT = 60.0  # seconds for a resumed team

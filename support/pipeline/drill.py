@@ -127,7 +127,7 @@ class Drill:
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the execution as recorded, the effects of its steps, and what the attempts are known from."""
+        """Return the recorded execution, the effects of its steps, and the source of its attempts, in words."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

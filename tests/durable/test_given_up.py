@@ -206,7 +206,7 @@ async def test_call_left_running_at_session_end_is_given_up(shared_server: Serve
     async def program() -> str:
         left.append(asyncio.create_task(asked(Scripted(happened, hangs, name="left"))))
         said = await asked(Scripted(happened, name="last"))
-        await asyncio.sleep(0.1)  # in this time, a replay would make the left call again
+        await asyncio.sleep(0.1)  # time for a replay to make the call again, if it were not given up
         return said
 
     await asyncio.wait_for(twice(shared_server, program, happened), TIMEOUT)

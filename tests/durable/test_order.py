@@ -200,7 +200,7 @@ def test_fan_out_with_a_streaming_agent_as_tool_replays_in_the_same_order(
 def test_agents_that_end_together_keep_order_of_plain_run(
     shared_server: Server, loop: asyncio.AbstractEventLoop
 ) -> None:
-    """No agent overtakes one that waits until the session is idle."""
+    """While an agent waits until the session is idle, no other agent gets ahead of it."""
 
     async def says(_: str) -> str:
         return "at once"

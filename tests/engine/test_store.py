@@ -167,7 +167,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
-    # G5: the target gets the same key.
+    # The task has the same key as the failed one, so that a service can recognise the repeated call.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")

@@ -26,7 +26,7 @@ OWNED = workflow("owned").effect("a").build()
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child that ends as a script ends; return its exit code, or 99 if it hangs."""
+    """Run `work` in a forked child, which waits for its threads at its end; return its exit code, or 99 if it hangs."""
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join(SOON)

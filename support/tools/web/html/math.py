@@ -29,7 +29,7 @@ _TOKENS = frozenset({"mi", "mn", "mtext"})
 
 
 def formula(element: Tag, name: str) -> Sequence[object]:
-    """Return the nodes that write a formula on one line: scripts are marked, and a fraction has a slash."""
+    """Return the nodes that write a formula on one line: super- and subscripts are marked, fractions have a slash."""
     nodes: Sequence[object] = list(element.contents)
     parts = elements(element)
     if any(str(node).strip() for node in element.children if not is_element(node)):

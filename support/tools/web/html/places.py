@@ -48,7 +48,7 @@ class Place:
     around: tuple[str, ...] = ()  # the kinds of the outer elements that may be dropped
     levels: int = 0
     tables: int = 0
-    items: ItemMarks | None = None  # the marks of the list's items
+    items: ItemMarks | None = None  # the bullets or numbers of the list's next items
     table: OpenTable | None = None
     section: str = "body"
     group: int = 0

@@ -66,7 +66,7 @@ class _Frame:
 
 @dataclass
 class _Span:
-    """A part of the page that is content or is dropped. Start and end count the characters of text."""
+    """A part of the page that may be content or may be dropped. `start` and `end` are offsets in the page's text."""
 
     element: Tag
     start: int
