@@ -147,10 +147,10 @@ async def fork_session(
 ) -> list[Event]:
     """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
-    The copied events are accepted: they count, whatever the program asks for. `message` is a user message to add after
-    the copied events. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
-    these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a wrong argument, and
-    DriftError if `session` has other events on record.
+    The copied events are accepted: a replay doesn't compare them with what the program asks for. `message` is a user
+    message to add after the copied events. `tell` is called with each line about progress. Without `tell`, the logger
+    `durable_autogen` logs these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a
+    wrong argument, and DriftError if `session` has other events on record.
     """
     check_session_id(session)
     if session == source:

@@ -343,7 +343,7 @@ class Journal:
             self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
-        """Record an accepted copy of another session's event. The copy counts, whatever the program asks for."""
+        """Record an accepted copy of another session's event: a replay doesn't compare it with the program."""
         call = Call(event.kind, event.agent, event.position)
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
         await self._write(None, call, copy)
