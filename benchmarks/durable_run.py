@@ -48,11 +48,11 @@ from autogen_core import FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
 from pydantic import BaseModel
 
-from nexum_engine.options import count
-
 SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 
 MODES = ("plain", "live", "replay")
 CASES = ("agent", "team", "results", "requests", "sessions", "busy", "blocking")

@@ -39,8 +39,16 @@ def test_killed_run_resumes_to_same_result(killing: Bench, shape: str) -> None:
     raise AssertionError(f"only {hit} of {MAX_RUNS} runs were hit")
 
 
-def test_durable_runs_script_prints_help(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "durable_runs.py"), "--help"]
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("tests/durable_runs.py", "--long"),
+        ("benchmarks/tool_call.py", "--calls"),
+        ("benchmarks/durable_run.py", "--only"),
+    ],
+)
+def test_script_for_developers_starts_in_any_folder(tmp_path: Path, script: str, option: str) -> None:
+    command = [sys.executable, str(ROOT / script), "--help"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert "--long" in done.stdout
+    assert option in done.stdout
