@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
 from durable_autogen.record.place import call_id
+from durable_autogen.recorded_sessions import SessionInfo, fork_session, fork_source, list_sessions, question_of
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession
-from durable_autogen.sessions import SessionInfo, fork_session, fork_source, list_sessions, question_of
 
 __all__ = [
     "DriftError",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from durable_autogen.script import complain, print_line, run_script
+from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -87,18 +87,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 async def look(args: argparse.Namespace) -> str:
     """Run the command `ls`, `show` or `fork`; return its output."""
-    from durable_autogen import report
-    from durable_autogen.sessions import fork_session, fork_source, list_sessions, show_session
+    from durable_autogen import session_report
+    from durable_autogen.recorded_sessions import fork_session, fork_source, list_sessions, show_session
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
 
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await list_sessions(client)
-            return report.sessions_as_json(sessions) if args.json else report.table(sessions, time.time())
+            return (
+                session_report.sessions_as_json(sessions) if args.json else session_report.table(sessions, time.time())
+            )
         if args.command == "show":
             shown = await show_session(client, args.session)
-            return report.events_as_json(shown) if args.json else report.details(shown, time.time())
+            return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message)
         return f"session {args.new} begins with the first {count} call(s) of {source}"

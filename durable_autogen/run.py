@@ -14,8 +14,8 @@ from autogen_core import CancellationToken
 
 from durable_autogen.autogen.entry_points import work_of
 from durable_autogen.autogen.fingerprints import compare, hashed
+from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
-from durable_autogen.autogen.work import text_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.events import Begun, Kind, representable
 from durable_autogen.record.recorder import OnDrift, Recorder

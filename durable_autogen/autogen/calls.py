@@ -17,6 +17,7 @@ from autogen_core.tools import BaseTool, StaticWorkbench, ToolResult, ToolSchema
 from pydantic import PydanticUserError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
+from durable_autogen.autogen.session_state import Asker, Work
 from durable_autogen.autogen.values import (
     failed_result,
     is_broken,
@@ -28,7 +29,6 @@ from durable_autogen.autogen.values import (
     written_reply,
     written_value,
 )
-from durable_autogen.autogen.work import Asker, Work
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
 from durable_autogen.record.failures import in_a_task, ordinary
 from durable_autogen.record.place import Place, current, recorded_call, started_at

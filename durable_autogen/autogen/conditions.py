@@ -11,8 +11,8 @@ from autogen_agentchat.base import AndTerminationCondition, OrTerminationConditi
 from autogen_agentchat.conditions import TimeoutTermination
 from autogen_agentchat.messages import StopMessage
 
+from durable_autogen.autogen.session_state import Work
 from durable_autogen.autogen.values import value_again, written_value
-from durable_autogen.autogen.work import Work
 from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import Place
 from durable_autogen.record.recorder import Performed, Recorder

@@ -28,9 +28,9 @@ from autogen_core.tools import BaseTool, StaticWorkbench, Workbench
 from pydantic import BaseModel
 
 from durable_autogen.autogen import conditions
-from durable_autogen.autogen.at_work import AtWork
+from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
-from durable_autogen.autogen.work import Work, total
+from durable_autogen.autogen.session_state import Work, total
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session

@@ -29,11 +29,11 @@ from durable_autogen.record.events import (
     representable,
 )
 from durable_autogen.record.failures import Failure, in_a_task, ordinary
+from durable_autogen.record.handled_failures import Asker, Survival, continues
+from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.order import idle
 from durable_autogen.record.place import OpenSession, current, started_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
-from durable_autogen.record.survival import Asker, Survival, continues
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 

@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from durable_autogen.errors import NotDurable
-from durable_autogen.record import outside
+from durable_autogen.record import unrecorded
 from durable_autogen.record.console import recorded_console
+from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.lines import log_for
-from durable_autogen.record.order import watched_threads
 from durable_autogen.record.place import Activity, Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
@@ -123,7 +123,7 @@ class Session:
                 except ServerUnavailable as error:
                     raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
             self._loop = asyncio.get_running_loop()
-            outside.watch()
+            unrecorded.watch()
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
             stack.enter_context(self.entry_points())

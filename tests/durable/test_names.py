@@ -31,7 +31,7 @@ from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DurableSession, fork_session
-from durable_autogen.autogen.work import Asker
+from durable_autogen.autogen.session_state import Asker
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 

@@ -26,7 +26,7 @@ from autogen_agentchat.tools import AgentTool
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
-from durable_autogen.record.order import BUSY_PATIENCE
+from durable_autogen.record.idle import BUSY_PATIENCE
 from durable_autogen.record.place import current
 
 pytestmark = pytest.mark.every_python

@@ -18,7 +18,7 @@ from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.fingerprints import describe_turn
-from durable_autogen.autogen.work import Work
+from durable_autogen.autogen.session_state import Work
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at

@@ -9,7 +9,7 @@ from typing import Any
 from durable_autogen.autogen.fingerprints import excerpt
 from durable_autogen.autogen.values import without_classes
 from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returned, Said, decoded
-from durable_autogen.sessions import SessionInfo, ShownSession
+from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
 EXCERPT = 100  # characters of an event's content to show, at most
