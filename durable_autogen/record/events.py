@@ -137,6 +137,14 @@ class Revoked(_Frozen):
     is_another_program: bool = False
     """Whether another program continues the session from here."""
 
+    def replaces(self, revoked: Event) -> bool:
+        """Return whether the next call in a revoked event's place is another call.
+
+        After a failure it is the same call, made once more. A service must recognise it by its id, because the first
+        attempt may have done its work before it failed.
+        """
+        return self.is_another_program or not isinstance(revoked.content, Raised)
+
 
 class Mark(_Frozen):
     """The content of a mark: the event records only when something happened, as its position among the events."""
@@ -339,6 +347,8 @@ class Record:
     """The addresses of revoked events, and of calls that earlier runs began without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
+    times_replaced: Counter[str] = field(default_factory=Counter)
+    """How many of these events were revoked so that another call takes their place."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
@@ -382,6 +392,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
             for seq in event.content.seqs:
                 if (revoked := kept.pop(seq, None)) is not None:
                     found.times_revoked[revoked.address] += 1
+                    found.times_replaced[revoked.address] += event.content.replaces(revoked)
                     found.tried.add(revoked.address)
         kept[event.seq] = event
     found.events = list(kept.values())

@@ -65,6 +65,7 @@ class Journal:
         """The number of the next event."""
         self._starting: set[asyncio.Task[Started]] = set()
         self._times_revoked: Counter[str] = Counter()
+        self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
         """The last events of the record: no unfinished call was begun after them."""
@@ -159,7 +160,8 @@ class Journal:
         """Read the record and take over its unfinished calls, so that no earlier owner can still record them."""
         while True:
             record = await read_record(self._client, self.session)
-            self._times_revoked, self._tried = record.times_revoked, record.tried
+            self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
+            self._tried = record.tried
             for input in record.begun:
                 started = await self._start(input)
                 if started.task is None:
@@ -255,8 +257,8 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return a name for an address's next event. No revoked event of that address has the same name."""
-        again = self._times_revoked[address]
+        """Return a name for the call of an address. A call that is made again after its failure keeps the name."""
+        again = self._times_replaced[address]
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
@@ -365,6 +367,7 @@ class Journal:
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
+            self._times_replaced[event.address] += content.replaces(event)
             self._tried.add(event.address)
             self.events.remove(event)
 

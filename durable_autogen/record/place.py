@@ -83,8 +83,8 @@ recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
 def call_id() -> str:
     """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
-    The id is unique over all sessions. It stays the same if a later run makes the call again, so use it as an
-    idempotency key.
+    The id is unique over all sessions. It stays the same if a later run makes the call again, after a crash or a
+    failure, so use it as an idempotency key. It differs if another program takes the call's place, as after drift.
     """
     return recorded_call.get()
 

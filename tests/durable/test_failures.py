@@ -19,7 +19,7 @@ from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupCh
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, UserMessage
-from autogen_core.tools import StaticWorkbench, ToolResult, ToolSchema, Workbench
+from autogen_core.tools import FunctionTool, StaticWorkbench, ToolResult, ToolSchema, Workbench
 from durable_agents import (
     TIMEOUT,
     Failing,
@@ -37,8 +37,9 @@ from durable_agents import (
 from harness import Server
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import DurableSession
+from durable_autogen import DurableSession, call_id
 from durable_autogen.record.events import Kind, read_record
+from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient
 from support.models.live import LiveModel
 
@@ -578,3 +579,41 @@ async def test_stop_during_replay_stops_live_part(server: Server) -> None:
         stop = ExternalTermination()
         assert texts(await run(server, lambda: build(50))) == texts(ended)
         assert len(model.requests) == asked
+
+
+async def test_call_made_again_after_its_failure_keeps_its_id(server: Server) -> None:
+    ids: list[str] = []
+
+    async def charge() -> str:
+        ids.append(call_id())
+        if len(ids) == 1:
+            raise TimeoutError("the money may have moved")
+        return "charged"
+
+    async def program() -> Any:
+        async with DurableSession("s", nexum=server.address):
+            return await FunctionTool(charge, "Charge.").run_json({}, CancellationToken())
+
+    with pytest.raises(TimeoutError):
+        await program()
+    assert await program() == "charged"
+    assert await program() == "charged"
+    assert len(ids) == 2
+    assert ids[0] == ids[1] != ""
+
+
+async def test_call_of_another_program_gets_another_id(server: Server) -> None:
+    ids: list[str] = []
+
+    async def charge(cents: int) -> str:
+        ids.append(call_id())
+        return "charged"
+
+    async def program(cents: int, on_drift: OnDrift = "stop") -> None:
+        async with DurableSession("s", nexum=server.address, on_drift=on_drift):
+            await FunctionTool(charge, "Charge.").run_json({"cents": cents}, CancellationToken())
+
+    await program(1)
+    await program(2, "continue")
+    await program(2)
+    assert len(set(ids)) == len(ids) == 2
