@@ -39,6 +39,8 @@ MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this lon
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
+CUT_OFF = "Internal error from Core"
+"""grpcio's words if the server refuses a stream while the first request is sent. The next stream may get the reason."""
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -222,6 +224,9 @@ class Heartbeat:
                         f"the Nexum server on {self._client.address} ended the connection"
                     )
                 except grpc.RpcError as rpc_error:
+                    if rpc_error.details() == CUT_OFF and not self.connected.is_set():
+                        await asyncio.sleep(RECONNECT_DELAY)
+                        continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
                     lost = _NoWorkerStream() if is_missing else error_of(rpc_error, self._client.address)
                 except ServerError as error:

@@ -136,7 +136,7 @@ async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeyp
         async with NexumClient(str(other)) as client:
             with pytest.raises(ServerUnavailable, match=r"the server has .*nexum.db open, not .*other.db"):
                 await client.ping()
-            monkeypatch.setattr("nexum_engine.owner.CONNECT_TIMEOUT", 0.5)
+            monkeypatch.setattr("nexum_engine.owner.CONNECT_TIMEOUT", 1.5)
             with pytest.raises(ServerError, match=r"the server has .*nexum.db open, not .*other.db"):
                 async with Owner(client):
                     pass
