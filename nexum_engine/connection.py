@@ -77,9 +77,15 @@ class Connection:
     @property
     def stub(self) -> NexumServiceAsyncStub:
         """The stub of the present server. Raises ServerUnavailable if the database has no running server."""
+        return self._latest().stub
+
+    def _latest(self) -> Channel:
         if not self._channels:
-            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return self._channels[-1].stub
+            raise ServerUnavailable(
+                f"no running Nexum server has {self._database} open: start one in its folder with "
+                "python -m nexum_engine"
+            )
+        return self._channels[-1]
 
     def _connect(self, target: str, metadata: Metadata) -> None:
         self._metadata = metadata
@@ -96,9 +102,7 @@ class Connection:
     def route(self) -> tuple[str, Metadata]:
         """Return the present HOST:PORT of the server, and the metadata to send with each call."""
         target = read_address(self._database) if self._database is not None else None
-        if target is None and not self._channels:
-            raise ServerUnavailable(f"no running Nexum server has {self._database} open")
-        return target or self._channels[-1].target, self._metadata
+        return target or self._latest().target, self._metadata
 
     async def reach(self) -> None:
         """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""

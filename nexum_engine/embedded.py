@@ -19,6 +19,7 @@ from nexum_engine import DEFAULT_LISTEN, ERROR
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import DEFAULT_ADDRESS, FIRST_ANSWER
 from nexum_engine.errors import (
+    START_A_SERVER,
     NexumError,
     NoOwnedExecutions,
     NotANexumServer,
@@ -236,7 +237,7 @@ class EmbeddedNexum:
         try:
             await asyncio.wait({pinging}, timeout=timeout)
             if not pinging.done():
-                return ServerUnavailable(f"no Nexum server answers on {self.address}")
+                return ServerUnavailable(f"no Nexum server answers on {self.address}: {START_A_SERVER}")
             pinging.result()
         except ServerNotReady:
             return None

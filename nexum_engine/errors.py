@@ -31,6 +31,9 @@ internals, because the server sends the message to clients.
 
 from __future__ import annotations
 
+START_A_SERVER = "start one with python -m nexum_engine, or check the address"
+"""The next step if no server answers."""
+
 
 class NexumError(Exception):
     """The base class of every error of this package."""

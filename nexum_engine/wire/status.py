@@ -55,7 +55,7 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     if (code is grpc.StatusCode.UNAVAILABLE and answered) or answered == errors.Overloaded.__name__:
         return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
     if kind is errors.ServerUnavailable:
-        return errors.ServerUnavailable(f"no Nexum server answers on {address} ({details})")
+        return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:
         return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")
     if code is grpc.StatusCode.OUT_OF_RANGE:  # from a published server, for a message above 4 MiB

@@ -116,32 +116,30 @@ def test_page_that_takes_too_much_memory_is_a_final_error() -> None:
     assert converters.convert(page()) == "words"
 
 
-@linux_only
-def test_a_child_that_is_killed_may_be_replaced_by_a_retry() -> None:
-    converters = Converters()
-    before = children_of(os.getpid())
-    with ThreadPoolExecutor(1) as pool:
-        conversion = pool.submit(converters.convert, page(SLOW_PAGE))
-        wait_until(lambda: bool(children_of(os.getpid()) - before), "a child converts the page")
-        (child,) = children_of(os.getpid()) - before
-        os.kill(child, signal.SIGKILL)
-        with pytest.raises(WebError, match=rf"{URL}.*its conversion was killed \(exit code -9\)"):
-            conversion.result()
-    assert converters.convert(page()) == "words"
-
-
-@linux_only
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
-def test_page_that_crashes_a_child_is_a_final_error(number: int) -> None:
-    converters = Converters()
+def convert_and_kill(converters: Converters, number: int) -> None:
+    """Convert a page in a new child, which gets this signal at its work. Raises the conversion's error."""
     before = children_of(os.getpid())
     with ThreadPoolExecutor(1) as pool:
         conversion = pool.submit(converters.convert, page(SLOW_PAGE))
         wait_until(lambda: bool(children_of(os.getpid()) - before), "a child converts the page")
         (child,) = children_of(os.getpid()) - before
         os.kill(child, number)
-        with pytest.raises(FinalError, match=rf"converting it to text crashed \(exit code -{int(number)}\)"):
-            conversion.result()
+        conversion.result()
+
+
+@linux_only
+def test_a_child_that_is_killed_may_be_replaced_by_a_retry() -> None:
+    converters = Converters()
+    with pytest.raises(WebError, match=rf"{URL}.*its conversion was killed \(exit code -9\)"):
+        convert_and_kill(converters, signal.SIGKILL)
+    assert converters.convert(page()) == "words"
+
+
+@linux_only
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_page_that_crashes_a_child_is_a_final_error(number: int) -> None:
+    with pytest.raises(FinalError, match=rf"converting it to text crashed \(exit code -{int(number)}\)"):
+        convert_and_kill(Converters(), number)
 
 
 @linux_only
