@@ -1,7 +1,8 @@
-"""The clock of the engine. Tests use a ManualClock: they move the time instead of sleeping."""
+"""The clock of the engine, and waiting with a time limit. Tests use a ManualClock: they need not wait."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Protocol
 
@@ -34,3 +35,17 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Move the time forward."""
         self._now_ms += round(seconds * 1000)
+
+
+async def wait_until_set(event: asyncio.Event, seconds: float) -> bool:
+    """Wait until the event is set, but at most `seconds`. Return whether it is set.
+
+    asyncio.wait_for loses a cancellation that comes in the same turn of the event loop as the result, on Python 3.10
+    and 3.11: the task that was cancelled would run on.
+    """
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting}, timeout=seconds)
+    finally:
+        waiting.cancel()
+    return event.is_set()

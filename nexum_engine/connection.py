@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import grpc
 
 from nexum_engine.channel import Channel
-from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
+from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.location import is_same_database, own_database, read_address
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
@@ -126,6 +126,12 @@ class Connection:
                 return
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
+        if isinstance(answer, NotANexumServer):
+            # A server of this folder may still be started, on another port. So a worker waits for it.
+            raise ServerUnavailable(
+                f"no running Nexum server has {database} open, and another program listens on {DEFAULT_ADDRESS}: "
+                "start a server on a free port, with python -m nexum_engine --else-free-port"
+            )
         if isinstance(answer, ServerError):
             raise answer
         self._database, self._is_searching = None, False

@@ -21,6 +21,7 @@ import grpc
 
 from nexum_engine.channel import Channel
 from nexum_engine.client import NexumClient
+from nexum_engine.clock import wait_until_set
 from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.wire import nexum_pb2 as pb
@@ -178,8 +179,7 @@ class Heartbeat:
         finally:
             self.connected.clear()
             sending.cancel()
-            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                await asyncio.wait_for(ended.wait(), END_TIMEOUT)
+            await wait_until_set(ended, END_TIMEOUT)
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -279,7 +279,8 @@ class Heartbeat:
                     is_connected = True
                     tell(None)
                 timeout = max(lease / 3, MIN_ACK_TIMEOUT)
-                await self._sleep(min(lease / 3, SECOND_BEAT_AFTER) if again_soon else lease / 3)
+                # Sleep until the next heartbeat is due or requested.
+                await wait_until_set(self._wake, min(lease / 3, SECOND_BEAT_AFTER) if again_soon else lease / 3)
         finally:
             call.cancel()
 
@@ -296,7 +297,6 @@ class Heartbeat:
         try:
             # Wait in two halves. If this process is suspended during one of them, that half is over as soon as the
             # process resumes, even if the answer has come. The other half then reads the answer.
-            # Don't use wait_for: before Python 3.12, it can lose a cancellation.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
@@ -308,14 +308,6 @@ class Heartbeat:
             return exchanging.result()
         finally:
             exchanging.cancel()
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleep until the next heartbeat is due or requested."""
-        timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            timer.cancel()
 
     def _watch(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
         """Schedule `_note_turn` on the program's event loop. Report the loop if it is blocked."""

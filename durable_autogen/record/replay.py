@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
+from nexum_engine.clock import wait_until_set
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded call while the run makes calls that are not recorded
 CHOICE_HINT = (
@@ -193,13 +193,14 @@ class Replay:
             while event.address in self._addresses and event.address not in self._asked:
                 self._changed.clear()
                 patience = self._patience()
-                left = None if patience is None else begun + patience + late - loop.time()
-                if left is not None and left <= 0:
-                    return False
-                with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), left)
                 if patience is None:
+                    await self._changed.wait()
                     begun = loop.time()
+                    continue
+                left = begun + patience + late - loop.time()
+                if left <= 0:
+                    return False
+                await wait_until_set(self._changed, left)
             return True
         finally:
             notice.cancel()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
 
-from nexum_engine.clock import Clock
+from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import InvalidRequest, StoreUnavailable
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
@@ -176,9 +176,8 @@ class Liveness:
 
     async def _until_due(self) -> None:
         while self._due_ms is None or self._due_ms > self._clock.now_ms():
-            timeout = None if self._due_ms is None else (self._due_ms - self._clock.now_ms()) / 1000
-            try:
-                await asyncio.wait_for(self._due_changed.wait(), timeout)
-                self._due_changed.clear()
-            except (asyncio.TimeoutError, TimeoutError):
-                continue
+            if self._due_ms is None:
+                await self._due_changed.wait()
+            else:
+                await wait_until_set(self._due_changed, (self._due_ms - self._clock.now_ms()) / 1000)
+            self._due_changed.clear()

@@ -91,7 +91,7 @@ ENGINE = {
     "channel": ("wire",),
     "connection": ("channel", "wire", "location", "errors"),
     "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("client", "connection", "channel", "wire", "errors"),
+    "heartbeat": ("client", "connection", "channel", "wire", "errors", "clock"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
     "embedded": ("client", "connection", "location", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),

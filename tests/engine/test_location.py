@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from harness import free_port, logged, nexum_server
 
@@ -202,6 +203,23 @@ async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, defau
         await asyncio.sleep(0.2)
         async with serving(own, f"127.0.0.1:{free_port()}", embedded=True):
             await pinging
+
+
+async def test_client_waits_for_its_folders_server_while_another_program_has_the_default_port(
+    tmp_path: Path, default_port: pytest.MonkeyPatch
+) -> None:
+    own = enter(tmp_path / "own", default_port)
+    other = grpc.aio.server()
+    default_port.setattr(
+        "nexum_engine.connection.DEFAULT_ADDRESS", f"127.0.0.1:{other.add_insecure_port('127.0.0.1:0')}"
+    )
+    await other.start()
+    async with NexumClient() as client:
+        with pytest.raises(ServerUnavailable, match=r"another program listens on .*: start a server on a free port"):
+            await client.ping()
+        async with serving(own, f"127.0.0.1:{free_port()}", embedded=True):
+            await client.ping(patience=20)
+    await other.stop(None)
 
 
 async def test_client_leaves_default_port_after_its_server_changes(

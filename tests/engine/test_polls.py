@@ -672,6 +672,17 @@ async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None
     assert await asyncio.wait_for(engine.poll(), SOON) is None
 
 
+@pytest.mark.parametrize("hops", range(6))
+async def test_server_stops_while_a_lease_changes(engine: Engine, hops: int) -> None:
+    """The sweep is cancelled while it handles its wake-up. It must end, and not wait for the next lease."""
+    engine.liveness.task_handed_out()
+    await until_idle(engine)  # the sweep waits for the end of the lease
+    engine.liveness.due_at(0)
+    for _ in range(hops):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(engine.liveness.stop(), SOON)
+
+
 async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> None:
     await engine.register({"a": []})
     poll = engine.poll()
