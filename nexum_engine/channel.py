@@ -12,6 +12,7 @@ from weakref import WeakSet
 import grpc
 
 from nexum_engine.wire.addressee import Metadata
+from nexum_engine.wire.multiplexed import MultiplexedChannel
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _OPTIONS = (
 class Channel:
     """The gRPC channels of a client to one server: one for each event loop, and new ones in a forked process.
 
-    Channels with different purposes share no connection.
+    Channels with different purposes share no connection. With the purpose "calls", calls share one stream.
     """
 
     def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:
@@ -65,6 +66,8 @@ class Channel:
             channel = grpc.aio.insecure_channel(
                 self.target, options=(*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
             )
+            if self._purpose == "calls":
+                channel = MultiplexedChannel(channel)
         stub = NexumServiceStub(channel)
         if self._metadata:
             for name, call in vars(stub).items():

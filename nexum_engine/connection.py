@@ -139,7 +139,7 @@ class Connection:
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
         """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = Channel(target, metadata)
+        channel = Channel(target, metadata, purpose="search")
         stub = channel.stub
         try:
             try:

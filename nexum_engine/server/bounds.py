@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -47,6 +47,8 @@ _OVERLOADED = (
 )
 Context = grpc.aio.ServicerContext[Any, Any]
 Abort = Callable[[Context, Exception], Awaitable[Any]]
+Rpc = Callable[["Received", Any], Awaitable[Message]]
+"""A unary RPC. It takes the encoded request and the call's context."""
 
 
 class Budget:
@@ -187,24 +189,34 @@ class Reading(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(read, handler.request_deserializer, handler.response_serializer)
 
 
-def add_servicer(servicer: Any, server: grpc.aio.Server, abort: Abort) -> None:
-    """Register the servicer's RPCs. Each request is checked against its size limit before it is decoded."""
+def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
+    """Return the unary RPCs of the servicer by name. Each one checks its request's size before it decodes the request."""
     budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
+    return {
+        method.name: _unary(
+            getattr(servicer, method.name), getattr(pb, method.input_type.name), _limit(method.name), budget, abort
+        )
+        for method in _SERVICE.methods
+        if not method.client_streaming
+    }
+
+
+def add_servicer(servicer: Any, rpcs: Mapping[str, Rpc], server: grpc.aio.Server) -> None:
+    """Register the unary RPCs, and the servicer's streams. A stream's messages are checked as requests are."""
     handlers: dict[str, Any] = {}
     for method in _SERVICE.methods:
-        name, behaviour = method.name, getattr(servicer, method.name)
-        request_type = getattr(pb, method.input_type.name)
+        name = method.name
         serializer = getattr(pb, method.output_type.name).SerializeToString
-        limit = MAX_REQUEST_BYTES if name in _WITH_PAYLOAD else MAX_SMALL_REQUEST_BYTES
         if method.client_streaming:
-            handlers[name] = grpc.stream_stream_rpc_method_handler(
-                _streaming(behaviour, request_type, limit), Received, serializer
-            )
+            streaming = _streaming(getattr(servicer, name), getattr(pb, method.input_type.name), _limit(name))
+            handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, Received, serializer)
         else:
-            handlers[name] = grpc.unary_unary_rpc_method_handler(
-                _unary(behaviour, request_type, limit, budget, abort), Received, serializer
-            )
+            handlers[name] = grpc.unary_unary_rpc_method_handler(rpcs[name], Received, serializer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+
+
+def _limit(method: str) -> int:
+    return MAX_REQUEST_BYTES if method in _WITH_PAYLOAD else MAX_SMALL_REQUEST_BYTES
 
 
 def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budget, abort: Abort) -> Any:

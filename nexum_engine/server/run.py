@@ -17,7 +17,7 @@ from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer, abort
+from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 
@@ -110,6 +110,7 @@ async def run_server(
             waiters.stop()
             await polls.stop()
             await liveness.stop()
+            servicer.stop()
             await server.stop(STOP_GRACE)
         if store.failed.done():
             raise StoreUnavailable(store.failed.result())
@@ -124,7 +125,7 @@ async def _bind(
     deadline = loop.time() + patience
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
-        add_servicer(servicer, server, abort)
+        add_servicer(servicer, servicer.rpcs, server)
         try:
             return server, server.add_insecure_port(address)
         except RuntimeError as error:

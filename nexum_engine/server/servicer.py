@@ -18,7 +18,8 @@ import grpc
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
 from nexum_engine.records import Compatibility, Execution, Task
-from nexum_engine.server.bounds import SMALL_BYTES, Answers
+from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
+from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
@@ -102,6 +103,13 @@ class NexumServicer(NexumServiceServicer):
         self._polls = polls
         self._waiters = waiters
         self._liveness = liveness
+        self.rpcs = rpcs_of(self, abort)
+        """The unary RPCs by name, with the checks of their requests."""
+        self._streams = CallStreams(self.rpcs)
+
+    def stop(self) -> None:
+        """Begin no further calls on streams, and end the streams when their calls have been answered."""
+        self._streams.stop()
 
     async def refuse_what_is_meant_for_another(self, context: Context) -> None:
         """Answer UNAVAILABLE to a call for another database, so that the client looks for another server."""
@@ -396,6 +404,17 @@ class NexumServicer(NexumServiceServicer):
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
+
+    async def Calls(
+        self, request_iterator: AsyncIterator[pb.CallFrames], context: Context
+    ) -> AsyncGenerator[pb.CallFrames, None]:
+        await context.send_initial_metadata(())  # the client waits for it: a server without `Calls` refuses the stream
+        try:
+            async with aclosing(self._streams.serve(request_iterator, context.invocation_metadata())) as answers:
+                async for frames in answers:
+                    yield frames
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
 

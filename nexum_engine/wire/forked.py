@@ -18,11 +18,12 @@ from google.protobuf.message import DecodeError
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
+from nexum_engine.wire.status import CODE_OF_NUMBER, rpc_error
+
 Serialize = Callable[[Any], bytes]
 Deserialize = Callable[[bytes], Any]
 _Stream = grpclib.client.Stream[bytes, bytes]
 
-_CODE = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class _Codec(CodecBase):
@@ -152,15 +153,11 @@ def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
         yield
     except GRPCError as error:
         trailing = grpc.aio.Metadata(*(stream.trailing_metadata or {}).items())
-        raise _rpc_error(_CODE[error.status.value], error.message or "", trailing) from error
+        raise rpc_error(CODE_OF_NUMBER[error.status.value], error.message or "", trailing) from error
     except (asyncio.TimeoutError, TimeoutError) as error:
-        raise _rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
+        raise rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
     except (OSError, StreamTerminatedError) as error:
-        raise _rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        raise rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
     except DecodeError as error:
-        raise _rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
+        raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
 
-
-def _rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:
-    nothing = grpc.aio.Metadata()
-    return grpc.aio.AioRpcError(code, nothing, nothing if trailing is None else trailing, details)

@@ -810,3 +810,65 @@ class ServerInfo(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["database", b"database", "embedded", b"embedded"]) -> None: ...
 
 global___ServerInfo = ServerInfo
+
+@typing.final
+class CallFrames(google.protobuf.message.Message):
+    """The frames that a side has ready are sent together."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FRAMES_FIELD_NUMBER: builtins.int
+    @property
+    def frames(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CallFrame]: ...
+    def __init__(
+        self,
+        *,
+        frames: collections.abc.Iterable[global___CallFrame] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["frames", b"frames"]) -> None: ...
+
+global___CallFrames = CallFrames
+
+@typing.final
+class CallFrame(google.protobuf.message.Message):
+    """A part of a call. The client sends a request in one frame. The server answers in one or more frames."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    CANCEL_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
+    DETAILS_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    call: builtins.int
+    """The number of the call. The client chooses it, and uses it once in the stream."""
+    method: builtins.str
+    """In a request: the name of the RPC."""
+    message: builtins.bytes
+    """The request's message, or a part of the answer's."""
+    more: builtins.bool
+    """In an answer: another part follows."""
+    cancel: builtins.bool
+    """From the client: cancel the call. The server sends no answer."""
+    status: builtins.int
+    """In an answer: a gRPC status other than 0 (OK), its details, and the name that an RPC has in the trailing metadata."""
+    details: builtins.str
+    error: builtins.str
+    def __init__(
+        self,
+        *,
+        call: builtins.int = ...,
+        method: builtins.str = ...,
+        message: builtins.bytes = ...,
+        more: builtins.bool = ...,
+        cancel: builtins.bool = ...,
+        status: builtins.int = ...,
+        details: builtins.str = ...,
+        error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "status", b"status"]) -> None: ...
+
+global___CallFrame = CallFrame

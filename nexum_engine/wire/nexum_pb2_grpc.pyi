@@ -105,6 +105,12 @@ class NexumServiceStub:
     ]
     """Addition: get the server's database, and whether the server is embedded in a run."""
 
+    Calls: grpc.StreamStreamMultiCallable[
+        nexum_pb2.CallFrames,
+        nexum_pb2.CallFrames,
+    ]
+    """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -183,6 +189,12 @@ class NexumServiceAsyncStub:
         nexum_pb2.ServerInfo,
     ]
     """Addition: get the server's database, and whether the server is embedded in a run."""
+
+    Calls: grpc.aio.StreamStreamMultiCallable[
+        nexum_pb2.CallFrames,
+        nexum_pb2.CallFrames,
+    ]
+    """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -292,5 +304,13 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.ServerInfo, collections.abc.Awaitable[nexum_pb2.ServerInfo]]:
         """Addition: get the server's database, and whether the server is embedded in a run."""
+
+    @abc.abstractmethod
+    def Calls(
+        self,
+        request_iterator: _MaybeAsyncIterator[nexum_pb2.CallFrames],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[nexum_pb2.CallFrames], collections.abc.AsyncIterator[nexum_pb2.CallFrames]]:
+        """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -39,6 +39,8 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.UNKNOWN: errors.NotANexumServer,
 }
 
+CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
 
 def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
     """Return the status with which a server answers `error`, or None for an internal error."""
@@ -64,3 +66,9 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
             f"python -m nexum_engine ({details})"
         )
     return kind(details)
+
+
+def rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:
+    """Return the error of a failed call, as `grpc.aio` raises it."""
+    nothing = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, nothing, nothing if trailing is None else trailing, details)

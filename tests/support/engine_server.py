@@ -16,7 +16,7 @@ from nexum_engine.errors import StoreUnavailable
 from nexum_engine.server.bounds import Answers, Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer, abort
+from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
 
@@ -82,7 +82,8 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
     store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server(interceptors=[Reading()])
-    add_servicer(NexumServicer(store, polls, waiters, liveness, Answers()), server, abort)
+    servicer = NexumServicer(store, polls, waiters, liveness, Answers())
+    add_servicer(servicer, servicer.rpcs, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await liveness.start()
     await server.start()
@@ -92,5 +93,6 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
         waiters.stop()
         await polls.stop()
         await liveness.stop()
+        servicer.stop()
         await server.stop(0)
         await store.close()

@@ -1,0 +1,178 @@
+"""Calls that are not gRPC calls of their own: they come on a `Calls` stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from typing import Any, NoReturn
+
+import grpc
+
+from nexum_engine.errors import InvalidRequest, Overloaded
+from nexum_engine.server.bounds import MAX_CALLS, Received, Rpc
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.status import ANSWERED
+
+PART_BYTES = 64 * 1024
+"""The largest part of an answer. Small answers can be sent between the parts of a large one."""
+UNSENT_PARTS = 32
+"""How many parts of answers a stream holds for its client. Further answers wait until the client has read these."""
+
+
+class Refused(Exception):
+    """A call was answered with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, error: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+        self.error = error
+        """The name of the engine's error, or ""."""
+
+
+class CallContext:
+    """The part of gRPC's context that the RPCs use."""
+
+    def __init__(self, metadata: Any) -> None:
+        self._metadata = metadata
+        self._callbacks: list[Callable[[Any], None]] = []
+        self.is_cancelled = False
+
+    def invocation_metadata(self) -> Any:
+        return self._metadata
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._callbacks.append(callback)
+
+    def end(self) -> None:
+        """Call the callbacks: the call is over."""
+        for callback in self._callbacks:
+            callback(self)
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
+        raise Refused(code, details, dict(trailing_metadata).get(ANSWERED, ""))
+
+
+class CallStreams:
+    """The open `Calls` streams of a server. `rpcs` are the RPCs that may be called on a stream, by name."""
+
+    def __init__(self, rpcs: Mapping[str, Rpc]) -> None:
+        self._rpcs = rpcs
+        self._open: set[_Stream] = set()
+        self._stopping = False
+
+    async def serve(self, requests: AsyncIterable[pb.CallFrames], metadata: Any) -> AsyncGenerator[pb.CallFrames, None]:
+        """Run the calls of one stream, and yield their answers.
+
+        If the stream breaks, its calls are cancelled. Raises InvalidRequest for a malformed frame.
+        """
+        stream = _Stream(self._rpcs, metadata)
+        self._open.add(stream)
+        if self._stopping:
+            stream.finish()
+        reading = asyncio.create_task(stream.read(requests))
+        try:
+            while frames := await stream.next_answers():
+                yield pb.CallFrames(frames=frames)
+            if reading.done():
+                reading.result()
+        finally:
+            self._open.discard(stream)
+            reading.cancel()
+            stream.cancel_all()
+
+    def stop(self) -> None:
+        """Begin no further calls, and end each stream when its calls have been answered."""
+        self._stopping = True
+        for stream in self._open:
+            stream.finish()
+
+
+class _Stream:
+    def __init__(self, rpcs: Mapping[str, Rpc], metadata: Any) -> None:
+        self._rpcs = rpcs
+        self._metadata = metadata
+        self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
+        self._unsent: list[pb.CallFrame] = []
+        self._has_news = asyncio.Event()
+        """Set when a frame can be sent, or the stream may be over."""
+        self._has_room = asyncio.Event()
+        self._is_finishing = False
+
+    async def read(self, requests: AsyncIterable[pb.CallFrames]) -> None:
+        """Begin the calls that arrive, until the client ends the stream."""
+        try:
+            async for frames in requests:
+                for frame in frames.frames:
+                    if frame.cancel:
+                        self._cancel(frame.call)
+                    elif not self._is_finishing:
+                        self._begin(frame)
+        finally:
+            self.finish()
+
+    def _begin(self, frame: pb.CallFrame) -> None:
+        if frame.call in self._calls:
+            raise InvalidRequest(f"the stream has a call {frame.call} already")
+        context = CallContext(self._metadata)
+        answering = asyncio.create_task(self._answer(frame, context))
+        self._calls[frame.call] = answering, context
+        answering.add_done_callback(lambda _: self._ended(frame.call))
+
+    def _ended(self, call: int) -> None:
+        _, context = self._calls.pop(call)
+        context.end()
+        if self._is_finishing and not self._calls:
+            self._has_news.set()
+
+    def _cancel(self, call: int) -> None:
+        if call in self._calls:
+            answering, context = self._calls[call]
+            context.is_cancelled = True
+            answering.cancel()
+
+    def cancel_all(self) -> None:
+        """Cancel the calls: nobody reads their answers."""
+        for call in list(self._calls):
+            self._cancel(call)
+
+    def finish(self) -> None:
+        """Begin no further calls. The stream is over when its calls have been answered."""
+        self._is_finishing = True
+        self._has_news.set()
+
+    async def next_answers(self) -> list[pb.CallFrame]:
+        """Wait for answers, and return all that are ready. Return an empty list when the stream is over."""
+        while not self._unsent and not (self._is_finishing and not self._calls):
+            self._has_news.clear()
+            await self._has_news.wait()
+        frames, self._unsent = self._unsent, []
+        self._has_room.set()
+        return frames
+
+    async def _send(self, frame: pb.CallFrame) -> None:
+        while len(self._unsent) >= UNSENT_PARTS:
+            self._has_room.clear()
+            await self._has_room.wait()
+        self._unsent.append(frame)
+        self._has_news.set()
+
+    async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
+        try:
+            if len(self._calls) > MAX_CALLS:
+                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "the stream has too many calls", Overloaded.__name__)
+            rpc = self._rpcs.get(frame.method)
+            if rpc is None:
+                raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method!r}", "")
+            answer = await rpc(Received(frame.message), context)
+        except Refused as refused:
+            status = refused.code.value[0]
+            await self._send(pb.CallFrame(call=frame.call, status=status, details=refused.details, error=refused.error))
+            return
+        message = answer.SerializeToString()
+        for begin in range(0, len(message) or 1, PART_BYTES):
+            end = begin + PART_BYTES
+            await self._send(pb.CallFrame(call=frame.call, message=message[begin:end], more=end < len(message)))

@@ -1,0 +1,184 @@
+"""A gRPC channel that makes many calls over one stream, because an RPC for each call costs more.
+
+A large request is an RPC of its own. So is every call to a server without the RPC `Calls`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
+
+MAX_REQUEST_BYTES = 16 * 1024
+"""The largest request that is sent on the stream. A larger one would delay the other calls."""
+MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
+CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
+
+T = TypeVar("T")
+
+
+class NoCalls(Exception):
+    """The server has no RPC `Calls`. It has executed nothing."""
+
+
+class MultiplexedChannel:
+    """A channel with the methods of `grpc.aio.Channel` that this project's calls need. It takes over `channel`.
+
+    Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do. Create and use it in one event loop.
+    """
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._open = channel.stream_stream(
+            CALLS, request_serializer=pb.CallFrames.SerializeToString, response_deserializer=pb.CallFrames.FromString
+        )
+        self.stream_stream = channel.stream_stream
+        self._stream: _Stream | None = None
+        self._has_calls = True
+
+    async def close(self) -> None:
+        """Close the connection. Calls that are under way fail."""
+        if self._stream is not None:
+            await self._stream.close()
+        await self._channel.close()
+
+    def unary_unary(
+        self,
+        path: str,
+        *,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], T],
+        **options: Any,
+    ) -> Callable[..., Coroutine[Any, Any, T]]:
+        """Return a function that makes one call of the method."""
+        alone = self._channel.unary_unary(
+            path, request_serializer=lambda data: data, response_deserializer=response_deserializer, **options
+        )
+        method = path.rpartition("/")[2]
+
+        async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> T:
+            data = request_serializer(request)
+            if self._has_calls and len(data) <= MAX_REQUEST_BYTES:
+                if self._stream is None or self._stream.is_over:
+                    self._stream = _Stream(self._open(metadata=metadata))
+                try:
+                    return response_deserializer(await self._stream.call(method, data, timeout))
+                except NoCalls:
+                    self._has_calls = False
+            answer: T = await alone(data, timeout=timeout, metadata=metadata)
+            return answer
+
+        return call
+
+
+class _Stream:
+    """One open stream. When it breaks, its calls fail with the status of the stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._calls: dict[int, tuple[asyncio.Future[bytes], list[bytes]]] = {}
+        """The calls that wait for their answers, with the parts that have arrived."""
+        self._last = 0
+        self._unsent: list[pb.CallFrame] = []
+        self._has_unsent = asyncio.Event()
+        self._is_open = asyncio.Event()
+        self.is_over = False
+        # Run in an own context: the stream is not part of the work of the caller that opens it.
+        context = contextvars.Context()
+        self._writing = context.run(asyncio.create_task, self._write(), name="write calls")
+        self._reading = context.run(asyncio.create_task, self._read(), name="read answers of calls")
+
+    async def close(self) -> None:
+        self._stream.cancel()
+        await asyncio.gather(self._writing, self._reading, return_exceptions=True)
+
+    async def call(self, method: str, data: bytes, timeout: float | None) -> bytes:
+        """Make a call, and return its encoded answer. Raises AioRpcError, NoCalls."""
+        self._last += 1
+        number = self._last
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bytes] = loop.create_future()
+        self._calls[number] = answer, []
+        timer = None if timeout is None else loop.call_later(timeout, self._time_out, answer)
+        self._send(pb.CallFrame(call=number, method=method, message=data))
+        try:
+            return await answer
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if self._calls.pop(number, None) is not None and not self.is_over:
+                self._send(pb.CallFrame(call=number, cancel=True))
+
+    def _time_out(self, answer: asyncio.Future[bytes]) -> None:
+        if not answer.done():
+            answer.set_exception(rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+
+    def _send(self, frame: pb.CallFrame) -> None:
+        self._unsent.append(frame)
+        self._has_unsent.set()
+
+    async def _write(self) -> None:
+        """Send the frames. Those that are ready at the same time are one message."""
+        await self._is_open.wait()
+        while True:
+            await self._has_unsent.wait()
+            size = count = 0
+            while count < len(self._unsent) and size < MAX_BATCH_BYTES:
+                size += len(self._unsent[count].message)
+                count += 1
+            frames, self._unsent = self._unsent[:count], self._unsent[count:]
+            if not self._unsent:
+                self._has_unsent.clear()
+            try:
+                await self._stream.write(pb.CallFrames(frames=frames))
+            except (asyncio.InvalidStateError, grpc.RpcError):
+                return  # the stream is over: `_read` gets the reason
+
+    async def _read(self) -> None:
+        """Give the calls their answers until the stream is over."""
+        code, details = grpc.StatusCode.UNAVAILABLE, "the server ended the stream of calls"
+        try:
+            # Wait before the first request is sent. If the server refuses the stream while a request is being sent,
+            # grpcio loses the server's status.
+            await self._stream.wait_for_connection()
+            self._is_open.set()
+            while (frames := await self._stream.read()) is not grpc.aio.EOF:
+                for frame in frames.frames:
+                    self._receive(frame)
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+        except asyncio.CancelledError:
+            code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
+            raise
+        finally:
+            self.is_over = True
+            self._writing.cancel()
+            calls, self._calls = self._calls, {}
+            for answer, _ in calls.values():
+                if not answer.done():
+                    is_missing = code is grpc.StatusCode.UNIMPLEMENTED
+                    answer.set_exception(NoCalls() if is_missing else rpc_error(code, details))
+
+    def _receive(self, frame: pb.CallFrame) -> None:
+        if frame.call not in self._calls:
+            return  # the caller has given up
+        answer, parts = self._calls[frame.call]
+        parts.append(frame.message)
+        if frame.more:
+            return
+        del self._calls[frame.call]
+        if answer.done():
+            return
+        if frame.status:
+            trailing = grpc.aio.Metadata(*(((ANSWERED, frame.error),) if frame.error else ()))
+            code = CODE_OF_NUMBER.get(frame.status, grpc.StatusCode.UNKNOWN)
+            answer.set_exception(rpc_error(code, frame.details, trailing))
+        else:
+            answer.set_result(b"".join(parts) if len(parts) > 1 else frame.message)
+
