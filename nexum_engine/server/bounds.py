@@ -190,7 +190,7 @@ class Reading(grpc.aio.ServerInterceptor):
 
 
 def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
-    """Return the unary RPCs of the servicer by name. Each one checks its request's size before it decodes the request."""
+    """Return the unary RPCs of the servicer by name. Each one checks the size of its request first."""
     budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
     return {
         method.name: _unary(
