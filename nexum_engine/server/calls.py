@@ -99,7 +99,7 @@ class _Stream:
         self._unsent: list[pb.CallFrame] = []
         self._has_news = asyncio.Event()
         """Set when a frame can be sent, or the stream may be over."""
-        self._has_room = asyncio.Event()
+        self._room = asyncio.Semaphore(UNSENT_PARTS)  # serves the calls in turn
         self._is_finishing = False
 
     async def read(self, requests: AsyncIterable[pb.CallFrames]) -> None:
@@ -158,13 +158,12 @@ class _Stream:
             size += len(self._unsent[count].message)
             count += 1
         frames, self._unsent = self._unsent[:count], self._unsent[count:]
-        self._has_room.set()
+        for _ in frames:
+            self._room.release()
         return frames
 
     async def _send(self, frame: pb.CallFrame) -> None:
-        while len(self._unsent) >= UNSENT_PARTS:
-            self._has_room.clear()
-            await self._has_room.wait()
+        await self._room.acquire()
         self._unsent.append(frame)
         self._has_news.set()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
@@ -19,7 +20,6 @@ MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
 MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
 CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
-
 OPENED = ("nexum-calls", "open")
 """The initial metadata of a stream that the server has opened. A server without `Calls` sends none."""
 T = TypeVar("T")
@@ -75,6 +75,8 @@ class MultiplexedChannel:
                     self._stream = _Stream(self._open(metadata=metadata))
                 try:
                     return response_deserializer(await self._stream.call(method, data, timeout))
+                except DecodeError as error:
+                    raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
                 except _NotOpened as error:
                     # Make the call as an RPC: if that fails, too, its error has the reason.
                     self._has_calls = error.code is not grpc.StatusCode.UNIMPLEMENTED
