@@ -208,7 +208,7 @@ async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
 
 
 async def polls_have_ended(server: EngineServer) -> None:
-    while server.polls._polls_of_worker:
+    while server.polls._polls_of_worker:  # noqa: ASYNC110 - the server has no event for it
         await asyncio.sleep(0)
 
 
