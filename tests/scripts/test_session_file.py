@@ -89,7 +89,12 @@ async def test_calls_that_record_at_the_same_time_are_written_together(
     file = SessionFile("s", tmp_path)
     written: list[str] = []
     write = file._write
-    monkeypatch.setattr(file, "_write", lambda text: (written.append(text), write(text)))
+
+    def counted(text: str) -> None:
+        written.append(text)
+        write(text)
+
+    monkeypatch.setattr(file, "_write", counted)
     await asyncio.gather(*(file.record("w", str(n), f"exec-{n}") for n in range(40)))
     record = SessionFile("s", tmp_path).load()
     assert record is not None
