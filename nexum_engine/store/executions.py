@@ -291,11 +291,12 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
 
 def end_execution(
-    db: Db, execution: int, status: ExecutionStatus, error: str, nodes: tuple[Node, ...] = ()
+    db: Db, execution: int, status: ExecutionStatus, error: str, only_node: Node | None = None
 ) -> Execution:
-    """End the running execution with the number `execution`, and its unfinished nodes. Return it with `nodes`.
+    """End the running execution with the number `execution`, and its unfinished nodes. Return the ended execution.
 
-    Give its nodes if they are known and short: a caller that waits for the execution reads it if it has no nodes.
+    An execution with large payloads is returned without its input and nodes. A waiting caller reads them. If the
+    execution has one node, and it is short, give it as `only_node`: this saves three queries.
     """
     row = db.one(
         "end_execution",
@@ -303,9 +304,11 @@ def end_execution(
         status=status.value,
         error=error,
         now=db.now_ms,
-        max_inline=MAX_INLINE_BYTES if nodes else 0,
+        max_inline=MAX_INLINE_BYTES,
     )
     assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution=execution, now=db.now_ms)
-    return _execution(row, nodes if row["input_json"] else ())
+    if only_node is not None and row["input_json"]:
+        return _execution(row, (only_node,))
+    return get_execution(db, row["execution_id"], max_bytes=MAX_INLINE_BYTES)

@@ -237,10 +237,10 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
         _advance(db, row, changes)
     else:
-        # The caller of a tool call, which has one node, gets the result without another query.
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
-        nodes = (node,) if row["others"] == 0 and len(output_json) <= MAX_INLINE_BYTES else ()
-        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", nodes))
+        is_only_node = row["others"] == 0 and len(output_json) <= MAX_INLINE_BYTES
+        only_node = node if is_only_node else None
+        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", only_node))
     return changes.freeze()
 
 
