@@ -167,7 +167,7 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'C
 
 -- name: attempt
 -- An attempt, the node's newest or an earlier one, with its node and execution.
--- `unrecorded` counts the execution's nodes that have no result yet, and `others` all nodes but this one.
+-- `unrecorded` counts the execution's nodes that have no result yet.
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
        coalesce(earlier.error, attempt_error) AS error,
@@ -175,8 +175,8 @@ SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, atte
        execution_id, executions.status AS execution_status, nodes.version_hash,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
         AND others.status <> 'COMPLETED') AS unrecorded,
-       (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
-        AND others.node <> nodes.node) AS others
+       NOT EXISTS (SELECT 1 FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
+                   AND others.node <> nodes.node) AS is_only_node
 FROM nodes
 JOIN executions ON sequence = execution
 LEFT JOIN attempts AS earlier ON earlier.node = nodes.node AND earlier.task_id = :task_id

@@ -237,9 +237,9 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
         _advance(db, row, changes)
     else:
+        is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
-        is_only_node = row["others"] == 0 and len(output_json) <= MAX_INLINE_BYTES
-        only_node = node if is_only_node else None
+        only_node = node if is_short else None
         changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", only_node))
     return changes.freeze()
 
