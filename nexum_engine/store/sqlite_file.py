@@ -482,8 +482,8 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
         return
     if done:
         logger.warning(
-            "database %s: updating its schema from version %d to %d. This takes about a minute for a million "
-            "executions; if it is interrupted, the next start does it again",
+            "database %s: updating its schema from version %d to %d. This takes one to three minutes for a million "
+            "executions. If it is interrupted, the next start does it again",
             path,
             done,
             done + len(scripts),
@@ -499,8 +499,8 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
             f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};"
         )
         if version > 2:  # there is a table log_stamp, and every log with a commit needs a stamp
-            own = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0]).own
-            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), own, closed=False))
+            last = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), last.own, closed=last.closed))
         connection.execute("COMMIT")
     for name, value in before.items():
         connection.execute(f"PRAGMA {name} = {value}")
