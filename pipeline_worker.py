@@ -123,7 +123,7 @@ def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Bind
     pages = OfflineWeb()
 
     def offline_client(step: str) -> ChatCompletionClient:
-        return pipeline_model(step, pages.topics())
+        return pipeline_model(step, pages.topics)
 
     served = [(OFFLINE_PIPELINE, PipelineSteps(pages, offline_client))]
     if not model.offline:
