@@ -35,10 +35,10 @@ COSTS = {
     "server's loop turns": (45, 36, 18, 10),
     "server's loop callbacks": (79, 54, 27, 3),
     "worker's loop turns": (27, 0, 0, 10),
-    "worker's loop callbacks": (32, 0, 0, 5),
+    "worker's loop callbacks": (31, 0, 0, 6),
     "client's fsyncs": (0, 0, 0, 0),
     "client's loop turns": (8, 10, 16, 10),
-    "client's loop callbacks": (10, 12, 23.4, 5),
+    "client's loop callbacks": (10, 11.2, 23, 8),
 }
 
 
