@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
 from counted import Counts
 from counting_proxy import counting_proxy
 from harness import ROOT, running
@@ -78,7 +79,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
             worker_process.wait_for("connected to")
             calls = [str(programs / "counted_calls.py"), address, str(folder), str(ROUNDS), str(CALLS)]
             with running([COUNTED, str(folder / "client.counts"), *calls], cwd=folder) as client:
-                costs = json.loads(client.wait_for('{"tool call"'))
+                costs = json.loads(client.wait_for('{"tool call"', timeout=100))
     found = {name: [round(costs[kind][name], 1) for kind in KINDS] for name in costs[KINDS[0]]}
     if strace() is None:
         found["server's fsyncs"] = [*COSTS["server's fsyncs"][:-1]]  # not counted
@@ -96,6 +97,7 @@ def differences(counts: dict[str, list[float]], *, risen: bool) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(330)
 def test_count_does_not_rise(tmp_path: Path) -> None:
     counts = measure(tmp_path / "0")
     for number in range(1, TRIES):
