@@ -319,13 +319,13 @@ async def measure(cases: Sequence[str], rounds: int, replies: int, folder: Path)
     """Run the cases; return the figures."""
     runs: dict[str, dict[str, list[Measured]]] = {case: {mode: [] for mode in MODES} for case in cases}
     floors: list[float] = []
-    async with nexum_server(folder) as nexum, open_floor(folder) as floor:
+    async with nexum_server(folder) as server, open_floor(folder) as floor:
         await one_by_one(floor.floor, 30)
         for number in range(rounds):
             for case in cases:
                 for mode in MODES:
                     print(f"round {number + 1} of {rounds}: {case}, {mode}", file=sys.stderr, flush=True)
-                    measured = await run_child(case, mode, f"{case}-{number}", nexum, replies, folder)
+                    measured = await run_child(case, mode, f"{case}-{number}", server.address, replies, folder)
                     runs[case][mode].append(measured)
                     floors += await one_by_one(floor.floor, FLOORS)
     floor_ms = median(floors) * 1000
