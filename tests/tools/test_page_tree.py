@@ -145,6 +145,7 @@ CASES = {
     ],
     # Lists to choose from
     "select": [
+        ("<select><option>one<select><option>two</select>three", "one\n\ntwothree"),
         ("<select><option>one<option selected>two</select>three", "two three"),
         ("<select><option>one</option></select>two", "one two"),
         ("one<select><b><option>two</b></select>three", "one two three"),
@@ -155,6 +156,7 @@ CASES = {
         ("one<select><div><option>two</div></select>three", "one two three"),
         ("one<select><input value=two>three", "one two three"),
         ("one<select><textarea>two</textarea>three", "one\n\n```\ntwo\n```\n\nthree"),
+        ("one<select><option>two<select>three", "one two three"),
         ("<table><tr><td><select><option>one<td>two</table>three", "|  |  |\n| --- | --- |\n| one | two |\n\nthree"),
         ("one<select><script>no</script><option>two</select>three", "one two three"),
         ("<p>one<select><option>two<p>three</select>four", "one twothree four"),

@@ -96,7 +96,8 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
         name, closing, position = tag.name, tag.closing, tag.end
         self_closed = html.endswith("/>", tag.start, position)
         within = bool(opened.foreign)
-        if implied := opened.follow(html, tag, self_closed):
+        implied = opened.follow(html, tag, self_closed)
+        if implied:
             kept += html[start : tag.start], implied
             start = tag.start
         drawn = opened.drawing
@@ -105,8 +106,9 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
             ending = html.find("]]>", position)
             kept += html[start : tag.start], escape(html[position : ending if ending >= 0 else len(html)])
             position = start = ending + len("]]>") if ending >= 0 else len(html)
-        elif name == "embed" or (closing and name in ("body", "html")):
+        elif name == "embed" or (closing and name in ("body", "html")) or (name == "select" and implied):
             # libxml2 puts what follows an `embed` into it. Drop the last end tags, because browsers show what follows.
+            # A `select` in another one only ends that one.
             kept.append(html[start : tag.start])
             start = position
         elif name == "plaintext" and not closing and not drawn:
@@ -171,7 +173,8 @@ class _Open:
             reading, self._reading = self._reading, "" if closing else name
             return f"</{reading}>" if reading and not closing else ""
         elif name == "select":
-            self._select = not closing
+            ends, self._select = self._select and not closing, not self._select and not closing
+            return "</select>" if ends else ""
         elif name == "br" and closing:
             return "<br>"
         return self._select_end(name, closing)
