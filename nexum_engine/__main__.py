@@ -31,7 +31,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from nexum_engine import DEFAULT_LISTEN, ERROR, VERSION, report
+from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, ERROR, VERSION, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
@@ -49,7 +49,6 @@ from nexum_engine.records import Execution
 from nexum_engine.store import database_exists, executions, open_store, restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
-DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -13,8 +14,10 @@ import grpc
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
+from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
+from nexum_engine.server.direct import DirectServer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
@@ -36,6 +39,11 @@ _OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return False for the traceback that gRPC logs when a client leaves before it has read its answer."""
+    return "ExecuteBatchError" not in record.getMessage()
 
 
 def loopback_address(listen: str) -> str:
@@ -73,14 +81,13 @@ async def run_server(
     A silent worker keeps its tasks for `lease` seconds. The server waits up to `patience` seconds until an ending
     server releases the port and the database. With `else_free_port`, the server does not wait for a taken port: it
     takes a free one. An `embedded` server serves one folder's runs, and refuses every client that names another
-    database.
+    database. The clients in its own process call it without gRPC.
 
     Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
-    # Drop the traceback that gRPC logs for a client that leaves before it has read its answer.
-    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # adds it once
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
@@ -100,9 +107,10 @@ async def run_server(
                 write_address(database, address)
             except OSError as error:
                 raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
-            on_ready(address, store.opened_as)
             store.failed.add_done_callback(lambda _: stop.set())
-            await stop.wait()
+            with listed(address, DirectServer(servicer)) if embedded else nullcontext():
+                on_ready(address, store.opened_as)
+                await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
             remove_address(database, address)
