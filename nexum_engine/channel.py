@@ -36,7 +36,8 @@ _OPTIONS = (
 class Channel:
     """The channels of a client to one server: one for each event loop, and new ones in a forked process.
 
-    A server in this process is called without gRPC. gRPC channels with different purposes share no connection. With the purpose "calls", calls share one stream.
+    A server in this process is called without gRPC. gRPC channels with different purposes share no connection. With the
+    purpose "calls", calls share one stream.
     """
 
     def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:

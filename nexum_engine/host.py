@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN
 from nexum_engine.channel import is_forked
@@ -230,7 +231,8 @@ class Host:
             name="serve",
         )
         self._serving = serving
-        await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
+        watched: set[asyncio.Future[Any]] = {serving, ready}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             self._serving = None
             serving.result()
