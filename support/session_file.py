@@ -10,7 +10,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -74,6 +75,7 @@ class SessionFile:
         self._known = SessionRecord.new()
         self._seen: _Signature | None = None
         self._unreadable: _Signature | None = None
+        self._unwritten: deque[tuple[str, str, str]] = deque()
         self._locks: list[tuple[threading.Lock, FileLock]] = []
         self.new_locks()
         _files.add(self)
@@ -92,9 +94,14 @@ class SessionFile:
 
         Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
         """
-        one_at_a_time, file_lock = self._locks[-1]
-        with one_at_a_time, file_lock:
+        with self._one_thread(), self._one_process():
             yield
+
+    def _one_thread(self) -> threading.Lock:
+        return self._locks[-1][0]
+
+    def _one_process(self) -> FileLock:
+        return self._locks[-1][1]
 
     def load(self) -> SessionRecord | None:
         """Return the file's contents, or None if there is none. Rename a corrupt file. Raises SessionFileError."""
@@ -117,11 +124,12 @@ class SessionFile:
     async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
         """Write an execution's id to the file. If the file can't be written, report that and raise no error."""
         self._known.executions.setdefault(workflow_id, {})[key] = execution_id
-        await asyncio.to_thread(self._write_down, {(workflow_id, key): execution_id})
+        self._unwritten.append((workflow_id, key, execution_id))
+        await asyncio.to_thread(self._write_down)
 
     async def create(self) -> None:
         """Create the file, with no calls in it, unless the file exists."""
-        await asyncio.to_thread(self._write_down, {})
+        await asyncio.to_thread(self._write_down, new=True)
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
         return self._known.executions.get(workflow_id, {}).get(key)
@@ -149,18 +157,22 @@ class SessionFile:
             self._unreadable = signature
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
-    def _write_down(self, entries: Mapping[tuple[str, str], str]) -> None:
+    def _write_down(self, new: bool = False) -> None:
+        """Write what isn't written yet. Another thread may have written this call's entry together with its own."""
         try:
-            with self._locked():
-                self._merge(entries)
+            with self._one_thread():
+                entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
+                if new or entries:
+                    with self._one_process():
+                        self._merge(entries)
         except OSError as error:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
-    def _merge(self, entries: Mapping[tuple[str, str], str]) -> None:
+    def _merge(self, entries: Iterable[tuple[str, str, str]]) -> None:
         # Read the file only if another process has written to it since.
         if self._signature() != self._seen or self._seen is None:
             self._known = self._read() or SessionRecord.new()
-        for (workflow_id, key), execution_id in entries.items():
+        for workflow_id, key, execution_id in entries:
             self._known.executions.setdefault(workflow_id, {})[key] = execution_id
         self._write(self._known.model_dump_json(indent=1))
         self._seen = self._signature()

@@ -15,7 +15,7 @@ from nexum_engine.wire.status import ANSWERED
 
 PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
-UNSENT_PARTS = 32
+UNSENT_PARTS = 16
 """How many parts of answers a stream holds for its client. Further answers wait until the client has read these."""
 
 
@@ -99,7 +99,7 @@ class _Stream:
         self._unsent: list[pb.CallFrame] = []
         self._has_news = asyncio.Event()
         """Set when a frame can be sent, or the stream may be over."""
-        self._has_room = asyncio.Event()
+        self._room = asyncio.Semaphore(UNSENT_PARTS)  # serves the calls in turn
         self._is_finishing = False
 
     async def read(self, requests: AsyncIterable[pb.CallFrames]) -> None:
@@ -111,6 +111,9 @@ class _Stream:
                         self._cancel(frame.call)
                     elif not self._is_finishing:
                         self._begin(frame)
+        except Exception:
+            self.cancel_all()
+            raise
         finally:
             self.finish()
 
@@ -118,7 +121,8 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream has a call {frame.call} already")
         context = CallContext(self._metadata)
-        answering = asyncio.create_task(self._answer(frame, context))
+        has_room = len(self._calls) < MAX_CALLS
+        answering = asyncio.create_task(self._answer(frame, context, has_room))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(lambda _: self._ended(frame.call))
 
@@ -145,24 +149,27 @@ class _Stream:
         self._has_news.set()
 
     async def next_answers(self) -> list[pb.CallFrame]:
-        """Wait for answers, and return all that are ready. Return an empty list when the stream is over."""
+        """Wait for answers, and return those that fit into a message. Return an empty list when the stream is over."""
         while not self._unsent and not (self._is_finishing and not self._calls):
             self._has_news.clear()
             await self._has_news.wait()
-        frames, self._unsent = self._unsent, []
-        self._has_room.set()
+        size = count = 0
+        while count < len(self._unsent) and size < PART_BYTES:
+            size += len(self._unsent[count].message)
+            count += 1
+        frames, self._unsent = self._unsent[:count], self._unsent[count:]
+        for _ in frames:
+            self._room.release()
         return frames
 
     async def _send(self, frame: pb.CallFrame) -> None:
-        while len(self._unsent) >= UNSENT_PARTS:
-            self._has_room.clear()
-            await self._has_room.wait()
+        await self._room.acquire()
         self._unsent.append(frame)
         self._has_news.set()
 
-    async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
+    async def _answer(self, frame: pb.CallFrame, context: CallContext, has_room: bool) -> None:
         try:
-            if len(self._calls) > MAX_CALLS:
+            if not has_room:
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "the stream has too many calls", Overloaded.__name__)
             rpc = self._rpcs.get(frame.method)
             if rpc is None:

@@ -27,6 +27,7 @@ from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
+from nexum_engine.wire.multiplexed import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
@@ -410,7 +411,7 @@ class NexumServicer(NexumServiceServicer):
     async def Calls(
         self, request_iterator: AsyncIterator[pb.CallFrames], context: Context
     ) -> AsyncGenerator[pb.CallFrames, None]:
-        await context.send_initial_metadata(())  # the client waits for it: a server without `Calls` refuses the stream
+        await context.send_initial_metadata((OPENED,))
         try:
             async with aclosing(self._streams.serve(request_iterator, context.invocation_metadata())) as answers:
                 async for frames in answers:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
@@ -19,12 +20,17 @@ MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
 MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
 CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
-
+OPENED = ("nexum-calls", "open")
+"""The initial metadata of a stream that the server has opened. A server without `Calls` sends none."""
 T = TypeVar("T")
 
 
-class NoCalls(Exception):
-    """The server has no RPC `Calls`. It has executed nothing."""
+class _NotOpened(Exception):
+    """The stream could not be opened. No request was sent on it."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        super().__init__(code.name)
+        self.code = code
 
 
 class MultiplexedChannel:
@@ -69,8 +75,11 @@ class MultiplexedChannel:
                     self._stream = _Stream(self._open(metadata=metadata))
                 try:
                     return response_deserializer(await self._stream.call(method, data, timeout))
-                except NoCalls:
-                    self._has_calls = False
+                except DecodeError as error:
+                    raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
+                except _NotOpened as error:
+                    # Make the call as an RPC: if that fails, too, its error has the reason.
+                    self._has_calls = error.code is not grpc.StatusCode.UNIMPLEMENTED
             answer: T = await alone(data, timeout=timeout, metadata=metadata)
             return answer
 
@@ -99,7 +108,7 @@ class _Stream:
         await asyncio.gather(self._writing, self._reading, return_exceptions=True)
 
     async def call(self, method: str, data: bytes, timeout: float | None) -> bytes:
-        """Make a call, and return its encoded answer. Raises AioRpcError, NoCalls."""
+        """Make a call, and return its encoded answer. Raises AioRpcError, _NotOpened."""
         self._last += 1
         number = self._last
         loop = asyncio.get_running_loop()
@@ -144,10 +153,10 @@ class _Stream:
         """Give the calls their answers until the stream is over."""
         code, details = grpc.StatusCode.UNAVAILABLE, "the server ended the stream of calls"
         try:
-            # Wait before the first request is sent. If the server refuses the stream while a request is being sent,
-            # grpcio loses the server's status.
-            await self._stream.wait_for_connection()
-            self._is_open.set()
+            # Send the first request after that: if the server refuses the stream while a request is being sent, grpcio
+            # loses the server's status.
+            if OPENED in tuple(await self._stream.initial_metadata()):
+                self._is_open.set()
             while (frames := await self._stream.read()) is not grpc.aio.EOF:
                 for frame in frames.frames:
                     self._receive(frame)
@@ -162,8 +171,7 @@ class _Stream:
             calls, self._calls = self._calls, {}
             for answer, _ in calls.values():
                 if not answer.done():
-                    is_missing = code is grpc.StatusCode.UNIMPLEMENTED
-                    answer.set_exception(NoCalls() if is_missing else rpc_error(code, details))
+                    answer.set_exception(rpc_error(code, details) if self._is_open.is_set() else _NotOpened(code))
 
     def _receive(self, frame: pb.CallFrame) -> None:
         if frame.call not in self._calls:

@@ -88,7 +88,7 @@ def test_proxy_speaks_only_the_published_contract(old: Proxy) -> None:
     start = published(pb.StartRequest(workflow_id="w", idempotency_key="k", wait_ms=5))
     assert start == pb.StartRequest(workflow_id="w")
     with grpc.insecure_channel(old.address) as channel:
-        for name in ("GetExecution", "WorkerStream"):
+        for name in ("GetExecution", "WorkerStream", "Calls"):
             call: Any = channel.unary_unary(f"/nexum.NexumService/{name}")
             with pytest.raises(grpc.RpcError) as caught:
                 call(b"", timeout=SOON)

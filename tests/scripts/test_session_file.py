@@ -74,7 +74,7 @@ async def test_entry_written_right_after_a_read_is_found_by_the_next_read(
 
     def load_and_lag() -> SessionRecord | None:
         record = load()
-        one._merge({("w", "b"): "exec-b"})
+        one._merge([("w", "b", "exec-b")])
         return record
 
     with monkeypatch.context() as patched:
@@ -83,12 +83,23 @@ async def test_entry_written_right_after_a_read_is_found_by_the_next_read(
     assert await other.find("w", "b") == "exec-b"
 
 
-async def test_calls_that_record_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+async def test_calls_that_record_at_the_same_time_are_written_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = SessionFile("s", tmp_path)
+    written: list[str] = []
+    write = file._write
+
+    def counted(text: str) -> None:
+        written.append(text)
+        write(text)
+
+    monkeypatch.setattr(file, "_write", counted)
     await asyncio.gather(*(file.record("w", str(n), f"exec-{n}") for n in range(40)))
     record = SessionFile("s", tmp_path).load()
     assert record is not None
     assert record.executions == {"w": {str(n): f"exec-{n}" for n in range(40)}}
+    assert len(written) < 40  # a thread writes the entries of the others, too
 
 
 async def test_a_reader_waits_for_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

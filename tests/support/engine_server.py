@@ -39,8 +39,9 @@ def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awa
 class EngineServer:
     """A running server: its address, its store and the injected faults."""
 
-    def __init__(self, store: Store, address: str) -> None:
+    def __init__(self, store: Store, polls: Polls, address: str) -> None:
         self.store = store
+        self.polls = polls
         self.address = address
         self.calls: dict[Transition, int] = {}
         """The number of runs of each watched transition."""
@@ -73,7 +74,7 @@ async def hangs() -> None:
 
 
 @asynccontextmanager
-async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[EngineServer]:
+async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> AsyncIterator[EngineServer]:
     """Run a server on `folder`/nexum.db, ready for calls. `lease` is in seconds."""
     clock = SystemClock()
     store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
@@ -81,14 +82,14 @@ async def engine_server(folder: Path, *, lease: float = 30.0) -> AsyncIterator[E
     waiters = Waiters()
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
     store.on_unknown = [polls.look_again, waiters.look_again]
-    server = grpc.aio.server(interceptors=[Reading()])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Reading()])
     servicer = NexumServicer(store, polls, waiters, liveness, Answers())
     add_servicer(servicer, servicer.rpcs, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await liveness.start()
     await server.start()
     try:
-        yield EngineServer(store, f"127.0.0.1:{port}")
+        yield EngineServer(store, polls, f"127.0.0.1:{port}")
     finally:
         waiters.stop()
         await polls.stop()

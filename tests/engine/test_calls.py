@@ -1,0 +1,267 @@
+"""Many calls over one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from engine_server import EngineServer, engine_server, hangs, raises
+
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import ServerUnavailable
+from nexum_engine.server import bounds, calls
+from nexum_engine.store import executions
+from nexum_engine.wire import multiplexed
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.multiplexed import MultiplexedChannel
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+
+SOON = 10.0  # seconds
+LONG_MS = 25_000
+UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
+    async with engine_server(tmp_path) as running:
+        yield running
+
+
+class Counted:
+    """A channel that counts the RPCs and streams that are opened on it."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self.opened: list[str] = []
+
+    def unary_unary(self, path: str, **options: Any) -> Any:
+        return self._counted(path, self._channel.unary_unary(path, **options))
+
+    def stream_stream(self, path: str, **options: Any) -> Any:
+        return self._counted(path, self._channel.stream_stream(path, **options))
+
+    def _counted(self, path: str, method: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.opened.append(path.rpartition("/")[2])
+            return method(*args, **options)
+
+        return call
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[tuple[Any, Counted]]:
+    counted = Counted(grpc.aio.insecure_channel(address, options=UNLIMITED))
+    channel = MultiplexedChannel(counted)
+    try:
+        yield NexumServiceStub(channel), counted  # type: ignore[arg-type]
+    finally:
+        await channel.close()
+
+
+@pytest.fixture
+async def stub(server: EngineServer) -> AsyncIterator[Any]:
+    async with connected(server.address) as (stub, _):
+        await stub.RegisterWorkflow(
+            pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
+        )
+        yield stub
+
+
+async def started(stub: Any, size: int = 0) -> str:
+    request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json=json.dumps("x" * size))
+    return str((await stub.StartExecution(request, timeout=SOON)).execution_id)
+
+
+class RawStream:
+    """A stream whose frames a test writes and reads one by one."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.aio.insecure_channel(address, options=UNLIMITED)
+        self.stream: Any = self.channel.stream_stream(
+            multiplexed.CALLS,
+            request_serializer=pb.CallFrames.SerializeToString,
+            response_deserializer=pb.CallFrames.FromString,
+        )()
+
+    async def __aenter__(self) -> RawStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stream.cancel()
+        await self.channel.close()
+
+    async def send(self, *frames: pb.CallFrame) -> None:
+        await self.stream.write(pb.CallFrames(frames=frames))
+
+    async def read(self) -> list[pb.CallFrame]:
+        return list((await asyncio.wait_for(self.stream.read(), SOON)).frames)
+
+
+def asked(call: int, method: str, request: Any) -> pb.CallFrame:
+    return pb.CallFrame(call=call, method=method, message=request.SerializeToString())
+
+
+# ---- Calls -----------------------------------------------------------------------------------------------------------
+
+
+async def test_calls_share_one_stream(server: EngineServer) -> None:
+    async with connected(server.address) as (stub, counted):
+        answers = await asyncio.gather(*(stub.GetServerInfo(pb.EmptyRequest()) for _ in range(50)))
+        assert {one.database for one in answers} == {server.store.opened_as}
+        assert counted.opened == ["Calls"]
+
+
+async def test_a_large_request_is_an_rpc_of_its_own(server: EngineServer, stub: Any) -> None:
+    async with connected(server.address) as (own, counted):
+        execution_id = await started(own, 2 * MIB)
+        assert counted.opened == ["StartExecution"]
+        execution = await own.GetExecution(pb.GetExecutionRequest(execution_id=execution_id))
+        assert counted.opened == ["StartExecution", "Calls"]
+    assert execution.input_json == json.dumps("x" * 2 * MIB)
+
+
+async def test_a_small_answer_does_not_wait_for_a_large_one(server: EngineServer, stub: Any) -> None:
+    execution_id = await started(stub, 3 * MIB)
+    async with RawStream(server.address) as raw:
+        await raw.send(asked(1, "GetExecution", pb.GetExecutionRequest(execution_id=execution_id)))
+        frames = await raw.read()
+        await raw.send(asked(2, "GetServerInfo", pb.EmptyRequest()))
+        while not any(frame.call == 1 and not frame.more for frame in frames):
+            frames += await raw.read()
+    assert [frame.call for frame in frames].index(2) < len(frames) - 1
+
+
+async def test_an_error_is_answered_as_by_an_rpc(server: EngineServer, stub: Any) -> None:
+    request = pb.GetExecutionRequest(execution_id="exec-nowhere")
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        alone: Any = NexumServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as of_rpc:
+            await alone.GetExecution(request)
+    with pytest.raises(grpc.aio.AioRpcError) as of_call:
+        await stub.GetExecution(request)
+    for error in (of_rpc.value, of_call.value):
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert ("nexum-error", "ExecutionNotFound") in tuple(error.trailing_metadata())
+    assert of_call.value.details() == of_rpc.value.details()
+
+
+async def test_a_fault_is_an_internal_error_and_the_stream_goes_on(server: EngineServer, stub: Any) -> None:
+    server.watch(executions.list_executions, raises)
+    with pytest.raises(grpc.aio.AioRpcError, match="the server had an internal error; see its log under"):
+        await stub.ListExecutions(pb.ListRequest())
+    assert not (await stub.ListExecutions(pb.ListRequest())).executions
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (pb.CallFrame(call=1, method="Frob"), grpc.StatusCode.UNIMPLEMENTED),
+        (pb.CallFrame(call=1, method="WorkerStream"), grpc.StatusCode.UNIMPLEMENTED),
+        (pb.CallFrame(call=1, method="GetStatus", message=b"\xff"), grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+    ids=["unknown", "stream", "malformed"],
+)
+async def test_a_wrong_request_is_refused(server: EngineServer, frame: pb.CallFrame, code: grpc.StatusCode) -> None:
+    async with RawStream(server.address) as raw:
+        await raw.send(frame)
+        (answer,) = await raw.read()
+        assert (answer.call, answer.status) == (1, code.value[0])
+
+
+async def test_a_number_that_is_in_use_ends_the_stream(server: EngineServer) -> None:
+    async with RawStream(server.address) as raw:
+        poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+        await raw.send(asked(1, "PollTask", poll), asked(1, "PollTask", poll))
+        with pytest.raises(grpc.aio.AioRpcError, match="the stream has a call 1 already"):
+            await raw.read()
+
+
+async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MAX_CALLS", 3)
+    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+    async with RawStream(server.address) as raw:
+        await raw.send(*(asked(number, "PollTask", poll) for number in range(1, 5)))
+        (answer,) = await raw.read()
+        assert (answer.call, answer.error) == (4, "Overloaded")
+
+
+# ---- Callers and streams that end ------------------------------------------------------------------------------------
+
+
+async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
+    """Begin a poll, and return when the server has it."""
+    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+    polling: asyncio.Task[Any] = asyncio.ensure_future(stub.PollTask(poll))
+    await asyncio.sleep(0)  # send the poll first
+    await stub.GetServerInfo(pb.EmptyRequest())
+    return polling
+
+
+async def polls_have_ended(server: EngineServer) -> None:
+    while server.polls._polls_of_worker:  # noqa: ASYNC110 - the server has no event for it
+        await asyncio.sleep(0)
+
+
+async def test_a_task_goes_to_the_next_poll_after_a_caller_is_cancelled(server: EngineServer, stub: Any) -> None:
+    async with connected(server.address) as (other, _):
+        cancelled = await poll_that_waits(stub)
+        living = await poll_that_waits(other)
+        cancelled.cancel()
+        await asyncio.sleep(0)  # send the cancellation first
+        execution_id = await started(stub)
+        assert (await asyncio.wait_for(living, SOON)).execution_id == execution_id
+
+
+async def test_a_task_goes_to_the_next_poll_after_a_stream_breaks(server: EngineServer, stub: Any) -> None:
+    async with connected(server.address) as (other, _):
+        broken = await poll_that_waits(other)
+    with pytest.raises(grpc.aio.AioRpcError, match="the connection was closed"):
+        await broken
+    await asyncio.wait_for(polls_have_ended(server), SOON)
+    execution_id = await started(stub)
+    task = await stub.PollTask(pb.PollRequest(worker_id="w2", version_hash="v1", wait_ms=LONG_MS), timeout=SOON)
+    assert task.execution_id == execution_id
+
+
+async def test_a_late_answer_is_a_deadline_error_and_the_stream_goes_on(server: EngineServer, stub: Any) -> None:
+    server.watch(executions.list_executions, hangs)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ListExecutions(pb.ListRequest(), timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert not (await stub.ListExecutions(pb.ListRequest(), timeout=SOON)).executions
+
+
+async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: Path) -> None:
+    async with engine_server(tmp_path) as first:
+        client = NexumClient(first.address)
+        await client.ping()
+    async with client:
+        with pytest.raises(ServerUnavailable):
+            await client.ping()
+        async with engine_server(tmp_path, port=int(first.address.rpartition(":")[2])):
+            await client.ping(patience=SOON)
+
+
+async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
+    monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 0.5)
+    async with engine_server(tmp_path) as server, connected(server.address) as (stub, _):
+        await stub.RegisterWorkflow(
+            pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
+        )
+        request = pb.GetExecutionRequest(execution_id=await started(stub, 3 * MIB))
+        async with RawStream(server.address) as unread:
+            await unread.send(asked(1, "GetExecution", request))
+            await unread.stream.wait_for_connection()
+            # Its share of the budget is returned: this answer wants the whole budget.
+            assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
