@@ -33,6 +33,7 @@ ANY_PORT = "127.0.0.1:0"
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between checks of a server of another process
 PATIENCE = 10.0  # seconds for which a new server waits until an ending server releases the database
+SLOW_START = 3.0  # seconds until a log line explains why the database isn't open
 MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; above the limit, another restart won't help
 
 
@@ -196,15 +197,18 @@ class Host:
                 "python -m nexum_engine, or start the process by spawn instead of fork"
             )
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + PATIENCE
+        begun, is_explained = loop.time(), False
         while True:
             try:
                 await self._serve(why)
                 return
             except (StoreLocked, ServerError):
                 # The server that holds the database or the port may be ending, or another process may be starting one.
-                if loop.time() >= give_up:
+                if loop.time() - begun > PATIENCE:
                     raise
+                if loop.time() - begun > SLOW_START and not is_explained:
+                    _log.info("waiting: another server may still have the database open")
+                    is_explained = True
             with contextlib.suppress(ServerUnavailable, NotANexumServer):
                 await self._client.ping()
                 why = f"{why}; " if why else ""
