@@ -222,6 +222,7 @@ class Host:
 
         listen = self._listen
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
         serving = asyncio.create_task(
             run_server(
                 listen,

@@ -6,19 +6,19 @@ A server has a thread and an event loop of its own. A call goes to that event lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import ctypes
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
 
 from nexum_engine.wire.status import rpc_error
-
-_ENDED = "the server in this process has ended"
 
 
 class LocalServer(Protocol):
@@ -73,16 +73,14 @@ class InProcessChannel:
         server, method = self._server, path.rpartition("/")[2]
 
         async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> Any:
-            answering = _submit(server.call(method, request_serializer(request), metadata), server.loop)
+            answering = _Exchange(server.loop, partial(server.call, method, request_serializer(request), metadata))
+            timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, answering.time_out)
             try:
-                await asyncio.wait({answering}, timeout=timeout)
+                return await answering.outcome
             finally:
-                answering.cancel()  # does nothing if there is an answer
-            if answering.cancelled():
-                raise rpc_error(grpc.StatusCode.UNAVAILABLE, _ENDED)
-            if not answering.done():
-                raise rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
-            return answering.result()
+                if timer is not None:
+                    timer.cancel()
+                answering.cancel()
 
         return call
 
@@ -104,23 +102,25 @@ class InProcessStream:
         self._server_loop = server.loop
         self._requests: asyncio.Queue[Message] = asyncio.Queue()  # of the server's loop
         self._answers: asyncio.Queue[Message | None] = asyncio.Queue()
-        self._serving = _submit(server.stream(method, self._incoming(), metadata, self._answer), server.loop)
-        self._serving.add_done_callback(lambda _: self._answers.put_nowait(None))
+        self._serving = _Exchange(server.loop, partial(server.stream, method, self._incoming(), metadata, self._answer))
+        self._serving.outcome.add_done_callback(lambda _: self._answers.put_nowait(None))
 
     async def _incoming(self) -> AsyncIterator[Message]:
         while True:
             yield await self._requests.get()
 
     def _answer(self, answer: Message) -> None:
-        self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Call `callback` when the stream is over."""
-        self._serving.add_done_callback(callback)
+        self._serving.outcome.add_done_callback(callback)
 
     def cancel(self) -> None:
         """End the stream."""
         self._serving.cancel()
+        self._serving.outcome.cancel()
 
     async def write(self, request: Message) -> None:
         """Send a request. Raises asyncio.InvalidStateError if the stream is over."""
@@ -135,20 +135,61 @@ class InProcessStream:
         if answer is not None:
             return answer
         self._answers.put_nowait(None)  # for the next call of `read`
-        if self._serving.cancelled():
-            raise rpc_error(grpc.StatusCode.UNAVAILABLE, _ENDED)
-        self._serving.result()
+        await self._serving.outcome
         return grpc.aio.EOF
 
 
-def _submit(work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
-    """Run a coroutine in a server's event loop. It does not get the caller's context: it is not the caller's work."""
-    try:
-        submitted = contextvars.Context().run(asyncio.run_coroutine_threadsafe, work, loop)
-    except RuntimeError as error:  # the loop is closed
-        work.close()
-        raise rpc_error(grpc.StatusCode.UNAVAILABLE, _ENDED) from error
-    return asyncio.wrap_future(submitted)
+class _Exchange:
+    """A coroutine in a server's event loop, whose outcome is a future in the caller's event loop."""
+
+    def __init__(self, server_loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._server_loop = server_loop
+        self._task: asyncio.Task[Any] | None = None
+        self.outcome: asyncio.Future[Any] = self._loop.create_future()
+        """The result of the coroutine, or grpc.aio.AioRpcError."""
+        # Use a new context: the server's work is not the caller's work.
+        self._in_server_loop(lambda: self._begin(work))
+
+    def _in_server_loop(self, callback: Callable[[], None]) -> None:
+        try:
+            self._server_loop.call_soon_threadsafe(callback, context=contextvars.Context())
+        except RuntimeError:  # the loop is closed
+            self._fail(grpc.StatusCode.UNAVAILABLE, "the server in this process has ended")
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._task = self._server_loop.create_task(work())
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()  # read the error even if the caller has gone
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+            self._loop.call_soon_threadsafe(self._deliver, task, error)
+
+    def _deliver(self, task: asyncio.Task[Any], error: BaseException | None) -> None:
+        if task.cancelled():
+            self._fail(grpc.StatusCode.UNAVAILABLE, "the server in this process has ended")
+        elif not self.outcome.done():
+            self.outcome.set_result(task.result()) if error is None else self.outcome.set_exception(error)
+
+    def _fail(self, code: grpc.StatusCode, details: str) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(rpc_error(code, details))
+
+    def _cancel(self) -> None:
+        assert self._task is not None  # `_begin` was scheduled before
+        self._task.cancel()
+
+    def time_out(self) -> None:
+        """End the wait for the outcome. Call this, and `cancel`, in the caller's event loop."""
+        self._fail(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+
+    def cancel(self) -> None:
+        """Cancel the coroutine if it still runs."""
+        if self.outcome.done() and not self.outcome.cancelled():
+            self.outcome.exception()  # mark the error as retrieved: the caller may have been cancelled meanwhile
+        if self._task is None or not self._task.done():
+            self._in_server_loop(self._cancel)
 
 
 def _after_fork() -> None:

@@ -80,7 +80,7 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 def answer(output: str) -> str:
     """Return the final answer in the demo's output."""
-    return output.partition("\n\n")[2].partition("\n[Nexum] session ")[0]
+    return output.partition("\n\n")[2].partition("\n[Nexum] ")[0]
 
 
 @contextmanager
