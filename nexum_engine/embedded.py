@@ -108,7 +108,7 @@ class EmbeddedNexum:
         self._host: Host | None = None
         self._loop: asyncio.AbstractEventLoop
         self._body: asyncio.Task[Any] | None = None
-        self._given_up: NexumError | None = None
+        self._given_up: Exception | None = None
 
     @property
     def embedded(self) -> bool:
@@ -149,11 +149,11 @@ class EmbeddedNexum:
         if self._host is not None:
             await self._host.leave(self._on_given_up)
 
-    def _on_given_up(self, error: NexumError) -> None:
+    def _on_given_up(self, error: Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._give_up, error)
 
-    def _give_up(self, error: NexumError) -> None:
+    def _give_up(self, error: Exception) -> None:
         assert self._body is not None
         self._given_up = error
         self._body.cancel()

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import thread as _executors  # noqa: F401 - registers its hook for the interpreter's end
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between checks of a server of another process
 PATIENCE = 10.0  # seconds for which a new server waits until an ending server releases the database
 SLOW_START = 3.0  # seconds until a log line explains why the database isn't open
+EXIT_PATIENCE = 10.0  # seconds, at the end of the interpreter, until the server has closed the database
 MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; above the limit, another restart won't help
 
 
@@ -73,7 +75,7 @@ class Host:
         self._url = default_database_url() if database is None else database_url(database)
         self._needs_owners = owners
         self._predecessor = predecessor
-        self._users: list[Callable[[NexumError], None]] = []
+        self._users: dict[Callable[[Exception], None], threading.Thread] = {}
         self._client: NexumClient
         self._listen = DEFAULT_LISTEN
         """The address that this process's server tries first."""
@@ -87,7 +89,8 @@ class Host:
         # Use a new context: the server is not the caller's work.
         context = contextvars.Context()
         self._keeping = context.run(self._loop.create_task, self._keep())
-        context.run(threading.Thread(target=self._run, name="nexum", daemon=True).start)
+        self._thread = threading.Thread(target=self._run, name="nexum", daemon=True)
+        context.run(self._thread.start)
 
     @property
     def is_here(self) -> bool:
@@ -97,7 +100,7 @@ class Host:
     # ---- For the users, in any thread --------------------------------------------------------------------------------
 
     @classmethod
-    def enter(cls, on_given_up: Callable[[NexumError], None], *, owners: bool) -> Host:
+    def enter(cls, on_given_up: Callable[[Exception], None], *, owners: bool) -> Host:
         """Return the host of this folder's runs, and use it until `leave`. Wait for `ready` next.
 
         `on_given_up` is called in the host's thread when the host gives up: after too many restarts.
@@ -108,18 +111,30 @@ class Host:
             host = _hosts.get(key)
             if host is None or host._is_over or not host._users:
                 host = _hosts[key] = cls(database, owners, host)
-            host._users.append(on_given_up)
+            host._users[on_given_up] = threading.current_thread()
         return host
 
-    async def leave(self, on_given_up: Callable[[NexumError], None]) -> None:
+    async def leave(self, on_given_up: Callable[[Exception], None]) -> None:
         """Stop using the host. After its last user, wait until it has ended."""
         with _lock:
-            self._users.remove(on_given_up)
+            del self._users[on_given_up]
             if self._users or self not in _hosts.values():
                 return
+        self._end()
+        await asyncio.shield(asyncio.wrap_future(self.ended))
+        self._thread.join()  # it has nothing more to do
+
+    def _end(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has ended
             self._loop.call_soon_threadsafe(self._keeping.cancel)
-        await asyncio.shield(asyncio.wrap_future(self.ended))
+
+    def end_at_exit(self) -> None:
+        """Wait for the threads of the users, as the interpreter does at its end. Then end the host and its thread."""
+        for thread in list(self._users.values()):
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+        self._end()
+        self._thread.join(EXIT_PATIENCE)
 
     # ---- In the host's thread ----------------------------------------------------------------------------------------
 
@@ -155,7 +170,7 @@ class Host:
                 if self._serving is not None:
                     await asyncio.gather(self._serving, return_exceptions=True)
                 await self._client.close()
-        except NexumError as error:
+        except Exception as error:  # noqa: BLE001 - the users get every error
             with _lock:
                 self._is_over, users = True, list(self._users)
             if not self.ready.done():
@@ -278,6 +293,17 @@ class Host:
 
 _hosts: dict[tuple[str | None, bool], Host] = {}
 _lock = threading.Lock()
+
+
+def _end_at_exit() -> None:
+    for host in list(_hosts.values()):
+        host.end_at_exit()
+
+
+# End the hosts that a program has left open. This hook runs before that of concurrent.futures, which was registered
+# first: after that, the server has no executor. `atexit` is too late.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_end_at_exit)
 
 
 def _after_fork() -> None:

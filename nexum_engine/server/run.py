@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -126,11 +127,26 @@ async def run_server(
         await store.close()
 
 
+def _is_free(address: str) -> bool:
+    """Return whether a server can listen on the address. gRPC would print an error if it can't."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
 async def _bind(
     servicer: NexumServicer, address: str, patience: float, *, else_free_port: bool
 ) -> tuple[grpc.aio.Server, int]:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
+    if else_free_port and not _is_free(address):
+        # Don't wait for the port. An ending server releases its port before its database, and we have already opened
+        # the database. So no ending server holds the port.
+        address = f"{address.rpartition(':')[0]}:0"
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
         add_servicer(servicer, servicer.rpcs, server)
@@ -138,11 +154,6 @@ async def _bind(
             return server, server.add_insecure_port(address)
         except RuntimeError as error:
             await server.stop(None)
-            if else_free_port:
-                # Don't wait for the port. An ending server releases its port before its database, and we have already
-                # opened the database. So no ending server holds the port.
-                address, else_free_port = f"{address.rpartition(':')[0]}:0", False
-                continue
             if loop.time() >= deadline:
                 raise ServerError(
                     f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "
