@@ -39,7 +39,7 @@ def check_session_id(session_id: str) -> str:
 
 
 class Session:
-    """A session. Calls inside it are recorded on a Nexum server. The next run with the session's id replays them."""
+    """A session. Calls inside it are recorded by Nexum. The next run with the session's id replays them."""
 
     def __init__(
         self,
