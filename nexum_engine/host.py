@@ -142,11 +142,11 @@ class Host:
         self._keeping.add_done_callback(lambda _: self._loop.stop())
         try:
             self._loop.run_forever()
-            for task in asyncio.all_tasks(self._loop):
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
                 task.cancel()
-                # Pass a task, not a coroutine: `durable_autogen run` takes a coroutine for the main one of a script.
-                with contextlib.suppress(asyncio.CancelledError):
-                    self._loop.run_until_complete(task)
+            # Pass a future, not a coroutine: `durable_autogen run` takes a coroutine for the main one of a script.
+            self._loop.run_until_complete(asyncio.gather(self._keeping, *left, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
         finally:
