@@ -16,7 +16,6 @@ from support.console import begin_script
 begin_script(__name__)  # before the slow imports
 
 import argparse
-import asyncio
 import logging
 import os
 import socket
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nexum_engine import event_loop
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
@@ -123,7 +123,7 @@ def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Bind
     pages = OfflineWeb()
 
     def offline_client(step: str) -> ChatCompletionClient:
-        return pipeline_model(step, pages.topics())
+        return pipeline_model(step, pages.topics)
 
     served = [(OFFLINE_PIPELINE, PipelineSteps(pages, offline_client))]
     if not model.offline:
@@ -188,4 +188,4 @@ async def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     log_to(sys.stdout, logging.WARNING, "%(asctime)s [pipeline] %(message)s")
     logging.getLogger("nexum_engine").setLevel(logging.INFO)
-    run_script(lambda: asyncio.run(main()))
+    run_script(lambda: event_loop.run(main()))

@@ -13,10 +13,10 @@ from support.console import begin_script
 begin_script(__name__)  # before the slow imports
 
 import argparse
-import asyncio
 import logging
 import sys
 
+from nexum_engine import event_loop
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.options import count
@@ -82,4 +82,4 @@ async def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     log_to(sys.stdout, logging.INFO, "%(asctime)s [worker] %(message)s")
-    run_script(lambda: asyncio.run(main()))
+    run_script(lambda: event_loop.run(main()))

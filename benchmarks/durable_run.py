@@ -1,4 +1,4 @@
-"""Measure the cost of a durable run against plain AutoGen, and against the floor of tool_call.py.
+"""Measure the cost of a durable run against plain AutoGen, and against the floor (floor.py).
 
     python benchmarks/durable_run.py
     python benchmarks/durable_run.py --only agent --replies 1000
@@ -48,10 +48,10 @@ from autogen_agentchat.messages import TextMessage, ToolCallRequestEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
+from floor import ROOT, nexum_server, one_by_one, open_floor
 from pydantic import BaseModel
 
 SCRIPT = str(Path(__file__).resolve())
-ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
@@ -321,37 +321,19 @@ async def measure(
     cases: Sequence[str], rounds: int, replies: int, folder: Path, *, without_server: bool
 ) -> dict[str, Any]:
     """Run the cases; return the figures."""
-    import grpc
-    from tool_call import ECHO, Plain, one_by_one, process
-    from tool_call import RESULT as ECHOED
-    from tool_call import SCRIPT as FLOOR_SCRIPT
-
-    server = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{folder / 'nexum.db'}"]
     runs: dict[str, dict[str, list[Measured]]] = {case: {mode: [] for mode in MODES} for case in cases}
     floors: list[float] = []
-    async with (
-        process(server, cwd=folder) as line,
-        process([FLOOR_SCRIPT, "--serve-echo"], cwd=folder) as echo_line,
-        grpc.aio.insecure_channel(echo_line.split()[1]) as channel,
-    ):
-        nexum = "" if without_server else line.split(" on ")[1].split(",")[0]
-        echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(ECHO)
-        database = Plain(folder)
-
-        async def floor() -> None:
-            database.transactions()
-            if not without_server:
-                await echo(ECHOED.encode())
-                await echo(ECHOED.encode())
-
-        await one_by_one(floor, 30)
+    async with nexum_server(folder) as served, open_floor(folder) as floor:
+        nexum = "" if without_server else served
+        one_floor = floor.commits if without_server else floor.floor
+        await one_by_one(one_floor, 30)
         for number in range(rounds):
             for case in cases:
                 for mode in MODES:
                     print(f"round {number + 1} of {rounds}: {case}, {mode}", file=sys.stderr, flush=True)
                     measured = await run_child(case, mode, f"{case}-{number}", nexum, replies, folder)
                     runs[case][mode].append(measured)
-                    floors += await one_by_one(floor, FLOORS)
+                    floors += await one_by_one(one_floor, FLOORS)
     floor_ms = median(floors) * 1000
     return {
         "python": platform.python_version(),

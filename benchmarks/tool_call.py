@@ -1,12 +1,20 @@
-"""Measure the cost of one durable tool call, and the floor under that cost, in the same run.
+"""Measure the cost of one durable call on each path, beside the floor and the bare limit, in the same run.
 
     python benchmarks/tool_call.py
     python benchmarks/tool_call.py --json
 
-A call has 300 bytes of arguments, a no-op tool and 1 KB of result. It goes through submit_task with its session file, a
-server process and a worker process, on SQLite with synchronous=FULL. The floor is two committed transactions of two
-statements (plain sqlite3, one connection) and two gRPC echo round trips between processes (raw bytes). The measurements
-take turns, so that a slow moment of the machine affects all of them.
+A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite with synchronous=FULL. The paths:
+
+- worker: submit_task with its session file, a server process and a worker process.
+- replay: the same call again. Its result is recorded.
+- owned: the caller executes the call itself, between the recorded start and the recorded result (nexum_engine.owner).
+- reply: a model reply in a DurableSession (durable_autogen), in a process of its own. The model answers at once.
+- step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed: the medians of
+  durable_run.py's case `agent`, minus those of the plain agent.
+
+The floor (floor.py) is two commits and two gRPC echoes; the bare limit (bare_limit.py) has the three processes and two
+commits of a durable call over gRPC streams, without an engine. All take turns in blocks of ten calls, so that a slow
+moment of the machine affects all of them. To compare machines, compare the ratios, not the times.
 """
 
 from __future__ import annotations
@@ -19,35 +27,38 @@ import json
 import os
 import platform
 import sqlite3
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import grpc
+from floor import ARGUMENT, IN_FLIGHT, RESULT, ROOT, Floor, nexum_server, one_by_one, open_floor, per_second, process
 
 SCRIPT = str(Path(__file__).resolve())
-ROOT = Path(SCRIPT).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nexum_engine.client import NexumClient  # noqa: E402 - the project is a folder of scripts, not a package
+from bare_limit import BareLimit, open_bare_limit  # noqa: E402 - the project is a folder of scripts, not a package
+
+from nexum_engine.client import NexumClient  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
+from nexum_engine.owner import Owner  # noqa: E402
 from nexum_engine.worker import Binding, Worker  # noqa: E402
 from submit_task import Origin, Session  # noqa: E402
 from support.tools import tool  # noqa: E402
 from support.tools.web.live import LiveWeb  # noqa: E402
 from worker import tool_call_handler  # noqa: E402
-from workflow import TOOL_CALL  # noqa: E402
+from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput  # noqa: E402
 
-IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quotes
-RESULT = "y" * 1024
-ECHO = "/benchmark.Echo/Echo"
+BLOCK = 10  # calls of one measure before the next one's turn
+STEP_REPLIES = 60  # of each agent whose steps are measured
+STEP_MODES = ("plain", "live", "replay")
+PERCENTILES = (50, 95, 99)
+
+Seconds = defaultdict[str, list[float]]
 
 
 @tool(time_limit=60)
@@ -68,104 +79,31 @@ async def work(address: str) -> None:
         await worker.run(asyncio.Event())
 
 
-class _Echo(grpc.GenericRpcHandler):
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        async def echo(request: bytes, _context: object) -> bytes:
-            return request
+async def reply(address: str) -> None:
+    """Run the process that records model replies: a line of input gives their number; print the seconds of each."""
+    from autogen_core.models import UserMessage
+    from durable_run import Model
 
-        return grpc.unary_unary_rpc_method_handler(echo)
+    from durable_autogen import DurableSession
 
-
-async def serve_echo() -> None:
-    """Run the echo process."""
-    server = grpc.aio.server()
-    server.add_generic_rpc_handlers((_Echo(),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(f"ready 127.0.0.1:{port}", flush=True)
-    await server.wait_for_termination()
-
-
-@asynccontextmanager
-async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[str]:
-    """Run a Python process for the length of a `with`; yield its first line of output."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *arguments,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert child.stdout is not None
-    try:
-        line = (await child.stdout.readline()).decode().strip()
-        if not line:
-            raise SystemExit(f"error: {' '.join(arguments)} did not start; see its error above")
-        yield line
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+    model = Model(lambda _: RESULT)
+    async with DurableSession("replies", nexum=address):
+        asked = [UserMessage(content=ARGUMENT, source="user")]
+        print("ready", flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            print(json.dumps(await one_by_one(lambda: model.create(asked), int(line))), flush=True)
 
 
 # ---- What is measured ------------------------------------------------------------------------------------------------
-
-Measured = Callable[[], Awaitable[object]]
-
-
-async def one_by_one(call: Measured, times: int) -> list[float]:
-    """Make the calls one after the other; return the seconds of each."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        await call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-async def per_second(call: Measured, times: int) -> float:
-    """Make the calls with 32 in flight; return the number of calls a second."""
-    left = iter(range(times))
-
-    async def keep_calling() -> None:
-        for _ in left:
-            await call()
-
-    start = time.perf_counter()
-    await asyncio.gather(*(keep_calling() for _ in range(IN_FLIGHT)))
-    return times / (time.perf_counter() - start)
-
-
-class Plain:
-    """The database part of the floor."""
-
-    def __init__(self, folder: Path) -> None:
-        self._connection = sqlite3.connect(folder / "floor.db", isolation_level=None)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL"):
-            self._connection.execute(f"PRAGMA {pragma}")
-        self._connection.execute("CREATE TABLE calls (id INTEGER PRIMARY KEY, input TEXT, output TEXT)")
-        self._connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, call INTEGER, what TEXT)")
-
-    def transactions(self) -> None:
-        """Commit two transactions of two statements each."""
-        run = self._connection.execute
-        run("BEGIN IMMEDIATE")
-        call = run("INSERT INTO calls (input) VALUES (?)", (ARGUMENT,)).lastrowid
-        run("INSERT INTO events (call, what) VALUES (?, 'started')", (call,))
-        run("COMMIT")
-        run("BEGIN IMMEDIATE")
-        run("UPDATE calls SET output = ? WHERE id = ?", (RESULT, call))
-        run("INSERT INTO events (call, what) VALUES (?, 'completed')", (call,))
-        run("COMMIT")
 
 
 class Calls:
     """Durable calls: new ones, each with different arguments, and replays of these from the first on."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, owner: Owner) -> None:
         self._session = session
-        self._made = 0
-        self._replayed = 0
+        self._owner = owner
+        self._made = self._replayed = self._owned = 0
 
     async def new(self) -> None:
         self._made += 1
@@ -176,91 +114,151 @@ class Calls:
         await self._call(self._replayed, Origin.CACHED)
 
     async def _call(self, number: int, expected: Origin) -> None:
-        result = await self._session.call("no_op", {"argument": f"{number:08d}{ARGUMENT[8:]}"})
+        result = await self._session.call("no_op", _arguments(number))
         if (result.text, result.origin) != (RESULT, expected):
             raise SystemExit(f"error: call {number} was {result.origin.value} instead of {expected.value}")
+
+    async def owned(self) -> None:
+        self._owned += 1
+        input = ToolCallInput(tool_name="no_op", tool_args=_arguments(self._owned))
+        started = await self._owner.start(TOOL_CALL, input, idempotency_key=f"owned:{self._owned}")
+        assert started.task is not None
+        await self._owner.complete(started.task, ToolCallOutput(result=RESULT))
+
+
+def _arguments(number: int) -> dict[str, str]:
+    return {"argument": f"{number:08d}{ARGUMENT[8:]}"}
+
+
+@asynccontextmanager
+async def open_calls(address: str) -> AsyncIterator[Calls]:
+    """Connect to the server for the length of a `with`; yield the calls."""
+    async with NexumClient(address) as client, Owner(client) as owner:
+        yield Calls(Session("benchmark", client=client), owner)
 
 
 async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
     """Run all measurements; return the figures."""
-    url = f"sqlite:///{folder / 'nexum.db'}"
-    server = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     os.chdir(folder)
-    async with process(server, cwd=folder) as line, process([SCRIPT, "--serve-echo"], cwd=folder) as echo_line:
-        address = line.split(" on ")[1].split(",")[0]
-        async with (
-            process([SCRIPT, "--work", address], cwd=folder),
-            grpc.aio.insecure_channel(echo_line.split()[1]) as channel,
-        ):
-            echo_call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(ECHO)
-            session = Session("benchmark", nexum=address)
-            durable = Calls(session)
-            plain = Plain(folder)
+    seconds: Seconds = defaultdict(list)
+    rates: Seconds = defaultdict(list)
+    async with (
+        nexum_server(folder) as address,
+        process([SCRIPT, "--work", address], cwd=folder),
+        process([SCRIPT, "--reply", address], cwd=folder) as replies,
+        open_floor(folder) as floor,
+        open_bare_limit(folder) as bare,
+        open_calls(address) as durable,
+    ):
+        measured = {
+            "worker": durable.new,
+            "bare_limit": bare.call,
+            "floor": floor.floor,
+            "replay": durable.replay,
+            "owned": durable.owned,
+            "commits": floor.commits,
+        }
+        for _ in range(3):
+            for call in measured.values():
+                await one_by_one(call, BLOCK)
+            await replies.ask(str(BLOCK))
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for _ in range(calls // BLOCK):
+                for name, call in measured.items():
+                    seconds[name] += await one_by_one(call, BLOCK)
+                seconds["reply"] += json.loads(await replies.ask(str(BLOCK)))
+            await measure_steps(number, address, folder, seconds)
+            await measure_rates(calls, durable, bare, floor, rates)
+    return figures(seconds, rates)
 
-            async def echo() -> None:
-                await echo_call(RESULT.encode())
 
-            async def floor() -> None:
-                plain.transactions()
-                await echo()
-                await echo()
+async def measure_steps(number: int, address: str, folder: Path, seconds: Seconds) -> None:
+    """Run an AutoGen agent plain, durable and replayed, each in a process; add the seconds of its steps."""
+    from durable_run import run_child
 
-            await one_by_one(durable.new, 30)
-            await one_by_one(floor, 30)
-            call_s, floor_s, replay_s, echo_rate, call_rate = [], [], [], [], []
-            for number in range(rounds):
-                print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-                call_s += await one_by_one(durable.new, calls)
-                floor_s += await one_by_one(floor, calls)
-                replay_s += await one_by_one(durable.replay, calls)
-                echo_rate.append(await per_second(echo, calls * 10))
-                call_rate.append(await per_second(durable.new, calls * 3))
-            await session.close()
-    return figures(call_s, floor_s, replay_s, echo_rate, call_rate)
+    for mode in STEP_MODES:
+        run = await run_child("agent", mode, f"step-{number}", address, STEP_REPLIES, folder)
+        seconds[f"step_{mode}"] += run.steps
 
 
-def figures(
-    call_s: list[float], floor_s: list[float], replay_s: list[float], echo_rate: list[float], call_rate: list[float]
-) -> dict[str, Any]:
+async def measure_rates(calls: int, durable: Calls, bare: BareLimit, floor: Floor, rates: Seconds) -> None:
+    """Make calls with 32 in flight; add the calls a second."""
+    rates["echo"].append(await per_second(floor.echo, calls * 10))
+    rates["bare_limit"].append(await per_second(bare.call, calls * 3))
+    rates["worker"].append(await per_second(durable.new, calls * 3))
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures(seconds: Seconds, rates: Seconds) -> dict[str, Any]:
     """Return the measurements, in milliseconds and calls a second, and their ratios."""
-
-    def spread(seconds: list[float]) -> dict[str, float]:
-        cuts = quantiles(seconds, n=100)
-        return {f"p{p}": round(cuts[p - 1] * 1000, 3) for p in (50, 95, 99)}
-
-    call, floor, replay = spread(call_s), spread(floor_s), spread(replay_s)
+    ms = {name: spread(found) for name, found in seconds.items()}
+    for mode in STEP_MODES[1:]:
+        added = median(seconds[f"step_{mode}"]) - median(seconds["step_plain"])
+        ms[f"step_{mode}_added"] = {"p50": round(added * 1000, 3)}
+    floor, bare, commit = ms["floor"]["p50"], ms["bare_limit"]["p50"], ms["commits"]["p50"] / 2
+    rate = {name: round(median(found)) for name, found in rates.items()}
     return {
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
         "processors": os.cpu_count(),
-        "calls": len(call_s),
-        "call_ms": call,
-        "floor_ms": floor,
-        "replay_ms": replay,
-        "calls_per_second": round(median(call_rate)),
-        "echoes_per_second": round(median(echo_rate)),
-        "call_in_floors": round(call["p50"] / floor["p50"], 2),
-        "replay_in_floors": round(replay["p50"] / floor["p50"], 2),
-        "throughput_of_echo": round(median(call_rate) / median(echo_rate), 3),
+        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        "calls": len(seconds["worker"]),
+        "ms": ms,
+        "in_floors": {name: ratios(spread, floor) for name, spread in ms.items()},
+        "in_bare_limits": {name: ratios(spread, bare) for name, spread in ms.items()},
+        "in_commits": {name: ratios(spread, commit) for name, spread in ms.items()},
+        "per_second": rate,
+        "of_echoes_per_second": {name: round(value / rate["echo"], 3) for name, value in rate.items()},
     }
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Return the percentiles in milliseconds."""
+    cuts = quantiles(seconds, n=100)
+    return {f"p{p}": round(cuts[p - 1] * 1000, 3) for p in PERCENTILES}
+
+
+def ratios(spread: dict[str, float], unit: float) -> dict[str, float]:
+    """Return the percentiles in units of another measure's median."""
+    return {p: round(value / unit, 2) for p, value in spread.items()}
+
+
+ROWS = {
+    "worker": "a call through a worker",
+    "replay": "its replay",
+    "owned": "an owned call",
+    "reply": "a recorded model reply",
+    "step_live_added": "added to an agent's step",
+    "step_replay_added": "the same, replayed",
+    "floor": "floor: 2 commits + 2 echoes",
+    "bare_limit": "bare limit: streams, no engine",
+    "commits": "2 commits",
+}
 
 
 def table(found: dict[str, Any]) -> str:
     """Return the figures as a text table."""
-    lines = [f"{'':<34}{'p50':>9}{'p95':>9}{'p99':>9}   milliseconds"]
-    for key, name in (
-        ("call_ms", "one durable call"),
-        ("replay_ms", "one cached replay"),
-        ("floor_ms", "floor: 2 commits + 2 echoes"),
-    ):
-        lines.append(f"{name:<34}" + "".join(f"{found[key][p]:>9.2f}" for p in ("p50", "p95", "p99")))
+    ms, floors, bare, commits = (found[key] for key in ("ms", "in_floors", "in_bare_limits", "in_commits"))
+    lines = [
+        f"{'':<32}{'p50':>8}{'p95':>8}{'p99':>8}    {'p50 in':>9}{'p99 in':>9}{'p50 in':>12}{'p50 in':>10}",
+        f"{'':<32}{'ms':>8}{'ms':>8}{'ms':>8}    {'floors':>9}{'floors':>9}{'bare limits':>12}{'commits':>10}",
+    ]
+    for key, name in ROWS.items():
+        times = "".join(f"{ms[key][f'p{p}']:>8.2f}" if f"p{p}" in ms[key] else f"{'':>8}" for p in PERCENTILES)
+        p99 = f"{floors[key]['p99']:>9.2f}" if "p99" in floors[key] else f"{'':>9}"
+        ratio = f"{floors[key]['p50']:>9.2f}{p99}{bare[key]['p50']:>12.2f}{commits[key]['p50']:>10.1f}"
+        lines.append(f"{name:<32}{times}    {ratio}")
+    rate, of_echo = found["per_second"], found["of_echoes_per_second"]
+    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
     lines += [
         "",
-        f"a call costs {found['call_in_floors']:.2f} floors, a replay {found['replay_in_floors']:.2f}",
-        f"{IN_FLIGHT} in flight: {found['calls_per_second']:,} calls/s, {found['echoes_per_second']:,} echoes/s "
-        f"({found['throughput_of_echo']:.1%})",
-        f"{found['calls']:,} calls; Python {found['python']}, SQLite {found['sqlite']}, "
-        f"{found['processors']} processors",
+        f"{IN_FLIGHT} in flight: {rate['worker']:,} calls/s through a worker ({of_echo['worker']:.1%} of "
+        f"{rate['echo']:,} echoes/s), bare limit {rate['bare_limit']:,} ({of_echo['bare_limit']:.1%})",
+        f"{found['calls']:,} calls on each path; Python {found['python']}, SQLite {found['sqlite']}, "
+        f"{found['processors']} processors{load}",
     ]
     return "\n".join(lines)
 
@@ -272,13 +270,13 @@ def main() -> int:
     parser.add_argument("--calls", type=count(), default=200, help="calls one by one in a round (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--work", metavar="HOST:PORT", help=argparse.SUPPRESS)
-    parser.add_argument("--serve-echo", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--reply", metavar="HOST:PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         asyncio.run(work(args.work))
         return 0
-    if args.serve_echo:
-        asyncio.run(serve_echo())
+    if args.reply:
+        asyncio.run(reply(args.reply))
         return 0
     if args.rounds < 1 or args.calls < 50:
         parser.error("give at least 1 round and 50 calls")

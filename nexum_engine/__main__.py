@@ -32,7 +32,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, report
+from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command is None:
-            asyncio.run(serve(args))
+            event_loop.run(serve(args))
         elif args.command == "restore":
             _say(restore(args))
         else:

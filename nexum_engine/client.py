@@ -302,30 +302,21 @@ class NexumClient:
 
     async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
         """Take a task of one of the versions. Return None if no task is ready within `wait` seconds."""
-        request = _poll_request(worker_id, version_hashes, wait)
+        request = pb.PollRequest(
+            worker_id=worker_id,
+            version_hash=version_hashes[0],
+            more_version_hashes=version_hashes[1:],
+            wait_ms=_milliseconds(wait),
+            max_task_bytes=2**40,
+        )
         answer = await self._call(lambda stub: stub.PollTask, request, wait=wait)
         return _task(answer, version_hashes)
 
-    async def complete_task(
-        self,
-        task_id: str,
-        output_json: str,
-        *,
-        then_take: tuple[str, Sequence[str]] | None = None,
-        patience: float = 0.0,
-    ) -> Task | None:
-        """Report a task's result. With `then_take`, a worker id and versions, take a ready task and return it.
-
-        Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest.
-        """
+    async def complete_task(self, task_id: str, output_json: str, *, patience: float = 0.0) -> None:
+        """Report a task's result. Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest."""
         jsontext.check_size(output_json, "the result")
-        request = pb.CompleteRequest(
-            task_id=task_id,
-            output_json=output_json,
-            next=None if then_take is None else _poll_request(*then_take, 0.0),
-        )
-        answer = await self._report(task_id, lambda stub: stub.CompleteTask, request, patience)
-        return None if then_take is None else _task(answer.next, then_take[1])
+        request = pb.CompleteRequest(task_id=task_id, output_json=output_json)
+        await self._report(task_id, lambda stub: stub.CompleteTask, request, patience)
 
     async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
         """Report a task's failure. A `final` failure is not retried. Raises StaleTask."""
@@ -333,14 +324,10 @@ class NexumClient:
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(
-        self,
-        task_id: str,
-        method: Method[Request, pb.AckResponse],
-        request: Request,
-        patience: float,
-    ) -> pb.AckResponse:
+        self, task_id: str, method: Method[Request, pb.AckResponse], request: Request, patience: float
+    ) -> None:
         try:
-            return await self._call(method, request, patience=patience)
+            await self._call(method, request, patience=patience)
         except NotFound as error:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
@@ -352,16 +339,6 @@ def _milliseconds(wait: float) -> int:
     if math.isnan(wait):
         raise InvalidRequest("wait is not a number: give a number of seconds")
     return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
-
-
-def _poll_request(worker_id: str, version_hashes: Sequence[str], wait: float) -> pb.PollRequest:
-    return pb.PollRequest(
-        worker_id=worker_id,
-        version_hash=version_hashes[0],
-        more_version_hashes=version_hashes[1:],
-        wait_ms=_milliseconds(wait),
-        max_task_bytes=2**40,
-    )
 
 
 def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None:

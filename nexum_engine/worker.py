@@ -149,7 +149,7 @@ class Worker:
         """The event loop and the id of its thread."""
         self._told_to_stop = asyncio.Event()
         self._stopped: asyncio.Task[bool] | None = None
-        self._reports: set[asyncio.Task[Task | None]] = set()
+        self._reports: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -243,27 +243,43 @@ class Worker:
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        while True:
-            if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
-                await self._heartbeat.connected.wait()
-            if self._told_to_stop.is_set():
-                return
-            requested = time.monotonic()
-            try:
-                task = await self._answer(self._poll())
-            except ServerUnavailable:
-                # Send heartbeats: the lost answer may have held a task. Heartbeats without this task make the server
-                # hand it out again soon.
-                self._heartbeat.beat()
-                await asyncio.sleep(RECONNECT_DELAY)
-                continue
-            except ServerFault as error:
-                logger.warning("no task from %s, retrying: %s", self._client.address, error)
-                await asyncio.sleep(FAULT_DELAY)
-                continue
-            work = None if task is None else _Work(task, requested)
-            while work is not None:
-                work = await self._hold(work)
+        polling: asyncio.Task[_Work | None] | None = None
+        try:
+            while True:
+                if polling is None:
+                    if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
+                        await self._heartbeat.connected.wait()
+                    if self._told_to_stop.is_set():
+                        return
+                    polling = self._begin_poll()
+                try:
+                    work = await polling
+                except ServerUnavailable:
+                    # Send heartbeats: the lost answer may have held a task. Heartbeats without this task make the
+                    # server hand it out again soon.
+                    self._heartbeat.beat()
+                    await asyncio.sleep(RECONNECT_DELAY)
+                    work = None
+                except ServerFault as error:
+                    logger.warning("no task from %s, retrying: %s", self._client.address, error)
+                    await asyncio.sleep(FAULT_DELAY)
+                    work = None
+                polling = None if work is None else await self._hold(work)
+        finally:
+            if polling is not None:
+                polling.cancel()
+
+    def _begin_poll(self) -> asyncio.Task[_Work | None]:
+        return asyncio.create_task(self._next_work(), name="poll")
+
+    async def _next_work(self) -> _Work | None:
+        requested = time.monotonic()
+        task = await self._answer(self._poll())
+        if task is None:
+            return None
+        # Name the task from now on. The slot may still be waiting for the answer to its report.
+        self._heartbeat.hold(task.task_id)
+        return _Work(task, requested)
 
     async def _poll(self) -> Task | None:
         versions = list(self._bindings)
@@ -297,15 +313,17 @@ class Worker:
         finally:
             calling.cancel()
 
-    async def _hold(self, work: _Work) -> _Work | None:
-        """Run and report the task, unless this process runs its node already. Return the next task, if there is one."""
+    async def _hold(self, work: _Work) -> asyncio.Task[_Work | None] | None:
+        """Run and report the task, unless this process runs its node already. Return the slot's next poll, if it began.
+
+        The next poll begins together with the report, so that both are one message.
+        """
         node = work.task.execution_id, work.task.node_id
         running = self._at_work.get(node)
         if running is not None:
             self._adopt(running, work)
             return None
         self._at_work[node] = work
-        self._heartbeat.hold(work.task.task_id)
         try:
             return await self._run_task(work) if await self._may_begin(work) else None
         finally:
@@ -318,8 +336,8 @@ class Worker:
         logger.info("execution %s was handed out again: it still runs here", old.execution_id)
         if new.attempt > old.attempt:
             running.task, running.requested = new, work.requested
-            self._heartbeat.hold(new.task_id)
-            self._heartbeat.release(old.task_id)
+        if old.task_id != new.task_id:
+            self._heartbeat.release(old.task_id if running.task is new else new.task_id)
 
     async def _may_begin(self, work: _Work) -> bool:
         """Return whether the task is still this worker's."""
@@ -335,7 +353,7 @@ class Worker:
                 return False
         return True
 
-    async def _run_task(self, work: _Work) -> _Work | None:
+    async def _run_task(self, work: _Work) -> asyncio.Task[_Work | None] | None:
         task = work.task
         start = time.monotonic()
         context = _context(task)
@@ -399,32 +417,16 @@ class Worker:
         jsontext.check_size(text, "the result")
         return text
 
-    async def _success(self, task: Task, output: str) -> Task | None:
+    async def _success(self, task: Task, output: str) -> None:
         try:
-            return await self._complete(task, output)
+            await self._client.complete_task(task.task_id, output, patience=REPORT_PATIENCE)
         except InvalidRequest as error:
             await self._failure(task, f"the server refused the result: {error}", final=True)
             raise
-
-    async def _complete(self, task: Task, output: str) -> Task | None:
-        # Take the next task with the report, unless the worker is stopping or `after_report` is set. The worker must
-        # call `after_report` before it takes the next task.
-        more = not self._told_to_stop.is_set() and self._after_report is None
-        then_take = (self.worker_id, list(self._bindings)) if more else None
-        complete = partial(self._client.complete_task, task.task_id, output, then_take=then_take)
-        try:
-            try:
-                return await complete()
-            except ServerUnavailable:
-                # The lost answer may have handed out a next task, of which this worker doesn't know. Two heartbeats
-                # follow soon. They don't name that task, so the server hands it out again.
-                self._heartbeat.beat()
-                return await complete(patience=REPORT_PATIENCE)
         except ServerFault:
             # A published server answers INTERNAL to a second report: the first answer was lost.
             if self._streams or not await self._is_recorded(task):
                 raise
-            return None
 
     async def _is_recorded(self, task: Task) -> bool:
         observed = await self._client.get_execution(task.execution_id)
@@ -445,15 +447,15 @@ class Worker:
         work: _Work,
         what: str,
         start: float,
-        report: Callable[[Task], Coroutine[Any, Any, Task | None]],
+        report: Callable[[Task], Coroutine[Any, Any, None]],
         outcome: str,
         reason: str = "",
-    ) -> _Work | None:
-        """Report an attempt, and log its end in one line. Return the next task if the answer contains one."""
-        task, requested = work.task, time.monotonic()
-        following, acknowledged = None, False
+    ) -> asyncio.Task[_Work | None] | None:
+        """Report an attempt, and log its end in one line. Return the slot's next poll if it began with the report."""
+        task = work.task
+        acknowledged = False
 
-        async def report_newest() -> Task | None:
+        async def report_newest() -> None:
             while True:
                 newest = work.task
                 try:
@@ -465,20 +467,27 @@ class Worker:
         reporting = asyncio.create_task(self._answer(report_newest()))
         self._reports.add(reporting)
         reporting.add_done_callback(self._reports.discard)
+        # Call `after_report` before the next poll. Poll a published server only when no other call is under way.
+        may_poll = self._streams and self._after_report is None and not self._told_to_stop.is_set()
+        polling = self._begin_poll() if may_poll else None
         try:
-            following = await asyncio.shield(reporting)
+            await asyncio.shield(reporting)
             acknowledged = True
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
             reason = f"refused by the server: {error}"
         except NexumError as error:
             reason = f"not reported, so the task will be run again: {error}"
+        except asyncio.CancelledError:
+            if polling is not None:
+                polling.cancel()
+            raise
         seconds = time.monotonic() - start
         level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
         logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
         if acknowledged and self._after_report is not None:
             self._after_report(task)
-        return None if following is None else _Work(following, requested)
+        return polling
 
 
 def _reason(error: Exception) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Server, nexum_server
+
+from nexum_engine.event_loop import CHOICE
+
+# Test on the event loop that most users have. Tests with uvloop remove this setting.
+os.environ[CHOICE] = "asyncio"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts a background job with SIGINT ignored. The processes under test would inherit that.
@@ -19,3 +25,13 @@ def server(tmp_path: Path) -> Iterator[Server]:
     """A real server process with its own database."""
     with nexum_server(tmp_path) as running:
         yield running
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop_of_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The event loop of the servers and workers that the test starts: asyncio's, then uvloop's."""
+    name: str = request.param
+    if name == "uvloop":
+        pytest.importorskip("uvloop", reason="uvloop isn't installed: there is none for Windows")
+        monkeypatch.delenv(CHOICE)
+    return name

@@ -109,21 +109,6 @@ class Polls:
                 # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
                 self.release(poll.claim)
 
-    def take_due(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> asyncio.Future[Claim] | None:
-        """Submit a claim in this turn of the event loop, and return its future.
-
-        Returns None, without a claim, if no task can be due, if the worker is silent or stopping, or if the server is
-        stopping.
-        """
-        is_refused = self._stopping or worker_id in self._draining_workers or self._is_silent(worker_id)
-        if is_refused or not self._may_be_due(version_hashes):
-            return None
-        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
-        self._add(poll)
-        claim = self._submit_claim(poll)
-        claim.add_done_callback(lambda _: self._remove(poll))
-        return claim
-
     def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
         return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
 

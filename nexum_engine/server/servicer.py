@@ -239,20 +239,8 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
-        asked = _asked(request.next) if request.HasField("next") else None
-        completed = self._store.run(tasks.complete_task, request.task_id, request.output_json)
-        # Submit the claim right after the report, so that both are in one transaction.
-        claim = None if asked is None else self._polls.take_due(*asked)
-        try:
-            await self._liveness.carry_out(completed)
-            if claim is None:
-                return pb.AckResponse(ok=True)
-            task = (await asyncio.shield(claim)).task
-            claim = None
-        finally:
-            if claim is not None:
-                self._polls.release(claim)
-        return pb.AckResponse(ok=True, next=await self._hand_out(task, context))
+        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, request.output_json))
+        return pb.AckResponse(ok=True)
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import uuid
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -32,6 +31,7 @@ from nexum_engine.records import (
     WorkflowVersion,
 )
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import number_of, random_part
 from nexum_engine.store.results import Changed, Started
 from nexum_engine.workflow import NodeDefinition, check_id, compatibility, parse_ir
 
@@ -133,40 +133,38 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
                 return Started(latest["execution_id"], status, existing=True)
-    version = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
-    if version is None:
-        raise WorkflowNotFound(workflow_id, version_hash)
-    execution_id = f"exec-{uuid.uuid4()}"
-    db.run(
+    added = db.one(
         "add_execution",
-        execution_id=execution_id,
+        random=random_part(),
         workflow_id=workflow_id,
         version_hash=version_hash,
         input_json=input_json,
         idempotency_key=idempotency_key or None,
         now=db.now_ms,
     )
+    if added is None:
+        raise WorkflowNotFound(workflow_id, version_hash)
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
-    definition = _definition(version["ir_json"])
+    definition = _definition(added["ir_json"])
     if owned and len(definition) != 1:
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
     for position, node in enumerate(definition.values()):
         ready = not node.dependencies
         db.run(
             "add_node",
-            execution_id=execution_id,
-            node_id=node.node_id,
+            execution=added["sequence"],
             position=position,
+            node_id=node.node_id,
             node_type=node.node_type.value,
             dependencies=json.dumps(node.dependencies),
             version_hash=version_hash,
             status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
-            ready_ms=db.now_ms if ready and not owned else None,
+            due_ms=db.now_ms if ready and not owned else None,
             task_bytes=task_bytes if ready else None,
             owned=int(owned),
         )
     roots = sum(not node.dependencies for node in definition.values())
-    return Started(execution_id, ExecutionStatus.RUNNING, existing=False, ready=roots)
+    return Started(added["execution_id"], ExecutionStatus.RUNNING, existing=False, ready=roots)
 
 
 def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
@@ -189,16 +187,16 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
 
     If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes.
     """
-    if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
-        row = db.one("execution_without_input", execution_id=execution_id)
-        assert row is not None
-        return _execution(row)
-    row = db.one("execution", execution_id=execution_id)
+    found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
+    is_large = max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes
+    row = db.one("execution_without_input" if is_large else "execution", **found)
     if row is None:
         raise ExecutionNotFound(execution_id)
+    if is_large:
+        return _execution(row)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
-        for a in db.all("attempts", execution_id=execution_id, limit=MAX_ATTEMPTS):
+        for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
             attempts.setdefault(a["node_id"], []).append(
                 Attempt(a["attempt"], a["worker_id"], a["started_ms"], a["ended_ms"], Outcome(a["outcome"]), a["error"])
             )
@@ -211,7 +209,7 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
             node["error"],
             tuple(attempts.get(node["node_id"], ())),
         )
-        for node in db.all("nodes", execution_id=execution_id)
+        for node in db.all("nodes", execution=row["sequence"])
     )
     return _execution(row, nodes)
 
@@ -239,7 +237,7 @@ def list_executions(
         raise InvalidRequest(f"unknown status {status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
     if key_prefix and not workflow_id:
         raise InvalidRequest("keys belong to a workflow: give workflow_id with idempotency_key_prefix")
-    oldest = db.one("sequence", execution_id=before) if before else None
+    oldest = db.one("sequence", execution=number_of(db, before), execution_id=before) if before else None
     if before and oldest is None:
         raise ExecutionNotFound(before)
     sequence = None if oldest is None else oldest["sequence"]
@@ -263,15 +261,16 @@ def list_executions(
 
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
     """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
-    parts = db.all("input_sizes", execution_id=execution_id)
+    execution = number_of(db, execution_id)
+    parts = db.all("input_sizes", execution=execution)
     if with_attempts:
-        parts = [*parts, *db.all("attempt_sizes", execution_id=execution_id)]
+        parts = [*parts, *db.all("attempt_sizes", execution=execution)]
     return sum(int(part["bytes"]) for part in parts)
 
 
 def output_bytes(db: Db, execution_id: str) -> int:
     """Return an upper bound of the size of an execution's recorded outputs, including the nodes' names."""
-    row = db.one("output_bytes", execution_id=execution_id)
+    row = db.one("output_bytes", execution=number_of(db, execution_id))
     return int(row["bytes"]) if row is not None else 0
 
 
@@ -280,23 +279,36 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
-    row = db.one("execution", execution_id=execution_id)
+    found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
+    row = db.one("execution_without_input", **found)
     if row is None:
         raise ExecutionNotFound(execution_id)
     if row["status"] == ExecutionStatus.CANCELLED:
         return Changed()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
-    return Changed(ended=(end_execution(db, execution_id, ExecutionStatus.CANCELLED, ""),))
+    return Changed(ended=(end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, ""),))
 
 
-def end_execution(db: Db, execution_id: str, status: ExecutionStatus, error: str) -> Execution:
-    """End a running execution, cancel its unfinished nodes and attempts, and return the ended execution.
+def end_execution(
+    db: Db, execution: int, status: ExecutionStatus, error: str, only_node: Node | None = None
+) -> Execution:
+    """End the running execution with the number `execution`, and its unfinished nodes. Return the ended execution.
 
-    An execution with large payloads is returned without its input and nodes. A waiting caller reads them.
+    An execution with large payloads is returned without its input and nodes. A waiting caller reads them. If the
+    execution has one node, and it is short, give it as `only_node`: this saves three queries.
     """
-    db.run("end_execution", execution_id=execution_id, status=status.value, error=error, now=db.now_ms)
+    row = db.one(
+        "end_execution",
+        execution=execution,
+        status=status.value,
+        error=error,
+        now=db.now_ms,
+        max_inline=MAX_INLINE_BYTES,
+    )
+    assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
-        db.run("cancel_nodes", execution_id=execution_id)
-        db.run("cancel_attempts", execution_id=execution_id, now=db.now_ms)
-    return get_execution(db, execution_id, max_bytes=MAX_INLINE_BYTES)
+        db.run("cancel_nodes", execution=execution, now=db.now_ms)
+    if only_node is not None and row["input_json"]:
+        return _execution(row, (only_node,))
+    return get_execution(db, row["execution_id"], max_bytes=MAX_INLINE_BYTES)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from nexum_engine import scheduling
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
-from nexum_engine.store.tasks import fail_node
+from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node
 
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
@@ -27,18 +28,19 @@ def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> R
     An attempt whose lease has run out is resumed if no newer attempt was handed out: its worker is still at work.
     """
     until_ms = db.now_ms + lease_ms
-    lapsed = [
-        task_id
-        for task_id in task_ids
-        if not db.run("renew_lease", task_id=task_id, worker_id=worker_id, lease_expires_ms=until_ms)
-    ]
+    lapsed = [task_id for task_id in task_ids if not _renewed(db, worker_id, task_id, until_ms)]
     lost = tuple(task_id for task_id in lapsed if not _resume(db, worker_id, task_id, until_ms))
     unnamed = frozenset(row["task_id"] for row in _handed_out(db, worker_id)).difference(task_ids)
     return Renewed(unnamed, lost, resumed=len(lost) < len(lapsed))
 
 
+def _renewed(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
+    task = {"node": number_of(db, task_id), "task_id": task_id, "worker_id": worker_id}
+    return bool(db.run("renew_lease", **task, lease_expires_ms=until_ms))
+
+
 def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
-    row = db.one("attempt", task_id=task_id)
+    row = find_attempt(db, task_id)
     if (
         row is None
         or row["worker_id"] != worker_id
@@ -47,9 +49,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
         or row["execution_status"] != ExecutionStatus.RUNNING
     ):
         return False
-    db.run("resume_attempt", task_id=task_id, lease_expires_ms=until_ms)
     lost = _counted_losses(Outcome(row["outcome"]), row)
-    db.run("resume_node", execution_id=row["execution_id"], node_id=row["node_id"], lost=lost)
+    db.run("resume_node", node=row["node"], lease_expires_ms=until_ms, lost=lost)
     return True
 
 
@@ -86,7 +87,7 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
     # Let no task wait longer than the longest retry delay: the clock may have been set back while no server ran.
-    db.run("restart_tasks", latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
+    db.run("restart_tasks", now=db.now_ms, latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:
@@ -95,7 +96,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
     # query would announce these nodes a second time.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
-    for row in db.all("expired_attempts", now=db.now_ms, limit=MAX_SWEPT):
+    for row in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
         _expire(db, row, changes)
     due = [
         row["due"]
@@ -117,15 +118,11 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 
 
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
-    if not db.run("lose_attempt", task_id=row["task_id"], outcome=outcome.value, error=reason, now=db.now_ms):
-        return  # this attempt is already over: another loss in this transaction ended the execution
-    lost = _counted_losses(outcome, row)
-    counts = {"failed": 0, "lost": lost}
-    if row["lost_attempts"] + lost >= scheduling.MAX_LOST_ATTEMPTS:
-        last = f"{row['lost_attempts'] + lost} attempts were lost, the last because {reason}"
-        fail_node(db, row, f"{last}; the task itself may kill its workers", counts, changes)
-        return
-    node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
-    db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], **counts)
-    if not row["owned"]:
+    end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
+    losses = row["lost_attempts"] + end.lost
+    if losses >= scheduling.MAX_LOST_ATTEMPTS:
+        last = f"{losses} attempts were lost, the last because {reason}"
+        fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
+    # Another loss in this transaction may have ended the execution.
+    elif retry_node(db, row, db.now_ms, end) and not row["owned"]:
         changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))

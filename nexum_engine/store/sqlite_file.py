@@ -114,7 +114,7 @@ class DatabaseFile:
             connection = _connect(path, timeout)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
             _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
-            _migrate(connection)
+            _migrate(path, connection)
             stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
             if was_open or not stamp.closed:
                 _check_contents(path, connection)
@@ -419,7 +419,7 @@ def _create(path: Path) -> None:
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         connection = _connect(new, 0.0)
         try:
-            _migrate(connection)
+            _migrate(path, connection)
             _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), bytes(_STAMP_BYTES), closed=True))
         finally:
             connection.close()
@@ -474,14 +474,36 @@ def _migrations() -> list[str]:
     ]
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
+def _migrate(path: Path, connection: sqlite3.Connection) -> None:
     """Update the schema. Each script is committed together with its version number."""
     done = connection.execute("PRAGMA user_version").fetchone()[0]
-    for version, script in enumerate(_migrations()[done:], start=done + 1):
-        connection.executescript(
-            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\n"
-            f"PRAGMA user_version = {version};\nCOMMIT;"
+    scripts = _migrations()[done:]
+    if not scripts:
+        return
+    if done:
+        logger.warning(
+            "database %s: updating its schema from version %d to %d. This takes one to three minutes for a million "
+            "executions. If it is interrupted, the next start does it again",
+            path,
+            done,
+            done + len(scripts),
         )
+    # A script may replace tables that others refer to: SQLite must not check the rows of a dropped table one by one, or
+    # overwrite them. The cache holds the indexes in which the script looks up each row.
+    settings = {"foreign_keys": 0, "secure_delete": 0, "cache_size": -256_000}
+    before = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in settings}
+    for name, value in settings.items():
+        connection.execute(f"PRAGMA {name} = {value}")
+    for version, script in enumerate(scripts, start=done + 1):
+        connection.executescript(
+            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};"
+        )
+        if version > 2:  # there is a table log_stamp, and every log with a commit needs a stamp
+            last = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), last.own, closed=last.closed))
+        connection.execute("COMMIT")
+    for name, value in before.items():
+        connection.execute(f"PRAGMA {name} = {value}")
 
 
 def _layout(connection: sqlite3.Connection) -> _Layout:

@@ -7,12 +7,11 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import json
-import uuid
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import Conflict, StaleTask, TaskNotFound, TooLarge
-from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome, Task
+from nexum_engine.records import ExecutionStatus, Node, NodeStatus, Outcome, Task
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.executions import (
     MAX_INLINE_BYTES,
@@ -22,6 +21,7 @@ from nexum_engine.store.executions import (
     output_bytes,
     start_execution,
 )
+from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
@@ -56,7 +56,7 @@ def claim(
     ]
     if not candidates:
         return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
-    return Claim(_hand_out(db, min(candidates, key=lambda row: int(row["ready_ms"])), worker_id, lease_ms, streamed))
+    return Claim(_hand_out(db, min(candidates, key=lambda row: int(row["due_ms"])), worker_id, lease_ms, streamed))
 
 
 def start_owned(
@@ -83,7 +83,7 @@ def start_owned(
     """
     check_id(owner, "owner")
     if held_task_id:
-        held = db.one("attempt", task_id=held_task_id)
+        held = find_attempt(db, held_task_id)
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
@@ -92,7 +92,7 @@ def start_owned(
         if output_json and not _has_result(db, started.execution_id, output_json):
             raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
         return started
-    node = db.one("owned_node", execution_id=started.execution_id)
+    node = db.one("owned_node", execution=number_of(db, started.execution_id))
     if node is None or not node["owned"]:
         raise Conflict(f"execution {started.execution_id} was started for workers: it can't have an owner")
     if node["status"] == NodeStatus.READY:
@@ -112,26 +112,25 @@ def start_owned(
 
 def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
     jsontext.parse(output_json, "output_json")
-    (recorded,) = db.all("dependency_outputs", execution_id=execution_id)
+    (recorded,) = db.all("dependency_outputs", execution=number_of(db, execution_id))
     return jsontext.same(recorded["output_json"], output_json)
 
 
-def _hand_out(db: Db, node: Row, worker_id: str, lease_ms: int, streamed: bool) -> Task:
-    execution_id, node_id, attempt = node["execution_id"], node["node_id"], node["attempts"] + 1
-    task_id = f"task-{uuid.uuid4()}"
-    db.run("take_task", execution_id=execution_id, node_id=node_id)
+def _hand_out(db: Db, row: Row, worker_id: str, lease_ms: int, streamed: bool) -> Task:
+    node = row["node"]
+    if row["attempts"]:
+        db.run("keep_attempt", node=node)
+    task_id = new_task_id(node)
     db.run(
-        "add_attempt",
+        "take_task",
+        node=node,
         task_id=task_id,
-        execution_id=execution_id,
-        node_id=node_id,
-        attempt=attempt,
         worker_id=worker_id,
         streamed=int(streamed),
         now=db.now_ms,
         lease_expires_ms=db.now_ms + lease_ms,
     )
-    return _task(db, node, task_id, attempt)
+    return _task(db, row, task_id, row["attempts"] + 1)
 
 
 def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
@@ -159,8 +158,7 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
         if row is not None:
             db.run(
                 "say_why_waiting",
-                execution_id=row["execution_id"],
-                node_id=row["node_id"],
+                node=row["node"],
                 error=f"the task is {row['task_bytes']:,} bytes, more than worker {worker_id} can receive "
                 f"({max_bytes:,}): it waits for a worker that can receive more",
             )
@@ -170,10 +168,10 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
 
 def task_input(db: Db, task_id: str) -> str:
     """Return the input of a task that was handed out without its input."""
-    node = db.one("task_payload", task_id=task_id)
-    if node is None:
+    row = db.one("task_payload", node=number_of(db, task_id))
+    if row is None:
         raise TaskNotFound(task_id)
-    return _task_input(db, node)
+    return _task_input(db, row)
 
 
 def _task_input(db: Db, node: Row) -> str:
@@ -182,16 +180,20 @@ def _task_input(db: Db, node: Row) -> str:
     deps = ""
     if dependencies:
         outputs = {
-            row["node_id"]: row["output_json"]
-            for row in db.all("dependency_outputs", execution_id=node["execution_id"])
+            row["node_id"]: row["output_json"] for row in db.all("dependency_outputs", execution=node["execution"])
         }
         deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies)
     return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
+def find_attempt(db: Db, task_id: str) -> Row | None:
+    """Return an attempt with its node and execution, or None if the task is unknown."""
+    return db.one("attempt", node=number_of(db, task_id), task_id=task_id)
+
+
 def _reported_attempt(db: Db, task_id: str) -> Row:
     check_id(task_id, "task_id")
-    row = db.one("attempt", task_id=task_id)
+    row = find_attempt(db, task_id)
     if row is None:
         raise TaskNotFound(task_id)
     return row
@@ -222,38 +224,38 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     """
     jsontext.parse(output_json, "output_json")
     row = _reported_attempt(db, task_id)
-    execution_id, node_id = row["execution_id"], row["node_id"]
+    execution_id = row["execution_id"]
     if row["outcome"] == Outcome.COMPLETED:
-        recorded = db.one("node_output", execution_id=execution_id, node_id=node_id)
+        recorded = db.one("node_output", node=row["node"])
         if recorded is not None and jsontext.same(recorded["output_json"], output_json):
             return Changed()
     _check_may_report(row)
     if len(output_json) > MAX_INLINE_BYTES and output_bytes(db, execution_id) + len(output_json) > MAX_OUTPUT_BYTES:
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
-    db.run("record_output", execution_id=execution_id, node_id=node_id, output_json=output_json, attempt=row["attempt"])
-    db.run("end_attempt", task_id=task_id, outcome=Outcome.COMPLETED.value, error="", now=db.now_ms)
+    db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     changes = Changes()
-    _advance(db, row, changes)
+    if row["unrecorded"] > 1:  # `unrecorded` still counts this node
+        _advance(db, row, changes)
+    else:
+        is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
+        node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
+        only_node = node if is_short else None
+        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", only_node))
     return changes.freeze()
 
 
 def _advance(db: Db, row: Row, changes: Changes) -> None:
-    """Turn the nodes that became ready into tasks, or end the execution after its last node."""
-    execution_id = row["execution_id"]
-    if row["unrecorded"] == 1:  # `unrecorded` still counts this node: the node was the last one
-        changes.ended.append(end_execution(db, execution_id, ExecutionStatus.COMPLETED, ""))
-        return
-    nodes = db.all("node_states", execution_id=execution_id)
-    dependencies: dict[str, list[str]] = {node["node_id"]: json.loads(node["dependencies"]) for node in nodes}
-    status = {node["node_id"]: NodeStatus(node["status"]) for node in nodes}
-    ready = scheduling.ready_nodes(dependencies, status)
+    """Turn the nodes that became ready into tasks."""
+    nodes = {node["node_id"]: node for node in db.all("node_states", execution=row["execution"])}
+    dependencies: dict[str, list[str]] = {name: json.loads(node["dependencies"]) for name, node in nodes.items()}
+    ready = scheduling.ready_nodes(dependencies, {name: NodeStatus(node["status"]) for name, node in nodes.items()})
     if not ready:
         return
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution_id=execution_id)}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=row["execution"])}
     for node_id in ready:
         parts = ("", *dependencies[node_id])
         task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
-        db.run("make_ready", execution_id=execution_id, node_id=node_id, task_bytes=task_bytes, now=db.now_ms)
+        db.run("make_ready", node=nodes[node_id]["node"], task_bytes=task_bytes, now=db.now_ms)
         changes.ready.append(ReadyTask(row["version_hash"], task_bytes))
 
 
@@ -268,34 +270,64 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
     if row["outcome"] == Outcome.FAILED and row["error"] == error:
         return Changed()
     _check_may_report(row)
-    db.run("end_attempt", task_id=task_id, outcome=Outcome.FAILED.value, error=error, now=db.now_ms)
     # Count a lost attempt as failed, and no longer as lost, if its worker still reports the failure.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
-    counts = {"failed": 1, "lost": lost}
+    end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     failed_attempts = row["failed_attempts"] + 1
     delay_ms = None if final else scheduling.retry_delay_ms(failed_attempts)
     changes = Changes()
     if delay_ms is None:
         reason = error if final else f"{error} (attempt {failed_attempts} of {scheduling.MAX_FAILED_ATTEMPTS})"
-        fail_node(db, row, reason, counts, changes)
+        fail_node(db, row, reason, end, changes)
     else:
         changes.retry_ms = db.now_ms + delay_ms
-        db.run(
-            "retry_node",
-            execution_id=row["execution_id"],
-            node_id=row["node_id"],
-            ready_ms=changes.retry_ms,
-            attempt=row["attempt"],
-            **counts,
-        )
+        retry_node(db, row, changes.retry_ms, end)
     return changes.freeze()
 
 
-def fail_node(db: Db, row: Row, reason: str, counts: dict[str, int], changes: Changes) -> None:
-    """Mark a node and its execution as FAILED."""
-    execution_id, node_id = row["execution_id"], row["node_id"]
-    db.run("fail_node", execution_id=execution_id, node_id=node_id, error=reason, **counts)
-    changes.ended.append(end_execution(db, execution_id, ExecutionStatus.FAILED, f"{node_id}: {reason}"))
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended without a result, and what is added to the numbers of its node's failures and losses."""
+
+    outcome: Outcome
+    error: str
+    failed: int = 0
+    lost: int = 0
+
+
+def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd) -> bool:
+    """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
+    return bool(
+        db.run(
+            "retry_node",
+            node=row["node"],
+            attempt=row["attempt"],
+            due_ms=due_ms,
+            outcome=end.outcome.value,
+            attempt_error=end.error,
+            failed=end.failed,
+            lost=end.lost,
+            now=db.now_ms,
+        )
+    )
+
+
+def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
+    """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
+    failed = db.run(
+        "fail_node",
+        node=row["node"],
+        attempt=row["attempt"],
+        error=reason,
+        outcome=end.outcome.value,
+        attempt_error=end.error,
+        failed=end.failed,
+        lost=end.lost,
+        now=db.now_ms,
+    )
+    if failed:
+        error = f"{row['node_id']}: {reason}"
+        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.FAILED, error))
 
 
 def _shortened(error: str) -> str:
@@ -306,11 +338,9 @@ def _shortened(error: str) -> str:
 
 def release(db: Db, task_id: str, reason: str) -> Changed:
     """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
-    row = db.one("attempt", task_id=task_id)
+    row = find_attempt(db, task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changed()
-    db.run("end_attempt", task_id=task_id, outcome=Outcome.INTERRUPTED.value, error=reason, now=db.now_ms)
-    node = {"execution_id": row["execution_id"], "node_id": row["node_id"]}
-    db.run("retry_node", **node, ready_ms=db.now_ms, attempt=row["attempt"], failed=0, lost=0)
+    retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason))
     # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
     return Changed(ready=(ReadyTask(row["version_hash"], 0),))

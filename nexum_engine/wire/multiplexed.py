@@ -18,6 +18,7 @@ from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
+LAST_REPORT = 0.05  # seconds; there is no event to wait for
 MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
 CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
 OPENED = ("nexum-calls", "open")
@@ -98,12 +99,14 @@ class _Stream:
         self._has_unsent = asyncio.Event()
         self._is_open = asyncio.Event()
         self.is_over = False
+        self._is_closing = False
         # Run in an own context: the stream is not part of the work of the caller that opens it.
         context = contextvars.Context()
         self._writing = context.run(asyncio.create_task, self._write(), name="write calls")
         self._reading = context.run(asyncio.create_task, self._read(), name="read answers of calls")
 
     async def close(self) -> None:
+        self._is_closing = True
         self._stream.cancel()
         await asyncio.gather(self._writing, self._reading, return_exceptions=True)
 
@@ -164,6 +167,11 @@ class _Stream:
             code, details = error.code(), error.details() or ""
         except asyncio.CancelledError:
             code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
+            if not self._is_closing:
+                # asyncio.run cancels all tasks before it closes the loop. Keep the loop running until grpcio has
+                # reported the end of the stream. Otherwise grpcio fails, with a traceback, in the next loop.
+                self._stream.cancel()
+                await asyncio.sleep(LAST_REPORT)
             raise
         finally:
             self.is_over = True

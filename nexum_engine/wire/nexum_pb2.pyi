@@ -48,24 +48,17 @@ class AckResponse(google.protobuf.message.Message):
     OK_FIELD_NUMBER: builtins.int
     COMPATIBILITY_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
-    NEXT_FIELD_NUMBER: builtins.int
     ok: builtins.bool
     compatibility: builtins.str
     message: builtins.str
-    @property
-    def next(self) -> global___PollResponse:
-        """Addition: the answer to CompleteRequest.next."""
-
     def __init__(
         self,
         *,
         ok: builtins.bool = ...,
         compatibility: builtins.str = ...,
         message: builtins.str = ...,
-        next: global___PollResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["next", b"next"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["compatibility", b"compatibility", "message", b"message", "next", b"next", "ok", b"ok"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["compatibility", b"compatibility", "message", b"message", "ok", b"ok"]) -> None: ...
 
 global___AckResponse = AckResponse
 
@@ -256,22 +249,15 @@ class CompleteRequest(google.protobuf.message.Message):
 
     TASK_ID_FIELD_NUMBER: builtins.int
     OUTPUT_JSON_FIELD_NUMBER: builtins.int
-    NEXT_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     output_json: builtins.str
-    @property
-    def next(self) -> global___PollRequest:
-        """Addition: take the next task in the same round trip, if one is due. wait_ms is ignored."""
-
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         output_json: builtins.str = ...,
-        next: global___PollRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["next", b"next"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["next", b"next", "output_json", b"output_json", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["output_json", b"output_json", "task_id", b"task_id"]) -> None: ...
 
 global___CompleteRequest = CompleteRequest
 

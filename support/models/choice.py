@@ -52,17 +52,15 @@ class ModelChoice(BaseModel):
             parts.append(self.base_url or "")
         return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
-    def client(self, topics: Sequence[str] | None = None, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
+    def client(self, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
         """Return an AutoGen model client.
 
-        The offline model lists `topics` (default: its pages' titles) when no page covers a question. `share` is the
-        part of a question's searches that the offline model makes: (1, 2) is the first of two parts.
+        `share` is the part of a question's searches that the offline model makes: (1, 2) is the first of two parts.
         """
         if self.offline:
             from support.offline.model import OfflineModel
-            from support.offline.web import OfflineWeb
 
-            return OfflineModel(OfflineWeb().topics() if topics is None else topics, share)
+            return OfflineModel(_offline_topics, share)
         from support.models.live import LiveModel
 
         if self.base_url is None or self.api_key is None:
@@ -91,6 +89,12 @@ def choose_model(env: Mapping[str, str], *, offline: bool, vendors: Sequence[Ven
 
 def _offline(why: str) -> ModelChoice:
     return ModelChoice(vendor="offline", model="rules", offline=True, description=f"offline ({why})")
+
+
+def _offline_topics() -> list[str]:
+    from support.offline.web import OfflineWeb  # here: few questions need the topics, and reading pages is slow
+
+    return OfflineWeb().topics()
 
 
 def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> ModelChoice:

@@ -6,7 +6,7 @@ between calls: every reply follows from the messages alone, so a repeated run ge
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,15 +51,15 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    The model lists `topics` when no page covers a question. `share` is the part of a question's searches that the model
-    makes: (1, 2) is the first of two parts.
+    When no page covers a question, the model calls `topics`, and lists what it returns. `share` is the part of a
+    question's searches that the model makes: (1, 2) is the first of two parts.
     """
 
     component_type = "model"
     component_config_schema = BaseModel
 
-    def __init__(self, topics: Sequence[str] = (), share: tuple[int, int] = (1, 1)) -> None:
-        self._topics = list(topics)
+    def __init__(self, topics: Callable[[], Sequence[str]] = list, share: tuple[int, int] = (1, 1)) -> None:
+        self._topics = topics
         self._share = share
         self._last = RequestUsage(prompt_tokens=0, completion_tokens=0)
         self._total = RequestUsage(prompt_tokens=0, completion_tokens=0)
@@ -194,9 +194,10 @@ class OfflineModel(ChatCompletionClient):
         if any(turn.hits.values()):
             return "I have no answer: the search found pages, but I could quote nothing from them."
         said = "No offline page covers this question, so I have no answer to it."
-        if not self._topics:
+        topics = self._topics()
+        if not topics:
             return said
-        return f"{said}\n\nThe offline pages have these topics:\n" + "\n".join(f"- {topic}" for topic in self._topics)
+        return f"{said}\n\nThe offline pages have these topics:\n" + "\n".join(f"- {topic}" for topic in topics)
 
 
 def _read(messages: Sequence[LLMMessage]) -> Turn:

@@ -49,8 +49,8 @@ class _Writer(OfflineModel):
         return self._rule(json.loads(asked if isinstance(asked, str) else ""))
 
 
-def pipeline_model(step: str, topics: Sequence[str] = ()) -> OfflineModel:
-    """Return the model of a step's agent. The researcher lists `topics` when no page covers a query."""
+def pipeline_model(step: str, topics: Callable[[], Sequence[str]] = list) -> OfflineModel:
+    """Return the model of a step's agent. The researcher lists the `topics` when no page covers a query."""
     if step == "research":
         return OfflineResearcher(topics)
     return _Writer({"validate": _judge, "summarize": _summarize, "report": _report}[step])

@@ -37,6 +37,7 @@ class Acknowledged:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("loop_of_processes")
 def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
     choose = random.Random(SEED)

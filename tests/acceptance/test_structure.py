@@ -78,6 +78,7 @@ ENGINE = {
     "streams": (),
     "options": (),
     "signals": (),
+    "event_loop": (),
     "records": (),
     "jsontext": ("errors",),
     "workflow": ("jsontext", "records", "errors"),

@@ -36,7 +36,6 @@ from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
-from nexum_engine.records import Task
 
 
 async def test_stopped_run_can_resume_at_once(server: Server) -> None:
@@ -173,9 +172,9 @@ async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
         sent.append(f"start {getattr(input, 'position', 'run')}")
         return await start(self, workflow, input, **more)
 
-    async def completed(self: NexumClient, task_id: str, output_json: str, **more: Any) -> Task | None:
+    async def completed(self: NexumClient, task_id: str, output_json: str, **more: Any) -> None:
         sent.append("complete")
-        return await complete(self, task_id, output_json, **more)
+        await complete(self, task_id, output_json, **more)
 
     monkeypatch.setattr(NexumClient, "start_execution", started)
     monkeypatch.setattr(NexumClient, "complete_task", completed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from engine_server import EngineServer, engine_server, hangs, raises
+from harness import ROOT
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerUnavailable
@@ -265,3 +267,20 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
             await unread.stream.wait_for_connection()
             # Its share of the budget is returned: this answer wants the whole budget.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
+
+
+UNCLOSED = """
+import asyncio, sys
+from nexum_engine.client import NexumClient
+client = NexumClient(sys.argv[1])
+for _ in range(10):
+    asyncio.run(client.ping())
+"""
+
+
+async def test_a_client_that_is_not_closed_prints_nothing_when_its_event_loops_end(server: EngineServer) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", UNCLOSED, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await asyncio.wait_for(process.communicate(), SOON)
+    assert (process.returncode, errors) == (0, b"")

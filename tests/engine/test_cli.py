@@ -49,7 +49,9 @@ def run_one_call(folder: Path, server: Server) -> str:
 
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
-def test_server_prints_one_line_and_stops_cleanly(tmp_path: Path, end: Callable[[Process], None]) -> None:
+def test_server_prints_one_line_and_stops_cleanly(
+    tmp_path: Path, end: Callable[[Process], None], loop_of_processes: str
+) -> None:
     port = free_port()
     with running(["-m", "nexum_engine", "--listen", f"127.0.0.1:{port}"], cwd=tmp_path) as server:
         line = server.wait_for("Nexum engine")
@@ -57,6 +59,9 @@ def test_server_prints_one_line_and_stops_cleanly(tmp_path: Path, end: Callable[
         assert re.fullmatch(
             rf"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:{port}, database {where} \(Ctrl\+C to stop\)", line
         )
+        # The process has uvloop's module in memory if it uses uvloop.
+        uses_uvloop = "uvloop" in Path(f"/proc/{server.popen.pid}/maps").read_text()
+        assert uses_uvloop == (loop_of_processes == "uvloop")
         end(server)
         assert server.wait(10) == 0
         assert server.lines == [line]
@@ -64,6 +69,7 @@ def test_server_prints_one_line_and_stops_cleanly(tmp_path: Path, end: Callable[
     assert (tmp_path / ".nexum" / "local.db").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.usefixtures("loop_of_processes")
 def test_server_stops_while_worker_and_caller_are_connected(tmp_path: Path) -> None:
     arguments = {"log": str(tmp_path / "log"), "gate": str(tmp_path / "gate")}
     with (

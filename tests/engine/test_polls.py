@@ -314,8 +314,8 @@ async def test_polls_remember_a_limited_number_of_versions(make: Make) -> None:
     for n in range(2 * MAX_REMEMBERED_VERSIONS):
         clock.advance(0.01)
         engine.polls.task_ready(ReadyTask(f"started {n}", 0))
-        claim = engine.polls.take_due("w1", (f"taken {n}",), LARGE)
-        assert claim is not None
+        claim = engine.poll(version=f"taken {n}", wait_ms=0)
+        await turns(1)
         if n % 100 == 99:
             await claim
     await turns()
@@ -324,16 +324,14 @@ async def test_polls_remember_a_limited_number_of_versions(make: Make) -> None:
     assert {name: size for name, size in sizes.items() if size > MAX_REMEMBERED_VERSIONS} == {}
 
 
-async def test_task_started_during_another_workers_claim_is_found_by_next_poll(engine: Engine) -> None:
+async def test_task_started_during_a_polls_claim_is_found_by_that_poll(engine: Engine) -> None:
     await engine.register({"a": []})
-    claim = engine.polls.take_due("w1", ("v1",), LARGE)
-    assert claim is not None
-    start = asyncio.create_task(engine.start())
+    poll = engine.poll(wait_ms=0)
     await turns(1)
-    assert not claim.done()
-    assert (await claim).task is None, "the claim found the task: the test proves nothing"
-    execution_id = await start
-    assert (await engine.task(engine.poll(wait_ms=0))).execution_id == execution_id
+    assert engine.claims == 1
+    execution_id = await engine.start()
+    assert (await engine.task(poll)).execution_id == execution_id
+    assert engine.claims == 2, "the first claim found the task: the test proves nothing"
 
 
 async def test_waiting_poll_claims_once_until_a_task_is_due(engine: Engine) -> None:
@@ -341,7 +339,6 @@ async def test_waiting_poll_claims_once_until_a_task_is_due(engine: Engine) -> N
     for _ in range(3):
         assert await engine.poll(wait_ms=0) is None
     assert engine.claims == 1
-    assert engine.polls.take_due("w1", ("v1",), LARGE) is None
     await engine.start()
     await engine.task(engine.poll(wait_ms=0))
     assert engine.claims == 2
@@ -361,10 +358,10 @@ async def test_task_taken_during_another_claim_is_counted_once(engine: Engine) -
     await engine.register({"a": []})
     idle = engine.poll("w1")
     await until_idle(engine, idle)
-    claim = engine.polls.take_due("w2", ("v1", "v2"), LARGE)
-    assert claim is not None
+    claim = asyncio.create_task(engine.polls.next_task("w2", ("v1", "v2"), LARGE, 0))
+    await turns(1)
     start = asyncio.create_task(engine.start())
-    assert (await claim).task is None, "the claim found the task: the test proves nothing"
+    assert await claim is None, "the claim found the task: the test proves nothing"
     assert (await engine.task(idle)).execution_id == await start
     later = await engine.start()
     assert (await engine.task(engine.poll(wait_ms=0))).execution_id == later

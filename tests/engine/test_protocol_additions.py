@@ -182,45 +182,6 @@ def test_start_answers_with_the_id_after_its_wait(stub: NexumServiceStub) -> Non
     assert (answer.execution_id != "", answer.status, answer.HasField("ended")) == (True, "RUNNING", False)
 
 
-# ---- A report that takes the next task -------------------------------------------------------------------------------
-
-
-def test_report_takes_the_next_task(stub: NexumServiceStub) -> None:
-    register(stub, {"a": []})
-    ids = [start(stub) for _ in range(3)]
-    task, order = poll(stub), []
-    while task.has_task:
-        order.append(task.execution_id)
-        request = pb.CompleteRequest(
-            task_id=task.task_id, output_json="1", next=pb.PollRequest(worker_id="w", version_hash="v1")
-        )
-        task = stub.CompleteTask(request, timeout=DEADLINE).next
-    assert order == ids
-
-
-def test_report_with_bad_poll_is_refused_whole(stub: NexumServiceStub) -> None:
-    register(stub, {"a": []})
-    execution_id = start(stub)
-    task = poll(stub)
-    request = pb.CompleteRequest(task_id=task.task_id, output_json="1", next=pb.PollRequest(version_hash="v1"))
-    code, words = refused(lambda: stub.CompleteTask(request, timeout=DEADLINE))
-    assert (code, words) == (grpc.StatusCode.INVALID_ARGUMENT, "worker_id is empty")
-    assert record(stub, execution_id).status == "RUNNING"
-
-
-def test_refused_report_takes_no_task(stub: NexumServiceStub) -> None:
-    register(stub, {"a": []})
-    for _ in range(2):
-        start(stub)
-    task = poll(stub)
-    complete(stub, task, "1")
-    request = pb.CompleteRequest(
-        task_id=task.task_id, output_json="2", next=pb.PollRequest(worker_id="w", version_hash="v1")
-    )
-    assert refused(lambda: stub.CompleteTask(request, timeout=DEADLINE))[0] is grpc.StatusCode.FAILED_PRECONDITION
-    assert poll(stub, wait_ms=LONG_MS).has_task
-
-
 # ---- Heartbeats ------------------------------------------------------------------------------------------------------
 
 

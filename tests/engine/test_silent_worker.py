@@ -176,8 +176,8 @@ class Twice(NexumClient):
         self._again = self._again or task
         return task
 
-    async def complete_task(self, task_id: str, *args: Any, **options: Any) -> Task | None:
-        return await super().complete_task(task_id.removesuffix("-again"), *args, **options)
+    async def complete_task(self, task_id: str, *args: Any, **options: Any) -> None:
+        await super().complete_task(task_id.removesuffix("-again"), *args, **options)
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

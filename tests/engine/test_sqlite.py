@@ -269,7 +269,7 @@ async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> N
     store = await opened(tmp_path / "nexum.db")
     connection = store._database.connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
-    ours = {"workflow_versions", "executions", "nodes", "attempts", "file_mark", "log_stamp"}
+    ours = {"workflow_versions", "executions", "nodes", "attempts", "former_ids", "file_mark", "log_stamp"}
     assert {row["name"] for row in tables if row["strict"]} == ours
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
@@ -426,7 +426,7 @@ async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path
     def broken(db: Db) -> None:
         # SQLite checks a deferred reference only at COMMIT.
         store._database.connection.execute("PRAGMA defer_foreign_keys = ON")
-        db.run("add_attempt", **ORPHAN)
+        db.run("add_node", **ORPHAN)
         ran.append("to its end")
 
     outcomes = await asyncio.gather(
@@ -465,16 +465,18 @@ async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, mo
     await again.close()
 
 
-# An attempt without its node.
+# A node without its execution.
 ORPHAN: dict[str, object] = {
-    "task_id": "t",
-    "execution_id": "nowhere",
+    "execution": 1_000_000,
+    "position": 0,
     "node_id": "a",
-    "attempt": 1,
-    "worker_id": "w",
-    "streamed": 1,
-    "now": 0,
-    "lease_expires_ms": 0,
+    "node_type": "EFFECT",
+    "dependencies": "[]",
+    "version_hash": "v1",
+    "status": "PENDING",
+    "due_ms": None,
+    "task_bytes": None,
+    "owned": 0,
 }
 
 LIMITED = """

@@ -42,7 +42,7 @@ class Run:
 
     def __init__(self, web: OfflineWeb) -> None:
         self.web = web
-        self.model = OfflineModel(web.topics())
+        self.model = OfflineModel(web.topics)
         self.returned: list[str] = []
         self.visits: dict[str, str] = {}
         self.rounds: list[list[tuple[str, dict[str, Any]]]] = []
@@ -247,7 +247,7 @@ PAGE = "The population of Tokyo was 14,047,594 at the census."
 
 
 async def answer_to(messages: list[Message]) -> str:
-    result = await OfflineModel(["A topic"]).create(messages, tools=OFFERED)
+    result = await OfflineModel(lambda: ["A topic"]).create(messages, tools=OFFERED)
     assert isinstance(result.content, str)
     return result.content
 
@@ -283,7 +283,7 @@ async def test_page_without_a_fitting_sentence_gives_no_quote() -> None:
 
 
 async def test_stream_equals_the_answer_and_counts_words() -> None:
-    model = OfflineModel(["A topic"])
+    model = OfflineModel(lambda: ["A topic"])
     messages = history([(search(1, "x"), "[]", False)])
     parts = [part async for part in model.create_stream(messages, tools=OFFERED)]
     whole = parts[-1]

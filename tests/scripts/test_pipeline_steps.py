@@ -27,7 +27,7 @@ FALSE = {**TRUE, "quote": "The Rust Foundation has looked after the language sin
 
 def offline_steps() -> PipelineSteps:
     web = OfflineWeb()
-    return PipelineSteps(web, lambda step: pipeline_model(step, web.topics()))
+    return PipelineSteps(web, lambda step: pipeline_model(step, web.topics))
 
 
 def scripted(*replies: str | Exception) -> tuple[PipelineSteps, ScriptedModel]:
@@ -106,7 +106,7 @@ async def test_query_without_a_page_ends_in_a_report_that_says_so() -> None:
 async def test_numbers_in_brackets_on_a_page_are_not_taken_for_citations(tmp_path: Path) -> None:
     (tmp_path / "zorb.md").write_text("# Zorb engines\n\nThe zorb engine was built in 1987 by two sisters.[17]\n")
     web = OfflineWeb(tmp_path)
-    steps = PipelineSteps(web, lambda step: pipeline_model(step, web.topics()))
+    steps = PipelineSteps(web, lambda step: pipeline_model(step, web.topics))
     outputs = await all_of(steps, "zorb engine")
     assert "two sisters. [1]" in json.dumps(outputs["report"])
 

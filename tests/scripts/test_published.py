@@ -7,20 +7,19 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import ROOT, published_server, tool_worker
+from lossy_client import LossyClient
 from nexum_wire import complete, connected, poll, register, start
 from pipelines import QUERY
 from processes import DEMO, counting_worker, effects, run_demo, run_script, submitter
 
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import ServerError, ServerUnavailable, TooLarge
+from nexum_engine.errors import ServerError, TooLarge
 from nexum_engine.owner import Owner
 from nexum_engine.published import execution
-from nexum_engine.records import Task
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
@@ -185,20 +184,10 @@ def test_nodes_are_in_one_order() -> None:
 
 
 async def test_report_whose_answer_was_lost_counts_as_recorded(address: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Lossy(NexumClient):
-        lost = False
-
-        async def complete_task(self, *args: Any, **options: Any) -> Task | None:
-            await super().complete_task(*args, **options)
-            if not self.lost:
-                self.lost = True
-                raise ServerUnavailable("the connection broke")
-            return None
-
     async def handler(task: TaskContext) -> str:
         return "done"
 
-    lossy = Lossy(address)
+    lossy = LossyClient(address, pb.CompleteRequest)
     async with lossy:
         await lossy.register_workflow(ONE)
         started = await lossy.start_execution(ONE, {})

@@ -91,6 +91,7 @@ def test_ctrl_c_ends_a_worker_that_waits_for_a_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
+@pytest.mark.usefixtures("loop_of_processes")
 def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callable[[Process], None]) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         end(worker)
@@ -98,6 +99,7 @@ def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callab
         assert "Traceback" not in worker.output
 
 
+@pytest.mark.usefixtures("loop_of_processes")
 def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: Server) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     held = {"log": str(log), "gate": str(gate)}

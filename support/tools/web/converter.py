@@ -19,8 +19,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
-from support.tools.web.html import html_to_markdown
-from support.tools.web.page import page_to_markdown
 
 MAX_CHILDREN = max(4, os.cpu_count() or 1)  # four, so that a few slow pages don't keep others waiting
 CONVERSION_LIMIT = 30.0  # seconds; the largest page that is read takes 2 to 7
@@ -136,7 +134,7 @@ def main() -> None:
     _limit_memory(int(sys.argv[1]))
     pages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_pages, args=(pages,), daemon=True).start()
-    html_to_markdown("<p>", "https://example.org/")  # imports the parsers before the first page arrives
+    _answer(Page("https://example.org/", 200, "text/html", b"<p>text"))  # imports the parsers
     while True:
         answer = _answer(_PAGE.validate_json(pages.get()))
         sys.stdout.buffer.write(answer.model_dump_json().encode() + b"\n")
@@ -150,6 +148,8 @@ def _read_pages(pages: queue.SimpleQueue[bytes]) -> None:
 
 
 def _answer(page: Page) -> _Answer:
+    from support.tools.web.page import page_to_markdown  # here: the process that starts a child needs no parsers
+
     try:
         return _Answer(text=page_to_markdown(page))
     except WebError as error:

@@ -1,0 +1,190 @@
+"""The floor under a call, and what the benchmarks share: child processes, and the measuring of many calls.
+
+The **floor** is two committed transactions of two statements (plain sqlite3, one connection, synchronous=FULL) and two
+gRPC echo round trips between processes (raw bytes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+SCRIPT = str(Path(__file__).resolve())
+ROOT = Path(SCRIPT).parent.parent
+
+IN_FLIGHT = 32
+ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quotes
+RESULT = "y" * 1024
+_ECHO = "/benchmark.Echo/Echo"
+
+Measured = Callable[[], Awaitable[object]]
+
+
+class Plain:
+    """The database part of the floor: two commits of two statements each."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        for pragma in ("journal_mode = WAL", "synchronous = FULL"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        self._connection.execute("CREATE TABLE calls (id INTEGER PRIMARY KEY, input TEXT, output TEXT)")
+        self._connection.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, call INTEGER, what TEXT)")
+
+    def start(self) -> int:
+        """Commit the start of a call; return its number."""
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        call = run("INSERT INTO calls (input) VALUES (?)", (ARGUMENT,)).lastrowid
+        run("INSERT INTO events (call, what) VALUES (?, 'started')", (call,))
+        run("COMMIT")
+        assert call is not None
+        return call
+
+    def complete(self, call: int) -> None:
+        """Commit the result of a call."""
+        run = self._connection.execute
+        run("BEGIN IMMEDIATE")
+        run("UPDATE calls SET output = ? WHERE id = ?", (RESULT, call))
+        run("INSERT INTO events (call, what) VALUES (?, 'completed')", (call,))
+        run("COMMIT")
+
+
+class Floor:
+    """The measures of the floor. Each of its methods is one call."""
+
+    def __init__(self, folder: Path, channel: grpc.aio.Channel) -> None:
+        self._plain = Plain(folder / "floor.db")
+        self._echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_ECHO)
+
+    async def floor(self) -> None:
+        """Make two commits and two echoes."""
+        await self.commits()
+        await self.echo()
+        await self.echo()
+
+    async def commits(self) -> None:
+        """Make two commits."""
+        self._plain.complete(self._plain.start())
+
+    async def echo(self) -> None:
+        """Make one echo."""
+        await self._echo(RESULT.encode())
+
+
+@asynccontextmanager
+async def open_floor(folder: Path) -> AsyncIterator[Floor]:
+    """Run the echo's process for the length of a `with`; yield the floor."""
+    async with process([SCRIPT], cwd=folder) as child, grpc.aio.insecure_channel(child.line.split()[1]) as channel:
+        yield Floor(folder, channel)
+
+
+class _Echo(grpc.GenericRpcHandler):
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        async def echo(request: bytes, _context: object) -> bytes:
+            return request
+
+        return grpc.unary_unary_rpc_method_handler(echo)
+
+
+async def serve(handler: grpc.GenericRpcHandler) -> None:
+    """Run a gRPC server on a free port, and print its address."""
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"ready 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+# ---- Child processes -------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A running Python process, and its first line of output."""
+
+    def __init__(self, process: asyncio.subprocess.Process, line: str) -> None:
+        self._process = process
+        self.line = line
+
+    async def ask(self, question: str) -> str:
+        """Write a line to the process; return its next line of output."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{question}\n".encode())
+        line = (await self._process.stdout.readline()).decode()
+        if not line:
+            raise SystemExit("error: a process of the benchmark ended; see its error above")
+        return line
+
+
+@asynccontextmanager
+async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
+    """Run a Python process for the length of a `with`."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout is not None
+    try:
+        line = (await child.stdout.readline()).decode().strip()
+        if not line:
+            raise SystemExit(f"error: {' '.join(arguments)} did not start; see its error above")
+        yield Child(child, line)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+
+
+@asynccontextmanager
+async def nexum_server(folder: Path) -> AsyncIterator[str]:
+    """Run a Nexum server with its database in `folder`; yield its address."""
+    url = f"sqlite:///{folder / 'nexum.db'}"
+    command = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
+    async with process(command, cwd=folder) as child:
+        yield child.line.split(" on ")[1].split(",")[0]
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+async def one_by_one(call: Measured, times: int) -> list[float]:
+    """Make the calls one after the other; return the seconds of each."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        await call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+async def per_second(call: Measured, times: int) -> float:
+    """Make the calls with 32 in flight; return the number of calls a second."""
+    left = iter(range(times))
+
+    async def keep_calling() -> None:
+        for _ in left:
+            await call()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(keep_calling() for _ in range(IN_FLIGHT)))
+    return times / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(_Echo()))

@@ -1,0 +1,35 @@
+"""The ids of executions and tasks.
+
+An id begins with the number of its row, so that no index is needed to find it: an index would cost each tool call a
+page of the write-ahead log. The rest is random, so that no two databases have an id in common.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from nexum_engine.store.db import Db
+
+_ID = re.compile(r"(?:exec|task)-([0-9]{1,15})-[0-9a-f]{24}")
+
+
+def random_part() -> str:
+    """Return the random part of a new id."""
+    return secrets.token_hex(12)
+
+
+def new_task_id(node: int) -> str:
+    """Return a new id for an attempt at the node."""
+    return f"task-{node}-{random_part()}"
+
+
+def number_of(db: Db, given: str) -> int:
+    """Return the number of the only row that can have the id `given`: of an execution, or of a task's node.
+
+    The row may be missing or have another id: compare its id with `given`.
+    """
+    if (match := _ID.fullmatch(given)) is not None:
+        return int(match[1])
+    former = db.one("former_id", id=given)
+    return -1 if former is None else int(former["number"])

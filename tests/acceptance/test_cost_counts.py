@@ -1,0 +1,118 @@
+"""The cost of a durable call as counts, which don't depend on the speed of the machine. A count that rises is an error.
+
+See the counts as they are now: python -m pytest -q -s tests/acceptance/test_cost_counts.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from counted import Counts
+from counting_proxy import counting_proxy
+from harness import ROOT, running
+
+ROUNDS, CALLS = 5, 10  # of each kind of call, in its own order
+TRIES = 3
+COUNTED = str(ROOT / "tests" / "support" / "counted.py")
+KINDS = ("tool call", "owned call", "recorded reply")
+
+# What a call costs: tool call, owned call, recorded reply, and the margin in percent.
+COSTS = {
+    "RPCs": (0, 0, 0, 0),
+    "messages": (5, 4, 2, 0),
+    "statements": (12, 12, 11, 0),
+    "commits": (2, 2, 1, 0),
+    "WAL pages": (7.9, 8.1, 5.7, 3),
+    "server's fsyncs": (2, 2, 1, 0),
+    "server's loop turns": (23.3, 22, 10.8, 10),
+    "server's loop callbacks": (44, 32, 16, 3),
+    "worker's loop turns": (28.2, 0, 0, 10),
+    "worker's loop callbacks": (34.4, 0, 0, 5),
+    "client's fsyncs": (0, 0, 0, 0),
+    "client's loop turns": (10, 15.1, 18.4, 10),
+    "client's loop callbacks": (12, 17.9, 26.4, 5),
+}
+
+
+# With -D the traced program, and not strace, is the child of the test. With --seccomp-bpf, strace stops the program
+# only at these system calls.
+STRACE = ("-D", "-f", "--seccomp-bpf", "-qq", "-e", "trace=fsync,fdatasync", "-e", "signal=none")
+
+
+@cache
+def strace() -> str | None:
+    """Return the path of strace, if this machine has it and lets it trace."""
+    path = shutil.which("strace")
+    if path is None:
+        return None
+    probe = subprocess.run([path, *STRACE, "true"], capture_output=True, check=False)
+    return path if probe.returncode == 0 and not probe.stderr else None
+
+
+@contextmanager
+def counted_server(folder: Path) -> Iterator[str]:
+    """Run a server process whose work is counted; yield its address."""
+    program, command = sys.executable, [COUNTED, str(folder / "server.counts"), "-m", "nexum_engine"]
+    command += ["--listen", "127.0.0.1:0", "--database-url", f"sqlite:///{folder / 'nexum.db'}"]
+    if tracer := strace():
+        program, command = tracer, [*STRACE, "-o", str(folder / "server.fsyncs"), program, *command]
+    with running(command, cwd=folder, program=program) as process:
+        yield process.wait_for("Nexum engine").split(" on ")[1].split(",")[0]
+
+
+def measure(folder: Path) -> dict[str, list[float]]:
+    """Return what one call of each kind costs, by the name of the count."""
+    folder.mkdir()
+    programs = ROOT / "tests" / "programs"
+    with counted_server(folder) as server, counting_proxy(server, Counts(folder / "wire.counts")) as address:
+        worker = [COUNTED, str(folder / "worker.counts"), str(programs / "counting_worker.py"), address]
+        with running(worker, cwd=folder) as worker_process:
+            worker_process.wait_for("connected to")
+            calls = [str(programs / "counted_calls.py"), address, str(folder), str(ROUNDS), str(CALLS)]
+            with running([COUNTED, str(folder / "client.counts"), *calls], cwd=folder) as client:
+                costs = json.loads(client.wait_for('{"tool call"'))
+    found = {name: [round(costs[kind][name], 1) for kind in KINDS] for name in costs[KINDS[0]]}
+    if strace() is None:
+        found["server's fsyncs"] = [*COSTS["server's fsyncs"][:-1]]  # not counted
+    assert found.keys() == COSTS.keys()
+    return found
+
+
+def differences(counts: dict[str, list[float]], *, risen: bool) -> list[str]:
+    """Return a line for each count that has risen above its margin, or fallen twice as far below."""
+    found = []
+    for name, (*limits, margin) in COSTS.items():
+        for kind, limit, count in zip(KINDS, limits, counts[name], strict=True):
+            if count > limit * (1 + margin / 100) if risen else count < limit * (1 - 2 * margin / 100):
+                found.append(f"{name} of one {kind}: {count:g} instead of {limit:g}")
+    return found
+
+
+def test_count_does_not_rise(tmp_path: Path) -> None:
+    counts = measure(tmp_path / "0")
+    for number in range(1, TRIES):
+        if not differences(counts, risen=True):
+            break
+        # Measure again: a very busy machine adds to the counts, for instance a call that has waited too long.
+        again = measure(tmp_path / str(number))
+        counts = {name: list(map(min, counts[name], again[name])) for name in counts}
+    rows = [
+        f'    "{name}": ({", ".join(f"{count:g}" for count in (*counts[name], COSTS[name][-1]))}),' for name in COSTS
+    ]
+    print("", "measured now:", "COSTS = {", *rows, "}", sep="\n")
+    if fallen := differences(counts, risen=False):
+        warnings.warn(
+            "calls cost less than COSTS says; lower these numbers in tests/acceptance/test_cost_counts.py (pytest -s "
+            f"prints the whole table): {'; '.join(fallen)}",
+            stacklevel=1,
+        )
+    risen = "; ".join(differences(counts, risen=True))
+    assert not risen, f"calls cost more. If that is worth it, change COSTS to the table printed below. {risen}"

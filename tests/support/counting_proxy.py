@@ -1,0 +1,98 @@
+"""A TCP proxy that counts the RPCs and the messages of the gRPC connections through it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from counted import Counts
+
+_PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+_DATA, _HEADERS = 0, 1  # types of HTTP/2 frames: https://www.rfc-editor.org/rfc/rfc9113#name-frame-definitions
+_FRAME_HEADER, _MESSAGE_HEADER = 9, 5
+
+
+class _Direction:
+    """One direction of a connection."""
+
+    def __init__(self, counts: Counts, *, from_client: bool) -> None:
+        self._counts = counts
+        self._from_client = from_client
+        self._skip = _PREFACE if from_client else 0
+        self._bytes = b""
+        self._streams: dict[int, bytes] = defaultdict(bytes)
+
+    def feed(self, chunk: bytes) -> None:
+        """Count the RPCs and messages that end in this chunk."""
+        self._bytes += chunk
+        if len(self._bytes) < self._skip:
+            return
+        self._bytes, self._skip = self._bytes[self._skip :], 0
+        while len(self._bytes) >= _FRAME_HEADER:
+            end = _FRAME_HEADER + int.from_bytes(self._bytes[:3], "big")
+            if len(self._bytes) < end:
+                return
+            kind, stream = self._bytes[3], int.from_bytes(self._bytes[5:9], "big")
+            if kind == _HEADERS and self._from_client:
+                self._counts.add("RPCs")
+            if kind == _DATA:
+                self._count_messages(stream, self._bytes[_FRAME_HEADER:end])
+            self._bytes = self._bytes[end:]
+
+    def _count_messages(self, stream: int, data: bytes) -> None:
+        data = self._streams[stream] + data
+        while len(data) >= _MESSAGE_HEADER:
+            end = _MESSAGE_HEADER + int.from_bytes(data[1:_MESSAGE_HEADER], "big")
+            if len(data) < end:
+                break
+            self._counts.add("messages")
+            data = data[end:]
+        self._streams[stream] = data
+
+
+@contextmanager
+def counting_proxy(address: str, counts: Counts) -> Iterator[str]:
+    """Run a proxy before the server at `address`, in a thread; yield the proxy's own address."""
+    host, _, port = address.rpartition(":")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: _Direction) -> None:
+        try:
+            while chunk := await reader.read(65536):
+                direction.feed(chunk)
+                writer.write(chunk)
+                await writer.drain()
+        except OSError:
+            pass  # one end has closed the connection
+        finally:
+            writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(
+            pump(reader, server_writer, _Direction(counts, from_client=True)),
+            pump(server_reader, writer, _Direction(counts, from_client=False)),
+        )
+
+    async def listen() -> str:
+        listener = await asyncio.start_server(connect, "127.0.0.1", 0)
+        return f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+
+    async def end() -> None:
+        pumping = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in pumping:
+            task.cancel()
+        await asyncio.gather(*pumping, return_exceptions=True)
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="counting proxy")
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(listen(), loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
