@@ -20,7 +20,7 @@ durable_autogen. The cases:
 
 A step is a tool and the reply after it; a turn has two replies and a tool. The floor of a call is two commits and two
 gRPC echoes, or two commits alone with --without-server; it is measured between the runs. To compare machines, compare
-the ratios, not the times. """
+the ratios, not the times."""
 
 from __future__ import annotations
 
