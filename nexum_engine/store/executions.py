@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from nexum_engine import jsontext
@@ -31,7 +32,7 @@ from nexum_engine.records import (
     WorkflowVersion,
 )
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.ids import number_of, random_part
+from nexum_engine.store.ids import new_task_id, node_number, number_of, random_part
 from nexum_engine.store.results import Changed, Started
 from nexum_engine.workflow import NodeDefinition, check_id, compatibility, parse_ir
 
@@ -109,13 +110,30 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 # ---- Executions ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class OwnedResult:
+    """The result of a node that its owner sends with the start. `output_json` was checked."""
+
+    owner: str
+    streamed: bool
+    output_json: str
+
+
 def start_execution(
-    db: Db, workflow_id: str, version_hash: str, input_json: str, idempotency_key: str, *, owned: bool = False
+    db: Db,
+    workflow_id: str,
+    version_hash: str,
+    input_json: str,
+    idempotency_key: str,
+    *,
+    owned: bool = False,
+    result: OwnedResult | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
-    An `owned` execution has one node, and no poll gets this node. Raises WorkflowNotFound for an unknown version,
-    InvalidRequest for an input that isn't JSON, and IdempotencyConflict if the key's execution has another input.
+    An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
+    COMPLETED. Raises WorkflowNotFound for an unknown version, InvalidRequest for an input that isn't JSON, and
+    IdempotencyConflict if the key's execution has another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -133,14 +151,17 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
                 return Started(latest["execution_id"], status, existing=True)
+    status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
     added = db.one(
         "add_execution",
         random=random_part(),
         workflow_id=workflow_id,
         version_hash=version_hash,
+        status=status.value,
         input_json=input_json,
         idempotency_key=idempotency_key or None,
         now=db.now_ms,
+        ended_ms=db.now_ms if status.ended else None,
     )
     if added is None:
         raise WorkflowNotFound(workflow_id, version_hash)
@@ -150,21 +171,35 @@ def start_execution(
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
     for position, node in enumerate(definition.values()):
         ready = not node.dependencies
-        db.run(
-            "add_node",
-            execution=added["sequence"],
-            position=position,
-            node_id=node.node_id,
-            node_type=node.node_type.value,
-            dependencies=json.dumps(node.dependencies),
-            version_hash=version_hash,
-            status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
-            due_ms=db.now_ms if ready and not owned else None,
-            task_bytes=task_bytes if ready else None,
-            owned=int(owned),
-        )
+        fields = {
+            "execution": added["sequence"],
+            "position": position,
+            "node_id": node.node_id,
+            "node_type": node.node_type.value,
+            "dependencies": json.dumps(node.dependencies),
+            "version_hash": version_hash,
+            "task_bytes": task_bytes if ready else None,
+            "owned": int(owned),
+        }
+        if result is None:
+            db.run(
+                "add_node",
+                **fields,
+                status=(NodeStatus.READY if ready else NodeStatus.PENDING).value,
+                due_ms=db.now_ms if ready and not owned else None,
+            )
+        else:
+            db.run(
+                "add_recorded_node",
+                **fields,
+                task_id=new_task_id(node_number(added["sequence"], position)),
+                worker_id=result.owner,
+                streamed=int(result.streamed),
+                now=db.now_ms,
+                output_json=result.output_json,
+            )
     roots = sum(not node.dependencies for node in definition.values())
-    return Started(added["execution_id"], ExecutionStatus.RUNNING, existing=False, ready=roots)
+    return Started(added["execution_id"], status, existing=False, ready=roots)
 
 
 def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:

@@ -19,6 +19,11 @@ def random_part() -> str:
     return secrets.token_hex(12)
 
 
+def node_number(execution: int, position: int) -> int:
+    """Return the number of a node, as queries.sql makes it."""
+    return 1000 * execution + position
+
+
 def new_task_id(node: int) -> str:
     """Return a new id for an attempt at the node."""
     return f"task-{node}-{random_part()}"

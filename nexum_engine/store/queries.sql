@@ -33,11 +33,11 @@ SELECT execution_id, status, input_json FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
 
 -- name: add_execution
--- Start an execution, if its version is registered. Its id begins with its number.
+-- Store an execution, if its version is registered. Its id begins with its number.
 INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key,
-                        created_ms)
-SELECT number, 'exec-' || number || '-' || :random, workflow_id, version_hash, 'RUNNING', :input_json,
-       :idempotency_key, :now
+                        created_ms, ended_ms)
+SELECT number, 'exec-' || number || '-' || :random, workflow_id, version_hash, :status, :input_json,
+       :idempotency_key, :now, :ended_ms
 FROM workflow_versions, (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
 WHERE workflow_id = :workflow_id AND version_hash = :version_hash
 RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
@@ -48,6 +48,13 @@ RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned)
 VALUES (1000 * :execution + :position, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms,
         :task_bytes, :owned);
+
+-- name: add_recorded_node
+-- Add a node to a new execution together with its only attempt, which has a result.
+INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, task_bytes, attempts, owned, task_id,
+                   worker_id, streamed, started_ms, ended_ms, outcome, lease_loss, output_json)
+VALUES (1000 * :execution + :position, :node_id, :node_type, :dependencies, :version_hash, 'COMPLETED', :task_bytes, 1,
+        :owned, :task_id, :worker_id, :streamed, :now, :now, 'COMPLETED', 'EXPIRED', :output_json);
 
 -- name: execution
 -- One execution.

@@ -17,6 +17,7 @@ from nexum_engine.store.executions import (
     MAX_INLINE_BYTES,
     MAX_OUTPUT_BYTES,
     TASK_FRAME_BYTES,
+    OwnedResult,
     end_execution,
     output_bytes,
     start_execution,
@@ -82,14 +83,17 @@ def start_owned(
     - StaleTask if `held_task_id` is lost, or if the execution has a result other than `output_json`.
     """
     check_id(owner, "owner")
+    if output_json:
+        jsontext.parse(output_json, "output_json")
     if held_task_id:
         held = find_attempt(db, held_task_id)
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
-    started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True)
+    result = OwnedResult(owner, streamed, output_json) if output_json else None
+    started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result)
     if started.status.ended:
-        if output_json and not _has_result(db, started.execution_id, output_json):
+        if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
             raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
         return started
     node = db.one("owned_node", execution=number_of(db, started.execution_id))
@@ -111,7 +115,6 @@ def start_owned(
 
 
 def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
-    jsontext.parse(output_json, "output_json")
     (recorded,) = db.all("dependency_outputs", execution=number_of(db, execution_id))
     return jsontext.same(recorded["output_json"], output_json)
 

@@ -77,7 +77,37 @@ async def test_tool_call_takes_12_statements_and_at_most_10_pages(tmp_path: Path
         await call(number)
     pages = (log.stat().st_size - before) / (PAGE_BYTES + FRAME_HEADER_BYTES) / 100
     connection.set_trace_callback(None)
-    assert statements.count("COMMIT") == 200
+    assert statements.count("COMMIT") == 2 * 100
     assert len(statements) <= 12 * 100, statements[:20]
     assert pages <= 10
+    await store.close()
+
+
+async def test_recorded_event_takes_6_statements_and_at_most_5_pages(tmp_path: Path) -> None:
+    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock())
+    assert isinstance(store, SqliteStore)
+    await store.run(executions.register_workflow, "event", "v1", '{"nodes": {"event": {"type": "EFFECT"}}}')
+    run = (await store.run(tasks.start_owned, "event", "v1", "0", "run", "owner", 30_000, True)).task
+    assert run is not None
+
+    async def record(number: int) -> None:
+        """Record an event of usual size, as a durable run does for a model's reply."""
+        one = ("event", "v1", json.dumps({"position": number}), f"session:agent:{number:06}", "owner", 30_000, True)
+        await store.run(tasks.start_owned, *one, run.task_id, json.dumps("y" * 1024))
+
+    connection = store._database.connection
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    for number in range(300):
+        await record(number)
+    statements: list[str] = []
+    connection.set_trace_callback(statements.append)
+    log = tmp_path / "nexum.db-wal"
+    before = log.stat().st_size
+    for number in range(300, 400):
+        await record(number)
+    pages = (log.stat().st_size - before) / (PAGE_BYTES + FRAME_HEADER_BYTES) / 100
+    connection.set_trace_callback(None)
+    assert statements.count("COMMIT") == 100
+    assert len(statements) <= 6 * 100, statements[:10]
+    assert pages <= 5
     await store.close()
