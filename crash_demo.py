@@ -34,7 +34,7 @@ from nexum_engine.errors import NexumError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
 from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say, say_what_is_logged
 from support.graphflow.comparison import compare
-from support.launcher import NexumForRun
+from support.launcher import NexumForRun, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option
 from support.pipeline.drill import Drill, DrillFailed
@@ -86,9 +86,10 @@ async def run(
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
             if nexum.is_published:
-                say(
-                    f"[demo] {nexum.address} is a published Nexum server: it records each step's result, but not its "
-                    "attempts. The timeline is from the workers' log. A dead worker's step comes back after 60 to 90 s"
+                say_what_is_lost(
+                    nexum.address,
+                    "it records each step's result, but not its attempts, times or reasons of failures. The timeline "
+                    "is from the workers' log. A dead worker's step comes back after 60 to 90 s",
                 )
             for point in points:
                 if len(points) > 1:

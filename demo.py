@@ -40,7 +40,7 @@ from support.console import (
 )
 from support.conversation import Conversation
 from support.demo_session import announce_session, derived_session_id, recorded_question
-from support.launcher import NexumForRun, kill_this_process
+from support.launcher import NexumForRun, kill_this_process, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from support.options import add_nexum_option
 from support.session_file import check_session_id
@@ -132,9 +132,10 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
         from durable_autogen import run_durable_stream  # slow: the worker starts at the same time
 
         if nexum.is_published:
-            say(
-                f"[demo] {nexum.address} is a published Nexum server: it records the tool calls, but not the run. A "
-                "re-run asks the model again. To record runs, use this project's own server: python -m nexum_engine"
+            say_what_is_lost(
+                nexum.address,
+                "it records the tool calls, but not the run, and shows no attempts, times or reasons of failures. A "
+                "re-run asks the model again. To record runs, use this project's own server: python -m nexum_engine",
             )
             question = question or QUESTION
         elif args.fork or question is None:

@@ -96,17 +96,16 @@ class BareLimit:
 @asynccontextmanager
 async def open_bare_limit(folder: Path) -> AsyncIterator[BareLimit]:
     """Run the server and the worker for the length of a `with`; yield the client."""
-    async with process([SCRIPT, "serve", str(folder / "bare.db")], cwd=folder) as server:
-        address = server.line.split()[1]
-        async with (
-            process([SCRIPT, "work", address], cwd=folder),
-            grpc.aio.insecure_channel(address) as channel,
-        ):
-            client = BareLimit(channel.stream_stream(_CALLS)())
-            try:
-                yield client
-            finally:
-                client.close()
+    async with (
+        process([SCRIPT, "serve", str(folder / "bare.db")], cwd=folder) as server,
+        process([SCRIPT, "work", server.address], cwd=folder),
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        client = BareLimit(channel.stream_stream(_CALLS)())
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 if __name__ == "__main__":

@@ -323,8 +323,8 @@ async def measure(
     """Run the cases; return the figures."""
     runs: dict[str, dict[str, list[Measured]]] = {case: {mode: [] for mode in MODES} for case in cases}
     floors: list[float] = []
-    async with nexum_server(folder) as served, open_floor(folder) as floor:
-        nexum = "" if without_server else served
+    async with nexum_server(folder) as server, open_floor(folder) as floor:
+        nexum = "" if without_server else server.address
         one_floor = floor.commits if without_server else floor.floor
         await one_by_one(one_floor, 30)
         for number in range(rounds):

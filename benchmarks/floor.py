@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -85,7 +86,7 @@ class Floor:
 @asynccontextmanager
 async def open_floor(folder: Path) -> AsyncIterator[Floor]:
     """Run the echo's process for the length of a `with`; yield the floor."""
-    async with process([SCRIPT], cwd=folder) as child, grpc.aio.insecure_channel(child.line.split()[1]) as channel:
+    async with process([SCRIPT], cwd=folder) as child, grpc.aio.insecure_channel(child.address) as channel:
         yield Floor(folder, channel)
 
 
@@ -111,11 +112,27 @@ async def serve(handler: grpc.GenericRpcHandler) -> None:
 
 
 class Child:
-    """A running Python process, and its first line of output."""
+    """A running Python process."""
 
     def __init__(self, process: asyncio.subprocess.Process, line: str) -> None:
         self._process = process
-        self.line = line
+        self._line = line
+
+    @property
+    def address(self) -> str:
+        """The address in the process's first line of output."""
+        found = re.search(r"127\.0\.0\.1:\d+", self._line)
+        assert found is not None, self._line
+        return found[0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The CPU time of the process so far; 0 on systems without /proc."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
 
     async def ask(self, question: str) -> str:
         """Write a line to the process; return its next line of output."""
@@ -130,7 +147,7 @@ class Child:
 
 @asynccontextmanager
 async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
-    """Run a Python process for the length of a `with`."""
+    """Run a Python process for the length of a `with`, from its first line of output on."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -152,12 +169,12 @@ async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
 
 
 @asynccontextmanager
-async def nexum_server(folder: Path) -> AsyncIterator[str]:
-    """Run a Nexum server with its database in `folder`; yield its address."""
+async def nexum_server(folder: Path) -> AsyncIterator[Child]:
+    """Run a Nexum server with its database in `folder` for the length of a `with`."""
     url = f"sqlite:///{folder / 'nexum.db'}"
     command = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     async with process(command, cwd=folder) as child:
-        yield child.line.split(" on ")[1].split(",")[0]
+        yield child
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------

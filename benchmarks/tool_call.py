@@ -29,8 +29,9 @@ import platform
 import sqlite3
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -143,15 +144,15 @@ async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
     seconds: Seconds = defaultdict(list)
     rates: Seconds = defaultdict(list)
     async with (
-        nexum_server(folder) as address,
-        process([SCRIPT, "--work", address], cwd=folder),
-        process([SCRIPT, "--reply", address], cwd=folder) as replies,
+        nexum_server(folder) as server,
+        process([SCRIPT, "--work", server.address], cwd=folder) as worker,
+        process([SCRIPT, "--reply", server.address], cwd=folder) as replies,
         open_floor(folder) as floor,
         open_bare_limit(folder) as bare,
-        open_calls(address) as durable,
+        open_calls(server.address) as durable,
     ):
+        cpu = dict.fromkeys(("server", "worker", "client"), 0.0)
         measured = {
-            "worker": durable.new,
             "bare_limit": bare.call,
             "floor": floor.floor,
             "replay": durable.replay,
@@ -159,18 +160,22 @@ async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
             "commits": floor.commits,
         }
         for _ in range(3):
-            for call in measured.values():
+            for call in (durable.new, *measured.values()):
                 await one_by_one(call, BLOCK)
             await replies.ask(str(BLOCK))
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
             for _ in range(calls // BLOCK):
+                before = [server.cpu_seconds, worker.cpu_seconds, time.process_time()]
+                seconds["worker"] += await one_by_one(durable.new, BLOCK)
+                after = [server.cpu_seconds, worker.cpu_seconds, time.process_time()]
+                cpu = {name: cpu[name] + end - begin for name, begin, end in zip(cpu, before, after, strict=True)}
                 for name, call in measured.items():
                     seconds[name] += await one_by_one(call, BLOCK)
                 seconds["reply"] += json.loads(await replies.ask(str(BLOCK)))
-            await measure_steps(number, address, folder, seconds)
+            await measure_steps(number, server.address, folder, seconds)
             await measure_rates(calls, durable, bare, floor, rates)
-    return figures(seconds, rates)
+    return figures(seconds, rates, cpu)
 
 
 async def measure_steps(number: int, address: str, folder: Path, seconds: Seconds) -> None:
@@ -192,8 +197,9 @@ async def measure_rates(calls: int, durable: Calls, bare: BareLimit, floor: Floo
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 
-def figures(seconds: Seconds, rates: Seconds) -> dict[str, Any]:
+def figures(seconds: Seconds, rates: Seconds, cpu: dict[str, float]) -> dict[str, Any]:
     """Return the measurements, in milliseconds and calls a second, and their ratios."""
+    calls = len(seconds["worker"])
     ms = {name: spread(found) for name, found in seconds.items()}
     for mode in STEP_MODES[1:]:
         added = median(seconds[f"step_{mode}"]) - median(seconds["step_plain"])
@@ -205,11 +211,12 @@ def figures(seconds: Seconds, rates: Seconds) -> dict[str, Any]:
         "sqlite": sqlite3.sqlite_version,
         "processors": os.cpu_count(),
         "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
-        "calls": len(seconds["worker"]),
+        "calls": calls,
         "ms": ms,
         "in_floors": {name: ratios(spread, floor) for name, spread in ms.items()},
         "in_bare_limits": {name: ratios(spread, bare) for name, spread in ms.items()},
         "in_commits": {name: ratios(spread, commit) for name, spread in ms.items()},
+        "cpu_ms_of_a_call": {name: round(value / calls * 1000, 2) for name, value in cpu.items()},
         "per_second": rate,
         "of_echoes_per_second": {name: round(value / rate["echo"], 3) for name, value in rate.items()},
     }
@@ -251,16 +258,37 @@ def table(found: dict[str, Any]) -> str:
         p99 = f"{floors[key]['p99']:>9.2f}" if "p99" in floors[key] else f"{'':>9}"
         ratio = f"{floors[key]['p50']:>9.2f}{p99}{bare[key]['p50']:>12.2f}{commits[key]['p50']:>10.1f}"
         lines.append(f"{name:<32}{times}    {ratio}")
-    rate, of_echo = found["per_second"], found["of_echoes_per_second"]
+    rate, of_echo, cpu = found["per_second"], found["of_echoes_per_second"], found["cpu_ms_of_a_call"]
     load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
     lines += [
         "",
         f"{IN_FLIGHT} in flight: {rate['worker']:,} calls/s through a worker ({of_echo['worker']:.1%} of "
         f"{rate['echo']:,} echoes/s), bare limit {rate['bare_limit']:,} ({of_echo['bare_limit']:.1%})",
+        f"CPU of a call through a worker: {', '.join(f'{name} {ms:.1f} ms' for name, ms in cpu.items())}",
+        "",
+        f"{'goals':<58}{'':>9}{'measured':>10}",
+        *(
+            f"{what:<58}{'at most' if most else 'at least':>9}{limit:>6}{value:>10}"
+            f"{'' if (value <= limit) == most or value == limit else '   missed'}"
+            for what, most, limit, value in goals(found)
+        ),
+        "",
         f"{found['calls']:,} calls on each path; Python {found['python']}, SQLite {found['sqlite']}, "
         f"{found['processors']} processors{load}",
     ]
     return "\n".join(lines)
+
+
+def goals(found: dict[str, Any]) -> Iterator[tuple[str, bool, float, float]]:
+    """Yield each goal: what is measured, whether the limit is the most that it may be, the limit, and the value."""
+    floors = found["in_floors"]
+    yield "a call through a worker, p50, in floors", True, 1.5, floors["worker"]["p50"]
+    yield "a call through a worker, p50, in bare limits", True, 2.2, found["in_bare_limits"]["worker"]["p50"]
+    yield "a call through a worker, p99, in floors", True, 4.0, floors["worker"]["p99"]
+    yield "its replay, p50, in floors", True, 0.4, floors["replay"]["p50"]
+    yield "an owned call, p50, in floors", True, 0.8, floors["owned"]["p50"]
+    yield "a recorded model reply, p50, in floors", True, 0.8, floors["reply"]["p50"]
+    yield f"{IN_FLIGHT} in flight, calls a second, of the echoes", False, 0.35, found["of_echoes_per_second"]["worker"]
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
+from nexum_engine.event_loop import LoopThread
 from nexum_engine.location import (
     database_url,
     default_database_url,
@@ -84,13 +85,10 @@ class Host:
         self._stop = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
         self._restarts = Restarts()
-        self._loop = asyncio.new_event_loop()
         self._is_over = False
-        # Use a new context: the server is not the caller's work.
-        context = contextvars.Context()
-        self._keeping = context.run(self._loop.create_task, self._keep())
-        self._thread = threading.Thread(target=self._run, name="nexum", daemon=True)
-        context.run(self._thread.start)
+        self._keeping: asyncio.Task[None] | None = None
+        self._thread = LoopThread("nexum")
+        self._thread.loop.call_soon_threadsafe(self._begin, context=contextvars.Context())
 
     @property
     def is_here(self) -> bool:
@@ -122,11 +120,11 @@ class Host:
                 return
         self._end()
         await asyncio.shield(asyncio.wrap_future(self.ended))
-        self._thread.join()  # it has nothing more to do
+        self._thread.join()  # it has little more to do
 
     def _end(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self._keeping.cancel)
+            self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:
         """Wait for the threads of the users, as the interpreter does at its end. Then end the host and its thread."""
@@ -138,19 +136,17 @@ class Host:
 
     # ---- In the host's thread ----------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        self._keeping.add_done_callback(lambda _: self._loop.stop())
-        try:
-            self._loop.run_forever()
-            left = asyncio.all_tasks(self._loop)
-            for task in left:
-                task.cancel()
-            # Pass a future, not a coroutine: `durable_autogen run` takes a coroutine for the main one of a script.
-            self._loop.run_until_complete(asyncio.gather(self._keeping, *left, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
-        finally:
-            self.ended.set_result(None)
+    def _begin(self) -> None:
+        self._keeping = self._thread.loop.create_task(self._keep(), name="keep a server")
+        self._keeping.add_done_callback(lambda _: self._ended())
+
+    def _ended(self) -> None:
+        self._thread.loop.stop()
+        self.ended.set_result(None)
+
+    def _cancel(self) -> None:
+        assert self._keeping is not None  # `_begin` was scheduled before
+        self._keeping.cancel()
 
     async def _keep(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nexum_engine.embedded import Child, EmbeddedNexum, start_child
+from support.console import say
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,4 +39,10 @@ class NexumForRun(EmbeddedNexum):
         super().__init__(address, workers=[ROOT / script for script in workers], owners=owners)
 
 
-__all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "start_child"]
+def say_what_is_lost(address: str, losses: str) -> None:
+    """Print one line about what a published Nexum server lacks for a script, in place of the client's own warning."""
+    say(f"[demo] {address} is a published Nexum server: {losses}")
+    logging.getLogger("nexum_engine.published").setLevel(logging.ERROR)
+
+
+__all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "say_what_is_lost", "start_child"]

@@ -31,6 +31,8 @@ from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
 
 APPLICATION_ID = 0x4E58554D
 """SQLite's application_id of a Nexum database, which is in the header of the file."""
+SLOW_UPDATE_BYTES = 50_000_000
+"""The size of a database above which an update of its schema, which then takes seconds, is logged."""
 _HEADER = b"SQLite format 3\x00"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _STAMP_BYTES = 16
@@ -480,7 +482,7 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
     scripts = _migrations()[done:]
     if not scripts:
         return
-    if done:
+    if done and path.stat().st_size >= SLOW_UPDATE_BYTES:
         logger.warning(
             "database %s: updating its schema from version %d to %d. This takes one to three minutes for a million "
             "executions. If it is interrupted, the next start does it again",

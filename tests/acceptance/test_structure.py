@@ -93,9 +93,9 @@ ENGINE = {
     "channel": ("in_process", "wire"),
     "connection": ("channel", "wire", "location", "errors"),
     "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("client", "connection", "channel", "wire", "errors", "clock"),
+    "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "errors", "clock"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
-    "host": ("server", "client", "connection", "channel", "location", "errors"),
+    "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }

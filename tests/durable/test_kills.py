@@ -56,6 +56,7 @@ def kill_runs(killing: Bench, shape: str) -> None:
         ("tests/durable_runs.py", "--long"),
         ("benchmarks/tool_call.py", "--calls"),
         ("benchmarks/durable_run.py", "--only"),
+        ("benchmarks/start_up.py", "--beside"),
     ],
 )
 def test_script_for_developers_starts_in_any_folder(tmp_path: Path, script: str, option: str) -> None:

@@ -204,7 +204,8 @@ async def test_report_whose_answer_was_lost_counts_as_recorded(address: str, cap
 
 def test_worker_says_once_to_run_one_process_only(tmp_path: Path, address: str) -> None:
     with tool_worker(tmp_path, address) as worker:
-        (line,) = worker.lines
+        assert run_demo(tmp_path, "--offline", "--nexum", address)[0] == 0
+        (line,) = lines_about_the_server(worker.output)
     assert "is a published Nexum server: run only one worker process, as two may get the same task" in line
 
 
@@ -218,6 +219,11 @@ def tool_calls(output: str) -> list[int]:
     return [int(count) for count in counts.groups()]
 
 
+def lines_about_the_server(output: str) -> list[str]:
+    """Return the lines that say what a published server lacks."""
+    return [line for line in output.splitlines() if re.search("published Nexum server|GetExecution|no attempts", line)]
+
+
 @pytest.mark.parametrize("team", [[], ["--team"]], ids=["agent", "team"])
 def test_demo_resumes_from_the_recorded_tool_calls(tmp_path: Path, address: str, team: list[str]) -> None:
     command = ["--offline", "--session-id", "demo1", *team, "--nexum", address]
@@ -226,7 +232,11 @@ def test_demo_resumes_from_the_recorded_tool_calls(tmp_path: Path, address: str,
         assert code == -9, output
         code, output = run_demo(tmp_path, *command)
         assert code == 0, output
-        assert output.count("is a published Nexum server: it records the tool calls, but not the run") == 1
+        assert lines_about_the_server(output) == [
+            f"[demo] {address} is a published Nexum server: it records the tool calls, but not the run, and shows no "
+            "attempts, times or reasons of failures. A re-run asks the model again. To record runs, use this project's "
+            "own server: python -m nexum_engine"
+        ]
         executed, cached, attached = tool_calls(output)
         assert executed < 4
         assert executed + cached + attached == 4
@@ -253,7 +263,10 @@ def test_crash_demo_resumes_the_pipeline(tmp_path: Path, options: list[str], res
     with published_server(tmp_path, take_back_after=2.0) as address:
         code, output = run_script([CRASH_DEMO, "--offline", *options, "--nexum", address], tmp_path)
     assert code == 0, output
-    assert output.count("is a published Nexum server: it records each step's result, but not its attempts") == 1
+    assert lines_about_the_server(output) == [
+        f"[demo] {address} is a published Nexum server: it records each step's result, but not its attempts, times or "
+        "reasons of failures. The timeline is from the workers' log. A dead worker's step comes back after 60 to 90 s"
+    ]
     assert "(from the workers' own log)" in output
     assert resumed in output
     assert again in output

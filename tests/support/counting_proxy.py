@@ -80,11 +80,11 @@ def counting_proxy(address: str, counts: Counts) -> Iterator[str]:
         listener = await asyncio.start_server(connect, "127.0.0.1", 0)
         return f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
-    async def end() -> None:
-        pumping = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in pumping:
+    async def close_connections() -> None:
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in connections:
             task.cancel()
-        await asyncio.gather(*pumping, return_exceptions=True)
+        await asyncio.gather(*connections, return_exceptions=True)
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="counting proxy")
@@ -92,7 +92,7 @@ def counting_proxy(address: str, counts: Counts) -> Iterator[str]:
     try:
         yield asyncio.run_coroutine_threadsafe(listen(), loop).result()
     finally:
-        asyncio.run_coroutine_threadsafe(end(), loop).result()
+        asyncio.run_coroutine_threadsafe(close_connections(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

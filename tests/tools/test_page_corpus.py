@@ -25,8 +25,9 @@ SHOWN = names(
     " menu dir hgroup output var dfn data body html math mi mn mrow msup"
 )
 VOID = ["<br>", "<hr>", "<wbr>", "<img src=x>", "<input type=hidden>", "<col>"]
-VOID += ["<!-- <script> -->", "<!doctype html>", "<?x?>"]
+VOID += ["<!-- <script> -->", "<!doctype html>", "<?x?>", "<embed src=x>", "<div/>", "<!-->", "</br>"]
 HIDDEN = ["<!--|-->", "</|>", "<script>|</script>", "<style>|</style>", "<template>|</template>", "<p title='|'>x</p>"]
+HIDDEN += ["<template><td>|</template>", "<template><div>|<b></template>", "<script><!--<script></script>|--></script>"]
 HIDDEN += ["<p hidden>|</p>", "<noscript>|</noscript>", "<iframe>|</iframe>", "<b style='display:none'>|</b>"]
 ATTRIBUTES = [
     "start",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
@@ -40,7 +41,9 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
 
 
 def _parsed(html: str) -> BeautifulSoup:
-    from bs4 import BeautifulSoup
+    from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
+
+    warnings.filterwarnings("ignore", category=XMLParsedAsHTMLWarning)  # browsers read such a page as HTML, too
 
     class InOrder(BeautifulSoup):
         def _linkage_fixer(self, el: Tag) -> None:

@@ -16,15 +16,15 @@ LAYOUT_NODES = 100  # texts and elements
 
 UNSEEN = names(
     "head title script style noscript template iframe object canvas audio video datalist map area param"
-    " noframes noembed embed applet rp annotation annotation-xml mphantom base link meta"
+    " noframes noembed embed rp annotation annotation-xml mphantom base link meta drawing-title"
 )
 UNDRAWN = names("defs symbol clippath mask marker pattern desc metadata")  # unseen parts of a drawing
 AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an article
 WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
-    " hgroup html legend li main menu optgroup p search section summary table tbody td textarea tfoot th thead tr"
-    " blockquote caption dd dt h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex"
+    " hgroup html legend li main menu optgroup option p section summary table tbody td textarea tfoot th thead tr"
+    " blockquote caption dd dt search h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex"
 )
 HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 TERMS = frozenset({"dt", "dd"})  # a term and its definition

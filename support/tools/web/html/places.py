@@ -72,7 +72,7 @@ def around_name(name: str, place: Place) -> str:
 
 def mark_of(element: Tag, name: str, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
     if name == "a":
-        href = str(element.get("href", ""))
+        href = str(element.get("href", "#"))
         address = None if href.startswith("#") else absolute(href)
         return Mark("a", address) if address else None
     if name in MARKS:

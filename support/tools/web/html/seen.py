@@ -281,12 +281,15 @@ class SeenPage:
         return self._text.new(LISTS[name], parent)
 
     def _item(self, element: Tag, place: Place) -> Place:
-        if place.items is None:  # outside a list
-            if place.levels >= MAX_LEVELS:
-                return place
+        if place.items is None and place.levels >= MAX_LEVELS:
+            return place
+        container = place.container
+        if container.name == "li" and container.parent is not None:
+            container = container.parent  # the parser doesn't close an item with an open box where the next one begins
+        elif place.items is None:  # outside a list
             place = replace(place, levels=place.levels + 1)
         mark = place.items.mark(number(element.get("value"))) if place.items else "-"
-        return replace(place, container=self._new_item(place.container, mark), items=None)
+        return replace(place, container=self._new_item(container, mark))
 
     def _new_item(self, parent: Tag, mark: str) -> Tag:
         return self._text.new("li", parent, **{"data-mark": mark})
@@ -394,7 +397,7 @@ class SeenPage:
     def _add_picture(self, element: Tag, place: Place) -> None:
         if not place.sight.seen:
             return
-        address = self._absolute(str(element.get("src", "")))
+        address = self._absolute(str(element["src"])) if element.has_attr("src") else None
         alt = " ".join(str(element.get("alt", "")).split())
         if address is None or not alt:
             self._text.add_words(alt, place)
