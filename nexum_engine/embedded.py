@@ -125,9 +125,10 @@ class EmbeddedNexum:
                         self.is_published = await client.server_info() is None
             else:
                 self._host = Host.enter(self._on_given_up, owners=self._needs_owners)
-                await asyncio.shield(asyncio.wrap_future(self._host.ready))
+                await asyncio.shield(asyncio.wrap_future(self._host.chosen))
                 self.address, self.is_published = self._host.address, self._host.is_published
-                await self._start_workers()
+                await self._start_workers()  # at the same time as the server, for which they wait
+                await asyncio.shield(asyncio.wrap_future(self._host.ready))
                 self._watching = asyncio.create_task(self._watch(), name="watch workers")
             if self.is_published and self._needs_owners:
                 raise NoOwnedExecutions(self.address)

@@ -65,10 +65,14 @@ class Host:
     """
 
     def __init__(self, database: Path | None, owners: bool, predecessor: Host | None) -> None:
+        self.chosen: Future[None] = Future()
+        """Done when `address`, `is_published` and `is_here` are known. The server may still be starting."""
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.is_published = False
         """Whether the server is a published Nexum server, which knows only the published contract."""
+        self.is_here = False
+        """Whether the server runs in this process."""
         self.address = ""
         """The server's address for NexumClient or --nexum: HOST:PORT, or the path of its database."""
         self._database = database
@@ -89,11 +93,6 @@ class Host:
         self._keeping: asyncio.Task[None] | None = None
         self._thread = LoopThread("nexum")
         self._thread.loop.call_soon_threadsafe(self._begin, context=contextvars.Context())
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the server runs in this process."""
-        return self._serving is not None
 
     # ---- For the users, in any thread --------------------------------------------------------------------------------
 
@@ -155,10 +154,13 @@ class Host:
                 self._predecessor = None
             self._client = NexumClient()
             try:
-                if not await self._find():
+                self.is_here = not await self._find()
+                if self.is_here:
                     await self._turn_to_own()
-                    await self._open("")
                 self.address = self._client.address
+                self.chosen.set_result(None)
+                if self.is_here:
+                    await self._open("")
                 self.ready.set_result(None)
                 await self._replace_what_vanishes()
             finally:
@@ -170,7 +172,9 @@ class Host:
             with _lock:
                 self._is_over, users = True, list(self._users)
             if not self.ready.done():
-                self.ready.set_exception(error)
+                for future in (self.ready, self.chosen):
+                    if not future.done():
+                        future.set_exception(error)
                 return
             for on_given_up in users:
                 on_given_up(error)
@@ -209,6 +213,7 @@ class Host:
             )
         loop = asyncio.get_running_loop()
         begun, is_explained = loop.time(), False
+        self.is_here = True
         while True:
             try:
                 await self._serve(why)
@@ -222,6 +227,7 @@ class Host:
                     is_explained = True
             with contextlib.suppress(ServerUnavailable, NotANexumServer):
                 await self._client.ping()
+                self.is_here = False
                 why = f"{why}; " if why else ""
                 _log.info("%sanother run has just opened the database: using its server", why)
                 return
