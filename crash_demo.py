@@ -3,8 +3,8 @@
     research -> validate -> [worker 1 is killed] -> summarize -> report
                                                     ^ worker 2 resumes here
 
-If no Nexum server answers, the script starts one for the run. It always starts its own workers. Without a model key the
-agents answer offline.
+If no Nexum server answers, the script opens the database itself for the run. It always starts its own workers. Without
+a model key the agents answer offline.
 
     python crash_demo.py                                # kill worker 1 after validate
     python crash_demo.py --crash-after research

@@ -1,7 +1,7 @@
 """Run an AutoGen agent that survives crashes: model replies and tool results are recorded before the agent sees them.
 
-If no Nexum server answers, the demo starts one, with a worker, for the run. Without a model key it answers offline: by
-rules, from pages of this project.
+If no Nexum server answers, the demo opens the database itself, and starts a worker for the run. Without a model key it
+answers offline: by rules, from pages of this project.
 
     python demo.py "What is the population of Tokyo vs New York?"
     python demo.py --crash-after-step 1 "What is the population of Tokyo vs New York?"
@@ -23,7 +23,6 @@ import secrets
 import sys
 from collections import Counter
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -129,9 +128,8 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     let_ctrl_c_cancel()
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    loading = partial(import_module, "durable_autogen")
-    async with NexumForRun(args.nexum, owners=bool(args.fork), meanwhile=loading) as nexum:
-        from durable_autogen import run_durable_stream
+    async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
+        from durable_autogen import run_durable_stream  # slow: the worker starts at the same time
 
         if nexum.is_published:
             say_what_is_lost(

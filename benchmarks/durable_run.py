@@ -2,11 +2,13 @@
 
     python benchmarks/durable_run.py
     python benchmarks/durable_run.py --only agent --replies 1000
+    python benchmarks/durable_run.py --without-server
     python benchmarks/durable_run.py --json
 
 Each case runs three times, each time in a new process: plain, durable live, and replayed. The server is a separate
-process on loopback, on SQLite with synchronous=FULL. The model is a script in the program's process and answers at
-once, so the times are only those of AutoGen and durable_autogen. The cases:
+process on loopback, on SQLite with synchronous=FULL. With --without-server, the process of the run opens the database.
+The model is a script in the program's process and answers at once, so the times are only those of AutoGen and
+durable_autogen. The cases:
 
 - agent: one AssistantAgent; every second reply calls a tool with a result of 1 KB.
 - team: a RoundRobinGroupChat of two such agents.
@@ -17,8 +19,8 @@ once, so the times are only those of AutoGen and durable_autogen. The cases:
 - blocking: one reply with 20 calls of a tool that blocks for 0.3 s, on an executor of 32 threads.
 
 A step is a tool and the reply after it; a turn has two replies and a tool. The floor of a call is two commits and two
-gRPC echoes; it is measured between the runs. To compare machines, compare the ratios, not the times.
-"""
+gRPC echoes, or two commits alone with --without-server; it is measured between the runs. To compare machines, compare
+the ratios, not the times."""
 
 from __future__ import annotations
 
@@ -194,7 +196,7 @@ class Measured:
 class Program:
     """One run of a case."""
 
-    def __init__(self, mode: str, session: str, nexum: str) -> None:
+    def __init__(self, mode: str, session: str, nexum: str | None) -> None:
         self._mode = mode
         self._session = session
         self._nexum = nexum
@@ -287,7 +289,7 @@ class Program:
                 await agent(script, block).run(task="the task")
 
 
-def run_case(case: str, mode: str, session: str, nexum: str, replies: int) -> Measured:
+def run_case(case: str, mode: str, session: str, nexum: str | None, replies: int) -> Measured:
     """Run a case in this process."""
     program = Program(mode, session, nexum)
     if mode != "plain":
@@ -315,19 +317,23 @@ def peak_mb() -> float:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-async def measure(cases: Sequence[str], rounds: int, replies: int, folder: Path) -> dict[str, Any]:
+async def measure(
+    cases: Sequence[str], rounds: int, replies: int, folder: Path, *, without_server: bool
+) -> dict[str, Any]:
     """Run the cases; return the figures."""
     runs: dict[str, dict[str, list[Measured]]] = {case: {mode: [] for mode in MODES} for case in cases}
     floors: list[float] = []
     async with nexum_server(folder) as server, open_floor(folder) as floor:
-        await one_by_one(floor.floor, 30)
+        nexum = "" if without_server else server.address
+        one_floor = floor.commits if without_server else floor.floor
+        await one_by_one(one_floor, 30)
         for number in range(rounds):
             for case in cases:
                 for mode in MODES:
                     print(f"round {number + 1} of {rounds}: {case}, {mode}", file=sys.stderr, flush=True)
-                    measured = await run_child(case, mode, f"{case}-{number}", server.address, replies, folder)
+                    measured = await run_child(case, mode, f"{case}-{number}", nexum, replies, folder)
                     runs[case][mode].append(measured)
-                    floors += await one_by_one(floor.floor, FLOORS)
+                    floors += await one_by_one(one_floor, FLOORS)
     floor_ms = median(floors) * 1000
     return {
         "python": platform.python_version(),
@@ -335,6 +341,7 @@ async def measure(cases: Sequence[str], rounds: int, replies: int, folder: Path)
         "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
         "rounds": rounds,
         "replies": replies,
+        "floor": "2 commits" if without_server else "2 commits + 2 echoes",
         "floor_ms": round(floor_ms, 3),
         "cases": {case: figures(case, runs[case], floor_ms) for case in cases},
     }
@@ -391,7 +398,7 @@ def figures(case: str, runs: dict[str, list[Measured]], floor_ms: float) -> dict
 
 def table(found: dict[str, Any]) -> str:
     """Return the figures as a table."""
-    lines = [f"the floor, 2 commits + 2 echoes: {found['floor_ms']:.2f} ms"]
+    lines = [f"the floor, {found['floor']}: {found['floor_ms']:.2f} ms"]
     paced = [case for case in ("agent", "team") if case in found["cases"]]
     if paced:
         lines += [
@@ -466,17 +473,19 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="run only these cases"
     )
+    parser.add_argument("--without-server", action="store_true", help="let each run open the database itself")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--child", nargs=4, metavar=("CASE", "MODE", "SESSION", "HOST:PORT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         case, mode, session, nexum = args.child
-        print(json.dumps(asdict(run_case(case, mode, session, nexum, args.replies))))
+        print(json.dumps(asdict(run_case(case, mode, session, nexum or None, args.replies))))
         return 0
     if args.rounds < 1 or args.replies < 4 * HUNDRED or args.replies % 2:
         parser.error(f"give at least 1 round, and an even number of at least {4 * HUNDRED} replies")
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measure(args.only, args.rounds, args.replies, Path(folder)))
+        measuring = measure(args.only, args.rounds, args.replies, Path(folder), without_server=args.without_server)
+        found = asyncio.run(measuring)
     print(json.dumps(found, indent=2) if args.json else table(found))
     return 0
 

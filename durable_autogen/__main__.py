@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
         help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
-        "localhost:50051, else an embedded one)",
+        "localhost:50051, else this program opens the database itself)",
     )
     run = commands.add_parser(
         "run",

@@ -73,24 +73,22 @@ class _Sessions:
 
     async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
         from durable_autogen.session import DurableSession
-        from nexum_engine.embedded import EmbeddedNexum
 
         try:
-            async with EmbeddedNexum(self._args.nexum, owners=True) as nexum:
-                session = DurableSession(
+            session = DurableSession(
+                name,
+                nexum=self._args.nexum,
+                on_drift=self._args.on_drift,
+                on_unrecorded=self._args.on_unrecorded,
+            )
+            async with session:
+                found = await main
+            if not (session.recorder.live or session.recorder.replayed):
+                _log.warning(
+                    "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
                     name,
-                    nexum=nexum.address,
-                    on_drift=self._args.on_drift,
-                    on_unrecorded=self._args.on_unrecorded,
                 )
-                async with session:
-                    found = await main
-                if not (session.recorder.live or session.recorder.replayed):
-                    _log.warning(
-                        "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
-                        name,
-                    )
-                return found
+            return found
         finally:
             main.close()
 

@@ -13,7 +13,5 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 VERSION = "0.1.0"
-ERROR = "error: "
-"""The beginning of an error's line on the command line. An embedded server that can't start prints such a line for the
-program that started it, instead of its ready line."""
 DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_LEASE = 30.0  # seconds

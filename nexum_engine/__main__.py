@@ -1,4 +1,4 @@
-"""Start the embedded Nexum server, or look at what it has recorded.
+"""Start the Nexum server, or look at what it has recorded.
 
     python -m nexum_engine                        start the server
     python -m nexum_engine ps                     list executions
@@ -30,9 +30,9 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from nexum_engine import DEFAULT_LISTEN, ERROR, VERSION, event_loop, report
+from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
@@ -50,7 +50,6 @@ from nexum_engine.records import Execution
 from nexum_engine.store import database_exists, executions, open_store, restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
-DEFAULT_LEASE = 30.0  # seconds
 SWITCH_INTERVAL = 0.0002  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=_program(),
-        description="The embedded Nexum server. Without a command it starts and serves until Ctrl+C.",
+        description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
     )
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
     parser.add_argument(
@@ -81,11 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--else-free-port", action="store_true", help="if the port is taken, listen on a free one instead"
-    )
-    parser.add_argument(
-        "--until-stdin-closes",
-        action="store_true",
-        help="stop when standard input closes, and serve only the runs of this folder",
     )
     _add_database(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,restore}")
@@ -150,8 +144,7 @@ async def serve(args: argparse.Namespace) -> None:
         lease=args.lease,
         patience=args.patience,
         else_free_port=args.else_free_port,
-        embedded=args.until_stdin_closes,
-        stop=stop_event(until_stdin_closes=args.until_stdin_closes),
+        stop=stop_event(),
         on_ready=on_ready,
     )
 
@@ -237,9 +230,9 @@ def _say(text: str) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
 
 
-def _complain(error: str, stream: TextIO) -> None:
+def _complain(error: str) -> None:
     with contextlib.suppress(OSError):  # the stream may be what failed
-        print(f"{ERROR}{report.printable(error)}", file=stream, flush=True)
+        print(f"error: {report.printable(error)}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,11 +252,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _say(asyncio.run(look(args)))
     except NexumError as error:
-        _complain(str(error), sys.stdout if args.until_stdin_closes else sys.stderr)
+        _complain(str(error))
         return 2 if isinstance(error, ServerUnavailable) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _complain(in_words(error), sys.stderr)  # such as a full disk
+            _complain(in_words(error))  # such as a full disk
         # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
         # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

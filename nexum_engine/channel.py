@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import grpc
 
+from nexum_engine.in_process import InProcessChannel, LocalServer, server_at
 from nexum_engine.wire.addressee import Metadata
 from nexum_engine.wire.multiplexed import MultiplexedChannel
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -33,32 +34,37 @@ _OPTIONS = (
 
 
 class Channel:
-    """The gRPC channels of a client to one server: one for each event loop, and new ones in a forked process.
+    """The channels of a client to one server: one for each event loop, and new ones in a forked process.
 
-    Channels with different purposes share no connection. With the purpose "calls", calls share one stream.
+    A server in this process is called without gRPC. gRPC channels with different purposes share no connection. With the
+    purpose "calls", calls share one stream.
     """
 
     def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:
         self.target = target
         self._metadata = metadata
         self._purpose = purpose
-        self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Any, NexumServiceAsyncStub]] = {}
+        self._by_loop: dict[asyncio.AbstractEventLoop, tuple[LocalServer | None, Any, NexumServiceAsyncStub]] = {}
         _all.add(self)
 
     @property
     def stub(self) -> NexumServiceAsyncStub:
         """The stub of the running event loop's channel. It sends the metadata with every call."""
         loop = asyncio.get_running_loop()
-        if loop not in self._by_loop:
+        server, opened = server_at(self.target), self._by_loop.get(loop)
+        # A server of this process may have ended, or begun to listen, since the channel was opened.
+        if opened is None or opened[0] is not server:
             for known in list(self._by_loop):
                 if known.is_closed():
                     self._by_loop.pop(known, None)  # closes the channel
-            self._by_loop[loop] = self._open()
-        return self._by_loop[loop][1]
+            opened = self._by_loop[loop] = server, *self._open(server)
+        return opened[2]
 
-    def _open(self) -> tuple[Any, NexumServiceAsyncStub]:
+    def _open(self, server: LocalServer | None) -> tuple[Any, NexumServiceAsyncStub]:
         channel: Any
-        if _is_forked:
+        if server is not None:
+            channel = InProcessChannel(server)
+        elif _is_forked:
             from nexum_engine.wire.forked import ForkedChannel
 
             channel = ForkedChannel(self.target)
@@ -79,7 +85,7 @@ class Channel:
         loop = asyncio.get_running_loop()
         for known in list(self._by_loop):
             if known is loop or known.is_closed():
-                channel, _ = self._by_loop.pop(known)
+                _, channel, _ = self._by_loop.pop(known)
                 if known is loop:
                     await channel.close()
 
@@ -92,6 +98,11 @@ class Channel:
 
 _all: WeakSet[Channel] = WeakSet()
 _is_forked = False
+
+
+def is_forked() -> bool:
+    """Return whether this process was forked: grpcio doesn't work in it."""
+    return _is_forked
 
 
 def _after_fork() -> None:

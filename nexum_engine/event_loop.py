@@ -1,10 +1,13 @@
-"""The event loop of a server or worker process: uvloop's if it is installed, else asyncio's."""
+"""The event loop of a server or worker: uvloop's if it is installed, else asyncio's. It has a process or a thread."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
+import threading
 from collections.abc import Coroutine
+from types import ModuleType
 from typing import Any, TypeVar
 
 CHOICE = "NEXUM_EVENT_LOOP"
@@ -13,16 +16,51 @@ CHOICE = "NEXUM_EVENT_LOOP"
 T = TypeVar("T")
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` as asyncio.run does.
-
-    uvloop takes a fifth off the processor time of a server and a worker that make one call after the other.
-    """
+def _library() -> ModuleType:
     if os.environ.get(CHOICE) != "asyncio":
         try:
             import uvloop
         except ImportError:
             pass
         else:
-            return uvloop.run(main)
-    return asyncio.run(main)
+            return uvloop
+    return asyncio
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` as asyncio.run does.
+
+    uvloop takes a fifth off the processor time of a server and a worker that make one call after the other.
+    """
+    result: T = _library().run(main)
+    return result
+
+
+class LoopThread(threading.Thread):
+    """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
+
+    It is started at once, without the caller's context: its connections are not the caller's work.
+    """
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._is_ready = threading.Event()
+        contextvars.Context().run(self.start)
+        self._is_ready.wait()
+
+    def run(self) -> None:
+        """Run the event loop."""
+        # Create the loop here. On Windows, a loop that is created in the main thread takes Ctrl+C from the program's.
+        self.loop = loop = _library().new_event_loop()
+        self._is_ready.set()
+        loop.run_forever()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            # Pass a future, not a coroutine: `durable_autogen run` takes a coroutine for the main one of a script.
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import os
 import socket
 import threading
@@ -24,6 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import wait_until_set
 from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.event_loop import LoopThread
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import error_of
 
@@ -344,7 +344,7 @@ class Heartbeat:
 
 # ---- The heartbeat loop ----------------------------------------------------------------------------------------------
 
-_shared: asyncio.AbstractEventLoop | None = None
+_shared: LoopThread | None = None
 _shared_lock = threading.Lock()
 
 
@@ -353,11 +353,8 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
     global _shared
     with _shared_lock:
         if _shared is None:
-            _shared = asyncio.new_event_loop()
-            thread = threading.Thread(target=_shared.run_forever, name="heartbeats", daemon=True)
-            # Start the thread without the caller's context: its connections are not the caller's work.
-            contextvars.Context().run(thread.start)
-        return _shared
+            _shared = LoopThread("heartbeats")
+        return _shared.loop
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""Provide a server and a worker for one run of a script. A server or worker that the script starts ends with it."""
+"""Provide a server and a worker for one run of a script. The worker that the script starts ends with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -36,9 +35,8 @@ class NexumForRun(EmbeddedNexum):
         *,
         workers: tuple[str, ...] = ("worker.py",),
         owners: bool = False,
-        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        super().__init__(address, workers=[ROOT / script for script in workers], owners=owners, meanwhile=meanwhile)
+        super().__init__(address, workers=[ROOT / script for script in workers], owners=owners)
 
 
 def say_what_is_lost(address: str, losses: str) -> None:

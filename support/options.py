@@ -9,13 +9,13 @@ from nexum_engine.connection import DEFAULT_ADDRESS
 
 
 def add_nexum_option(parser: argparse.ArgumentParser, *, embedded: bool = False) -> None:
-    """Add `--nexum`, the server's address. Set `embedded` if the script starts a server when none answers."""
+    """Add `--nexum`, the server's address. Set `embedded` if the script opens the database when no server answers."""
     parser.add_argument(
         "--nexum",
         metavar="HOST:PORT",
         default=os.environ.get("NEXUM_ADDRESS") or None,
         help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
-        f"{DEFAULT_ADDRESS}{', else an embedded one' if embedded else ''})",
+        f"{DEFAULT_ADDRESS}{', else this program opens the database itself' if embedded else ''})",
     )
 
 

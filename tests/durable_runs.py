@@ -3,6 +3,7 @@
 python tests/durable_runs.py --long            100 runs of each shape
 python tests/durable_runs.py --runs 5 fan_out
 python tests/durable_runs.py --runs 300 random --uvloop
+python tests/durable_runs.py --without-server
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # as in pytest's settings
 
@@ -32,6 +34,8 @@ from openai_server import OpenAIServer, Reply
 
 from durable_autogen.record.events import Event, Kind, Returned, read_record
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
+from nexum_engine.location import database_url
 from nexum_engine.options import count
 
 SHAPES = (
@@ -157,9 +161,10 @@ def _kill(pid: int) -> None:
 
 @dataclass
 class Bench:
-    """A Nexum server, a model server, a starter of programs and a folder."""
+    """A model server, a starter of programs and a folder."""
 
-    address: str
+    env: Mapping[str, str]
+    """The variables that name the server or the database."""
     model_url: str
     model: RandomModel
     programs: Programs
@@ -187,15 +192,18 @@ class Bench:
 
 
 @contextmanager
-def bench(folder: Path) -> Iterator[Bench]:
-    """Start a bench for the length of a `with`."""
+def bench(folder: Path, *, without_server: bool = False) -> Iterator[Bench]:
+    """Start a bench for the length of a `with`. The programs use one server, or open the database themselves."""
     model = RandomModel()
-    with nexum_server(folder) as server, OpenAIServer(model) as http:
-        programs = Programs({"NEXUM_ADDRESS": server.address}, folder)
-        try:
-            yield Bench(server.address, http.base_url, model, programs, folder)
-        finally:
-            programs.end()
+    with ExitStack() as stack:
+        if without_server:
+            env = {"DATABASE_URL": database_url(folder / "own.db")}
+        else:
+            env = {"NEXUM_ADDRESS": stack.enter_context(nexum_server(folder)).address}
+        http = stack.enter_context(OpenAIServer(model))
+        programs = Programs(env, folder)
+        stack.callback(programs.end)
+        yield Bench(env, http.base_url, model, programs, folder)
 
 
 @dataclass
@@ -228,7 +236,8 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
     said = list(bench.model.said)
     noted = log.read_text().splitlines() if log.exists() else []
     code, again = bench.programs.run(argv)
-    events = asyncio.run(_events(bench.address, session))
+    with patch.dict(os.environ, environment(bench.env), clear=True):
+        events = asyncio.run(_events(session))
     parallel = PARALLEL.get(shape, 1)
     check = verdict.problems.append
     if code != 0 or _transcript(again) != _transcript(output):
@@ -242,8 +251,8 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
     return verdict
 
 
-async def _events(address: str, session: str) -> list[Event]:
-    async with NexumClient(address) as client:
+async def _events(session: str) -> list[Event]:
+    async with EmbeddedNexum(None, owners=True) as nexum, NexumClient(nexum.address) as client:
         record = await read_record(client, session)
     assert not record.begun
     return record.events
@@ -322,9 +331,10 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="100 runs of each shape")
     parser.add_argument("--runs", type=count(), default=3, help="runs of each shape (default: %(default)s)")
     parser.add_argument("--uvloop", action="store_true", help="run the programs on uvloop")
+    parser.add_argument("--without-server", action="store_true", help="let each program open the database itself")
     args = parser.parse_args()
     failed = 0
-    with tempfile.TemporaryDirectory() as name, bench(Path(name)) as found:
+    with tempfile.TemporaryDirectory() as name, bench(Path(name), without_server=args.without_server) as found:
         for shape in args.shapes:
             begun, totals = time.monotonic(), Counter[str]()
             for number in range(100 if args.long else args.runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
@@ -19,7 +20,8 @@ from durable_autogen.record.place import Activity, Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import InvalidRequest, NexumError, ServerUnavailable
+from nexum_engine.embedded import EmbeddedNexum
+from nexum_engine.errors import InvalidRequest, NexumError
 
 OnUnrecorded = Literal["tell", "stop"]
 
@@ -37,7 +39,7 @@ def check_session_id(session_id: str) -> str:
 
 
 class Session:
-    """A session. Calls inside it are recorded on a Nexum server. The next run with the session's id replays them."""
+    """A session. Calls inside it are recorded by Nexum. The next run with the session's id replays them."""
 
     def __init__(
         self,
@@ -117,11 +119,11 @@ class Session:
         async with AsyncExitStack() as stack:
             # Connect without a place: the connection and its heartbeats are not the program's work.
             with at(None):
-                client = await stack.enter_async_context(NexumClient(self._address))
-                try:
-                    journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
-                except ServerUnavailable as error:
-                    raise ServerUnavailable(f"{error}: start one with python -m nexum_engine") from error
+                address = self._address or os.environ.get("NEXUM_ADDRESS")
+                if not address:
+                    address = (await stack.enter_async_context(EmbeddedNexum(None, owners=True))).address
+                client = await stack.enter_async_context(NexumClient(address))
+                journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(watched_threads())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -13,8 +15,10 @@ import grpc
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
+from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
+from nexum_engine.server.direct import DirectServer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
@@ -36,6 +40,11 @@ _OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return False for the traceback that gRPC logs when a client leaves before it has read its answer."""
+    return "ExecuteBatchError" not in record.getMessage()
 
 
 def loopback_address(listen: str) -> str:
@@ -73,14 +82,13 @@ async def run_server(
     A silent worker keeps its tasks for `lease` seconds. The server waits up to `patience` seconds until an ending
     server releases the port and the database. With `else_free_port`, the server does not wait for a taken port: it
     takes a free one. An `embedded` server serves one folder's runs, and refuses every client that names another
-    database.
+    database. The clients in its own process call it without gRPC.
 
     Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = loopback_address(listen)
-    # Drop the traceback that gRPC logs for a client that leaves before it has read its answer.
-    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: "ExecuteBatchError" not in record.getMessage())
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # adds it once
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
@@ -100,9 +108,10 @@ async def run_server(
                 write_address(database, address)
             except OSError as error:
                 raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
-            on_ready(address, store.opened_as)
             store.failed.add_done_callback(lambda _: stop.set())
-            await stop.wait()
+            with listed(address, DirectServer(servicer)) if embedded else nullcontext():
+                on_ready(address, store.opened_as)
+                await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
             remove_address(database, address)
@@ -118,11 +127,26 @@ async def run_server(
         await store.close()
 
 
+def _is_free(address: str) -> bool:
+    """Return whether a server can listen on the address. gRPC would print an error if it can't."""
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
 async def _bind(
     servicer: NexumServicer, address: str, patience: float, *, else_free_port: bool
 ) -> tuple[grpc.aio.Server, int]:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
+    if else_free_port and not _is_free(address):
+        # Don't wait for the port. An ending server releases its port before its database, and we have already opened
+        # the database. So no ending server holds the port.
+        address = f"{address.rpartition(':')[0]}:0"
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
         add_servicer(servicer, servicer.rpcs, server)
@@ -130,11 +154,6 @@ async def _bind(
             return server, server.add_insecure_port(address)
         except RuntimeError as error:
             await server.stop(None)
-            if else_free_port:
-                # Don't wait for the port. An ending server releases its port before its database, and we have already
-                # opened the database. So no ending server holds the port.
-                address, else_free_port = f"{address.rpartition(':')[0]}:0", False
-                continue
             if loop.time() >= deadline:
                 raise ServerError(
                     f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "

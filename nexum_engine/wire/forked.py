@@ -99,6 +99,8 @@ class ForkedStream:
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._is_open = asyncio.Event()
         self._reading = _in_own_context(self._read_all())
+        # Mark its error as retrieved: nobody reads any more if the stream is closed by this process.
+        self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())
 
     async def _read_all(self) -> None:
         try:

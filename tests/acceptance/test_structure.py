@@ -87,14 +87,16 @@ ENGINE = {
     "location": ("errors",),
     "wire": ("location", "errors"),
     "store": ("location", "scheduling", "workflow", "jsontext", "records", "errors", "clock"),
-    "server": ("store", "wire", "location", "workflow", "jsontext", "records", "errors", "clock"),
+    "in_process": ("wire",),
+    "server": ("in_process", "store", "wire", "location", "workflow", "jsontext", "records", "errors", "clock"),
     "published": ("wire", "records", "errors"),
-    "channel": ("wire",),
+    "channel": ("in_process", "wire"),
     "connection": ("channel", "wire", "location", "errors"),
     "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("client", "connection", "channel", "wire", "errors", "clock"),
+    "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "errors", "clock"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
-    "embedded": ("client", "connection", "location", "errors"),
+    "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
+    "embedded": ("host", "client", "connection", "errors"),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }
 
@@ -131,7 +133,9 @@ def test_client_and_server_do_not_import_each_other() -> None:
         name for name in importers("nexum_engine.client", "nexum_engine.worker") if part(name) in ("server", "store")
     } == set()
     outside = {name for name in importers("nexum_engine.server") if part(name) != "server"}
-    assert outside == {"nexum_engine.__main__"}
+    assert outside == {"nexum_engine.__main__", "nexum_engine.host"}
+    # A program that finds a server doesn't load one.
+    assert not {one for one in imported(MODULES["nexum_engine.host"], at_import_time=True) if part(one) == "server"}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,17 @@ def killing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_killed_run_resumes_to_same_result(killing: Bench, shape: str) -> None:
+    kill_runs(killing, shape)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forked")
+def test_killed_run_without_a_server_resumes_to_same_result(tmp_path: Path) -> None:
+    with bench(tmp_path, without_server=True) as found:
+        kill_runs(found, "fan_out")
+
+
+def kill_runs(killing: Bench, shape: str) -> None:
     hit = 0
     for number in range(MAX_RUNS):
         options = ["--stream"] if number % 3 == 2 else []

@@ -13,7 +13,6 @@ import pytest
 from durable_agents import answer
 from harness import Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
-from processes import wait_for_no_server
 
 from durable_autogen import list_sessions
 from nexum_engine.client import NexumClient
@@ -243,17 +242,16 @@ def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) ->
     assert all(one.startswith("script-") for one in ids)
 
 
-def test_embedded_server_is_started_and_stopped(tmp_path: Path, model: OpenAIServer) -> None:
+def test_run_without_a_server_survives_a_kill(tmp_path: Path, model: OpenAIServer) -> None:
     folder = Folder(tmp_path, None, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
     folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
     (folder.path / "hang").touch()
     with running(folder.command(), cwd=folder.path, env=folder.env) as process:
-        process.wait_for("started one for this run")
+        process.wait_for("this program opened the database")
         process.wait_for("hanging")
         process.kill()
-    wait_for_no_server(tmp_path)
     (folder.path / "hang").unlink()
     done = folder.durable()
     assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second"])
     assert len(model.requests) == 3
-    wait_for_no_server(tmp_path)
+    assert not (tmp_path / ".nexum" / "local.db.address").exists()

@@ -177,7 +177,7 @@ async def test_client_uses_a_persons_server_on_default_port(tmp_path: Path, defa
         async with NexumClient() as client:
             assert await client.server_info() == ServerInfo(str(tmp_path / "other.db"), False)
             assert client.address == other
-        default_port.setattr("nexum_engine.embedded.DEFAULT_ADDRESS", other)
+        default_port.setattr("nexum_engine.host.DEFAULT_ADDRESS", other)
         told: list[str] = []
         with logged(told, "nexum_engine"):
             async with EmbeddedNexum(None) as nexum:

@@ -13,7 +13,7 @@ COMMANDS = {
     "demo": ["demo.py", "--offline", "--new-session", "--crash-after-step", "1"],
     "submit_task": ["submit_task.py", "web_search", "{}", "--timeout", "1", "--nexum", "127.0.0.1:1"],
     "worker": ["worker.py", "--nexum", "127.0.0.1:1", "--until-stdin-closes"],
-    "nexum": ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--until-stdin-closes"],
+    "nexum": ["-m", "nexum_engine", "--listen", "0.0.0.0:1"],
     "nexum ps": ["-m", "nexum_engine", "ps"],
     "durable_autogen ls": ["-m", "durable_autogen", "ls"],
     "durable_autogen run": ["-m", "durable_autogen", "run", "script.py"],
@@ -57,5 +57,5 @@ def test_reason_of_a_failed_start_is_in_the_error_itself(tmp_path: Path) -> None
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert len(run.stderr.splitlines()) == 1
-    assert run.stderr.startswith("error: the embedded server did not start: ")
+    assert run.stderr.startswith("error: database ")
     assert str(tmp_path / ".nexum") in run.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -126,11 +125,8 @@ def test_option_all_prints_a_verdict_for_each_crash_point(server: Server, tmp_pa
 def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_path: Path) -> None:
     begun = time.monotonic()
     with running([CRASH_DEMO], cwd=tmp_path, env={"CRASH_AFTER": "report", "CRASH_DURING": "report"}) as demo:
-        demo.wait_for("worker-1 started")
-        server = children(demo.popen.pid)["server"]
         assert demo.wait() == 0, demo.output
     assert time.monotonic() - begun < 30
-    assert not is_alive(server)
     assert_no_worker_is_left(demo.output)
     (execution,) = pipelines(tmp_path)
     # By default, the crash comes after validate. The demo's workers don't get CRASH_AFTER from the environment.
@@ -244,17 +240,6 @@ def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> s
         send(int(line.partition("(pid ")[2].partition(")")[0]), signal.SIGKILL)
         assert demo.wait() == 0, f"{name}, {moment:.2f} s: {demo.output}"
     return demo.output
-
-
-@on_linux
-@pytest.mark.parametrize("moment", ["worker-1 started", "worker-2 started"])
-def test_killed_embedded_server_is_restarted_and_the_run_finishes(tmp_path: Path, moment: str) -> None:
-    with running([CRASH_DEMO], cwd=tmp_path) as demo:
-        demo.wait_for(moment)
-        os.kill(children(demo.popen.pid)["server"], signal.SIGKILL)
-        assert demo.wait() == 0, demo.output
-    assert "the server ended (exit -9)" in demo.output
-    assert_output_agrees_with_record(demo.output, pipelines(tmp_path)[0])
 
 
 @on_linux

@@ -1,4 +1,4 @@
-"""The embedded server and worker: no child outlives its demo, and the demo survives the death of a child."""
+"""The demo's own server and worker: the worker ends with the demo, and the demo survives the end of either."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ GONE_WITHIN = 2.0  # seconds after the demo's end
 OTHER_QUESTION = "What is the difference between asyncio and threading in Python?"
 
 
+OPENED = "this program opened the database"
+
+
 def started(process: Process) -> dict[str, int]:
-    """Wait until the demo has started its server and worker; return their process ids."""
-    process.wait_for("started one for this run")
-    wait_until(lambda: set(children(process.popen.pid)) == {"server", "worker"}, "server and worker are started")
+    """Wait until the demo has opened the database and started its worker; return the ids of its children."""
+    process.wait_for(OPENED)
+    wait_until(lambda: set(children(process.popen.pid)) == {"worker"}, "the worker is started")
     return children(process.popen.pid)
 
 
@@ -63,10 +66,10 @@ def test_no_child_is_left_after_a_normal_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "code", "moment"),
     [
-        (Process.kill, -signal.SIGKILL, "started one for this run"),
+        (Process.kill, -signal.SIGKILL, OPENED),
         (Process.kill, -signal.SIGKILL, "Submitted"),
         (Process.terminate, -signal.SIGTERM, "Submitted"),
-        (Process.interrupt, 130, "started one for this run"),
+        (Process.interrupt, 130, OPENED),
         (Process.interrupt, 130, "Submitted"),
     ],
     ids=["SIGKILL early", "SIGKILL", "SIGTERM", "Ctrl+C early", "Ctrl+C"],
@@ -102,20 +105,22 @@ def test_ctrl_c_within_a_call_prints_a_message_and_the_next_run_attaches(tmp_pat
     assert re.search(r"Tool calls: 2 executed, \d cached, \d attached", output)
 
 
-# ---- A demo outlives its children ------------------------------------------------------------------------------------
+# ---- A demo outlives its database and its worker ---------------------------------------------------------------------
 
 
-def test_demo_restarts_a_killed_server_and_finishes(tmp_path: Path) -> None:
+def test_demo_opens_a_new_database_when_its_file_is_deleted(tmp_path: Path) -> None:
     with demo(tmp_path, QUESTION) as process:
         pids = freeze_worker(process)
         process.wait_for("Submitted")
         process.wait_for("Submitted")
-        os.kill(pids["server"], signal.SIGKILL)
-        process.wait_for("the server ended (exit -9)")
+        for file in (tmp_path / ".nexum").glob("local.db*"):
+            file.unlink()
+        process.wait_for("the server in this program ended (database")
         os.kill(pids["worker"], signal.SIGCONT)
         assert process.wait() == 0
     assert "Tokyo" in answer(process.output)
-    assert [len(attempts(one)) for one in recorded(tmp_path)] == [1, 1, 1, 1]
+    assert "Traceback" not in process.output
+    assert len(recorded(tmp_path)) == 4
 
 
 def test_demo_restarts_a_killed_worker_and_finishes(tmp_path: Path) -> None:
@@ -171,9 +176,9 @@ def test_two_demos_at_once_in_two_folders_have_a_server_and_a_record_each(tmp_pa
         assert other.wait() == 0
     assert "Tokyo" in answer(one.output)
     assert "asyncio" in answer(other.output)
-    assert len([process for process in (one, other) if " is in use: started one for this run on " in process.output])
+    assert len([process for process in (one, other) if f" is in use: {OPENED} and listens on " in process.output])
     for folder, process in zip(folders, (one, other), strict=True):
-        assert f"(database {folder}/.nexum/local.db)" in process.output
+        assert f"({folder}/.nexum/local.db)" in process.output
         assert len(recorded(folder)) == 4
 
 
@@ -183,10 +188,10 @@ def test_second_demo_shares_the_first_ones_server_and_survives_its_end(tmp_path:
         first.wait_for("waiting:")
         with demo(tmp_path, OTHER_QUESTION) as second:
             second.wait_for("Submitted")
-            assert "started one for this run" not in second.output
+            assert OPENED not in second.output
             first.kill()
             os.kill(pids["worker"], signal.SIGCONT)
-            second.wait_for("the server does not answer: started one for this run")
+            second.wait_for(f"the server does not answer: {OPENED}")
             assert second.wait() == 0
         assert first.wait() == -signal.SIGKILL
     assert "asyncio" in answer(second.output)
@@ -204,6 +209,6 @@ def test_stale_server_address_leads_no_run_to_another_folders_server(tmp_path: P
         left.write_bytes((folders[0] / ".nexum" / "local.db.address").read_bytes())
         code, output = run_demo(folders[1], OTHER_QUESTION)
     assert code == 0
-    assert "started one for this run" in output
+    assert OPENED in output
     assert len(recorded(folders[1])) == 4
     assert not left.exists()

@@ -314,14 +314,14 @@ async def test_recorded_run_starts_its_own_server_beside_a_published_one(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    for module in ("connection", "embedded"):
+    for module in ("connection", "host"):
         monkeypatch.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", address)
     caplog.set_level("INFO")
     async with EmbeddedNexum(None) as nexum:
         assert (nexum.address, nexum.is_published, nexum.embedded) == (address, True, False)
     async with EmbeddedNexum(None, owners=True) as nexum, NexumClient(nexum.address) as client, Owner(client):
         assert (nexum.is_published, nexum.embedded) == (False, True)
-    assert f"{address} is in use: started one for this run on 127.0.0.1:" in caplog.text
+    assert f"{address} is in use: this program opened the database and listens on 127.0.0.1:" in caplog.text
 
 
 def test_command_line_call_prefixes_every_line_and_names_the_way_out_of_a_lost_task(

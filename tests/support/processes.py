@@ -80,7 +80,7 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 def answer(output: str) -> str:
     """Return the final answer in the demo's output."""
-    return output.partition("\n\n")[2].partition("\n[Nexum] session ")[0]
+    return output.partition("\n\n")[2].partition("\n[Nexum] ")[0]
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def submitter(
 
 
 def children(pid: int) -> dict[str, int]:
-    """Return the ids of a process's running children: `server` and `worker`."""
+    """Return the id of a process's running worker by the name `worker`, if it has one."""
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -122,9 +122,8 @@ def children(pid: int) -> dict[str, int]:
             except (OSError, IndexError):
                 continue
             # Until its exec, a forked child still has its parent's command line, so it isn't found yet.
-            for name, part in (("server", b"nexum_engine"), ("worker", b"worker.py")):
-                if parent == pid and part in command:
-                    found[name] = int(folder.name)
+            if parent == pid and b"worker.py" in command:
+                found["worker"] = int(folder.name)
     return found
 
 
@@ -150,12 +149,6 @@ def send(pid: int, number: int) -> None:
 def default_port() -> int:
     """Return the default port of a server."""
     return int(DEFAULT_ADDRESS.rpartition(":")[2])
-
-
-def wait_for_no_server(folder: Path) -> None:
-    """Wait until the folder's embedded server has ended normally."""
-    address = folder / ".nexum" / "local.db.address"
-    wait_until(lambda: not address.exists(), f"{address} is removed", timeout=5)
 
 
 # ---- Records and effects ---------------------------------------------------------------------------------------------

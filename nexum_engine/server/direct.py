@@ -1,0 +1,52 @@
+"""The server's side of calls that come from this process, without gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from google.protobuf.message import Message
+
+from nexum_engine.server.bounds import Received
+from nexum_engine.server.calls import CallContext, Refused
+from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.wire.status import ANSWERED, rpc_error
+
+
+class DirectServer:
+    """A servicer as a LocalServer of nexum_engine/in_process.py. Create it in the servicer's event loop."""
+
+    def __init__(self, servicer: NexumServicer) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._servicer = servicer
+
+    async def call(self, method: str, request: bytes, metadata: Sequence[Any]) -> Message:
+        """Answer a unary call."""
+        with _context(metadata) as context:
+            return await self._servicer.rpcs[method](Received(request), context)
+
+    async def stream(
+        self, method: str, requests: AsyncIterator[Message], metadata: Sequence[Any], answer: Callable[[Message], None]
+    ) -> None:
+        """Call `answer` with each answer of a stream, until the stream is over."""
+        with _context(metadata) as context:
+            async with aclosing(getattr(self._servicer, method)(requests, context)) as answers:
+                async for message in answers:
+                    answer(message)
+
+
+@contextmanager
+def _context(metadata: Sequence[Any]) -> Iterator[CallContext]:
+    context = CallContext(metadata)
+    try:
+        yield context
+    except Refused as refused:
+        trailing = ((ANSWERED, refused.error),) if refused.error else ()
+        raise rpc_error(refused.code, refused.details, trailing) from refused
+    except asyncio.CancelledError:
+        context.is_cancelled = True
+        raise
+    finally:
+        context.end()
