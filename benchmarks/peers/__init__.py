@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from peers.autogen_peer import PlainAutoGen
 from peers.base import Peer
+from peers.dbos_peer import DbosQueue, DbosStep
 from peers.nexum_peer import NexumOwner, NexumSession, NexumWorker, PublishedNexum
 
-ALL: tuple[Peer, ...] = (PlainAutoGen(), NexumOwner(), NexumSession(), NexumWorker(), PublishedNexum())
+ALL: tuple[Peer, ...] = (
+    PlainAutoGen(),
+    NexumOwner(),
+    NexumSession(),
+    DbosStep(postgres=False),
+    DbosStep(postgres=True),
+    NexumWorker(),
+    PublishedNexum(),
+    DbosQueue(postgres=False),
+    DbosQueue(postgres=True),
+)

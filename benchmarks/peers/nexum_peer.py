@@ -112,7 +112,7 @@ class OwnerCaller:
     async def run(self, name: str, calls: int) -> list[Call]:
         """Read the record of the run, and make the calls that it lacks."""
         recorded = {
-            execution.idempotency_key: json.loads(execution.outputs["call"])["result"]
+            execution.idempotency_key: json.loads(execution.outputs()["call"])["result"]
             for execution in await self._client.list_executions(
                 workflow_id=self._workflow.workflow_id, key_prefix=f"{name}/", limit=calls, with_nodes=True
             )
