@@ -9,10 +9,14 @@ process and calls that another process executes are two tables. In each round, e
 own database, is measured, and ends. Every ten calls take turns with ten commits of plain SQLite (synchronous=FULL), the
 unit of all ratios ("c"). strace shows what each peer has written to disk when the caller has its result.
 
-The columns: `calls/s`: 32 runs at the same time. `replay`: a process was killed after 20 recorded calls; from the begin
-of the connection in a new process until the run continues, or until all 20 results are there. `recovery`: from the kill
-of the worker that executes a call to the result by another worker. `start`: from the start of all processes to the first
-result. `MB`: memory of all processes (shared pages are counted once).
+The columns:
+
+- `calls/s`: 32 runs at the same time.
+- `replay`: the caller was killed after 20 recorded calls. From the moment when a new process connects until the run
+  continues (first table), or until it has all 20 results (second table).
+- `recovery`: from the kill of the worker that executes a call until the caller has the result of another worker.
+- `start`: from the start of all processes to the first result.
+- `MB`: memory of all processes; shared pages are counted once.
 """
 
 from __future__ import annotations
@@ -33,13 +37,25 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
 
-from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 from peers import ALL  # noqa: E402
-from peers.base import ARGUMENT_BYTES, FOLDER, IN_FLIGHT, RECORDED, RESULT_BYTES, STOPPED  # noqa: E402
-from peers.base import Call, Group, Peer, again_file, stop_file  # noqa: E402
+from peers.base import (  # noqa: E402
+    ARGUMENT_BYTES,
+    FOLDER,
+    IN_FLIGHT,
+    RECORDED,
+    RESULT_BYTES,
+    STOPPED,
+    Call,
+    Group,
+    Peer,
+    again_file,
+    stop_file,
+)
 from peers.figures import Durable, Row, chart, notes, table  # noqa: E402
 from peers.nexum_peer import PublishedNexum  # noqa: E402
 from peers.processes import Child, PeerFailed, Processes, Trace, kill_pid  # noqa: E402
+
+from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 
 BLOCK = 10  # calls that take turns with as many commits
 WARM_UP = 20  # calls
@@ -234,7 +250,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="compare-", ignore_cleanup_errors=True) as folder:
         if is_in_memory(Path(folder)):
             parser.error(f"{folder} is in memory: name a folder on a disk with --folder")
-        calls, together = (BLOCK, IN_FLIGHT * 2) if args.quick else (args.calls, args.calls * 3 // IN_FLIGHT * IN_FLIGHT)
+        calls, together = (
+            (BLOCK, IN_FLIGHT * 2) if args.quick else (args.calls, args.calls * 3 // IN_FLIGHT * IN_FLIGHT)
+        )
         comparison = Comparison(peers, Path(folder), calls, max(together, IN_FLIGHT))
         rounds = 1 if args.quick else args.rounds
         asyncio.run(comparison.measure(rounds, set_up=not args.quick, strace=True))

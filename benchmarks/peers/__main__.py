@@ -46,7 +46,7 @@ def end_with_stdin(before: Callable[[], None] = lambda: None) -> None:
     """End this process when its standard input closes."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read1():
+        while os.read(0, 4096):
             pass
         before()
         os._exit(0)

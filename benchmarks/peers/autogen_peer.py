@@ -48,11 +48,8 @@ class PlainAutoGen(Peer):
     group = Group.CALLER
     pages = ("https://microsoft.github.io/autogen/stable/user-guide/core-user-guide/components/tools.html",)
     setup = "FunctionTool.run_json. Nothing is stored."
+    imports = ("autogen_core.tools",)
     replays = False
-
-    def load(self) -> None:
-        """Import AutoGen."""
-        function_tool()
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[ToolCaller]:

@@ -1,8 +1,8 @@
 """The unit of work of benchmarks/compare.py, and what each peer provides for it.
 
-The unit of work is one tool call: about 300 bytes of arguments, a tool that does nothing, 1 KB of result. Calls are made
-in runs: a run has a name, and makes its calls one after the other. A run is what the peer calls a session, a workflow or
-a thread, if its calls are executed in the caller's process. Otherwise, it is a loop of independent calls.
+The unit of work is one tool call: about 300 bytes of arguments, a tool that does nothing, 1 KB of result. Calls are
+made in runs: a run has a name, and makes its calls one after the other. A run is what the peer calls a session, a
+workflow or a thread, if its calls are executed in the caller's process. Otherwise, it is a loop of independent calls.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ class Peer(ABC):
     """The pages of the peer's documentation that its configuration follows."""
     setup: str
     """The configuration, in one or two sentences."""
-    modules: tuple[str, ...] = ()
-    """What must be importable."""
+    imports: tuple[str, ...] = ()
+    """What the caller imports before it connects."""
+    needs: tuple[str, ...] = ()
+    """What must be importable beside that."""
     install: str = ""
     """The command that installs it."""
     replays = True
@@ -96,7 +98,7 @@ class Peer(ABC):
 
     def missing(self) -> str | None:
         """Return what has to be installed, or None."""
-        lacks = [module for module in self.modules if importlib.util.find_spec(module) is None]
+        lacks = [module for module in self.imports + self.needs if not _is_importable(module)]
         return f"{self.install} (not importable: {', '.join(lacks)})" if lacks else None
 
     async def serve(self, host: Host) -> Settings:
@@ -109,10 +111,19 @@ class Peer(ABC):
 
     def load(self) -> None:
         """Import what the caller needs. This runs in the caller's process, before `caller`."""
+        for module in self.imports:
+            importlib.import_module(module)
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Run a worker until its process is ended; call `ready` when it can take calls."""
         raise NotImplementedError
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package of a submodule is missing
+        return False
 
 
 async def retried(connect: Callable[[], Awaitable[T]], patience: float = 60.0) -> T:

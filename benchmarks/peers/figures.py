@@ -102,7 +102,17 @@ def _middle(values: Sequence[float]) -> float | None:
     return median(values) if values else None
 
 
-HEADS = ("", "p50 ms", "p99 ms", "p50", f"calls/s at {IN_FLIGHT}", f"replay {RECORDED} ms", "recovery s", "start s", "MB")
+HEADS = (
+    "",
+    "p50 ms",
+    "p99 ms",
+    "p50",
+    f"calls/s at {IN_FLIGHT}",
+    f"replay {RECORDED} ms",
+    "recovery s",
+    "start s",
+    "MB",
+)
 
 
 def table(rows: Sequence[dict[str, Any]], group: Group) -> str:
@@ -193,7 +203,9 @@ def chart(rows: Sequence[dict[str, Any]], note: str) -> str:
         return LABELS + room * log(value / low) / log(high / low)
 
     parts, y = [], 24.0
-    parts.append(_text(10, y, "One durable tool call, median latency in plain SQLite commits (less is better)", bold=True))
+    parts.append(
+        _text(10, y, "One durable tool call, median latency in plain SQLite commits (less is better)", bold=True)
+    )
     for group in Group:
         own = sorted((row for row in shown if row["group"] == group.value), key=lambda row: row["p50_in_commits"])
         if not own:
@@ -217,7 +229,9 @@ def chart(rows: Sequence[dict[str, Any]], note: str) -> str:
             parts.append(_text(end + 6, top + BAR - 5, f"{row['p50_in_commits']:.3g}"))
         y += 16
     y += 22
-    parts.append(_text(10, y, "Green: this project. Outlined: the result was not seen to be on disk when the caller had it."))
+    parts.append(
+        _text(10, y, "Green: this project. Outlined: the result was not seen to be on disk when the caller had it.")
+    )
     y += 16
     parts.append(_text(10, y, note))
     body = "\n".join(parts)

@@ -75,32 +75,18 @@ class LangGraph(Peer):
         "https://docs.langchain.com/oss/python/langgraph/durable-execution",
         "https://reference.langchain.com/python/langgraph.checkpoint.sqlite",
     )
-    modules = ("langgraph", "langgraph.checkpoint.sqlite")
+    imports = ("langgraph.graph", "langgraph.checkpoint.sqlite")
     install = "pip install langgraph langgraph-checkpoint-sqlite"
 
     def __init__(self, durability: str) -> None:
         self._durability = durability
         self.name = f"langgraph-{durability}"
         self.title = f"LangGraph SqliteSaver, durability={durability}"
-        self.setup = (
-            "One thread a run, one step of the graph a call; SqliteSaver (WAL). A new process loads the last checkpoint."
-        )
-
-    def missing(self) -> str | None:
-        """Return what has to be installed, or None."""
-        try:
-            return super().missing()
-        except ModuleNotFoundError:  # a submodule is asked for, and its package is missing
-            return self.install
+        self.setup = "One thread a run, one step of the graph a call; SqliteSaver. A restart loads the last checkpoint."
 
     async def serve(self, host: Host) -> Settings:
         """Name the database."""
         return {"path": str(host.folder / "langgraph.sqlite")}
-
-    def load(self) -> None:
-        """Import LangGraph."""
-        import langgraph.checkpoint.sqlite
-        import langgraph.graph  # noqa: F401
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[GraphCaller]:

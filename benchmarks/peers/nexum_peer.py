@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from peers.autogen_peer import ToolCaller, function_tool
+from peers.autogen_peer import ToolCaller
 from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, tool
 
 
@@ -20,9 +20,7 @@ async def serve(host: Host) -> Settings:
     """Start this project's server."""
     port = host.port("nexum")
     url = f"sqlite:///{host.folder / 'nexum.db'}"
-    await host.program(
-        [sys.executable, "-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--database-url", url]
-    )
+    await host.program([sys.executable, "-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--database-url", url])
     return {"address": f"127.0.0.1:{port}"}
 
 
@@ -49,16 +47,11 @@ class NexumSession(Peer):
     group = Group.CALLER
     pages = ("docs/durable-runs.md",)
     setup = "Server process, SQLite. The call's beginning and its result are recorded, each by a commit."
+    imports = ("durable_autogen", "autogen_core.tools")
 
     async def serve(self, host: Host) -> Settings:
         """Start the server."""
         return await serve(host)
-
-    def load(self) -> None:
-        """Import the libraries."""
-        import durable_autogen  # noqa: F401
-
-        function_tool()
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[SessionCaller]:
@@ -74,14 +67,11 @@ class NexumOwner(Peer):
     group = Group.CALLER
     pages = ("docs/architecture.md#what-is-recorded-and-where",)
     setup = "Server process, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
+    imports = ("nexum_engine.owner",)
 
     async def serve(self, host: Host) -> Settings:
         """Start the server."""
         return await serve(host)
-
-    def load(self) -> None:
-        """Import the engine."""
-        import nexum_engine.owner  # noqa: F401
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[OwnerCaller]:
@@ -160,16 +150,13 @@ class NexumWorker(Peer):
     name = "nexum-worker"
     title = "this project: submit_task and a worker"
     group = Group.WORKER
-    pages = ("docs/your-own-agent.md", "docs/cost.md")
+    pages: tuple[str, ...] = ("docs/your-own-agent.md", "docs/cost.md")
     setup = f"Server process, SQLite; a worker process with concurrency {IN_FLIGHT}; a session file for each run."
+    imports = ("submit_task",)
 
     async def serve(self, host: Host) -> Settings:
         """Start the server."""
         return await serve(host)
-
-    def load(self) -> None:
-        """Import submit_task."""
-        import submit_task  # noqa: F401
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[TaskCaller]:
@@ -193,7 +180,9 @@ class NexumWorker(Peer):
             return tool(argument)
 
         async with NexumClient(settings["address"]) as client:
-            worker = Worker(client, [Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())})], concurrency=IN_FLIGHT)
+            worker = Worker(
+                client, [Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())})], concurrency=IN_FLIGHT
+            )
             ready()
             await worker.run(asyncio.Event())
 

