@@ -84,13 +84,15 @@ class Row:
             "start": _middle(self.starts),
         }
         found |= {f"{key}_ms": None if it is None else round(it * 1000, 3) for key, it in seconds.items()}
-        found |= {f"{key}_in_commits": None if it is None else round(it / commit, 2) for key, it in seconds.items()}
+        found |= {
+            f"{key}_in_commits": None if it is None else float(f"{it / commit:.3g}") for key, it in seconds.items()
+        }
         rate = _middle(self.rates)
         return found | {
             "calls": len(self.calls),
             "commit_ms": round(commit * 1000, 3),
             "calls_per_second": None if rate is None else round(rate, 1),
-            "calls_per_commit_time": None if rate is None else round(rate * commit, 3),
+            "calls_per_commit_time": None if rate is None else float(f"{rate * commit:.3g}"),
             "replayed": min(self.replayed, default=None),
             "memory_mb": None if not self.memory else round(median(self.memory), 1),
             "durable": None if self.durable is None else vars(self.durable),

@@ -7,6 +7,7 @@
   deployments".
 
 A run is a thread, and a call is a step of a graph with one node: from the begin of a node to the begin of the next.
+The last call of a run ends with the run, when all its checkpoints are written.
 """
 
 from __future__ import annotations

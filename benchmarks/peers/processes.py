@@ -67,11 +67,6 @@ class Child:
         self.send(do, **arguments)
         return await self.answer(patience)
 
-    def check(self) -> None:
-        """Raise PeerFailed if the process has ended."""
-        if self._process.returncode is not None:
-            raise PeerFailed(f"{self._what} ended{self._last_words()}")
-
     def _last_words(self) -> str:
         with self._log.open("rb") as log:
             log.seek(max(0, self._log.stat().st_size - LOG_BYTES))
@@ -104,7 +99,6 @@ class Processes:
         self._ports = ports
         self._settings: Settings = {}
         self._children: list[Child] = []
-        self.workers: list[Child] = []
 
     async def __aenter__(self) -> Processes:
         return self
@@ -175,9 +169,7 @@ class Processes:
 
     async def start_worker(self) -> Child:
         """Start a worker process. It is ready when its `answer` is there."""
-        worker = await self._start("worker", "worker", self._peer.name, json.dumps(self._settings))
-        self.workers.append(worker)
-        return worker
+        return await self._start("worker", "worker", self._peer.name, json.dumps(self._settings))
 
     async def start_caller(self) -> Child:
         """Start a caller process. It is ready when its `answer` is there."""

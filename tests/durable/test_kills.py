@@ -45,6 +45,7 @@ def test_killed_run_resumes_to_same_result(killing: Bench, shape: str) -> None:
         ("tests/durable_runs.py", "--long"),
         ("benchmarks/tool_call.py", "--calls"),
         ("benchmarks/durable_run.py", "--only"),
+        ("benchmarks/compare.py", "--only"),
     ],
 )
 def test_script_for_developers_starts_in_any_folder(tmp_path: Path, script: str, option: str) -> None:
