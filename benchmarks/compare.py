@@ -7,11 +7,11 @@
 A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. Calls that are executed in the caller's
 process and calls that another process executes are two tables. In each round, each peer starts its own processes on its
 own database, is measured, and ends. Every ten calls take turns with ten commits of plain SQLite (synchronous=FULL), the
-unit of all ratios ("c"). strace shows what each peer has written to disk when the caller has its result.
+unit of all ratios. strace shows what each peer has written to disk when the caller has its result.
 
 The columns:
 
-- `calls/s`: 32 runs at the same time.
+- `calls`: in a second, or in the time of a commit, with 32 runs at the same time.
 - `replay`: the caller was killed after 20 recorded calls. From the moment when a new process connects until the run
   continues (first table), or until it has all 20 results (second table).
 - `recovery`: from the kill of the worker that executes a call until the caller has the result of another worker.
@@ -51,7 +51,7 @@ from peers.base import (  # noqa: E402
     again_file,
     stop_file,
 )
-from peers.figures import Durable, Row, chart, notes, table  # noqa: E402
+from peers.figures import Durable, Row, chart, notes, tables  # noqa: E402
 from peers.nexum_peer import PublishedNexum  # noqa: E402
 from peers.processes import Child, PeerFailed, Processes, Trace, kill_pid  # noqa: E402
 
@@ -261,10 +261,8 @@ def main() -> int:
         f"{rounds} round(s) of {calls} calls; Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
         f"{platform.system()}, {os.cpu_count()} processors"
     )
-    for group in Group:
-        if any(row["group"] == group.value for row in rows):
-            print(f"{table(rows, group)}\n")
-    print("c: the median of a plain SQLite commit in the same turn, " + _commit_range(rows))
+    print(f"{tables(rows)}\n")
+    print(f"The unit: the median of a plain SQLite commit (synchronous=FULL) in the same turns, {_commit_range(rows)}.")
     print(f"{machine}\n\n{notes(rows)}")
     if args.json is not None:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")

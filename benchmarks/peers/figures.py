@@ -104,67 +104,61 @@ def _middle(values: Sequence[float]) -> float | None:
     return median(values) if values else None
 
 
-HEADS = (
-    "",
-    "p50 ms",
-    "p99 ms",
-    "p50",
-    f"calls/s at {IN_FLIGHT}",
-    f"replay {RECORDED} ms",
-    "recovery s",
-    "start s",
-    "MB",
+Columns = Sequence[tuple[str, str, float]]
+"""Of a table: each column's head, its figure, and what the figure is divided by."""
+RATIOS: Columns = (
+    ("p50", "p50_in_commits", 1),
+    ("p99", "p99_in_commits", 1),
+    (f"calls, {IN_FLIGHT} runs", "calls_per_commit_time", 1),
+    (f"replay of {RECORDED}", "replay_in_commits", 1),
+    ("recovery", "recovery_in_commits", 1),
+    ("start", "start_in_commits", 1),
+)
+RAW: Columns = (
+    ("p50 ms", "p50_ms", 1),
+    ("p99 ms", "p99_ms", 1),
+    (f"calls/s, {IN_FLIGHT} runs", "calls_per_second", 1),
+    (f"replay of {RECORDED} ms", "replay_ms", 1),
+    ("recovery s", "recovery_ms", 1000),
+    ("start s", "start_ms", 1000),
+    ("MB", "memory_mb", 1),
 )
 
 
-def table(rows: Sequence[dict[str, Any]], group: Group) -> str:
-    """Return the rows of a group as a text table."""
-    cells = [[*HEADS, "on disk when the caller has the result"]]
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as text: for each group, a table of ratios and a table of times."""
+    parts = []
+    for group in Group:
+        if own := [row for row in rows if row["group"] == group.value]:
+            parts.append(_table(f"{group.value.upper()}, in plain SQLite commits", own, RATIOS))
+            parts.append(_table(f"{group.value.upper()}, as measured", own, RAW))
+    return "\n\n".join(parts)
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]], columns: Columns) -> str:
+    cells = [["", *(head for head, _, _ in columns), "on disk when the caller has the result"]]
+    failed = []
     for row in rows:
-        if row["group"] != group.value:
-            continue
         if row["failure"] is not None or "p50_ms" not in row:
-            cells.append([row["title"], f"failed: {row['failure']}"])
+            failed.append(f"{row['title']}  failed: {row['failure']}")
             continue
-        cells.append(
-            [
-                row["title"],
-                _number(row["p50_ms"]),
-                _number(row["p99_ms"]),
-                f"{row['p50_in_commits']:.2f} c",
-                _number(row["calls_per_second"]),
-                _replay(row),
-                _number(row["recovery_ms"], 1000),
-                _number(row["start_ms"], 1000),
-                _number(row["memory_mb"]),
-                row["on_disk"],
-            ]
-        )
-    widths = [max(len(line[column]) for line in cells if len(line) > 2) for column in range(len(cells[0]))]
-    lines = [group.value.upper()]
-    for line in cells:
-        first, *rest = line
-        if len(line) == 2:
-            lines.append(f"{first:<{widths[0]}}  {rest[0]}")
-            continue
-        *numbers, last = rest
+        numbers = [_number(row[figure], divisor) for _, figure, divisor in columns]
+        lost = row["replayed"] is not None and row["replayed"] < RECORDED
+        kept = f"; after a kill, {row['replayed']} of {RECORDED} were kept" if lost else ""
+        cells.append([row["title"], *numbers, row["on_disk"] + kept])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [title]
+    for first, *numbers, last in cells:
         middle = "".join(f"  {text:>{width}}" for text, width in zip(numbers, widths[1:-1], strict=True))
         lines.append(f"{first:<{widths[0]}}{middle}  {last}")
-    return "\n".join(lines)
-
-
-def _replay(row: dict[str, Any]) -> str:
-    if row["replay_ms"] is None:
-        return "-"
-    lost = "" if row["replayed"] == RECORDED else f" ({row['replayed']} kept)"
-    return _number(row["replay_ms"]) + lost
+    return "\n".join(lines + failed)
 
 
 def _number(value: float | None, divisor: float = 1) -> str:
     if value is None:
         return "-"
     value /= divisor
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> str:
