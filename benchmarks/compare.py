@@ -132,7 +132,7 @@ class Comparison:
             if number:
                 row.starts.append(first[-1].ended - began)
             await run(caller, f"warm-{number}", WARM_UP)
-            if trace:
+            if trace and peer.is_whole:
                 row.durable = await self._trace(processes, caller)
             if not number:
                 return
@@ -141,7 +141,7 @@ class Comparison:
                 row.commits += self._plain.make(BLOCK)
             seconds = await caller.ask("together", name=f"together-{number}", calls=self._together)
             row.rates.append(self._together / seconds)
-            if (memory := processes.memory()) is not None:
+            if peer.is_whole and (memory := processes.memory()) is not None:
                 row.memory.append(memory)
             if peer.replays:
                 measure = self._replay_run if peer.group is Group.CALLER else self._replay_calls

@@ -91,6 +91,8 @@ class Peer(ABC):
     """What must be importable beside that."""
     install: str = ""
     """The command that installs it."""
+    is_whole = True
+    """Whether the benchmark starts all its processes. Otherwise, neither fsyncs nor memory are looked at."""
     replays = True
     """Whether a new process can get recorded results."""
     restarts_worker = False

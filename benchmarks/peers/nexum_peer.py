@@ -194,6 +194,7 @@ class PublishedNexum(NexumWorker):
     title = "published Nexum server, this project's caller and worker"
     pages = ("docs/wire.md#with-a-published-server",)
     setup = "The server that --published names; its own database; the worker polls every 0.1 s, one poll at a time."
+    is_whole = False
     address = ""
 
     async def serve(self, host: Host) -> Settings:
