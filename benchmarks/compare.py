@@ -102,7 +102,7 @@ class Comparison:
         self._plain = PlainCommits(folder)
         self._ports: dict[str, dict[str, int]] = {peer.name: {} for peer in peers}
 
-    async def measure(self, rounds: int, *, set_up: bool, strace: bool) -> None:
+    async def measure(self, rounds: int, *, set_up: bool) -> None:
         """Let the peers take turns. A peer that fails once has no more turns."""
         for number in range(0 if set_up else 1, rounds + 1):
             for peer, row in self.rows.items():
@@ -110,7 +110,7 @@ class Comparison:
                     continue
                 tell(f"{f'round {number} of {rounds}' if number else 'setting up'}: {peer.name}")
                 try:
-                    await self._turn(peer, row, number, trace=strace and row.durable is None)
+                    await self._turn(peer, row, number, trace=row.durable is None)
                 except PeerFailed as error:
                     row.failure = str(error)
                     tell(f"{peer.name} failed: {error}")
@@ -255,7 +255,7 @@ def main() -> int:
         )
         comparison = Comparison(peers, Path(folder), calls, max(together, IN_FLIGHT))
         rounds = 1 if args.quick else args.rounds
-        asyncio.run(comparison.measure(rounds, set_up=not args.quick, strace=True))
+        asyncio.run(comparison.measure(rounds, set_up=not args.quick))
     rows = [row.figures() for row in comparison.rows.values()]
     machine = (
         f"{rounds} round(s) of {calls} calls; Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
