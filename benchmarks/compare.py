@@ -137,8 +137,8 @@ class Comparison:
             if not number:
                 return
             for block in range(self._calls // BLOCK):
-                row.calls += [call.ended - call.began for call in await run(caller, f"one-{number}-{block}", BLOCK)]
-                row.commits += self._plain.make(BLOCK)
+                made = await run(caller, f"one-{number}-{block}", BLOCK)
+                row.add([call.ended - call.began for call in made], self._plain.make(BLOCK))
             seconds = await caller.ask("together", name=f"together-{number}", calls=self._together)
             row.rates.append(self._together / seconds)
             if peer.is_whole and (memory := processes.memory()) is not None:

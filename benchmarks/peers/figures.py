@@ -10,7 +10,7 @@ from typing import Any
 
 from peers.base import IN_FLIGHT, RECORDED, Call, Group, Peer
 
-OURS = ("nexum-", "published")
+OURS = "nexum-"
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Row:
     calls: list[float] = field(default_factory=list)
     commits: list[float] = field(default_factory=list)
     """Plain SQLite commits, made in turn with the calls."""
+    blocks: list[float] = field(default_factory=list)
+    """How many commits a call takes: the medians of each block of calls and of the commits beside it."""
     rates: list[float] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
@@ -61,6 +63,12 @@ class Row:
     memory: list[float] = field(default_factory=list)
     durable: Durable | None = None
     failure: str | None = None
+
+    def add(self, calls: Sequence[float], commits: Sequence[float]) -> None:
+        """Add a block of calls and the commits beside it."""
+        self.calls += calls
+        self.commits += commits
+        self.blocks.append(median(calls) / median(commits))
 
     def figures(self) -> dict[str, Any]:
         """Return the row as JSON: milliseconds, and ratios to the commit."""
@@ -87,6 +95,8 @@ class Row:
         found |= {
             f"{key}_in_commits": None if it is None else float(f"{it / commit:.3g}") for key, it in seconds.items()
         }
+        low, middle, high = quantiles(self.blocks, n=4) if len(self.blocks) > 1 else self.blocks * 3
+        found |= {"p50_in_commits": float(f"{middle:.3g}"), "middle_half": f"{low:.3g} to {high:.3g}"}
         rate = _middle(self.rates)
         return found | {
             "calls": len(self.calls),
@@ -108,6 +118,7 @@ Columns = Sequence[tuple[str, str, float]]
 """Of a table: each column's head, its figure, and what the figure is divided by."""
 RATIOS: Columns = (
     ("p50", "p50_in_commits", 1),
+    ("middle half", "middle_half", 1),
     ("p99", "p99_in_commits", 1),
     (f"calls, {IN_FLIGHT} runs", "calls_per_commit_time", 1),
     (f"replay of {RECORDED}", "replay_in_commits", 1),
@@ -154,9 +165,11 @@ def _table(title: str, rows: Sequence[dict[str, Any]], columns: Columns) -> str:
     return "\n".join(lines + failed)
 
 
-def _number(value: float | None, divisor: float = 1) -> str:
+def _number(value: float | str | None, divisor: float = 1) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     value /= divisor
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -200,7 +213,12 @@ def chart(rows: Sequence[dict[str, Any]], note: str) -> str:
 
     parts, y = [], 24.0
     parts.append(
-        _text(10, y, "One durable tool call, median latency in plain SQLite commits (less is better)", bold=True)
+        _text(
+            10,
+            y,
+            "One durable tool call, median latency in plain SQLite commits (logarithmic; less is better)",
+            bold=True,
+        )
     )
     for group in Group:
         own = sorted((row for row in shown if row["group"] == group.value), key=lambda row: row["p50_in_commits"])
