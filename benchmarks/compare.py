@@ -233,7 +233,15 @@ def chosen(only: Sequence[str], published: str | None) -> list[Peer]:
 def main() -> int:
     """Run the comparison from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", action="append", default=[], choices=[peer.name for peer in ALL], metavar="NAME")
+    names = [peer.name for peer in ALL]
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        choices=names,
+        metavar="NAME",
+        help=f"measure only this row; may be given several times: {', '.join(names)}",
+    )
     parser.add_argument("--rounds", type=count(), default=5, help="number of rounds (default: %(default)s)")
     parser.add_argument("--calls", type=count(), default=200, help="calls one by one in a round (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round of a few calls, to see whether it works")
@@ -244,11 +252,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.calls < BLOCK:
         parser.error(f"give at least {BLOCK} calls")
+    if args.folder is not None and not args.folder.is_dir():
+        parser.error(f"{args.folder} is not a folder")
     peers = chosen(args.only, args.published)
     if not peers:
         parser.error("no peer is left to be measured")
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="compare-", ignore_cleanup_errors=True) as folder:
-        if is_in_memory(Path(folder)):
+        if is_in_memory(Path(folder)) and not args.quick:
             parser.error(f"{folder} is in memory: name a folder on a disk with --folder")
         calls, together = (
             (BLOCK, IN_FLIGHT * 2) if args.quick else (args.calls, args.calls * 3 // IN_FLIGHT * IN_FLIGHT)

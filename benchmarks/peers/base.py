@@ -13,10 +13,12 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -103,6 +105,12 @@ class Peer(ABC):
         lacks = [module for module in self.imports + self.needs if not _is_importable(module)]
         return f"{self.install} (not importable: {', '.join(lacks)})" if lacks else None
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the installed packages that the peer uses."""
+        names = {module.partition(".")[0] for module in self.imports + self.needs}
+        packages = {package for name in names for package in _packages().get(name, ())}
+        return {package: version(package) for package in sorted(packages)}
+
     async def serve(self, host: Host) -> Settings:
         """Start the peer's servers; return the settings of its other processes."""
         return {}
@@ -119,6 +127,11 @@ class Peer(ABC):
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Run a worker until its process is ended; call `ready` when it can take calls."""
         raise NotImplementedError
+
+
+@cache
+def _packages() -> Mapping[str, Sequence[str]]:
+    return packages_distributions()  # slow: it reads the lists of files of all packages
 
 
 def _is_importable(module: str) -> bool:

@@ -78,12 +78,13 @@ class Row:
             "group": self.peer.group.value,
             "setup": self.peer.setup,
             "pages": list(self.peer.pages),
+            "versions": self.peer.versions(),
             "failure": self.failure,
         }
         if not self.calls:
             return found
         commit = median(self.commits)
-        cuts = quantiles(self.calls, n=100)
+        cuts = quantiles(self.calls, n=100, method="inclusive")
         seconds = {
             "p50": cuts[49],
             "p99": cuts[98],
@@ -95,7 +96,7 @@ class Row:
         found |= {
             f"{key}_in_commits": None if it is None else float(f"{it / commit:.3g}") for key, it in seconds.items()
         }
-        low, middle, high = quantiles(self.blocks, n=4) if len(self.blocks) > 1 else self.blocks * 3
+        low, middle, high = quantiles(self.blocks, n=4, method="inclusive") if len(self.blocks) > 1 else self.blocks * 3
         found |= {"p50_in_commits": float(f"{middle:.3g}"), "middle_half": f"{low:.3g} to {high:.3g}"}
         rate = _middle(self.rates)
         return found | {
@@ -181,6 +182,8 @@ def notes(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"{row['title']} [{row['name']}]")
         lines.append(f"    {row['setup']}")
         lines += [f"    {page}" for page in row["pages"]]
+        if row["versions"]:
+            lines.append("    " + ", ".join(f"{name} {version}" for name, version in row["versions"].items()))
         if seen := row.get("durable"):
             files = ", ".join(seen["files"][:4]) or "none"
             lines.append(

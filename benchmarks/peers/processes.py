@@ -224,7 +224,7 @@ def kill_pid(pid: int) -> None:
 
 
 class Trace:
-    """The fsyncs of some processes, seen by strace."""
+    """The fsyncs of some processes, seen by strace. It doesn't see writes with O_DSYNC, and none of io_uring."""
 
     CALLS = "fsync,fdatasync,msync,sync_file_range,syncfs"
     _WHOLE = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((\d+<([^>]*)>)?.* = 0 <(\d+\.\d+)>$")
