@@ -166,7 +166,7 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    await writing  # the file is written while the tool runs
+                    await writing  # the file is written while a longer call runs
             except ExecutionNotFound as gone:
                 # Start the call again: somebody replaced the server or its database, perhaps while this call waited.
                 if not deadline.left:

@@ -28,8 +28,6 @@ import argparse
 import asyncio
 import gc
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -48,7 +46,7 @@ from autogen_agentchat.messages import TextMessage, ToolCallRequestEvent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import FunctionCall
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage, ModelInfo, RequestUsage
-from floor import ROOT, nexum_server, one_by_one, open_floor
+from floor import ROOT, machine, machine_text, nexum_server, one_by_one, open_floor
 from pydantic import BaseModel
 
 SCRIPT = str(Path(__file__).resolve())
@@ -336,9 +334,7 @@ async def measure(
                     floors += await one_by_one(one_floor, FLOORS)
     floor_ms = median(floors) * 1000
     return {
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        **machine(),
         "rounds": rounds,
         "replies": replies,
         "floor": "2 commits" if without_server else "2 commits + 2 echoes",
@@ -433,10 +429,9 @@ def table(found: dict[str, Any]) -> str:
         f"{what:<58}{limit:>9}{value:>10}{'' if value <= limit else '   missed'}"
         for what, limit, value in goals(found["cases"])
     ]
-    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
     lines += [
         "",
-        f"{found['rounds']} round(s), medians; Python {found['python']}, {found['processors']} processors{load}",
+        f"{found['rounds']} round(s), medians; {machine_text(found)}",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The floor under a call, and what the benchmarks share: child processes, and the measuring of many calls.
+"""The floor under a call, and what the benchmarks share: child processes, measuring many calls, naming the machine.
 
 The **floor** is two committed transactions of two statements (plain sqlite3, one connection, synchronous=FULL) and two
 gRPC echo round trips between processes (raw bytes).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import re
 import sqlite3
 import subprocess
@@ -29,7 +30,7 @@ ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quot
 RESULT = "y" * 1024
 _ECHO = "/benchmark.Echo/Echo"
 
-Measured = Callable[[], Awaitable[object]]
+Call = Callable[[], Awaitable[object]]
 
 
 class Plain:
@@ -62,7 +63,7 @@ class Plain:
 
 
 class Floor:
-    """The measures of the floor. Each of its methods is one call."""
+    """The floor and its parts. Each method makes one call."""
 
     def __init__(self, folder: Path, channel: grpc.aio.Channel) -> None:
         self._plain = Plain(folder / "floor.db")
@@ -180,7 +181,7 @@ async def nexum_server(folder: Path) -> AsyncIterator[Child]:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-async def one_by_one(call: Measured, times: int) -> list[float]:
+async def one_by_one(call: Call, times: int) -> list[float]:
     """Make the calls one after the other; return the seconds of each."""
     seconds = []
     for _ in range(times):
@@ -190,7 +191,7 @@ async def one_by_one(call: Measured, times: int) -> list[float]:
     return seconds
 
 
-async def per_second(call: Measured, times: int) -> float:
+async def per_second(call: Call, times: int) -> float:
     """Make the calls with 32 in flight; return the number of calls a second."""
     left = iter(range(times))
 
@@ -201,6 +202,21 @@ async def per_second(call: Measured, times: int) -> float:
     start = time.perf_counter()
     await asyncio.gather(*(keep_calling() for _ in range(IN_FLIGHT)))
     return times / (time.perf_counter() - start)
+
+
+def machine() -> dict[str, Any]:
+    """Return what a benchmark's figures say about this machine."""
+    return {
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+    }
+
+
+def machine_text(found: dict[str, Any]) -> str:
+    """Return the machine in a benchmark's figures as text."""
+    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
+    return f"Python {found['python']}, {found['processors']} processors{load}"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/start_up.py --json
 
 Each run is a new process in a new folder, offline, so it starts its own server and workers. A moment is the time until
-a line of output; `end` is the end of the process. The CPU time is that of all processes that the run has started; it
-says more than the times on a busy machine. To compare machines, compare the ratios.
+a line of output; `end` is the end of the process. The CPU time is that of all processes of the run: on a busy machine,
+it says more than the times. To compare machines, compare the ratios.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from floor import ROOT
+from floor import ROOT, machine, machine_text
 
 sys.path.insert(0, str(ROOT))
 
@@ -89,9 +88,7 @@ def measure(rounds: int, versions: list[Path]) -> dict[str, Any]:
                 for moment, seconds in run([str(version / command[0]), *command[1:]], moments).items():
                     found[f"{case}{at}: {moment}"].append(seconds)
     return {
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+        **machine(),
         "rounds": rounds,
         "seconds": {name: round(median(seconds), 3) for name, seconds in found.items()},
     }
@@ -105,11 +102,7 @@ def table(found: dict[str, Any]) -> str:
     for name, seconds in medians.items():
         unit = medians[f"{PASS}: {CPU if name.endswith(CPU) else END}"]
         lines.append(f"{name:<{width}}{seconds:>10.3f}{f'{seconds / unit:.0f}' if unit else '':>24}")
-    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
-    lines += [
-        "",
-        f"{found['rounds']} rounds, medians; Python {found['python']}, {found['processors']} processors{load}",
-    ]
+    lines += ["", f"{found['rounds']} rounds, medians; {machine_text(found)}"]
     return "\n".join(lines)
 
 

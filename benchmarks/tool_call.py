@@ -25,7 +25,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import sqlite3
 import sys
 import tempfile
@@ -37,7 +36,20 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from floor import ARGUMENT, IN_FLIGHT, RESULT, ROOT, Floor, nexum_server, one_by_one, open_floor, per_second, process
+from floor import (
+    ARGUMENT,
+    IN_FLIGHT,
+    RESULT,
+    ROOT,
+    Floor,
+    machine,
+    machine_text,
+    nexum_server,
+    one_by_one,
+    open_floor,
+    per_second,
+    process,
+)
 
 SCRIPT = str(Path(__file__).resolve())
 sys.path.insert(0, str(ROOT))
@@ -207,10 +219,8 @@ def figures(seconds: Seconds, rates: Seconds, cpu: dict[str, float]) -> dict[str
     floor, bare, commit = ms["floor"]["p50"], ms["bare_limit"]["p50"], ms["commits"]["p50"] / 2
     rate = {name: round(median(found)) for name, found in rates.items()}
     return {
-        "python": platform.python_version(),
+        **machine(),
         "sqlite": sqlite3.sqlite_version,
-        "processors": os.cpu_count(),
-        "load": [round(one, 1) for one in os.getloadavg()] if hasattr(os, "getloadavg") else [],
         "calls": calls,
         "ms": ms,
         "in_floors": {name: ratios(spread, floor) for name, spread in ms.items()},
@@ -259,7 +269,6 @@ def table(found: dict[str, Any]) -> str:
         ratio = f"{floors[key]['p50']:>9.2f}{p99}{bare[key]['p50']:>12.2f}{commits[key]['p50']:>10.1f}"
         lines.append(f"{name:<32}{times}    {ratio}")
     rate, of_echo, cpu = found["per_second"], found["of_echoes_per_second"], found["cpu_ms_of_a_call"]
-    load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
     lines += [
         "",
         f"{IN_FLIGHT} in flight: {rate['worker']:,} calls/s through a worker ({of_echo['worker']:.1%} of "
@@ -273,8 +282,7 @@ def table(found: dict[str, Any]) -> str:
             for what, most, limit, value in goals(found)
         ),
         "",
-        f"{found['calls']:,} calls on each path; Python {found['python']}, SQLite {found['sqlite']}, "
-        f"{found['processors']} processors{load}",
+        f"{found['calls']:,} calls on each path; SQLite {found['sqlite']}, {machine_text(found)}",
     ]
     return "\n".join(lines)
 

@@ -133,8 +133,8 @@ async def serve(args: argparse.Namespace) -> None:
 
     def on_ready(address: str, database: str) -> None:
         _say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
-        # Leave the 60,000 objects of the imports out of the garbage collector's full runs. A run stops the event loop,
-        # for about 1 ms for each 2,500 objects.
+        # Exclude the 60,000 objects of the imports from full garbage collections. One stops the event loop for about
+        # 1 ms for each 2,500 objects.
         gc.collect()
         gc.freeze()
 

@@ -1,4 +1,4 @@
-"""The clock of the engine, and waiting with a time limit. Tests use a ManualClock: they need not wait."""
+"""The clock of the engine, and a wait with a time limit. Tests move a ManualClock instead of waiting."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ManualClock:
 async def wait_until_set(event: asyncio.Event, seconds: float) -> bool:
     """Wait until the event is set, but at most `seconds`. Return whether it is set.
 
-    asyncio.wait_for loses a cancellation that comes in the same turn of the event loop as the result, on Python 3.10
-    and 3.11: the task that was cancelled would run on.
+    On Python 3.10 and 3.11, asyncio.wait_for loses a cancellation that comes in the same turn of the event loop as the
+    result: the cancelled task would run on.
     """
     waiting = asyncio.ensure_future(event.wait())
     try:

@@ -82,8 +82,8 @@ class Connection:
     def _latest(self) -> Channel:
         if not self._channels:
             raise ServerUnavailable(
-                f"no running Nexum server has {self._database} open: start one in its folder with "
-                "python -m nexum_engine"
+                f"no running Nexum server has {self._database} open: start one with "
+                f"python -m nexum_engine --database-url sqlite:///{self._database}"
             )
         return self._channels[-1]
 
@@ -127,7 +127,7 @@ class Connection:
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
         if isinstance(answer, NotANexumServer):
-            # A server of this folder may still be started, on another port. So a worker waits for it.
+            # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
             raise ServerUnavailable(
                 f"no running Nexum server has {database} open, and another program listens on {DEFAULT_ADDRESS}: "
                 "start a server on a free port, with python -m nexum_engine --else-free-port"

@@ -30,7 +30,7 @@ def _library() -> ModuleType:
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run `main` as asyncio.run does.
 
-    uvloop takes a fifth off the processor time of a server and a worker that make one call after the other.
+    With uvloop, a server and a worker need a fifth less CPU time for calls that are made one after the other.
     """
     result: T = _library().run(main)
     return result

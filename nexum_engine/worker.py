@@ -277,7 +277,7 @@ class Worker:
         task = await self._answer(self._poll())
         if task is None:
             return None
-        # Name the task from now on. The slot may still be waiting for the answer to its report.
+        # Heartbeats name the task from now on, even while the slot waits for the answer to its last report.
         self._heartbeat.hold(task.task_id)
         return _Work(task, requested)
 
@@ -316,7 +316,7 @@ class Worker:
     async def _hold(self, work: _Work) -> asyncio.Task[_Work | None] | None:
         """Run and report the task, unless this process runs its node already. Return the slot's next poll, if it began.
 
-        The next poll begins together with the report, so that both are one message.
+        The next poll begins together with the report, so that one message has both.
         """
         node = work.task.execution_id, work.task.node_id
         running = self._at_work.get(node)
@@ -467,7 +467,7 @@ class Worker:
         reporting = asyncio.create_task(self._answer(report_newest()))
         self._reports.add(reporting)
         reporting.add_done_callback(self._reports.discard)
-        # Call `after_report` before the next poll. Poll a published server only when no other call is under way.
+        # With `after_report`, or with a published server, the next poll begins only after the answer to the report.
         may_poll = self._streams and self._after_report is None and not self._told_to_stop.is_set()
         polling = self._begin_poll() if may_poll else None
         try:

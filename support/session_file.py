@@ -158,7 +158,7 @@ class SessionFile:
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write what isn't written yet. Another thread may have written this call's entry together with its own."""
+        """Write the entries that aren't written yet, also those of other threads. If `new`, write even without any."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

@@ -12,7 +12,7 @@ from harness import Server, nexum_server
 
 from nexum_engine.event_loop import CHOICE
 
-# Test on the event loop that most users have. Tests with uvloop remove this setting.
+# Test on the event loop that most users have: uvloop is optional. Tests with uvloop remove this setting.
 os.environ[CHOICE] = "asyncio"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from math import log
 from statistics import median, quantiles
 from typing import Any
 
@@ -210,8 +211,6 @@ def chart(rows: Sequence[dict[str, Any]], note: str) -> str:
     room = WIDTH - LABELS - 70
 
     def x(value: float) -> float:
-        from math import log
-
         return LABELS + room * log(value / low) / log(high / low)
 
     parts, y = [], 24.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -201,8 +201,8 @@ def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
     }
 
 
-def add_servicer(servicer: Any, rpcs: Mapping[str, Rpc], server: grpc.aio.Server) -> None:
-    """Register the unary RPCs, and the servicer's streams. A stream's messages are checked as requests are."""
+def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
+    """Register the unary RPCs in `servicer.rpcs`, and the servicer's streams. The size of each message is checked."""
     handlers: dict[str, Any] = {}
     for method in _SERVICE.methods:
         name = method.name
@@ -211,7 +211,7 @@ def add_servicer(servicer: Any, rpcs: Mapping[str, Rpc], server: grpc.aio.Server
             streaming = _streaming(getattr(servicer, name), getattr(pb, method.input_type.name), _limit(name))
             handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, Received, serializer)
         else:
-            handlers[name] = grpc.unary_unary_rpc_method_handler(rpcs[name], Received, serializer)
+            handlers[name] = grpc.unary_unary_rpc_method_handler(servicer.rpcs[name], Received, serializer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
 
 

@@ -1,4 +1,4 @@
-"""Calls that are not gRPC calls of their own: they come on a `Calls` stream."""
+"""Answer the calls that clients make on `Calls` streams."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import grpc
 from nexum_engine.errors import InvalidRequest, Overloaded
 from nexum_engine.server.bounds import MAX_CALLS, Received, Rpc
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED
 
 PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
 UNSENT_PARTS = 16
-"""How many parts of answers a stream holds for its client. Further answers wait until the client has read these."""
+"""How many unsent parts of answers a stream holds. Further parts wait until some of these are sent."""
 
 
 class Refused(Exception):
@@ -98,7 +99,7 @@ class _Stream:
         self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
         self._unsent: list[pb.CallFrame] = []
         self._has_news = asyncio.Event()
-        """Set when a frame can be sent, or the stream may be over."""
+        """Set when a frame can be sent, and when the stream may be over."""
         self._room = asyncio.Semaphore(UNSENT_PARTS)  # serves the calls in turn
         self._is_finishing = False
 
@@ -149,15 +150,11 @@ class _Stream:
         self._has_news.set()
 
     async def next_answers(self) -> list[pb.CallFrame]:
-        """Wait for answers, and return those that fit into a message. Return an empty list when the stream is over."""
+        """Wait for answers, and return the next message's. Return an empty list when the stream is over."""
         while not self._unsent and not (self._is_finishing and not self._calls):
             self._has_news.clear()
             await self._has_news.wait()
-        size = count = 0
-        while count < len(self._unsent) and size < PART_BYTES:
-            size += len(self._unsent[count].message)
-            count += 1
-        frames, self._unsent = self._unsent[:count], self._unsent[count:]
+        frames = take_batch(self._unsent)
         for _ in frames:
             self._room.release()
         return frames

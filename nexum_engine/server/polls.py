@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from typing import Any
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import NexumError
@@ -107,7 +108,7 @@ class Polls:
             self._remove(poll)
             if poll.claim is not None:
                 # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
-                self.release(poll.claim)
+                self._begin_release(self._release_claimed(poll.claim))
 
     def _may_be_due(self, version_hashes: tuple[str, ...]) -> bool:
         return any(self._due.get(version_hash) != 0 for version_hash in version_hashes)
@@ -144,14 +145,13 @@ class Polls:
             timer.cancel()
             poll.idle = None
 
-    def _submit_claim(self, poll: _WaitingPoll) -> asyncio.Future[Claim]:
+    def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.missed = False
         lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = asyncio.ensure_future(
             self._store.run(tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
         )
         poll.claim.add_done_callback(partial(self._count, poll))
-        return poll.claim
 
     def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
         """Update the number of due tasks after a claim.
@@ -239,34 +239,32 @@ class Polls:
             poll.leaving = True
             poll.wake()
 
-    def give_back(self, task: Task) -> None:
+    def release(self, task: Task) -> None:
         """Release a task that was not sent, because the worker's call was cancelled."""
-        done: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
-        done.set_result(Claim(task))
-        self.release(done)
+        self._begin_release(self._release(task))
 
-    def release(self, claim: Awaitable[Claim]) -> None:
-        """Release the task that a claim takes, because the worker's call was cancelled."""
+    def _begin_release(self, release: Coroutine[Any, Any, None]) -> None:
+        releasing = asyncio.create_task(release)
+        self._releases.add(releasing)
+        releasing.add_done_callback(self._releases.discard)
 
-        async def release() -> None:
-            try:
-                task = (await claim).task
-            except Exception:  # noqa: BLE001 - the call that submitted the claim gets this error
-                return
-            if task is None:
-                return
-            try:
-                changed = await self._store.run(
-                    tasks.release, task.task_id, "the worker's call was cancelled before the task reached it"
-                )
-            except NexumError:
-                return  # the task may still be handed out: its lease will run out
-            for ready in changed.ready:
-                self.task_ready(ready)
+    async def _release_claimed(self, claim: Awaitable[Claim]) -> None:
+        try:
+            task = (await claim).task
+        except Exception:  # noqa: BLE001 - it took no task, or the task's lease will run out
+            return
+        if task is not None:
+            await self._release(task)
 
-        running = asyncio.ensure_future(release())
-        self._releases.add(running)
-        running.add_done_callback(self._releases.discard)
+    async def _release(self, task: Task) -> None:
+        try:
+            changed = await self._store.run(
+                tasks.release, task.task_id, "the worker's call was cancelled before the task reached it"
+            )
+        except NexumError:
+            return  # the task may still be handed out: its lease will run out
+        for ready in changed.ready:
+            self.task_ready(ready)
 
     def look_again(self) -> None:
         """Make every waiting poll claim again: it is unknown whether earlier transactions were stored."""

@@ -149,7 +149,7 @@ async def _bind(
         address = f"{address.rpartition(':')[0]}:0"
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
-        add_servicer(servicer, servicer.rpcs, server)
+        add_servicer(servicer, server)
         try:
             return server, server.add_insecure_port(address)
         except RuntimeError as error:

@@ -27,7 +27,7 @@ from nexum_engine.store import Store, executions, tasks
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
-from nexum_engine.wire.multiplexed import OPENED
+from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.wire.status import ANSWERED, status_of
 from nexum_engine.workflow import check_id
@@ -217,7 +217,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
-        worker_id, versions, max_bytes = _asked(request)
+        worker_id, versions, max_bytes = _checked_poll(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
         task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
         return await self._hand_out(task, context)
@@ -231,10 +231,10 @@ class NexumServicer(NexumServiceServicer):
             if not task.input_json:
                 task = replace(task, input_json=await self._store.run(tasks.task_input, task.task_id))
         except BaseException:
-            self._polls.give_back(task)
+            self._polls.release(task)
             raise
         if context.cancelled():
-            self._polls.give_back(task)
+            self._polls.release(task)
         return _task_message(task)
 
     @_rpc
@@ -414,8 +414,8 @@ def _wait_seconds(wait_ms: int) -> float:
     return min(wait_ms, MAX_WAIT_MS) / 1000
 
 
-def _asked(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
-    """Return a poll's worker id, its versions and the size in bytes of the largest task that the worker can receive."""
+def _checked_poll(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
+    """Return a poll's worker id, its versions, and the largest task in bytes that the worker can receive."""
     check_id(request.worker_id, "worker_id")
     if len(request.more_version_hashes) >= MAX_VERSIONS:
         raise InvalidRequest(

@@ -112,7 +112,7 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 
 @dataclass(frozen=True)
 class OwnedResult:
-    """The result of a node that its owner sends with the start. `output_json` was checked."""
+    """A node's result that its owner sends with the start. `output_json` is valid JSON."""
 
     owner: str
     streamed: bool
@@ -171,9 +171,9 @@ def start_execution(
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
     for position, node in enumerate(definition.values()):
         ready = not node.dependencies
+        number = node_number(added["sequence"], position)
         fields = {
-            "execution": added["sequence"],
-            "position": position,
+            "node": number,
             "node_id": node.node_id,
             "node_type": node.node_type.value,
             "dependencies": json.dumps(node.dependencies),
@@ -192,7 +192,7 @@ def start_execution(
             db.run(
                 "add_recorded_node",
                 **fields,
-                task_id=new_task_id(node_number(added["sequence"], position)),
+                task_id=new_task_id(number),
                 worker_id=result.owner,
                 streamed=int(result.streamed),
                 now=db.now_ms,
@@ -330,8 +330,8 @@ def end_execution(
 ) -> Execution:
     """End the running execution with the number `execution`, and its unfinished nodes. Return the ended execution.
 
-    An execution with large payloads is returned without its input and nodes. A waiting caller reads them. If the
-    execution has one node, and it is short, give it as `only_node`: this saves three queries.
+    An execution with large payloads is returned without its input and nodes. A waiting caller reads them. Give the
+    only node of an execution, unless its output is large, as `only_node`: this saves three queries.
     """
     row = db.one(
         "end_execution",

@@ -20,7 +20,7 @@ def random_part() -> str:
 
 
 def node_number(execution: int, position: int) -> int:
-    """Return the number of a node, as queries.sql makes it."""
+    """Return the number of a node. queries.sql relies on this form."""
     return 1000 * execution + position
 
 

@@ -1,5 +1,5 @@
 -- Every query of the store, by name. A dialect's module has what differs for its database.
--- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999.
+-- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -15,7 +15,8 @@ INSERT INTO workflow_versions (workflow_id, version_hash, ir_json, compatibility
 VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
 -- name: versions
--- A workflow's latest versions, the latest first, each with its running executions. These have READY or RUNNING nodes.
+-- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
+-- has a READY or RUNNING node.
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
 FROM workflow_versions
 LEFT JOIN (SELECT nodes.version_hash AS of_version, count(DISTINCT execution) AS running
@@ -24,7 +25,7 @@ LEFT JOIN (SELECT nodes.version_hash AS of_version, count(DISTINCT execution) AS
 WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 
 -- name: former_id
--- The row of an id that an earlier version made.
+-- The number of the row whose id an earlier version made.
 SELECT number FROM former_ids WHERE id = :id;
 
 -- name: execution_of_key
@@ -46,24 +47,25 @@ RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
 -- name: add_node
 -- Add a node to a new execution.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned)
-VALUES (1000 * :execution + :position, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms,
-        :task_bytes, :owned);
+VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms, :task_bytes, :owned);
 
 -- name: add_recorded_node
 -- Add a node to a new execution together with its only attempt, which has a result.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, task_bytes, attempts, owned, task_id,
                    worker_id, streamed, started_ms, ended_ms, outcome, lease_loss, output_json)
-VALUES (1000 * :execution + :position, :node_id, :node_type, :dependencies, :version_hash, 'COMPLETED', :task_bytes, 1,
-        :owned, :task_id, :worker_id, :streamed, :now, :now, 'COMPLETED', 'EXPIRED', :output_json);
+VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, 'COMPLETED', :task_bytes, 1, :owned, :task_id,
+        :worker_id, :streamed, :now, :now, 'COMPLETED', 'EXPIRED', :output_json);
 
 -- name: execution
 -- One execution.
-SELECT sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms, error
+SELECT sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms,
+       error
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: execution_without_input
 -- One execution without its input.
-SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
+SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
+       ended_ms, error
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: sequence
@@ -72,7 +74,8 @@ SELECT sequence FROM executions WHERE sequence = :execution AND execution_id = :
 
 -- name: executions
 -- The latest executions, newest first; an empty filter matches all.
-SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
+SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
+       ended_ms, error
 FROM executions
 WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
   AND (:before IS NULL OR sequence < :before)
@@ -80,7 +83,8 @@ ORDER BY sequence DESC LIMIT :limit;
 
 -- name: executions_of_prefix
 -- The latest executions of a workflow whose idempotency keys are in [first, end).
-SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms, ended_ms, error
+SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
+       ended_ms, error
 FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
   AND (:status = '' OR status = :status)
@@ -94,10 +98,11 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
 -- name: node_states
 -- An execution's nodes without their outputs.
-SELECT node, node_id, status, dependencies FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
+SELECT node, node_id, status, dependencies FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
 -- name: attempts
--- Every attempt of an execution: the earlier ones, and the newest of each node.
+-- An execution's attempts: the earlier ones, and the newest of each node.
 SELECT node_id, attempt, attempts.worker_id, attempts.started_ms, attempts.ended_ms, attempts.outcome, attempts.error
 FROM attempts JOIN nodes ON nodes.node = attempts.node
 WHERE attempts.node BETWEEN 1000 * :execution AND 1000 * :execution + 999
@@ -126,7 +131,7 @@ SELECT (SELECT coalesce(sum(length(error) + length(worker_id) + 100), 0) FROM at
         WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999) AS bytes;
 
 -- name: oldest_task
--- The task of a version that has been due the longest and is small enough for the worker. Its input only if it is short.
+-- The task of a version that has been due the longest and is small enough for the worker. Its input, only if short.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
        workflow_id, idempotency_key, task_bytes,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
@@ -148,7 +153,7 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
 -- name: task_payload
--- What the input of a running task is made of.
+-- The parts of a task's input. They are the same for every attempt at the node.
 SELECT execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
 -- name: say_why_waiting
@@ -156,7 +161,7 @@ SELECT execution, dependencies, input_json FROM nodes JOIN executions ON sequenc
 UPDATE nodes SET error = :error WHERE node = :node AND status = 'READY' AND error <> :error;
 
 -- name: keep_attempt
--- Keep a node's newest attempt, before the node is handed out again.
+-- Copy a node's newest attempt to the earlier ones, before the node is handed out again.
 INSERT INTO attempts (node, attempt, task_id, worker_id, started_ms, ended_ms, outcome, error)
 SELECT node, attempts, task_id, worker_id, started_ms, ended_ms, outcome, attempt_error FROM nodes WHERE node = :node;
 
@@ -204,15 +209,15 @@ WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 UPDATE nodes SET status = 'READY', due_ms = :now, task_bytes = :task_bytes WHERE node = :node AND status = 'PENDING';
 
 -- name: retry_node
--- End a node's newest attempt without a result, and make the node a task again. An owned node waits for an owner, not for
--- a poll.
+-- End a node's newest attempt without a result, and make the node a task again. An owned node waits for an owner, not
+-- for a poll.
 UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :due_ms END,
                  failed_attempts = failed_attempts + :failed, lost_attempts = lost_attempts + :lost,
                  outcome = :outcome, attempt_error = :attempt_error, ended_ms = :now
 WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 
 -- name: fail_node
--- End a node's newest attempt, and the node without a result.
+-- End a node and its newest attempt without a result.
 UPDATE nodes SET status = 'FAILED', error = :error,
                  failed_attempts = failed_attempts + :failed, lost_attempts = lost_attempts + :lost,
                  outcome = :outcome, attempt_error = :attempt_error, ended_ms = :now
@@ -265,7 +270,7 @@ UPDATE nodes SET due_ms = :lease_expires_ms, lease_loss = 'INTERRUPTED' WHERE qu
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed = 1 AND owned;
 
 -- name: restart_tasks
--- Make every retry due at :latest at the latest, and every other task now.
+-- Let no task be due after :latest: make such a retry due at :latest, and any other such task now.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
 WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest;
 

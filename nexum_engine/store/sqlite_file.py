@@ -32,7 +32,7 @@ from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
 APPLICATION_ID = 0x4E58554D
 """SQLite's application_id of a Nexum database, which is in the header of the file."""
 SLOW_UPDATE_BYTES = 50_000_000
-"""The size of a database above which an update of its schema, which then takes seconds, is logged."""
+"""The size from which on a schema update takes seconds, and is logged."""
 _HEADER = b"SQLite format 3\x00"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _STAMP_BYTES = 16
@@ -485,13 +485,13 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
     if done and path.stat().st_size >= SLOW_UPDATE_BYTES:
         logger.warning(
             "database %s: updating its schema from version %d to %d. This takes one to three minutes for a million "
-            "executions. If it is interrupted, the next start does it again",
+            "executions. If it is interrupted, the next start begins it again",
             path,
             done,
             done + len(scripts),
         )
-    # A script may replace tables that others refer to: SQLite must not check the rows of a dropped table one by one, or
-    # overwrite them. The cache holds the indexes in which the script looks up each row.
+    # A script may drop large tables: SQLite must neither check the references to each row nor overwrite the row. The
+    # cache holds the indexes in which the script looks up each row.
     settings = {"foreign_keys": 0, "secure_delete": 0, "cache_size": -256_000}
     before = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in settings}
     for name, value in settings.items():

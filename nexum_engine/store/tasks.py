@@ -290,7 +290,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended without a result, and what is added to the numbers of its node's failures and losses."""
+    """How an attempt ended without a result, and what its end adds to the node's counts of failures and losses."""
 
     outcome: Outcome
     error: str

@@ -25,7 +25,6 @@ Deserialize = Callable[[bytes], Any]
 _Stream = grpclib.client.Stream[bytes, bytes]
 
 
-
 class _Codec(CodecBase):
     """A codec that passes bytes through unchanged: the stub serializes the messages."""
 
@@ -162,4 +161,3 @@ def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
         raise rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
     except DecodeError as error:
         raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
-

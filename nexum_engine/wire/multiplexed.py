@@ -14,15 +14,12 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.frames import CALLS, OPENED, take_batch
 from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
-LAST_REPORT = 0.05  # seconds; there is no event to wait for
-MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
-CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
-OPENED = ("nexum-calls", "open")
-"""The initial metadata of a stream that the server has opened. A server without `Calls` sends none."""
+END_REPORT = 0.05  # seconds in which grpcio reports the end of a cancelled stream
 T = TypeVar("T")
 
 
@@ -79,7 +76,7 @@ class MultiplexedChannel:
                 except DecodeError as error:
                     raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
                 except _NotOpened as error:
-                    # Make the call as an RPC: if that fails, too, its error has the reason.
+                    # Make the call as an RPC of its own. If that fails too, its error has the reason.
                     self._has_calls = error.code is not grpc.StatusCode.UNIMPLEMENTED
             answer: T = await alone(data, timeout=timeout, metadata=metadata)
             return answer
@@ -100,7 +97,7 @@ class _Stream:
         self._is_open = asyncio.Event()
         self.is_over = False
         self._is_closing = False
-        # Run in an own context: the stream is not part of the work of the caller that opens it.
+        # Give the tasks a context of their own: the stream outlives the call that opens it.
         context = contextvars.Context()
         self._writing = context.run(asyncio.create_task, self._write(), name="write calls")
         self._reading = context.run(asyncio.create_task, self._read(), name="read answers of calls")
@@ -136,15 +133,11 @@ class _Stream:
         self._has_unsent.set()
 
     async def _write(self) -> None:
-        """Send the frames. Those that are ready at the same time are one message."""
+        """Send the frames. Frames that are ready at the same time share a message."""
         await self._is_open.wait()
         while True:
             await self._has_unsent.wait()
-            size = count = 0
-            while count < len(self._unsent) and size < MAX_BATCH_BYTES:
-                size += len(self._unsent[count].message)
-                count += 1
-            frames, self._unsent = self._unsent[:count], self._unsent[count:]
+            frames = take_batch(self._unsent)
             if not self._unsent:
                 self._has_unsent.clear()
             try:
@@ -156,8 +149,8 @@ class _Stream:
         """Give the calls their answers until the stream is over."""
         code, details = grpc.StatusCode.UNAVAILABLE, "the server ended the stream of calls"
         try:
-            # Send the first request after that: if the server refuses the stream while a request is being sent, grpcio
-            # loses the server's status.
+            # Wait for the initial metadata before the first request: if the server refuses the stream while a request
+            # is being sent, grpcio loses the server's status.
             if OPENED in tuple(await self._stream.initial_metadata()):
                 self._is_open.set()
             while (frames := await self._stream.read()) is not grpc.aio.EOF:
@@ -169,9 +162,10 @@ class _Stream:
             code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
             if not self._is_closing:
                 # asyncio.run cancels all tasks before it closes the loop. Keep the loop running until grpcio has
-                # reported the end of the stream. Otherwise grpcio fails, with a traceback, in the next loop.
+                # reported the end of the stream, which sets no event. Otherwise grpcio fails, with a traceback, in the
+                # next loop.
                 self._stream.cancel()
-                await asyncio.sleep(LAST_REPORT)
+                await asyncio.sleep(END_REPORT)
             raise
         finally:
             self.is_over = True
@@ -183,7 +177,7 @@ class _Stream:
 
     def _receive(self, frame: pb.CallFrame) -> None:
         if frame.call not in self._calls:
-            return  # the caller has given up
+            return  # the caller was cancelled, or its time is over
         answer, parts = self._calls[frame.call]
         parts.append(frame.message)
         if frame.more:
@@ -197,4 +191,3 @@ class _Stream:
             answer.set_exception(rpc_error(code, frame.details, trailing))
         else:
             answer.set_result(b"".join(parts) if len(parts) > 1 else frame.message)
-

@@ -799,7 +799,7 @@ global___ServerInfo = ServerInfo
 
 @typing.final
 class CallFrames(google.protobuf.message.Message):
-    """The frames that a side has ready are sent together."""
+    """The frames that a side has ready. They are sent together."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -832,15 +832,17 @@ class CallFrame(google.protobuf.message.Message):
     call: builtins.int
     """The number of the call. The client chooses it, and uses it once in the stream."""
     method: builtins.str
-    """In a request: the name of the RPC."""
+    """In a request: the name of a unary RPC."""
     message: builtins.bytes
-    """The request's message, or a part of the answer's."""
+    """The encoded request, or a part of the encoded answer."""
     more: builtins.bool
     """In an answer: another part follows."""
     cancel: builtins.bool
     """From the client: cancel the call. The server sends no answer."""
     status: builtins.int
-    """In an answer: a gRPC status other than 0 (OK), its details, and the name that an RPC has in the trailing metadata."""
+    """In an answer with an error: the gRPC status, its details, and the error's name, which an RPC has in its trailing
+    metadata (nexum-error).
+    """
     details: builtins.str
     error: builtins.str
     def __init__(

@@ -1,6 +1,6 @@
 """The cost of a durable call as counts, which don't depend on the speed of the machine. A count that rises is an error.
 
-See the counts as they are now: python -m pytest -q -s tests/acceptance/test_cost_counts.py
+To print the present counts: python -m pytest -q -s tests/acceptance/test_cost_counts.py
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from counted import Counts
 from counting_proxy import counting_proxy
 from harness import ROOT, running
 
-ROUNDS, CALLS = 5, 10  # of each kind of call, in its own order
+ROUNDS, CALLS = 5, 10  # of each kind of call
 TRIES = 3
 COUNTED = str(ROOT / "tests" / "support" / "counted.py")
 KINDS = ("tool call", "owned call", "recorded reply")
 
-# What a call costs: tool call, owned call, recorded reply, and the margin in percent.
+# The cost of a tool call, an owned call and a recorded reply, and the margin in percent.
 COSTS = {
     "RPCs": (0, 0, 0, 0),
     "messages": (5, 4, 2, 0),
@@ -103,7 +103,7 @@ def test_count_does_not_rise(tmp_path: Path) -> None:
     for number in range(1, TRIES):
         if not differences(counts, risen=True):
             break
-        # Measure again: a very busy machine adds to the counts, for instance a call that has waited too long.
+        # Measure again: a very busy machine adds to the counts, for instance when a poll's wait runs out.
         again = measure(tmp_path / str(number))
         counts = {name: list(map(min, counts[name], again[name])) for name in counts}
     rows = [
@@ -112,9 +112,9 @@ def test_count_does_not_rise(tmp_path: Path) -> None:
     print("", "measured now:", "COSTS = {", *rows, "}", sep="\n")
     if fallen := differences(counts, risen=False):
         warnings.warn(
-            "calls cost less than COSTS says; lower these numbers in tests/acceptance/test_cost_counts.py (pytest -s "
-            f"prints the whole table): {'; '.join(fallen)}",
+            f"calls cost less than COSTS says: {'; '.join(fallen)}. Replace COSTS in "
+            "tests/acceptance/test_cost_counts.py by the table that pytest -s prints",
             stacklevel=1,
         )
     risen = "; ".join(differences(counts, risen=True))
-    assert not risen, f"calls cost more. If that is worth it, change COSTS to the table printed below. {risen}"
+    assert not risen, f"calls cost more: {risen}. If that is worth it, replace COSTS by the table printed below"

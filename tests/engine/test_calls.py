@@ -1,4 +1,4 @@
-"""Many calls over one stream."""
+"""Calls that share one stream."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerUnavailable
 from nexum_engine.server import bounds, calls
 from nexum_engine.store import executions
-from nexum_engine.wire import multiplexed
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.frames import CALLS
 from nexum_engine.wire.multiplexed import MultiplexedChannel
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -28,6 +28,7 @@ SOON = 10.0  # seconds
 LONG_MS = 25_000
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 MIB = 1024 * 1024
+WORKFLOW = pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
 
 
 @pytest.fixture
@@ -73,9 +74,7 @@ async def connected(address: str) -> AsyncIterator[tuple[Any, Counted]]:
 @pytest.fixture
 async def stub(server: EngineServer) -> AsyncIterator[Any]:
     async with connected(server.address) as (stub, _):
-        await stub.RegisterWorkflow(
-            pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
-        )
+        await stub.RegisterWorkflow(WORKFLOW)
         yield stub
 
 
@@ -90,7 +89,7 @@ class RawStream:
     def __init__(self, address: str) -> None:
         self.channel = grpc.aio.insecure_channel(address, options=UNLIMITED)
         self.stream: Any = self.channel.stream_stream(
-            multiplexed.CALLS,
+            CALLS,
             request_serializer=pb.CallFrames.SerializeToString,
             response_deserializer=pb.CallFrames.FromString,
         )()
@@ -109,7 +108,7 @@ class RawStream:
         return list((await asyncio.wait_for(self.stream.read(), SOON)).frames)
 
 
-def asked(call: int, method: str, request: Any) -> pb.CallFrame:
+def request_frame(call: int, method: str, request: Any) -> pb.CallFrame:
     return pb.CallFrame(call=call, method=method, message=request.SerializeToString())
 
 
@@ -135,9 +134,9 @@ async def test_a_large_request_is_an_rpc_of_its_own(server: EngineServer, stub: 
 async def test_a_small_answer_does_not_wait_for_a_large_one(server: EngineServer, stub: Any) -> None:
     execution_id = await started(stub, 3 * MIB)
     async with RawStream(server.address) as raw:
-        await raw.send(asked(1, "GetExecution", pb.GetExecutionRequest(execution_id=execution_id)))
+        await raw.send(request_frame(1, "GetExecution", pb.GetExecutionRequest(execution_id=execution_id)))
         frames = await raw.read()
-        await raw.send(asked(2, "GetServerInfo", pb.EmptyRequest()))
+        await raw.send(request_frame(2, "GetServerInfo", pb.EmptyRequest()))
         while not any(frame.call == 1 and not frame.more for frame in frames):
             frames += await raw.read()
     assert [frame.call for frame in frames].index(2) < len(frames) - 1
@@ -157,7 +156,7 @@ async def test_an_error_is_answered_as_by_an_rpc(server: EngineServer, stub: Any
     assert of_call.value.details() == of_rpc.value.details()
 
 
-async def test_a_fault_is_an_internal_error_and_the_stream_goes_on(server: EngineServer, stub: Any) -> None:
+async def test_a_fault_is_an_internal_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:
     server.watch(executions.list_executions, raises)
     with pytest.raises(grpc.aio.AioRpcError, match="the server had an internal error; see its log under"):
         await stub.ListExecutions(pb.ListRequest())
@@ -183,7 +182,7 @@ async def test_a_wrong_request_is_refused(server: EngineServer, frame: pb.CallFr
 async def test_a_number_that_is_in_use_ends_the_stream(server: EngineServer) -> None:
     async with RawStream(server.address) as raw:
         poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
-        await raw.send(asked(1, "PollTask", poll), asked(1, "PollTask", poll))
+        await raw.send(request_frame(1, "PollTask", poll), request_frame(1, "PollTask", poll))
         with pytest.raises(grpc.aio.AioRpcError, match="the stream has a call 1 already"):
             await raw.read()
 
@@ -192,7 +191,7 @@ async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monk
     monkeypatch.setattr(calls, "MAX_CALLS", 3)
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     async with RawStream(server.address) as raw:
-        await raw.send(*(asked(number, "PollTask", poll) for number in range(1, 5)))
+        await raw.send(*(request_frame(number, "PollTask", poll) for number in range(1, 5)))
         (answer,) = await raw.read()
         assert (answer.call, answer.error) == (4, "Overloaded")
 
@@ -209,8 +208,8 @@ async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
     return polling
 
 
-async def polls_have_ended(server: EngineServer) -> None:
-    while server.polls._polls_of_worker:  # noqa: ASYNC110 - the server has no event for it
+async def until_no_poll_waits(server: EngineServer) -> None:
+    while server.polls._polls_of_worker:  # noqa: ASYNC110 - no event is set when a poll ends
         await asyncio.sleep(0)
 
 
@@ -229,13 +228,13 @@ async def test_a_task_goes_to_the_next_poll_after_a_stream_breaks(server: Engine
         broken = await poll_that_waits(other)
     with pytest.raises(grpc.aio.AioRpcError, match="the connection was closed"):
         await broken
-    await asyncio.wait_for(polls_have_ended(server), SOON)
+    await asyncio.wait_for(until_no_poll_waits(server), SOON)
     execution_id = await started(stub)
     task = await stub.PollTask(pb.PollRequest(worker_id="w2", version_hash="v1", wait_ms=LONG_MS), timeout=SOON)
     assert task.execution_id == execution_id
 
 
-async def test_a_late_answer_is_a_deadline_error_and_the_stream_goes_on(server: EngineServer, stub: Any) -> None:
+async def test_a_late_answer_is_a_deadline_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:
     server.watch(executions.list_executions, hangs)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ListExecutions(pb.ListRequest(), timeout=0.2)
@@ -258,14 +257,12 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
     monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
     monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 0.5)
     async with engine_server(tmp_path) as server, connected(server.address) as (stub, _):
-        await stub.RegisterWorkflow(
-            pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
-        )
+        await stub.RegisterWorkflow(WORKFLOW)
         request = pb.GetExecutionRequest(execution_id=await started(stub, 3 * MIB))
         async with RawStream(server.address) as unread:
-            await unread.send(asked(1, "GetExecution", request))
+            await unread.send(request_frame(1, "GetExecution", request))
             await unread.stream.wait_for_connection()
-            # Its share of the budget is returned: this answer wants the whole budget.
+            # The unread answer has returned its share: this answer needs the whole budget.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
 
 

@@ -1,4 +1,4 @@
-"""A database that an earlier version of Nexum wrote is updated, and its executions continue."""
+"""A database of schema version 2 is updated, and its executions continue."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def task_of(path: Path, key: str, attempt: int = 1, node: str = "a") -> str:
     return str(row[0])
 
 
-async def of_key(store: Store, key: str, workflow_id: str = "one") -> Execution:
+async def execution_of(store: Store, key: str, workflow_id: str = "one") -> Execution:
     found = await store.run(executions.list_executions, workflow_id, "", 1, key_prefix=key)
     return await store.run(executions.get_execution, found[0].execution_id, True)
 
@@ -149,7 +149,7 @@ async def test_workers_keep_their_tasks(old: Path) -> None:
         await store.run(tasks.complete_task, stale, '"stale"')
     with pytest.raises(StaleTask):
         await store.run(tasks.complete_task, reported, '"another result"')
-    attempts = (await of_key(store, "third-attempt")).nodes[0].attempts
+    attempts = (await execution_of(store, "third-attempt")).nodes[0].attempts
     assert [one.outcome for one in attempts] == [Outcome.FAILED, Outcome.LOST, Outcome.COMPLETED]
     await store.close()
 
@@ -160,18 +160,18 @@ async def test_leases_and_retries_continue(old: Path) -> None:
     due = {}
     while (task := await take(store, "w2")) is not None:
         due[task.execution_id] = task
-    assert set(due) == {(await of_key(store, key)).execution_id for key in ("waiting", "lost")}
+    assert set(due) == {(await execution_of(store, key)).execution_id for key in ("waiting", "lost")}
     # The retry is due 2 s after its second failure.
     clock.advance(1.98)
     assert await take(store, "w2") is None
     clock.advance(0.01)
     retried = await take(store, "w2")
     assert retried is not None
-    assert (retried.attempt, retried.execution_id) == (3, (await of_key(store, "retried")).execution_id)
+    assert (retried.attempt, retried.execution_id) == (3, (await execution_of(store, "retried")).execution_id)
     # A lease that began before the update runs out.
     clock.advance(LEASE_MS / 1000)
     await store.run(leases.sweep, clock.now_ms())
-    (attempt,) = (await of_key(store, "running-unstreamed")).nodes[0].attempts
+    (attempt,) = (await execution_of(store, "running-unstreamed")).nodes[0].attempts
     assert attempt.outcome is Outcome.EXPIRED
     await store.close()
 
@@ -204,7 +204,7 @@ async def test_diamond_is_finished(old: Path) -> None:
     half_done = task_of(old, "diamond", node="b")
     store = await opened(old)
     await store.run(tasks.complete_task, half_done, '"of b"')
-    execution = await of_key(store, "diamond", "diamond")
+    execution = await execution_of(store, "diamond", "diamond")
     for node in "cd":
         while (
             task := await take(store, "w1", "v-diamond")
@@ -233,7 +233,7 @@ async def test_server_killed_after_the_update_loses_nothing(old: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-async def test_interrupted_update_is_done_again(old: Path) -> None:
+async def test_interrupted_update_is_begun_again(old: Path) -> None:
     before = read(old)
     program = (
         "import resource, sys; from pathlib import Path; from nexum_engine.store import sqlite_file\n"

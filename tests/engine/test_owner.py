@@ -152,7 +152,7 @@ async def test_start_with_result_records_the_result(store: Store) -> None:
     assert execution.status is ExecutionStatus.COMPLETED
     assert execution.outputs() == {"a": '{"n":1}'}
     assert [(one.worker_id, one.outcome) for one in execution.nodes[0].attempts] == [("one", Outcome.COMPLETED)]
-    assert started.changed.ended == ()  # nobody can wait for the end of an execution that is new
+    assert started.changed.ended == ()  # nobody waits for the end of a new execution
 
 
 async def test_repeated_start_with_result_is_acknowledged_only_if_equal(

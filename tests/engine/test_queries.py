@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -29,33 +30,56 @@ def schema() -> sqlite3.Connection:
     return connection
 
 
+def plan_of(schema: sqlite3.Connection, name: str) -> list[str]:
+    """Return the steps of SQLite's plan for a query."""
+    parameters = dict.fromkeys(re.findall(r":(\w+)", QUERIES[name]))
+    return [row[3] for row in schema.execute(f"EXPLAIN QUERY PLAN {QUERIES[name]}", parameters)]
+
+
 @pytest.mark.parametrize("name", QUERIES)
 def test_query_scans_no_table(schema: sqlite3.Connection, name: str) -> None:
-    parameters = dict.fromkeys(re.findall(r":(\w+)", QUERIES[name]))
-    plan = [row[3] for row in schema.execute(f"EXPLAIN QUERY PLAN {QUERIES[name]}", parameters)]
+    plan = plan_of(schema, name)
     tables = "|".join(row[0] for row in schema.execute("SELECT name FROM sqlite_schema WHERE type = 'table'"))
     scans = [step for step in plan if re.match(rf"SCAN ({tables}|others|earlier)\b", step)]
     assert scans == [SCANS[name]] if name in SCANS else scans == [], plan
 
 
 def test_every_index_is_used_by_a_query(schema: sqlite3.Connection) -> None:
-    plans = [
-        str(row[3])
-        for query in QUERIES.values()
-        for row in schema.execute(f"EXPLAIN QUERY PLAN {query}", dict.fromkeys(re.findall(r":(\w+)", query)))
-    ]
+    plans = [step for name in QUERIES for step in plan_of(schema, name)]
     made = [row[0] for row in schema.execute("SELECT name FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL")]
     assert made
     assert [index for index in made if not any(f"USING INDEX {index} " in step for step in plans)] == []
 
 
-async def test_tool_call_takes_12_statements_and_at_most_10_pages(tmp_path: Path) -> None:
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
     store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock())
     assert isinstance(store, SqliteStore)
+    store._database.connection.execute("PRAGMA wal_autocheckpoint = 0")
+    yield store
+    await store.close()
+
+
+def pages_of_log(store: SqliteStore) -> float:
+    return Path(f"{store.opened_as}-wal").stat().st_size / (PAGE_BYTES + FRAME_HEADER_BYTES)
+
+
+async def cost(store: SqliteStore, call: Callable[[int], Awaitable[None]]) -> tuple[float, float, float]:
+    """Make 600 calls. Return how many commits, statements and pages each of the last 100 took."""
+    for number in range(500):
+        await call(number)
+    statements: list[str] = []
+    store._database.connection.set_trace_callback(statements.append)
+    before = pages_of_log(store)
+    for number in range(500, 600):
+        await call(number)
+    store._database.connection.set_trace_callback(None)
+    return statements.count("COMMIT") / 100, len(statements) / 100, (pages_of_log(store) - before) / 100
+
+
+async def test_tool_call_takes_12_statements_and_at_most_10_pages(store: SqliteStore) -> None:
     version = f"sha256:{'a' * 64}"
     await store.run(executions.register_workflow, "tool-call", version, '{"nodes": {"tool_call": {"type": "EFFECT"}}}')
-    connection = store._database.connection
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
 
     async def call(number: int) -> None:
         """Make a tool call of usual size, as the server does for a worker that waits."""
@@ -67,25 +91,13 @@ async def test_tool_call_takes_12_statements_and_at_most_10_pages(tmp_path: Path
         assert [one.execution_id for one in changed.ended] == [(await started).execution_id]
         assert changed.ended[0].outputs() == {"tool_call": json.dumps("y" * 1024)}
 
-    for number in range(500):
-        await call(number)
-    statements: list[str] = []
-    connection.set_trace_callback(statements.append)
-    log = tmp_path / "nexum.db-wal"
-    before = log.stat().st_size
-    for number in range(500, 600):
-        await call(number)
-    pages = (log.stat().st_size - before) / (PAGE_BYTES + FRAME_HEADER_BYTES) / 100
-    connection.set_trace_callback(None)
-    assert statements.count("COMMIT") == 2 * 100
-    assert len(statements) <= 12 * 100, statements[:20]
+    commits, statements, pages = await cost(store, call)
+    assert commits == 2
+    assert statements <= 12
     assert pages <= 10
-    await store.close()
 
 
-async def test_recorded_event_takes_6_statements_and_at_most_5_pages(tmp_path: Path) -> None:
-    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock())
-    assert isinstance(store, SqliteStore)
+async def test_recorded_event_takes_6_statements_and_at_most_5_pages(store: SqliteStore) -> None:
     await store.run(executions.register_workflow, "event", "v1", '{"nodes": {"event": {"type": "EFFECT"}}}')
     run = (await store.run(tasks.start_owned, "event", "v1", "0", "run", "owner", 30_000, True)).task
     assert run is not None
@@ -95,19 +107,7 @@ async def test_recorded_event_takes_6_statements_and_at_most_5_pages(tmp_path: P
         one = ("event", "v1", json.dumps({"position": number}), f"session:agent:{number:06}", "owner", 30_000, True)
         await store.run(tasks.start_owned, *one, run.task_id, json.dumps("y" * 1024))
 
-    connection = store._database.connection
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
-    for number in range(300):
-        await record(number)
-    statements: list[str] = []
-    connection.set_trace_callback(statements.append)
-    log = tmp_path / "nexum.db-wal"
-    before = log.stat().st_size
-    for number in range(300, 400):
-        await record(number)
-    pages = (log.stat().st_size - before) / (PAGE_BYTES + FRAME_HEADER_BYTES) / 100
-    connection.set_trace_callback(None)
-    assert statements.count("COMMIT") == 100
-    assert len(statements) <= 6 * 100, statements[:10]
+    commits, statements, pages = await cost(store, record)
+    assert commits == 1
+    assert statements <= 6
     assert pages <= 5
-    await store.close()

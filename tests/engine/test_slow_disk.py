@@ -27,16 +27,14 @@ def slow_commit(file):
 DatabaseFile.commit = slow_commit
 runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 """
-"""A server whose transactions each wait 200 ms, like a slow fsync, in the thread that commits them."""
+"""The program of a server that waits 200 ms before each commit, in the thread that commits, as for a slow fsync."""
 LEASE = 1.0  # seconds
 CALLERS, STARTS = 4, 12
-
-
 LONG = workflow("long").effect("a").build()
 OTHER = workflow("other").effect("a").build()
 
 
-async def test_slow_disk_stops_no_other_call_and_loses_no_lease(tmp_path: Path) -> None:
+async def test_slow_disk_delays_no_reading_call_and_loses_no_lease(tmp_path: Path) -> None:
     command = ["-c", SLOW_COMMITS, "--listen", "127.0.0.1:0", "--lease", str(LEASE)]
     url = f"sqlite:///{tmp_path / 'nexum.db'}"
     with running([*command, "--database-url", url], cwd=tmp_path) as server:
@@ -78,7 +76,7 @@ async def test_slow_disk_stops_no_other_call_and_loses_no_lease(tmp_path: Path) 
         server.wait()
     commits = sum("slow commit" in line for line in server.lines)
     assert commits * 0.2 > 2 * LEASE
-    # An event loop that waited for each commit would answer once or twice meanwhile.
+    # An event loop that waits for each commit would answer once or twice during it.
     assert answers > 4 * commits
     assert ended is not None
     assert ended.execution.status is ExecutionStatus.COMPLETED

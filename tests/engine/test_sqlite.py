@@ -467,8 +467,7 @@ async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, mo
 
 # A node without its execution.
 ORPHAN: dict[str, object] = {
-    "execution": 1_000_000,
-    "position": 0,
+    "node": 1_000_000_000,
     "node_id": "a",
     "node_type": "EFFECT",
     "dependencies": "[]",

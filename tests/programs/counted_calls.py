@@ -1,7 +1,7 @@
 """Make durable calls of each kind, and print the counts of one call: `counted_calls.py ADDRESS FOLDER ROUNDS CALLS`.
 
-The calls are made one after the other, in rounds. A count is the least of the rounds: a busy machine adds to some of
-them, for instance a poll that has waited too long. The line of output is JSON.
+The calls are made one after the other, in rounds. A count is the least of all rounds, because a busy machine adds to
+some of them, for instance when a poll's wait runs out. The output is one line of JSON.
 
 The folder has the counts of all processes (`counted.py`), the server's database, and strace's list of the server's
 fsyncs, if strace runs.
@@ -26,8 +26,8 @@ from nexum_engine.owner import Owner
 from submit_task import Session
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 
-REST = 0.03  # seconds without a new count, after which the calls are over in all processes
-PATIENCE = 2.0  # seconds
+REST = 0.03  # seconds without a new count, after which all processes are idle
+PATIENCE = 2.0  # seconds to wait for that
 LOOP = ("loop turns", "loop callbacks")
 
 Call = Callable[[], Awaitable[object]]
@@ -43,18 +43,18 @@ class Watch:
 
     async def cost(self, call: Call, calls: int) -> dict[str, float]:
         """Make the calls one after the other; return what one of them cost, by the name of the count."""
-        before = await self._at_rest() | self._read_own()
+        before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()
         own = self._read_own()  # now, because waiting takes turns of the loop
-        after = await self._at_rest() | own
+        after = await self._when_idle() | own
         if after["number of the log"] != before["number of the log"]:
             del after["WAL pages"]  # the log began again after a checkpoint
         del after["number of the log"]
         return {name: (after[name] - before[name]) / calls for name in after}
 
-    async def _at_rest(self) -> dict[str, int]:
-        """Return the counts of the other processes once they stand still."""
+    async def _when_idle(self) -> dict[str, int]:
+        """Return the counts of the other processes once they no longer change."""
         give_up = time.monotonic() + PATIENCE
         before: dict[str, int] = {}
         while (now := self._read_others()) != before and time.monotonic() < give_up:

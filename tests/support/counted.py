@@ -1,4 +1,4 @@
-"""Counts of the work that a process does, in a file that other processes read meanwhile.
+"""Run a program and count its work, in a file that other processes can read meanwhile.
 
 python tests/support/counted.py FILE -m nexum_engine --listen ...
 python tests/support/counted.py FILE worker.py ...
@@ -40,7 +40,7 @@ class Counts:
 
 def count_in_this_process(counts: Counts) -> None:
     """Count what this process does from now on: the turns and callbacks of its event loops, SQL, and fsyncs."""
-    # uvloop's turns can't be counted, so let the process use asyncio's own loop.
+    # uvloop's turns can't be counted, so make its import fail: the process then uses asyncio's loop.
     sys.modules["uvloop"] = None  # type: ignore[assignment]
 
     def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -76,10 +76,10 @@ def main(file: str, *command: str) -> None:
     """Run a module or a script, and count what it does."""
     count_in_this_process(Counts(Path(file)))
     if command[0] == "-m":
-        sys.argv = [*command[1:]]
+        sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = [*command]
+        sys.argv = list(command)
         sys.path.insert(0, str(Path(command[0]).parent))
         runpy.run_path(command[0], run_name="__main__")
 

@@ -84,7 +84,7 @@ async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> 
     store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Reading()])
     servicer = NexumServicer(store, polls, waiters, liveness, Answers())
-    add_servicer(servicer, servicer.rpcs, server)
+    add_servicer(servicer, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await liveness.start()
     await server.start()

@@ -1,6 +1,6 @@
 """How browsers read HTML that is not well formed, by the rules of the HTML standard.
 
-The subjects are those of html5lib's tests of tree construction: what ends where, and which words a person sees.
+The subjects are those of html5lib's tests of tree construction: where an element ends, and which words a person sees.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def read(html: str, media_type: str = "text/html") -> str:
     return page_to_markdown(Page("https://e.org/", 200, f"{media_type}; charset=utf-8", html.encode()))
 
 
-# Words that a person doesn't see are "no".
+# "no" stands for words that a person doesn't see.
 CASES = {
     # Misnested formatting
     "adoption": [

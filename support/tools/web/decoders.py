@@ -1,7 +1,8 @@
 """Decode bytes as browsers do, by the labels and decoders of the WHATWG Encoding standard.
 
 Python's decoders know most characters, but they accept bytes that the standard refuses, and some drop an ASCII byte
-after a bad byte. So the patterns here find the bytes of one character, a unit, and Python decodes one unit at a time.
+after a bad byte. So the patterns here find each unit (the bytes of one character), and Python decodes one unit at a
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import webencodings
 REPLACEMENT = "replacement"  # the standard's name of all encodings that browsers refuse, because attacks use them
 
 _ERROR = "\ufffd"
-_KNOWN_UNITS = 1 << 16  # the units whose texts are kept
+_KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
 # A pattern finds each unit that is not one ASCII character, and each byte that begins no unit. It reads the bytes as
@@ -122,7 +123,7 @@ def _text_of_pair(pair: re.Match[str]) -> str:
 
 
 def _runs(text: str) -> Iterator[tuple[str, str]]:
-    """Return the units, with their characters, of runs such as "a1f2⊕⊙": a unit, and the characters from it on."""
+    """Yield each unit with its character. A run such as "a1f2⊕⊙" has a unit, and the characters from that unit on."""
     for run in text.split(" "):
         characters = run.lstrip("0123456789abcdef")
         unit = bytes.fromhex(run.removesuffix(characters))
@@ -131,7 +132,7 @@ def _runs(text: str) -> Iterator[tuple[str, str]]:
             unit = unit[:-1] + bytes((0xA1 if unit[-1] == 0x7E else unit[-1] + 1,))
 
 
-# Units that Python's decoders don't have, or have for another character.
+# Units that Python's decoders refuse, or decode to another character.
 _BIG5 = (
     "877a㡵𡵓𣚞𦀡㻬𥣞㫵竼龗𤅡𨤍𣇪𠪊𣉞䌊蒄龖鐯䤰蘓墖靊鈘秐稲晠権袝瑌篅枂稬剏遆㓦珄 "
     "87c0𥶹瓆鿇垳䤯呌䄱𣚎堘穲𧭥讏䚮𦺈䆁𥶙箮𢒼鿈𢓁𢓉𢓌鿉蔄𣖻䂴鿊䓡𪷿拁灮鿋 8e69箸 8e6f簆 8e7e糎 8eab緒 8eb4縝 "

@@ -285,7 +285,7 @@ class SeenPage:
             return place
         container = place.container
         if container.name == "li" and container.parent is not None:
-            container = container.parent  # the parser doesn't close an item with an open box where the next one begins
+            container = container.parent  # the item's box is still open, so the parser has put this item into it
         elif place.items is None:  # outside a list
             place = replace(place, levels=place.levels + 1)
         mark = place.items.mark(number(element.get("value"))) if place.items else "-"

@@ -82,11 +82,11 @@ def attributes_of(html: str, tag: Tag) -> list[tuple[str, str]]:
 
 
 def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
-    """Return the page without scripts, style sheets, templates and frames (may be large), and return the style sheets.
+    """Return the page without scripts, style sheets, templates and frames, and the style sheets separately.
 
-    Newer names replace old names of formatting elements, and end tags are added that libxml2 doesn't imply. One pass
-    tells tags from comments, attributes and plain text, as the HTML standard says. With `xml`, "/>" closes a script, as
-    in XHTML.
+    Newer names replace old names of formatting elements, and tags are added that browsers imply and libxml2 doesn't.
+    One pass tells tags from comments, attributes and plain text, as the HTML standard says. With `xml`, "/>" closes a
+    script, as in XHTML.
     """
     kept: list[str] = []
     sheets: list[str] = []
@@ -107,14 +107,14 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
             kept += html[start : tag.start], escape(html[position : ending if ending >= 0 else len(html)])
             position = start = ending + len("]]>") if ending >= 0 else len(html)
         elif name == "embed" or (closing and name in ("body", "html")) or (name == "select" and implied):
-            # libxml2 puts what follows an `embed` into it. Drop the last end tags, because browsers show what follows.
-            # A `select` in another one only ends that one.
+            # Drop the tag. libxml2 puts what follows an `embed` into it. Browsers show what follows the body's end. A
+            # `select` within another one only ends that one.
             kept.append(html[start : tag.start])
             start = position
         elif name == "plaintext" and not closing and not drawn:
             kept += html[start : tag.start], "<pre>", escape(html[position:])
             return "".join(kept), sheets
-        elif name == "template" and not (closing or drawn or (self_closed and xml) or _is_shown(html, tag)):
+        elif name == "template" and not (closing or drawn or (self_closed and xml) or _is_shadow_root(html, tag)):
             kept.append(html[start : tag.start])
             position = start = _template_end(html, position)
         elif new_name in (_UNSEEN if drawn else _RAW_END) and not closing and not (self_closed and (xml or drawn)):
@@ -149,7 +149,7 @@ class _Open:
         return bool(self.foreign) and self.foreign[-1] in _FOREIGN
 
     def follow(self, html: str, tag: Tag, self_closed: bool) -> str:
-        """Note what a tag begins and ends. Return the tags that browsers imply before it, and libxml2 doesn't."""
+        """Note what a tag begins and ends. Return the tags that browsers imply before it and libxml2 doesn't."""
         if self.foreign or tag.name in _FOREIGN:
             return "".join(f"</{name}>" for name in self._follow_drawing(html, tag, self_closed))
         if tag.name in BLOCKS:
@@ -188,7 +188,7 @@ class _Open:
     def _follow_drawing(self, html: str, tag: Tag, self_closed: bool) -> list[str]:
         """Note what a tag in a drawing begins and ends. Return the names of the elements that it closes implicitly."""
         name, foreign = tag.name, self.foreign
-        is_html = name in ("p", "br") if tag.closing else name in _NOT_DRAWN or _is_coloured(html, tag)
+        is_html = name in ("p", "br") if tag.closing else name in _NOT_DRAWN or _is_styled_font(html, tag)
         if foreign and foreign[-1] == "svg" and is_html:
             left = foreign[-_NEAR:][::-1]
             foreign.clear()
@@ -202,16 +202,16 @@ class _Open:
         return []
 
 
-def _is_coloured(html: str, tag: Tag) -> bool:
+def _is_styled_font(html: str, tag: Tag) -> bool:
     return tag.name == "font" and any(name in ("color", "face", "size") for name, _ in attributes_of(html, tag))
 
 
-def _is_shown(html: str, template: Tag) -> bool:
+def _is_shadow_root(html: str, template: Tag) -> bool:
     return any(name == "shadowrootmode" for name, _ in attributes_of(html, template))
 
 
 def _template_end(html: str, position: int) -> int:
-    """Return the position after the end tag of the template whose content begins here. The content isn't shown."""
+    """Return the position after the end tag of the template whose content begins here."""
     depth = 1
     while depth and (tag := next_tag(html, position)):
         position = tag.end
@@ -223,7 +223,7 @@ def _template_end(html: str, position: int) -> int:
 
 
 def _raw_end(html: str, name: str, position: int, *, drawn: bool) -> tuple[int, int]:
-    """Return where the plain characters of an element end that begin here, and the position after its end tag."""
+    """Return the end of an element's plain characters, which begin here, and the position after its end tag."""
     if name == "script" and not drawn:
         ending = _script_end(html, position)
     else:
@@ -235,7 +235,7 @@ def _raw_end(html: str, name: str, position: int, *, drawn: bool) -> tuple[int, 
 
 
 def _script_end(html: str, position: int) -> re.Match[str] | None:
-    """Return the start of a script's end tag. A comment in a script may hold a script with its end tag."""
+    """Return the match of a script's end tag. A comment in a script may hold a script with its own end tag."""
     in_comment = inner = False
     while part := _SCRIPT_PART.search(html, position):
         opening, closing, slash = part.groups()

@@ -1,0 +1,22 @@
+"""What both sides of a `Calls` stream agree on."""
+
+from __future__ import annotations
+
+from nexum_engine.wire import nexum_pb2 as pb
+
+CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
+OPENED = ("nexum-calls", "open")
+"""The initial metadata of a stream that the server has opened. A server without `Calls` sends none."""
+BATCH_BYTES = 64 * 1024
+"""The size at which no further frame is added to a message."""
+
+
+def take_batch(unsent: list[pb.CallFrame]) -> list[pb.CallFrame]:
+    """Remove the frames of the next message from the beginning of `unsent`, and return them."""
+    size = count = 0
+    while count < len(unsent) and size < BATCH_BYTES:
+        size += len(unsent[count].message)
+        count += 1
+    frames = unsent[:count]
+    del unsent[:count]
+    return frames
