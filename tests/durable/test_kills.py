@@ -57,6 +57,7 @@ def kill_runs(killing: Bench, shape: str) -> None:
         ("benchmarks/tool_call.py", "--calls"),
         ("benchmarks/durable_run.py", "--only"),
         ("benchmarks/start_up.py", "--beside"),
+        ("benchmarks/compare.py", "--only"),
     ],
 )
 def test_script_for_developers_starts_in_any_folder(tmp_path: Path, script: str, option: str) -> None:

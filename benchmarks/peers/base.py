@@ -1,0 +1,199 @@
+"""The unit of work of benchmarks/compare.py, and what each peer provides for it.
+
+The unit of work is one tool call: about 300 bytes of arguments, a tool that does nothing, 1 KB of result. Calls are
+made in runs: a run has a name, and makes its calls one after the other. A run is what the peer calls a session, a
+workflow or a thread, if its calls are executed in the caller's process. Otherwise, it is a loop of independent calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+IN_FLIGHT = 32
+RECORDED = 20  # calls of a run that are on record when its process is killed
+RESULT_BYTES = 1024
+ARGUMENT_BYTES = 280  # 300 as JSON, with the argument's name and the quotes
+STOPPED = "stopped-"  # runs whose name begins so are stopped in their last call
+FOLDER = "COMPARE_FOLDER"  # environment variable: the peer's folder
+
+T = TypeVar("T")
+
+Settings = dict[str, str]
+"""What the processes of a peer have to know: addresses and paths."""
+
+
+class Group(str, Enum):
+    """Where a call is executed. Rows of different groups never share a table."""
+
+    CALLER = "executed in the caller's process"
+    WORKER = "executed by another process"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a run, in seconds of time.time()."""
+
+    began: float
+    executed: float
+    """When the tool ran. In an earlier process, if the call was replayed."""
+    ended: float
+    """When the caller had the result, or the next call began."""
+
+
+class Caller(Protocol):
+    """The caller's side of a peer, connected and ready."""
+
+    async def run(self, name: str, calls: int) -> list[Call]:
+        """Make the calls of a run one after the other. Continue the run if its process was killed."""
+
+
+class Host(Protocol):
+    """Starts the programs that a peer needs beside its caller and its workers."""
+
+    folder: Path
+    """The peer's own folder, on a disk. It lasts for all rounds."""
+
+    async def program(self, command: list[str], *, env: dict[str, str] | None = None) -> None:
+        """Start a program that ends with the benchmark."""
+
+    async def postgres(self) -> str:
+        """Start a PostgreSQL server with its default settings; return its URL."""
+
+    def port(self, name: str) -> int:
+        """Return a port of 127.0.0.1 that was free, the same one in every round."""
+
+
+class Peer(ABC):
+    """One row of the comparison."""
+
+    name: str
+    """What --only takes."""
+    title: str
+    group: Group
+    pages: tuple[str, ...]
+    """The pages of the peer's documentation that its configuration follows."""
+    setup: str
+    """The configuration, in one or two sentences."""
+    imports: tuple[str, ...] = ()
+    """What the caller imports before it connects."""
+    needs: tuple[str, ...] = ()
+    """What must be importable beside that."""
+    install: str = ""
+    """The command that installs it."""
+    is_whole = True
+    """Whether the benchmark starts all its processes. Otherwise, neither fsyncs nor memory are looked at."""
+    replays = True
+    """Whether a new process can get recorded results."""
+    restarts_worker = False
+    """Whether a killed worker is restarted. Otherwise, another one is already running."""
+
+    def missing(self) -> str | None:
+        """Return what has to be installed, or None."""
+        lacks = [module for module in self.imports + self.needs if not _is_importable(module)]
+        return f"{self.install} (not importable: {', '.join(lacks)})" if lacks else None
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the installed packages that the peer uses."""
+        names = {module.partition(".")[0] for module in self.imports + self.needs}
+        packages = {package for name in names for package in _packages().get(name, ())}
+        return {package: version(package) for package in sorted(packages)}
+
+    async def serve(self, host: Host) -> Settings:
+        """Start the peer's servers; return the settings of its other processes."""
+        return {}
+
+    @abstractmethod
+    def caller(self, settings: Settings) -> AbstractAsyncContextManager[Caller]:
+        """Connect the caller. This runs in the caller's process."""
+
+    def load(self) -> None:
+        """Import what the caller needs. This runs in the caller's process, before `caller`."""
+        for module in self.imports:
+            importlib.import_module(module)
+
+    async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
+        """Run a worker until its process is ended; call `ready` when it can take calls."""
+        raise NotImplementedError
+
+
+@cache
+def _packages() -> Mapping[str, Sequence[str]]:
+    return packages_distributions()  # slow: it reads the lists of files of all packages
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package of a submodule is missing
+        return False
+
+
+async def retried(connect: Callable[[], Awaitable[T]], patience: float = 60.0) -> T:
+    """Return what `connect` returns. Retry it while the server or the worker that it needs is starting."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return await connect()
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.02)
+
+
+def argument(run: str, number: int, calls: int) -> str:
+    """Return the argument of a call of a run."""
+    stops = run.startswith(STOPPED) and number == calls - 1
+    return f"{run}/{number}/{'stop' if stops else ''}/".ljust(ARGUMENT_BYTES, "x")
+
+
+def tool(argument: str) -> str:
+    """Return a text of one kilobyte that begins with the time.
+
+    The last call of a stopped run leaves a file with the id of its process, and never returns. When it is executed
+    again, it leaves another file, and returns.
+    """
+    executed = time.time()
+    run, _, stop, _ = argument.split("/", 3)
+    if stop:
+        first = stop_file(run)
+        if not first.exists():
+            _write(first, str(os.getpid()))
+            threading.Event().wait()
+        _write(again_file(run), repr(executed))
+    return f"{executed!r} ".ljust(RESULT_BYTES, "y")
+
+
+def executed_at(result: str) -> float:
+    """Return the time that a tool's result names."""
+    if len(result) != RESULT_BYTES:
+        raise ValueError(f"the result has {len(result)} characters instead of {RESULT_BYTES}")
+    return float(result.split(" ", 1)[0])
+
+
+def stop_file(run: str) -> Path:
+    """Return the file that the stopped call of a run leaves."""
+    return Path(os.environ[FOLDER]) / f"{run}.first"
+
+
+def again_file(run: str) -> Path:
+    """Return the file that the stopped call of a run leaves when it is executed again."""
+    return Path(os.environ[FOLDER]) / f"{run}.again"
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

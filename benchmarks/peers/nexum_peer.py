@@ -1,0 +1,202 @@
+"""This project: recorded calls in the caller's process, and tool calls that a worker executes.
+
+See docs/your-own-agent.md and docs/durable-runs.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from peers.autogen_peer import ToolCaller
+from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, tool
+
+
+async def serve(host: Host) -> Settings:
+    """Start this project's server."""
+    port = host.port("nexum")
+    url = f"sqlite:///{host.folder / 'nexum.db'}"
+    await host.program([sys.executable, "-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--database-url", url])
+    return {"address": f"127.0.0.1:{port}"}
+
+
+class SessionCaller:
+    """Calls an AutoGen tool inside durable sessions."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._tools = ToolCaller()
+
+    async def run(self, name: str, calls: int) -> list[Call]:
+        """Make the calls of a run: a session."""
+        from durable_autogen import DurableSession
+
+        async with DurableSession(name, nexum=self._address):
+            return await self._tools.run(name, calls)
+
+
+class NexumSession(Peer):
+    """A tool call in a durable session."""
+
+    name = "nexum-session"
+    title = "this project: AutoGen tool call in a DurableSession"
+    group = Group.CALLER
+    pages = ("docs/durable-runs.md",)
+    setup = "Server process, SQLite. The call's beginning and its result are recorded, each by a commit."
+    imports = ("durable_autogen", "autogen_core.tools")
+
+    async def serve(self, host: Host) -> Settings:
+        """Start the server."""
+        return await serve(host)
+
+    @asynccontextmanager
+    async def caller(self, settings: Settings) -> AsyncIterator[SessionCaller]:
+        """Make the tool. Each session connects itself."""
+        yield SessionCaller(settings["address"])
+
+
+class NexumOwner(Peer):
+    """A call that its owner records when it is done, as a durable session records a model's reply."""
+
+    name = "nexum-owner"
+    title = "this project: result recorded by nexum_engine.owner"
+    group = Group.CALLER
+    pages = ("docs/architecture.md#what-is-recorded-and-where",)
+    setup = "Server process, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
+    imports = ("nexum_engine.owner",)
+
+    async def serve(self, host: Host) -> Settings:
+        """Start the server."""
+        return await serve(host)
+
+    @asynccontextmanager
+    async def caller(self, settings: Settings) -> AsyncIterator[OwnerCaller]:
+        """Connect the client and its owner."""
+        from nexum_engine.client import NexumClient
+        from nexum_engine.owner import Owner
+
+        async with NexumClient(settings["address"]) as client:
+            await client.ping(patience=30)
+            async with Owner(client) as owner:
+                yield OwnerCaller(client, owner)
+
+
+class OwnerCaller:
+    """Records the calls of a run after reading what is on record."""
+
+    def __init__(self, client: object, owner: object) -> None:
+        from nexum_engine.client import NexumClient
+        from nexum_engine.owner import Owner
+        from nexum_engine.workflow import workflow
+
+        assert isinstance(client, NexumClient)
+        assert isinstance(owner, Owner)
+        self._client = client
+        self._owner = owner
+        self._workflow = workflow("compared-call").effect("call").build()
+
+    async def run(self, name: str, calls: int) -> list[Call]:
+        """Read the record of the run, and make the calls that it lacks."""
+        recorded = {
+            execution.idempotency_key: json.loads(execution.outputs()["call"])["result"]
+            for execution in await self._client.list_executions(
+                workflow_id=self._workflow.workflow_id, key_prefix=f"{name}/", limit=calls, with_nodes=True
+            )
+        }
+        made = []
+        for number in range(calls):
+            key = f"{name}/{number}"
+            began = time.time()
+            if (result := recorded.get(key)) is None:
+                input = {"argument": argument(name, number, calls)}
+                result = tool(input["argument"])
+                await self._owner.record(self._workflow, input, {"result": result}, idempotency_key=key)
+            made.append(Call(began, executed_at(result), time.time()))
+        return made
+
+
+class TaskCaller:
+    """Makes tool calls as demo.py does: with submit_task, and a session file for each run."""
+
+    def __init__(self, address: str) -> None:
+        from nexum_engine.client import NexumClient
+
+        self._client = NexumClient(address)
+
+    async def run(self, name: str, calls: int) -> list[Call]:
+        """Make the calls of a run."""
+        from submit_task import Session
+
+        session = Session(name, client=self._client, tell=lambda _: None)
+        made = []
+        for number in range(calls):
+            began = time.time()
+            found = await session.call("no_op", {"argument": argument(name, number, calls)})
+            made.append(Call(began, executed_at(found.text), time.time()))
+        return made
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+
+class NexumWorker(Peer):
+    """A tool call that a worker process executes."""
+
+    name = "nexum-worker"
+    title = "this project: submit_task and a worker"
+    group = Group.WORKER
+    pages: tuple[str, ...] = ("docs/your-own-agent.md", "docs/cost.md")
+    setup = f"Server process, SQLite; a worker process with concurrency {IN_FLIGHT}; a session file for each run."
+    imports = ("submit_task",)
+
+    async def serve(self, host: Host) -> Settings:
+        """Start the server."""
+        return await serve(host)
+
+    @asynccontextmanager
+    async def caller(self, settings: Settings) -> AsyncIterator[TaskCaller]:
+        """Connect the caller."""
+        caller = TaskCaller(settings["address"])
+        yield caller
+        await caller.close()
+
+    async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
+        """Run the worker of worker.py, with the comparison's tool."""
+        from nexum_engine.client import NexumClient
+        from nexum_engine.worker import Binding, Worker
+        from support.tools import tool as declare
+        from support.tools.web.live import LiveWeb
+        from worker import tool_call_handler
+        from workflow import TOOL_CALL
+
+        @declare(time_limit=86_400)
+        async def no_op(argument: str) -> str:
+            """Run the tool of the comparison."""
+            return tool(argument)
+
+        async with NexumClient(settings["address"]) as client:
+            worker = Worker(
+                client, [Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())})], concurrency=IN_FLIGHT
+            )
+            ready()
+            await worker.run(asyncio.Event())
+
+
+class PublishedNexum(NexumWorker):
+    """A published Nexum server that is already running."""
+
+    name = "published"
+    title = "published Nexum server, this project's caller and worker"
+    pages = ("docs/wire.md#with-a-published-server",)
+    setup = "The server that --published names; its own database; the worker polls every 0.1 s, one poll at a time."
+    is_whole = False
+    address = ""
+
+    async def serve(self, host: Host) -> Settings:
+        """Start nothing: the server is running."""
+        return {"address": self.address}
