@@ -18,7 +18,7 @@ from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
-LAST_REPORT = 0.05  # seconds; there is no event to wait for
+LAST_REPORT = 0.05  # seconds to wait until grpcio has reported the end of a stream
 MAX_BATCH_BYTES = 64 * 1024  # of requests that are sent together
 CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
 OPENED = ("nexum-calls", "open")
@@ -107,8 +107,17 @@ class _Stream:
 
     async def close(self) -> None:
         self._is_closing = True
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
+        if self._is_open.is_set() and not self.is_over:
+            # Let the server end the stream. After a cancellation, grpcio reports the end later. If the event loop is
+            # closed by then, grpcio fails, with a traceback, in another loop.
+            ending = asyncio.ensure_future(self._stream.done_writing())
+            await asyncio.wait({self._reading}, timeout=LAST_REPORT)
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
         self._stream.cancel()
-        await asyncio.gather(self._writing, self._reading, return_exceptions=True)
+        await asyncio.gather(self._reading, return_exceptions=True)
 
     async def call(self, method: str, data: bytes, timeout: float | None) -> bytes:
         """Make a call, and return its encoded answer. Raises AioRpcError, _NotOpened."""
