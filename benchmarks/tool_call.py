@@ -8,6 +8,8 @@ A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite wi
 - worker: submit_task with its session file, a server process and a worker process.
 - replay: the same call again. Its result is recorded.
 - owned: the caller executes the call itself, between the recorded start and the recorded result (nexum_engine.owner).
+- event: the result alone, recorded in one transaction by an Owner, through the server; and without a server, by the
+  benchmark's own process.
 - reply: a model reply in a DurableSession (durable_autogen), in a process of its own. The model answers at once.
 - step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed: the medians of
   durable_run.py's case `agent`, minus those of the plain agent.
@@ -57,6 +59,7 @@ sys.path.insert(0, str(ROOT))
 from bare_limit import BareLimit, open_bare_limit  # noqa: E402 - the project is a folder of scripts, not a package
 
 from nexum_engine.client import NexumClient  # noqa: E402
+from nexum_engine.embedded import EmbeddedNexum  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
 from nexum_engine.owner import Owner  # noqa: E402
 from nexum_engine.worker import Binding, Worker  # noqa: E402
@@ -116,7 +119,7 @@ class Calls:
     def __init__(self, session: Session, owner: Owner) -> None:
         self._session = session
         self._owner = owner
-        self._made = self._replayed = self._owned = 0
+        self._made = self._replayed = self._owned = self._events = 0
 
     async def new(self) -> None:
         self._made += 1
@@ -137,6 +140,11 @@ class Calls:
         started = await self._owner.start(TOOL_CALL, input, idempotency_key=f"owned:{self._owned}")
         assert started.task is not None
         await self._owner.complete(started.task, ToolCallOutput(result=RESULT))
+
+    async def event(self) -> None:
+        self._events += 1
+        input = ToolCallInput(tool_name="no_op", tool_args=_arguments(self._events))
+        await self._owner.record(TOOL_CALL, input, ToolCallOutput(result=RESULT), idempotency_key=f"e:{self._events}")
 
 
 def _arguments(number: int) -> dict[str, str]:
@@ -162,13 +170,21 @@ async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
         open_floor(folder) as floor,
         open_bare_limit(folder) as bare,
         open_calls(server.address) as durable,
+        EmbeddedNexum(None, owners=True) as here,
+        open_calls(here.address) as without_server,
     ):
+        if not here.embedded:
+            raise SystemExit(
+                f"error: a server on {here.address} answers: stop it, so that a call without one is measured"
+            )
         cpu = dict.fromkeys(("server", "worker", "client"), 0.0)
         measured = {
             "bare_limit": bare.call,
             "floor": floor.floor,
             "replay": durable.replay,
             "owned": durable.owned,
+            "event": durable.event,
+            "event_here": without_server.event,
             "commits": floor.commits,
         }
         for _ in range(3):
@@ -247,6 +263,8 @@ ROWS = {
     "worker": "a call through a worker",
     "replay": "its replay",
     "owned": "an owned call",
+    "event": "a recorded event",
+    "event_here": "the same, without a server",
     "reply": "a recorded model reply",
     "step_live_added": "added to an agent's step",
     "step_replay_added": "the same, replayed",
@@ -295,6 +313,7 @@ def goals(found: dict[str, Any]) -> Iterator[tuple[str, bool, float, float]]:
     yield "a call through a worker, p99, in floors", True, 4.0, floors["worker"]["p99"]
     yield "its replay, p50, in floors", True, 0.4, floors["replay"]["p50"]
     yield "an owned call, p50, in floors", True, 0.8, floors["owned"]["p50"]
+    yield "an event without a server, p50, in commits", True, 3.0, found["in_commits"]["event_here"]["p50"]
     yield "a recorded model reply, p50, in floors", True, 0.8, floors["reply"]["p50"]
     yield f"{IN_FLIGHT} in flight, calls a second, of the echoes", False, 0.35, found["of_echoes_per_second"]["worker"]
 

@@ -85,7 +85,8 @@ class EmbeddedNexum:
     A program that uses another program's server opens the database itself if that server has ended. After too many
     restarts, the block is cancelled, and the `async with` raises ServerError.
 
-    If no address was given, the given worker scripts are started as child processes, and restarted if they end early.
+    While the server is in this process, the given worker scripts run as child processes. A worker that ends early is
+    restarted.
 
     With `owners`, the server must support owned executions: a published Nexum server is refused if its address was
     given, and otherwise ignored.
@@ -127,9 +128,10 @@ class EmbeddedNexum:
                 self._host = Host.enter(self._on_given_up, owners=self._needs_owners)
                 await asyncio.shield(asyncio.wrap_future(self._host.chosen))
                 self.address, self.is_published = self._host.address, self._host.is_published
-                await self._start_workers()  # at the same time as the server, for which they wait
+                await self._start_workers()  # they wait for the server, which starts at the same time
                 await asyncio.shield(asyncio.wrap_future(self._host.ready))
-                self._watching = asyncio.create_task(self._watch(), name="watch workers")
+                if self._worker_scripts:
+                    self._watching = asyncio.create_task(self._watch(), name="watch workers")
             if self.is_published and self._needs_owners:
                 raise NoOwnedExecutions(self.address)
         except BaseException:

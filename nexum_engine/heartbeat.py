@@ -25,7 +25,7 @@ from nexum_engine.connection import RECONNECT_DELAY
 from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.event_loop import LoopThread
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.status import error_of
+from nexum_engine.wire.status import CUT_OFF, error_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -40,8 +40,6 @@ MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this lon
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
-CUT_OFF = "Internal error from Core"
-"""grpcio's words if the server refuses a stream while the first request is sent. The next stream may get the reason."""
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -225,6 +223,7 @@ class Heartbeat:
                     )
                 except grpc.RpcError as rpc_error:
                     if rpc_error.details() == CUT_OFF and not self.connected.is_set():
+                        # The server refused the stream. The next stream may get the reason.
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -6,6 +6,7 @@ A large request is an RPC of its own. So is every call to a server without the R
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -15,11 +16,11 @@ from google.protobuf.message import DecodeError
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import CALLS, OPENED, take_batch
-from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, rpc_error
+from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, CUT_OFF, rpc_error
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
-END_REPORT = 0.05  # seconds in which grpcio reports the end of a cancelled stream
+END_REPORT = 0.05  # seconds to wait until grpcio has reported the end of a stream
 T = TypeVar("T")
 
 
@@ -104,8 +105,17 @@ class _Stream:
 
     async def close(self) -> None:
         self._is_closing = True
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
+        if self._is_open.is_set() and not self.is_over:
+            # Let the server end the stream. After a cancellation, grpcio reports the end later. If the event loop is
+            # closed by then, grpcio fails, with a traceback, in another loop.
+            ending = asyncio.ensure_future(self._stream.done_writing())
+            await asyncio.wait({self._reading}, timeout=END_REPORT)
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
         self._stream.cancel()
-        await asyncio.gather(self._writing, self._reading, return_exceptions=True)
+        await asyncio.gather(self._reading, return_exceptions=True)
 
     async def call(self, method: str, data: bytes, timeout: float | None) -> bytes:
         """Make a call, and return its encoded answer. Raises AioRpcError, _NotOpened."""
@@ -134,16 +144,16 @@ class _Stream:
 
     async def _write(self) -> None:
         """Send the frames. Frames that are ready at the same time share a message."""
-        await self._is_open.wait()
-        while True:
-            await self._has_unsent.wait()
-            frames = take_batch(self._unsent)
-            if not self._unsent:
-                self._has_unsent.clear()
-            try:
-                await self._stream.write(pb.CallFrames(frames=frames))
-            except (asyncio.InvalidStateError, grpc.RpcError):
-                return  # the stream is over: `_read` gets the reason
+        # Let the task end normally when it is cancelled: its exception would keep this frame, and with it the event
+        # loop, in memory until the next garbage collection.
+        with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError):
+            await self._is_open.wait()
+            while True:
+                await self._has_unsent.wait()
+                frames = take_batch(self._unsent)
+                if not self._unsent:
+                    self._has_unsent.clear()
+                await self._stream.write(pb.CallFrames(frames=frames))  # if this fails, `_read` gets the reason
 
     async def _read(self) -> None:
         """Give the calls their answers until the stream is over."""
@@ -158,6 +168,8 @@ class _Stream:
                     self._receive(frame)
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
+            if details == CUT_OFF and self._is_open.is_set():
+                code = grpc.StatusCode.UNAVAILABLE  # the connection broke while a request was being sent
         except asyncio.CancelledError:
             code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
             if not self._is_closing:
@@ -166,7 +178,7 @@ class _Stream:
                 # next loop.
                 self._stream.cancel()
                 await asyncio.sleep(END_REPORT)
-            raise
+            # Don't raise the exception: as in `_write`.
         finally:
             self.is_over = True
             self._writing.cancel()

@@ -39,6 +39,9 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.UNKNOWN: errors.NotANexumServer,
 }
 
+CUT_OFF = "Internal error from Core"
+"""The details of grpcio's error if a stream ends while a request is being sent. The real status is lost."""
+
 CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 

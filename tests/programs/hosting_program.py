@@ -68,14 +68,15 @@ def threads(name: str) -> None:
     """Record in three event loops of three threads, and in two tasks of the first loop, at the same time."""
 
     async def two() -> None:
-        await asyncio.gather(events(f"{name}-a", 20), events(f"{name}-b", 20))
+        async with EmbeddedNexum(None):  # so that the server doesn't end between the other blocks
+            others = [threading.Thread(target=several, args=(f"{name}-{number}", "20")) for number in (1, 2)]
+            for other in others:
+                other.start()
+            await asyncio.gather(events(f"{name}-a", 20), events(f"{name}-b", 20))
+            for other in others:
+                await asyncio.to_thread(other.join)
 
-    others = [threading.Thread(target=several, args=(f"{name}-{number}", "20")) for number in (1, 2)]
-    for other in others:
-        other.start()
     asyncio.run(two())
-    for other in others:
-        other.join()
 
 
 def blocked(name: str, gate: str) -> None:
