@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from engine_server import engine_server, raises
@@ -28,8 +28,6 @@ from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
 A_FEW_SECONDS = 5.0  # much less than the time of two regular heartbeats
-Request = TypeVar("Request")
-Answer = TypeVar("Answer")
 
 
 class Number(BaseModel):

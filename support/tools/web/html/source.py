@@ -101,6 +101,7 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
             kept += html[start : tag.start], implied
             start = tag.start
         drawn = opened.drawing
+        # The title of a drawing is not the title of the page.
         new_name = "drawing-title" if name == "title" and within else name if drawn else _OTHER_NAMES.get(name, name)
         if name == _CDATA:
             ending = html.find("]]>", position)
@@ -128,14 +129,14 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
                 kept += html[start : tag.name_end - len(name)], new_name
                 start = tag.name_end
             if self_closed and not (xml or within or name in _FOREIGN or name in _VOID):
-                kept += html[start : position - 1], " >"  # browsers ignore the slash, and libxml2 only before a blank
+                kept += html[start : position - 1], " >"  # browsers ignore the slash, libxml2 only before a blank
                 start = position
     kept.append(html[start:])
     return "".join(kept), sheets
 
 
 class _Open:
-    """The open elements that end where some other elements begin or end."""
+    """The open elements that the tags of other elements may end."""
 
     def __init__(self) -> None:
         self.foreign: list[str] = []  # the open drawings and formulas, and the HTML within them
