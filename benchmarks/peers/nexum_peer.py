@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -24,18 +25,28 @@ async def serve(host: Host) -> Settings:
     return {"address": f"127.0.0.1:{port}"}
 
 
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[str]:
+    """Open the database in this process, as a program does that finds no server. Yield the address for clients."""
+    from nexum_engine.embedded import EmbeddedNexum
+
+    os.environ.pop("NEXUM_ADDRESS", None)
+    os.environ["DATABASE_URL"] = settings["url"]
+    async with EmbeddedNexum(None, owners=True) as nexum:
+        yield nexum.address
+
+
 class SessionCaller:
     """Calls an AutoGen tool inside durable sessions."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self) -> None:
         self._tools = ToolCaller()
 
     async def run(self, name: str, calls: int) -> list[Call]:
         """Make the calls of a run: a session."""
         from durable_autogen import DurableSession
 
-        async with DurableSession(name, nexum=self._address):
+        async with DurableSession(name):
             return await self._tools.run(name, calls)
 
 
@@ -46,17 +57,18 @@ class NexumSession(Peer):
     title = "this project: AutoGen tool call in a DurableSession"
     group = Group.CALLER
     pages = ("docs/durable-runs.md",)
-    setup = "Server process, SQLite. The call's beginning and its result are recorded, each by a commit."
+    setup = "No server, SQLite. The call's beginning and its result are recorded, each by a commit."
     imports = ("durable_autogen", "autogen_core.tools")
 
     async def serve(self, host: Host) -> Settings:
-        """Start the server."""
-        return await serve(host)
+        """Start nothing: the caller opens the database."""
+        return {"url": f"sqlite:///{host.folder / 'nexum.db'}"}
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[SessionCaller]:
-        """Make the tool. Each session connects itself."""
-        yield SessionCaller(settings["address"])
+        """Open the database for all sessions, and make the tool."""
+        async with opened(settings):
+            yield SessionCaller()
 
 
 class NexumOwner(Peer):
@@ -66,12 +78,12 @@ class NexumOwner(Peer):
     title = "this project: result recorded by nexum_engine.owner"
     group = Group.CALLER
     pages = ("docs/architecture.md#what-is-recorded-and-where",)
-    setup = "Server process, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
+    setup = "No server, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
     imports = ("nexum_engine.owner",)
 
     async def serve(self, host: Host) -> Settings:
-        """Start the server."""
-        return await serve(host)
+        """Start nothing: the caller opens the database."""
+        return {"url": f"sqlite:///{host.folder / 'nexum.db'}"}
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[OwnerCaller]:
@@ -79,10 +91,8 @@ class NexumOwner(Peer):
         from nexum_engine.client import NexumClient
         from nexum_engine.owner import Owner
 
-        async with NexumClient(settings["address"]) as client:
-            await client.ping(patience=30)
-            async with Owner(client) as owner:
-                yield OwnerCaller(client, owner)
+        async with opened(settings) as address, NexumClient(address) as client, Owner(client) as owner:
+            yield OwnerCaller(client, owner)
 
 
 class OwnerCaller:
