@@ -31,6 +31,7 @@ from weakref import WeakValueDictionary
 
 from pydantic import TypeAdapter, ValidationError
 
+from nexum_engine.channel import close_what_is_unused
 from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
@@ -337,9 +338,11 @@ _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary(
 
 def _client_here() -> NexumClient:
     """Return the running event loop's client, for the server that NEXUM_ADDRESS names or for the default server."""
-    for known in list(_clients):
-        if known[0].is_closed():
-            _clients.pop(known, None)  # closes the connection
+    closed = [known for known in list(_clients) if known[0].is_closed()]
+    for known in closed:
+        _clients.pop(known, None)
+    if closed:
+        close_what_is_unused()
     key = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
     if key not in _clients:
         _clients[key] = NexumClient(key[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -54,9 +55,11 @@ class Channel:
         server, opened = server_at(self.target), self._by_loop.get(loop)
         # A server of this process may have ended, or begun to listen, since the channel was opened.
         if opened is None or opened[0] is not server:
-            for known in list(self._by_loop):
-                if known.is_closed():
-                    self._by_loop.pop(known, None)  # closes the channel
+            closed = [known for known in list(self._by_loop) if known.is_closed()]
+            for known in closed:
+                self._by_loop.pop(known, None)
+            if closed:
+                close_what_is_unused()
             opened = self._by_loop[loop] = server, *self._open(server)
         return opened[2]
 
@@ -94,6 +97,14 @@ class Channel:
         # Never free these objects: the core of grpcio would wait for threads that this process doesn't have, or crash.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._by_loop))
         self._by_loop = {}
+
+
+def close_what_is_unused() -> None:
+    """Free, and so close, the channels of event loops that are closed. While one is open, gRPC keeps all event loops.
+
+    asyncio.run cancels tasks at its end. Their exceptions are in reference cycles with the channels.
+    """
+    gc.collect(1)
 
 
 _all: WeakSet[Channel] = WeakSet()

@@ -144,16 +144,14 @@ class _Stream:
 
     async def _write(self) -> None:
         """Send the frames. Frames that are ready at the same time share a message."""
-        # Let the task end normally when it is cancelled: its exception would keep this frame, and with it the event
-        # loop, in memory until the next garbage collection.
-        with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError, grpc.RpcError):
-            await self._is_open.wait()
+        await self._is_open.wait()
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.RpcError):  # `_read` gets the reason
             while True:
                 await self._has_unsent.wait()
                 frames = take_batch(self._unsent)
                 if not self._unsent:
                     self._has_unsent.clear()
-                await self._stream.write(pb.CallFrames(frames=frames))  # if this fails, `_read` gets the reason
+                await self._stream.write(pb.CallFrames(frames=frames))
 
     async def _read(self) -> None:
         """Give the calls their answers until the stream is over."""
@@ -178,7 +176,7 @@ class _Stream:
                 # next loop.
                 self._stream.cancel()
                 await asyncio.sleep(END_REPORT)
-            # Don't raise the exception: as in `_write`.
+            raise
         finally:
             self.is_over = True
             self._writing.cancel()
