@@ -128,6 +128,8 @@ class Session:
         self._client = client or NexumClient(nexum)
         self._owns_client = client is None
         self._workflow = workflow
+        self._writing: set[asyncio.Task[None]] = set()
+        """The entries of the session file that are being written."""
 
     async def __aenter__(self) -> Session:
         return self
@@ -136,7 +138,8 @@ class Session:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection to the server, unless the session was given a client."""
+        """Finish the session file. Close the connection to the server, unless the session was given a client."""
+        await asyncio.gather(*self._writing)
         if self._owns_client:
             await self._client.close()
 
@@ -164,10 +167,15 @@ class Session:
                 started, origin = await self._start(key, tool_name, tool_args, deadline)
                 execution_id = started.execution_id
                 writing = asyncio.create_task(self.file.record(self._workflow.workflow_id, key, execution_id))
+                self._writing.add(writing)
+                writing.add_done_callback(self._writing.discard)
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    await writing  # the file is written while a longer call runs
+                    # The file is written while a longer call runs. Don't wait for it if the call is over already: this
+                    # project's server, which tells that, finds the call by its key, too.
+                    if started.ended is None:
+                        await writing
             except ExecutionNotFound as gone:
                 # Start the call again: somebody replaced the server or its database, perhaps while this call waited.
                 if not deadline.left:
@@ -357,9 +365,9 @@ async def submit_tool_call_async(
     The sessions of an event loop share a connection. After the loop is closed, the next call on any loop closes the
     connection.
     """
-    session = Session(session_id, client=_client_here())
-    session.file = _files.setdefault((os.getcwd(), session_id), session.file)
-    return (await session.call(tool_name, tool_args, timeout=timeout, scope=scope)).text
+    async with Session(session_id, client=_client_here()) as session:
+        session.file = _files.setdefault((os.getcwd(), session_id), session.file)
+        return (await session.call(tool_name, tool_args, timeout=timeout, scope=scope)).text
 
 
 def submit_tool_call(
