@@ -9,15 +9,15 @@ from typing import Any, NoReturn
 import grpc
 
 from nexum_engine.errors import InvalidRequest, Overloaded
-from nexum_engine.server.bounds import MAX_CALLS, Received, Rpc
+from nexum_engine.server.bounds import MAX_CALLS, Budget, Received, Rpc
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED
 
 PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
-UNSENT_PARTS = 16
-"""How many unsent parts of answers a stream holds. Further parts wait until some of these are sent."""
+UNSENT_BYTES = 128 * 1024
+"""The bytes of answers that a stream holds for its client. Further answers wait until the client has read some."""
 
 
 class Refused(Exception):
@@ -100,7 +100,7 @@ class _Stream:
         self._unsent: list[pb.CallFrame] = []
         self._has_news = asyncio.Event()
         """Set when a frame can be sent, and when the stream may be over."""
-        self._room = asyncio.Semaphore(UNSENT_PARTS)  # serves the calls in turn
+        self._room = Budget(UNSENT_BYTES)  # serves the calls in turn
         self._is_finishing = False
 
     async def read(self, requests: AsyncIterable[pb.CallFrames]) -> None:
@@ -155,12 +155,11 @@ class _Stream:
             self._has_news.clear()
             await self._has_news.wait()
         frames = take_batch(self._unsent)
-        for _ in frames:
-            self._room.release()
+        self._room.give(sum(len(frame.message) for frame in frames))
         return frames
 
     async def _send(self, frame: pb.CallFrame) -> None:
-        await self._room.acquire()
+        await self._room.take(len(frame.message))
         self._unsent.append(frame)
         self._has_news.set()
 

@@ -253,6 +253,27 @@ async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: 
             await client.ping(patience=SOON)
 
 
+async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
+    """Otherwise a thousand clients that don't read would fill the server's memory."""
+    ended = asyncio.Event()
+
+    async def large(_: object, context: calls.CallContext) -> pb.ServerInfo:
+        context.add_done_callback(lambda _: ended.set())
+        return pb.ServerInfo(database="x" * MIB)
+
+    async def requests() -> AsyncIterator[pb.CallFrames]:
+        yield pb.CallFrames(frames=[pb.CallFrame(call=1, method="GetServerInfo")])
+
+    answers = calls.CallStreams({"GetServerInfo": large}).serve(requests(), ())
+    await anext(answers)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not ended.is_set()
+    parts = [frame async for frames in answers for frame in frames.frames]
+    assert ended.is_set()
+    assert [frame.more for frame in parts] == [True] * (len(parts) - 1) + [False]
+
+
 async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
     monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 0.5)
