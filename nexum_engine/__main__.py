@@ -47,7 +47,7 @@ from nexum_engine.errors import (
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
 from nexum_engine.options import count, seconds
 from nexum_engine.records import Execution
-from nexum_engine.store import database_exists, executions, open_store, restore_database
+from nexum_engine.store import database_exists, executions, open_store, reading, restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
 SWITCH_INTERVAL = 0.0002  # seconds
@@ -195,8 +195,8 @@ async def _open_database(args: argparse.Namespace, url: str, tried: str = "") ->
     try:
         return await _answer(
             args,
-            lambda workflow_id, status, limit: store.run(executions.list_executions, workflow_id, status, limit),
-            lambda one: store.run(executions.get_execution, one, True),
+            lambda workflow_id, status, limit: store.run(reading.list_executions, workflow_id, status, limit),
+            lambda one: store.run(reading.get_execution, one, True),
             lambda one: store.run(executions.cancel_execution, one),
         )
     finally:

@@ -38,6 +38,7 @@ from nexum_engine.records import (
     Node,
     NodeStatus,
     Outcome,
+    PendingApproval,
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
@@ -251,13 +252,14 @@ class NexumClient:
         key_prefix: str = "",
         before: str = "",
         with_nodes: bool = False,
+        parent: str = "",
         patience: float = 0.0,
     ) -> list[Execution]:
         """Return the newest executions, at most `limit` (default 20). `with_nodes` includes inputs and nodes.
 
         `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
         an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
-        page is the end of the list.
+        page is the end of the list. `parent` selects the executions that the nodes of this execution started.
         Raises ExecutionNotFound for an unknown `before`.
         """
         request = pb.ListRequest(
@@ -267,6 +269,7 @@ class NexumClient:
             idempotency_key_prefix=key_prefix,
             before_execution_id=before,
             with_nodes=with_nodes,
+            parent_execution_id=parent,
         )
         try:
             answer = await self._call(lambda stub: stub.ListExecutions, request, patience=patience)
@@ -284,6 +287,9 @@ class NexumClient:
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
                 nodes=_nodes(summary.nodes),
+                parent_execution_id=summary.parent_execution_id,
+                parent_node_id=summary.parent_node_id,
+                child_index=summary.child_index if summary.HasField("child_index") else None,
             )
             for summary in answer.executions
         ]
@@ -298,6 +304,48 @@ class NexumClient:
             await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
+
+    # ---- Nodes that wait ---------------------------------------------------------------------------------------------
+
+    async def pending_approvals(self, *, patience: float = 0.0) -> list[PendingApproval]:
+        """Return the HUMAN_APPROVAL nodes that wait for a person, the longest waiting first."""
+        answer = await self._call(lambda stub: stub.GetPendingApprovals, pb.EmptyRequest(), patience=patience)
+        return [
+            PendingApproval(item.execution_id, item.node_id, item.workflow_id, published.milliseconds(item.started_at))
+            for item in answer.items
+        ]
+
+    async def approve(self, execution_id: str, node_id: str, *, approver: str = "", comment: str = "") -> None:
+        """Complete a HUMAN_APPROVAL node. Raises NotFound, or Conflict if the node does not wait for a decision."""
+        request = pb.ApproveRequest(execution_id=execution_id, node_id=node_id, approver=approver, comment=comment)
+        await self._call(lambda stub: stub.ApproveTask, request)
+
+    async def reject(self, execution_id: str, node_id: str, *, approver: str = "", reason: str = "") -> None:
+        """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, or Conflict like `approve`."""
+        request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
+        await self._call(lambda stub: stub.RejectTask, request)
+
+    async def send_event(
+        self,
+        execution_id: str,
+        name: str,
+        payload: object = None,
+        *,
+        idempotency_key: str = "",
+        patience: float = 0.0,
+    ) -> None:
+        """Send an event to an execution. It completes an EVENT node, now or when a node waits for it.
+
+        With `idempotency_key`, a second event with this key changes nothing. Without it, the call is never retried.
+        Raises NotFound for an unknown execution or event, IdempotencyConflict, and Conflict if the execution has ended.
+        """
+        request = pb.SendEventRequest(
+            execution_id=execution_id,
+            name=name,
+            payload_json=jsontext.dump(payload, "the payload"),
+            idempotency_key=idempotency_key,
+        )
+        await self._call(lambda stub: stub.SendEvent, request, patience=patience if idempotency_key else 0.0)
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
@@ -355,6 +403,10 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,
         input_json=answer.input_json,
+        progress_json=answer.progress_json,
+        map_index=answer.map_index,
+        map_total=answer.map_total,
+        map_item_json=answer.map_item_json,
     )
 
 
@@ -370,6 +422,9 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         ended_ms=answer.ended_ms or None,
         error=answer.error,
         nodes=_nodes(answer.nodes),
+        parent_execution_id=answer.parent_execution_id,
+        parent_node_id=answer.parent_node_id,
+        child_index=answer.child_index if answer.HasField("child_index") else None,
     )
 
 
@@ -385,6 +440,8 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
                 Attempt(a.attempt, a.worker_id, a.started_ms, a.ended_ms or None, Outcome(a.outcome), a.error)
                 for a in node.attempts
             ),
+            node.progress_json,
+            node.due_ms or None,
         )
         for node in records
     )

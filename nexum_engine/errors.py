@@ -72,12 +72,11 @@ class TaskNotFound(NotFound):
 
 
 class WorkflowNotFound(NotFound):
-    """The version of the workflow is not registered."""
+    """The version of the workflow, or any version of it, is not registered."""
 
-    def __init__(self, workflow_id: str, version_hash: str) -> None:
-        super().__init__(
-            f"version {version_hash!r} of workflow {workflow_id!r} is not registered: call RegisterWorkflow first"
-        )
+    def __init__(self, workflow_id: str, version_hash: str = "") -> None:
+        version = f"version {version_hash!r} of " if version_hash else ""
+        super().__init__(f"{version}workflow {workflow_id!r} is not registered: call RegisterWorkflow first")
         self.workflow_id = workflow_id
         self.version_hash = version_hash
 

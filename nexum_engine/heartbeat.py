@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import grpc
@@ -40,6 +41,7 @@ MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this lon
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
+MAX_PROGRESS_AT_ONCE = 32  # in one heartbeat
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -94,6 +96,8 @@ class Heartbeat:
         # The program's event loop and the heartbeat loop share these. The lock guards the tasks.
         self._lock = threading.Lock()
         self._held: set[str] = set()
+        self._progress: dict[str, str] = {}
+        """The progress of tasks, as JSON, that no answered heartbeat has had."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
@@ -126,6 +130,14 @@ class Heartbeat:
         """Name the task in no further heartbeat."""
         with self._lock:
             self._held.discard(task_id)
+            self._progress.pop(task_id, None)
+
+    def send_progress(self, task_id: str, progress_json: str) -> None:
+        """Send the progress of a held task with a heartbeat, now. Of several, only the newest is sent."""
+        with self._lock:
+            if task_id in self._held:
+                self._progress[task_id] = progress_json
+        _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon. The server hands out again each task that neither one names."""
@@ -267,13 +279,25 @@ class Heartbeat:
                 with self._lock:
                     questions = len(self._questions)
                     held = sorted(self._held)
-                beat = pb.WorkerBeat(worker_id=self._worker_id, task_ids=held, draining=self.draining)
+                    progress = dict(islice(self._progress.items(), MAX_PROGRESS_AT_ONCE))
+                beat = pb.WorkerBeat(
+                    worker_id=self._worker_id,
+                    task_ids=held,
+                    draining=self.draining,
+                    progress=[pb.TaskProgress(task_id=one, progress_json=text) for one, text in progress.items()],
+                )
                 ack = await self._exchange(call, beat, timeout)
                 if ack is None:
                     return
                 lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
                 self._held_until = sent + ack.lease_ms / 2000
                 self._answer(loop, questions, frozenset(ack.lost_task_ids))
+                with self._lock:
+                    for task_id, text in progress.items():
+                        if self._progress.get(task_id) == text:
+                            del self._progress[task_id]
+                    if self._progress:
+                        self._wake.set()
                 if not is_connected:
                     is_connected = True
                     tell(None)

@@ -12,7 +12,7 @@ class ExecutionStatus(str, Enum):
     RUNNING = "RUNNING"
     """The execution has nodes left to run."""
     COMPLETED = "COMPLETED"
-    """Every node's output is recorded."""
+    """Every node is COMPLETED or SKIPPED."""
     FAILED = "FAILED"
     """A node is FAILED."""
     CANCELLED = "CANCELLED"
@@ -32,8 +32,12 @@ class NodeStatus(str, Enum):
     """The node is a task that no worker holds."""
     RUNNING = "RUNNING"
     """A worker or owner holds the node."""
+    WAITING = "WAITING"
+    """The node waits for something other than a worker: a time, a person, an event, or executions that it started."""
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
+    SKIPPED = "SKIPPED"
+    """The node's routers chose other nodes, or all nodes that it depends on are SKIPPED. It has no output."""
     FAILED = "FAILED"
     """The node failed and is not retried."""
     CANCELLED = "CANCELLED"
@@ -55,17 +59,40 @@ class Outcome(str, Enum):
     """The worker sent no heartbeat for longer than its lease. Its process was probably stopped."""
     INTERRUPTED = "INTERRUPTED"
     """The server was restarted, and the worker did not reconnect. This does not count as a failed or lost attempt."""
+    TIMED_OUT = "TIMED_OUT"
+    """The attempt took longer than the time limit of its node. This counts as a failed attempt."""
     CANCELLED = "CANCELLED"
     """The execution ended while the attempt ran."""
 
 
 class NodeType(str, Enum):
-    """A node's purpose. Nodes of both types run in a worker and are retried in the same way."""
+    """What a node does. Workers run tasks of the types EFFECT to SUBWORKFLOW; the server completes the other nodes."""
 
     EFFECT = "EFFECT"
     """The node acts on the outside world."""
     COMPUTE = "COMPUTE"
     """The node only computes from its inputs."""
+    ROUTER = "ROUTER"
+    """The node's output names the one of its routes' targets that is to run."""
+    MAP = "MAP"
+    """The node's task returns a list. Each item becomes a task of its own, and the node's output is their results."""
+    MAP_SUBTASK = "MAP_SUBTASK"
+    """One item of a MAP node. Workflows can't have such a node."""
+    REDUCE = "REDUCE"
+    """The node computes from the results of a MAP node."""
+    SUBWORKFLOW = "SUBWORKFLOW"
+    """The node starts an execution of another workflow, and completes with the output of its last completed node."""
+    TIMER = "TIMER"
+    """The node completes after a delay."""
+    HUMAN_APPROVAL = "HUMAN_APPROVAL"
+    """The node completes when a person approves it, and fails when a person rejects it."""
+    EVENT = "EVENT"
+    """The node completes when an event of its name is sent to the execution."""
+
+    @property
+    def has_task(self) -> bool:
+        """Whether a worker runs a task for a node of this type."""
+        return self not in (NodeType.TIMER, NodeType.HUMAN_APPROVAL, NodeType.EVENT)
 
 
 class Compatibility(str, Enum):
@@ -100,8 +127,12 @@ class Node:
     status: NodeStatus
     output_json: str | None
     error: str
-    """Why the node FAILED, or what a READY node waits for."""
+    """Why the node FAILED, what a READY node waits for, or why an EVENT node was SKIPPED."""
     attempts: tuple[Attempt, ...] = ()
+    progress_json: str = ""
+    """The progress that an attempt sent last."""
+    due_ms: int | None = None
+    """When a WAITING node has waited as long as it may. None if it may wait for ever, or does not wait."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,11 @@ class Execution:
     error: str
     nodes: tuple[Node, ...] = ()
     """The nodes, dependencies first."""
+    parent_execution_id: str = ""
+    """The execution whose node started this one; empty if a client started it."""
+    parent_node_id: str = ""
+    child_index: int | None = None
+    """The number of the item, from 0, if the parent is a MAP node."""
 
     def outputs(self) -> dict[str, str]:
         """Return the recorded output of each node, as JSON text, by node id."""
@@ -142,6 +178,16 @@ class Task:
     """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
     input_bytes: int = 0
     """The size of `input_json` in bytes, even while that text is only in the store. Only the server sets this."""
+    timeout_ms: int | None = None
+    """How long the attempt may take until the server ends it. Only the server sets this."""
+    progress_json: str = ""
+    """The progress that an earlier attempt sent last."""
+    map_index: int = 0
+    """The number of the item, from 0, in a task of type MAP_SUBTASK."""
+    map_total: int = 0
+    """The number of all items, in a task of type MAP_SUBTASK."""
+    map_item_json: str = ""
+    """The item, in a task of type MAP_SUBTASK."""
 
 
 @dataclass(frozen=True)
@@ -153,3 +199,13 @@ class WorkflowVersion:
     compatibility: Compatibility
     registered_ms: int
     active_executions: int
+
+
+@dataclass(frozen=True)
+class PendingApproval:
+    """A HUMAN_APPROVAL node that waits for a person."""
+
+    execution_id: str
+    node_id: str
+    workflow_id: str
+    since_ms: int

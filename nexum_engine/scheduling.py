@@ -1,31 +1,82 @@
-"""Rules for executions: which nodes are ready, and when a retry is due. This module uses no database."""
+"""Rules for the nodes of an execution: which statuses follow which, and what becomes of a node. No database is used."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
-from nexum_engine.records import NodeStatus
+from nexum_engine.records import NodeStatus, NodeType
+from nexum_engine.workflow import NodeDefinition
 
-MAX_FAILED_ATTEMPTS = 4
-"""The number of reported failures after which a node is FAILED."""
 MAX_LOST_ATTEMPTS = 10
 """The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
-FIRST_RETRY_DELAY_MS = 1000
-LONGEST_RETRY_DELAY_MS = FIRST_RETRY_DELAY_MS << (MAX_FAILED_ATTEMPTS - 2)
+
+TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
+    # The nodes that it waits for have ended: it is a task, it waits for something else, or it is skipped.
+    NodeStatus.PENDING: frozenset(
+        {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
+    ),
+    # It is handed out. The last attempt may still report after its lease has run out, as from RUNNING.
+    NodeStatus.READY: frozenset(
+        {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
+    ),
+    # Its attempt succeeds, fails, or is lost. A MAP or SUBWORKFLOW node then waits for the executions that it started.
+    NodeStatus.RUNNING: frozenset(
+        {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
+    ),
+    # What it waits for has come, was refused, or did not come in time.
+    NodeStatus.WAITING: frozenset(
+        {NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED},
+    ),
+    NodeStatus.COMPLETED: frozenset(),
+    NodeStatus.SKIPPED: frozenset(),
+    NodeStatus.FAILED: frozenset(),
+    NodeStatus.CANCELLED: frozenset(),
+}
+"""The statuses that can follow a node's status. A node begins as PENDING.
+
+If the execution is CANCELLED or FAILED, its unfinished nodes are CANCELLED.
+"""
+
+DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
+"""The statuses of a node that no longer holds up others."""
 
 
-def ready_nodes(dependencies: Mapping[str, Collection[str]], status: Mapping[str, NodeStatus]) -> list[str]:
-    """Return the PENDING nodes, in the order of `dependencies`, whose dependencies all have a recorded output."""
-    return [
-        node_id
-        for node_id, needed in dependencies.items()
-        if status[node_id] is NodeStatus.PENDING
-        and all(status[dependency] is NodeStatus.COMPLETED for dependency in needed)
-    ]
+def settle(
+    definitions: Mapping[str, NodeDefinition],
+    statuses: Mapping[str, NodeStatus],
+    chosen: Mapping[str, str],
+) -> dict[str, NodeStatus]:
+    """Return the new status of each PENDING node that no longer has to wait for other nodes.
+
+    `definitions` has the nodes in an order in which each node follows those that it waits for. `chosen` has the target
+    that each router chose. A node waits until all its dependencies, and all routers that may choose it, are done. It is
+    SKIPPED if none of these routers chose it, or if it has no router and all its dependencies are SKIPPED. Otherwise it
+    becomes READY if a worker runs it, else WAITING.
+    """
+    routers: dict[str, list[str]] = {}
+    for node in definitions.values():
+        for target in node.targets:
+            routers.setdefault(target, []).append(node.node_id)
+    now, settled = dict(statuses), {}
+    for node_id, node in definitions.items():
+        deciders = routers.get(node_id, ())
+        if now[node_id] is not NodeStatus.PENDING or not all(
+            now[other] in DONE for other in (*node.dependencies, *deciders)
+        ):
+            continue
+        if deciders:
+            is_skipped = all(chosen.get(router) != node_id for router in deciders)
+        else:
+            needed = [now[dependency] for dependency in node.dependencies]
+            is_skipped = bool(needed) and all(status is NodeStatus.SKIPPED for status in needed)
+        if is_skipped:
+            settled[node_id] = NodeStatus.SKIPPED
+        else:
+            settled[node_id] = NodeStatus.READY if node.node_type.has_task else NodeStatus.WAITING
+        now[node_id] = settled[node_id]
+    return settled
 
 
-def retry_delay_ms(failed_attempts: int) -> int | None:
-    """Return the wait before the next attempt (1 s, 2 s, 4 s). Return None after the last attempt."""
-    if failed_attempts >= MAX_FAILED_ATTEMPTS:
-        return None
-    return FIRST_RETRY_DELAY_MS << (failed_attempts - 1)
+def starts_executions(node_type: NodeType) -> bool:
+    """Return whether the report of a node's task starts executions, whose end completes the node."""
+    return node_type in (NodeType.MAP, NodeType.SUBWORKFLOW)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from nexum_engine.errors import (
     TaskNotFound,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import Task
+from nexum_engine.records import NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
@@ -47,6 +47,8 @@ SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long poll
 PUBLISHED_RETRIES = 3  # of a failed task, by a published server
 MAX_REASON_CHARACTERS = 100_000  # sent of a failure's message; the server stores fewer characters
 MAX_LOGGED_CHARACTERS = 500
+MAX_PROGRESS_BYTES = 4096
+"""The largest progress of a task, as JSON."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,19 +68,45 @@ class TaskContext:
     """The number of the attempt, from 1."""
     idempotency_key: str
     """The key is the same at every attempt. A target that honours the key executes the effect once."""
+    progress: Any = None
+    """What an earlier attempt passed to `heartbeat` last."""
+    item: Any = None
+    """The item, in a task of a MAP node."""
+    index: int | None = None
+    """The number of the item, from 0. None if the task is not one of a MAP node's items."""
+    total: int = 0
+    """The number of all items."""
+    heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
+    """Send the progress of the task, a small JSON value. `show` shows it, and the next attempt gets it as `progress`.
+
+    Call it from any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
+    """
 
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
 """A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
-is retried later, except after FinalError."""
+is retried later, except after FinalError.
+
+The handler of a ROUTER node returns the name of the target. That of a SUBWORKFLOW node returns the input of the
+execution to start."""
+
+
+@dataclass(frozen=True)
+class MapHandler:
+    """The two handlers of a MAP node."""
+
+    items: Handler
+    """Returns the list of items."""
+    each: Handler
+    """Does the work of one item, `task.item`, and returns its result."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A workflow and the handler of each of its nodes."""
+    """A workflow and the handler of each node that has a task. The handler of a MAP node is a MapHandler."""
 
     workflow: Workflow
-    handlers: Mapping[str, Handler]
+    handlers: Mapping[str, Handler | MapHandler]
 
 
 class _Work:
@@ -111,12 +139,19 @@ class Worker:
         if concurrency < 1:
             raise InvalidRequest(f"concurrency is {concurrency}: give 1 or more")
         for binding in bindings:
-            names = {node.node_id for node in binding.workflow.nodes}
+            names = {node.node_id for node in binding.workflow.nodes if node.node_type.has_task}
             if names != set(binding.handlers):
                 raise InvalidRequest(
                     f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, but handlers for "
                     f"{sorted(binding.handlers)}: give one handler for each node"
                 )
+            for node in binding.workflow.nodes:
+                is_map = isinstance(binding.handlers.get(node.node_id), MapHandler)
+                if is_map != (node.node_type is NodeType.MAP):
+                    raise InvalidRequest(
+                        f"the handler of node {node.node_id!r} of workflow {binding.workflow.workflow_id!r} must be a "
+                        f"{'MapHandler' if not is_map else 'function'}: the node is a {node.node_type.value} node"
+                    )
         self.worker_id = worker_id or new_worker_id()
         self._client = client
         self._bindings = {binding.workflow.version_hash: binding for binding in bindings}
@@ -124,6 +159,7 @@ class Worker:
             (binding.workflow.version_hash, node.node_id): (binding.handlers[node.node_id], node)
             for binding in bindings
             for node in binding.workflow.nodes
+            if node.node_type.has_task
         }
         self._concurrency = concurrency
         self._describe = describe or (lambda task: task.node_id)
@@ -141,8 +177,8 @@ class Worker:
         self._polling = asyncio.Lock()
         """Held by a poll of a server without worker streams: two polls at once may get the same task there."""
         self._turn = 0
-        self._at_work: dict[tuple[str, str], _Work] = {}
-        """The work in this process, by execution and node."""
+        self._at_work: dict[tuple[str, str, int | None], _Work] = {}
+        """The work in this process, by execution, node, and the number of the item."""
         self._handlers: dict[asyncio.Task[Any], str] = {}
         """The running handlers, with the names of their tasks."""
         self._loop: tuple[asyncio.AbstractEventLoop, int] | None = None
@@ -318,7 +354,7 @@ class Worker:
 
         The next poll begins together with the report, so that one message has both.
         """
-        node = work.task.execution_id, work.task.node_id
+        node = work.task.execution_id, work.task.node_id, _index_of(work.task)
         running = self._at_work.get(node)
         if running is not None:
             self._adopt(running, work)
@@ -356,14 +392,14 @@ class Worker:
     async def _run_task(self, work: _Work) -> asyncio.Task[_Work | None] | None:
         task = work.task
         start = time.monotonic()
-        context = _context(task)
+        context = _context(task, partial(self._send_progress, work))
         name = self._describe(context)
         attempt = f", attempt {task.attempt}" if self._streams else ""  # a published server sends no number
         what = f"{name}, execution {task.execution_id}{attempt}"
         logger.info("started  %s", what)
         try:
             handler, node = self._work_of(task)
-            output = await self._output(handler, context, node, name)
+            output = await self._output(handler, context, node, task, name)
         except Exception as error:  # noqa: BLE001 - reported to the server
             final = isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
@@ -377,15 +413,22 @@ class Worker:
 
         Other clients may register two workflows under one version hash. Then this worker can get tasks of both.
         """
-        work = self._work.get((task.version_hash, task.node_id))
-        if work is not None:
-            return work
+        handler, node = self._work.get((task.version_hash, task.node_id), (None, None))
+        if isinstance(handler, MapHandler):
+            handler = handler.items if _index_of(task) is None else handler.each
+        if handler is not None and node is not None:
+            return handler, node
         raise NotFound(
             f"worker {self.worker_id} has no handler for node {task.node_id!r} of version {task.version_hash!r}"
         )
 
-    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition, name: str) -> str:
-        """Run `handler`. Check its result against the node's output model, and return the result as JSON text."""
+    def _send_progress(self, work: _Work, progress: Any) -> None:
+        text = jsontext.dump(progress, "the progress")
+        jsontext.check_size(text, "the progress", max_bytes=MAX_PROGRESS_BYTES)
+        self._heartbeat.send_progress(work.task.task_id, text)
+
+    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition, task: Task, name: str) -> str:
+        """Run `handler`. Check its result against the node's output model, and return what to report, as JSON text."""
 
         async def contained() -> Any:
             try:
@@ -399,21 +442,34 @@ class Worker:
         running = asyncio.create_task(contained())
         self._handlers[running] = name
         try:
+            if node.timeout_seconds is not None:
+                await asyncio.wait({running}, timeout=node.timeout_seconds)
+                if not running.done():
+                    raise TimeoutError(f"the attempt took longer than its time limit of {node.timeout_seconds:g} s")
             result = await running
         except asyncio.CancelledError as error:
             if self._closing:
                 raise
             raise RuntimeError("the handler cancelled itself") from error
         finally:
+            running.cancel()
             del self._handlers[running]
-        if node.output is not None and not isinstance(result, node.output):
+        if node.node_type is NodeType.ROUTER and isinstance(result, str):
+            result = {"routed_to": result}
+        # The output of these nodes is what the executions return that they start.
+        is_output = node.node_type is not NodeType.SUBWORKFLOW and (
+            node.node_type is not NodeType.MAP or _index_of(task) is not None
+        )
+        if is_output and node.output is not None and not isinstance(result, node.output):
             try:
                 result = node.output.model_validate(result)
             except ValidationError as error:
                 raise FinalError(
                     f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
                 ) from error
-        text = jsontext.dump(result.model_dump(mode="json") if isinstance(result, BaseModel) else result, "the result")
+        if node.node_type is NodeType.SUBWORKFLOW:
+            result = {"subWorkflowId": node.sub_workflow_id, "childInput": _plain(result)}
+        text = jsontext.dump(_plain(result), "the result")
         jsontext.check_size(text, "the result")
         return text
 
@@ -422,6 +478,12 @@ class Worker:
             await self._client.complete_task(task.task_id, output, patience=REPORT_PATIENCE)
         except InvalidRequest as error:
             await self._failure(task, f"the server refused the result: {error}", final=True)
+            raise
+        except TaskNotFound as error:
+            # The same status says that a SUBWORKFLOW node's workflow is not registered. It may be soon.
+            if task.node_type != NodeType.SUBWORKFLOW:
+                raise
+            await self._failure(task, f"the server refused the result: {error.__cause__}", final=False)
             raise
         except ServerFault:
             # A published server answers INTERNAL to a second report: the first answer was lost.
@@ -499,7 +561,21 @@ def _reason(error: Exception) -> str:
     return text[:MAX_REASON_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
-def _context(task: Task) -> TaskContext:
+def _index_of(task: Task) -> int | None:
+    """Return the number of the item, if the task is one of a MAP node's items."""
+    return task.map_index if task.node_type == NodeType.MAP_SUBTASK else None
+
+
+def _plain(result: Any) -> Any:
+    """Return a handler's result as a JSON value, if it is a pydantic model or a list of some."""
+    if isinstance(result, BaseModel):
+        return result.model_dump(mode="json")
+    if isinstance(result, list):
+        return [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in result]
+    return result
+
+
+def _context(task: Task, heartbeat: Callable[[Any], None]) -> TaskContext:
     # Don't use jsontext.parse: this document may be nested more deeply than that allows. The server has checked each
     # payload in the document.
     document = json.loads(task.input_json or "null")
@@ -511,4 +587,9 @@ def _context(task: Task) -> TaskContext:
         node_id=task.node_id,
         attempt=task.attempt,
         idempotency_key=task.idempotency_key,
+        progress=json.loads(task.progress_json or "null"),
+        item=json.loads(task.map_item_json or "null"),
+        index=_index_of(task),
+        total=task.map_total,
+        heartbeat=heartbeat,
     )

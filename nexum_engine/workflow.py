@@ -7,7 +7,8 @@
         .build()
     )
 
-The IR has the published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...]}}}`.
+The IR has the published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...], ...}}}`. The
+fields `event`, `on_timeout`, `timeout_seconds` and `retry_policy` are additions of this project.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
@@ -28,6 +30,46 @@ MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000
 MAX_DEPENDENCIES = 10_000  # of all nodes together
 MAX_ID_LENGTH = 200  # characters
+MAX_SECONDS = 100 * 366 * 24 * 3600
+"""The longest delay or time limit of a node: about 100 years."""
+
+Number = Annotated[int, Strict()] | Annotated[float, Strict()]
+_KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)
+
+
+class Route(BaseModel):
+    """A target that a ROUTER node can choose. The server doesn't read `condition`: the worker's handler decides."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    condition: str = ""
+    target: str
+
+
+class RetryPolicy(BaseModel):
+    """When a node is tried again after a reported failure. The defaults are the published server's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_attempts: int = Field(4, ge=1, le=1000)
+    """The number of reported failures after which the node is FAILED."""
+    first_delay_seconds: float = Field(1.0, ge=0, le=MAX_SECONDS)
+    factor: float = Field(2.0, ge=1, le=100)
+    """How many times longer each delay is than the one before."""
+    max_delay_seconds: float = Field(MAX_SECONDS, ge=0, le=MAX_SECONDS)
+
+    def delay_ms(self, failed_attempts: int) -> int | None:
+        """Return the wait before the next attempt, in ms. Return None after the last attempt."""
+        if failed_attempts >= self.max_attempts:
+            return None
+        try:
+            delay = self.first_delay_seconds * self.factor ** (failed_attempts - 1)
+        except OverflowError:
+            delay = self.max_delay_seconds
+        return round(min(delay, self.max_delay_seconds) * 1000)
+
+
+DEFAULT_RETRY_POLICY = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -38,6 +80,47 @@ class NodeDefinition:
     node_type: NodeType
     dependencies: tuple[str, ...]
     output: type[BaseModel] | None = None
+    routes: tuple[Route, ...] = ()
+    """The targets of a ROUTER node."""
+    map_node_id: str = ""
+    """The MAP node whose results a REDUCE node reads."""
+    sub_workflow_id: str = ""
+    """The workflow that a SUBWORKFLOW node starts."""
+    delay_seconds: float = 0
+    """How long a TIMER node waits."""
+    event: str = ""
+    """The name of the event that an EVENT node waits for."""
+    on_timeout: str = ""
+    """The node that runs only if the event of an EVENT node does not come in time."""
+    timeout_seconds: float | None = None
+    """How long one attempt at a task may take, or how long an EVENT node waits."""
+    retry: RetryPolicy = DEFAULT_RETRY_POLICY
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The nodes that run only if this node chooses them."""
+        return (self.on_timeout,) if self.on_timeout else tuple(route.target for route in self.routes)
+
+    def ir(self) -> dict[str, object]:
+        """Return the node's part of the IR. A field that has its default is left out."""
+        fields: dict[str, object] = {"type": self.node_type.value, "dependencies": list(self.dependencies)}
+        if self.routes:
+            fields["routes"] = [route.model_dump() for route in self.routes]
+        if self.map_node_id:
+            fields["mapNodeId"] = self.map_node_id
+        if self.sub_workflow_id:
+            fields["subWorkflowId"] = self.sub_workflow_id
+        if self.node_type is NodeType.TIMER:
+            fields["delay_seconds"] = self.delay_seconds
+        if self.event:
+            fields["event"] = self.event
+        if self.on_timeout:
+            fields["on_timeout"] = self.on_timeout
+        if self.timeout_seconds is not None:
+            fields["timeout_seconds"] = self.timeout_seconds
+        if self.retry != DEFAULT_RETRY_POLICY:
+            fields["retry_policy"] = self.retry.model_dump()
+        return fields
 
 
 @dataclass(frozen=True)
@@ -68,22 +151,133 @@ class WorkflowBuilder:
         self._nodes: list[NodeDefinition] = []
 
     def effect(
-        self, node_id: str, output: type[BaseModel] | None = None, *, depends_on: Sequence[str] | None = None
+        self,
+        node_id: str,
+        output: type[BaseModel] | None = None,
+        *,
+        depends_on: Sequence[str] | None = None,
+        timeout_seconds: float | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
-        """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it."""
-        return self._add(node_id, NodeType.EFFECT, output, depends_on)
+        """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
+
+        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when a failed node is tried
+        again.
+        """
+        return self._add(node_id, NodeType.EFFECT, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
 
     def compute(
-        self, node_id: str, output: type[BaseModel] | None = None, *, depends_on: Sequence[str] | None = None
+        self,
+        node_id: str,
+        output: type[BaseModel] | None = None,
+        *,
+        depends_on: Sequence[str] | None = None,
+        timeout_seconds: float | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
-        """Add a node that only computes. Without `depends_on` it depends on every node added before it."""
-        return self._add(node_id, NodeType.COMPUTE, output, depends_on)
+        """Add a node that only computes. The arguments are those of `effect`."""
+        return self._add(node_id, NodeType.COMPUTE, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
+
+    def router(
+        self, node_id: str, routes: Mapping[str, str], *, depends_on: Sequence[str] | None = None
+    ) -> WorkflowBuilder:
+        """Add a node whose handler returns the name of the target to run. The other targets are skipped.
+
+        `routes` has each target, and for a reader the condition under which the handler chooses it.
+        """
+        pairs = tuple(Route(condition=condition, target=target) for target, condition in routes.items())
+        return self._add(node_id, NodeType.ROUTER, depends_on, routes=pairs)
+
+    def map(
+        self,
+        node_id: str,
+        output: type[BaseModel] | None = None,
+        *,
+        depends_on: Sequence[str] | None = None,
+        timeout_seconds: float | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY_POLICY,
+    ) -> WorkflowBuilder:
+        """Add a node that runs a task for each item of a list. Its output is the list of the tasks' results.
+
+        `output` is the model of one result. `timeout_seconds` and `retry` hold for each task.
+        """
+        return self._add(node_id, NodeType.MAP, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
+
+    def reduce(
+        self,
+        node_id: str,
+        output: type[BaseModel] | None = None,
+        *,
+        map_node_id: str = "",
+        timeout_seconds: float | None = None,
+        retry: RetryPolicy = DEFAULT_RETRY_POLICY,
+    ) -> WorkflowBuilder:
+        """Add a node that computes from the results of a MAP node: the one added last, if `map_node_id` is empty."""
+        maps = [node.node_id for node in self._nodes if node.node_type is NodeType.MAP]
+        if not map_node_id and not maps:
+            raise InvalidRequest(f"node {node_id!r} reduces nothing: add a MAP node before it")
+        mapped = map_node_id or maps[-1]
+        return self._add(
+            node_id, NodeType.REDUCE, [mapped], output, map_node_id=mapped, timeout_seconds=timeout_seconds, retry=retry
+        )
+
+    def subworkflow(
+        self,
+        node_id: str,
+        sub_workflow_id: str,
+        output: type[BaseModel] | None = None,
+        *,
+        depends_on: Sequence[str] | None = None,
+    ) -> WorkflowBuilder:
+        """Add a node that starts an execution of another workflow. Its handler returns that execution's input.
+
+        The node's output is the output of the node that completed last in that execution.
+        """
+        return self._add(node_id, NodeType.SUBWORKFLOW, depends_on, output, sub_workflow_id=sub_workflow_id)
+
+    def timer(self, node_id: str, delay_seconds: float, *, depends_on: Sequence[str] | None = None) -> WorkflowBuilder:
+        """Add a node that completes after a delay. The server waits, and no worker is needed."""
+        return self._add(node_id, NodeType.TIMER, depends_on, delay_seconds=delay_seconds)
+
+    def human_approval(self, node_id: str, *, depends_on: Sequence[str] | None = None) -> WorkflowBuilder:
+        """Add a node that a person approves or rejects. It has no handler."""
+        return self._add(node_id, NodeType.HUMAN_APPROVAL, depends_on)
+
+    def event(
+        self,
+        node_id: str,
+        name: str,
+        output: type[BaseModel] | None = None,
+        *,
+        depends_on: Sequence[str] | None = None,
+        timeout_seconds: float | None = None,
+        on_timeout: str = "",
+    ) -> WorkflowBuilder:
+        """Add a node that waits for the event `name`. Its output is the event's payload.
+
+        If no event comes within `timeout_seconds`, the node and its execution fail. With `on_timeout`, the execution
+        goes on with that node instead; if the event comes in time, that node is skipped.
+        """
+        return self._add(
+            node_id,
+            NodeType.EVENT,
+            depends_on,
+            output,
+            event=name,
+            timeout_seconds=timeout_seconds,
+            on_timeout=on_timeout,
+        )
 
     def _add(
-        self, node_id: str, node_type: NodeType, output: type[BaseModel] | None, depends_on: Sequence[str] | None
+        self,
+        node_id: str,
+        node_type: NodeType,
+        depends_on: Sequence[str] | None,
+        output: type[BaseModel] | None = None,
+        **fields: Any,
     ) -> WorkflowBuilder:
         dependencies = tuple(node.node_id for node in self._nodes) if depends_on is None else tuple(depends_on)
-        self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output))
+        self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output, **fields))
         return self
 
     def build(self) -> Workflow:
@@ -91,12 +285,7 @@ class WorkflowBuilder:
         names = [node.node_id for node in self._nodes]
         if len(set(names)) != len(names):
             raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes with the same name: {names}")
-        ir = {
-            "nodes": {
-                node.node_id: {"type": node.node_type.value, "dependencies": list(node.dependencies)}
-                for node in self._nodes
-            }
-        }
+        ir = {"nodes": {node.node_id: node.ir() for node in self._nodes}}
         ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         parse_ir(ir_json)
         # Hash the workflow's id, too. Workers poll by hash, and two workflows with equal nodes must not share tasks.
@@ -122,11 +311,19 @@ def check_id(value: str, what: str) -> str:
 
 
 class _NodeIr(BaseModel):
-    # Ignore unknown fields: the published builders may add fields for node types that this server doesn't run.
+    # Ignore unknown fields: published builders may add some.
     model_config = ConfigDict(extra="ignore")
 
     type: str
     dependencies: list[str] = []
+    routes: list[Route] = []
+    map_node_id: str = Field("", alias="mapNodeId")
+    sub_workflow_id: str = Field("", alias="subWorkflowId")
+    delay_seconds: Number = Field(0, ge=0, le=MAX_SECONDS)
+    event: str = ""
+    on_timeout: str = ""
+    timeout_seconds: Number | None = Field(None, gt=0, le=MAX_SECONDS)
+    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY
 
 
 class _WorkflowIr(BaseModel):
@@ -148,35 +345,71 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
         raise InvalidRequest("ir_json has no nodes: a workflow needs at least one")
     if len(ir.nodes) > MAX_NODES:
         raise InvalidRequest(f"ir_json has {len(ir.nodes):,} nodes; the limit is {MAX_NODES:,}")
-    if (count := sum(len(node.dependencies) for node in ir.nodes.values())) > MAX_DEPENDENCIES:
-        raise InvalidRequest(f"the nodes of ir_json have {count:,} dependencies; the limit is {MAX_DEPENDENCIES:,}")
-    known_types = {node_type.value for node_type in NodeType}
-    for node_id, node in ir.nodes.items():
-        check_id(node_id, "a node's name")
-        if node.type not in known_types:
-            raise InvalidRequest(
-                f"node {node_id!r} is of type {node.type!r}, which this server does not run: use "
-                f"{' or '.join(sorted(known_types, reverse=True))}"
-            )
-        for dependency in node.dependencies:
-            if dependency not in ir.nodes:
-                raise InvalidRequest(f"node {node_id!r} depends on {dependency!r}, which is not a node of the workflow")
+    if (count := sum(len(node.dependencies) + len(node.routes) for node in ir.nodes.values())) > MAX_DEPENDENCIES:
+        raise InvalidRequest(
+            f"the nodes of ir_json have {count:,} dependencies and routes; the limit is {MAX_DEPENDENCIES:,}"
+        )
+    definitions = {node_id: _definition(node_id, node, ir.nodes) for node_id, node in ir.nodes.items()}
+    # A target waits for the nodes that may choose it, even if it doesn't depend on them.
+    before = {node_id: set(node.dependencies) for node_id, node in definitions.items()}
+    for node in definitions.values():
+        for target in node.targets:
+            before[target].add(node.node_id)
     try:
-        order = TopologicalSorter({node_id: node.dependencies for node_id, node in ir.nodes.items()}).static_order()
-        return {
-            node_id: NodeDefinition(
-                node_id,
-                NodeType(ir.nodes[node_id].type),
-                tuple(sorted(set(ir.nodes[node_id].dependencies))),  # the order has no meaning
-            )
-            for node_id in order
-        }
+        return {node_id: definitions[node_id] for node_id in TopologicalSorter(before).static_order()}
     except CycleError as error:
         raise InvalidRequest(f"ir_json has a cycle: {' -> '.join(error.args[1])}") from error
 
 
+def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> NodeDefinition:
+    check_id(node_id, "a node's name")
+    if node.type not in _KNOWN_TYPES:
+        raise InvalidRequest(
+            f"node {node_id!r} is of type {node.type!r}, which this server does not run: use "
+            f"{', '.join(_KNOWN_TYPES[:-1])} or {_KNOWN_TYPES[-1]}"
+        )
+    node_type = NodeType(node.type)
+    for dependency in node.dependencies:
+        if dependency not in nodes:
+            raise InvalidRequest(f"node {node_id!r} depends on {dependency!r}, which is not a node of the workflow")
+    is_router, is_event = node_type is NodeType.ROUTER, node_type is NodeType.EVENT
+    if is_router and not node.routes:
+        raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes with a target each")
+    if is_router:
+        targets = [route.target for route in node.routes]
+    else:
+        targets = [node.on_timeout] if is_event and node.on_timeout else []
+    for target in targets:
+        if target not in nodes:
+            raise InvalidRequest(f"node {node_id!r} routes to {target!r}, which is not a node of the workflow")
+    mapped = node.map_node_id if node_type is NodeType.REDUCE else ""
+    if mapped and (mapped not in nodes or nodes[mapped].type != NodeType.MAP):
+        raise InvalidRequest(f"REDUCE node {node_id!r} reduces {mapped!r}, which is not a MAP node of the workflow")
+    if is_event:
+        check_id(node.event, f"the event of node {node_id!r}")
+        if node.on_timeout and node.timeout_seconds is None:
+            raise InvalidRequest(f"EVENT node {node_id!r} has on_timeout, but no timeout_seconds")
+    waits_for_time = is_event or node_type.has_task
+    return NodeDefinition(
+        node_id,
+        node_type,
+        tuple(sorted({*node.dependencies, mapped} - {""})),  # the order has no meaning
+        routes=tuple(node.routes) if is_router else (),
+        map_node_id=mapped,
+        sub_workflow_id=node.sub_workflow_id if node_type is NodeType.SUBWORKFLOW else "",
+        delay_seconds=node.delay_seconds if node_type is NodeType.TIMER else 0,
+        event=node.event if is_event else "",
+        on_timeout=node.on_timeout if is_event else "",
+        timeout_seconds=node.timeout_seconds if waits_for_time else None,
+        retry=node.retry_policy,
+    )
+
+
 def compatibility(old: Mapping[str, NodeDefinition], new: Mapping[str, NodeDefinition]) -> Compatibility:
-    """Return how `new` relates to the version registered before it."""
+    """Return how `new` relates to the version registered before it.
+
+    Like a published server, compare only the nodes' types and dependencies.
+    """
     for node_id, before in old.items():
         after = new.get(node_id)
         if after is None or after.node_type != before.node_type or after.dependencies != before.dependencies:

@@ -40,7 +40,7 @@ ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
 ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
-_WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask"}
+_WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask", "SendEvent"}
 
 _OVERLOADED = (
     "the server already holds as much for other calls as it may: retry, and end clients that don't read answers"

@@ -77,7 +77,8 @@ class Liveness:
                 if beat.draining:
                     self._polls.drain(worker_id)
                 came_ms = self._clock.now_ms()
-                renewed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms)
+                progress = {one.task_id: one.progress_json for one in beat.progress}
+                renewed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms, progress)
                 self._polls.worker_beats(worker_id, came_ms)
                 if renewed.resumed:
                     self.task_handed_out()
@@ -140,18 +141,19 @@ class Liveness:
             self._polls.task_ready(ready)
         for execution in changed.ended:
             self._waiters.execution_ended(execution)
-        if changed.retry_ms is not None:
-            self.due_at(changed.retry_ms)
+        if changed.due_ms is not None:
+            self.due_at(changed.due_ms)
 
     def due_at(self, due_ms: int) -> None:
-        """Make the sweep run no later than `due_ms`, when a lease runs out or a retry is due."""
+        """Make the sweep run no later than `due_ms`, when a lease runs out, a retry is due, or a wait is over."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()
 
-    def task_handed_out(self) -> None:
-        """Schedule a sweep for the end of a lease that begins now."""
-        self.due_at(self._clock.now_ms() + self._lease_ms)
+    def task_handed_out(self, timeout_ms: int | None = None) -> None:
+        """Schedule a sweep for the end of a lease that begins now, or for the end of the task's time."""
+        lease_ms = self._lease_ms if timeout_ms is None else min(self._lease_ms, timeout_ms)
+        self.due_at(self._clock.now_ms() + lease_ms)
 
     async def _sweep(self) -> None:
         while True:

@@ -10,20 +10,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError, NotFound, TooLarge
-from nexum_engine.records import Compatibility, Execution, Task
+from nexum_engine.errors import InvalidRequest, NexumError, TooLarge
+from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
 from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
-from nexum_engine.store import Store, executions, tasks
+from nexum_engine.store import Store, executions, reading, tasks, waits
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
@@ -160,7 +160,7 @@ class NexumServicer(NexumServiceServicer):
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
         self._polls.task_ready(task)
-        starting.add_done_callback(partial(self._started, task))
+        starting.add_done_callback(self._started)
         started = await asyncio.shield(starting)
         # Don't hold a call with a large input: its request would stay in memory.
         ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
@@ -203,17 +203,17 @@ class NexumServicer(NexumServiceServicer):
     def _started_owned(self, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None:
             return
-        if done.result().task is not None:
-            self._liveness.task_handed_out()
+        if (task := done.result().task) is not None:
+            self._liveness.task_handed_out(task.timeout_ms)
         self._liveness.apply(done.result().changed)
 
-    def _started(self, task: ReadyTask, done: asyncio.Future[Started]) -> None:
+    def _started(self, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None or done.result().existing:
             return
         self._waiters.execution_started(done.result().execution_id)
-        # Announce the execution's other ready tasks. `StartExecution` has announced one.
-        for _ in range(done.result().ready - 1):
-            self._polls.task_ready(task)
+        changed = done.result().changed
+        # `StartExecution` has announced one task.
+        self._liveness.apply(replace(changed, ready=changed.ready[1:]))
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
@@ -225,11 +225,11 @@ class NexumServicer(NexumServiceServicer):
     async def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
         if task is None:
             return pb.PollResponse(has_task=False)
-        self._liveness.task_handed_out()
+        self._liveness.task_handed_out(task.timeout_ms)
         try:
             await self._answers.reserve(context, task.input_bytes)
             if not task.input_json:
-                task = replace(task, input_json=await self._store.run(tasks.task_input, task.task_id))
+                task = await self._store.run(tasks.with_payload, task)
         except BaseException:
             self._polls.release(task)
             raise
@@ -252,7 +252,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
-        size = await self._store.run(executions.output_bytes, request.execution_id)
+        size = await self._store.run(reading.output_bytes, request.execution_id)
         if size > DEFAULT_CLIENT_BYTES:
             raise TooLarge(
                 f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
@@ -281,7 +281,7 @@ class NexumServicer(NexumServiceServicer):
     async def _get(self, execution_id: str, context: Context, with_attempts: bool = False) -> Execution:
         """Return an execution. Reserve a share of the answers' budget before large payloads are read."""
         execution = await self._store.run(
-            executions.get_execution, execution_id, with_attempts, max_bytes=executions.MAX_INLINE_BYTES
+            reading.get_execution, execution_id, with_attempts, max_bytes=reading.MAX_INLINE_BYTES
         )
         return await self._whole(execution, context, with_attempts)
 
@@ -291,9 +291,9 @@ class NexumServicer(NexumServiceServicer):
             await self._answers.reserve(context, _size_of(execution))
             return execution
         execution_id = execution.execution_id
-        size = await self._store.run(executions.payload_bytes, execution_id, with_attempts)
+        size = await self._store.run(reading.payload_bytes, execution_id, with_attempts)
         await self._answers.reserve(context, size)
-        return await self._store.run(executions.get_execution, execution_id, with_attempts)
+        return await self._store.run(reading.get_execution, execution_id, with_attempts)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
@@ -302,7 +302,7 @@ class NexumServicer(NexumServiceServicer):
         with self._waiters.watch(execution_id) as ended:
             if not self._waiters.is_running(execution_id):
                 execution = await self._store.run(
-                    executions.get_execution, execution_id, max_bytes=executions.MAX_INLINE_BYTES
+                    reading.get_execution, execution_id, max_bytes=reading.MAX_INLINE_BYTES
                 )
                 if execution.status.ended:
                     return execution
@@ -312,15 +312,16 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        await self._answers.reserve(context, executions.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
+        await self._answers.reserve(context, reading.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
         found = await self._store.run(
-            executions.list_executions,
+            reading.list_executions,
             request.workflow_id,
             request.status,
             limit,
             key_prefix=request.idempotency_key_prefix,
             before=request.before_execution_id,
             with_nodes=request.with_nodes,
+            parent=request.parent_execution_id,
         )
         return pb.ListResponse(
             executions=[
@@ -336,6 +337,9 @@ class NexumServicer(NexumServiceServicer):
                     error=execution.error,
                     input_json=execution.input_json,
                     nodes=_node_messages(execution),
+                    parent_execution_id=execution.parent_execution_id,
+                    parent_node_id=execution.parent_node_id,
+                    child_index=execution.child_index,
                 )
                 for execution in found
             ]
@@ -364,25 +368,47 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    # This server refuses workflows with HUMAN_APPROVAL nodes, so no node ever waits for an approval.
-
     @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
-        raise await self._nothing_to_decide(request.execution_id, request.node_id)
+        await self._liveness.carry_out(
+            self._store.run(waits.approve, request.execution_id, request.node_id, request.approver, request.comment)
+        )
+        return pb.AckResponse(ok=True, message="Approved")
 
     @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
-        raise await self._nothing_to_decide(request.execution_id, request.node_id)
+        await self._liveness.carry_out(
+            self._store.run(waits.reject, request.execution_id, request.node_id, request.approver, request.reason)
+        )
+        return pb.AckResponse(ok=True, message="Rejected")
 
     @_rpc
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
-        return pb.PendingApprovalsResponse()
+        await self._answers.reserve(context, waits.MAX_APPROVALS * VERSION_BYTES)
+        return pb.PendingApprovalsResponse(
+            items=[
+                pb.PendingApprovalItem(
+                    execution_id=pending.execution_id,
+                    node_id=pending.node_id,
+                    workflow_id=pending.workflow_id,
+                    started_at=_time(pending.since_ms),
+                )
+                for pending in await self._store.run(waits.pending_approvals)
+            ]
+        )
 
-    async def _nothing_to_decide(self, execution_id: str, node_id: str) -> NotFound:
-        check_id(execution_id, "execution_id")
-        check_id(node_id, "node_id")
-        await self._store.run(executions.get_execution, execution_id, max_bytes=0)
-        return NotFound(f"node {node_id!r} of execution {execution_id} does not wait for an approval")
+    @_rpc
+    async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
+        await self._liveness.carry_out(
+            self._store.run(
+                waits.send_event,
+                request.execution_id,
+                request.name,
+                request.payload_json,
+                request.idempotency_key,
+            )
+        )
+        return pb.AckResponse(ok=True)
 
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
@@ -440,6 +466,11 @@ def _task_message(task: Task) -> pb.PollResponse:
         node_type=task.node_type,
         attempt=task.attempt,
         version_hash=task.version_hash,
+        progress_json=task.progress_json,
+        is_map_subtask=task.node_type == NodeType.MAP_SUBTASK,
+        map_index=task.map_index,
+        map_total=task.map_total,
+        map_item_json=task.map_item_json,
     )
 
 
@@ -462,6 +493,9 @@ def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutio
         error=execution.error,
         has_poller=has_poller,
         nodes=_node_messages(execution),
+        parent_execution_id=execution.parent_execution_id,
+        parent_node_id=execution.parent_node_id,
+        child_index=execution.child_index,
     )
 
 
@@ -473,6 +507,8 @@ def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
             status=node.status.value,
             output_json=node.output_json or "",
             error=node.error,
+            progress_json=node.progress_json,
+            due_ms=node.due_ms or 0,
             attempts=[
                 pb.AttemptRecord(
                     attempt=attempt.attempt,

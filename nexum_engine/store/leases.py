@@ -6,30 +6,43 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 
 from __future__ import annotations
 
-from nexum_engine import scheduling
+from collections.abc import Mapping
+
+from nexum_engine import jsontext, scheduling
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import number_of
+from nexum_engine.store.progress import TIMEOUT_GRACE_MS
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
-from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node
+from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail
+from nexum_engine.store.waits import end_waits
+from nexum_engine.workflow import DEFAULT_RETRY_POLICY
 
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
 tries to reconnect several times a second. A late owner loses its task only if another owner wants the task."""
 MAX_SWEPT = 500
 """How many expired attempts one transaction ends. If there are more, the next transaction follows at once."""
+MAX_PROGRESS_BYTES = 16 * 1024
+"""The largest progress of a task that the server stores."""
 SLOW_LINE = 250  # bytes per millisecond
 """The slowest connection to allow for: a heartbeat can't name a large task that is still on its way to the worker."""
 
 
-def renew(db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int) -> Renewed:
-    """Extend the leases of `task_ids`, the tasks that a heartbeat named.
+def renew(
+    db: Db, worker_id: str, task_ids: tuple[str, ...], lease_ms: int, progress: Mapping[str, str] | None = None
+) -> Renewed:
+    """Extend the leases of `task_ids`, the tasks that a heartbeat named, and store the `progress` of some of them.
 
     An attempt whose lease has run out is resumed if no newer attempt was handed out: its worker is still at work.
     """
     until_ms = db.now_ms + lease_ms
     lapsed = [task_id for task_id in task_ids if not _renewed(db, worker_id, task_id, until_ms)]
     lost = tuple(task_id for task_id in lapsed if not _resume(db, worker_id, task_id, until_ms))
+    for task_id, progress_json in (progress or {}).items():
+        jsontext.parse(progress_json, "progress_json", max_bytes=MAX_PROGRESS_BYTES)
+        task = {"node": number_of(db, task_id), "task_id": task_id, "worker_id": worker_id}
+        db.run("store_progress", **task, progress_json=progress_json)
     unnamed = frozenset(row["task_id"] for row in _handed_out(db, worker_id)).difference(task_ids)
     return Renewed(unnamed, lost, resumed=len(lost) < len(lapsed))
 
@@ -87,26 +100,36 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
     # Let no task wait longer than the longest retry delay: the clock may have been set back while no server ran.
-    db.run("restart_tasks", now=db.now_ms, latest=db.now_ms + scheduling.LONGEST_RETRY_DELAY_MS)
+    longest = DEFAULT_RETRY_POLICY.delay_ms(DEFAULT_RETRY_POLICY.max_attempts - 1) or 0
+    db.run("restart_tasks", now=db.now_ms, latest=db.now_ms + longest)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:
-    """End the attempts whose lease has run out, and find the retries that became due after `since_ms`."""
+    """End the attempts whose lease has run out, and complete or fail the nodes that have waited as long as they may.
+
+    Also find the retries that became due after `since_ms`.
+    """
     # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
     # query would announce these nodes a second time.
     retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
         _expire(db, row, changes)
+    end_waits(db, changes)
     due = [
         row["due"]
-        for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms))
+        for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms), db.one("next_wait"))
         if row is not None and row["due"] is not None
     ]
     return Swept(changes.freeze(), min(due, default=None))
 
 
 def _expire(db: Db, row: Row, changes: Changes) -> None:
+    limit_ms = row["timeout_ms"]
+    if limit_ms is not None and row["started_ms"] + limit_ms <= db.now_ms:
+        reason = f"the attempt took longer than its time limit of {(limit_ms - TIMEOUT_GRACE_MS) / 1000:g} s"
+        retry_or_fail(db, row, AttemptEnd(Outcome.TIMED_OUT, reason, failed=1), False, changes)
+        return
     outcome = Outcome(row["lease_loss"])
     worker_id = row["worker_id"]
     reason = {

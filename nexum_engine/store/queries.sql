@@ -3,7 +3,7 @@
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
-SELECT ir_json FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT 1;
+SELECT version_hash, ir_json FROM workflow_versions WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT 1;
 
 -- name: version
 -- One version's definition.
@@ -16,12 +16,14 @@ VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
 -- name: versions
 -- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
--- has a READY or RUNNING node.
+-- has a READY, RUNNING or WAITING node. The tasks of a MAP node are no executions of their own here.
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
 FROM workflow_versions
-LEFT JOIN (SELECT nodes.version_hash AS of_version, count(DISTINCT execution) AS running
-           FROM nodes JOIN executions ON sequence = execution
-           WHERE queue IS NOT NULL AND workflow_id = :workflow_id GROUP BY of_version) ON of_version = version_hash
+LEFT JOIN (SELECT executions.version_hash AS of_version, count(*) AS running
+           FROM (SELECT execution FROM nodes WHERE queue >= ''
+                 UNION SELECT execution FROM nodes WHERE status = 'WAITING' AND node_type > '')
+           CROSS JOIN executions ON sequence = execution
+           WHERE workflow_id = :workflow_id AND child_index IS NULL GROUP BY of_version) ON of_version = version_hash
 WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 
 -- name: former_id
@@ -46,8 +48,19 @@ RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
 
 -- name: add_node
 -- Add a node to a new execution.
-INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned)
-VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms, :task_bytes, :owned);
+INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
+                   timeout_ms, retry)
+VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms, :task_bytes, :owned,
+        :timeout_ms, :retry);
+
+-- name: add_child
+-- Store an execution that a node started.
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
+                        child_index)
+SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
+       :parent_node, :child_index
+FROM (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+RETURNING sequence, execution_id;
 
 -- name: add_recorded_node
 -- Add a node to a new execution together with its only attempt, which has a result.
@@ -59,13 +72,19 @@ VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, 'COMPLETED', 
 -- name: execution
 -- One execution.
 SELECT sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms,
-       error
+       error,
+       (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
+       AS parent_execution_id,
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: execution_without_input
 -- One execution without its input.
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
-       ended_ms, error
+       ended_ms, error,
+       (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
+       AS parent_execution_id,
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: sequence
@@ -73,32 +92,46 @@ FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 SELECT sequence FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: executions
--- The latest executions, newest first; an empty filter matches all.
+-- The latest executions, newest first; an empty filter matches all. The tasks of a MAP node are not among them.
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
-       ended_ms, error
+       ended_ms, error,
+       (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
+       AS parent_execution_id,
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
 FROM executions
-WHERE (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
+WHERE child_index IS NULL AND (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
   AND (:before IS NULL OR sequence < :before)
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: executions_of_prefix
 -- The latest executions of a workflow whose idempotency keys are in [first, end).
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
-       ended_ms, error
+       ended_ms, error, NULL AS parent_execution_id, NULL AS parent_node_id, NULL AS child_index
 FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
   AND (:status = '' OR status = :status)
   AND (:before IS NULL OR sequence < :before)
 ORDER BY sequence DESC LIMIT :limit;
 
+-- name: executions_of_parent
+-- The executions that the nodes of an execution started, newest first.
+SELECT executions.sequence, executions.execution_id, executions.workflow_id, executions.version_hash, executions.status,
+       '' AS input_json, executions.idempotency_key, executions.created_ms, executions.ended_ms, executions.error,
+       :parent_execution_id AS parent_execution_id, nodes.node_id AS parent_node_id, child_index
+FROM executions JOIN nodes ON node = parent_node
+WHERE parent_node BETWEEN 1000 * :parent AND 1000 * :parent + 999
+  AND (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR executions.status = :status)
+  AND (:before IS NULL OR sequence < :before)
+ORDER BY sequence DESC LIMIT :limit;
+
 -- name: nodes
 -- An execution's nodes with their outputs.
-SELECT node_id, node_type, status, output_json, error FROM nodes
+SELECT node_id, node_type, status, output_json, error, progress_json, due_ms FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
 -- name: node_states
 -- An execution's nodes without their outputs.
-SELECT node, node_id, status, dependencies FROM nodes
+SELECT node, node_id, status, outcome FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
 -- name: attempts
@@ -133,7 +166,7 @@ SELECT (SELECT coalesce(sum(length(error) + length(worker_id) + 100), 0) FROM at
 -- name: oldest_task
 -- The task of a version that has been due the longest and is small enough for the worker. Its input, only if short.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
-       workflow_id, idempotency_key, task_bytes,
+       workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
 FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
@@ -148,13 +181,23 @@ ORDER BY due_ms, node LIMIT 1;
 -- name: owned_node
 -- The node of an owned execution, with its newest attempt.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, nodes.version_hash, nodes.status,
-       owned, workflow_id, idempotency_key, input_json, task_bytes, task_id, worker_id
+       owned, workflow_id, idempotency_key, input_json, task_bytes, progress_json, timeout_ms, task_id, worker_id
 FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
 -- name: task_payload
 -- The parts of a task's input. They are the same for every attempt at the node.
-SELECT execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
+SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution
+WHERE node = :node;
+
+-- name: map_of_item
+-- The MAP node of one item's task, with its execution and the number of its items.
+SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, idempotency_key, input_json,
+       (SELECT child_index + 1 FROM executions AS items WHERE items.parent_node = nodes.node
+        ORDER BY items.sequence DESC LIMIT 1) AS total,
+       (SELECT child_index FROM executions AS item WHERE item.sequence = :item) AS child_index
+FROM nodes JOIN executions ON executions.sequence = execution
+WHERE node = (SELECT parent_node FROM executions AS item WHERE item.sequence = :item);
 
 -- name: say_why_waiting
 -- Store in a READY node what it waits for.
@@ -179,14 +222,15 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'C
 
 -- name: attempt
 -- An attempt, the node's newest or an earlier one, with its node and execution.
--- `unrecorded` counts the execution's nodes that have no result yet.
+-- `unrecorded` counts the execution's nodes that are neither recorded nor skipped.
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
        coalesce(earlier.error, attempt_error) AS error,
        attempts AS newest_attempt, failed_attempts, owned,
-       execution_id, executions.status AS execution_status, nodes.version_hash,
+       execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
+       retry,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
-        AND others.status <> 'COMPLETED') AS unrecorded,
+        AND others.status NOT IN ('COMPLETED', 'SKIPPED')) AS unrecorded,
        NOT EXISTS (SELECT 1 FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
                    AND others.node <> nodes.node) AS is_only_node
 FROM nodes
@@ -203,6 +247,132 @@ SELECT output_json FROM nodes WHERE node = :node;
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '',
                  outcome = 'COMPLETED', attempt_error = '', ended_ms = :now
 WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
+
+-- name: wait_for_children
+-- End a node's newest attempt. The node now waits for the executions that it started.
+UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'COMPLETED', attempt_error = '',
+                 ended_ms = :now
+WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
+
+-- name: begin_waiting
+-- Let a node wait for a time, a person or an event, at the longest until due_ms.
+UPDATE nodes SET status = 'WAITING', due_ms = :due_ms, event = :event, started_ms = :now
+WHERE node = :node AND status = 'PENDING';
+
+-- name: skip_node
+-- Skip a node that nobody chose.
+UPDATE nodes SET status = 'SKIPPED' WHERE node = :node AND status = 'PENDING';
+
+-- name: complete_waiting
+-- Record the result of a node that waited.
+UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now
+WHERE node = :node AND status = 'WAITING';
+
+-- name: fail_waiting
+-- Fail a node that waited.
+UPDATE nodes SET status = 'FAILED', error = :error, ended_ms = :now WHERE node = :node AND status = 'WAITING';
+
+-- name: time_out
+-- End an EVENT node whose event did not come in time, and which has another node to go on with.
+UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_ms = :now
+WHERE node = :node AND status = 'WAITING';
+
+-- name: node_at
+-- A node with its execution.
+SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
+
+-- name: node_called
+-- A node with its execution, by the node's name.
+SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+FROM nodes JOIN executions ON sequence = execution
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id;
+
+-- name: choices
+-- The outputs of an execution's routers.
+SELECT node_id, output_json FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_type = 'ROUTER' AND status = 'COMPLETED';
+
+-- name: pending_approvals
+-- The nodes that wait for a person, the longest waiting first.
+SELECT execution_id, node_id, workflow_id, started_ms
+FROM nodes JOIN executions ON sequence = execution
+WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started_ms, node LIMIT :limit;
+
+-- name: due_waits
+-- The nodes that have waited as long as they may, the earliest first.
+SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+FROM nodes JOIN executions ON sequence = execution
+WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
+
+-- name: next_wait
+-- When the next node will have waited as long as it may.
+SELECT min(due_ms) AS due
+FROM (SELECT min(due_ms) AS due_ms FROM nodes WHERE status = 'WAITING' AND node_type = 'TIMER'
+      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT');
+
+-- name: depth
+-- How many executions there are from the given one up to the one that a client started.
+WITH RECURSIVE upwards (parent, depth) AS (
+    SELECT parent_node, 1 FROM executions WHERE sequence = :execution
+    UNION ALL
+    SELECT parent_node, depth + 1 FROM upwards JOIN executions ON sequence = parent / 1000
+)
+SELECT max(depth) AS depth FROM upwards;
+
+-- name: children
+-- The executions that a node started, in the order of the items.
+SELECT workflow_id, input_json FROM executions WHERE parent_node = :node ORDER BY sequence;
+
+-- name: running_child
+-- A running execution that a node started.
+SELECT sequence FROM executions WHERE parent_node = :node AND status = 'RUNNING' LIMIT 1;
+
+-- name: running_children
+-- The running executions that the nodes of an execution started.
+SELECT sequence FROM executions
+WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'RUNNING' ORDER BY sequence;
+
+-- name: item_results
+-- The results of a MAP node's tasks, in the order of the items.
+SELECT output_json FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node ORDER BY sequence;
+
+-- name: item_result_bytes
+-- The size of these results as one JSON array.
+SELECT coalesce(sum(length(CAST(output_json AS BLOB)) + 1), 0) + 1 AS bytes
+FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node;
+
+-- name: last_output
+-- The output of the node of an execution that completed last.
+SELECT output_json FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED'
+ORDER BY ended_ms DESC, node DESC LIMIT 1;
+
+-- name: add_event
+-- Keep an event.
+INSERT INTO events (execution, number, name, idempotency_key, payload_json, sent_ms)
+SELECT :execution, coalesce(max(number), 0) + 1, :name, :idempotency_key, :payload_json, :now
+FROM events WHERE execution = :execution
+RETURNING number;
+
+-- name: event_of_key
+-- An event by the idempotency key that its sender gave.
+SELECT name, payload_json FROM events WHERE execution = :execution AND idempotency_key = :idempotency_key;
+
+-- name: unused_event
+-- The first event of a name that no node has waited for.
+SELECT number, payload_json FROM events
+WHERE execution = :execution AND name = :name AND node IS NULL ORDER BY number LIMIT 1;
+
+-- name: use_event
+-- Note which node an event completed.
+UPDATE events SET node = :node WHERE execution = :execution AND number = :number;
+
+-- name: node_of_event
+-- The first node that waits for an event.
+SELECT node FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'WAITING' AND event = :name
+ORDER BY node LIMIT 1;
 
 -- name: make_ready
 -- Turn a node whose dependencies are recorded into a task.
@@ -228,31 +398,39 @@ WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THEN 'CANCELLED' ELSE outcome END,
                  ended_ms = CASE outcome WHEN 'RUNNING' THEN :now ELSE ended_ms END
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
-  AND status IN ('PENDING', 'READY', 'RUNNING');
+  AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING');
 
 -- name: end_execution
 -- End a running execution. Return it, with its input if that is short.
 UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE sequence = :execution AND status = 'RUNNING'
 RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms, error, idempotency_key,
+          parent_node, child_index, NULL AS parent_execution_id, NULL AS parent_node_id,
           CASE WHEN length(CAST(input_json AS BLOB)) <= :max_inline THEN input_json ELSE '' END AS input_json;
 
 -- name: renew_lease
 -- Extend the lease of a task that a heartbeat names.
-UPDATE nodes SET due_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
+UPDATE nodes SET due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms)),
+                 lease_loss = 'EXPIRED', streamed = 1
+WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
+
+-- name: store_progress
+-- Store how far a task is.
+UPDATE nodes SET progress_json = :progress_json
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: resume_node
 -- Give a node's newest attempt, whose lease ran out, a new lease: its worker is back.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
-                 attempt_error = '', ended_ms = NULL, due_ms = :lease_expires_ms, lease_loss = 'EXPIRED', streamed = 1
+                 attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = 1,
+                 due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms))
 WHERE node = :node AND status = 'READY';
 
 -- name: handed_out
 -- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_leases.
 -- Without owned nodes: an owner whose answer was lost starts the key again and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
 FROM nodes
 WHERE queue = '' AND worker_id = :worker_id AND NOT owned AND started_ms + task_bytes / :bytes_per_ms <= :now;
 
@@ -263,21 +441,24 @@ WHERE queue = '' AND worker_id = :worker_id AND streamed = 1;
 
 -- name: restart_leases
 -- The server was restarted: attempts are interrupted unless their workers reconnect in time.
-UPDATE nodes SET due_ms = :lease_expires_ms, lease_loss = 'INTERRUPTED' WHERE queue = '' AND streamed = :streamed;
+UPDATE nodes SET due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms)),
+                 lease_loss = 'INTERRUPTED'
+WHERE queue = '' AND streamed = :streamed;
 
 -- name: restart_owned_leases
 -- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed = 1 AND owned;
 
 -- name: restart_tasks
--- Let no task be due after :latest: make such a retry due at :latest, and any other such task now.
+-- Let no task be due after :latest: make such a retry due at :latest, and any other such task now. A node with a rule
+-- of its own for retries may be due later.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
-WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest;
+WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND retry IS NULL;
 
 -- name: expired_leases
 -- Attempts whose lease has run out, the earliest first.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
 FROM nodes WHERE queue = '' AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
 
 -- name: next_lease

@@ -17,12 +17,12 @@ class ReadyTask:
 
 @dataclass(frozen=True)
 class Changed:
-    """The effects of a transition: the tasks that became due, the executions that ended, and the next retry."""
+    """The effects of a transition: the tasks that became due, the executions that ended, and when a node is due."""
 
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
-    retry_ms: int | None = None
-    """The time at which a failed node becomes due again."""
+    due_ms: int | None = None
+    """The time at which a failed node becomes due again, or a waiting node has waited as long as it may."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,10 @@ class Started:
     execution_id: str
     status: ExecutionStatus
     existing: bool
-    ready: int = 0
-    """The number of tasks with which the execution began."""
     task: Task | None = None
     """The owner's task, if an owner started the execution."""
     changed: Changed = Changed()
-    """The effects of the output, if the owner sent one with the start."""
+    """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Swept:
 
     changed: Changed
     next_ms: int | None
-    """The time at which the next lease runs out or the next retry is due."""
+    """The time at which the next lease runs out, retry is due, or node has waited as long as it may."""
 
 
 @dataclass
@@ -75,7 +73,10 @@ class Changes:
 
     ready: list[ReadyTask] = field(default_factory=list)
     ended: list[Execution] = field(default_factory=list)
-    retry_ms: int | None = None
+    due_ms: int | None = None
+
+    def due_at(self, due_ms: int) -> None:
+        self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
 
     def freeze(self) -> Changed:
-        return Changed(tuple(self.ready), tuple(self.ended), self.retry_ms)
+        return Changed(tuple(self.ready), tuple(self.ended), self.due_ms)

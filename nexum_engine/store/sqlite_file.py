@@ -504,6 +504,8 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
             last = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
             _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), last.own, closed=last.closed))
         connection.execute("COMMIT")
+        if done and version < done + len(scripts):
+            _checkpoint(connection)  # so that each log has one stamp
     for name, value in before.items():
         connection.execute(f"PRAGMA {name} = {value}")
 

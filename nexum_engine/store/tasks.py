@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
-from nexum_engine import jsontext, scheduling
-from nexum_engine.errors import Conflict, StaleTask, TaskNotFound, TooLarge
-from nexum_engine.records import ExecutionStatus, Node, NodeStatus, Outcome, Task
+from pydantic import BaseModel, Field, ValidationError
+
+from nexum_engine import jsontext
+from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound, TooLarge
+from nexum_engine.records import ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
+from nexum_engine.store import progress
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.executions import (
-    MAX_INLINE_BYTES,
-    MAX_OUTPUT_BYTES,
-    TASK_FRAME_BYTES,
-    OwnedResult,
-    end_execution,
-    output_bytes,
-    start_execution,
-)
+from nexum_engine.store.executions import OwnedResult, start_execution
 from nexum_engine.store.ids import new_task_id, number_of
+from nexum_engine.store.progress import MAX_OUTPUT_BYTES, end_execution
+from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
 from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
@@ -131,28 +129,54 @@ def _hand_out(db: Db, row: Row, worker_id: str, lease_ms: int, streamed: bool) -
         worker_id=worker_id,
         streamed=int(streamed),
         now=db.now_ms,
-        lease_expires_ms=db.now_ms + lease_ms,
+        lease_expires_ms=db.now_ms + min(lease_ms, row["timeout_ms"] or lease_ms),
     )
     return _task(db, row, task_id, row["attempts"] + 1)
 
 
 def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
-    key = node["idempotency_key"]
-    execution_id, node_id = node["execution_id"], node["node_id"]
-    return Task(
+    is_short = node["input_json"] is not None
+    task = Task(
         task_id=task_id,
-        execution_id=execution_id,
-        node_id=node_id,
+        execution_id=node["execution_id"],
+        node_id=node["node_id"],
         node_type=node["node_type"],
         version_hash=node["version_hash"],
         attempt=attempt,
-        # If the caller gave no key, make one in the format of the published Nexum server.
-        idempotency_key=f"{node['workflow_id']}:{key}:{node_id}"
-        if key
-        else f"{execution_id}:{node_id}:{node['version_hash']}",
-        input_json="" if node["input_json"] is None else _task_input(db, node),
+        idempotency_key=_key_of(node, node["node_id"]),
+        input_json=_task_input(db, node) if is_short else "",
         input_bytes=node["task_bytes"],
+        timeout_ms=node["timeout_ms"],
+        progress_json=node["progress_json"] or "",
     )
+    if node["node_type"] != NodeType.MAP_SUBTASK:
+        return task
+    # A worker sees one item's task as a task of the MAP node.
+    parent = _map_of(db, node)
+    return replace(
+        task,
+        execution_id=parent["execution_id"],
+        node_id=parent["node_id"],
+        idempotency_key=_key_of({**parent, "version_hash": node["version_hash"]}, node["node_id"]),
+        map_index=parent["child_index"],
+        map_total=parent["total"],
+        map_item_json=node["input_json"] if is_short else "",
+    )
+
+
+def _key_of(execution: Row, node_id: str) -> str:
+    """Return the idempotency key of a node's tasks: the same for every attempt."""
+    key = execution["idempotency_key"]
+    if key:
+        return f"{execution['workflow_id']}:{key}:{node_id}"
+    # If the caller gave no key, make one in the format of the published Nexum server.
+    return f"{execution['execution_id']}:{node_id}:{execution['version_hash']}"
+
+
+def _map_of(db: Db, item: Row) -> Row:
+    parent = db.one("map_of_item", item=item["execution"])
+    assert parent is not None
+    return parent
 
 
 def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> ReadyTask | None:
@@ -169,23 +193,29 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
     return None
 
 
-def task_input(db: Db, task_id: str) -> str:
-    """Return the input of a task that was handed out without its input."""
-    row = db.one("task_payload", node=number_of(db, task_id))
+def with_payload(db: Db, task: Task) -> Task:
+    """Return a task that was handed out without its input, with its input. Raises TaskNotFound."""
+    row = db.one("task_payload", node=number_of(db, task.task_id))
     if row is None:
-        raise TaskNotFound(task_id)
-    return _task_input(db, row)
+        raise TaskNotFound(task.task_id)
+    is_item = row["node_type"] == NodeType.MAP_SUBTASK
+    return replace(
+        task, input_json=_task_input(db, row), map_item_json=row["input_json"] if is_item else task.map_item_json
+    )
 
 
 def _task_input(db: Db, node: Row) -> str:
     """Return `{"input": …, "deps": {…}}` as text. Its JSON parts were checked when they were stored."""
+    if node["node_type"] == NodeType.MAP_SUBTASK:
+        node = _map_of(db, node)
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
         outputs = {
             row["node_id"]: row["output_json"] for row in db.all("dependency_outputs", execution=node["execution"])
         }
-        deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies)
+        # A skipped node has no output.
+        deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies if name in outputs)
     return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
@@ -212,6 +242,8 @@ def _check_may_report(row: Row) -> None:
         raise StaleTask(f"{what} reports too late: the execution is {row['execution_status']}")
     if row["outcome"] in (Outcome.COMPLETED, Outcome.FAILED):
         raise StaleTask(f"{what} was already reported as {row['outcome']}, with other contents")
+    if row["outcome"] == Outcome.TIMED_OUT:
+        raise StaleTask(f"{what} reports too late: {row['error']}")
     if row["attempt"] != row["newest_attempt"]:
         raise StaleTask(
             f"{what} is over ({row['outcome']}): attempt {row['newest_attempt']} was handed out later, "
@@ -222,44 +254,75 @@ def _check_may_report(row: Row) -> None:
 def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     """Record a node's result. Make the next nodes ready, or end the execution after its last node.
 
-    A second report with the same output changes nothing. Raises TaskNotFound for an unknown task, InvalidRequest for an
-    output that isn't JSON, and StaleTask if the attempt may not report.
+    The result of a MAP or SUBWORKFLOW node's task starts executions, and the node waits for them. A second report with
+    the same output changes nothing. Raises TaskNotFound for an unknown task, InvalidRequest for an output that isn't
+    JSON or that doesn't fit the type of the node, WorkflowNotFound for an unknown workflow of a SUBWORKFLOW node, and
+    StaleTask if the attempt may not report. After an error, the worker still holds the task.
     """
-    jsontext.parse(output_json, "output_json")
+    output = jsontext.parse(output_json, "output_json")
     row = _reported_attempt(db, task_id)
-    execution_id = row["execution_id"]
     if row["outcome"] == Outcome.COMPLETED:
-        recorded = db.one("node_output", node=row["node"])
-        if recorded is not None and jsontext.same(recorded["output_json"], output_json):
+        recorded = progress.reported_output(db, row)
+        if recorded is not None and jsontext.same(recorded, output_json):
             return Changed()
     _check_may_report(row)
+    changes = Changes()
+    node_type = NodeType(row["node_type"])
+    if node_type is NodeType.ROUTER:
+        _check_route(db, row, output)
+    if node_type is NodeType.SUBWORKFLOW or (node_type is NodeType.MAP and output != []):
+        _start_executions(db, row, output, changes)
+    else:
+        _record(db, row, output_json, changes)
+    return changes.freeze()
+
+
+def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
+    execution_id = row["execution_id"]
     if len(output_json) > MAX_INLINE_BYTES and output_bytes(db, execution_id) + len(output_json) > MAX_OUTPUT_BYTES:
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
-    changes = Changes()
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
-        _advance(db, row, changes)
+        progress.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
         only_node = node if is_short else None
-        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", only_node))
-    return changes.freeze()
+        end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", changes, only_node)
 
 
-def _advance(db: Db, row: Row, changes: Changes) -> None:
-    """Turn the nodes that became ready into tasks."""
-    nodes = {node["node_id"]: node for node in db.all("node_states", execution=row["execution"])}
-    dependencies: dict[str, list[str]] = {name: json.loads(node["dependencies"]) for name, node in nodes.items()}
-    ready = scheduling.ready_nodes(dependencies, {name: NodeStatus(node["status"]) for name, node in nodes.items()})
-    if not ready:
+def _check_route(db: Db, row: Row, output: object) -> None:
+    targets = progress.definition_of(db, row["workflow_id"], row["version_hash"])[row["node_id"]].targets
+    if not isinstance(output, dict) or output.get("routed_to") not in targets:
+        raise InvalidRequest(
+            f'the result of ROUTER node {row["node_id"]!r} must be {{"routed_to": TARGET}}, with one of the targets '
+            f"{', '.join(map(repr, targets))}"
+        )
+
+
+class _ChildStart(BaseModel):
+    """The result of a SUBWORKFLOW node's task."""
+
+    sub_workflow_id: str = Field(alias="subWorkflowId", min_length=1, strict=True)
+    child_input: Any = Field(None, alias="childInput")
+
+
+def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> None:
+    """Start the executions that the result of a node's task asks for, and let the node wait for their ends."""
+    db.run("wait_for_children", node=row["node"], attempt=row["attempt"], now=db.now_ms)
+    if row["node_type"] == NodeType.MAP:
+        if not isinstance(output, list):
+            raise InvalidRequest(f"the result of MAP node {row['node_id']!r} must be a list: its items")
+        progress.start_items(db, row, output, changes)
         return
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=row["execution"])}
-    for node_id in ready:
-        parts = ("", *dependencies[node_id])
-        task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
-        db.run("make_ready", node=nodes[node_id]["node"], task_bytes=task_bytes, now=db.now_ms)
-        changes.ready.append(ReadyTask(row["version_hash"], task_bytes))
+    try:
+        start = _ChildStart.model_validate(output)
+    except ValidationError as error:
+        raise InvalidRequest(
+            f'the result of SUBWORKFLOW node {row["node_id"]!r} must be {{"subWorkflowId": NAME, "childInput": …}}'
+        ) from error
+    input_json = jsontext.dump(start.child_input, "childInput")
+    progress.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
@@ -276,16 +339,23 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
     # Count a lost attempt as failed, and no longer as lost, if its worker still reports the failure.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
-    failed_attempts = row["failed_attempts"] + 1
-    delay_ms = None if final else scheduling.retry_delay_ms(failed_attempts)
     changes = Changes()
-    if delay_ms is None:
-        reason = error if final else f"{error} (attempt {failed_attempts} of {scheduling.MAX_FAILED_ATTEMPTS})"
-        fail_node(db, row, reason, end, changes)
-    else:
-        changes.retry_ms = db.now_ms + delay_ms
-        retry_node(db, row, changes.retry_ms, end)
+    retry_or_fail(db, row, end, final, changes)
     return changes.freeze()
+
+
+def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:
+    """End an attempt that counts as failed. Its node is retried by its rule for retries, or fails."""
+    retry, failed_attempts = progress.retry_of(row), row["failed_attempts"] + end.failed
+    delay_ms = None if final else retry.delay_ms(failed_attempts)
+    if delay_ms is None:
+        reason = end.error if final else f"{end.error} (attempt {failed_attempts} of {retry.max_attempts})"
+        fail_node(db, row, reason, end, changes)
+    elif retry_node(db, row, db.now_ms + delay_ms, end) and not row["owned"]:
+        if delay_ms:
+            changes.due_at(db.now_ms + delay_ms)
+        else:
+            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
 
 
 @dataclass(frozen=True)
@@ -329,8 +399,7 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
         now=db.now_ms,
     )
     if failed:
-        error = f"{row['node_id']}: {reason}"
-        changes.ended.append(end_execution(db, row["execution"], ExecutionStatus.FAILED, error))
+        end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
 
 def _shortened(error: str) -> str:

@@ -201,6 +201,7 @@ class PollResponse(google.protobuf.message.Message):
     SUB_INPUT_JSON_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     VERSION_HASH_FIELD_NUMBER: builtins.int
+    PROGRESS_JSON_FIELD_NUMBER: builtins.int
     has_task: builtins.bool
     task_id: builtins.str
     execution_id: builtins.str
@@ -219,6 +220,8 @@ class PollResponse(google.protobuf.message.Message):
     """Addition: the number of this attempt at the node, from 1."""
     version_hash: builtins.str
     """Addition: the version that the task belongs to."""
+    progress_json: builtins.str
+    """Addition: the progress that an earlier attempt at the node sent last."""
     def __init__(
         self,
         *,
@@ -238,8 +241,9 @@ class PollResponse(google.protobuf.message.Message):
         sub_input_json: builtins.str = ...,
         attempt: builtins.int = ...,
         version_hash: builtins.str = ...,
+        progress_json: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "execution_id", b"execution_id", "has_task", b"has_task", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "is_map_subtask", b"is_map_subtask", "map_index", b"map_index", "map_item_json", b"map_item_json", "map_total", b"map_total", "node_id", b"node_id", "node_type", b"node_type", "sub_execution_id", b"sub_execution_id", "sub_input_json", b"sub_input_json", "sub_workflow_id", b"sub_workflow_id", "task_id", b"task_id", "version_hash", b"version_hash"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "execution_id", b"execution_id", "has_task", b"has_task", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "is_map_subtask", b"is_map_subtask", "map_index", b"map_index", "map_item_json", b"map_item_json", "map_total", b"map_total", "node_id", b"node_id", "node_type", b"node_type", "progress_json", b"progress_json", "sub_execution_id", b"sub_execution_id", "sub_input_json", b"sub_input_json", "sub_workflow_id", b"sub_workflow_id", "task_id", b"task_id", "version_hash", b"version_hash"]) -> None: ...
 
 global___PollResponse = PollResponse
 
@@ -326,6 +330,7 @@ class ListRequest(google.protobuf.message.Message):
     IDEMPOTENCY_KEY_PREFIX_FIELD_NUMBER: builtins.int
     BEFORE_EXECUTION_ID_FIELD_NUMBER: builtins.int
     WITH_NODES_FIELD_NUMBER: builtins.int
+    PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     status: builtins.str
     limit: builtins.int
@@ -337,6 +342,10 @@ class ListRequest(google.protobuf.message.Message):
     """Addition: also inputs and nodes with their outputs. Such an answer ends early, after 16 MB of them. Only an empty
     answer means that there are no older executions.
     """
+    parent_execution_id: builtins.str
+    """Addition: only the executions that the nodes of this execution started: those of SUBWORKFLOW nodes, and one for
+    each item of a MAP node. The latter are in no other list.
+    """
     def __init__(
         self,
         *,
@@ -346,8 +355,9 @@ class ListRequest(google.protobuf.message.Message):
         idempotency_key_prefix: builtins.str = ...,
         before_execution_id: builtins.str = ...,
         with_nodes: builtins.bool = ...,
+        parent_execution_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["before_execution_id", b"before_execution_id", "idempotency_key_prefix", b"idempotency_key_prefix", "limit", b"limit", "status", b"status", "with_nodes", b"with_nodes", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before_execution_id", b"before_execution_id", "idempotency_key_prefix", b"idempotency_key_prefix", "limit", b"limit", "parent_execution_id", b"parent_execution_id", "status", b"status", "with_nodes", b"with_nodes", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___ListRequest = ListRequest
 
@@ -366,6 +376,9 @@ class ExecutionSummary(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     INPUT_JSON_FIELD_NUMBER: builtins.int
     NODES_FIELD_NUMBER: builtins.int
+    PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
+    PARENT_NODE_ID_FIELD_NUMBER: builtins.int
+    CHILD_INDEX_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     workflow_id: builtins.str
     version_hash: builtins.str
@@ -378,6 +391,10 @@ class ExecutionSummary(google.protobuf.message.Message):
     error: builtins.str
     input_json: builtins.str
     """Additions, set if with_nodes was requested."""
+    parent_execution_id: builtins.str
+    """Additions, as in GetExecutionResponse."""
+    parent_node_id: builtins.str
+    child_index: builtins.int
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
     def __init__(
@@ -394,8 +411,13 @@ class ExecutionSummary(google.protobuf.message.Message):
         error: builtins.str = ...,
         input_json: builtins.str = ...,
         nodes: collections.abc.Iterable[global___NodeRecord] | None = ...,
+        parent_execution_id: builtins.str = ...,
+        parent_node_id: builtins.str = ...,
+        child_index: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index", "created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_child_index", b"_child_index"]) -> typing.Literal["child_index"] | None: ...
 
 global___ExecutionSummary = ExecutionSummary
 
@@ -628,6 +650,9 @@ class GetExecutionResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     NODES_FIELD_NUMBER: builtins.int
     HAS_POLLER_FIELD_NUMBER: builtins.int
+    PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
+    PARENT_NODE_ID_FIELD_NUMBER: builtins.int
+    CHILD_INDEX_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     workflow_id: builtins.str
     version_hash: builtins.str
@@ -641,6 +666,11 @@ class GetExecutionResponse(google.protobuf.message.Message):
     """Why the execution FAILED."""
     has_poller: builtins.bool
     """Whether any worker polled, within the last 2 s, for this execution's version."""
+    parent_execution_id: builtins.str
+    """The execution, and its node, that started this one; empty if a client did."""
+    parent_node_id: builtins.str
+    child_index: builtins.int
+    """Set if that node is a MAP node: the number of the item, from 0."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
     def __init__(
@@ -657,8 +687,13 @@ class GetExecutionResponse(google.protobuf.message.Message):
         error: builtins.str = ...,
         nodes: collections.abc.Iterable[global___NodeRecord] | None = ...,
         has_poller: builtins.bool = ...,
+        parent_execution_id: builtins.str = ...,
+        parent_node_id: builtins.str = ...,
+        child_index: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "has_poller", b"has_poller", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "has_poller", b"has_poller", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_child_index", b"_child_index"]) -> typing.Literal["child_index"] | None: ...
 
 global___GetExecutionResponse = GetExecutionResponse
 
@@ -672,13 +707,19 @@ class NodeRecord(google.protobuf.message.Message):
     OUTPUT_JSON_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     ATTEMPTS_FIELD_NUMBER: builtins.int
+    PROGRESS_JSON_FIELD_NUMBER: builtins.int
+    DUE_MS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     node_type: builtins.str
     status: builtins.str
     output_json: builtins.str
     """Set when status is COMPLETED."""
     error: builtins.str
-    """Why the node FAILED, or what a READY node waits for."""
+    """Why the node FAILED, or what a READY node waits for, or why an EVENT node was SKIPPED."""
+    progress_json: builtins.str
+    """The progress that an attempt sent last."""
+    due_ms: builtins.int
+    """When a WAITING node has waited as long as it may, in milliseconds since 1970; 0 if it may wait for ever."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttemptRecord]: ...
     def __init__(
@@ -690,8 +731,10 @@ class NodeRecord(google.protobuf.message.Message):
         output_json: builtins.str = ...,
         error: builtins.str = ...,
         attempts: collections.abc.Iterable[global___AttemptRecord] | None = ...,
+        progress_json: builtins.str = ...,
+        due_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "output_json", b"output_json", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "due_ms", b"due_ms", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "output_json", b"output_json", "progress_json", b"progress_json", "status", b"status"]) -> None: ...
 
 global___NodeRecord = NodeRecord
 
@@ -711,7 +754,7 @@ class AttemptRecord(google.protobuf.message.Message):
     ended_ms: builtins.int
     """0 while the attempt runs."""
     outcome: builtins.str
-    """RUNNING, COMPLETED, FAILED, LOST, EXPIRED, INTERRUPTED, CANCELLED."""
+    """RUNNING, COMPLETED, FAILED, TIMED_OUT, LOST, EXPIRED, INTERRUPTED, CANCELLED."""
     error: builtins.str
     def __init__(
         self,
@@ -734,6 +777,7 @@ class WorkerBeat(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     TASK_IDS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     draining: builtins.bool
     """True if the worker takes no more tasks: the server answers its waiting polls."""
@@ -744,16 +788,40 @@ class WorkerBeat(google.protobuf.message.Message):
         worker holds the task again, unless a newer attempt was handed out.
         """
 
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TaskProgress]:
+        """The progress of tasks that sent some since the last heartbeat."""
+
     def __init__(
         self,
         *,
         worker_id: builtins.str = ...,
         task_ids: collections.abc.Iterable[builtins.str] | None = ...,
         draining: builtins.bool = ...,
+        progress: collections.abc.Iterable[global___TaskProgress] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "task_ids", b"task_ids", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "progress", b"progress", "task_ids", b"task_ids", "worker_id", b"worker_id"]) -> None: ...
 
 global___WorkerBeat = WorkerBeat
+
+@typing.final
+class TaskProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    PROGRESS_JSON_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    progress_json: builtins.str
+    """A JSON value. The next attempt at the node gets it, if this attempt fails or is lost."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        progress_json: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["progress_json", b"progress_json", "task_id", b"task_id"]) -> None: ...
+
+global___TaskProgress = TaskProgress
 
 @typing.final
 class WorkerBeatAck(google.protobuf.message.Message):
@@ -776,6 +844,32 @@ class WorkerBeatAck(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "lost_task_ids", b"lost_task_ids"]) -> None: ...
 
 global___WorkerBeatAck = WorkerBeatAck
+
+@typing.final
+class SendEventRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    PAYLOAD_JSON_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
+    execution_id: builtins.str
+    name: builtins.str
+    payload_json: builtins.str
+    """The output of the EVENT node."""
+    idempotency_key: builtins.str
+    """If given, a second event with this key changes nothing."""
+    def __init__(
+        self,
+        *,
+        execution_id: builtins.str = ...,
+        name: builtins.str = ...,
+        payload_json: builtins.str = ...,
+        idempotency_key: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "name", b"name", "payload_json", b"payload_json"]) -> None: ...
+
+global___SendEventRequest = SendEventRequest
 
 @typing.final
 class ServerInfo(google.protobuf.message.Message):

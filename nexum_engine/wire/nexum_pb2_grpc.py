@@ -114,6 +114,11 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.CallFrames.SerializeToString,
                 response_deserializer=nexum__pb2.CallFrames.FromString,
                 _registered_method=True)
+        self.SendEvent = channel.unary_unary(
+                '/nexum.NexumService/SendEvent',
+                request_serializer=nexum__pb2.SendEventRequest.SerializeToString,
+                response_deserializer=nexum__pb2.AckResponse.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -219,6 +224,14 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendEvent(self, request, context):
+        """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
+        none waits, the event is kept until one does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -301,6 +314,11 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.Calls,
                     request_deserializer=nexum__pb2.CallFrames.FromString,
                     response_serializer=nexum__pb2.CallFrames.SerializeToString,
+            ),
+            'SendEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendEvent,
+                    request_deserializer=nexum__pb2.SendEventRequest.FromString,
+                    response_serializer=nexum__pb2.AckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -735,6 +753,33 @@ class NexumService(object):
             '/nexum.NexumService/Calls',
             nexum__pb2.CallFrames.SerializeToString,
             nexum__pb2.CallFrames.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/SendEvent',
+            nexum__pb2.SendEventRequest.SerializeToString,
+            nexum__pb2.AckResponse.FromString,
             options,
             channel_credentials,
             insecure,

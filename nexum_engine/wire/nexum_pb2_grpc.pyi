@@ -111,6 +111,14 @@ class NexumServiceStub:
     ]
     """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
 
+    SendEvent: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.SendEventRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
+    none waits, the event is kept until one does.
+    """
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -195,6 +203,14 @@ class NexumServiceAsyncStub:
         nexum_pb2.CallFrames,
     ]
     """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
+
+    SendEvent: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.SendEventRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
+    none waits, the event is kept until one does.
+    """
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -312,5 +328,15 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.CallFrames], collections.abc.AsyncIterator[nexum_pb2.CallFrames]]:
         """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
+
+    @abc.abstractmethod
+    def SendEvent(
+        self,
+        request: nexum_pb2.SendEventRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
+        """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
+        none waits, the event is kept until one does.
+        """
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

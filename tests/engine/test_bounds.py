@@ -23,7 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, Overloaded, ServerNotReady, TooLarge
 from nexum_engine.server import bounds
 from nexum_engine.server.bounds import Budget
-from nexum_engine.store import executions, tasks
+from nexum_engine.store import reading, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.workflow import parse_ir
@@ -186,11 +186,11 @@ async def test_client_retries_a_call_that_the_server_has_no_room_for(tmp_path: P
         raise Overloaded("too much: retry")
 
     async with engine_server(tmp_path) as server, NexumClient(server.address) as client:
-        server.watch(executions.list_executions, has_no_room, has_no_room)
+        server.watch(reading.list_executions, has_no_room, has_no_room)
         with pytest.raises(ServerNotReady, match="too much: retry"):
             await client.list_executions()
         assert await client.list_executions(patience=20) == []
-        assert server.calls[executions.list_executions] == 3
+        assert server.calls[reading.list_executions] == 3
 
 
 def peak_memory(server: Server) -> int:
@@ -302,7 +302,7 @@ async def test_task_of_a_poll_that_ends_before_its_input_is_read_goes_to_the_nex
             reading.set()
             await asyncio.Event().wait()
 
-        server.watch(tasks.task_input, reads_for_ever)
+        server.watch(tasks.with_payload, reads_for_ever)
         stub, _ = await large_execution(server, channel)
         request = pb.PollRequest(worker_id="w", version_hash="v1", max_task_bytes=2**40)
         holding = stub.PollTask(request)

@@ -132,7 +132,7 @@ def test_cancelled_execution_refuses_results_and_accepts_second_cancel(stub: Nex
     assert status(stub, execution_id) == ("CANCELLED", {})
 
 
-def test_approvals_are_always_empty(stub: NexumServiceStub) -> None:
+def test_other_nodes_can_not_be_approved(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     assert list(stub.GetPendingApprovals(pb.EmptyRequest(), timeout=DEADLINE).items) == []
@@ -142,7 +142,7 @@ def test_approvals_are_always_empty(stub: NexumServiceStub) -> None:
     ):
         code, words = refused(lambda call=call, request=request: call(request, timeout=DEADLINE))  # type: ignore[misc]
         assert code is Code.NOT_FOUND
-        assert "does not wait for an approval" in words
+        assert "is of type EFFECT: it does not wait for an approval" in words
 
 
 def test_task_is_polled_by_version_also_after_server_is_killed(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ BAD: dict[str, tuple[Callable[[NexumServiceStub], object], grpc.StatusCode, str]
     "an unknown dependency": (lambda s: register(s, {"a": ["z"]}), Code.INVALID_ARGUMENT, "'z', which is not a node"),
     "a long unknown dependency": (lambda s: register(s, {"a": [LONG]}), Code.INVALID_ARGUMENT, "depends on"),
     "a type that is not run": (
-        lambda s: _register_ir(s, '{"nodes":{"a":{"type":"HUMAN_APPROVAL"}}}'),
+        lambda s: _register_ir(s, '{"nodes":{"a":{"type":"SLEEP"}}}'),
         Code.INVALID_ARGUMENT,
-        "node 'a' is of type 'HUMAN_APPROVAL'",
+        "node 'a' is of type 'SLEEP'",
     ),
     "another definition": (lambda s: register(s, {"b": []}), Code.FAILED_PRECONDITION, "needs a new version_hash"),
     "an unknown workflow": (lambda s: start(s, workflow_id="nowhere"), Code.NOT_FOUND, "'nowhere' is not registered"),

@@ -22,7 +22,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, open_store, tasks
+from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
@@ -97,12 +97,12 @@ async def taken(store: Store, worker_id: str = "w1", *, streamed: bool = True) -
 
 
 async def attempts(store: Store, execution_id: str, node: str = "a") -> list[Attempt]:
-    execution = await store.run(executions.get_execution, execution_id, True)
+    execution = await store.run(reading.get_execution, execution_id, True)
     return list(next(one for one in execution.nodes if one.node_id == node).attempts)
 
 
 async def node_status(store: Store, execution_id: str) -> dict[str, NodeStatus]:
-    return {node.node_id: node.status for node in (await store.run(executions.get_execution, execution_id)).nodes}
+    return {node.node_id: node.status for node in (await store.run(reading.get_execution, execution_id)).nodes}
 
 
 async def sweep(store: Store) -> tuple[int, list[Execution]]:
@@ -146,7 +146,7 @@ async def test_key_with_another_input_is_refused(store: Store, other: str) -> No
     )
     with pytest.raises(IdempotencyConflict, match=first.execution_id):
         await store.run(executions.start_execution, "w", "v1", other, "k")
-    assert len(await store.run(executions.list_executions, "", "", 20)) == 1
+    assert len(await store.run(reading.list_executions, "", "", 20)) == 1
 
 
 async def test_key_accepts_another_spelling_of_its_input(store: Store) -> None:
@@ -163,7 +163,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
         await store.run(tasks.fail_task, first_task.task_id, "no", True)
     else:
         await store.run(executions.cancel_execution, first.execution_id)
-    assert (await store.run(executions.get_execution, first.execution_id)).status == end
+    assert (await store.run(reading.get_execution, first.execution_id)).status == end
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
@@ -193,7 +193,7 @@ async def test_unknown_workflow_or_version_stores_no_execution(store: Store) -> 
     for workflow_id, version in (("nowhere", "v1"), ("w", "v9")):
         with pytest.raises(WorkflowNotFound, match=r"call RegisterWorkflow first"):
             await store.run(executions.start_execution, workflow_id, version, "{}", "")
-    assert await store.run(executions.list_executions, "", "", 20) == []
+    assert await store.run(reading.list_executions, "", "", 20) == []
 
 
 @pytest.mark.parametrize("text", ["{", "NaN", "[" * 100_000, "9" * 5000])
@@ -201,11 +201,11 @@ async def test_input_that_is_not_json_is_refused(store: Store, text: str) -> Non
     await register(store, ONE)
     with pytest.raises(InvalidRequest, match="input_json"):
         await store.run(executions.start_execution, "w", "v1", text, "k")
-    assert await store.run(executions.list_executions, "", "", 20) == []
+    assert await store.run(reading.list_executions, "", "", 20) == []
 
 
 async def test_start_counts_its_tasks(store: Store) -> None:
-    assert (await start(store, {"a": [], "b": [], "c": ["a", "b"]})).ready == 2
+    assert len((await start(store, {"a": [], "b": [], "c": ["a", "b"]})).changed.ready) == 2
 
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ async def test_diamond_runs_in_order_with_direct_dependencies(store: Store) -> N
     assert order == ["a", "b", "c", "d"]
     assert inputs["d"] == {"input": {"q": 1}, "deps": {"b": {"from": "b"}, "c": {"from": "c"}}}
     assert inputs["b"] == {"input": {"q": 1}, "deps": {"a": {"from": "a"}}}
-    execution = await store.run(executions.get_execution, started.execution_id)
+    execution = await store.run(reading.get_execution, started.execution_id)
     assert execution.status is ExecutionStatus.COMPLETED
     assert execution.outputs()["d"] == '{"from": "d"}'
 
@@ -291,7 +291,7 @@ async def test_recorded_result_never_changes(store: Store) -> None:
             await store.run(tasks.complete_task, task.task_id, other)
     with pytest.raises(StaleTask):
         await store.run(tasks.fail_task, task.task_id, "after all", False)
-    execution = await store.run(executions.get_execution, started.execution_id)
+    execution = await store.run(reading.get_execution, started.execution_id)
     assert execution.outputs() == {"a": '{"a": 1, "b": 2}'}
     assert execution.status is ExecutionStatus.COMPLETED
 
@@ -346,13 +346,13 @@ async def test_failing_node_is_retried_after_1_2_and_4_seconds(store: Store, clo
         task = await taken(store)
         assert task.attempt == attempt
         changed = await store.run(tasks.fail_task, task.task_id, f"reason {attempt}", False)
-        assert changed.retry_ms == clock.now_ms() + delay * 1000
+        assert changed.due_ms == clock.now_ms() + delay * 1000
         clock.advance(delay - 0.001)
         assert await take(store) is None
         clock.advance(0.001)
     changed = await store.run(tasks.fail_task, (await taken(store)).task_id, "reason 4", False)
     assert [one.status for one in changed.ended] == [ExecutionStatus.FAILED]
-    execution = await store.run(executions.get_execution, started.execution_id, True)
+    execution = await store.run(reading.get_execution, started.execution_id, True)
     assert execution.error == "a: reason 4 (attempt 4 of 4)"
     assert [(one.outcome, one.error) for one in execution.nodes[0].attempts] == [
         (Outcome.FAILED, f"reason {n}") for n in range(1, 5)
@@ -377,7 +377,7 @@ async def test_final_failure_ends_the_execution(store: Store, clock: ManualClock
     started = await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
     await store.run(tasks.fail_task, first.task_id, "no such tool", True)
-    execution = await store.run(executions.get_execution, started.execution_id, True)
+    execution = await store.run(reading.get_execution, started.execution_id, True)
     assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "a: no such tool")
     assert await node_status(store, started.execution_id) == {
         "a": NodeStatus.FAILED,
@@ -438,7 +438,7 @@ async def test_node_fails_after_ten_lost_attempts(store: Store, clock: ManualClo
         clock.advance(GRACE_MS / 1000)
         ready, ended = await sweep(store)
         assert (ready, len(ended)) == ((1, 0) if lost < MAX_LOST_ATTEMPTS else (0, 1))
-    execution = await store.run(executions.get_execution, started.execution_id, True)
+    execution = await store.run(reading.get_execution, started.execution_id, True)
     assert execution.status is ExecutionStatus.FAILED
     assert execution.error == (
         "a: 10 attempts were lost, the last because worker w1 disconnected and did not reconnect; "
@@ -562,7 +562,7 @@ async def test_heartbeat_resumes_attempt_whose_lease_ran_out(store: Store, clock
     clock.advance((LEASE_MS - 1) / 1000)
     assert await sweep(store) == (0, [])
     await store.run(tasks.complete_task, task.task_id, "1")
-    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
+    assert (await store.run(reading.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
 async def test_resumed_attempt_does_not_count_as_lost(store: Store, clock: ManualClock) -> None:
@@ -572,7 +572,7 @@ async def test_resumed_attempt_does_not_count_as_lost(store: Store, clock: Manua
         clock.advance(LEASE_MS / 1000)
         assert await sweep(store) == (1, [])
         assert (await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)).resumed
-    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
+    assert (await store.run(reading.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
 
 
 async def test_heartbeat_resumes_no_foreign_or_ended_attempt(store: Store, clock: ManualClock) -> None:
@@ -598,7 +598,7 @@ async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: 
         await store.run(tasks.fail_task, stale.task_id, "stale", True)
     assert await store.run(leases.renew, "w1", (stale.task_id,), LEASE_MS) == Renewed(frozenset(), (stale.task_id,))
     await store.run(tasks.complete_task, newer.task_id, '"newer"')
-    assert (await store.run(executions.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
+    assert (await store.run(reading.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
 
 
 async def test_late_report_is_accepted_before_newer_attempt(store: Store, clock: ManualClock) -> None:
@@ -624,7 +624,7 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
-    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
+    assert (await store.run(reading.get_execution, started.execution_id)).status is ExecutionStatus.RUNNING
 
 
 async def test_interrupted_attempts_after_restart_are_not_counted(
@@ -707,7 +707,7 @@ async def test_released_task_is_not_counted_as_lost(store: Store) -> None:
     await store.run(tasks.complete_task, task.task_id, "1")
     assert (await store.run(tasks.release, task.task_id, "gone")).ready == ()
     assert (await store.run(tasks.release, "task-unknown", "gone")).ready == ()
-    assert (await store.run(executions.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
+    assert (await store.run(reading.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
 async def test_renew_returns_handed_out_tasks_that_heartbeat_did_not_name(store: Store) -> None:
@@ -769,7 +769,7 @@ async def test_cancel_keeps_recorded_results(store: Store) -> None:
     started = await start(store, CHAIN)
     await store.run(tasks.complete_task, (await taken(store)).task_id, '"kept"')
     await store.run(executions.cancel_execution, started.execution_id)
-    execution = await store.run(executions.get_execution, started.execution_id)
+    execution = await store.run(reading.get_execution, started.execution_id)
     assert execution.outputs() == {"a": '"kept"'}
     assert [node.status for node in execution.nodes] == [NodeStatus.COMPLETED, NodeStatus.CANCELLED]
 
@@ -794,14 +794,14 @@ async def test_task_too_large_for_worker_waits_and_notes_why(store: Store) -> No
     claim = await store.run(tasks.claim, "small", ("v1",), 1500, LEASE_MS, True)
     assert claim.task is None
     assert claim.oversized is not None
-    node = (await store.run(executions.get_execution, started.execution_id)).nodes[0]
+    node = (await store.run(reading.get_execution, started.execution_id)).nodes[0]
     assert node.status is NodeStatus.READY
     assert node.error.startswith(
         f"the task is {claim.oversized.task_bytes:,} bytes, more than worker small can receive"
     )
     task = await taken(store, "large")
     assert len(task.input_json.encode()) <= claim.oversized.task_bytes
-    assert (await store.run(executions.get_execution, started.execution_id)).nodes[0].error == ""
+    assert (await store.run(reading.get_execution, started.execution_id)).nodes[0].error == ""
 
 
 async def test_task_size_counts_outputs_of_dependencies(store: Store) -> None:
@@ -831,12 +831,12 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
     ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(3)]
     ids.append((await store.run(executions.start_execution, "other", "v1", "{}", "")).execution_id)
     await store.run(executions.cancel_execution, ids[1])
-    assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 20)] == ids[::-1]
-    assert [one.execution_id for one in await store.run(executions.list_executions, "", "", 2)] == ids[:1:-1]
-    assert [one.execution_id for one in await store.run(executions.list_executions, "other", "", 20)] == ids[3:]
-    assert [one.execution_id for one in await store.run(executions.list_executions, "", "CANCELLED", 20)] == [ids[1]]
+    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 20)] == ids[::-1]
+    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 2)] == ids[:1:-1]
+    assert [one.execution_id for one in await store.run(reading.list_executions, "other", "", 20)] == ids[3:]
+    assert [one.execution_id for one in await store.run(reading.list_executions, "", "CANCELLED", 20)] == [ids[1]]
     with pytest.raises(InvalidRequest, match="unknown status 'DONE': use one of RUNNING"):
-        await store.run(executions.list_executions, "", "DONE", 20)
+        await store.run(reading.list_executions, "", "DONE", 20)
 
 
 # ---- Durability (G1) -------------------------------------------------------------------------------------------------
@@ -847,9 +847,9 @@ async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen)
     await store.run(tasks.complete_task, (await taken(store)).task_id, '"recorded"')
     task = await taken(store)
     await store.run(tasks.fail_task, task.task_id, "why", False)
-    before = await store.run(executions.get_execution, started.execution_id, True)
+    before = await store.run(reading.get_execution, started.execution_id, True)
     again = await reopen()
-    assert await again.run(executions.get_execution, started.execution_id, True) == before
+    assert await again.run(reading.get_execution, started.execution_id, True) == before
     assert (await again.run(executions.start_execution, "w", "v1", '{"text":"é😀\\u0000"}', "k")).existing
 
 
@@ -864,7 +864,7 @@ async def test_failing_transition_raises_only_for_its_caller(store: Store) -> No
         return_exceptions=True,
     )
     assert [type(one) for one in outcomes] == [Started, InvalidRequest, TaskNotFound, Started]
-    assert len(await store.run(executions.list_executions, "", "", 20)) == 2
+    assert len(await store.run(reading.list_executions, "", "", 20)) == 2
 
 
 async def test_fifty_claimers_get_each_of_200_tasks_once(store: Store) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from nexum_engine.errors import InvalidRequest, TooLarge
 from nexum_engine.records import Compatibility, NodeStatus
-from nexum_engine.scheduling import MAX_FAILED_ATTEMPTS, ready_nodes, retry_delay_ms
-from nexum_engine.workflow import MAX_NODES, compatibility, parse_ir, workflow
+from nexum_engine.scheduling import settle
+from nexum_engine.workflow import DEFAULT_RETRY_POLICY, MAX_NODES, RetryPolicy, compatibility, parse_ir, workflow
 
 pytestmark = pytest.mark.every_python
 
@@ -105,10 +105,76 @@ def test_unknown_dependency_is_refused_with_both_names() -> None:
         parse_ir(ir(a=[], b=["nowhere"]))
 
 
-@pytest.mark.parametrize("kind", ["HUMAN_APPROVAL", "TIMER", "ROUTER", "MAP", "SUBWORKFLOW", "effect", ""])
-def test_unsupported_node_type_is_refused(kind: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"node 'a' is of type '{kind}'.*EFFECT or COMPUTE"):
+@pytest.mark.parametrize("kind", ["MAP_SUBTASK", "SLEEP", "effect", ""])
+def test_unknown_node_type_is_refused(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"node 'a' is of type '{kind}'.*EFFECT, COMPUTE, .* or EVENT"):
         parse_ir(json.dumps({"nodes": {"a": {"type": kind}}}))
+
+
+@pytest.mark.parametrize(
+    ("node", "problem"),
+    [
+        ({"type": "TIMER", "delay_seconds": -0.5}, "nodes.a.delay_seconds.*greater than or equal to 0"),
+        ({"type": "TIMER", "delay_seconds": "5"}, "nodes.a.delay_seconds"),
+        ({"type": "TIMER", "delay_seconds": 1e12}, "nodes.a.delay_seconds"),
+        ({"type": "ROUTER"}, "ROUTER node 'a' has no routes"),
+        ({"type": "ROUTER", "routes": [{"target": "x"}]}, "'a' routes to 'x', which is not a node"),
+        ({"type": "ROUTER", "routes": [{"condition": "true"}]}, "nodes.a.routes.0.target"),
+        ({"type": "ROUTER", "routes": [{"target": "a"}]}, "cycle: a -> a"),
+        ({"type": "REDUCE", "mapNodeId": "x"}, "reduces 'x', which is not a MAP node"),
+        ({"type": "REDUCE", "mapNodeId": "a"}, "reduces 'a', which is not a MAP node"),
+        ({"type": "EVENT"}, "the event of node 'a' is empty"),
+        ({"type": "EVENT", "event": "e", "on_timeout": "a"}, "'a' has on_timeout, but no timeout_seconds"),
+        ({"type": "EVENT", "event": "e", "timeout_seconds": 1, "on_timeout": "x"}, "'a' routes to 'x'"),
+        ({"type": "EFFECT", "timeout_seconds": 0}, "nodes.a.timeout_seconds"),
+        ({"type": "EFFECT", "retry_policy": {"max_attempts": 0}}, "nodes.a.retry_policy.max_attempts"),
+        ({"type": "EFFECT", "retry_policy": {"attempts": 3}}, "nodes.a.retry_policy.attempts"),
+    ],
+)
+def test_node_that_can_not_run_is_refused_with_its_name(node: dict[str, object], problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        parse_ir(json.dumps({"nodes": {"a": node}}))
+
+
+def test_target_that_comes_before_its_router_is_a_cycle() -> None:
+    nodes = {
+        "ask": {"type": "EFFECT", "dependencies": []},
+        "decide": {"type": "ROUTER", "dependencies": ["ask"], "routes": [{"target": "ask"}]},
+    }
+    with pytest.raises(InvalidRequest, match="cycle: "):
+        parse_ir(json.dumps({"nodes": nodes}))
+
+
+def test_builder_writes_the_ir_of_a_published_builder() -> None:
+    built = (
+        workflow("all")
+        .effect("first")
+        .router("decide", {"left": "$.ok == true", "right": "$.ok == false"})
+        .compute("left", depends_on=["decide"])
+        .compute("right", depends_on=["decide"])
+        .map("each", depends_on=[])
+        .reduce("sum")
+        .subworkflow("child", "other", depends_on=["sum"])
+        .timer("later", 1.5, depends_on=[])
+        .human_approval("boss", depends_on=["later"])
+        .build()
+    )
+    nodes = json.loads(built.ir_json)["nodes"]
+    assert nodes["decide"]["routes"] == [
+        {"condition": "$.ok == true", "target": "left"},
+        {"condition": "$.ok == false", "target": "right"},
+    ]
+    assert nodes["sum"] == {"type": "REDUCE", "dependencies": ["each"], "mapNodeId": "each"}
+    assert nodes["child"] == {"type": "SUBWORKFLOW", "dependencies": ["sum"], "subWorkflowId": "other"}
+    assert nodes["later"] == {"type": "TIMER", "dependencies": [], "delay_seconds": 1.5}
+    assert nodes["boss"] == {"type": "HUMAN_APPROVAL", "dependencies": ["later"]}
+    assert nodes["first"] == {"type": "EFFECT", "dependencies": []}
+    assert parse_ir(built.ir_json)["decide"].targets == ("left", "right")
+
+
+def test_reduce_without_map_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="add a MAP node before it"):
+        workflow("w").reduce("sum")
 
 
 @pytest.mark.parametrize(
@@ -189,18 +255,22 @@ def _graphs(draw: st.DrawFn) -> dict[str, list[str]]:
 @given(graph=_graphs(), data=st.data())
 def test_every_graph_runs_in_order_to_its_end(graph: dict[str, list[str]], data: st.DataObject) -> None:
     definition = parse_ir(ir(**graph))
-    dependencies = {name: node.dependencies for name, node in definition.items()}
     status = dict.fromkeys(definition, NodeStatus.PENDING)
     done: list[str] = []
     while len(done) < len(graph):
-        ready = ready_nodes(dependencies, status)
-        assert ready, f"nothing is ready after {done}"
-        chosen = data.draw(st.sampled_from(ready))
+        settled = settle(definition, status, {})
+        assert set(settled.values()) == {NodeStatus.READY}, f"nothing is ready after {done}"
+        chosen = data.draw(st.sampled_from(sorted(settled)))
         assert set(graph[chosen]) <= set(done)
         status[chosen] = NodeStatus.COMPLETED
         done.append(chosen)
-    assert ready_nodes(dependencies, status) == []
+    assert settle(definition, status, {}) == {}
 
 
-def test_retry_delays_are_1_2_and_4_seconds() -> None:
-    assert [retry_delay_ms(n) for n in range(1, MAX_FAILED_ATTEMPTS + 1)] == [1000, 2000, 4000, None]
+def test_default_retry_delays_are_1_2_and_4_seconds() -> None:
+    assert [DEFAULT_RETRY_POLICY.delay_ms(n) for n in (1, 2, 3, 4)] == [1000, 2000, 4000, None]
+
+
+def test_retry_delay_grows_up_to_its_maximum() -> None:
+    retry = RetryPolicy(max_attempts=1000, first_delay_seconds=0.5, factor=10, max_delay_seconds=60)
+    assert [retry.delay_ms(n) for n in (1, 2, 3, 4, 999, 1000)] == [500, 5000, 50_000, 60_000, 60_000, None]

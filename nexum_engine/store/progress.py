@@ -1,0 +1,344 @@
+"""The progress of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
+
+Each function is a part of a transition, and runs inside the transition's transaction. It adds what it did to `changes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any
+
+from nexum_engine import jsontext, scheduling
+from nexum_engine.errors import InvalidRequest, WorkflowNotFound
+from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import node_number, random_part
+from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of_row, get_execution
+from nexum_engine.store.results import Changes, ReadyTask
+from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
+
+TASK_FRAME_BYTES = 64
+"""An upper bound of the size of the text that encloses the payloads in a task's input_json."""
+MAX_OUTPUT_BYTES = 64 * 1024 * 1024
+"""The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
+TIMEOUT_GRACE_MS = 1000
+"""How long after the end of an attempt's time the server ends the attempt. This project's worker does so itself."""
+MAX_ITEMS = 10_000
+"""The largest number of items of a MAP node. The transaction that starts their tasks holds up all others."""
+MAX_DEPTH = 100
+"""How deep SUBWORKFLOW nodes may be nested: a workflow that starts itself must not do so for ever."""
+
+# ---- Definitions -----------------------------------------------------------------------------------------------------
+
+_parse_again = lru_cache(maxsize=256)(parse_ir)
+
+
+def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
+    """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
+    # Remember only short definitions: the memory must stay small whatever clients register.
+    return _parse_again(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else parse_ir(ir_json)
+
+
+def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, NodeDefinition]:
+    """Return the nodes of a registered version."""
+    row = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
+    if row is None:
+        raise WorkflowNotFound(workflow_id, version_hash)
+    return parsed(row["ir_json"])
+
+
+def policy_of(node: NodeDefinition) -> dict[str, object]:
+    """Return the columns of a node that hold its time limit and its rule for retries."""
+    limited = node.timeout_seconds is not None and node.node_type.has_task
+    return {
+        "timeout_ms": _milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,
+        "retry": None if node.retry == DEFAULT_RETRY_POLICY else node.retry.model_dump_json(),
+    }
+
+
+def retry_of(row: Row) -> RetryPolicy:
+    """Return a node's rule for retries."""
+    return DEFAULT_RETRY_POLICY if row["retry"] is None else RetryPolicy.model_validate_json(row["retry"])
+
+
+def _milliseconds(seconds: float) -> int:
+    # Round up: a timer must never be early.
+    return math.ceil(seconds * 1000)
+
+
+# ---- The nodes that follow -------------------------------------------------------------------------------------------
+
+
+def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: str, changes: Changes) -> None:
+    """Add the nodes of a new execution. Those that wait for no other node become tasks, or begin to wait.
+
+    `added` is the row of the execution, with the IR of its version.
+    """
+    definitions = parsed(added["ir_json"])
+    settled = scheduling.settle(definitions, dict.fromkeys(definitions, NodeStatus.PENDING), {})
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
+    waiting: list[tuple[int, NodeDefinition]] = []
+    for position, node in enumerate(definitions.values()):
+        number = node_number(added["sequence"], position)
+        is_task = settled.get(node.node_id) is NodeStatus.READY
+        db.run(
+            "add_node",
+            node=number,
+            node_id=node.node_id,
+            node_type=node.node_type.value,
+            dependencies=json.dumps(node.dependencies),
+            version_hash=version_hash,
+            status=(NodeStatus.READY if is_task else NodeStatus.PENDING).value,
+            due_ms=db.now_ms if is_task else None,
+            task_bytes=task_bytes if is_task else None,
+            owned=0,
+            **policy_of(node),
+        )
+        if is_task:
+            changes.ready.append(ReadyTask(version_hash, task_bytes))
+        elif node.node_id in settled:
+            waiting.append((number, node))
+    completed = [number for number, node in waiting if _begin_waiting(db, number, node, changes)]
+    if completed:
+        advance(db, added["sequence"], workflow_id, version_hash, changes)
+
+
+def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes: Changes) -> None:
+    """Turn the nodes that wait for no other node any more into tasks, let them wait, or skip them.
+
+    End the execution if all its nodes are done.
+    """
+    definitions = definition_of(db, workflow_id, version_hash)
+    again = True
+    while again:
+        rows = {row["node_id"]: row for row in db.all("node_states", execution=execution)}
+        statuses = {node_id: NodeStatus(rows[node_id]["status"]) for node_id in definitions}
+        settled = scheduling.settle(definitions, statuses, _choices(db, execution, definitions, rows))
+        again = False
+        for node_id, status in settled.items():
+            number, node = rows[node_id]["node"], definitions[node_id]
+            if status is NodeStatus.SKIPPED:
+                db.run("skip_node", node=number)
+            elif status is NodeStatus.WAITING:
+                again |= _begin_waiting(db, number, node, changes)
+        _make_ready(
+            db,
+            execution,
+            version_hash,
+            [(rows[name]["node"], definitions[name]) for name, to in settled.items() if to is NodeStatus.READY],
+            changes,
+        )
+        statuses.update(settled)
+    if scheduling.DONE.issuperset(statuses.values()):
+        end_execution(db, execution, ExecutionStatus.COMPLETED, "", changes)
+
+
+def _choices(
+    db: Db, execution: int, definitions: Mapping[str, NodeDefinition], rows: Mapping[str, Row]
+) -> dict[str, str]:
+    """Return the target that each router has chosen."""
+    chosen: dict[str, str] = {}
+    if any(node.routes for node in definitions.values()):
+        for row in db.all("choices", execution=execution):
+            chosen[row["node_id"]] = json.loads(row["output_json"])["routed_to"]
+    for node in definitions.values():
+        if node.on_timeout and rows[node.node_id]["outcome"] == "EXPIRED":
+            chosen[node.node_id] = node.on_timeout
+    return chosen
+
+
+def _make_ready(
+    db: Db, execution: int, version_hash: str, ready: list[tuple[int, NodeDefinition]], changes: Changes
+) -> None:
+    if not ready:
+        return
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    for number, node in ready:
+        parts = ("", *(name for name in node.dependencies if name in sizes))  # a skipped node has no output
+        task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
+        db.run("make_ready", node=number, task_bytes=task_bytes, now=db.now_ms)
+        changes.ready.append(ReadyTask(version_hash, task_bytes))
+
+
+# ---- Nodes that wait -------------------------------------------------------------------------------------------------
+
+
+def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) -> bool:
+    """Let a PENDING node wait for a time, a person or an event. Return True if it completes at once."""
+    seconds = node.delay_seconds if node.node_type is NodeType.TIMER else node.timeout_seconds
+    due_ms = None if seconds is None else db.now_ms + _milliseconds(seconds)
+    db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
+    if node.node_type is NodeType.TIMER and not node.delay_seconds:
+        return db.run("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
+    if node.node_type is NodeType.EVENT and use_event(db, number, node.event):
+        return True
+    if due_ms is not None:
+        changes.due_at(due_ms)
+    return False
+
+
+def timer_output(db: Db, node: NodeDefinition) -> str:
+    """Return the output of a TIMER node that completes now."""
+    now = datetime.fromtimestamp(db.now_ms / 1000, tz=timezone.utc).isoformat(timespec="milliseconds")
+    return jsontext.dump({"waited_until": now, "delay_seconds": node.delay_seconds}, "the timer's output")
+
+
+def use_event(db: Db, number: int, name: str) -> bool:
+    """Complete a WAITING node with the first event of its name that no node has used. Return False if there is none."""
+    execution = number // 1000
+    event = db.one("unused_event", execution=execution, name=name)
+    if event is None:
+        return False
+    db.run("use_event", execution=execution, number=event["number"], node=number)
+    return db.run("complete_waiting", node=number, output_json=event["payload_json"], now=db.now_ms) > 0
+
+
+def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> bool:
+    """Record the output of a WAITING node, and go on. Return False if the node does not wait any more."""
+    if not db.run("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
+        return False
+    advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
+    return True
+
+
+def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
+    """Fail a WAITING node and its execution. Return False if the node does not wait any more."""
+    if not db.run("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
+        return False
+    end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
+    return True
+
+
+# ---- Executions that a node starts -----------------------------------------------------------------------------------
+
+
+def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> None:
+    """Start an execution with one task for each item of a MAP node."""
+    if len(items) > MAX_ITEMS:
+        raise InvalidRequest(f"the list of {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}")
+    for index, item in enumerate(items):
+        item_json = jsontext.dump(item, "an item")
+        child = _add_child(db, node, node["workflow_id"], node["version_hash"], item_json, index)
+        task_bytes = node["task_bytes"] + jsontext.size_of(item_json)
+        db.run(
+            "add_node",
+            node=node_number(child["sequence"], 0),
+            node_id=f"{node['node_id']}__{index}",
+            node_type=NodeType.MAP_SUBTASK.value,
+            dependencies="[]",
+            version_hash=node["version_hash"],
+            status=NodeStatus.READY.value,
+            due_ms=db.now_ms,
+            task_bytes=task_bytes,
+            owned=0,
+            timeout_ms=node["timeout_ms"],
+            retry=node["retry"],
+        )
+        changes.ready.append(ReadyTask(node["version_hash"], task_bytes))
+
+
+def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: Changes) -> None:
+    """Start an execution of a workflow's latest version for a SUBWORKFLOW node. Raises WorkflowNotFound."""
+    latest = db.one("latest_version", workflow_id=workflow_id)
+    if latest is None:
+        raise WorkflowNotFound(workflow_id)
+    depth = db.one("depth", execution=node["execution"])
+    if depth is not None and depth["depth"] >= MAX_DEPTH:
+        raise InvalidRequest(
+            f"node {node['node_id']!r} can't start {workflow_id!r}: executions are nested {MAX_DEPTH} deep, the limit"
+        )
+    added = _add_child(db, node, workflow_id, latest["version_hash"], input_json, None)
+    child = {**added, "ir_json": latest["ir_json"]}
+    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
+
+
+def _add_child(
+    db: Db, node: Row, workflow_id: str, version_hash: str, input_json: str, index: int | None
+) -> dict[str, Any]:
+    added = db.one(
+        "add_child",
+        random=random_part(),
+        workflow_id=workflow_id,
+        version_hash=version_hash,
+        input_json=input_json,
+        now=db.now_ms,
+        parent_node=node["node"],
+        child_index=index,
+    )
+    assert added is not None
+    return {"sequence": added["sequence"], "execution_id": added["execution_id"]}
+
+
+def reported_output(db: Db, node: Row) -> str | None:
+    """Return what the task of a node reported as its output. For a MAP or SUBWORKFLOW node, that is not the output."""
+    if scheduling.starts_executions(NodeType(node["node_type"])):
+        children = db.all("children", node=node["node"])
+        if node["node_type"] == NodeType.SUBWORKFLOW:
+            (child,) = children
+            return f'{{"subWorkflowId":{json.dumps(child["workflow_id"])},"childInput":{child["input_json"]}}}'
+        if children:
+            return f"[{','.join(child['input_json'] for child in children)}]"
+    recorded = db.one("node_output", node=node["node"])
+    return None if recorded is None else recorded["output_json"]
+
+
+def _child_ended(db: Db, child: Row, changes: Changes) -> None:
+    """Complete or fail the node that started an execution, once all executions that the node started have ended."""
+    parent = db.one("node_at", node=child["parent_node"])
+    if parent is None or parent["status"] != NodeStatus.WAITING:
+        return  # the parent has ended first, and has cancelled this execution
+    status = ExecutionStatus(child["status"])
+    if status is not ExecutionStatus.COMPLETED:
+        end = f"failed: {child['error']}" if status is ExecutionStatus.FAILED else "was cancelled"
+        is_item = child["child_index"] is not None and status is ExecutionStatus.FAILED
+        fail_waiting(db, parent, child["error"] if is_item else f"execution {child['execution_id']} {end}", changes)
+    elif parent["node_type"] == NodeType.SUBWORKFLOW:
+        last = db.one("last_output", execution=child["sequence"])
+        complete_waiting(db, parent, "null" if last is None else last["output_json"], changes)
+    elif db.one("running_child", node=parent["node"]) is None:
+        size = db.one("item_result_bytes", node=parent["node"])
+        if size is not None and size["bytes"] > MAX_OUTPUT_BYTES:
+            fail_waiting(db, parent, f"the results are over the limit of {MAX_OUTPUT_BYTES:,} bytes", changes)
+            return
+        results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
+        complete_waiting(db, parent, f"[{','.join(results)}]", changes)
+
+
+# ---- The end ---------------------------------------------------------------------------------------------------------
+
+
+def end_execution(
+    db: Db, execution: int, status: ExecutionStatus, error: str, changes: Changes, only_node: Node | None = None
+) -> None:
+    """End the running execution with the number `execution`, and its unfinished nodes and their executions.
+
+    An execution with large payloads is added to `changes` without its input and nodes. A waiting caller reads them.
+    Give the only node of an execution, unless its output is large, as `only_node`: this saves three queries.
+    """
+    row = db.one(
+        "end_execution",
+        execution=execution,
+        status=status.value,
+        error=error,
+        now=db.now_ms,
+        max_inline=MAX_INLINE_BYTES,
+    )
+    assert row is not None, f"execution {execution} has ended before"
+    if status is not ExecutionStatus.COMPLETED:
+        db.run("cancel_nodes", execution=execution, now=db.now_ms)
+        for child in db.all("running_children", execution=execution):
+            end_execution(db, child["sequence"], ExecutionStatus.CANCELLED, "", changes)
+    if row["child_index"] is None:
+        changes.ended.append(_ended(db, row, only_node))
+    if row["parent_node"] is not None:
+        _child_ended(db, {**row, "sequence": execution}, changes)
+
+
+def _ended(db: Db, row: Row, only_node: Node | None) -> Execution:
+    if only_node is not None and row["input_json"]:
+        return execution_of_row(row, (only_node,))
+    return get_execution(db, row["execution_id"], max_bytes=MAX_INLINE_BYTES)

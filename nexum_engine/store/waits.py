@@ -1,0 +1,151 @@
+"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end what is due.
+
+Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
+function raises an error of `nexum_engine.errors`, and its changes are rolled back.
+"""
+
+from __future__ import annotations
+
+import math
+
+from nexum_engine import jsontext
+from nexum_engine.errors import (
+    Conflict,
+    ExecutionNotFound,
+    IdempotencyConflict,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+)
+from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingApproval
+from nexum_engine.store import progress
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import number_of
+from nexum_engine.store.results import Changed, Changes
+from nexum_engine.workflow import check_id
+
+MAX_ENDED_WAITS = 200
+"""How many waits one transaction ends. If more are due, the next transaction follows at once."""
+MAX_APPROVALS = 1000
+"""The largest number of pending approvals in one answer."""
+MAX_COMMENT_CHARACTERS = 4000
+MAX_EVENTS = 1000
+"""The largest number of events that one execution keeps."""
+
+
+def pending_approvals(db: Db) -> list[PendingApproval]:
+    """Return the nodes that wait for a person, the longest waiting first."""
+    return [
+        PendingApproval(row["execution_id"], row["node_id"], row["workflow_id"], row["started_ms"])
+        for row in db.all("pending_approvals", limit=MAX_APPROVALS)
+    ]
+
+
+def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Changed:
+    """Complete a HUMAN_APPROVAL node.
+
+    Raises NotFound if there is no such node, and Conflict if it does not wait for a decision now.
+    """
+    node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
+    output = jsontext.dump({"approved": True, "approver": approver, "comment": comment}, "the decision")
+    progress.complete_waiting(db, node, output, changes)
+    return changes.freeze()
+
+
+def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changed:
+    """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, and Conflict like `approve`."""
+    node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
+    by = f" by {approver}" if approver else ""
+    progress.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
+    return changes.freeze()
+
+
+def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Row:
+    """Return the node, if it waits for a person's decision."""
+    check_id(node_id, "node_id")
+    if approver:
+        check_id(approver, "approver")
+    if len(comment) > MAX_COMMENT_CHARACTERS:
+        raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
+    status = _status_of(db, execution_id)
+    node = db.one("node_called", execution=number_of(db, execution_id), node_id=node_id)
+    if node is None:
+        raise NotFound(f"execution {execution_id} has no node {node_id!r}")
+    what = f"node {node_id!r} of execution {execution_id}"
+    if node["node_type"] != NodeType.HUMAN_APPROVAL:
+        raise NotFound(f"{what} is of type {node['node_type']}: it does not wait for an approval")
+    if node["status"] == NodeStatus.WAITING:
+        return node
+    if node["status"] == NodeStatus.PENDING:
+        raise Conflict(f"{what} can't be decided yet: it waits for other nodes")
+    if status is ExecutionStatus.RUNNING:
+        raise Conflict(f"{what} can't be decided any more: it is {node['status']}")
+    raise Conflict(f"{what} can't be decided any more: it is {node['status']}, and its execution is {status.value}")
+
+
+def _status_of(db: Db, execution_id: str) -> ExecutionStatus:
+    check_id(execution_id, "execution_id")
+    row = db.one("execution_without_input", execution=number_of(db, execution_id), execution_id=execution_id)
+    if row is None:
+        raise ExecutionNotFound(execution_id)
+    return ExecutionStatus(row["status"])
+
+
+def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
+    """Complete the first node that waits for the event, or keep the event until a node waits for it.
+
+    A second event with the same key changes nothing. Raises ExecutionNotFound, NotFound if the workflow has no EVENT
+    node for the name, IdempotencyConflict if the key belongs to another event, and Conflict if the execution has ended.
+    """
+    check_id(name, "name")
+    payload_json = payload_json or "null"
+    jsontext.parse(payload_json, "payload_json")
+    status, execution = _status_of(db, execution_id), number_of(db, execution_id)
+    if idempotency_key:
+        check_id(idempotency_key, "idempotency_key")
+        sent = db.one("event_of_key", execution=execution, idempotency_key=idempotency_key)
+        if sent is not None:
+            if sent["name"] != name or not jsontext.same(sent["payload_json"], payload_json):
+                raise IdempotencyConflict(
+                    f"idempotency key {idempotency_key!r} belongs to another event of execution {execution_id}: use "
+                    "another key for another event"
+                )
+            return Changed()
+    if status is not ExecutionStatus.RUNNING:
+        raise Conflict(f"execution {execution_id} is {status.value}: it waits for no event any more")
+    row = db.one("execution_without_input", execution=execution, execution_id=execution_id)
+    assert row is not None
+    definitions = progress.definition_of(db, row["workflow_id"], row["version_hash"])
+    if name not in {node.event for node in definitions.values()}:
+        raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
+    added = db.one(
+        "add_event",
+        execution=execution,
+        name=name,
+        idempotency_key=idempotency_key,
+        payload_json=payload_json,
+        now=db.now_ms,
+    )
+    assert added is not None
+    if added["number"] > MAX_EVENTS:
+        raise InvalidRequest(f"execution {execution_id} has had {MAX_EVENTS:,} events, the limit")
+    changes = Changes()
+    waiting = db.one("node_of_event", execution=execution, name=name)
+    if waiting is not None and progress.use_event(db, waiting["node"], name):
+        progress.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
+    return changes.freeze()
+
+
+def end_waits(db: Db, changes: Changes) -> None:
+    """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
+    for node in db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS):
+        definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
+        # Each of these does nothing if an earlier one of this loop has ended the execution.
+        if definition.node_type is NodeType.TIMER:
+            progress.complete_waiting(db, node, progress.timer_output(db, definition), changes)
+            continue
+        reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
+        if not definition.on_timeout:
+            progress.fail_waiting(db, node, reason, changes)
+        elif db.run("time_out", node=node["node"], error=reason, now=db.now_ms):
+            progress.advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
