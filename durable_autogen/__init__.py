@@ -19,9 +19,16 @@ from __future__ import annotations
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
 from durable_autogen.record.place import call_id
-from durable_autogen.recorded_sessions import SessionInfo, fork_session, fork_source, list_sessions, question_of
+from durable_autogen.recorded_sessions import (
+    SessionInfo,
+    fork_session,
+    fork_source,
+    list_sessions,
+    question_of,
+    send_event,
+)
 from durable_autogen.run import run_durable, run_durable_stream
-from durable_autogen.session import DurableSession
+from durable_autogen.session import DurableSession, current_session
 
 __all__ = [
     "DriftError",
@@ -31,10 +38,12 @@ __all__ = [
     "SessionBusy",
     "SessionInfo",
     "call_id",
+    "current_session",
     "fork_session",
     "fork_source",
     "list_sessions",
     "question_of",
     "run_durable",
     "run_durable_stream",
+    "send_event",
 ]

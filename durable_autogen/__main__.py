@@ -1,4 +1,4 @@
-"""The command line of durable_autogen: run a script durably; list, show and fork sessions."""
+"""The command line of durable_autogen: run a script durably; list, show and fork sessions; send them events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m durable_autogen",
-        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions.",
+        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions; send "
+        "events to them.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     server = argparse.ArgumentParser(add_help=False)
@@ -82,16 +83,32 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
     fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
+    send = commands.add_parser(
+        "send",
+        parents=[server],
+        help="send an event to a session",
+        description="Send the event NAME to SESSION: its program gets JSON from `await session.wait_for_event(NAME)`. "
+        "If the program does not wait for the event now, or does not run, the event is kept.",
+    )
+    send.add_argument("session", metavar="SESSION")
+    send.add_argument("name", metavar="NAME")
+    send.add_argument("payload", metavar="JSON", nargs="?", default="null", help="the payload (default: null)")
+    send.add_argument("--key", metavar="KEY", default="", help="a second event NAME with this key changes nothing")
     return parser
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run the command `ls`, `show` or `fork`; return its output."""
+    """Run the command `ls`, `show`, `fork` or `send`; return its output."""
     from durable_autogen import session_report
-    from durable_autogen.recorded_sessions import fork_session, fork_source, list_sessions, show_session
+    from durable_autogen.recorded_sessions import fork_session, fork_source, list_sessions, send_event, show_session
+    from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
 
+    if args.command == "send":
+        payload = jsontext.parse(args.payload, f"the payload {args.payload[:40]!r}")
+        await send_event(args.session, args.name, payload, idempotency_key=args.key, nexum=args.nexum)
+        return f"sent event {args.name!r} to session {args.session}"
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await list_sessions(client)
@@ -116,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_script(args)
         try:
             print_line(asyncio.run(look(args)), sys.stdout)
-        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show` or `fork`
+        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show`, `fork` or `send`
             return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.autogen.fingerprints import differences
+from durable_autogen.errors import NotDurable
+from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
 
@@ -57,3 +59,14 @@ class DurableSession(Session):
     async def __aenter__(self) -> DurableSession:
         await super().__aenter__()
         return self
+
+
+def current_session() -> DurableSession:
+    """Return the session inside which the caller runs, such as that of `run_durable` for a custom agent.
+
+    Raises NotDurable outside a session.
+    """
+    place = current.get()
+    if place is None or not isinstance(place.session, DurableSession):
+        raise NotDurable("current_session() is called outside a session: call it inside DurableSession or run_durable")
+    return place.session

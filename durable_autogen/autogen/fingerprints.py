@@ -213,6 +213,7 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
         *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
         *_values("the query", recorded.get("query"), now.get("query")),
         *_values("the code", recorded.get("code"), now.get("code")),
+        *_values("the event", recorded.get("event"), now.get("event")),
     ]
     return found or ["a part that is recorded only as a hash"]
 

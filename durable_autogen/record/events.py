@@ -49,6 +49,12 @@ class Kind(str, Enum):
     """The result of executed code."""
     MEMORY = "memory"
     """The answer of a memory."""
+    WAIT = "wait"
+    """The beginning of a sleep or of a wait for a sent event."""
+    SLEEP = "sleep"
+    """The end of a sleep."""
+    EVENT = "event"
+    """The end of a wait for a sent event: the event's payload, or a timeout."""
     MESSAGE = "message"
     """A user message added to a fork."""
     TURN = "turn"
@@ -60,8 +66,8 @@ class Kind(str, Enum):
 
     @property
     def is_call(self) -> bool:
-        """Whether a call of this kind costs money or a person's time, or acts on the outside world."""
-        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
+        """Whether a call of this kind costs money or a person's time, acts on the outside world, or waits for it."""
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
 
     @property
     def acts(self) -> bool:
@@ -152,7 +158,40 @@ class Mark(_Frozen):
     type: Literal["mark"] = "mark"
 
 
-Content: TypeAlias = Annotated[Returned | Raised | GivenUp | Begun | Said | Revoked | Mark, Field(discriminator="type")]
+class Waiting(_Frozen):
+    """The content of the beginning of a sleep or of a wait for a sent event."""
+
+    type: Literal["waiting"] = "waiting"
+    event: str = ""
+    """The name of the sent event; empty for a sleep."""
+    seconds: float | None = None
+    """How long the wait may take; None if it has no limit."""
+    until_ms: int | None = None
+    """When the wait ends, in milliseconds since 1970; None if it has no limit."""
+
+
+class Received(_Frozen):
+    """The content of a wait that received a sent event."""
+
+    type: Literal["received"] = "received"
+    event: str
+    """The name of the sent event."""
+    number: int
+    """The number of the sent event among those of its name in the session."""
+    payload: Any = None
+    """The payload, as `encoded` writes it."""
+
+
+class TimedOut(_Frozen):
+    """The content of a wait whose event was not sent in time."""
+
+    type: Literal["timed_out"] = "timed_out"
+
+
+Content: TypeAlias = Annotated[
+    Returned | Raised | GivenUp | Begun | Said | Revoked | Mark | Waiting | Received | TimedOut,
+    Field(discriminator="type"),
+]
 
 
 # ---- Runs and events -------------------------------------------------------------------------------------------------
@@ -261,8 +300,15 @@ class Call(Addressed):
     """The call's name in errors; empty for the default name."""
 
 
+def end_of_wait(position: str) -> str:
+    """Return the position of a wait's end, by that of its beginning. It works for addresses, too."""
+    return f"{position}/end"
+
+
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name for a person: `reply 2 of writer`."""
+    if kind in (Kind.SLEEP, Kind.EVENT):
+        return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
     words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0: before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 

@@ -49,7 +49,7 @@ class Performed:
     """The outcome of a live call: the value for the caller, and the content to record."""
 
     value: Any
-    content: Returned
+    content: Content
 
 
 @dataclass(frozen=True)
