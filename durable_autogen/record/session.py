@@ -144,7 +144,7 @@ class Session:
         Raises TimeoutError if no event is sent within `timeout` seconds. A crash doesn't extend that time. A later
         event is kept for the next wait. Raises InvalidRequest for a wrong argument, and NotDurable inside a tool.
         """
-        with self._at_wait("wait_for_event", "return from the tool, and wait in the program or agent") as place:
+        with self._at_wait("wait_for_event", "return, and wait in the program or an agent") as place:
             return await self._waits.receive(place.agent, name, timeout)
 
     @contextmanager
