@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -102,6 +103,23 @@ class Node:
     error: str
     """Why the node FAILED, or what a READY node waits for."""
     attempts: tuple[Attempt, ...] = ()
+    output_bytes: int = 0
+    """The size of an output that is left out; else 0."""
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What a list says of a session. Question, calls and tokens are empty if its events have no summary."""
+
+    session: str
+    events: int
+    """The number of recorded events."""
+    is_running: bool
+    """Whether a process has the session's latest run."""
+    question: str
+    calls: int
+    """The recorded calls of models, tools and people."""
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,12 @@ class Execution:
     error: str
     nodes: tuple[Node, ...] = ()
     """The nodes, dependencies first."""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    """The names and values that were given at the start."""
+    input_bytes: int = 0
+    """The size of an input that is left out; else 0."""
+    session: SessionSummary | None = None
+    """The session that this execution stands for in a list: the execution is the session's latest run."""
 
     def outputs(self) -> dict[str, str]:
         """Return the recorded output of each node, as JSON text, by node id."""

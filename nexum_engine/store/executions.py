@@ -7,9 +7,8 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nexum_engine import jsontext
@@ -18,6 +17,8 @@ from nexum_engine.errors import (
     ExecutionNotFound,
     IdempotencyConflict,
     InvalidRequest,
+    NotFound,
+    TooLarge,
     VersionConflict,
     WorkflowNotFound,
 )
@@ -34,7 +35,7 @@ from nexum_engine.records import (
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import new_task_id, node_number, number_of, random_part
 from nexum_engine.store.results import Changed, Started
-from nexum_engine.workflow import NodeDefinition, check_id, compatibility, parse_ir
+from nexum_engine.workflow import NodeDefinition, check_attributes, check_id, compatibility, parse_ir
 
 TASK_FRAME_BYTES = 64
 """An upper bound of the size of the text that encloses the payloads in a task's input_json."""
@@ -45,11 +46,6 @@ MAX_INLINE_BYTES = 64 * 1024
 MAX_VERSIONS = 1000
 MAX_ATTEMPTS = 10_000
 """The largest number of versions, and of attempts, in one answer."""
-MAX_LIST_BYTES = 16 * 1024 * 1024
-"""The largest total size of the inputs and outputs in one list of executions.
-
-Server and client hold the whole list in memory.
-"""
 
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
@@ -128,17 +124,22 @@ def start_execution(
     *,
     owned: bool = False,
     result: OwnedResult | None = None,
+    attributes: Mapping[str, str] | None = None,
+    max_task_bytes: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
-    COMPLETED. Raises WorkflowNotFound for an unknown version, InvalidRequest for an input that isn't JSON, and
-    IdempotencyConflict if the key's execution has another input.
+    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. Raises WorkflowNotFound for
+    an unknown version, InvalidRequest for an input that isn't JSON and for wrong attributes, TooLarge for an input that
+    no worker can receive, and IdempotencyConflict if the key's execution has another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
     input_json = input_json or "null"
     jsontext.parse(input_json, "input_json")
+    if attributes:
+        check_attributes(attributes)
     if idempotency_key:
         check_id(idempotency_key, "idempotency_key")
         latest = db.one("execution_of_key", workflow_id=workflow_id, idempotency_key=idempotency_key)
@@ -151,6 +152,13 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
                 return Started(latest["execution_id"], status, existing=True)
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
+    if max_task_bytes is not None and task_bytes > max_task_bytes:
+        raise TooLarge(
+            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, more than any known worker of version "
+            f"{version_hash} can receive ({max_task_bytes - TASK_FRAME_BYTES:,}): put the data into a file, or start a "
+            "worker with a larger limit (max_task_bytes), and then this execution"
+        )
     status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
     added = db.one(
         "add_execution",
@@ -165,7 +173,8 @@ def start_execution(
     )
     if added is None:
         raise WorkflowNotFound(workflow_id, version_hash)
-    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
+    for name, value in (attributes or {}).items():
+        db.run("add_attribute", execution=added["sequence"], name=name, value=value)
     definition = _definition(added["ir_json"])
     if owned and len(definition) != 1:
         raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
@@ -202,7 +211,8 @@ def start_execution(
     return Started(added["execution_id"], status, existing=False, ready=roots)
 
 
-def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
+def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
+    """Return the execution of a row, which has its attributes as JSON."""
     return Execution(
         row["execution_id"],
         row["workflow_id"],
@@ -214,13 +224,22 @@ def _execution(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
         row["ended_ms"],
         row["error"],
         nodes,
+        json.loads(row["attributes"]),
     )
 
 
-def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max_bytes: int | None = None) -> Execution:
+def get_execution(
+    db: Db,
+    execution_id: str,
+    with_attempts: bool = False,
+    *,
+    max_bytes: int | None = None,
+    max_answer_bytes: int | None = None,
+) -> Execution:
     """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id.
 
-    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes.
+    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes. If they are
+    larger than `max_answer_bytes`, the largest of input and outputs are left out: the execution has their sizes.
     """
     found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
     is_large = max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes
@@ -228,13 +247,16 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
     if row is None:
         raise ExecutionNotFound(execution_id)
     if is_large:
-        return _execution(row)
+        return execution_of(row)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
         for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
             attempts.setdefault(a["node_id"], []).append(
                 Attempt(a["attempt"], a["worker_id"], a["started_ms"], a["ended_ms"], Outcome(a["outcome"]), a["error"])
             )
+    left_out: dict[str, int] = {}
+    if max_answer_bytes is not None:
+        left_out = _left_out(db, row["sequence"], with_attempts, max_answer_bytes)
     nodes = tuple(
         Node(
             node["node_id"],
@@ -243,55 +265,41 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
             node["output_json"],
             node["error"],
             tuple(attempts.get(node["node_id"], ())),
+            left_out.get(node["node_id"], 0),
         )
-        for node in db.all("nodes", execution=row["sequence"])
+        for node in db.all("nodes", execution=row["sequence"], left_out=json.dumps(list(left_out)))
     )
-    return _execution(row, nodes)
+    execution = execution_of(row, nodes)
+    return replace(execution, input_json="", input_bytes=left_out[""]) if "" in left_out else execution
 
 
-def list_executions(
-    db: Db,
-    workflow_id: str,
-    status: str,
-    limit: int,
-    *,
-    key_prefix: str = "",
-    before: str = "",
-    with_nodes: bool = False,
-) -> list[Execution]:
-    """Return at most `limit` executions, the newest first. An empty filter matches every execution.
-
-    `key_prefix` is the beginning of an idempotency key. `before` is the id of an execution: only older executions
-    match. The returned executions have inputs and nodes only if `with_nodes` is set. A list with nodes stops at
-    MAX_LIST_BYTES, but has at least one execution if any matches.
-
-    Raises InvalidRequest for an unknown status and for a prefix without a workflow. Raises ExecutionNotFound for an
-    unknown `before`: an empty list would mean that no execution is older.
-    """
-    if status and status not in ExecutionStatus.__members__:
-        raise InvalidRequest(f"unknown status {status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
-    if key_prefix and not workflow_id:
-        raise InvalidRequest("keys belong to a workflow: give workflow_id with idempotency_key_prefix")
-    oldest = db.one("sequence", execution=number_of(db, before), execution_id=before) if before else None
-    if before and oldest is None:
-        raise ExecutionNotFound(before)
-    sequence = None if oldest is None else oldest["sequence"]
-    filters = {"workflow_id": workflow_id, "status": status, "before": sequence, "limit": limit}
-    if key_prefix:
-        end = key_prefix + chr(sys.maxunicode)
-        rows = db.all("executions_of_prefix", **filters, first=key_prefix, end=end)
-    else:
-        rows = db.all("executions", **filters)
-    if not with_nodes:
-        return [_execution(row) for row in rows]
-    whole: list[Execution] = []
-    left = MAX_LIST_BYTES
-    for row in rows:
-        left -= payload_bytes(db, row["execution_id"])
-        if whole and left < 0:
+def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
+    """Return the sizes of the input (under an empty name) and outputs, the largest first, that don't fit an answer."""
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    rest = ("frame_bytes", "attempt_sizes") if with_attempts else ("frame_bytes",)
+    total = sum(sizes.values()) + sum(int(row["bytes"]) for query in rest for row in db.all(query, execution=execution))
+    left_out: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        if total <= max_bytes:
             break
-        whole.append(get_execution(db, row["execution_id"]))
-    return whole
+        total -= sizes[name]
+        left_out[name] = sizes[name]
+    return left_out
+
+
+def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: int) -> tuple[bytes, int]:
+    """Return a part of a node's output, or of the input if `node_id` is empty, and the size of the whole, in bytes.
+
+    Raises ExecutionNotFound for an unknown id, and NotFound if there is no such node, or if it has no output.
+    """
+    execution = number_of(db, execution_id)
+    if db.one("sequence", execution=execution, execution_id=execution_id) is None:
+        raise ExecutionNotFound(execution_id)
+    row = db.one("payload_part", execution=execution, node_id=node_id, offset=offset, length=length)
+    if row is None or row["bytes"] is None:
+        why = "it has no such node" if row is None else "the node has not completed"
+        raise NotFound(f"execution {execution_id} has no output of node {node_id!r}: {why}")
+    return bytes(row["data"]), int(row["bytes"])
 
 
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
@@ -345,5 +353,5 @@ def end_execution(
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution=execution, now=db.now_ms)
     if only_node is not None and row["input_json"]:
-        return _execution(row, (only_node,))
+        return execution_of(row, (only_node,))
     return get_execution(db, row["execution_id"], max_bytes=MAX_INLINE_BYTES)

@@ -7,6 +7,7 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from nexum_engine import jsontext, scheduling
@@ -71,6 +72,7 @@ def start_owned(
     streamed: bool,
     held_task_id: str = "",
     output_json: str = "",
+    attributes: Mapping[str, str] | None = None,
 ) -> Started:
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
@@ -91,7 +93,9 @@ def start_owned(
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
     result = OwnedResult(owner, streamed, output_json) if output_json else None
-    started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result)
+    started = start_execution(
+        db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result, attributes=attributes
+    )
     if started.status.ended:
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
             raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
@@ -238,7 +242,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     changes = Changes()
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
-        _advance(db, row, changes)
+        advance(db, row["execution"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
@@ -247,19 +251,19 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     return changes.freeze()
 
 
-def _advance(db: Db, row: Row, changes: Changes) -> None:
-    """Turn the nodes that became ready into tasks."""
-    nodes = {node["node_id"]: node for node in db.all("node_states", execution=row["execution"])}
+def advance(db: Db, execution: int, version_hash: str, changes: Changes) -> None:
+    """Turn the nodes of a running execution that became ready into tasks."""
+    nodes = {node["node_id"]: node for node in db.all("node_states", execution=execution)}
     dependencies: dict[str, list[str]] = {name: json.loads(node["dependencies"]) for name, node in nodes.items()}
     ready = scheduling.ready_nodes(dependencies, {name: NodeStatus(node["status"]) for name, node in nodes.items()})
     if not ready:
         return
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=row["execution"])}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
     for node_id in ready:
         parts = ("", *dependencies[node_id])
         task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
         db.run("make_ready", node=nodes[node_id]["node"], task_bytes=task_bytes, now=db.now_ms)
-        changes.ready.append(ReadyTask(row["version_hash"], task_bytes))
+        changes.ready.append(ReadyTask(version_hash, task_bytes))
 
 
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:

@@ -114,6 +114,16 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.CallFrames.SerializeToString,
                 response_deserializer=nexum__pb2.CallFrames.FromString,
                 _registered_method=True)
+        self.GetOutput = channel.unary_unary(
+                '/nexum.NexumService/GetOutput',
+                request_serializer=nexum__pb2.GetOutputRequest.SerializeToString,
+                response_deserializer=nexum__pb2.GetOutputResponse.FromString,
+                _registered_method=True)
+        self.RetryExecution = channel.unary_unary(
+                '/nexum.NexumService/RetryExecution',
+                request_serializer=nexum__pb2.RetryRequest.SerializeToString,
+                response_deserializer=nexum__pb2.AckResponse.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -219,6 +229,20 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOutput(self, request, context):
+        """Addition: get a part of an input or output that is too large for one answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryExecution(self, request, context):
+        """Addition: continue a FAILED execution at its failed node. Recorded results are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -301,6 +325,16 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.Calls,
                     request_deserializer=nexum__pb2.CallFrames.FromString,
                     response_serializer=nexum__pb2.CallFrames.SerializeToString,
+            ),
+            'GetOutput': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOutput,
+                    request_deserializer=nexum__pb2.GetOutputRequest.FromString,
+                    response_serializer=nexum__pb2.GetOutputResponse.SerializeToString,
+            ),
+            'RetryExecution': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryExecution,
+                    request_deserializer=nexum__pb2.RetryRequest.FromString,
+                    response_serializer=nexum__pb2.AckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -735,6 +769,60 @@ class NexumService(object):
             '/nexum.NexumService/Calls',
             nexum__pb2.CallFrames.SerializeToString,
             nexum__pb2.CallFrames.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOutput(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetOutput',
+            nexum__pb2.GetOutputRequest.SerializeToString,
+            nexum__pb2.GetOutputResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryExecution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/RetryExecution',
+            nexum__pb2.RetryRequest.SerializeToString,
+            nexum__pb2.AckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -111,6 +111,18 @@ class NexumServiceStub:
     ]
     """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
 
+    GetOutput: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.GetOutputRequest,
+        nexum_pb2.GetOutputResponse,
+    ]
+    """Addition: get a part of an input or output that is too large for one answer."""
+
+    RetryExecution: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.RetryRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -195,6 +207,18 @@ class NexumServiceAsyncStub:
         nexum_pb2.CallFrames,
     ]
     """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
+
+    GetOutput: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.GetOutputRequest,
+        nexum_pb2.GetOutputResponse,
+    ]
+    """Addition: get a part of an input or output that is too large for one answer."""
+
+    RetryExecution: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.RetryRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -312,5 +336,21 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.CallFrames], collections.abc.AsyncIterator[nexum_pb2.CallFrames]]:
         """Addition: many calls of the RPCs above over one stream. It costs less than an RPC for each call."""
+
+    @abc.abstractmethod
+    def GetOutput(
+        self,
+        request: nexum_pb2.GetOutputRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.GetOutputResponse, collections.abc.Awaitable[nexum_pb2.GetOutputResponse]]:
+        """Addition: get a part of an input or output that is too large for one answer."""
+
+    @abc.abstractmethod
+    def RetryExecution(
+        self,
+        request: nexum_pb2.RetryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
+        """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -23,7 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, Overloaded, ServerNotReady, TooLarge
 from nexum_engine.server import bounds
 from nexum_engine.server.bounds import Budget
-from nexum_engine.store import executions, tasks
+from nexum_engine.store import listing, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.workflow import parse_ir
@@ -186,11 +186,11 @@ async def test_client_retries_a_call_that_the_server_has_no_room_for(tmp_path: P
         raise Overloaded("too much: retry")
 
     async with engine_server(tmp_path) as server, NexumClient(server.address) as client:
-        server.watch(executions.list_executions, has_no_room, has_no_room)
+        server.watch(listing.list_executions, has_no_room, has_no_room)
         with pytest.raises(ServerNotReady, match="too much: retry"):
             await client.list_executions()
         assert await client.list_executions(patience=20) == []
-        assert server.calls[executions.list_executions] == 3
+        assert server.calls[listing.list_executions] == 3
 
 
 def peak_memory(server: Server) -> int:
