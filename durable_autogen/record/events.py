@@ -223,10 +223,16 @@ class Summary(_Frozen):
 
     def plus(self, event: Event) -> Summary:
         """Return the summary with one event more."""
-        asked = event.content.task if isinstance(event.content, Begun) else []
-        said = [event.content.text] if isinstance(event.content, Said) else []
-        question = " / ".join(filter(None, [self.question, *asked, *said]))[:MAX_QUESTION]
-        return Summary(question=question, calls=self.calls + event.kind.is_call, tokens=self.tokens + tokens_of(event))
+        question = self.question
+        if isinstance(event.content, Begun):
+            question = " / ".join(event.content.task)
+        elif isinstance(event.content, Said):
+            question = " / ".join(filter(None, (question, event.content.text)))
+        return Summary(
+            question=question[:MAX_QUESTION],
+            calls=self.calls + event.kind.is_call,
+            tokens=self.tokens + tokens_of(event),
+        )
 
     def minus(self, event: Event) -> Summary:
         """Return the summary without an event that no longer counts."""
