@@ -1,7 +1,7 @@
 """Lists of executions: filters, sessions, and pages.
 
-A filter has one or more conditions. The rarest of them leads: its index gives the candidates, newest first, and one
-query checks the other conditions. So a list takes little time however many executions there are.
+A filter has one or more conditions. One that few executions meet leads: its index gives the candidates, newest first,
+and one query checks the other conditions. So a list takes little time however many executions there are.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ Server and client hold the whole list in memory.
 """
 _CANDIDATES = 1000
 """How many candidates one query reads."""
-_RARE = 100_000
-"""The number of a workflow's executions up to which their index leads. Above it, one of the newest executions is soon
-one of the workflow's."""
+_RARE = 50_000
+"""The number of executions below which a workflow or an attribute leads. Above it, the newest ones soon match."""
 _END = 2**60  # above every number of an execution
 
 
@@ -124,29 +123,27 @@ def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
 def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool]:
     """Return a query for executions that may match, and whether all that it finds match.
 
-    It is the query of the condition that the fewest executions meet.
+    It is the query of a condition that few executions meet, if there is one.
     """
     conditions = [wanted.workflow_id, wanted.status, *wanted.attributes, wanted.group_sessions]
     is_only = sum(map(bool, conditions)) <= 1
     if wanted.key_prefix:
         keys = {"first_key": wanted.key_prefix, "end_key": wanted.key_prefix + chr(sys.maxunicode)}
         return partial(db.all, "newest_of_keys", workflow_id=wanted.workflow_id, **keys), is_only
-    if wanted.attributes:
-        name, value = _rarest(db, wanted.attributes)
-        return partial(db.all, "newest_with_attribute", name=name, value=value), is_only
+    counts = {
+        one: _count(db, "how_many_with_attribute", name=one[0], value=one[1]) for one in wanted.attributes.items()
+    }
+    name, value = min(counts, key=lambda one: counts[one], default=("", ""))
+    with_attribute = partial(db.all, "newest_with_attribute", name=name, value=value)
+    if counts and counts[name, value] < _RARE:
+        return with_attribute, is_only
     if wanted.status == ExecutionStatus.RUNNING:
         return partial(db.all, "newest_running"), is_only
     if wanted.status in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
         return partial(db.all, "newest_without_result", status=wanted.status), is_only
     if wanted.workflow_id and _count(db, "how_many_of_workflow", workflow_id=wanted.workflow_id) < _RARE:
         return partial(db.all, "newest_of_workflow", workflow_id=wanted.workflow_id), is_only
-    return partial(db.all, "newest"), not any(conditions)
-
-
-def _rarest(db: Db, attributes: Mapping[str, str]) -> tuple[str, str]:
-    if len(attributes) == 1:
-        return next(iter(attributes.items()))
-    return min(attributes.items(), key=lambda one: _count(db, "how_many_with_attribute", name=one[0], value=one[1]))
+    return (with_attribute, is_only) if counts else (partial(db.all, "newest"), not any(conditions))
 
 
 def _count(db: Db, query: str, **parameters: str) -> int:
