@@ -400,7 +400,12 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # Print a question mark for a character that the console can't show. By default Python raises an error.
             stream.reconfigure(errors="replace")
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    names = [name for name, _ in getattr(args, "attr", ())]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"--attr names {name!r} twice: an execution has one value for each name")
     try:
         if args.command is None:
             event_loop.run(serve(args))

@@ -327,7 +327,7 @@ class NexumClient:
                 ended_ms=summary.ended_ms or None,
                 error=summary.error,
                 nodes=_nodes(summary.nodes),
-                attributes=dict(summary.attributes),
+                attributes=dict(sorted(summary.attributes.items())),
                 session=_session(summary.session) if summary.HasField("session") else None,
             )
             for summary in answer.executions
@@ -429,7 +429,7 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         ended_ms=answer.ended_ms or None,
         error=answer.error,
         nodes=_nodes(answer.nodes),
-        attributes=dict(answer.attributes),
+        attributes=dict(sorted(answer.attributes.items())),
         input_bytes=answer.input_bytes,
     )
 
