@@ -41,7 +41,7 @@ def row(one: Execution, now_ms: int) -> str:
     if session is not None:
         name = f"session {session.session}"
         if one.status is ExecutionStatus.RUNNING and not session.is_running:
-            status = "INTERRUPTED"
+            status = "interrupted"
     lines = [
         f"{_cut(name, 39):<39} {status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}".rstrip()
     ]

@@ -217,6 +217,8 @@ class EventInput(Addressed, _Frozen):
 class Summary(_Frozen):
     """What `nexum ps` says of a session: a summary of the events that count up to one event, in that event."""
 
+    number: int = 0
+    """The number of the event. `nexum ps` shows the summary with the highest one."""
     question: str = ""
     calls: int = 0
     tokens: int = 0
@@ -229,6 +231,7 @@ class Summary(_Frozen):
         elif isinstance(event.content, Said):
             question = " / ".join(filter(None, (question, event.content.text)))
         return Summary(
+            number=event.seq,
             question=question[:MAX_QUESTION],
             calls=self.calls + event.kind.is_call,
             tokens=self.tokens + tokens_of(event),

@@ -200,12 +200,14 @@ def _as_session(db: Db, run: Execution, row: Row) -> Execution:
     if latest is None:
         return run
     keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" follows "/"
-    events, newest = 0, 0
+    events, last_ms, summary = 0, 0, _Summary()
     for workflow in db.all("workflow_ids"):
         found = db.one("events", workflow_id=workflow["workflow_id"], **keys)
         if found is not None and found["number"]:
-            events, newest = events + found["number"], max(newest, found["newest"])
-    summary = _summary_of(db.one("summary", execution=newest))
+            events += found["number"]
+            if found["last_ms"] > last_ms:
+                last_ms = found["last_ms"]
+                summary = _summary_of(db.one("summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys))
     return replace(
         run,
         session=SessionSummary(

@@ -163,14 +163,17 @@ SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :executio
 SELECT DISTINCT workflow_id FROM workflow_versions;
 
 -- name: events
--- How many events a session has recorded in a workflow, and the number of the newest.
-SELECT count(*) AS number, max(sequence) AS newest FROM executions
+-- How many events a session has recorded in a workflow, and when it recorded the last one.
+SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND status = 'COMPLETED' AND (idempotency_key GLOB '*/*[^0-9]*' OR NOT idempotency_key GLOB '*/[0-9]*');
 
 -- name: summary
--- The summary in an event's output.
-SELECT json_extract(output_json, '$.summary') AS summary FROM nodes WHERE node = 1000 * :execution;
+-- The summary in the last event that a session has recorded in a workflow. Several may have the same time.
+SELECT json_extract(output_json, '$.summary') AS summary FROM executions JOIN nodes ON node = 1000 * sequence
+WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
+  AND executions.status = 'COMPLETED' AND executions.ended_ms = :last_ms
+ORDER BY json_extract(output_json, '$.summary.number') DESC, sequence DESC LIMIT 1;
 
 -- name: nodes
 -- An execution's nodes with their outputs, except those of the nodes `left_out`.

@@ -936,8 +936,8 @@ class SessionSummary(google.protobuf.message.Message):
     is_running: builtins.bool
     """Whether a process has the session's latest run."""
     question: builtins.str
-    """From the field `summary` of the newest recorded event, if it has one: the question, the calls of models, tools and
-    people, and the tokens of the models' replies.
+    """From the field `summary` of the output of the last recorded event, if it has one: the question, the calls of models,
+    tools and people, and the tokens of the models' replies.
     """
     calls: builtins.int
     tokens: builtins.int

@@ -154,27 +154,31 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     summary = {"question": "Why?", "calls": 3, "tokens": 50}
     await own(store, "run", "s1/9", {"last": 1})
     for n in range(4):
-        await own(store, "event", f"s1/agent/{n}", {"summary": {**summary, "tokens": n}})
+        await own(store, "event", f"s1/agent/{n}", {"summary": {**summary, "tokens": n, "number": 4 - n}})
     plain = await start(store, "w", "s1/plain")
     latest = await own(store, "run", "s1/10")
-    await own(store, "event", "s1/agent/9", {"summary": summary})
+    began_first = await own(store, "event", "s1/agent/8")
+    await own(store, "event", "s1/agent/9", {"summary": {**summary, "calls": 2, "number": 5}})
+    # This event began earlier, and is recorded later, in the same millisecond.
+    await own(store, "event", "s1/agent/8", {"summary": {**summary, "number": 6}})
+    assert (await store.run(executions.get_execution, began_first)).status is ExecutionStatus.COMPLETED
     await own(store, "event", "s1/agent/10")  # begun, and not recorded
     other = await own(store, "run", "s10/1", {"last": 0})
     odd = await own(store, "event", "no-session", {"summary": "odd"})
     expected = [
         (odd, None),
         (other, SessionSummary("s10", 0, False, "", 0, 0)),
-        (latest, SessionSummary("s1", 5, True, "Why?", 3, 50)),
+        (latest, SessionSummary("s1", 6, True, "Why?", 3, 50)),
         (plain, None),
     ]
     assert await grouped(store) == expected
     assert await grouped(store, "RUNNING") == expected[2:]
     assert await grouped(store, "COMPLETED") == expected[:2]
-    assert len(await store.run(listing.list_executions, "", "", 100)) == 11
+    assert len(await store.run(listing.list_executions, "", "", 100)) == 12
     # The owner dies.
     clock.advance(60)
     await store.run(leases.sweep, 0)
-    assert await grouped(store, "RUNNING") == [(latest, SessionSummary("s1", 5, False, "Why?", 3, 50)), (plain, None)]
+    assert await grouped(store, "RUNNING") == [(latest, SessionSummary("s1", 6, False, "Why?", 3, 50)), (plain, None)]
 
 
 @pytest.mark.parametrize("odd", [None, "x", 5, {"question": 5}, {"calls": "many"}, [1]])
