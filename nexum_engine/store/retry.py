@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.records import ExecutionStatus
-from nexum_engine.store.db import Db
-from nexum_engine.store.ids import number_of
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import node_number, number_of
 from nexum_engine.store.progress import advance
-from nexum_engine.store.results import Changed, Changes
+from nexum_engine.store.results import Changed, Changes, ReadyTask
 
 
 def retry_execution(db: Db, execution_id: str) -> Changed:
