@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+import time
 from collections.abc import Callable
+from datetime import datetime
 
 MAX_SECONDS = 1_000_000
+_UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def seconds(lowest: float = 0.0) -> Callable[[str], float]:
@@ -33,6 +37,26 @@ def count(lowest: int = 1, highest: int = 1_000_000) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{_shown(text)} is not a number between {lowest:,} and {highest:,}")
 
     return read
+
+
+def moment(text: str) -> int:
+    """Read a time: an age (30s, 15m, 2h, 7d) or a date, with or without a time. Return milliseconds since 1970."""
+    age = re.fullmatch(r"(\d{1,9})(s|m|h|d)", text)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if age is not None:
+            return max(round(time.time() * 1000) - int(age[1]) * _UNITS_MS[age[2]], 1)
+        return max(round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000), 1)
+    raise argparse.ArgumentTypeError(
+        f"{_shown(text)} is not a time: give an age (30s, 15m, 2h, 7d) or a date (2026-01-31, 2026-01-31T12:00)"
+    )
+
+
+def attribute(text: str) -> tuple[str, str]:
+    """Read NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not an attribute: give NAME=VALUE")
+    return name, value
 
 
 def _shown(text: str) -> str:

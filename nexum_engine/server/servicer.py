@@ -8,7 +8,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import wraps
 from typing import Any, NoReturn, TypeVar, cast
@@ -16,14 +16,14 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError, TooLarge
+from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
 from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
-from nexum_engine.store import Store, executions, reading, tasks, waits
+from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
@@ -36,11 +36,13 @@ MAX_WAIT_MS = 30_000
 """The longest time that a call may wait for a task or for the end of an execution."""
 DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
 """The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
+ANSWER_BYTES = 4 * 1024 * 1024
+"""The largest answer that a gRPC client with default settings can receive."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
 """The number of versions that one poll may name."""
-SUMMARY_BYTES, VERSION_BYTES = 5000, 500
+SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 """The size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
@@ -156,6 +158,8 @@ class NexumServicer(NexumServiceServicer):
                 request.version_hash,
                 input_json,
                 request.idempotency_key,
+                attributes=dict(request.attributes),
+                max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
@@ -185,6 +189,7 @@ class NexumServicer(NexumServiceServicer):
                 *self._polls.lease_of(request.owner),
                 request.held_task_id,
                 request.output_json,
+                dict(request.attributes),
             )
         )
         # Use a callback: the sweep and the waiters must learn of the start even if the caller is cancelled.
@@ -252,17 +257,28 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
-        size = await self._store.run(reading.output_bytes, request.execution_id)
-        if size > DEFAULT_CLIENT_BYTES:
-            raise TooLarge(
-                f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
-                f"a default client ({DEFAULT_CLIENT_BYTES:,}): use GetExecution"
-            )
         execution = await self._get(request.execution_id, context)
-        outputs = ",".join(
-            f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
+        outputs = execution.outputs() | {
+            node.node_id: json.dumps({"__nexum_claim_check__": True, "size": node.output_bytes, "rpc": "GetOutput"})
+            for node in execution.nodes
+            if node.output_bytes
+        }
+        text = ",".join(f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in outputs.items())
+        return pb.StatusResponse(
+            status=execution.status.value, completed_nodes_json=f"{{{text}}}", error=execution.error
         )
-        return pb.StatusResponse(status=execution.status.value, completed_nodes_json=f"{{{outputs}}}")
+
+    @_rpc
+    async def GetOutput(self, request: pb.GetOutputRequest, context: Context) -> pb.GetOutputResponse:
+        check_id(request.execution_id, "execution_id")
+        if request.offset < 0 or request.length < 0:
+            raise InvalidRequest("offset and length can't be negative")
+        length = min(request.length or DEFAULT_CLIENT_BYTES, DEFAULT_CLIENT_BYTES)
+        await self._answers.reserve(context, length)
+        data, total = await self._store.run(
+            reading.payload_part, request.execution_id, request.node_id, request.offset, length
+        )
+        return pb.GetOutputResponse(data=data, total_bytes=total)
 
     @_rpc
     async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
@@ -286,14 +302,17 @@ class NexumServicer(NexumServiceServicer):
         return await self._whole(execution, context, with_attempts)
 
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
-        """Return the execution with its payloads. Read them if `execution` was too large to have them."""
+        """Return the execution with its payloads. Read them if `execution` was too large to have them.
+
+        The largest are left out if a default client could not receive the answer.
+        """
         if execution.nodes:
             await self._answers.reserve(context, _size_of(execution))
             return execution
         execution_id = execution.execution_id
         size = await self._store.run(reading.payload_bytes, execution_id, with_attempts)
-        await self._answers.reserve(context, size)
-        return await self._store.run(reading.get_execution, execution_id, with_attempts)
+        await self._answers.reserve(context, min(size, ANSWER_BYTES))
+        return await self._store.run(reading.get_execution, execution_id, with_attempts, max_answer_bytes=ANSWER_BYTES)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
@@ -312,15 +331,19 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        await self._answers.reserve(context, reading.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
+        await self._answers.reserve(context, listing.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
         found = await self._store.run(
-            reading.list_executions,
+            listing.list_executions,
             request.workflow_id,
             request.status,
             limit,
-            key_prefix=request.idempotency_key_prefix,
             before=request.before_execution_id,
             with_nodes=request.with_nodes,
+            key_prefix=request.idempotency_key_prefix,
+            since_ms=request.since_ms,
+            until_ms=request.until_ms,
+            attributes=dict(request.attributes),
+            group_sessions=request.group_sessions,
             parent=request.parent_execution_id,
         )
         return pb.ListResponse(
@@ -340,6 +363,8 @@ class NexumServicer(NexumServiceServicer):
                     parent_execution_id=execution.parent_execution_id,
                     parent_node_id=execution.parent_node_id,
                     child_index=execution.child_index,
+                    attributes=execution.attributes,
+                    session=None if execution.session is None else pb.SessionSummary(**asdict(execution.session)),
                 )
                 for execution in found
             ]
@@ -350,6 +375,12 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.execution_id, "execution_id")
         await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id))
         return pb.AckResponse(ok=True, message="Execution cancelled")
+
+    @_rpc
+    async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
+        check_id(request.execution_id, "execution_id")
+        await self._liveness.carry_out(self._store.run(retry.retry_execution, request.execution_id))
+        return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
@@ -496,6 +527,8 @@ def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutio
         parent_execution_id=execution.parent_execution_id,
         parent_node_id=execution.parent_node_id,
         child_index=execution.child_index,
+        attributes=execution.attributes,
+        input_bytes=execution.input_bytes,
     )
 
 
@@ -509,6 +542,7 @@ def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
             error=node.error,
             progress_json=node.progress_json,
             due_ms=node.due_ms or 0,
+            output_bytes=node.output_bytes,
             attempts=[
                 pb.AttemptRecord(
                     attempt=attempt.attempt,

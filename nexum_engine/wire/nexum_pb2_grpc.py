@@ -119,6 +119,16 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.SendEventRequest.SerializeToString,
                 response_deserializer=nexum__pb2.AckResponse.FromString,
                 _registered_method=True)
+        self.GetOutput = channel.unary_unary(
+                '/nexum.NexumService/GetOutput',
+                request_serializer=nexum__pb2.GetOutputRequest.SerializeToString,
+                response_deserializer=nexum__pb2.GetOutputResponse.FromString,
+                _registered_method=True)
+        self.RetryExecution = channel.unary_unary(
+                '/nexum.NexumService/RetryExecution',
+                request_serializer=nexum__pb2.RetryRequest.SerializeToString,
+                response_deserializer=nexum__pb2.AckResponse.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -232,6 +242,20 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOutput(self, request, context):
+        """Addition: get a part of an input or output that is too large for one answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryExecution(self, request, context):
+        """Addition: continue a FAILED execution at its failed node. Recorded results are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -318,6 +342,16 @@ def add_NexumServiceServicer_to_server(servicer, server):
             'SendEvent': grpc.unary_unary_rpc_method_handler(
                     servicer.SendEvent,
                     request_deserializer=nexum__pb2.SendEventRequest.FromString,
+                    response_serializer=nexum__pb2.AckResponse.SerializeToString,
+            ),
+            'GetOutput': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOutput,
+                    request_deserializer=nexum__pb2.GetOutputRequest.FromString,
+                    response_serializer=nexum__pb2.GetOutputResponse.SerializeToString,
+            ),
+            'RetryExecution': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryExecution,
+                    request_deserializer=nexum__pb2.RetryRequest.FromString,
                     response_serializer=nexum__pb2.AckResponse.SerializeToString,
             ),
     }
@@ -779,6 +813,60 @@ class NexumService(object):
             target,
             '/nexum.NexumService/SendEvent',
             nexum__pb2.SendEventRequest.SerializeToString,
+            nexum__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOutput(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetOutput',
+            nexum__pb2.GetOutputRequest.SerializeToString,
+            nexum__pb2.GetOutputResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryExecution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/RetryExecution',
+            nexum__pb2.RetryRequest.SerializeToString,
             nexum__pb2.AckResponse.FromString,
             options,
             channel_credentials,

@@ -119,6 +119,18 @@ class NexumServiceStub:
     none waits, the event is kept until one does.
     """
 
+    GetOutput: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.GetOutputRequest,
+        nexum_pb2.GetOutputResponse,
+    ]
+    """Addition: get a part of an input or output that is too large for one answer."""
+
+    RetryExecution: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.RetryRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -211,6 +223,18 @@ class NexumServiceAsyncStub:
     """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
     none waits, the event is kept until one does.
     """
+
+    GetOutput: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.GetOutputRequest,
+        nexum_pb2.GetOutputResponse,
+    ]
+    """Addition: get a part of an input or output that is too large for one answer."""
+
+    RetryExecution: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.RetryRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -338,5 +362,21 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         """Addition: send an event to an execution. It completes the first EVENT node that waits for an event of this name. If
         none waits, the event is kept until one does.
         """
+
+    @abc.abstractmethod
+    def GetOutput(
+        self,
+        request: nexum_pb2.GetOutputRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.GetOutputResponse, collections.abc.Awaitable[nexum_pb2.GetOutputResponse]]:
+        """Addition: get a part of an input or output that is too large for one answer."""
+
+    @abc.abstractmethod
+    def RetryExecution(
+        self,
+        request: nexum_pb2.RetryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
+        """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

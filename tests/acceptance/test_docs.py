@@ -114,6 +114,15 @@ def test_tool_added_to_this_project_is_executed_once(server: Server, tmp_path: P
         run_twice(own, env, "TEXT receipt for c-17")
 
 
+def test_program_of_workflows_runs_as_printed(server: Server, tmp_path: Path) -> None:
+    (program,) = programs((ROOT / "docs" / "workflows.md").read_text(encoding="utf-8"))
+    (tmp_path / "program.py").write_text(program)
+    for _ in range(2):
+        run = Process(["program.py"], cwd=tmp_path, env=libraries(server))
+        assert run.wait() == 0, run.output
+        assert 'COMPLETED {"paid":2,"approved by":"Ann"}' in run.output
+
+
 TEAM = """
 import pathlib
 

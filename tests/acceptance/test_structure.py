@@ -76,6 +76,7 @@ ENGINE = {
     "errors": (),
     "clock": (),
     "streams": (),
+    "screen": (),
     "options": (),
     "signals": (),
     "event_loop": (),
