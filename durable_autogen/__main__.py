@@ -100,15 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
 async def look(args: argparse.Namespace) -> str:
     """Run the command `ls`, `show`, `fork` or `send`; return its output."""
     from durable_autogen import session_report
-    from durable_autogen.recorded_sessions import fork_session, fork_source, list_sessions, send_event, show_session
+    from durable_autogen.record.sent_events import send
+    from durable_autogen.recorded_sessions import fork_session, fork_source, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
 
-    if args.command == "send":
-        payload = jsontext.parse(args.payload, f"the payload {args.payload[:40]!r}")
-        await send_event(args.session, args.name, payload, idempotency_key=args.key, nexum=args.nexum)
-        return f"sent event {args.name!r} to session {args.session}"
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await list_sessions(client)
@@ -118,6 +115,11 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "show":
             shown = await show_session(client, args.session)
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
+        if args.command == "send":
+            payload = jsontext.parse(args.payload, "the payload")
+            await send(client, args.session, args.name, payload, idempotency_key=args.key)
+            unbegun = "" if await has_begun(client, args.session) else ", which has not begun: the event is kept for it"
+            return f"sent event {args.name!r} to session {args.session}{unbegun}"
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message)
         return f"session {args.new} begins with the first {count} call(s) of {source}"

@@ -18,6 +18,7 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
+    check_session_id,
     end_of,
     end_of_wait,
     read_record,
@@ -25,7 +26,6 @@ from durable_autogen.record.events import (
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.lines import log_for
 from durable_autogen.record.sent_events import send
-from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
@@ -134,6 +134,14 @@ async def question_of(client: NexumClient, session: str) -> str | None:
     return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
 
 
+async def has_begun(client: NexumClient, session: str) -> bool:
+    """Return whether a program has run in the session."""
+    runs = await client.list_executions(
+        workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
+    )
+    return bool(runs)
+
+
 def _task_of(events: Sequence[Event]) -> list[str]:
     return next((event.content.task for event in reversed(events) if isinstance(event.content, Begun)), [])
 
@@ -159,9 +167,8 @@ async def send_event(
     Raises InvalidRequest for a wrong argument, IdempotencyConflict if the key was used with another payload, and the
     server's errors.
     """
-    check_session_id(session_id)
     async with EmbeddedNexum(nexum, owners=True) as server, NexumClient(server.address) as client:
-        await send(client, session_id, name, payload, idempotency_key=idempotency_key, patience=SERVER_PATIENCE)
+        await send(client, session_id, name, payload, idempotency_key=idempotency_key)
 
 
 def _ignore(_: Exception) -> None:

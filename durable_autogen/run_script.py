@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from durable_autogen.record.session import check_session_id
+from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
 
 _log = logging.getLogger(__name__)

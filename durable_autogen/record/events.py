@@ -30,6 +30,18 @@ PAGE = 100  # executions in one answer, at most
 MAX_QUESTION = 200  # characters of the question in a summary
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
+_SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_session_id(session_id: str) -> str:
+    """Return the session id. Raises InvalidRequest if it isn't valid."""
+    if not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequest(
+            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
+            "digit"
+        )
+    return session_id
+
 
 class Kind(str, Enum):
     """The kind of an event."""

@@ -11,7 +11,7 @@ import uuid
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, check_session_id
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, WorkflowNotFound
@@ -69,22 +69,24 @@ async def send(
     payload: object = None,
     *,
     idempotency_key: str = "",
-    patience: float,
 ) -> None:
     """Send an event to a session: its next wait for an event of this name receives the payload.
 
     With `idempotency_key`, a second event of this name with this key changes nothing. Raises InvalidRequest for a wrong
     name or payload, and IdempotencyConflict if the key was used with another payload.
     """
+    check_session_id(session)
     check_event_name(name)
     jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
-    number = await _first_number(client, session, name, is_oldest=bool(idempotency_key), patience=patience)
+    number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
     # A key of its own lets the client retry the call if the server's answer is lost.
     key = idempotency_key or uuid.uuid4().hex
     while True:
-        expected = await expect(client, session, name, number, patience=patience)
+        expected = await expect(client, session, name, number, patience=SERVER_PATIENCE)
         try:
-            await client.send_event(expected.execution_id, "event", payload, idempotency_key=key, patience=patience)
+            await client.send_event(
+                expected.execution_id, "event", payload, idempotency_key=key, patience=SERVER_PATIENCE
+            )
         except IdempotencyConflict:
             raise
         except Conflict:
@@ -94,7 +96,7 @@ async def send(
             return
 
 
-async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool, patience: float) -> int:
+async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
     """Return the number of the oldest or newest sent event on the server; 1 if there is none."""
     number, before = 1, ""
     while page := await client.list_executions(
@@ -102,7 +104,7 @@ async def _first_number(client: NexumClient, session: str, name: str, *, is_olde
         key_prefix=f"{session}/{name}/",
         before=before,
         limit=PAGE if is_oldest else 1,
-        patience=patience,
+        patience=SERVER_PATIENCE,
     ):
         number, before = int(page[-1].idempotency_key.rpartition("/")[2]), page[-1].execution_id
         if not is_oldest:

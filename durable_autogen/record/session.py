@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.console import recorded_console
+from durable_autogen.record.events import check_session_id
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.lines import log_for
@@ -25,18 +25,6 @@ from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
 
 OnUnrecorded = Literal["tell", "stop"]
-
-_SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-def check_session_id(session_id: str) -> str:
-    """Return the session id. Raises InvalidRequest if it isn't valid."""
-    if not _SESSION_ID.fullmatch(session_id):
-        raise InvalidRequest(
-            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
-            "digit"
-        )
-    return session_id
 
 
 class Session:

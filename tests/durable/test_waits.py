@@ -25,6 +25,7 @@ from durable_autogen import (
     list_sessions,
     send_event,
 )
+from durable_autogen.__main__ import main
 from durable_autogen.record import replay, waits
 from durable_autogen.record.events import Event, Kind, Received, TimedOut, Waiting, read_record
 from durable_autogen.recorded_sessions import show_session
@@ -513,6 +514,41 @@ async def test_wrong_names_and_payloads_are_refused(shared_server: Server) -> No
         await send(shared_server, new_session(), payload=math.nan)
     with pytest.raises(InvalidRequest, match=r"the payload is .* bytes; the limit is 1,048,576 bytes"):
         await send(shared_server, new_session(), payload="x" * 1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["s", "payment", "{"],
+            "error: the payload is not valid JSON: EOF while parsing an object at line 1 column 1\n",
+        ),
+        (["a/b", "payment"], "error: 'a/b' is not a session id"),
+        (["s", "a b"], "error: 'a b' is not an event's name"),
+    ],
+)
+def test_command_send_refuses_wrong_arguments_in_words(
+    shared_server: Server, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    assert main(["send", "--nexum", shared_server.address, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(error)
+
+
+def test_command_send_tells_that_a_session_has_not_begun(
+    shared_server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = new_session()
+    command = ["send", "--nexum", shared_server.address, name, "payment", '"early"', "--key", "k"]
+    sent = f"sent event 'payment' to session {name}"
+
+    async def program() -> Any:
+        return await session().wait_for_event("payment", 0)
+
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{sent}, which has not begun: the event is kept for it\n"
+    assert asyncio.run(inside(shared_server, program, name)) == "early"
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"{sent}\n"
 
 
 # ---- Showing them ----------------------------------------------------------------------------------------------------
