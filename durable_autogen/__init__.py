@@ -7,6 +7,8 @@ recorded is paid for or executed again. Start a Nexum server first (`python -m n
     async with DurableSession("order-4711"):
         result = await team.run(task="...")      # or any other AutoGen call
 
+In a session, `sleep` and `wait_for_event` wait for hours or days: the process may end meanwhile.
+
 `run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
 progress and warnings.

@@ -22,6 +22,8 @@ class DurableSession(Session):
     Run agents and teams, call model clients and call tools inside the session. All these calls are recorded, and
     nothing has to be registered. A call is recorded under its agent's name and the number of the agent's reply.
 
+    `sleep` and `wait_for_event` are recorded, too: the process may end while it waits, and the next run continues.
+
     `on_drift` says what to do if the program differs from the recorded one: "stop" raises an error that says how they
     differ, and "continue" continues live from the first difference. `on_unrecorded` says what to do if the program
     starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.

@@ -181,13 +181,12 @@ async def test_graph_with_a_sleeping_agent_has_the_same_order_in_replay(
         return await asked(Scripted(happened, name="last"))
 
     def build() -> GraphFlow:
-        agents = [Own("begin", _begun), Own("sleepy", sleepy), Own("talks", talks), Own("joins", joins)]
+        begin, one, other, join = Own("begin", _begun), Own("sleepy", sleepy), Own("talks", talks), Own("joins", joins)
         graph = DiGraphBuilder()
-        for agent in agents:
+        for agent in (begin, one, other, join):
             graph.add_node(agent)
-        begin, one, other, join = agents
         graph.add_edge(begin, one).add_edge(begin, other).add_edge(one, join).add_edge(other, join)
-        return GraphFlow(agents, graph.build())
+        return GraphFlow([begin, one, other, join], graph.build())
 
     with pytest.raises((Died, RuntimeError)):
         await run(shared_server, build, session=name)
