@@ -34,12 +34,13 @@ SELECT execution_id, status, input_json FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
 
 -- name: add_execution
--- Store an execution, if its version is registered. Its id begins with its number.
+-- Store an execution, if its version is registered. Its id begins with its number, which no execution had before.
 INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key,
                         created_ms, ended_ms)
 SELECT number, 'exec-' || number || '-' || :random, workflow_id, version_hash, :status, :input_json,
        :idempotency_key, :now, :ended_ms
-FROM workflow_versions, (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+FROM workflow_versions, (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                                    (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 WHERE workflow_id = :workflow_id AND version_hash = :version_hash
 RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
                                    WHERE workflow_id = :workflow_id AND version_hash = :version_hash) AS ir_json;
@@ -292,3 +293,57 @@ WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 -- name: next_retry
 -- When the next retry becomes due.
 SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
+
+-- Retention (retention.py). An execution's deletion is in several statements, one for each table.
+
+-- name: oldest_executions
+-- The executions after a number, the oldest first.
+SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms FROM executions
+WHERE sequence > :after ORDER BY sequence LIMIT :limit;
+
+-- name: is_session
+-- Whether an owned execution's key is in [first, end). There is no index of keys alone, so look into each workflow.
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT 1 FROM ids
+JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end
+JOIN nodes ON node = 1000 * sequence
+WHERE owned LIMIT 1;
+
+-- name: executions_of_keys
+-- The executions of all workflows whose keys are in [first, end).
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT sequence, execution_id, status, ended_ms FROM ids
+JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end;
+
+-- name: prune_former_ids
+-- Delete the ids of an execution and of its tasks.
+DELETE FROM former_ids WHERE id IN (
+    SELECT execution_id FROM executions WHERE sequence = :execution
+    UNION ALL
+    SELECT task_id FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
+    UNION ALL
+    SELECT task_id FROM attempts WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999);
+
+-- name: prune_attempts
+-- Delete the earlier attempts of an execution.
+DELETE FROM attempts WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999;
+
+-- name: prune_nodes
+-- Delete the nodes of an execution.
+DELETE FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999;
+
+-- name: prune_execution
+-- Delete an ended execution.
+DELETE FROM executions WHERE sequence = :execution AND status <> 'RUNNING';
+
+-- name: note_pruned
+-- Remember the number of a pruned execution, so that no other execution gets it.
+UPDATE pruned SET highest = :number WHERE one = 1 AND highest < :number;
