@@ -61,10 +61,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def compact(self, *, whatever_it_takes: bool = False) -> Space:
-        """Give free space back to the disk, if much is free and this is quick. No transition runs meanwhile.
+    async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
+        """Give the database's free space back to the disk, unless more than `max_bytes` are in use.
 
-        With `whatever_it_takes`, give all free space back. This takes about a second for each 100 MB in use.
+        Without `always`, do so only if a quarter of the database is free. No transition runs meanwhile: this takes
+        about a second for each 100 MB in use. Return the space after it.
         """
 
     @abstractmethod

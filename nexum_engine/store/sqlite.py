@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
 WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
-QUICK_COMPACT_BYTES = 64_000_000
-"""How much may be in use if the store compacts the database on its own: about half a second's work."""
 BACKUP_STEP_PAGES = 256
 
 
@@ -119,16 +117,20 @@ class SqliteStore(Store):
             self._pump = self._loop.create_task(self._write_waiting())
         return future
 
-    async def compact(self, *, whatever_it_takes: bool = False) -> Space:
+    async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         if self._closed or self._failed.done():
             raise _stopping()
-        return await self._loop.run_in_executor(self._writer, self._compact, whatever_it_takes)
+        return await self._loop.run_in_executor(self._writer, self._compact, max_bytes, always)
 
-    def _compact(self, whatever_it_takes: bool) -> Space:
+    def _compact(self, max_bytes: int | None, always: bool) -> Space:
         with self._turn:
             space = self._database.space()
-            is_worth_it = space.free >= space.total / 4 and space.total - space.free <= QUICK_COMPACT_BYTES
-            if self._backup is not None or not space.free or not (whatever_it_takes or is_worth_it):
+            if (
+                not space.free
+                or not (always or space.free >= space.total / 4)
+                or (max_bytes is not None and space.total - space.free > max_bytes)
+                or self._backup is not None
+            ):
                 return space
             try:
                 self._database.compact()

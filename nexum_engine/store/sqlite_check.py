@@ -81,14 +81,17 @@ def _lock_if_any(file: Path) -> FileLock | None:
 def _check_closed(file: Path) -> Checked:
     connection = sqlite3.connect(f"file:{quote(str(file.absolute()))}?immutable=1", uri=True)
     connection.row_factory = sqlite3.Row
+    findings: list[str] = []
+    executions = 0
     try:
-        findings = [what for kind in _findings(connection) for what in _some(kind)]
-        executions = 0 if findings else int(connection.execute("SELECT count(*) FROM executions").fetchone()[0])
-        return Checked(executions, tuple(findings))
+        for kind in _findings(connection):
+            findings += _some(kind)
+        executions = connection.execute("SELECT count(*) FROM executions").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        return Checked(0, (f"the file is damaged: {error}",))
+        findings.append(f"the file is damaged, and the rest of it was not checked: {error}")
     finally:
         connection.close()
+    return Checked(executions, tuple(findings))
 
 
 def _some(findings: Iterator[str]) -> list[str]:
