@@ -4,13 +4,16 @@
     python -m nexum_engine ps                     list executions
     python -m nexum_engine show EXECUTION         show an execution: nodes, attempts, workers, times, errors
     python -m nexum_engine cancel EXECUTION       cancel an execution
+    python -m nexum_engine prune --older-than 30d delete executions that ended long ago
+    python -m nexum_engine backup FILE            write a copy of the database to a file
+    python -m nexum_engine check FILE             check a database or a backup for damage
     python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
 If the package is installed, `nexum` is the same command.
 
-ps, show and cancel ask the server that has this folder's database open, else the server on the default port. If neither
-answers, they open the database themselves, so they work after a demo has ended. With --database-url, they open that
-database and ask no server.
+ps, show, cancel, prune and backup ask the server that has this folder's database open, else the server on the default
+port. If neither answers, they open the database themselves, so they work after a demo has ended. With --database-url,
+they open that database and ask no server.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, report
+from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, maintenance, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
@@ -45,13 +48,14 @@ from nexum_engine.errors import (
     StoreRefused,
 )
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import count, seconds
+from nexum_engine.options import count, duration, seconds
 from nexum_engine.records import Execution
-from nexum_engine.store import database_exists, executions, open_store, restore_database
+from nexum_engine.store import Store, database_exists, executions, open_store, restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
 SWITCH_INTERVAL = 0.0002  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
+T = TypeVar("T")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,8 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--else-free-port", action="store_true", help="if the port is taken, listen on a free one instead"
     )
+    parser.add_argument(
+        "--keep",
+        type=duration,
+        metavar="AGE",
+        help="delete executions that ended longer ago than this, as prune does: 12h, 30d, 8w (default: keep all)",
+    )
     _add_database(parser, None)
-    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,restore}")
+    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,prune,backup,check,restore}")
     ps = commands.add_parser("ps", help="list executions, newest first")
     ps.add_argument("--workflow", default="", help="only executions of this workflow")
     ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
@@ -95,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
     for command in (ps, show):
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (ps, show, cancel):
+    for command in (ps, show, cancel, *maintenance.add_commands(commands)):
         command.add_argument(
             "--nexum",
             metavar="HOST:PORT",
@@ -142,6 +152,7 @@ async def serve(args: argparse.Namespace) -> None:
         args.listen,
         default_database_url() if args.database_url is None else args.database_url,
         lease=args.lease,
+        keep=args.keep,
         patience=args.patience,
         else_free_port=args.else_free_port,
         stop=stop_event(),
@@ -158,34 +169,61 @@ def restore(args: argparse.Namespace) -> str:
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run ps, show or cancel; return what to print. Raises InvalidRequest if both a server and a database are named."""
-    if args.database_url is None:
-        return await _ask_server(args)
-    if args.nexum is not None:
-        raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-    return await _open_database(args, args.database_url)
+    """Run ps, show or cancel; return what to print."""
+
+    async def ask(client: NexumClient) -> str:
+        async def get(execution_id: str) -> Execution:
+            return (await client.get_execution(execution_id, with_attempts=True)).execution
+
+        async def list_(workflow_id: str, status: str, limit: int) -> list[Execution]:
+            return await client.list_executions(workflow_id=workflow_id, status=status, limit=limit)
+
+        return await _answer(args, list_, get, client.cancel_execution)
+
+    async def read(store: Store) -> str:
+        return await _answer(
+            args,
+            lambda workflow_id, status, limit: store.run(executions.list_executions, workflow_id, status, limit),
+            lambda one: store.run(executions.get_execution, one, True),
+            lambda one: store.run(executions.cancel_execution, one),
+        )
+
+    return await _on_server_or_database(args, ask, read)
 
 
-async def _ask_server(args: argparse.Namespace) -> str:
-    """Run the command on a server. If no server was named and no server answers, use the default database."""
+async def maintain(args: argparse.Namespace) -> str:
+    """Run prune or backup; return what to print."""
+    on_server, in_store = {
+        "prune": (maintenance.prune_on_server, maintenance.prune_in_store),
+        "backup": (maintenance.backup_on_server, maintenance.backup_in_store),
+    }[args.command]
+    return await _on_server_or_database(
+        args, lambda client: on_server(client, args), lambda store: in_store(store, args)
+    )
+
+
+async def _on_server_or_database(
+    args: argparse.Namespace, ask: Callable[[NexumClient], Awaitable[T]], read: Callable[[Store], Awaitable[T]]
+) -> T:
+    """Ask a server. If none was named and none answers, or a database was named, open the database.
+
+    Raises InvalidRequest if both a server and a database are named.
+    """
+    if args.database_url is not None:
+        if args.nexum is not None:
+            raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
+        return await _open_database(read, args.database_url)
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
         async with NexumClient(address or None) as client:
-
-            async def get(execution_id: str) -> Execution:
-                return (await client.get_execution(execution_id, with_attempts=True)).execution
-
-            async def list_(workflow_id: str, status: str, limit: int) -> list[Execution]:
-                return await client.list_executions(workflow_id=workflow_id, status=status, limit=limit)
-
-            return await _answer(args, list_, get, client.cancel_execution)
+            return await ask(client)
     except (ServerUnavailable, NotANexumServer):
         if address:
             raise
-    return await _open_database(args, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
+    return await _open_database(read, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
 
 
-async def _open_database(args: argparse.Namespace, url: str, tried: str = "") -> str:
+async def _open_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
     if not database_exists(url):
         raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
     try:
@@ -193,12 +231,7 @@ async def _open_database(args: argparse.Namespace, url: str, tried: str = "") ->
     except StoreLocked as error:
         raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
     try:
-        return await _answer(
-            args,
-            lambda workflow_id, status, limit: store.run(executions.list_executions, workflow_id, status, limit),
-            lambda one: store.run(executions.get_execution, one, True),
-            lambda one: store.run(executions.cancel_execution, one),
-        )
+        return await read(store)
     finally:
         await store.close()
 
@@ -249,6 +282,12 @@ def main(argv: list[str] | None = None) -> int:
             event_loop.run(serve(args))
         elif args.command == "restore":
             _say(restore(args))
+        elif args.command == "check":
+            text, is_sound = asyncio.run(maintenance.check(args))
+            _say(text)
+            return 0 if is_sound else 1
+        elif args.command in ("prune", "backup"):
+            _say(asyncio.run(maintain(args)))
         else:
             _say(asyncio.run(look(args)))
     except NexumError as error:

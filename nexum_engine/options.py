@@ -35,5 +35,19 @@ def count(lowest: int = 1, highest: int = 1_000_000) -> Callable[[str], int]:
     return read
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+MAX_DAYS = 36_500
+
+
+def duration(text: str) -> float:
+    """Read a duration such as 30d: a number with the unit s, m, h, d or w. Return the seconds."""
+    with contextlib.suppress(ValueError, KeyError, IndexError):
+        if 0 <= (value := float(text[:-1]) * _UNITS[text[-1]]) <= MAX_DAYS * _UNITS["d"]:  # not true for "nan"
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{_shown(text)} is not a duration up to {MAX_DAYS:,}d: give a number and s, m, h, d or w, such as 12h or 30d"
+    )
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}...")

@@ -7,17 +7,13 @@ Every change of state is a function in `executions.py`, `tasks.py`, `leases.py` 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreRefused
 from nexum_engine.location import database_path
-from nexum_engine.store.base import Store
+from nexum_engine.store.base import Checked, Store
 
-if TYPE_CHECKING:
-    from nexum_engine.store.sqlite_check import Checked
-
-__all__ = ["Store", "check_database", "database_exists", "open_store", "restore_database"]
+__all__ = ["Checked", "Store", "check_database", "database_exists", "open_store", "restore_database"]
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:

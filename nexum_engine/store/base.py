@@ -26,6 +26,14 @@ class Space:
     """What the last `compact` has given back to the disk."""
 
 
+@dataclass(frozen=True)
+class Checked:
+    """The result of `check_database`."""
+
+    executions: int
+    findings: tuple[str, ...]
+
+
 class Store(ABC):
     """A database on which the transitions of `executions`, `tasks`, `leases` and `retention` run one after the other.
 

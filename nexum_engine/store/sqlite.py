@@ -308,9 +308,7 @@ class SqliteStore(Store):
 class _Backup:
     """The copying of a database in a thread of its own. It reads between the transactions of the writer thread."""
 
-    def __init__(
-        self, turn: threading.Lock, source: sqlite3.Connection, progress: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, turn: threading.Lock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
         self.ended = threading.Event()
         self._turn = turn
         self._source = source

@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from urllib.parse import quote
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, StoreLocked, StoreRefused
+from nexum_engine.store.base import Checked
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite_file import DatabaseFile, check_file, is_current, lock_file_of, log_of
 from nexum_engine.workflow import parse_ir
@@ -23,14 +23,6 @@ from nexum_engine.workflow import parse_ir
 MAX_OF_A_KIND = 20
 """How many findings of one kind are reported. A note follows if there are more."""
 _DONE = ("COMPLETED",)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The result of `check`."""
-
-    executions: int
-    findings: tuple[str, ...]
 
 
 def check(file: Path) -> Checked:
@@ -72,7 +64,9 @@ def _lock_if_any(file: Path) -> FileLock | None:
     try:
         held.acquire(timeout=0)
     except Timeout as error:
-        raise StoreLocked(f"database {file} is in use, and its server does not answer: stop it, or try again") from error
+        raise StoreLocked(
+            f"database {file} is in use, and its server does not answer: stop it, or try again"
+        ) from error
     except OSError:
         return None  # such as a folder that can't be written: no server can open the database
     return held
