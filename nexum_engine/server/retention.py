@@ -10,13 +10,13 @@ from nexum_engine.store import Store, retention
 from nexum_engine.store.base import Space
 from nexum_engine.store.retention import Pruned, Verdict
 
-REST = 4
-"""How long pruning rests after each transaction, in units of the time that the transaction took."""
+REST, IDLE_REST = 9, 1
+"""How long pruning rests after each transaction, in units of the time that it took: beside calls, and without any."""
 PART_SECONDS = 1.0
 """How long one call of Prune works. Clients wait 10 s for an answer."""
 INTERVAL = 3600.0
 """Seconds between two runs of the policy, at most."""
-QUICK_BYTES, REQUESTED_BYTES = 64_000_000, 1_000_000_000
+QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
 """How much of the database may be in use if the server gives free space back on its own, and if it is requested.
 
 The server answers no calls meanwhile: for about a second for each 100 MB."""
@@ -58,7 +58,7 @@ class Retention:
         executions = sessions = kept = 0
         verdicts: dict[str, Verdict] = {}
         while True:
-            begun = loop.time()
+            begun, submitted = loop.time(), self._store.submitted
             pruned = await self._store.run_alone(
                 retention.prune, older_than_ms, session=session, after=after, dry_run=dry_run, verdicts=verdicts
             )
@@ -70,7 +70,10 @@ class Retention:
             if pruned.after is None or loop.time() >= end:
                 break
             after = pruned.after
-            await asyncio.sleep(REST * (loop.time() - begun))
+            took = loop.time() - begun
+            await asyncio.sleep(IDLE_REST * took)
+            if self._store.submitted > submitted + 1:
+                await asyncio.sleep((REST - IDLE_REST) * took)
         total = Pruned(executions, sessions, kept, pruned.after)
         if pruned.after is not None or dry_run:
             return Part(total)

@@ -50,6 +50,11 @@ class Store(ABC):
     def failed(self) -> asyncio.Future[str]:
         """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 
+    @property
+    @abstractmethod
+    def submitted(self) -> int:
+        """How many transitions were submitted so far."""
+
     on_unknown: Sequence[Callable[[], None]] = ()
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
 

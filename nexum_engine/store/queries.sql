@@ -294,7 +294,7 @@ WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 -- When the next retry becomes due.
 SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
 
--- Retention (retention.py). An execution's deletion is in several statements, one for each table.
+-- Retention (retention.py). A deletion has a statement for each table, and deletes executions with consecutive numbers.
 
 -- name: oldest_executions
 -- The executions after a number, the oldest first.
@@ -324,25 +324,25 @@ SELECT sequence, execution_id, status, ended_ms FROM ids
 JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end;
 
 -- name: prune_former_ids
--- Delete the ids of an execution and of its tasks.
+-- Delete the ids of executions and of their tasks.
 DELETE FROM former_ids WHERE id IN (
-    SELECT execution_id FROM executions WHERE sequence = :execution
+    SELECT execution_id FROM executions WHERE sequence BETWEEN :first AND :last
     UNION ALL
-    SELECT task_id FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
+    SELECT task_id FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999
     UNION ALL
-    SELECT task_id FROM attempts WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999);
+    SELECT task_id FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999);
 
 -- name: prune_attempts
--- Delete the earlier attempts of an execution.
-DELETE FROM attempts WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999;
+-- Delete the earlier attempts of executions.
+DELETE FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
 
 -- name: prune_nodes
--- Delete the nodes of an execution.
-DELETE FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999;
+-- Delete the nodes of executions.
+DELETE FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
 
--- name: prune_execution
--- Delete an ended execution.
-DELETE FROM executions WHERE sequence = :execution AND status <> 'RUNNING';
+-- name: prune_executions
+-- Delete ended executions.
+DELETE FROM executions WHERE sequence BETWEEN :first AND :last;
 
 -- name: note_pruned
 -- Remember the number of a pruned execution, so that no other execution gets it.

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from nexum_engine.errors import InvalidRequest, NotFound
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store.db import Db, Row
 from nexum_engine.workflow import check_id
 
-MAX_EXECUTIONS = 300
-MAX_SECONDS = 0.01
+MAX_EXECUTIONS = 200
+MAX_SECONDS = 0.005
 """After this many executions, or this time, a transaction ends. A session is not divided, however long it is."""
-PAGE = 100
+PAGE = 50
 _SEPARATORS = "/:"
 _SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
-_DELETIONS = ("prune_former_ids", "prune_attempts", "prune_nodes", "prune_execution")
-"""The queries that delete an execution, in this order. Each further table with rows of an execution needs a query."""
+_DELETIONS = ("prune_former_ids", "prune_attempts", "prune_nodes", "prune_executions")
+"""The queries that delete executions, in this order. Each further table with rows of an execution needs a query."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class _Pruning:
         self._end = time.monotonic() + MAX_SECONDS
         self._verdicts = verdicts
         self._no_sessions: set[str] = set()
+        self._chosen: list[int] = []
+        """The numbers of the executions to delete next."""
         self._gone: set[int] = set()
         self._executions = self._sessions = self._kept = 0
 
@@ -105,8 +109,9 @@ class _Pruning:
         if not members:
             raise NotFound(f"no execution has a key that begins with {session}/ or {session}:")
         if all(map(self._is_old, members)):
-            self._delete(members)
             self._sessions += 1
+            self._choose(members)
+            self._delete_chosen()
         else:
             self._kept += len(members)
 
@@ -115,20 +120,24 @@ class _Pruning:
         while page := self._db.all("oldest_executions", after=after, limit=PAGE):
             for row in page:
                 if row["created_ms"] > self._cutoff_ms:
+                    self._delete_chosen()
                     return None  # later executions were created later
-                count = self._executions + self._kept
-                if count >= MAX_EXECUTIONS or (count and time.monotonic() > self._end):
-                    return after
                 after = row["sequence"]
                 if after not in self._gone:
-                    self._prune(row)
+                    self._judge(row)
+                    if len(self._chosen) > PAGE:  # a session
+                        break
+            self._delete_chosen()
+            if self._executions + self._kept >= MAX_EXECUTIONS or time.monotonic() > self._end:
+                return after
         return None
 
-    def _prune(self, row: Row) -> None:
+    def _judge(self, row: Row) -> None:
+        """Choose the execution, or its whole session, or count it as kept."""
         session = self._session_of(row)
         if session is None:
             if self._is_old(row):
-                self._delete([row])
+                self._choose([row])
             else:
                 self._kept += 1
             return
@@ -136,8 +145,8 @@ class _Pruning:
             members = self._with_prefix(session)
             is_old = all(map(self._is_old, members))
             if is_old and not self._dry_run:
-                self._delete(members)
                 self._sessions += 1
+                self._choose(members)
                 return
             self._verdicts[session] = Verdict(is_old, min(member["sequence"] for member in members))
         verdict = self._verdicts[session]
@@ -174,11 +183,21 @@ class _Pruning:
             )
         ]
 
-    def _delete(self, rows: list[Row]) -> None:
+    def _choose(self, rows: list[Row]) -> None:
         self._executions += len(rows)
-        if self._dry_run:
-            return
-        for row in rows:
+        if not self._dry_run:
+            self._chosen += [row["sequence"] for row in rows]
+            self._gone.update(self._chosen)
+
+    def _delete_chosen(self) -> None:
+        for first, last in _runs(self._chosen):
             for query in _DELETIONS:
-                self._db.run(query, execution=row["sequence"])
-            self._gone.add(row["sequence"])
+                self._db.run(query, first=first, last=last)
+        self._chosen = []
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last number of each run of consecutive numbers: one statement deletes a run."""
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda one: one[1] - one[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1]

@@ -60,6 +60,7 @@ class SqliteStore(Store):
         self._failed: asyncio.Future[str] = self._loop.create_future()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
         self._waiting: list[_Submission] = []
+        self._submitted = 0
         self._pump: asyncio.Task[None] | None = None
         self._turn = threading.Lock()
         """Held by the writer thread during a transaction, and by a backup's thread while it reads."""
@@ -101,6 +102,10 @@ class SqliteStore(Store):
     def failed(self) -> asyncio.Future[str]:
         return self._failed
 
+    @property
+    def submitted(self) -> int:
+        return self._submitted
+
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         return self._submit(lambda db: transition(db, *args, **kwargs), alone=False)
 
@@ -113,6 +118,7 @@ class SqliteStore(Store):
             future.set_exception(_stopping())
             return future
         self._waiting.append(_Submission(transition, future, alone))
+        self._submitted += 1
         if self._pump is None:
             self._pump = self._loop.create_task(self._write_waiting())
         return future

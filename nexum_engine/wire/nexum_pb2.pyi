@@ -880,7 +880,7 @@ class PruneRequest(google.protobuf.message.Message):
     """The `after` of the previous answer; 0 in the first call."""
     compact: builtins.bool
     """With the last part: give the free space of the file back to the disk, up to 1 GB in use. The server answers no calls
-    meanwhile. Without it, the server does so only if a quarter is free and up to 64 MB are in use.
+    meanwhile. Without it, the server does so only if a quarter is free and up to 32 MB are in use.
     """
     def __init__(
         self,
