@@ -1,5 +1,5 @@
 -- The engine's invariants. Each query returns the rows that break one: `what` says which, in words.
--- What SQLite checks itself (types, CHECK constraints, references, indexes) is not repeated here.
+-- What SQLite checks itself (types, references, indexes) is not repeated here.
 
 -- name: execution_id
 SELECT 'execution ' || execution_id || ' has another number: ' || sequence AS what FROM executions
@@ -50,6 +50,11 @@ SELECT 'execution ' || execution_id || ' is RUNNING, but none of its nodes is un
 WHERE status = 'RUNNING' AND NOT EXISTS (
     SELECT 1 FROM nodes WHERE node BETWEEN 1000 * sequence AND 1000 * sequence + 999
     AND nodes.status IN ('PENDING', 'READY', 'RUNNING'));
+
+-- name: result
+SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes.status
+       || CASE WHEN output_json IS NULL THEN ', but has no output' ELSE ', but has an output' END AS what
+FROM nodes JOIN executions ON sequence = node / 1000 WHERE (nodes.status = 'COMPLETED') <> (output_json IS NOT NULL);
 
 -- name: version_of_node
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has the version of another workflow: '
