@@ -573,6 +573,9 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
     for name, value in settings.items():
         connection.execute(f"PRAGMA {name} = {value}")
     for version, script in enumerate(scripts, start=done + 1):
+        if version > 2:
+            # Copy the log into the file first: a log belongs to the file whose stamp is the one before its newest.
+            _checkpoint(connection)
         connection.executescript(
             f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};"
         )
