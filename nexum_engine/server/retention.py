@@ -6,6 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from nexum_engine.errors import StoreUnavailable
 from nexum_engine.store import Store, retention
 from nexum_engine.store.base import Space
 from nexum_engine.store.retention import Pruned, Verdict
@@ -81,7 +82,7 @@ class Retention:
         return Part(total, await self._store.compact(max_bytes=max_bytes, always=compact))
 
     async def _keep(self, keep_ms: int) -> None:
-        while not self._store.failed.done():
+        while True:
             try:
                 after: int | None = 0
                 executions = 0
@@ -91,6 +92,9 @@ class Retention:
                     after = part.pruned.after
                 if executions:
                     logger.info("pruned %d executions", executions)
-            except Exception as error:  # the next run begins again
-                logger.warning("could not prune; retrying later", exc_info=error)
+            except Exception as error:
+                if self._store.failed.done():
+                    return  # the server stops, and says why
+                fault = None if isinstance(error, StoreUnavailable) else error
+                logger.warning("could not prune; retrying later", exc_info=fault)
             await asyncio.sleep(min(INTERVAL, max(keep_ms / 1000 / 10, 1)))

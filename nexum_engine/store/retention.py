@@ -24,7 +24,8 @@ from nexum_engine.workflow import check_id
 MAX_EXECUTIONS = 200
 MAX_SECONDS = 0.005
 """After this many executions, or this time, a transaction ends. A session is not divided, however long it is."""
-PAGE = 50
+PAGE = 20
+"""How many executions are read at once. Each may have an input of 16 MB, which SQLite reads to find the times."""
 _SEPARATORS = "/:"
 _SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
 _DELETIONS = ("prune_former_ids", "prune_attempts", "prune_nodes", "prune_executions")

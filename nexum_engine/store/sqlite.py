@@ -62,7 +62,7 @@ class SqliteStore(Store):
         self._waiting: list[_Submission] = []
         self._submitted = 0
         self._pump: asyncio.Task[None] | None = None
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         """Held by the writer thread during a transaction, and by a backup's thread while it reads."""
         self._backup: _Backup | None = None
         self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
@@ -247,12 +247,13 @@ class SqliteStore(Store):
             raise _CommitFailed(error) from error
 
     def _run_without_references(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
-        self._database.connection.execute("PRAGMA foreign_keys = OFF")
-        try:
-            return self._run_batch(transitions)
-        finally:
-            with contextlib.suppress(sqlite3.Error):  # the transaction has failed: its connection is opened again
-                self._database.connection.execute("PRAGMA foreign_keys = ON")
+        with self._turn:
+            self._database.connection.execute("PRAGMA foreign_keys = OFF")
+            try:
+                return self._run_batch(transitions)
+            finally:
+                with contextlib.suppress(sqlite3.Error):  # the transaction has failed: its connection is opened again
+                    self._database.connection.execute("PRAGMA foreign_keys = ON")
 
     def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
         """Run transitions in one transaction, and return their results.
@@ -314,7 +315,7 @@ class SqliteStore(Store):
 class _Backup:
     """The copying of a database in a thread of its own. It reads between the transactions of the writer thread."""
 
-    def __init__(self, turn: threading.Lock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, turn: threading.RLock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
         self.ended = threading.Event()
         self._turn = turn
         self._source = source
@@ -327,8 +328,8 @@ class _Backup:
 
     def copy_to(self, target: sqlite3.Connection) -> None:
         """Copy the database. SQLite copies each page again that a transaction of this connection changes meanwhile."""
-        page_size = self._source.execute("PRAGMA page_size").fetchone()[0]
         begun = time.monotonic()
+        page_size = 0
 
         def between_steps(_: int, remaining: int, total: int) -> None:
             nonlocal begun
@@ -346,6 +347,7 @@ class _Backup:
         with self._turn:
             if self._stopped:
                 raise StoreUnavailable("the backup was stopped: make it again")
+            page_size = self._source.execute("PRAGMA page_size").fetchone()[0]
             self._source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
 
 

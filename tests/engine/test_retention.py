@@ -129,6 +129,7 @@ async def test_pruned_execution_leaves_no_row_in_any_table(store: SqliteStore, c
 
 async def test_running_and_newer_executions_are_kept(store: SqliteStore, clock: ManualClock) -> None:
     running_ids = {await start(store, "running", workflow_id="two"), await start(store)}
+    store._database.connection.execute("UPDATE executions SET ended_ms = 1 WHERE sequence = 1")  # damaged
     cancelled = await start(store, "cancelled")
     await store.run(executions.cancel_execution, cancelled)
     old = {await record(store, "old"), await record(store, ""), cancelled}
@@ -403,7 +404,9 @@ async def test_failed_compaction_changes_nothing(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-async def test_kill_during_compaction_loses_nothing(tmp_path: Path, moment: str) -> None:
+async def test_kill_during_compaction_loses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, moment: str
+) -> None:
     program = (
         "import asyncio, os, sys\nfrom pathlib import Path\nfrom test_retention import *\n"
         "async def main():\n"
@@ -429,6 +432,7 @@ async def test_kill_during_compaction_loses_nothing(tmp_path: Path, moment: str)
     found = await store.run(executions.list_executions, "", "", 10)
     assert [one.idempotency_key for one in found] == ["kept"]
     await store.close()
+    assert caplog.messages == []  # such as: the log is missing
 
 
 # ---- A server --------------------------------------------------------------------------------------------------------
