@@ -14,6 +14,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -111,6 +112,7 @@ class DatabaseFile:
             check_file(path)
             _check_log(path)
             was_open = _size(log_of(path)) > 0
+            _remove_leftovers(path)
             if not path.exists():
                 _create(path)
             # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
@@ -480,6 +482,16 @@ def _new_name(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}.new-{uuid.uuid4().hex[:8]}")
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove the files under temporary names that a killed process left. The caller holds the `lock` of the path."""
+    real = Path(os.path.realpath(path))
+    temporary = re.compile(rf"{re.escape(real.name)}\.new-[0-9a-f]{{8}}(-wal|-journal)?")
+    for name in os.listdir(real.parent):
+        if temporary.fullmatch(name):
+            with contextlib.suppress(OSError):
+                (real.parent / name).unlink()
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename of the database durable."""
     # Windows can't open a folder, and needs no sync.
@@ -516,8 +528,11 @@ def _begin_log(connection: sqlite3.Connection, stamp: _Stamp) -> None:
     Otherwise this server's log would also belong to a backup of the file that was made before the server started.
     """
     _checkpoint(connection)
-    _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False))
+    in_file = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
+    _write_stamp(connection, in_file)
     _checkpoint(connection)
+    # Write to the log, so that an empty or missing log of a killed server always means that something is lost.
+    _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), in_file.own, closed=False))
 
 
 def _connect(path: Path, timeout: float) -> sqlite3.Connection:

@@ -433,6 +433,7 @@ async def test_kill_during_compaction_loses_nothing(
     assert [one.idempotency_key for one in found] == ["kept"]
     await store.close()
     assert caplog.messages == []  # such as: the log is missing
+    assert not [one for one in os.listdir(tmp_path) if ".new-" in one]
 
 
 # ---- A server --------------------------------------------------------------------------------------------------------
