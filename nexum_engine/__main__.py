@@ -5,13 +5,16 @@
     python -m nexum_engine show EXECUTION         show an execution: nodes, attempts, workers, times, errors
     python -m nexum_engine cancel EXECUTION       cancel an execution
     python -m nexum_engine retry EXECUTION        continue a FAILED execution at its failed node
+    python -m nexum_engine prune --older-than 30d delete executions that ended long ago
+    python -m nexum_engine backup FILE            write a copy of the database to a file
+    python -m nexum_engine check FILE             check a database or a backup for damage
     python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
 If the package is installed, `nexum` is the same command.
 
-ps, show, cancel and retry ask the server that has this folder's database open, else the server on the default port. If
-neither answers, they open the database themselves, so they work after a demo has ended. With --database-url, they open
-that database and ask no server.
+ps, show, cancel, retry, prune and backup ask the server that has this folder's database open, else the server on the
+default port. If neither answers, they open the database themselves, so they work after a demo has ended. With
+--database-url, they open that database and ask no server.
 """
 
 from __future__ import annotations
@@ -31,11 +34,10 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, report
+from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, maintenance, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
@@ -48,7 +50,7 @@ from nexum_engine.errors import (
     StoreRefused,
 )
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import attribute, count, moment, seconds
+from nexum_engine.options import attribute, count, duration, moment, seconds
 from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.screen import Screen
 from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, restore_database
@@ -56,10 +58,9 @@ from nexum_engine.store.retry import retry_execution
 from nexum_engine.streams import in_words, open_closed_streams
 
 SWITCH_INTERVAL = 0.0002  # seconds
-T = TypeVar("T")
-
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
+T = TypeVar("T")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,8 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--else-free-port", action="store_true", help="if the port is taken, listen on a free one instead"
     )
+    parser.add_argument(
+        "--keep",
+        type=duration,
+        metavar="AGE",
+        help="delete executions that ended longer ago than this, as prune does: 12h, 30d, 8w (default: keep all)",
+    )
     _add_database(parser, None)
-    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,retry,restore}")
+    commands = parser.add_subparsers(dest="command", metavar="{ps,show,cancel,retry,prune,backup,check,restore}")
     ps = commands.add_parser(
         "ps",
         help="list executions, newest first",
@@ -150,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", help="print JSON; with --watch or --follow, a line for each change"
         )
-    for command in (ps, show, cancel, retry):
+    for command in (ps, show, cancel, retry, *maintenance.add_commands(commands)):
         command.add_argument(
             "--nexum",
             metavar="HOST:PORT",
@@ -197,6 +204,7 @@ async def serve(args: argparse.Namespace) -> None:
         args.listen,
         default_database_url() if args.database_url is None else args.database_url,
         lease=args.lease,
+        keep=args.keep,
         patience=args.patience,
         else_free_port=args.else_free_port,
         stop=stop_event(),
@@ -213,34 +221,49 @@ def restore(args: argparse.Namespace) -> str:
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run ps, show, cancel or retry; return what to print.
+    """Run ps, show, cancel or retry; return what to print."""
+    return await _on_server_or_database(
+        args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
+    )
+
+
+async def maintain(args: argparse.Namespace) -> str:
+    """Run prune or backup; return what to print."""
+    on_server, in_store = {
+        "prune": (maintenance.prune_on_server, maintenance.prune_in_store),
+        "backup": (maintenance.backup_on_server, maintenance.backup_in_store),
+    }[args.command]
+    return await _on_server_or_database(
+        args, lambda client: on_server(client, args), lambda store: in_store(store, args)
+    )
+
+
+async def _on_server_or_database(
+    args: argparse.Namespace, ask: Callable[[NexumClient], Awaitable[T]], read: Callable[[Store], Awaitable[T]]
+) -> T:
+    """Ask a server. If none was named and none answers, or a database was named, open the database.
 
     Raises InvalidRequest if both a server and a database are named.
     """
-    if args.database_url is None:
-        return await _ask_server(args)
-    if args.nexum is not None:
-        raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-    return await _use_database(args.database_url, partial(_answer, args))
-
-
-async def _ask_server(args: argparse.Namespace) -> str:
-    """Run the command on a server. If no server was named and no server answers, use the default database."""
+    if args.database_url is not None:
+        if args.nexum is not None:
+            raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
+        return await _use_database(read, args.database_url)
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     try:
         async with NexumClient(address or None) as client:
-            return await _answer(args, _OnServer(client))
+            return await ask(client)
     except (ServerUnavailable, NotANexumServer):
         if address:
             raise
-    return await _use_default_database(partial(_answer, args))
+    return await _use_default_database(read)
 
 
-async def _use_default_database(use: Callable[[_Executions], Awaitable[T]]) -> T:
-    return await _use_database(default_database_url(), use, f"no server on {DEFAULT_ADDRESS}, and ")
+async def _use_default_database(read: Callable[[Store], Awaitable[T]]) -> T:
+    return await _use_database(read, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
 
 
-async def _use_database(url: str, use: Callable[[_Executions], Awaitable[T]], tried: str = "") -> T:
+async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
     if not database_exists(url):
         raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
     try:
@@ -248,7 +271,7 @@ async def _use_database(url: str, use: Callable[[_Executions], Awaitable[T]], tr
     except StoreLocked as error:
         raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
     try:
-        return await use(_InDatabase(store))
+        return await read(store)
     finally:
         await store.close()
 
@@ -348,7 +371,7 @@ async def watch(args: argparse.Namespace) -> int:
             if is_first and address:
                 raise
         if is_first and (args.command == "show" or database_exists(default_database_url())):
-            code = await _use_default_database(lambda source: _refresh(args, source, screen))
+            code = await _use_default_database(lambda store: _refresh(args, _InDatabase(store), screen))
             if code is not None:
                 return code
         is_first = False
@@ -411,6 +434,12 @@ def main(argv: list[str] | None = None) -> int:
             event_loop.run(serve(args))
         elif args.command == "restore":
             _say(restore(args))
+        elif args.command == "check":
+            text, is_sound = asyncio.run(maintenance.check(args))
+            _say(text)
+            return 0 if is_sound else 1
+        elif args.command in ("prune", "backup"):
+            _say(asyncio.run(maintain(args)))
         elif getattr(args, "watch", False) or getattr(args, "follow", False):
             return asyncio.run(watch(args))
         else:

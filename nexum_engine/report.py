@@ -151,6 +151,16 @@ def seconds(start_ms: int, end_ms: int | None) -> str:
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
+def size(count: int) -> str:
+    """Return a number of bytes as text, in its largest unit."""
+    amount, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:,.0f} {unit}" if unit == "bytes" or amount >= 100 else f"{amount:.1f} {unit}"
+
+
 def age(ms: int) -> str:
     """Return the age `ms` as text, in its largest unit. A clock that was put back makes an age negative."""
     if ms <= -1000:
