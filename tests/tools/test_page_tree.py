@@ -42,6 +42,8 @@ CASES = {
         ("<b>1<i>2<u>3</b>4</i>5</u>6", "123456"),
         ("<em>one<em>two</em>three</em>four", "onetwothreefour"),
         ("<b hidden>no<p>no</b>yes", "yes"),
+        ("<p hidden>no<b>no<p>yes", "**yes**"),
+        ("one<span hidden>no<p>no</span>no</p></span>two", "onetwo"),
         ("<div hidden>no<b>no</div>yes</b>more", "yesmore"),
         ("<font style=display:none>no<p>no</font>yes", "yes"),
         ("<b><p>one</b>two<p>three", "onetwo\n\nthree"),
@@ -50,6 +52,7 @@ CASES = {
     # Content of a table outside its cells
     "foster": [
         ("<table>one<tr><td>two</table>three", "one\n\ntwo\n\nthree"),
+        ("<table hidden>one<tr><td>no</table>two", "onetwo"),
         ("<table><tr>one<td>two</table>", "one\n\ntwo"),
         ("<table><p>one<tr><td>two</table>", "one\n\ntwo"),
         ("<table><tr><td>one</td>two</tr>three</table>four", "twothree\n\none\n\nfour"),
@@ -165,6 +168,8 @@ CASES = {
         ("one<datalist><option>no</datalist>two", "onetwo"),
         ("one<select><option hidden>no<option>two</select>three", "one two three"),
         ("one<select><option>two", "one two"),
+        ("one<select></select>two", "one two"),
+        ("one<input>two<input type=hidden>three", "one twothree"),
     ],
     # Templates
     "template": [
@@ -212,6 +217,10 @@ CASES = {
         ("<svg></p>one</svg>two", "onetwo"),
         ("<svg></br>one</svg>two", "onetwo"),
         ("<svg><text>one</text></svg><svg><text>two", "one two"),
+        ("<svg><input value=no><text>one</text></svg>two", "one two"),
+        ("<math><mi>one<div>two", "one\n\ntwo"),
+        ("<svg>no<div>one<p>two", "one\n\ntwo"),
+        ("<math><msup><mi>a</mi><mi>b</mi><mi>c</mi></msup></math>", "abc"),
         ("<p><svg><text>one</text></p>two", "one\n\ntwo"),
         ("<svg><text>one<!-- no --></text></svg>two", "one two"),
         ("<math><mi>one<svg><text>two</text></svg></mi></math>three", "one two three"),

@@ -8,7 +8,7 @@ from support.tools.web.html.attributes import is_float, number
 from support.tools.web.html.tree import Element
 
 
-def _input_text(element: Element) -> str:
+def _input_text(element: Element) -> str | None:
     chosen = "checked" in element.attrs
     match element.attrs.get("type", "text").strip().lower():
         case "checkbox":
@@ -17,7 +17,9 @@ def _input_text(element: Element) -> str:
             return "(x)" if chosen else "( )"
         case "image":
             return element.attrs.get("alt", "")
-        case "hidden" | "password" | "file":
+        case "hidden":
+            return None
+        case "password" | "file":
             return ""
         case _:
             return element.attrs.get("value", "")
@@ -41,7 +43,7 @@ def _gauge_text(element: Element) -> str:
     return f"{value} of {most if is_float(most) else '1'}" if is_float(value) else ""
 
 
-CONTROLS: Mapping[str, Callable[[Element], str]] = {
+CONTROLS: Mapping[str, Callable[[Element], str | None]] = {
     "input": _input_text,
     "select": _select_text,
     "progress": _gauge_text,

@@ -31,8 +31,8 @@ def formula(element: Element, name: str) -> Sequence[object]:
     parts = element.elements
     if any(node.strip() for node in element.contents if isinstance(node, str)):
         return nodes  # not MathML, but browsers show the words
-    if name in _SCRIPTS and parts:
-        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=False))]
+    if name in _SCRIPTS and len(parts) == 1 + len(_SCRIPTS[name]):
+        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=True))]
     match name, len(parts):
         case "semantics", _:
             return list(parts[:1])

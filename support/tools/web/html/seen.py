@@ -165,6 +165,8 @@ class SeenPage:
             place = replace(place, whole=True)
         if name == "svg" or (place.drawn and name in ("text", "foreignobject")):
             self._enter([" ", *element.contents, " "], replace(place, drawn=name == "svg"))
+        elif place.drawn:
+            self._add_inline(element, name, style, place)
         elif place.preformatted:
             self._add_within_code(element, name, style, place)
         elif name in _INLINE_HANDLERS:
@@ -176,7 +178,7 @@ class SeenPage:
         elif name in BLOCKS or style.get("display") in BLOCK_DISPLAYS:
             self._add_block(element, name, style, place)
         else:
-            self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
+            self._add_inline(element, name, style, place)
 
     # Text
 
@@ -335,8 +337,8 @@ class SeenPage:
         if name in ("button", "select", "input"):
             self._controls.append((element, place.sight))  # for example "Copy", which is not part of the code
             return
-        if name == "br":
-            self._add_text("\n", place)
+        if name in ("br", "img"):
+            self._add_text("\n" if name == "br" else _alt(element), place)
             return
         mark = MARKS.get(name)
         if mark in ("sup", "sub"):
@@ -357,6 +359,9 @@ class SeenPage:
             self._code.append(" " if in_row else "\n")
 
     # Inline elements and their visible text
+
+    def _add_inline(self, element: Element, name: str, style: Style, place: Place) -> None:
+        self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
 
     def _add_rule(self, element: Element, place: Place) -> None:
         self._text.end(place)
@@ -383,7 +388,7 @@ class SeenPage:
         if not place.sight.seen:
             return
         address = self._absolute(element.attrs["src"]) if "src" in element.attrs else None
-        alt = " ".join(element.attrs.get("alt", "").split())
+        alt = _alt(element)
         if address is None or not alt:
             self._text.add_words(alt, place)
         else:
@@ -391,11 +396,18 @@ class SeenPage:
 
     def _add_control(self, element: Element, place: Place) -> None:
         """Add the words of a control, with blanks around the words in place of the control's border."""
-        if text := CONTROLS[element.name](element).strip():
-            self._add_text(f" {text} ", place)
+        text = CONTROLS[element.name](element)
+        if text is not None:
+            self._add_text(f" {text.strip()} ", place)
+        if element.name == "input":
+            self._enter(element.contents, place)  # in a formula, an element of this name may hold words
 
     def _add_button(self, element: Element, place: Place) -> None:
         self._enter([" ", *element.contents, " "], place)
+
+
+def _alt(picture: Element) -> str:
+    return " ".join(picture.attrs.get("alt", "").split())
 
 
 _INLINE_HANDLERS: dict[str, Callable[[SeenPage, Element, Place], None]] = {
