@@ -530,12 +530,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("html", "text"),
-    [pytest.param(html, text, id=f"{kind} {html}") for kind, cases in CASES.items() for html, text in cases],
-)
-def test_markup_is_read_as_in_a_browser(html: str, text: str) -> None:
-    assert read(html) == text
+@pytest.mark.parametrize("kind", CASES)
+def test_markup_is_read_as_in_a_browser(kind: str) -> None:
+    assert [(html, read(html)) for html, _ in CASES[kind]] == CASES[kind]
 
 
 @pytest.mark.parametrize(
