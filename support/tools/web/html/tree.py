@@ -13,8 +13,7 @@ from support.tools.web.html.kinds import UNSEEN
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
 
-# Characters of a page that are read, tags included, scripts and the like left out. markdownify takes about 5 s for a
-# million.
+# Characters of a page's text and tags, without attributes, scripts and the like. markdownify takes about 5 s for a million.
 MAX_SIZE = 512_000
 
 # An empty element of XHTML. The lookahead keeps the work linear.
@@ -68,17 +67,21 @@ def parse(html: str, *, xml: bool = False) -> Document:
     """Return the parsed page. Set `xml` for XHTML."""
     from selectolax.lexbor import LexborDocumentOptions, LexborHTMLParser
 
-    # Browsers run scripts, so they read a `noscript` as plain characters.
-    parsed = LexborHTMLParser(
-        _html_of_xhtml(html) if xml else html, options=LexborDocumentOptions.WO_EVENTS, scripting=True
-    )
-    assert parsed.root is not None
-    root, complete = _tree(parsed.root)
-    title = parsed.css_first("title:not(svg title)")
-    base = parsed.css_first("base[href]")
-    sheets = [sheet.text() for sheet in parsed.css("style") if sheet.attributes.get("media") not in ("print", "speech")]
+    if xml:
+        html = _html_of_xhtml(html)
+    # `scripting`: browsers run scripts, so they read a `noscript` as plain characters.
+    # WO_EVENTS: don't copy the selected option into a `selectedcontent`, because each option is read where it is.
+    page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
+    assert page.root is not None
+    root, complete = _tree(page.root)
+    title = page.css_first("title:not(svg title)")
+    base = page.css_first("base[href]")
     return Document(
-        root, complete, title.text() if title else "", (base.attributes["href"] or "") if base else None, sheets
+        root,
+        complete,
+        title=title.text() if title else "",
+        base=(base.attributes["href"] or "") if base else None,
+        sheets=[one.text() for one in page.css("style") if one.attributes.get("media") not in ("print", "speech")],
     )
 
 
@@ -103,7 +106,7 @@ def _tree(root: LexborNode) -> tuple[Element, bool]:
                 open_nodes.append((element, node.template_fragments()[0].iter(include_text=True)))
             elif element.name not in UNSEEN:
                 open_nodes.append((element, node.iter(include_text=True)))
-                size += len(f"<{element.name}></>") + sum(map(len, element.attrs.values()))
+                size += len(f"<{element.name}></>")
     return top.elements[0], size <= MAX_SIZE
 
 
