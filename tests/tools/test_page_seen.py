@@ -342,6 +342,14 @@ def test_parser_failure_is_a_final_error(monkeypatch: pytest.MonkeyPatch) -> Non
         read("<p>a</p>")
 
 
+@pytest.mark.parametrize("between", ["", " ", "<p>", "<b>and</b>"])
+def test_each_of_many_links_keeps_its_address(between: str) -> None:
+    addresses = [f"https://example.org/{number}" for number in range(500)]
+    html = between.join(f"<a href='{address}'>word</a>" for address in addresses)
+    text = page_to_markdown(Page(URL, 200, "text/html", html.encode()), limit=1_000_000)
+    assert re.findall(r"\[word\]\((.*?)\)", text) == addresses
+
+
 @given(st.text(st.sampled_from("ab *_#->`|&\u00a0½²\n"), min_size=1, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_the_characters_of_a_paragraph_are_kept(text: str) -> None:

@@ -13,7 +13,8 @@ from support.tools.web.html.kinds import UNSEEN
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
 
-# Characters of a page's text and tags, without attributes, scripts and the like. markdownify takes about 5 s for a million.
+# Characters of a page's text and tags, without attributes, scripts and the like. markdownify takes about 5 s for a
+# million.
 MAX_SIZE = 512_000
 
 # An empty element of XHTML. The lookahead keeps the work linear.
