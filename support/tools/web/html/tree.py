@@ -66,13 +66,16 @@ class Document:
 
 def parse(html: str, *, xml: bool = False) -> Document:
     """Return the parsed page. Set `xml` for XHTML."""
-    from selectolax.lexbor import LexborDocumentOptions, LexborHTMLParser
+    from selectolax.lexbor import LexborDocumentOptions, LexborHTMLParser, SelectolaxError
 
     if xml:
         html = _html_of_xhtml(html)
     # `scripting`: browsers run scripts, so they read a `noscript` as plain characters.
     # WO_EVENTS: don't copy the selected option into a `selectedcontent`, because each option is read where it is.
-    page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
+    try:
+        page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
+    except SelectolaxError as error:
+        raise MemoryError from error  # any text is a page to this parser, so it fails only for lack of memory
     assert page.root is not None
     root, complete = _tree(page.root)
     title = page.css_first("title:not(svg title)")
