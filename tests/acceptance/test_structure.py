@@ -154,6 +154,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
         ("ddgs", {"support.tools.web.search"}),
         ("markdownify", {"support.tools.web.html"}),
         ("bs4", {"support.tools.web.html"}),
+        ("selectolax", {"support.tools.web.charset", "support.tools.web.html.tree"}),
         ("openai", {"support.models.live"}),
     ],
 )
