@@ -18,7 +18,7 @@ from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
 from processes import command_line, run_script
 
-from nexum_engine.__main__ import look
+from nexum_engine.commands import look
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
