@@ -256,7 +256,7 @@ async def _use_database(url: str, use: Callable[[_Executions], Awaitable[T]], tr
 class _Executions(Protocol):
     """What the commands need of a server or of a database."""
 
-    async def list(self, args: argparse.Namespace) -> list[Execution]: ...
+    async def find(self, args: argparse.Namespace) -> list[Execution]: ...
 
     async def get(self, execution_id: str) -> Execution: ...
 
@@ -270,7 +270,7 @@ class _OnServer:
         self._client = client
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
 
-    async def list(self, args: argparse.Namespace) -> list[Execution]:
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
         return await self._client.list_executions(
             workflow_id=args.workflow, status=args.status, limit=args.limit, **_conditions(args)
         )
@@ -283,7 +283,7 @@ class _InDatabase:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def list(self, args: argparse.Namespace) -> list[Execution]:
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
         found = await self._store.run(
             listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
         )
@@ -315,7 +315,7 @@ def _conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     if args.command == "ps":
-        found = await source.list(args)
+        found = await source.find(args)
         return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
     if args.command == "show":
         execution = await source.get(args.execution)
@@ -360,7 +360,7 @@ async def watch(args: argparse.Namespace) -> int:
 async def _refresh(args: argparse.Namespace, source: _Executions, screen: Screen) -> int | None:
     """Show the present state. Return the exit code if nothing more will change."""
     if args.command == "ps":
-        found = await source.list(args)
+        found = await source.find(args)
         now_ms = SystemClock().now_ms()
         news = [
             (repr(one), report.as_json_line(one) if args.json else report.row(one, now_ms)) for one in reversed(found)
