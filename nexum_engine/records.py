@@ -36,7 +36,7 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     FAILED = "FAILED"
-    """The node failed and is not retried."""
+    """The node failed and is not retried, unless its execution is."""
     CANCELLED = "CANCELLED"
     """The execution ended before this node ended."""
 

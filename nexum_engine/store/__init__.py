@@ -1,7 +1,7 @@
 """The store of executions. `open_store` picks the dialect from the database URL.
 
-Every change of state is a function in `executions.py`, `tasks.py` or `leases.py`. Every query is in `queries.sql`. A
-dialect's module has the code that only its database needs.
+Every change of state is a function in `executions.py`, `tasks.py`, `leases.py` or `retry.py`. Every query is in
+`queries.sql`. A dialect's module has the code that only its database needs.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Store(ABC):
-    """A database on which the transitions of `executions`, `tasks` and `leases` run one after the other.
+    """A database on which the transitions of `executions`, `tasks`, `leases` and `retry` run one after the other.
 
     A dialect supplies `run`, `opened_as`, `failed` and `close`.
     """
