@@ -182,7 +182,7 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
 class _Executions(Protocol):
     """What the commands need of a server or of a database."""
 
-    async def listed(self, args: argparse.Namespace) -> list[Execution]: ...
+    async def find(self, args: argparse.Namespace) -> list[Execution]: ...
 
     async def get(self, execution_id: str) -> Execution: ...
 
@@ -211,7 +211,7 @@ class _OnServer:
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
 
-    async def listed(self, args: argparse.Namespace) -> list[Execution]:
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
         return await self._client.list_executions(
             workflow_id=args.workflow, status=args.status, limit=args.limit, **_conditions(args)
         )
@@ -224,7 +224,7 @@ class _InDatabase:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def listed(self, args: argparse.Namespace) -> list[Execution]:
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
         found = await self._store.run(
             listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
         )
@@ -272,7 +272,7 @@ def _conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     if args.command == "ps":
-        found = await source.listed(args)
+        found = await source.find(args)
         return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
     if args.command == "show":
         execution, children = await _with_children(source, args.execution)
@@ -339,7 +339,7 @@ async def watch(args: argparse.Namespace) -> int:
 async def _refresh(args: argparse.Namespace, source: _Executions, screen: Screen) -> int | None:
     """Show the present state. Return the exit code if nothing more will change."""
     if args.command == "ps":
-        found = await source.listed(args)
+        found = await source.find(args)
         now_ms = SystemClock().now_ms()
         news = [
             (repr(one), report.as_json_line(one) if args.json else report.row(one, now_ms)) for one in reversed(found)

@@ -50,7 +50,9 @@ def row(one: Execution, now_ms: int) -> str:
     if session is not None:
         if session.question:
             lines.append(f"    {_cut(session.question, WIDTH - 4)}")
-        lines.append(f"    {session.calls:,} call(s), {session.tokens:,} token(s), {session.events:,} event(s)")
+        has_summary = session.question or session.calls or session.tokens
+        counts = f"{session.calls:,} call(s), {session.tokens:,} token(s), " if has_summary else ""
+        lines.append(f"    {counts}{session.events:,} event(s)")
     return "\n".join(lines)
 
 
@@ -58,7 +60,7 @@ def changes(execution: Execution) -> list[str]:
     """Return a line for each thing that has happened in an execution. Later, there are more lines."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
-        name = _cut(node.node_id, WIDTH // 2)
+        name = _cut(node.node_id, WIDTH - 48)
         for attempt in node.attempts:
             lines.append(f"{name} attempt {attempt.attempt} began {_moment(attempt.started_ms)}")
             if attempt.ended_ms is not None:

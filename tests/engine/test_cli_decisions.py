@@ -36,7 +36,7 @@ def register(stub: NexumServiceStub) -> None:
 def nexum(folder: Path, *arguments: str, server: Server | None = None) -> tuple[int, str]:
     where = [] if server is None else ["--nexum", server.address]
     code, output = run_script(["-m", "nexum_engine", *arguments, *where], folder, {})
-    assert max(map(len, output.splitlines())) <= 80, output
+    assert code or max(map(len, output.splitlines())) <= 80, output
     return code, output
 
 
