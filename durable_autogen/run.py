@@ -146,7 +146,8 @@ class _Run:
                 added = work_of(session).added
                 for message in added.messages:
                     if message.seq not in added.delivered:
-                        # Run the team with the message as its task: the run ended before any call got the message.
+                        # No request to a model included the message before the run ended. So run the team with the
+                        # message as its task.
                         added.as_task.add(message.seq)
                         more = await self._run(runnable, text_of(message))
                         result = TaskResult(messages=[*result.messages, *more.messages], stop_reason=more.stop_reason)

@@ -86,7 +86,7 @@ def _count_the_sessions_time(condition: TimeoutTermination, work: Work, active_m
     now = time.monotonic()
     started, begun_ms = work.timeouts.get(condition, (None, 0))
     if started != condition._start_time:
-        # The condition was built or reset since its last check: take its start on the clock.
+        # The condition was built or reset since its last check, so it has started anew: take its own start time.
         begun_ms = active_ms - min(active_ms, round((now - condition._start_time) * 1000))
     condition._start_time = now - (active_ms - begun_ms) / 1000
     work.timeouts[condition] = (condition._start_time, begun_ms)

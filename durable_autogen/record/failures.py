@@ -139,7 +139,7 @@ def class_named(module: str, name: str, base: type) -> type | None:
         ahead += type.__subclasses__(kind)
         if (kind.__module__, kind.__qualname__) == (module, name):
             matching.append(kind)
-    # Take any match: a function defines a new class of this name each time it runs.
+    # Take the newest class: a function that defines a class makes a new one each time it runs.
     return matching[-1] if matching else None
 
 

@@ -37,7 +37,7 @@ class Survival:
         self._setbacks.append(_Setback(event, error, asker, survived))
 
     def asks(self, call: Call, asker: Asker) -> None:
-        """Note that a task makes a call, which may show that the run continued after a setback (see `continues`)."""
+        """Note that a task makes a call: it may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
             one.survived = one.survived or continues(one.event.agent, one.asker, call, asker)
 
@@ -67,8 +67,8 @@ class Survival:
 def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    It does so if its caller is the same task (`asker`), the program itself, the same agent, or a team or agent that
-    contains the agent.
+    The setback happened to `agent` in the task `caller`. The later call shows this if the same task makes it, or the
+    program itself, or the same agent, or a team or agent that contains the agent.
     """
     return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 

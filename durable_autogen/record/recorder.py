@@ -98,7 +98,7 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The recorded run's stop reason if that run is finished, so that no further call may be made; else None."""
+        """The recorded run's stop reason, if that run is finished: then no further call may be made. Else None."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
@@ -155,7 +155,7 @@ class Recorder:
 
     @property
     def programs(self) -> int:
-        """How often a changed program had continued the session live before the last delivered event was recorded."""
+        """How often a changed program continued the session live, up to the last delivered event."""
         return self.journal.programs_before(self.last_seq)
 
     @property

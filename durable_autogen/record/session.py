@@ -155,7 +155,7 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # `error` may hold only the failure's text: AutoGen's teams pass on no more
+                raise failure from error  # AutoGen's teams pass on only the text of the failure
             await recorder.end(self.stop_reason)
 
     async def _close(self) -> None:
