@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
-from durable_autogen.autogen.fingerprints import differences
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
 
