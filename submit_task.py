@@ -172,8 +172,8 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The file is written while a longer call runs. Don't wait for it if the call is over already: this
-                    # project's server, which tells that, finds the call by its key, too.
+                    # Write the file while the call runs. If the call has ended already, don't wait for the file: only
+                    # this project's server reports that, and it also finds the call by its key.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:

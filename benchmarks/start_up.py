@@ -32,7 +32,7 @@ from nexum_engine.options import count
 END, CPU = "end", "CPU time"
 PASS = "python -c pass"
 CASES: dict[str, tuple[list[str], dict[str, str]]] = {
-    # Command, and the text of the line of each moment.
+    # The command of each case, and for each moment a text in its line of output.
     "demo.py --help": (["demo.py", "--help"], {}),
     "demo.py": (["demo.py", "--offline", "--new-session"], {"first tool executed": " done ✓"}),
     "crash_demo.py": (["crash_demo.py", "--offline"], {"first step recorded": "research   recorded"}),

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# Seconds, at most, from a stream's first heartbeat, or from one that `beat()` requests, to the next. Less than the
-# grace in which a disconnected worker keeps its tasks.
+# Seconds, at most, until the second heartbeat of a stream, and until the one after a heartbeat that `beat` requests.
+# This is shorter than the time for which the server leaves a disconnected worker its tasks.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
@@ -91,7 +91,8 @@ class Heartbeat:
         self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
 
-        # The program's event loop and the heartbeat loop share these. The lock guards the tasks.
+        # The program's event loop and the heartbeat loop both use the attributes below. The lock guards `_held` and
+        # `_questions`.
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
@@ -101,7 +102,7 @@ class Heartbeat:
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The number of heartbeats sent, and the number of the last one after which the event loop has run."""
+        """The number of the last heartbeat, and of the last one after which the program's event loop has run."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -261,7 +262,7 @@ class Heartbeat:
                 again_soon, self._is_urgent = self._is_urgent, False
                 sent = time.monotonic()
                 if sent - self._last_sent > lease / 2:
-                    self._doubtful_until = sent  # this process was stopped
+                    self._doubtful_until = sent  # this process was suspended before this heartbeat
                 self._last_sent = sent
                 self._watch(loop, sent)
                 with self._lock:
@@ -320,7 +321,7 @@ class Heartbeat:
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
-            self._doubtful_until = time.monotonic()  # the loop was blocked while a further heartbeat was sent
+            self._doubtful_until = time.monotonic()  # a later heartbeat was sent while the loop was blocked
         self._turned = number
 
     def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:

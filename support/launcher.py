@@ -1,4 +1,4 @@
-"""Provide a server and a worker for one run of a script. The worker that the script starts ends with it."""
+"""Provide a server and workers for one run of a script. The workers end with the script."""
 
 from __future__ import annotations
 

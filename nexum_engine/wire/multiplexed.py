@@ -108,8 +108,8 @@ class _Stream:
         self._writing.cancel()
         await asyncio.gather(self._writing, return_exceptions=True)
         if self._is_open.is_set() and not self.is_over:
-            # Let the server end the stream. After a cancellation, grpcio reports the end later. If the event loop is
-            # closed by then, grpcio fails, with a traceback, in another loop.
+            # Let the server end the stream, and don't cancel it. After a cancellation, grpcio reports the end late. If
+            # the event loop is closed by then, grpcio prints a traceback in another loop.
             ending = asyncio.ensure_future(self._stream.done_writing())
             await asyncio.wait({self._reading}, timeout=END_REPORT)
             ending.cancel()

@@ -68,7 +68,7 @@ def threads(name: str) -> None:
     """Record in three event loops of three threads, and in two tasks of the first loop, at the same time."""
 
     async def two() -> None:
-        async with EmbeddedNexum(None):  # so that the server doesn't end between the other blocks
+        async with EmbeddedNexum(None):  # keeps the server running between the other blocks
             others = [threading.Thread(target=several, args=(f"{name}-{number}", "20")) for number in (1, 2)]
             for other in others:
                 other.start()
@@ -98,7 +98,7 @@ async def own(key: str) -> None:
 
 
 def forks(name: str) -> None:
-    """Fork while a thread has the database open. The child records, and ends with the interpreter's whole shutdown."""
+    """Fork while a thread has the database open. The child records, and ends as a script ends."""
     opened, forked = threading.Event(), threading.Event()
 
     async def parent() -> None:
@@ -149,7 +149,7 @@ def forked_without_a_server(name: str) -> None:
 
 
 def main_ends(name: str) -> None:
-    """Record in a thread that runs on after the main thread's end."""
+    """Record in a thread that continues after the main thread's end."""
 
     begun = threading.Event()
 
@@ -189,7 +189,7 @@ def ends(how: str) -> None:
 
     if how == "unclosed":
         loop = asyncio.new_event_loop()
-        loop.set_exception_handler(lambda *_: None)  # the program's own pending tasks
+        loop.set_exception_handler(lambda *_: None)  # report no pending tasks of the program
         kept = loop.run_until_complete(leave_open())
         loop.close()
         del kept

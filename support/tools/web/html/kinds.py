@@ -40,7 +40,7 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 def is_unseen(element: Tag, name: str, style: Style) -> bool:
     if name == "template" and element.has_attr("shadowrootmode"):
-        return False  # browsers show the template's content in place of its parent's content
+        return False  # browsers show this template's content instead of the other content of its parent
     if name in UNSEEN or name == "nav" or element.has_attr("hidden") or element.has_attr("popover"):
         return True
     if name == "dialog" and not element.has_attr("open"):

@@ -210,7 +210,8 @@ class SeenPage:
             and element.parent
             and element.parent.name in TERMS
         ):
-            # The parser doesn't close a term or its definition where the next one begins.
+            # The parser has put this term or definition into the one before it, which has no end tag: put it beside
+            # that one.
             place = replace(place, container=parent, in_line=False, levels=place.levels - (element.parent.name == "dd"))
         self._text.end(place)
 
@@ -285,7 +286,8 @@ class SeenPage:
             return place
         container = place.container
         if container.name == "li" and container.parent is not None:
-            container = container.parent  # the item's box is still open, so the parser has put this item into it
+            # A box of the item before is still open, so the parser has put this item into it.
+            container = container.parent
         elif place.items is None:  # outside a list
             place = replace(place, levels=place.levels + 1)
         mark = place.items.mark(number(element.get("value"))) if place.items else "-"
@@ -346,7 +348,7 @@ class SeenPage:
     def _add_within_code(self, element: Tag, name: str, style: Style, place: Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            self._controls.append((element, place.sight))  # for example "Copy", which is not part of the code
+            self._controls.append((element, place.sight))  # a control, such as a button "Copy", is not part of the code
             return
         if name == "br":
             self._add_text("\n", place)

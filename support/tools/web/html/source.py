@@ -108,8 +108,8 @@ def source_of_seen(html: str, *, xml: bool = False) -> tuple[str, list[str]]:
             kept += html[start : tag.start], escape(html[position : ending if ending >= 0 else len(html)])
             position = start = ending + len("]]>") if ending >= 0 else len(html)
         elif name == "embed" or (closing and name in ("body", "html")) or (name == "select" and implied):
-            # Drop the tag. libxml2 puts what follows an `embed` into it. Browsers show what follows the body's end. A
-            # `select` within another one only ends that one.
+            # Drop the tag, for one of three reasons. libxml2 would put the content after an `embed` into the `embed`.
+            # Browsers show the content after the end of the body. A `select` within a `select` only ends the outer one.
             kept.append(html[start : tag.start])
             start = position
         elif name == "plaintext" and not closing and not drawn:
