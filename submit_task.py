@@ -44,7 +44,7 @@ from nexum_engine.errors import (
 from nexum_engine.options import seconds
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
-from support.console import complain, let_ctrl_c_cancel, run_script, say, say_what_is_logged
+from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
@@ -446,6 +446,7 @@ def main() -> int:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
+    say_after_ctrl_c("the tool call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
     except (ToolCallFailed, WaitTimeout) as error:
@@ -459,4 +460,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     say_what_is_logged("nexum_engine")
-    run_script(main, interrupted="the tool call continues; run the same command again for its result")
+    run_script(main)
