@@ -1,7 +1,8 @@
 """Measure this project beside its peers: the same tool call, in turns, each peer set up as its documentation says.
 
-python benchmarks/compare.py python benchmarks/compare.py --only nexum-worker --only procrastinate --json found.json
---chart found.svg pip install -r benchmarks/requirements.txt # the peers; the benchmark names and skips missing ones
+    python benchmarks/compare.py
+    python benchmarks/compare.py --only nexum-worker --only procrastinate --json found.json --chart found.svg
+    pip install -r benchmarks/requirements.txt     # the peers; the benchmark names and skips missing ones
 
 A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. Calls that are executed in the caller's
 process and calls that another process executes are two tables. In each round, each peer starts its own processes on its
@@ -10,11 +11,12 @@ unit of all ratios. strace shows what each peer has written to disk when the cal
 
 The columns:
 
-- `calls`: the number of calls in a second, or in the time of a commit, with 32 runs at the same time. - `replay`: after
-the caller was killed with 20 recorded calls, the time from the connection of a new caller until the run continues
-(first table), or until the caller has all 20 results (second table). - `recovery`: from the kill of the worker that
-executes a call until the caller has the result of another worker. - `start`: from the start of all processes to the
-first result. - `MB`: memory of all processes; shared pages are counted once.
+- `calls`: the number of calls in a second, or in the time of a commit, with 32 runs at the same time.
+- `replay`: the caller is killed after 20 recorded calls, and a new caller connects. The time is from the connection
+  until the run continues (first table), or until the new caller has all 20 results (second table).
+- `recovery`: from the kill of the worker that executes a call until the caller has the result of another worker.
+- `start`: from the start of all processes to the first result.
+- `MB`: memory of all processes; shared pages are counted once.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@
 
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite with synchronous=FULL. The paths:
 
-- worker: submit_task with its session file, a server process and a worker process. - replay: the same call again. Its
-result is recorded. - owned: the caller executes the call itself, between the recorded start and the recorded result
-(nexum_engine.owner). - event: the result alone, recorded in one transaction by an Owner, through the server; and
-without a server, by the benchmark's own process. - reply: a model reply in a DurableSession (durable_autogen), in a
-separate process. The model answers at once. - step: what a durable session adds to a tool call and a reply of an
-AutoGen agent, live and replayed: the medians of durable_run.py's case `agent`, minus those of the plain agent.
+- worker: submit_task with its session file, a server process and a worker process.
+- replay: the same call again. Its result is recorded.
+- owned: the caller executes the call itself, between the recorded start and the recorded result (nexum_engine.owner).
+- event: the result alone, recorded in one transaction by an Owner: through the server, and without a server, by the
+  benchmark's own process.
+- reply: a model reply in a DurableSession (durable_autogen), in a separate process. The model answers at once.
+- step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed. Each is a median
+  of durable_run.py's case `agent`, minus the median of the plain agent.
 
 The floor (floor.py) is two commits and two gRPC echoes; the bare limit (bare_limit.py) has the three processes and two
 commits of a durable call over gRPC streams, without an engine. All take turns in blocks of ten calls, so that a slow

@@ -1,12 +1,13 @@
 """DBOS: steps of a workflow in the caller's process, and workflows of a queue in a worker process.
 
 - https://docs.dbos.dev/python/tutorials/step-tutorial: one workflow for each run, one step for each call. A step's
-result is recorded when the step returns. Both are asynchronous functions, which were faster in our trials than
-synchronous ones. - https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its own workflows.
-(No other process recovers them without Conductor, the vendor's service.) -
-https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues by
-DBOSClient and waits by `get_result`; a worker process launches DBOS. Both poll, every second by default. Here both use
-the option `polling_interval_sec`. An interval below 10 ms gave no lower latency, and less throughput.
+  result is recorded when the step returns. Both are asynchronous functions, which were faster in our trials than
+  synchronous ones.
+- https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its own workflows. (No other process
+  recovers them without Conductor, the vendor's service.)
+- https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues by
+  DBOSClient and waits by `get_result`; a worker process launches DBOS. Both poll, every second by default. Here both
+  use the option `polling_interval_sec`. An interval below 10 ms gave no lower latency, and less throughput.
 """
 
 from __future__ import annotations
