@@ -131,7 +131,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
     async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
-        from durable_autogen import run_durable_stream  # slow: the worker starts at the same time
+        from durable_autogen import run_durable_stream  # a slow import; the worker starts meanwhile
 
         if nexum.is_published:
             say_what_is_lost(

@@ -4,10 +4,11 @@
     python benchmarks/compare.py --only nexum-worker --only procrastinate --json found.json --chart found.svg
     pip install -r benchmarks/requirements.txt     # the peers; the benchmark names and skips missing ones
 
-A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. Calls that are executed in the caller's
-process and calls that another process executes are two tables. In each round, each peer starts its own processes on its
-own database, is measured, and ends. Every ten calls take turns with ten commits of plain SQLite (synchronous=FULL), the
-unit of all ratios. strace shows what each peer has written to disk when the caller has its result.
+A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. The first table has calls that are
+executed in the caller's process, the second one has calls that another process executes. In each round, each peer
+starts its own processes on its own database, is measured, and ends. The unit of all ratios is a commit of plain SQLite
+(synchronous=FULL): ten calls and ten commits are made in turn. strace shows what each peer has written to disk when the
+caller has its result.
 
 The columns:
 
@@ -171,7 +172,7 @@ class Comparison:
         return caller
 
     async def _replay_calls(self, processes: Processes, caller: Child, row: Row, number: int) -> Child:
-        """Make calls, kill the caller, and make the same calls again in a new one."""
+        """Make calls, kill the caller, and make the same calls again in a new caller."""
         name = f"recorded-{number}"
         await run(caller, name, RECORDED)
         await caller.kill()
@@ -213,7 +214,7 @@ def is_in_memory(folder: Path) -> bool:
 
 
 def chosen(only: Sequence[str], published: str | None) -> list[Peer]:
-    """Return the peers to measure; name those that are skipped."""
+    """Return the peers to measure; print the name of each skipped one."""
     found = []
     for peer in ALL:
         if only and peer.name not in only:

@@ -26,7 +26,7 @@ SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # with the argument's name and the quotes, 300 bytes of JSON
+ARGUMENT = "x" * 280  # 300 bytes of JSON, when the argument's name and the quotes are added
 RESULT = "y" * 1024
 _ECHO = "/benchmark.Echo/Echo"
 

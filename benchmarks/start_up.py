@@ -5,8 +5,8 @@
     python benchmarks/start_up.py --json
 
 Each run is a new process in a new folder, offline, so it starts its own server and workers. A moment is the time until
-a line of output; `end` is the end of the process. The CPU time is that of all processes of the run: on a busy machine,
-it says more than the times. To compare machines, compare the ratios.
+a line of output; `end` is the end of the process. The CPU time counts all processes of the run. On a busy machine it is
+more reliable than the times. To compare machines, compare the ratios.
 """
 
 from __future__ import annotations

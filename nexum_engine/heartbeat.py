@@ -129,7 +129,7 @@ class Heartbeat:
             self._held.discard(task_id)
 
     def beat(self) -> None:
-        """Send a heartbeat now, and another one soon. The server hands out again each task that neither one names."""
+        """Send a heartbeat now, and another one soon. If neither names a task, the server hands out that task again."""
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
@@ -150,8 +150,8 @@ class Heartbeat:
     async def run(self) -> None:
         """Send heartbeats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, InvalidRequest if
-        the server refuses the worker id, and other errors of `prepare`.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, the errors of
+        `prepare`, and InvalidRequest if the server refuses the worker id.
         """
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()

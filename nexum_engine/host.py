@@ -112,7 +112,7 @@ class Host:
         return host
 
     async def leave(self, on_given_up: Callable[[Exception], None]) -> None:
-        """Stop using the host. After its last user, wait until it has ended."""
+        """Stop using the host. The host's last user waits until the host has ended."""
         with _lock:
             del self._users[on_given_up]
             if self._users or self not in _hosts.values():
@@ -205,7 +205,7 @@ class Host:
             self._client = NexumClient(str(self._database))
 
     async def _open(self, why: str) -> None:
-        """Open the database in this process, if no other process does so first. `why` says what has vanished."""
+        """Open the database in this process, unless another process opens it first. `why` names the ended server."""
         if is_forked():
             raise ServerUnavailable(
                 "no Nexum server answers, and a forked process can't open the database itself: start a server with "

@@ -42,7 +42,7 @@ def _check_count(text: str, what: str) -> None:
 
 
 def _structure(text: str) -> int:
-    """Return the number of commas and opening brackets: about the number of values, if no string holds any."""
+    """Return the number of commas and opening brackets. Outside of strings, it is about the number of values."""
     return text.count(",") + text.count("[") + text.count("{")
 
 

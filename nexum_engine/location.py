@@ -73,7 +73,7 @@ def read_address(database: Path) -> str | None:
     try:
         with address_file(database).open("rb") as file:
             address = file.read(100).decode("ascii").strip()
-    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file holds something else
+    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file isn't text
         return None
     return address if _ADDRESS.fullmatch(address) else None
 

@@ -491,7 +491,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of a failed attempt as text. The text can be sent, whatever the exception is."""
+    """Return the reason of a failed attempt, as text that can be sent. Any exception is accepted."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__

@@ -177,7 +177,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         say("", end="")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {in_words(error)}")  # for example, a full disk
+            complain(f"error: {in_words(error)}")  # for example, the disk is full
         _abandon_output()
         code = 1
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The unit of work of benchmarks/compare.py, and what each peer provides for it.
+"""The unit of work of benchmarks/compare.py, and the interface of each peer.
 
 The unit of work is one tool call: about 300 bytes of arguments, a tool that does nothing, 1 KB of result. Calls are
 made in runs: a run has a name, and makes its calls one after the other. If the caller's process executes the calls, a
@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 IN_FLIGHT = 32
 RECORDED = 20  # the calls of a run that are recorded when its process is killed
 RESULT_BYTES = 1024
-ARGUMENT_BYTES = 280  # with the argument's name and the quotes, 300 bytes of JSON
+ARGUMENT_BYTES = 280  # 300 bytes of JSON, when the argument's name and the quotes are added
 STOPPED = "stopped-"  # the last call of a run whose name begins with this never returns
 FOLDER = "COMPARE_FOLDER"  # the environment variable that names the peer's folder
 
@@ -73,7 +73,7 @@ class Host(Protocol):
         """Start a PostgreSQL server with its default settings; return its URL."""
 
     def port(self, name: str) -> int:
-        """Return a port of 127.0.0.1 that was free, the same one in every round."""
+        """Return a free port of 127.0.0.1. It is the same in every round."""
 
 
 class Peer(ABC):
@@ -142,7 +142,7 @@ def _is_importable(module: str) -> bool:
 
 
 async def retried(connect: Callable[[], Awaitable[T]], patience: float = 60.0) -> T:
-    """Return what `connect` returns. Retry it while the server or the worker that it needs is starting."""
+    """Call `connect` until it raises no error; return its result. The server or worker may still be starting."""
     deadline = time.monotonic() + patience
     while True:
         try:

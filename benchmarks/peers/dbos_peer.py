@@ -5,8 +5,8 @@
   synchronous ones.
 - https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its own workflows. (No other process
   recovers them without Conductor, the vendor's service.)
-- https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues by
-  DBOSClient and waits by `get_result`; a worker process launches DBOS. Both poll, every second by default. Here both
+- https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues
+  by DBOSClient and waits by `get_result`; a worker process launches DBOS. Both poll, every second by default. Here both
   use the option `polling_interval_sec`. An interval below 10 ms gave no lower latency, and less throughput.
 """
 

@@ -55,7 +55,7 @@ class Row:
     commits: list[float] = field(default_factory=list)
     """Plain SQLite commits, made in turn with the calls."""
     blocks: list[float] = field(default_factory=list)
-    """The cost of a call in commits: for each block of calls, its median divided by that of the commits beside it."""
+    """For each block of calls, the median of its calls divided by the median of its commits."""
     rates: list[float] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Row:
     failure: str | None = None
 
     def add(self, calls: Sequence[float], commits: Sequence[float]) -> None:
-        """Add a block of calls and the commits beside it."""
+        """Add a block: the times of its calls, and of the commits that were made in turn with them."""
         self.calls += calls
         self.commits += commits
         self.blocks.append(median(calls) / median(commits))

@@ -144,7 +144,7 @@ class Processes:
     # ---- What a peer may start: the protocol Host --------------------------------------------------------------------
 
     def port(self, name: str) -> int:
-        """Return a port of 127.0.0.1 that was free, the same one in every round."""
+        """Return a free port of 127.0.0.1. It is the same in every round."""
         if name not in self._ports:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -225,7 +225,7 @@ def kill_pid(pid: int) -> None:
 
 
 class Trace:
-    """The fsyncs of some processes, seen by strace. It doesn't see writes with O_DSYNC, and none of io_uring."""
+    """The fsyncs of some processes, seen by strace. It misses writes with O_DSYNC, and all of io_uring."""
 
     CALLS = "fsync,fdatasync,msync,sync_file_range,syncfs"
     _WHOLE = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((\d+<([^>]*)>)?.* = 0 <(\d+\.\d+)>$")

@@ -379,8 +379,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._agent_state.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask before the call's beginning is recorded. AutoGen announces the request meanwhile, and its UserInputManager
-        # waits for ever if the callback hasn't started by then.
+        # Ask the person before the call's beginning is recorded: AutoGen's UserInputManager waits for ever if AutoGen
+        # announces the request before the callback has started.
         is_live = self._recorder.ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 

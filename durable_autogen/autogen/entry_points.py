@@ -199,7 +199,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the usage of replayed replies. A program may decide by the usage, and must decide the same in a replay.
+    # Add the usage of replayed replies, so that a program that decides by the usage decides alike in a replay.
     return total(usage, state_of(place.session).replayed_usage_of(self))
 
 

@@ -129,7 +129,7 @@ class Said(_Frozen):
 
 
 class Revoked(_Frozen):
-    """The content of an event that revokes earlier events: those no longer count."""
+    """The content of an event that revokes earlier events. Revoked events no longer count."""
 
     type: Literal["revoked"] = "revoked"
     why: str

@@ -198,7 +198,8 @@ class Recorder:
             event = self._replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
         if self._calls:
-            # The program ended without waiting for these calls. Record them as given up: a replay will end likewise.
+            # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
+            # them either.
             left = dict(self._calls)
             for running, live in left.items():
                 if not live.answer.done():
@@ -337,7 +338,7 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            # Wait until the session is idle: by then the program has closed the streams that it left.
+            # Wait until the session is idle, because the program may still be closing streams that it left.
             await self._idle()
             giving_up = [running for running, one in self._calls.items() if one.given_up]
             if giving_up:
@@ -443,7 +444,7 @@ class Recorder:
                     self._typed.pop(0)
 
     async def _record_apart(self) -> None:
-        """Record typed lines and given-up calls. A replay delivers those outside the order of events."""
+        """Record typed lines and given-up calls. A replay delivers both outside the order of events."""
         await self._record_typed()
         await self._record_given_up()
 

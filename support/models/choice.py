@@ -6,7 +6,7 @@
     none of these, or offline                             offline: rule-based, no network
 
 Each key is sent only to its vendor. OPENAI_API_KEY is also sent to the server that OPENAI_BASE_URL names. An address
-and its key are always passed together, so that no default of a library can send a key to another address.
+and its key are always passed together, so that a library's default address never gets a key.
 """
 
 import re

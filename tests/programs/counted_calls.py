@@ -42,14 +42,14 @@ class Watch:
         self._fsyncs = folder / "server.fsyncs"
 
     async def cost(self, call: Call, calls: int) -> dict[str, float]:
-        """Make the calls one after the other; return what one of them cost, by the name of the count."""
+        """Make the calls one after the other; return the counts of one call, by name."""
         before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()
         own = self._read_own()  # before the wait, which itself takes turns of the loop
         after = await self._when_idle() | own
         if after["number of the log"] != before["number of the log"]:
-            del after["WAL pages"]  # unknown: the log began again after a checkpoint
+            del after["WAL pages"]  # don't count the pages: a checkpoint has restarted the log
         del after["number of the log"]
         return {name: (after[name] - before[name]) / calls for name in after}
 

@@ -33,7 +33,7 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
         content = SeenPage(soup, rules, lambda address: _absolute(base_url, address), _element_maker(soup)).content
         markdown, complete = _markdown(content)
         if markdown.strip():
-            break  # else the style sheets hide everything, until a script shows it: read the page without the sheets
+            break  # otherwise, the style sheets hide everything until a script runs: read the page without the sheets
     title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
     if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"

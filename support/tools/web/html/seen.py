@@ -210,8 +210,8 @@ class SeenPage:
             and element.parent
             and element.parent.name in TERMS
         ):
-            # The parser has put this term or definition into the one before it, which has no end tag: put it beside
-            # that one.
+            # Without an end tag, the parser puts a term or definition into the one before. Put this element beside that
+            # one.
             place = replace(place, container=parent, in_line=False, levels=place.levels - (element.parent.name == "dd"))
         self._text.end(place)
 

@@ -59,7 +59,7 @@ class Tag(NamedTuple):
 def next_tag(html: str, position: int, *, cdata: bool = False) -> Tag | None:
     """Return the next tag from a position on, or None. As the HTML standard says, skip comments and the like.
 
-    With `cdata`, a CDATA section counts as a tag with the section's start as its name.
+    With `cdata`, the start of a CDATA section counts as a tag, and its text as the tag's name.
     """
     while markup := _MARKUP.search(html, position):
         comment, bogus, closing, name = markup.groups()
@@ -150,7 +150,7 @@ class _Open:
         return bool(self.foreign) and self.foreign[-1] in _FOREIGN
 
     def follow(self, html: str, tag: Tag, self_closed: bool) -> str:
-        """Note what a tag begins and ends. Return the tags that browsers imply before it and libxml2 doesn't."""
+        """Note which elements a tag begins and ends. Return the tags that browsers, unlike libxml2, imply before it."""
         if self.foreign or tag.name in _FOREIGN:
             return "".join(f"</{name}>" for name in self._follow_drawing(html, tag, self_closed))
         if tag.name in BLOCKS:
@@ -187,7 +187,7 @@ class _Open:
         return "</select>"
 
     def _follow_drawing(self, html: str, tag: Tag, self_closed: bool) -> list[str]:
-        """Note what a tag in a drawing begins and ends. Return the names of the elements that it closes implicitly."""
+        """Note which elements a tag in a drawing begins and ends. Return the names of the implicitly ended ones."""
         name, foreign = tag.name, self.foreign
         is_html = name in ("p", "br") if tag.closing else name in _NOT_DRAWN or _is_styled_font(html, tag)
         if foreign and foreign[-1] == "svg" and is_html:
