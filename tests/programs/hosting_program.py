@@ -30,10 +30,15 @@ async def owner() -> AsyncIterator[Owner]:
         yield owner
 
 
+def say(line: str) -> None:
+    """Print a line by one write, so that lines of several threads don't mix."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 async def record(owner: Owner, key: str) -> None:
     await owner.record(EVENT, {"key": key}, {"size": "y" * 1000}, idempotency_key=key)
-    sys.stdout.write(f"RECORDED {key}\n")
-    sys.stdout.flush()
+    say(f"RECORDED {key}")
 
 
 def is_open(gate: str) -> bool:
@@ -49,7 +54,7 @@ async def events(name: str, count: int, gate: str = "") -> None:
             number += 1
             await record(found, f"{name}-{number}")
             await asyncio.sleep(0.001)
-    print("ENDED", flush=True)
+    say("ENDED")
 
 
 def several(name: str, count: str, gate: str = "") -> None:
