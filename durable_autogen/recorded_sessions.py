@@ -21,7 +21,7 @@ from durable_autogen.record.events import (
     read_record,
 )
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
+from durable_autogen.record.log import log_for
 from durable_autogen.record.session import check_session_id
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest

@@ -190,7 +190,7 @@ class Calls:
         self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
     ) -> tuple[Sequence[LLMMessage], Call]:
         position = self._agent_state.next("reply")
-        messages = self._session_state.added.told_to(self._agent, position, messages)
+        messages = self._session_state.added.inserted_into(self._agent, position, messages)
         choice = options.get("tool_choice", "auto")
         request, whole = self._agent_state.conversation.request(
             position,
@@ -381,7 +381,7 @@ class Calls:
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Ask the person before the call's beginning is recorded: AutoGen's UserInputManager waits for ever if AutoGen
         # announces the request before the callback has started.
-        is_live = self._recorder.ahead(call.address) is None
+        is_live = self._recorder.event_ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:

@@ -53,7 +53,7 @@ async def look(
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
-    is_recorded = recorder.ahead(f"{name}/{position}") is not None
+    is_recorded = recorder.event_ahead(f"{name}/{position}") is not None
     is_decided = recorder.is_replaying or recorder.was_checked(name, look_number)
     if not is_recorded and message is not None and is_decided:
         # Restore the condition's state. A condition that has stopped raises an error at the next check.

@@ -89,7 +89,7 @@ class SessionState:
     def __init__(self, recorder: Recorder) -> None:
         self.names = Names()
         self.transcript = Transcript(recorder)
-        self.added = Added(recorder)
+        self.added = AddedMessages(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
         """For each TimeoutTermination: its adjusted start time, and the session's active time when it was started."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
@@ -120,7 +120,7 @@ class SessionState:
         return RequestUsage(prompt_tokens=0, completion_tokens=0) if found is None else found[1]
 
 
-class Added:
+class AddedMessages:
     """The user messages added to a fork. Each agent gets them in its first live request and in all later ones."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -132,13 +132,13 @@ class Added:
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 
-    def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
+    def inserted_into(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
         """Return a request's messages, with the added user messages inserted."""
         if not self.messages:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            recorded = self._recorder.ahead(f"{agent}/{position}")
+            recorded = self._recorder.event_ahead(f"{agent}/{position}")
             comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)

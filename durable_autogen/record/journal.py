@@ -29,7 +29,7 @@ from durable_autogen.record.events import (
     read_record,
     representable,
 )
-from durable_autogen.record.lines import LOG
+from durable_autogen.record.log import LOG
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE

@@ -146,7 +146,7 @@ class Recorder:
         for running in self._calls:
             running.cancel()
 
-    def ahead(self, address: str) -> Event | None:
+    def event_ahead(self, address: str) -> Event | None:
         """Return the recorded event of an address; None if there is none, or if it was delivered already."""
         return self._replay.event_ahead(address)
 
@@ -286,7 +286,7 @@ class Recorder:
         if (event := self._replay.take_given_up(call)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay)
             return None
-        if self.ahead(call.address) is None or (event := await self._replay.take(call)) is None:
+        if self.event_ahead(call.address) is None or (event := await self._replay.take(call)) is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):

@@ -15,7 +15,7 @@ from durable_autogen.record import unrecorded
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
+from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Place, at, current
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
