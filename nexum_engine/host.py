@@ -144,7 +144,7 @@ class Host:
         self.ended.set_result(None)
 
     def _cancel(self) -> None:
-        assert self._keeping is not None  # `_begin` was scheduled before
+        assert self._keeping is not None  # `_begin` has run, because it was scheduled earlier
         self._keeping.cancel()
 
     async def _keep(self) -> None:

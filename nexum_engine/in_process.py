@@ -177,7 +177,7 @@ class _Exchange:
             self.outcome.set_exception(rpc_error(code, details))
 
     def _cancel(self) -> None:
-        assert self._task is not None  # `_begin` was scheduled before
+        assert self._task is not None  # `_begin` has run, because it was scheduled earlier
         self._task.cancel()
 
     def time_out(self) -> None:

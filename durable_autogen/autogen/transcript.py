@@ -71,7 +71,7 @@ class Transcript:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
-        """Return `result` with lasting ids for input requests. During the run, AutoGen needs the random ids."""
+        """Return `result` with lasting ids in its input requests. AutoGen needs the random ids until the run's end."""
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [

@@ -26,8 +26,8 @@ _READINGS = frozenset({"rb", "rt", "rtc", "rp"})  # the parts of a ruby, whose e
 _NOT_CHOSEN = names("input keygen textarea caption table tbody td tfoot th thead tr")
 _VOID = names("area base br col embed hr img input link meta param source track wbr")
 
-# Replace each old name by a newer name of equal look. libxml2 closes an element with an old name where a paragraph or a
-# cell begins. The contents of that element would lose their look, such as struck out or hidden.
+# Replace each old name by a newer name of equal look. libxml2 ends an element with an old name where a paragraph or a
+# cell begins. The text after that point would lose the look of the element.
 _OTHER_NAMES = {"s": "del", "strike": "del", "b": "strong", "i": "em", "tt": "code"}
 _OTHER_NAMES |= dict.fromkeys(("font", "u", "big", "small"), "span") | {"image": "img"}
 
