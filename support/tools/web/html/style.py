@@ -45,8 +45,7 @@ class Sight:
 
 
 def parse_style(text: str) -> Style:
-    """Return the declarations of a `style` attribute by property. The last of equal ones counts, unless one is
-    `!important`."""
+    """Return the declarations of a `style` attribute by property. `!important` ones win, then the last one."""
     plain = "".join(part.partition("*/")[2] if index else part for index, part in enumerate(text.split("/*")))
     style: Style = {}
     important: set[str] = set()
