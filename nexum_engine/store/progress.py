@@ -34,13 +34,14 @@ MAX_DEPTH = 100
 
 # ---- Definitions -----------------------------------------------------------------------------------------------------
 
-_parse_again = lru_cache(maxsize=256)(parse_ir)
+# Remember only a few long definitions: the memory must stay small whatever clients register.
+_parse_short = lru_cache(maxsize=256)(parse_ir)
+_parse_long = lru_cache(maxsize=4)(parse_ir)
 
 
 def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
     """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
-    # Remember only short definitions: the memory must stay small whatever clients register.
-    return _parse_again(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else parse_ir(ir_json)
+    return _parse_short(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else _parse_long(ir_json)
 
 
 def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, NodeDefinition]:

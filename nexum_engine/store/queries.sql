@@ -301,9 +301,10 @@ WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started
 
 -- name: due_waits
 -- The nodes that have waited as long as they may, the earliest first.
-SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash, due_ms
 FROM nodes JOIN executions ON sequence = execution
-WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
+WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now
+ORDER BY due_ms, node LIMIT :limit;
 
 -- name: next_wait
 -- When the next node will have waited as long as it may.

@@ -1,6 +1,7 @@
 """Random operations on random workflows of all node types, on the engine and on a small model of it, side by side.
 
-By default this takes seconds. MODEL_MINUTES=10 runs it for that long, with new random operations each time.
+By default this takes seconds. MODEL_MINUTES=10 runs it for that long, with new random operations each time. With
+MODEL_SHRINK=1, hypothesis looks for the shortest operations that fail, which takes minutes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import parse_ir
 
 MINUTES = float(os.environ.get("MODEL_MINUTES") or 0)
+SHRINKS = bool(os.environ.get("MODEL_SHRINK"))
 T = TypeVar("T")
 Specs = Mapping[str, Mapping[str, Any]]
 
@@ -695,8 +697,7 @@ def check(machine: type[BothEngines], examples: int, steps: int) -> None:
         stateful_step_count=2 * steps if MINUTES else steps,
         deadline=None,
         database=None,
-        # Shrinking takes minutes.
-        phases=[Phase.generate, Phase.shrink] if MINUTES else [Phase.generate],
+        phases=[Phase.generate, *([Phase.shrink] if SHRINKS else [])],
         report_multiple_bugs=False,
         derandomize=not MINUTES,
         print_blob=True,

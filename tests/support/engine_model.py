@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, NexumError, NotFound
@@ -331,17 +331,19 @@ class Model:
             else:
                 self.lose(attempt, attempt.node.lease_loss)
         waiting = [n for n in self.nodes() if n.status == "WAITING" and n.due is not None and n.due <= self.now]
-        for node in sorted(waiting, key=lambda one: one.due or 0):
-            if node.status != "WAITING":
-                continue
-            if node.kind == "TIMER":
-                self._complete(node, self._timer_output(node))
-                self._advance(node.run)
-            elif node.spec.get("on_timeout"):
-                node.status, node.timed_out = "SKIPPED", True
-                self._advance(node.run)
-            else:
-                self._fail(node)
+        waiting.sort(key=lambda one: one.due or 0)
+        for (_, run), together in groupby(waiting, key=lambda one: (one.due, one.run)):
+            for node in together:
+                if node.status != "WAITING":
+                    continue  # the end of an execution has cancelled it
+                if node.kind == "TIMER":
+                    self._complete(node, self._timer_output(node))
+                elif node.spec.get("on_timeout"):
+                    node.status, node.timed_out = "SKIPPED", True
+                else:
+                    self._fail(node)
+            if run.status == "RUNNING":
+                self._advance(run)
 
     # ---- Reading ---------------------------------------------------------------------------------------------------
 
