@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext, published
+from nexum_engine.channel import Channel
 from nexum_engine.connection import (
     MAX_SERVER_WAIT,
     Connection,
@@ -26,6 +30,8 @@ from nexum_engine.errors import (
     InvalidRequest,
     NotANexumServer,
     NotFound,
+    ServerError,
+    ServerUnavailable,
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
@@ -39,10 +45,12 @@ from nexum_engine.records import (
     NodeStatus,
     Outcome,
     PendingApproval,
+    SessionSummary,
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata
+from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -72,6 +80,22 @@ class Observed:
     execution: Execution
     has_poller: bool | None
     """Whether a worker polls for the execution's version. None if the server can't tell."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The answer to `prune`."""
+
+    executions: int
+    sessions: int
+    kept: int
+    """The old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    after: int | None
+    """Where to continue; None if this was the last part."""
+    total_bytes: int
+    free_bytes: int
+    given_back_bytes: int
+    """After the last part: the database's size, its space for new executions, and what was given back to the disk."""
 
 
 class NexumClient:
@@ -151,6 +175,7 @@ class NexumClient:
         owner: str = "",
         held_task_id: str = "",
         output_json: str = "",
+        attributes: Mapping[str, str] | None = None,
     ) -> Started:
         """Start an execution, or find the execution that has the idempotency key.
 
@@ -158,6 +183,7 @@ class NexumClient:
         the execution's only node is handed to the caller, and to no poll. With `held_task_id`, the server refuses the
         start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
         that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
+        `attributes` are names and values by which `list_executions` finds the execution.
 
         Without a key, the call is never retried. If only the answer was lost, a retry would start a second execution.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest. Raises Conflict while another owner holds the
@@ -181,6 +207,7 @@ class NexumClient:
             owner=owner,
             held_task_id=held_task_id,
             output_json=output_json,
+            attributes=attributes,
         )
         try:
             answer = await self._call(
@@ -188,7 +215,7 @@ class NexumClient:
             )
         except NotFound as error:
             raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
-        ended = _execution(answer.ended) if answer.HasField("ended") else None
+        ended = await self._whole(answer.ended, patience) if answer.HasField("ended") else None
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])
         return Started(answer.execution_id, answer.existing, status, ended, task)
@@ -205,12 +232,37 @@ class NexumClient:
                 )
                 try:
                     answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
-                    return Observed(_execution(answer), answer.has_poller)
+                    return Observed(await self._whole(answer, patience), answer.has_poller)
                 except NotANexumServer:
                     self._fall_back()
             return await self._poll_status(execution_id, wait=wait, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
+
+    async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
+        """Return the execution of an answer. Read the input and the outputs that the answer leaves out."""
+        found = _execution(answer)
+        if found.input_bytes:
+            text = await self._payload(found.execution_id, "", found.input_bytes, patience)
+            found = replace(found, input_json=text, input_bytes=0)
+        nodes = []
+        for node in found.nodes:
+            if node.output_bytes:
+                text = await self._payload(found.execution_id, node.node_id, node.output_bytes, patience)
+                node = replace(node, output_json=text, output_bytes=0)
+            nodes.append(node)
+        return replace(found, nodes=tuple(nodes)) if nodes else found
+
+    async def _payload(self, execution_id: str, node_id: str, size: int, patience: float) -> str:
+        """Read an output, or the input if `node_id` is empty, in parts."""
+        data = bytearray()
+        while len(data) < size:
+            request = pb.GetOutputRequest(execution_id=execution_id, node_id=node_id, offset=len(data))
+            part = (await self._call(lambda stub: stub.GetOutput, request, patience=patience)).data
+            if not part:
+                raise ServerError(f"the server on {self.address} sent {len(data):,} of {size:,} bytes of an output")
+            data += part
+        return data.decode("utf-8", "surrogatepass")
 
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
@@ -253,14 +305,21 @@ class NexumClient:
         before: str = "",
         with_nodes: bool = False,
         parent: str = "",
+        since_ms: int = 0,
+        until_ms: int = 0,
+        attributes: Mapping[str, str] | None = None,
+        group_sessions: bool = False,
         patience: float = 0.0,
     ) -> list[Execution]:
         """Return the newest executions, at most `limit` (default 20). `with_nodes` includes inputs and nodes.
 
         `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
         an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
-        page is the end of the list. `parent` selects the executions that the nodes of this execution started.
-        Raises ExecutionNotFound for an unknown `before`.
+        page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
+        1970. `attributes` selects those that have all of these attributes. With `group_sessions`, a durable session is
+        one item, its latest run. `parent` selects the executions that the nodes of this execution started.
+        Raises ExecutionNotFound for an unknown `before`, and ServerError if the server knows only the published
+        contract and can't select by time or attributes.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,
@@ -270,11 +329,17 @@ class NexumClient:
             before_execution_id=before,
             with_nodes=with_nodes,
             parent_execution_id=parent,
+            since_ms=since_ms,
+            until_ms=until_ms,
+            attributes=attributes,
+            group_sessions=group_sessions,
         )
         try:
             answer = await self._call(lambda stub: stub.ListExecutions, request, patience=patience)
         except NotFound as error:
             raise ExecutionNotFound(before) from error
+        if (since_ms or until_ms or attributes) and any(not one.created_ms for one in answer.executions):
+            raise ServerError(f"the server on {self.address} is a published one: it can't select by time or attributes")
         return [
             Execution(
                 execution_id=summary.execution_id,
@@ -290,6 +355,8 @@ class NexumClient:
                 parent_execution_id=summary.parent_execution_id,
                 parent_node_id=summary.parent_node_id,
                 child_index=summary.child_index if summary.HasField("child_index") else None,
+                attributes=dict(sorted(summary.attributes.items())),
+                session=_session(summary.session) if summary.HasField("session") else None,
             )
             for summary in answer.executions
         ]
@@ -304,6 +371,20 @@ class NexumClient:
             await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
+
+    async def retry_execution(self, execution_id: str) -> None:
+        """Continue a FAILED execution at its failed node. Recorded results are kept.
+
+        Raises ExecutionNotFound, and Conflict if the execution can't be retried: it has not failed, its key has a newer
+        execution, or it is owned.
+        """
+        try:
+            await self._call(lambda stub: stub.RetryExecution, pb.RetryRequest(execution_id=execution_id))
+        except NotFound as error:
+            raise ExecutionNotFound(execution_id) from error
+        except NotANexumServer as error:
+            await self.ping()
+            raise ServerError(f"the server on {self.address} is a published one: it can't retry executions") from error
 
     # ---- Nodes that wait ---------------------------------------------------------------------------------------------
 
@@ -346,6 +427,58 @@ class NexumClient:
             idempotency_key=idempotency_key,
         )
         await self._call(lambda stub: stub.SendEvent, request, patience=patience if idempotency_key else 0.0)
+
+    # ---- Maintenance -------------------------------------------------------------------------------------------------
+
+    async def prune(
+        self, older_than: float, *, session: str = "", dry_run: bool = False, after: int = 0, compact: bool = False
+    ) -> Pruned:
+        """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
+
+        Call again with the answer's `after` until it is None. With `session`, only the executions of that session are
+        deleted, together. `compact` gives all free space of the file back to the disk after the last part. Raises
+        NotFound for an unknown session, and InvalidRequest.
+        """
+        request = pb.PruneRequest(
+            older_than_ms=round(older_than * 1000), session=session, dry_run=dry_run, after=after, compact=compact
+        )
+        answer = await self._call(lambda stub: stub.Prune, request, wait=MAX_SERVER_WAIT if compact else 0.0)
+        return Pruned(
+            executions=answer.executions,
+            sessions=answer.sessions,
+            kept=answer.kept,
+            after=answer.after if answer.more else None,
+            total_bytes=answer.total_bytes,
+            free_bytes=answer.free_bytes,
+            given_back_bytes=answer.given_back_bytes,
+        )
+
+    async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:
+        """Write a copy of the server's database to `file`, an absolute path on the server's machine.
+
+        Yields the copied bytes and the size of the database while the server copies. The file is complete when the
+        iteration ends; close the generator to stop the backup. Raises Conflict if the file exists and `overwrite` is
+        false, and InvalidRequest if the file can't be written.
+        """
+        await self.reach()
+        # A channel of its own: calls share a stream, and have no answers in parts.
+        channel = Channel(*self.route(), purpose="backup")
+        stream = channel.stub.Backup()
+        try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
+                await stream.write(pb.BackupRequest(file=str(file), overwrite=overwrite))
+            while True:
+                step = await stream.read()
+                if not isinstance(step, pb.BackupProgress):
+                    raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
+                yield step.copied_bytes, step.total_bytes
+                if step.done:
+                    return
+        except grpc.RpcError as rpc_error:
+            raise error_of(rpc_error, self.address) from rpc_error
+        finally:
+            stream.cancel()
+            await channel.close()
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
@@ -425,6 +558,14 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         parent_execution_id=answer.parent_execution_id,
         parent_node_id=answer.parent_node_id,
         child_index=answer.child_index if answer.HasField("child_index") else None,
+        attributes=dict(sorted(answer.attributes.items())),
+        input_bytes=answer.input_bytes,
+    )
+
+
+def _session(summary: pb.SessionSummary) -> SessionSummary:
+    return SessionSummary(
+        summary.session, summary.events, summary.is_running, summary.question, summary.calls, summary.tokens
     )
 
 
@@ -442,6 +583,7 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
             ),
             node.progress_json,
             node.due_ms or None,
+            node.output_bytes,
         )
         for node in records
     )

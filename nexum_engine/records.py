@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -133,6 +134,23 @@ class Node:
     """The progress that an attempt sent last."""
     due_ms: int | None = None
     """When a WAITING node has waited as long as it may. None if it may wait for ever, or does not wait."""
+    output_bytes: int = 0
+    """The size of an output that is left out; else 0."""
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What a list says of a session. Question, calls and tokens are empty if its events have no summary."""
+
+    session: str
+    events: int
+    """The number of recorded events."""
+    is_running: bool
+    """Whether a process has the session's latest run."""
+    question: str
+    calls: int
+    """The recorded calls of models, tools and people."""
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,12 @@ class Execution:
     error: str
     nodes: tuple[Node, ...] = ()
     """The nodes, dependencies first."""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    """The names and values that were given at the start."""
+    input_bytes: int = 0
+    """The size of an input that is left out; else 0."""
+    session: SessionSummary | None = None
+    """The session that this execution stands for in a list: the execution is the session's latest run."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from nexum_engine.records import Attempt, Execution
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus
 
 WIDTH = 80
 _EXCERPT_LINES = 4
@@ -20,17 +20,54 @@ def as_json(executions: Sequence[Execution] | Execution) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
+def as_json_line(execution: Execution) -> str:
+    """Return the execution as JSON in one line."""
+    return json.dumps(asdict(execution), ensure_ascii=True)
+
+
+HEADING = f"{'EXECUTION':<39} {'STATUS':<11} {'STARTED':<10} WORKFLOW"
+
+
 def table(executions: Sequence[Execution], now_ms: int) -> str:
-    """Return a table with one line for each execution."""
+    """Return a table of executions. A session has a line more with its calls, and one with its question."""
     if not executions:
         return "no executions"
-    lines = [f"{'EXECUTION':<41} {'STATUS':<9} {'STARTED':<10} WORKFLOW"]
-    lines += [
-        f"{_cut(one.execution_id, 41):<41} {one.status.value:<9} {age(now_ms - one.created_ms):<10} "
-        f"{_cut(one.workflow_id, 17)}"
-        for one in executions
+    return "\n".join([HEADING, *(row(one, now_ms) for one in executions)])
+
+
+def row(one: Execution, now_ms: int) -> str:
+    """Return the lines of one execution, or of one session, in a table."""
+    session, name, status = one.session, one.execution_id, one.status.value
+    if session is not None:
+        name = f"session {session.session}"
+        if one.status is ExecutionStatus.RUNNING and not session.is_running:
+            status = "interrupted"
+    lines = [
+        f"{_cut(name, 39):<39} {status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}".rstrip()
     ]
+    if session is not None:
+        if session.question:
+            lines.append(f"    {_cut(session.question, WIDTH - 4)}")
+        lines.append(f"    {session.calls:,} call(s), {session.tokens:,} token(s), {session.events:,} event(s)")
     return "\n".join(lines)
+
+
+def changes(execution: Execution) -> list[str]:
+    """Return a line for each thing that has happened in an execution. Later, there are more lines."""
+    lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
+    for node in execution.nodes:
+        name = _cut(node.node_id, WIDTH // 2)
+        for attempt in node.attempts:
+            lines.append(f"{name} attempt {attempt.attempt} began {_moment(attempt.started_ms)}")
+            if attempt.ended_ms is not None:
+                took = seconds(attempt.started_ms, attempt.ended_ms)
+                lines.append(f"{name} attempt {attempt.attempt} {attempt.outcome.value} after {took}")
+                lines += _wrapped(attempt.error, "    ") if attempt.error else []
+        if node.status in (NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED):
+            lines.append(f"{name} is {node.status.value}")
+    if execution.status.ended:
+        lines.append(f"{execution.execution_id} is {execution.status.value}")
+    return lines
 
 
 def details(execution: Execution) -> str:
@@ -46,6 +83,8 @@ def details(execution: Execution) -> str:
     ]
     if execution.idempotency_key:
         lines += _field("key", execution.idempotency_key)
+    if execution.attributes:
+        lines += _field("attributes", ", ".join(f"{name}={value}" for name, value in execution.attributes.items()))
     lines += _field("input", execution.input_json)
     if execution.error:
         lines += _field("error", execution.error)
@@ -110,6 +149,16 @@ def seconds(start_ms: int, end_ms: int | None) -> str:
     if end_ms is not None and end_ms < start_ms:
         return "an unknown time (the clock was put back)"
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes as text, in its largest unit."""
+    amount, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:,.0f} {unit}" if unit == "bytes" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
 def age(ms: int) -> str:

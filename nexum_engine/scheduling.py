@@ -29,8 +29,13 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
     ),
     NodeStatus.COMPLETED: frozenset(),
     NodeStatus.SKIPPED: frozenset(),
-    NodeStatus.FAILED: frozenset(),
-    NodeStatus.CANCELLED: frozenset(),
+    # A person retries the FAILED execution: its nodes without a result begin again.
+    NodeStatus.FAILED: frozenset(
+        {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
+    ),
+    NodeStatus.CANCELLED: frozenset(
+        {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
+    ),
 }
 """The statuses that can follow a node's status. A node begins as PENDING.
 

@@ -30,6 +30,8 @@ MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000
 MAX_DEPENDENCIES = 10_000  # of all nodes together
 MAX_ID_LENGTH = 200  # characters
+MAX_ATTRIBUTES = 10  # of one execution
+MAX_ATTRIBUTE_NAME = 64  # characters
 MAX_SECONDS = 100 * 366 * 24 * 3600
 """The longest delay or time limit of a node: about 100 years."""
 
@@ -308,6 +310,19 @@ def check_id(value: str, what: str) -> str:
     if not value.isprintable():
         raise InvalidRequest(f"{what} {value!r} has unprintable characters")
     return value
+
+
+def check_attributes(attributes: Mapping[str, str]) -> None:
+    """Raise InvalidRequest unless these are valid attributes: few, with short names and printable values."""
+    if len(attributes) > MAX_ATTRIBUTES:
+        raise InvalidRequest(f"there are {len(attributes):,} attributes; the limit is {MAX_ATTRIBUTES}")
+    for name, value in attributes.items():
+        if len(check_id(name, "an attribute's name")) > MAX_ATTRIBUTE_NAME or "=" in name:
+            raise InvalidRequest(
+                f"{name!r} can't be the name of an attribute: use up to {MAX_ATTRIBUTE_NAME} characters, and no ="
+            )
+        if value:
+            check_id(value, f"the value of attribute {name!r}")
 
 
 class _NodeIr(BaseModel):

@@ -27,6 +27,7 @@ from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 PAGE = 100  # executions in one answer, at most
+MAX_QUESTION = 200  # characters of the question in a summary
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 
@@ -213,6 +214,44 @@ class EventInput(Addressed, _Frozen):
     kind: Kind
 
 
+class Summary(_Frozen):
+    """What `nexum ps` says of a session: a summary of the events that count up to one event, in that event."""
+
+    number: int = 0
+    """The number of the event. `nexum ps` shows the summary with the highest one."""
+    question: str = ""
+    calls: int = 0
+    tokens: int = 0
+
+    def plus(self, event: Event) -> Summary:
+        """Return the summary with one event more."""
+        question = self.question
+        if isinstance(event.content, Begun):
+            question = " / ".join(event.content.task)
+        elif isinstance(event.content, Said):
+            question = " / ".join(filter(None, (question, event.content.text)))
+        return Summary(
+            number=event.seq,
+            question=question[:MAX_QUESTION],
+            calls=self.calls + event.kind.is_call,
+            tokens=self.tokens + tokens_of(event),
+        )
+
+    def minus(self, event: Event) -> Summary:
+        """Return the summary without an event that no longer counts."""
+        return self.model_copy(
+            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - tokens_of(event)}
+        )
+
+
+def tokens_of(event: Event) -> int:
+    """Return the tokens of a model's reply, of prompt and completion; 0 for other events."""
+    match event.content:
+        case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
+            return prompt + completion
+    return 0
+
+
 class Event(Addressed, _Frozen):
     """A recorded event."""
 
@@ -239,6 +278,8 @@ class Event(Addressed, _Frozen):
 
     Only calls without a recorded beginning are listed, and only those made since the previous event.
     """
+    summary: Summary | None = None
+    """The summary of the session up to this event. `nexum ps` shows that of the newest event."""
 
     @property
     def is_setback(self) -> bool:

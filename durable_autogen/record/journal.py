@@ -25,6 +25,7 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
+    Summary,
     end_of,
     read_record,
     representable,
@@ -63,6 +64,7 @@ class Journal:
         self._run: Task | None = None
         self.next_seq = 1
         """The number of the next event."""
+        self._summary = Summary()
         self._starting: set[asyncio.Task[Started]] = set()
         self._times_revoked: Counter[str] = Counter()
         self._times_replaced: Counter[str] = Counter()
@@ -320,6 +322,7 @@ class Journal:
     async def _write(self, task: Task | None, call: Call, event: Event) -> Event:
         self.next_seq = event.seq + 1
         self._unrecorded = []
+        event = event.model_copy(update={"summary": self._summary.plus(event)})
         input = self._input(call)
         task = task or self._inherited.pop(self._key(input), None)
         try:
@@ -341,6 +344,7 @@ class Journal:
 
     def _append(self, event: Event) -> None:
         self.events.append(event)
+        self._summary = self._summary.plus(event)
         if isinstance(event.content, Revoked) and event.content.is_another_program:
             self._other_programs.append(event.seq)
 
@@ -364,6 +368,8 @@ class Journal:
         """Record that `events` no longer count. The program's calls for them are made again."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
+        for event in revoked:
+            self._summary = self._summary.minus(event)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1

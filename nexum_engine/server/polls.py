@@ -62,6 +62,8 @@ class Polls:
         """The polls of each version, oldest first: those that wait for a task, and those whose claim is under way."""
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
+        self._largest_task: dict[str, int] = {}
+        """The size of the largest task that a worker said it can receive, by version."""
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
         """An upper bound of the number of due tasks, by version. For a version that is missing here, it is unknown.
@@ -117,6 +119,7 @@ class Polls:
         self._polls_of_worker[poll.worker_id][poll] = None
         for version_hash in poll.version_hashes:
             self._polls[version_hash][poll] = None
+            self._largest_task[version_hash] = max(poll.max_bytes, self._largest_task.get(version_hash, 0))
             self._remember_poll(version_hash)
 
     def _remove(self, poll: _WaitingPoll) -> None:
@@ -132,6 +135,7 @@ class Polls:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
             # Forget their numbers of due tasks, too. The next poll for such a version then submits a claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
+            self._largest_task = {v: size for v, size in self._largest_task.items() if v in self._last_poll_ms}
             # Scan the versions again only when their number has doubled: a scan takes time in proportion to it.
             self._forget_above = max(MAX_REMEMBERED_VERSIONS, 2 * len(self._last_poll_ms))
 
@@ -198,6 +202,14 @@ class Polls:
         return bool(self._polls.get(version_hash)) or (
             last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
         )
+
+    def largest_task(self, version_hash: str) -> int | None:
+        """Return the size of the largest task that a worker of the version said it can receive.
+
+        None if no worker has polled for the version since the server's start. A worker that is busy or away still
+        counts: it may come back for the task.
+        """
+        return self._largest_task.get(version_hash)
 
     def worker_connected(self, worker_id: str) -> None:
         """Note that the worker has a worker stream. Its next tasks get the shorter lease, which heartbeats renew."""

@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError, TooLarge
+from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
 from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
+from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
-from nexum_engine.store import Store, executions, reading, tasks, waits
+from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
+from nexum_engine.store.base import Space
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
@@ -36,14 +40,17 @@ MAX_WAIT_MS = 30_000
 """The longest time that a call may wait for a task or for the end of an execution."""
 DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
 """The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
+ANSWER_BYTES = 4 * 1024 * 1024
+"""The largest answer that a gRPC client with default settings can receive."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
 """The number of versions that one poll may name."""
-SUMMARY_BYTES, VERSION_BYTES = 5000, 500
+SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 """The size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
+PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
@@ -104,6 +111,7 @@ class NexumServicer(NexumServiceServicer):
         self._polls = polls
         self._waiters = waiters
         self._liveness = liveness
+        self.retention = Retention(store)
         self.rpcs = rpcs_of(self, abort)
         """The unary RPCs by name, with the checks of their requests."""
         self._streams = CallStreams(self.rpcs)
@@ -156,6 +164,8 @@ class NexumServicer(NexumServiceServicer):
                 request.version_hash,
                 input_json,
                 request.idempotency_key,
+                attributes=dict(request.attributes),
+                max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
@@ -185,6 +195,7 @@ class NexumServicer(NexumServiceServicer):
                 *self._polls.lease_of(request.owner),
                 request.held_task_id,
                 request.output_json,
+                dict(request.attributes),
             )
         )
         # Use a callback: the sweep and the waiters must learn of the start even if the caller is cancelled.
@@ -252,17 +263,28 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
-        size = await self._store.run(reading.output_bytes, request.execution_id)
-        if size > DEFAULT_CLIENT_BYTES:
-            raise TooLarge(
-                f"the outputs of execution {request.execution_id} are {size:,} bytes, more than GetStatus can send to "
-                f"a default client ({DEFAULT_CLIENT_BYTES:,}): use GetExecution"
-            )
         execution = await self._get(request.execution_id, context)
-        outputs = ",".join(
-            f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in execution.outputs().items()
+        outputs = execution.outputs() | {
+            node.node_id: json.dumps({"__nexum_claim_check__": True, "size": node.output_bytes, "rpc": "GetOutput"})
+            for node in execution.nodes
+            if node.output_bytes
+        }
+        text = ",".join(f"{json.dumps(node, ensure_ascii=False)}:{output}" for node, output in outputs.items())
+        return pb.StatusResponse(
+            status=execution.status.value, completed_nodes_json=f"{{{text}}}", error=execution.error
         )
-        return pb.StatusResponse(status=execution.status.value, completed_nodes_json=f"{{{outputs}}}")
+
+    @_rpc
+    async def GetOutput(self, request: pb.GetOutputRequest, context: Context) -> pb.GetOutputResponse:
+        check_id(request.execution_id, "execution_id")
+        if request.offset < 0 or request.length < 0:
+            raise InvalidRequest("offset and length can't be negative")
+        length = min(request.length or DEFAULT_CLIENT_BYTES, DEFAULT_CLIENT_BYTES)
+        await self._answers.reserve(context, length)
+        data, total = await self._store.run(
+            reading.payload_part, request.execution_id, request.node_id, request.offset, length
+        )
+        return pb.GetOutputResponse(data=data, total_bytes=total)
 
     @_rpc
     async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
@@ -286,14 +308,17 @@ class NexumServicer(NexumServiceServicer):
         return await self._whole(execution, context, with_attempts)
 
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
-        """Return the execution with its payloads. Read them if `execution` was too large to have them."""
+        """Return the execution with its payloads. Read them if `execution` was too large to have them.
+
+        The largest are left out if a default client could not receive the answer.
+        """
         if execution.nodes:
             await self._answers.reserve(context, _size_of(execution))
             return execution
         execution_id = execution.execution_id
         size = await self._store.run(reading.payload_bytes, execution_id, with_attempts)
-        await self._answers.reserve(context, size)
-        return await self._store.run(reading.get_execution, execution_id, with_attempts)
+        await self._answers.reserve(context, min(size, ANSWER_BYTES))
+        return await self._store.run(reading.get_execution, execution_id, with_attempts, max_answer_bytes=ANSWER_BYTES)
 
     async def _end_of(self, execution_id: str, wait: float) -> Execution | None:
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
@@ -312,15 +337,19 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
-        await self._answers.reserve(context, reading.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
+        await self._answers.reserve(context, listing.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
         found = await self._store.run(
-            reading.list_executions,
+            listing.list_executions,
             request.workflow_id,
             request.status,
             limit,
-            key_prefix=request.idempotency_key_prefix,
             before=request.before_execution_id,
             with_nodes=request.with_nodes,
+            key_prefix=request.idempotency_key_prefix,
+            since_ms=request.since_ms,
+            until_ms=request.until_ms,
+            attributes=dict(request.attributes),
+            group_sessions=request.group_sessions,
             parent=request.parent_execution_id,
         )
         return pb.ListResponse(
@@ -340,6 +369,8 @@ class NexumServicer(NexumServiceServicer):
                     parent_execution_id=execution.parent_execution_id,
                     parent_node_id=execution.parent_node_id,
                     child_index=execution.child_index,
+                    attributes=execution.attributes,
+                    session=None if execution.session is None else pb.SessionSummary(**asdict(execution.session)),
                 )
                 for execution in found
             ]
@@ -350,6 +381,12 @@ class NexumServicer(NexumServiceServicer):
         check_id(request.execution_id, "execution_id")
         await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id))
         return pb.AckResponse(ok=True, message="Execution cancelled")
+
+    @_rpc
+    async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
+        check_id(request.execution_id, "execution_id")
+        await self._liveness.carry_out(self._store.run(retry.retry_execution, request.execution_id))
+        return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
     @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
@@ -433,6 +470,63 @@ class NexumServicer(NexumServiceServicer):
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
 
+    @_rpc
+    async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
+        part = await self.retention.prune(
+            request.older_than_ms,
+            session=request.session,
+            after=request.after,
+            dry_run=request.dry_run,
+            compact=request.compact,
+        )
+        space = part.space or Space(0, 0)
+        return pb.PruneResponse(
+            executions=part.pruned.executions,
+            sessions=part.pruned.sessions,
+            kept=part.pruned.kept,
+            more=part.pruned.after is not None,
+            after=part.pruned.after or 0,
+            total_bytes=space.total,
+            free_bytes=space.free,
+            given_back_bytes=space.given_back,
+        )
+
+    async def Backup(
+        self, request_iterator: AsyncIterator[pb.BackupRequest], context: Context
+    ) -> AsyncGenerator[pb.BackupProgress, None]:
+        await self.refuse_what_is_meant_for_another(context)
+        try:
+            async for request in request_iterator:
+                async with aclosing(self._backup(request)) as steps:
+                    async for step in steps:
+                        yield step
+                return
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
+
+    async def _backup(self, request: pb.BackupRequest) -> AsyncGenerator[pb.BackupProgress, None]:
+        """Make a backup. If the generator is closed before its end, the backup is stopped."""
+        if not os.path.isabs(request.file):
+            raise InvalidRequest(f"{request.file!r} is not an absolute path")
+        copied, total = 0, 0
+
+        def note(copied_bytes: int, total_bytes: int) -> None:
+            nonlocal copied, total
+            copied, total = copied_bytes, total_bytes
+
+        making = asyncio.ensure_future(
+            self._store.backup(Path(request.file), overwrite=request.overwrite, progress=note)
+        )
+        try:
+            while not making.done():
+                await asyncio.wait({making}, timeout=PROGRESS_INTERVAL)
+                if not making.done():
+                    yield pb.BackupProgress(copied_bytes=copied, total_bytes=total)
+            size = making.result()
+            yield pb.BackupProgress(copied_bytes=size, total_bytes=size, done=True)
+        finally:
+            making.cancel()
+
 
 def _wait_seconds(wait_ms: int) -> float:
     if wait_ms < 0:
@@ -496,6 +590,8 @@ def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutio
         parent_execution_id=execution.parent_execution_id,
         parent_node_id=execution.parent_node_id,
         child_index=execution.child_index,
+        attributes=execution.attributes,
+        input_bytes=execution.input_bytes,
     )
 
 
@@ -509,6 +605,7 @@ def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
             error=node.error,
             progress_json=node.progress_json,
             due_ms=node.due_ms or 0,
+            output_bytes=node.output_bytes,
             attempts=[
                 pb.AttemptRecord(
                     attempt=attempt.attempt,

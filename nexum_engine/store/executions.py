@@ -6,6 +6,7 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nexum_engine import jsontext
@@ -14,6 +15,7 @@ from nexum_engine.errors import (
     ExecutionNotFound,
     IdempotencyConflict,
     InvalidRequest,
+    TooLarge,
     VersionConflict,
     WorkflowNotFound,
 )
@@ -22,7 +24,7 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import new_task_id, node_number, number_of, random_part
 from nexum_engine.store.progress import TASK_FRAME_BYTES, begin, end_execution, parsed, policy_of
 from nexum_engine.store.results import Changed, Changes, Started
-from nexum_engine.workflow import check_id, compatibility
+from nexum_engine.workflow import check_attributes, check_id, compatibility
 
 MAX_VERSIONS = 1000
 """The largest number of versions in one answer."""
@@ -96,17 +98,22 @@ def start_execution(
     *,
     owned: bool = False,
     result: OwnedResult | None = None,
+    attributes: Mapping[str, str] | None = None,
+    max_task_bytes: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
-    COMPLETED. Raises WorkflowNotFound for an unknown version, InvalidRequest for an input that isn't JSON, and
-    IdempotencyConflict if the key's execution has another input.
+    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. Raises WorkflowNotFound for
+    an unknown version, InvalidRequest for an input that isn't JSON and for wrong attributes, TooLarge for an input that
+    no worker can receive, and IdempotencyConflict if the key's execution has another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
     input_json = input_json or "null"
     jsontext.parse(input_json, "input_json")
+    if attributes:
+        check_attributes(attributes)
     if idempotency_key:
         check_id(idempotency_key, "idempotency_key")
         latest = db.one("execution_of_key", workflow_id=workflow_id, idempotency_key=idempotency_key)
@@ -119,6 +126,13 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
                 return Started(latest["execution_id"], status, existing=True)
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
+    if max_task_bytes is not None and task_bytes > max_task_bytes:
+        raise TooLarge(
+            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, more than any known worker of version "
+            f"{version_hash} can receive ({max_task_bytes - TASK_FRAME_BYTES:,}): put the data into a file, or start a "
+            "worker with a larger limit (max_task_bytes), and then this execution"
+        )
     status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
     added = db.one(
         "add_execution",
@@ -133,6 +147,8 @@ def start_execution(
     )
     if added is None:
         raise WorkflowNotFound(workflow_id, version_hash)
+    for name, value in (attributes or {}).items():
+        db.run("add_attribute", execution=added["sequence"], name=name, value=value)
     if owned:
         _add_owned_node(db, added, workflow_id, version_hash, input_json, result)
         return Started(added["execution_id"], status, existing=False)

@@ -17,7 +17,7 @@ from nexum_engine.errors import InvalidRequest, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import node_number, random_part
-from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of_row, get_execution
+from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution
 from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
 
@@ -341,5 +341,5 @@ def end_execution(
 
 def _ended(db: Db, row: Row, only_node: Node | None) -> Execution:
     if only_node is not None and row["input_json"]:
-        return execution_of_row(row, (only_node,))
+        return execution_of(row, (only_node,))
     return get_execution(db, row["execution_id"], max_bytes=MAX_INLINE_BYTES)

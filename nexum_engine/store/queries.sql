@@ -36,15 +36,20 @@ SELECT execution_id, status, input_json FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
 
 -- name: add_execution
--- Store an execution, if its version is registered. Its id begins with its number.
+-- Store an execution, if its version is registered. Its id begins with its number, which no execution had before.
 INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key,
                         created_ms, ended_ms)
 SELECT number, 'exec-' || number || '-' || :random, workflow_id, version_hash, :status, :input_json,
        :idempotency_key, :now, :ended_ms
-FROM workflow_versions, (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+FROM workflow_versions, (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                                    (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 WHERE workflow_id = :workflow_id AND version_hash = :version_hash
 RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
                                    WHERE workflow_id = :workflow_id AND version_hash = :version_hash) AS ir_json;
+
+-- name: add_attribute
+-- Add an attribute to a new execution.
+INSERT INTO attributes (execution, name, value) VALUES (:execution, :name, :value);
 
 -- name: add_node
 -- Add a node to a new execution.
@@ -59,7 +64,8 @@ INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, statu
                         child_index)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
        :parent_node, :child_index
-FROM (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+FROM (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                 (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 RETURNING sequence, execution_id;
 
 -- name: add_recorded_node
@@ -75,7 +81,8 @@ SELECT sequence, execution_id, workflow_id, version_hash, status, input_json, id
        error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
        AS parent_execution_id,
-       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index,
+       (SELECT json_group_object(name, value) FROM attributes WHERE execution = sequence) AS attributes
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: execution_without_input
@@ -84,50 +91,130 @@ SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_js
        ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
        AS parent_execution_id,
-       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index,
+       (SELECT json_group_object(name, value) FROM attributes WHERE execution = sequence) AS attributes
 FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: sequence
 -- An execution's number in the order of starts.
 SELECT sequence FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
--- name: executions
--- The latest executions, newest first; an empty filter matches all. The tasks of a MAP node are not among them.
+-- name: newest
+-- The executions in [first, before), newest first. The queries of this form find the executions that may match a filter.
+SELECT sequence FROM executions WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_of_keys
+-- The executions of a workflow whose idempotency keys are in [first_key, end_key).
+SELECT sequence FROM executions
+WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
+  AND +sequence >= :first AND +sequence < :before
+ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_of_workflow
+-- The executions of a workflow, from the two indexes that together have them all.
+SELECT sequence FROM (
+    SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
+    UNION ALL
+    SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NULL
+) WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_without_result
+-- The FAILED or the CANCELLED executions.
+SELECT sequence FROM executions
+WHERE status IN ('FAILED', 'CANCELLED') AND status = :status AND sequence >= :first AND sequence < :before
+ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_running
+-- The RUNNING executions: each has a READY, RUNNING or WAITING node.
+SELECT execution AS sequence FROM (SELECT node, execution FROM nodes WHERE queue IS NOT NULL
+                                   UNION ALL
+                                   SELECT node, execution FROM nodes WHERE status = 'WAITING' AND node_type > '')
+WHERE node >= 1000 * :first AND node < 1000 * :before
+GROUP BY sequence ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_of_parent
+-- The executions that the nodes of an execution started.
+SELECT sequence FROM executions
+WHERE parent_node BETWEEN 1000 * :parent AND 1000 * :parent + 999 AND +sequence >= :first AND +sequence < :before
+ORDER BY sequence DESC LIMIT :limit;
+
+-- name: newest_with_attribute
+-- The executions that have an attribute.
+SELECT execution AS sequence FROM attributes
+WHERE name = :name AND value = :value AND execution >= :first AND execution < :before
+ORDER BY execution DESC LIMIT :limit;
+
+-- name: how_many_with_attribute
+-- How many executions have an attribute. The count ends at :limit.
+SELECT count(*) AS number FROM (SELECT 1 FROM attributes WHERE name = :name AND value = :value LIMIT :limit);
+
+-- name: how_many_of_workflow
+-- How many executions a workflow has. The count ends at :limit.
+SELECT count(*) AS number FROM (
+    SELECT 1 FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
+    UNION ALL
+    SELECT 1 FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NULL
+    LIMIT :limit
+);
+
+-- name: started_up_to
+-- When the execution of a number was started, or else the one before it.
+SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence DESC LIMIT 1;
+
+-- name: matching
+-- Those of the executions `sequences` that match a filter, newest first. An empty filter matches all. With :grouped, a
+-- session is one item: of its executions (owned, with a key SESSION/...), only its latest run (SESSION/NUMBER) matches.
+-- The tasks of MAP nodes match only with :with_items.
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
        ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
        AS parent_execution_id,
-       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index
+       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index,
+       (SELECT json_group_object(name, value) FROM attributes WHERE execution = sequence) AS attributes
 FROM executions
-WHERE child_index IS NULL AND (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
-  AND (:before IS NULL OR sequence < :before)
-ORDER BY sequence DESC LIMIT :limit;
+WHERE sequence IN (SELECT value FROM json_each(:sequences))
+  AND (:with_items OR child_index IS NULL)
+  AND (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR status = :status)
+  AND (:since_ms = 0 OR created_ms >= :since_ms) AND (:until_ms = 0 OR created_ms < :until_ms)
+  AND NOT EXISTS (SELECT 1 FROM json_each(:attributes) AS wanted LEFT JOIN attributes
+                  ON execution = sequence AND name = wanted.key AND attributes.value = wanted.value
+                  WHERE name IS NULL)
+  AND (NOT :grouped OR instr(coalesce(idempotency_key, ''), '/') = 0
+       OR NOT EXISTS (SELECT 1 FROM nodes WHERE node = 1000 * sequence AND owned)
+       OR (idempotency_key GLOB '?*/[0-9]*' AND idempotency_key NOT GLOB '*/*[^0-9]*'
+           AND NOT EXISTS (SELECT 1 FROM executions AS later WHERE later.workflow_id = executions.workflow_id
+                           AND later.idempotency_key
+                               BETWEEN substr(executions.idempotency_key, 1, instr(executions.idempotency_key, '/'))
+                               AND substr(executions.idempotency_key, 1, instr(executions.idempotency_key, '/')) || ':'
+                           AND later.sequence > executions.sequence)))
+ORDER BY sequence DESC;
 
--- name: executions_of_prefix
--- The latest executions of a workflow whose idempotency keys are in [first, end).
-SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
-       ended_ms, error, NULL AS parent_execution_id, NULL AS parent_node_id, NULL AS child_index
-FROM executions
-WHERE workflow_id = :workflow_id AND idempotency_key >= :first AND idempotency_key < :end
-  AND (:status = '' OR status = :status)
-  AND (:before IS NULL OR sequence < :before)
-ORDER BY sequence DESC LIMIT :limit;
+-- name: latest_run
+-- Whether the only node of a session's run is owned, and whether a process has it.
+SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :execution AND owned;
 
--- name: executions_of_parent
--- The executions that the nodes of an execution started, newest first.
-SELECT executions.sequence, executions.execution_id, executions.workflow_id, executions.version_hash, executions.status,
-       '' AS input_json, executions.idempotency_key, executions.created_ms, executions.ended_ms, executions.error,
-       :parent_execution_id AS parent_execution_id, nodes.node_id AS parent_node_id, child_index
-FROM executions JOIN nodes ON node = parent_node
-WHERE parent_node BETWEEN 1000 * :parent AND 1000 * :parent + 999
-  AND (:workflow_id = '' OR workflow_id = :workflow_id) AND (:status = '' OR executions.status = :status)
-  AND (:before IS NULL OR sequence < :before)
-ORDER BY sequence DESC LIMIT :limit;
+-- name: workflow_ids
+-- Every workflow that has a version.
+SELECT DISTINCT workflow_id FROM workflow_versions;
+
+-- name: events
+-- How many events a session has recorded in a workflow, and when it recorded the last one.
+SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
+WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
+  AND status = 'COMPLETED' AND (idempotency_key GLOB '*/*[^0-9]*' OR NOT idempotency_key GLOB '*/[0-9]*');
+
+-- name: summary
+-- The summary in the last event that a session has recorded in a workflow. Several may have the same time.
+SELECT json_extract(output_json, '$.summary') AS summary FROM executions JOIN nodes ON node = 1000 * sequence
+WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
+  AND executions.status = 'COMPLETED' AND executions.ended_ms = :last_ms
+ORDER BY json_extract(output_json, '$.summary.number') DESC, sequence DESC LIMIT 1;
 
 -- name: nodes
--- An execution's nodes with their outputs.
-SELECT node_id, node_type, status, output_json, error, progress_json, due_ms FROM nodes
-WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
+-- An execution's nodes with their outputs, except those of the nodes `left_out`.
+SELECT node_id, node_type, status, error, progress_json, due_ms,
+       CASE WHEN node_id NOT IN (SELECT value FROM json_each(:left_out)) THEN output_json END AS output_json
+FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
 -- name: node_states
 -- An execution's nodes without their outputs.
@@ -144,6 +231,14 @@ SELECT node_id, attempts, worker_id, started_ms, ended_ms, outcome, attempt_erro
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND attempts > 0
 ORDER BY attempt LIMIT :limit;
 
+-- name: payload_part
+-- A part of an execution's input, under an empty name, or of a node's recorded output, and the size of the whole.
+SELECT substr(CAST(payload AS BLOB), :offset + 1, :length) AS data, length(CAST(payload AS BLOB)) AS bytes
+FROM (SELECT input_json AS payload FROM executions WHERE sequence = :execution AND :node_id = ''
+      UNION ALL
+      SELECT output_json FROM nodes
+      WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id);
+
 -- name: output_bytes
 -- An upper bound of the size of an execution's outputs as one JSON object: each character of a name may be escaped.
 SELECT coalesce(sum(length(CAST(output_json AS BLOB)) + 2 * length(CAST(node_id AS BLOB)) + 4), 0) AS bytes
@@ -156,11 +251,19 @@ UNION ALL
 SELECT node_id, length(CAST(output_json AS BLOB)) FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
 
+-- name: frame_bytes
+-- An upper bound of the size of what an answer says of an execution besides its input, outputs and attempts.
+SELECT 4000 + length(CAST(error AS BLOB))
+     + (SELECT coalesce(sum(4 * length(name) + 4 * length(value) + 20), 0) FROM attributes WHERE execution = sequence)
+     + (SELECT sum(2 * length(CAST(node_id AS BLOB)) + length(CAST(nodes.error AS BLOB)) + 100) FROM nodes
+        WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999) AS bytes
+FROM executions WHERE sequence = :execution;
+
 -- name: attempt_sizes
 -- The size of an execution's attempts.
-SELECT (SELECT coalesce(sum(length(error) + length(worker_id) + 100), 0) FROM attempts
+SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) + 100), 0) FROM attempts
         WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999)
-     + (SELECT coalesce(sum(length(attempt_error) + length(worker_id) + 100), 0) FROM nodes
+     + (SELECT coalesce(sum(length(CAST(attempt_error AS BLOB)) + 4 * length(worker_id) + 100), 0) FROM nodes
         WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999) AS bytes;
 
 -- name: oldest_task
@@ -401,12 +504,44 @@ UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THE
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
   AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING');
 
+-- name: reopen_execution
+-- Make an execution without a result run again.
+UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
+WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
+
+-- name: reopen_parents
+-- Make the nodes without a result that had started executions wait for those again.
+UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
+  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
+
+-- name: children_without_result
+-- The executions without a result that the nodes of an execution started.
+SELECT sequence, workflow_id, version_hash, child_index FROM executions
+WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
+ORDER BY sequence;
+
+-- name: reopen_item
+-- Make the task of an item a task again, with fresh counts.
+UPDATE nodes SET status = 'READY', due_ms = :now, error = '', failed_attempts = 0, lost_attempts = 0
+WHERE node = :node AND status IN ('FAILED', 'CANCELLED');
+
+-- name: ready_node
+-- The size of a READY node's task.
+SELECT task_bytes FROM nodes WHERE node = :node AND status = 'READY';
+
+-- name: reopen_nodes
+-- Make the nodes that have no result wait again, with fresh counts. Their attempts stay in the history.
+UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED');
+
 -- name: end_execution
 -- End a running execution. Return it, with its input if that is short.
 UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE sequence = :execution AND status = 'RUNNING'
 RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms, error, idempotency_key,
           parent_node, child_index, NULL AS parent_execution_id, NULL AS parent_node_id,
+          (SELECT json_group_object(name, value) FROM attributes WHERE execution = sequence) AS attributes,
           CASE WHEN length(CAST(input_json AS BLOB)) <= :max_inline THEN input_json ELSE '' END AS input_json;
 
 -- name: renew_lease
@@ -474,3 +609,80 @@ WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 -- name: next_retry
 -- When the next retry becomes due.
 SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
+
+-- Retention (retention.py). A deletion has a statement for each table, and deletes executions with consecutive numbers.
+
+-- name: oldest_executions
+-- The executions after a number, the oldest first. Those that a node of another execution started are pruned with it.
+SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms,
+       EXISTS (SELECT 1 FROM executions AS children
+               WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
+       AS has_children
+FROM executions WHERE sequence > :after AND parent_node IS NULL ORDER BY sequence LIMIT :limit;
+
+-- name: descendants
+-- The executions that the nodes of an execution started, those that their nodes started, and so on.
+WITH RECURSIVE started (number) AS (
+    SELECT sequence FROM executions WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999
+    UNION ALL
+    SELECT sequence FROM started JOIN executions ON parent_node BETWEEN 1000 * number AND 1000 * number + 999
+)
+SELECT number FROM started;
+
+-- name: prune_events
+-- Delete the events of executions.
+DELETE FROM events WHERE execution BETWEEN :first AND :last;
+
+-- name: prune_attributes
+-- Delete the attributes of executions.
+DELETE FROM attributes WHERE execution BETWEEN :first AND :last;
+
+-- name: is_session
+-- Whether an owned execution's key is in [first, end). There is no index of keys alone, so look into each workflow.
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT 1 FROM ids
+JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end
+JOIN nodes ON node = 1000 * sequence
+WHERE owned LIMIT 1;
+
+-- name: executions_of_keys
+-- The executions of all workflows whose keys are in [first, end).
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT sequence, execution_id, status, ended_ms,
+       EXISTS (SELECT 1 FROM executions AS children
+               WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
+       AS has_children
+FROM ids JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end;
+
+-- name: prune_former_ids
+-- Delete the ids of executions and of their tasks.
+DELETE FROM former_ids WHERE id IN (
+    SELECT execution_id FROM executions WHERE sequence BETWEEN :first AND :last
+    UNION ALL
+    SELECT task_id FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999
+    UNION ALL
+    SELECT task_id FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999);
+
+-- name: prune_attempts
+-- Delete the earlier attempts of executions.
+DELETE FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
+
+-- name: prune_nodes
+-- Delete the nodes of executions.
+DELETE FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
+
+-- name: prune_executions
+-- Delete ended executions.
+DELETE FROM executions WHERE sequence BETWEEN :first AND :last;
+
+-- name: note_pruned
+-- Remember the number of a pruned execution, so that no other execution gets it.
+UPDATE pruned SET highest = :number WHERE one = 1 AND highest < :number;

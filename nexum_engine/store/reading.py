@@ -1,10 +1,11 @@
-"""Reading executions: one with its nodes, lists, sizes. Nothing here changes the database."""
+"""Reading one execution: its nodes, attempts, sizes, and parts of its payloads. Nothing here changes the database."""
 
 from __future__ import annotations
 
-import sys
+import json
+from dataclasses import replace
 
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest
+from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import number_of
@@ -13,14 +14,10 @@ MAX_INLINE_BYTES = 64 * 1024
 """The size up to which a transition returns payloads at once. Larger payloads are read separately when needed."""
 MAX_ATTEMPTS = 10_000
 """The largest number of attempts in one answer."""
-MAX_LIST_BYTES = 16 * 1024 * 1024
-"""The largest total size of the inputs and outputs in one list of executions.
-
-Server and client hold the whole list in memory.
-"""
 
 
-def execution_of_row(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
+def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
+    """Return the execution of a row, which has its attributes as JSON."""
     return Execution(
         row["execution_id"],
         row["workflow_id"],
@@ -32,16 +29,25 @@ def execution_of_row(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
         row["ended_ms"],
         row["error"],
         nodes,
-        row["parent_execution_id"] or "",
-        row["parent_node_id"] or "",
-        row["child_index"],
+        json.loads(row["attributes"]),
+        parent_execution_id=row["parent_execution_id"] or "",
+        parent_node_id=row["parent_node_id"] or "",
+        child_index=row["child_index"],
     )
 
 
-def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max_bytes: int | None = None) -> Execution:
+def get_execution(
+    db: Db,
+    execution_id: str,
+    with_attempts: bool = False,
+    *,
+    max_bytes: int | None = None,
+    max_answer_bytes: int | None = None,
+) -> Execution:
     """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id.
 
-    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes.
+    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes. If they are
+    larger than `max_answer_bytes`, the largest of input and outputs are left out: the execution has their sizes.
     """
     found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
     is_large = max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes
@@ -49,13 +55,16 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
     if row is None:
         raise ExecutionNotFound(execution_id)
     if is_large:
-        return execution_of_row(row)
+        return execution_of(row)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
         for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
             attempts.setdefault(a["node_id"], []).append(
                 Attempt(a["attempt"], a["worker_id"], a["started_ms"], a["ended_ms"], Outcome(a["outcome"]), a["error"])
             )
+    left_out: dict[str, int] = {}
+    if max_answer_bytes is not None:
+        left_out = _left_out(db, row["sequence"], with_attempts, max_answer_bytes)
     nodes = tuple(
         Node(
             node["node_id"],
@@ -66,59 +75,41 @@ def get_execution(db: Db, execution_id: str, with_attempts: bool = False, *, max
             tuple(attempts.get(node["node_id"], ())),
             node["progress_json"] or "",
             node["due_ms"] if node["status"] == NodeStatus.WAITING else None,
+            left_out.get(node["node_id"], 0),
         )
-        for node in db.all("nodes", execution=row["sequence"])
+        for node in db.all("nodes", execution=row["sequence"], left_out=json.dumps(list(left_out)))
     )
-    return execution_of_row(row, nodes)
+    execution = execution_of(row, nodes)
+    return replace(execution, input_json="", input_bytes=left_out[""]) if "" in left_out else execution
 
 
-def list_executions(
-    db: Db,
-    workflow_id: str,
-    status: str,
-    limit: int,
-    *,
-    key_prefix: str = "",
-    before: str = "",
-    with_nodes: bool = False,
-    parent: str = "",
-) -> list[Execution]:
-    """Return at most `limit` executions, the newest first. An empty filter matches every execution.
-
-    With `parent`, return only the executions that the nodes of this execution started. Without it, the tasks of MAP
-    nodes are left out. `key_prefix` is the beginning of an idempotency key. `before` is the id of an execution: only
-    older executions match. The returned executions have inputs and nodes only if `with_nodes` is set. A list with nodes
-    stops at MAX_LIST_BYTES, but has at least one execution if any matches.
-
-    Raises InvalidRequest for an unknown status and for a prefix without a workflow. Raises ExecutionNotFound for an
-    unknown `before`: an empty list would mean that no execution is older.
-    """
-    if status and status not in ExecutionStatus.__members__:
-        raise InvalidRequest(f"unknown status {status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
-    if key_prefix and not workflow_id:
-        raise InvalidRequest("keys belong to a workflow: give workflow_id with idempotency_key_prefix")
-    oldest = db.one("sequence", execution=number_of(db, before), execution_id=before) if before else None
-    if before and oldest is None:
-        raise ExecutionNotFound(before)
-    sequence = None if oldest is None else oldest["sequence"]
-    filters = {"workflow_id": workflow_id, "status": status, "before": sequence, "limit": limit}
-    if parent:
-        rows = db.all("executions_of_parent", **filters, parent=number_of(db, parent), parent_execution_id=parent)
-    elif key_prefix:
-        end = key_prefix + chr(sys.maxunicode)
-        rows = db.all("executions_of_prefix", **filters, first=key_prefix, end=end)
-    else:
-        rows = db.all("executions", **filters)
-    if not with_nodes:
-        return [execution_of_row(row) for row in rows]
-    whole: list[Execution] = []
-    left = MAX_LIST_BYTES
-    for row in rows:
-        left -= payload_bytes(db, row["execution_id"])
-        if whole and left < 0:
+def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
+    """Return the sizes of the input (under an empty name) and outputs, the largest first, that don't fit an answer."""
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    rest = ("frame_bytes", "attempt_sizes") if with_attempts else ("frame_bytes",)
+    total = sum(sizes.values()) + sum(int(row["bytes"]) for query in rest for row in db.all(query, execution=execution))
+    left_out: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        if total <= max_bytes:
             break
-        whole.append(get_execution(db, row["execution_id"]))
-    return whole
+        total -= sizes[name]
+        left_out[name] = sizes[name]
+    return left_out
+
+
+def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: int) -> tuple[bytes, int]:
+    """Return a part of a node's output, or of the input if `node_id` is empty, and the size of the whole, in bytes.
+
+    Raises ExecutionNotFound for an unknown id, and NotFound if there is no such node, or if it has no output.
+    """
+    execution = number_of(db, execution_id)
+    if db.one("sequence", execution=execution, execution_id=execution_id) is None:
+        raise ExecutionNotFound(execution_id)
+    row = db.one("payload_part", execution=execution, node_id=node_id, offset=offset, length=length)
+    if row is None or row["bytes"] is None:
+        why = "it has no such node" if row is None else "the node has not completed"
+        raise NotFound(f"execution {execution_id} has no output of node {node_id!r}: {why}")
+    return bytes(row["data"]), int(row["bytes"])
 
 
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:

@@ -7,6 +7,7 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +70,7 @@ def start_owned(
     streamed: bool,
     held_task_id: str = "",
     output_json: str = "",
+    attributes: Mapping[str, str] | None = None,
 ) -> Started:
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
@@ -89,7 +91,9 @@ def start_owned(
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
     result = OwnedResult(owner, streamed, output_json) if output_json else None
-    started = start_execution(db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result)
+    started = start_execution(
+        db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result, attributes=attributes
+    )
     if started.status.ended:
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
             raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")

@@ -66,6 +66,22 @@ global___AckResponse = AckResponse
 class StartRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     VERSION_HASH_FIELD_NUMBER: builtins.int
     INPUT_JSON_FIELD_NUMBER: builtins.int
@@ -74,6 +90,7 @@ class StartRequest(google.protobuf.message.Message):
     OWNER_FIELD_NUMBER: builtins.int
     HELD_TASK_ID_FIELD_NUMBER: builtins.int
     OUTPUT_JSON_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     version_hash: builtins.str
     input_json: builtins.str
@@ -97,6 +114,12 @@ class StartRequest(google.protobuf.message.Message):
     has the status COMPLETED, and neither `task` nor `ended`. A second, equal start is acknowledged; a start with another
     result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
     """
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Addition: names and values by which ListExecutions finds the execution: at most 10, names of up to 64 characters,
+        values of up to 200. If the key already has an execution, that one keeps its own.
+        """
+
     def __init__(
         self,
         *,
@@ -108,8 +131,9 @@ class StartRequest(google.protobuf.message.Message):
         owner: builtins.str = ...,
         held_task_id: builtins.str = ...,
         output_json: builtins.str = ...,
+        attributes: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["held_task_id", b"held_task_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "output_json", b"output_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "held_task_id", b"held_task_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "output_json", b"output_json", "owner", b"owner", "version_hash", b"version_hash", "wait_ms", b"wait_ms", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___StartRequest = StartRequest
 
@@ -308,21 +332,44 @@ class StatusResponse(google.protobuf.message.Message):
 
     STATUS_FIELD_NUMBER: builtins.int
     COMPLETED_NODES_JSON_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
     status: builtins.str
     completed_nodes_json: builtins.str
+    """An addition: an output that would make the answer too large for a default client is left out. In its place is
+    {"__nexum_claim_check__": true, "size": BYTES, "rpc": "GetOutput"}.
+    """
+    error: builtins.str
+    """Addition: why the execution FAILED."""
     def __init__(
         self,
         *,
         status: builtins.str = ...,
         completed_nodes_json: builtins.str = ...,
+        error: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["completed_nodes_json", b"completed_nodes_json", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completed_nodes_json", b"completed_nodes_json", "error", b"error", "status", b"status"]) -> None: ...
 
 global___StatusResponse = StatusResponse
 
 @typing.final
 class ListRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     STATUS_FIELD_NUMBER: builtins.int
@@ -331,6 +378,10 @@ class ListRequest(google.protobuf.message.Message):
     BEFORE_EXECUTION_ID_FIELD_NUMBER: builtins.int
     WITH_NODES_FIELD_NUMBER: builtins.int
     PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    SINCE_MS_FIELD_NUMBER: builtins.int
+    UNTIL_MS_FIELD_NUMBER: builtins.int
+    GROUP_SESSIONS_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     status: builtins.str
     limit: builtins.int
@@ -346,6 +397,19 @@ class ListRequest(google.protobuf.message.Message):
     """Addition: only the executions that the nodes of this execution started: those of SUBWORKFLOW nodes, and one for
     each item of a MAP node. The latter are in no other list.
     """
+    since_ms: builtins.int
+    """Additions: only executions that were started at or after since_ms, and before until_ms; milliseconds since 1970, UTC.
+    0: no limit.
+    """
+    until_ms: builtins.int
+    group_sessions: builtins.bool
+    """Addition: list a session as one item, its latest run. A session's executions are owned; the keys of its runs are
+    SESSION/NUMBER, and the keys of its events begin with SESSION/, too.
+    """
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Addition: only executions that have all of these attributes."""
+
     def __init__(
         self,
         *,
@@ -356,14 +420,34 @@ class ListRequest(google.protobuf.message.Message):
         before_execution_id: builtins.str = ...,
         with_nodes: builtins.bool = ...,
         parent_execution_id: builtins.str = ...,
+        attributes: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        since_ms: builtins.int = ...,
+        until_ms: builtins.int = ...,
+        group_sessions: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["before_execution_id", b"before_execution_id", "idempotency_key_prefix", b"idempotency_key_prefix", "limit", b"limit", "parent_execution_id", b"parent_execution_id", "status", b"status", "with_nodes", b"with_nodes", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "before_execution_id", b"before_execution_id", "group_sessions", b"group_sessions", "idempotency_key_prefix", b"idempotency_key_prefix", "limit", b"limit", "parent_execution_id", b"parent_execution_id", "since_ms", b"since_ms", "status", b"status", "until_ms", b"until_ms", "with_nodes", b"with_nodes", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___ListRequest = ListRequest
 
 @typing.final
 class ExecutionSummary(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     EXECUTION_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
@@ -379,6 +463,8 @@ class ExecutionSummary(google.protobuf.message.Message):
     PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
     PARENT_NODE_ID_FIELD_NUMBER: builtins.int
     CHILD_INDEX_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     workflow_id: builtins.str
     version_hash: builtins.str
@@ -397,6 +483,14 @@ class ExecutionSummary(google.protobuf.message.Message):
     child_index: builtins.int
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Addition: as in StartRequest."""
+
+    @property
+    def session(self) -> global___SessionSummary:
+        """Addition: the session that this item stands for, if group_sessions was requested."""
+
     def __init__(
         self,
         *,
@@ -414,9 +508,11 @@ class ExecutionSummary(google.protobuf.message.Message):
         parent_execution_id: builtins.str = ...,
         parent_node_id: builtins.str = ...,
         child_index: builtins.int | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        session: global___SessionSummary | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index", "created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index", "session", b"session"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "attributes", b"attributes", "child_index", b"child_index", "created_at", b"created_at", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "session", b"session", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_child_index", b"_child_index"]) -> typing.Literal["child_index"] | None: ...
 
 global___ExecutionSummary = ExecutionSummary
@@ -639,6 +735,22 @@ global___GetExecutionRequest = GetExecutionRequest
 class GetExecutionResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     EXECUTION_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     VERSION_HASH_FIELD_NUMBER: builtins.int
@@ -653,6 +765,8 @@ class GetExecutionResponse(google.protobuf.message.Message):
     PARENT_EXECUTION_ID_FIELD_NUMBER: builtins.int
     PARENT_NODE_ID_FIELD_NUMBER: builtins.int
     CHILD_INDEX_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    INPUT_BYTES_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     workflow_id: builtins.str
     version_hash: builtins.str
@@ -671,8 +785,16 @@ class GetExecutionResponse(google.protobuf.message.Message):
     parent_node_id: builtins.str
     child_index: builtins.int
     """Set if that node is a MAP node: the number of the item, from 0."""
+    input_bytes: builtins.int
+    """The size of the input, if input_json is left out: an answer has only what a default client can receive. GetOutput
+    sends it in parts.
+    """
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """As in StartRequest."""
+
     def __init__(
         self,
         *,
@@ -690,9 +812,11 @@ class GetExecutionResponse(google.protobuf.message.Message):
         parent_execution_id: builtins.str = ...,
         parent_node_id: builtins.str = ...,
         child_index: builtins.int | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        input_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "child_index", b"child_index", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "has_poller", b"has_poller", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_child_index", b"_child_index", "attributes", b"attributes", "child_index", b"child_index", "created_ms", b"created_ms", "ended_ms", b"ended_ms", "error", b"error", "execution_id", b"execution_id", "has_poller", b"has_poller", "idempotency_key", b"idempotency_key", "input_bytes", b"input_bytes", "input_json", b"input_json", "nodes", b"nodes", "parent_execution_id", b"parent_execution_id", "parent_node_id", b"parent_node_id", "status", b"status", "version_hash", b"version_hash", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_child_index", b"_child_index"]) -> typing.Literal["child_index"] | None: ...
 
 global___GetExecutionResponse = GetExecutionResponse
@@ -709,6 +833,7 @@ class NodeRecord(google.protobuf.message.Message):
     ATTEMPTS_FIELD_NUMBER: builtins.int
     PROGRESS_JSON_FIELD_NUMBER: builtins.int
     DUE_MS_FIELD_NUMBER: builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     node_type: builtins.str
     status: builtins.str
@@ -720,6 +845,8 @@ class NodeRecord(google.protobuf.message.Message):
     """The progress that an attempt sent last."""
     due_ms: builtins.int
     """When a WAITING node has waited as long as it may, in milliseconds since 1970; 0 if it may wait for ever."""
+    output_bytes: builtins.int
+    """The size of the output, if output_json is left out. See GetExecutionResponse.input_bytes."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttemptRecord]: ...
     def __init__(
@@ -733,8 +860,9 @@ class NodeRecord(google.protobuf.message.Message):
         attempts: collections.abc.Iterable[global___AttemptRecord] | None = ...,
         progress_json: builtins.str = ...,
         due_ms: builtins.int = ...,
+        output_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "due_ms", b"due_ms", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "output_json", b"output_json", "progress_json", b"progress_json", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "due_ms", b"due_ms", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "output_bytes", b"output_bytes", "output_json", b"output_json", "progress_json", b"progress_json", "status", b"status"]) -> None: ...
 
 global___NodeRecord = NodeRecord
 
@@ -769,6 +897,105 @@ class AttemptRecord(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "ended_ms", b"ended_ms", "error", b"error", "outcome", b"outcome", "started_ms", b"started_ms", "worker_id", b"worker_id"]) -> None: ...
 
 global___AttemptRecord = AttemptRecord
+
+@typing.final
+class GetOutputRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    LENGTH_FIELD_NUMBER: builtins.int
+    execution_id: builtins.str
+    node_id: builtins.str
+    """Empty: the execution's input."""
+    offset: builtins.int
+    """The first byte of the part, from 0."""
+    length: builtins.int
+    """The size of the part in bytes. 0, or more than a default client can receive: what a default client can receive."""
+    def __init__(
+        self,
+        *,
+        execution_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        offset: builtins.int = ...,
+        length: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id", "length", b"length", "node_id", b"node_id", "offset", b"offset"]) -> None: ...
+
+global___GetOutputRequest = GetOutputRequest
+
+@typing.final
+class GetOutputResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """A part of the JSON text in UTF-8; a character may be divided. Empty at the end."""
+    total_bytes: builtins.int
+    """The size of the whole."""
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+        total_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "total_bytes", b"total_bytes"]) -> None: ...
+
+global___GetOutputResponse = GetOutputResponse
+
+@typing.final
+class RetryRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: builtins.int
+    execution_id: builtins.str
+    def __init__(
+        self,
+        *,
+        execution_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id"]) -> None: ...
+
+global___RetryRequest = RetryRequest
+
+@typing.final
+class SessionSummary(google.protobuf.message.Message):
+    """A session in a list of executions."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    IS_RUNNING_FIELD_NUMBER: builtins.int
+    QUESTION_FIELD_NUMBER: builtins.int
+    CALLS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    session: builtins.str
+    events: builtins.int
+    """How many events are recorded."""
+    is_running: builtins.bool
+    """Whether a process has the session's latest run."""
+    question: builtins.str
+    """From the field `summary` of the output of the last recorded event, if it has one: the question, the calls of models,
+    tools and people, and the tokens of the models' replies.
+    """
+    calls: builtins.int
+    tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        session: builtins.str = ...,
+        events: builtins.int = ...,
+        is_running: builtins.bool = ...,
+        question: builtins.str = ...,
+        calls: builtins.int = ...,
+        tokens: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calls", b"calls", "events", b"events", "is_running", b"is_running", "question", b"question", "session", b"session", "tokens", b"tokens"]) -> None: ...
+
+global___SessionSummary = SessionSummary
 
 @typing.final
 class WorkerBeat(google.protobuf.message.Message):
@@ -954,3 +1181,121 @@ class CallFrame(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "status", b"status"]) -> None: ...
 
 global___CallFrame = CallFrame
+
+@typing.final
+class PruneRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OLDER_THAN_MS_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    COMPACT_FIELD_NUMBER: builtins.int
+    older_than_ms: builtins.int
+    """Executions that ended at least this long ago are deleted, in milliseconds."""
+    session: builtins.str
+    """Only this session: the executions whose keys begin with it, followed by / or :. They are deleted together."""
+    dry_run: builtins.bool
+    """Only count what would be deleted."""
+    after: builtins.int
+    """The `after` of the previous answer; 0 in the first call."""
+    compact: builtins.bool
+    """With the last part: give the free space of the file back to the disk, up to 1 GB in use. The server answers no calls
+    meanwhile. Without it, the server does so only if a quarter is free and up to 32 MB are in use.
+    """
+    def __init__(
+        self,
+        *,
+        older_than_ms: builtins.int = ...,
+        session: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        after: builtins.int = ...,
+        compact: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "compact", b"compact", "dry_run", b"dry_run", "older_than_ms", b"older_than_ms", "session", b"session"]) -> None: ...
+
+global___PruneRequest = PruneRequest
+
+@typing.final
+class PruneResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTIONS_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    FREE_BYTES_FIELD_NUMBER: builtins.int
+    GIVEN_BACK_BYTES_FIELD_NUMBER: builtins.int
+    executions: builtins.int
+    """What this call has deleted, or would delete."""
+    sessions: builtins.int
+    kept: builtins.int
+    """Old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    more: builtins.bool
+    """Whether to call again, with `after`."""
+    after: builtins.int
+    total_bytes: builtins.int
+    """With the last part: the size of the database, how much of it is free for new executions, and how much was given back
+    to the disk, in bytes.
+    """
+    free_bytes: builtins.int
+    given_back_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        executions: builtins.int = ...,
+        sessions: builtins.int = ...,
+        kept: builtins.int = ...,
+        more: builtins.bool = ...,
+        after: builtins.int = ...,
+        total_bytes: builtins.int = ...,
+        free_bytes: builtins.int = ...,
+        given_back_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "executions", b"executions", "free_bytes", b"free_bytes", "given_back_bytes", b"given_back_bytes", "kept", b"kept", "more", b"more", "sessions", b"sessions", "total_bytes", b"total_bytes"]) -> None: ...
+
+global___PruneResponse = PruneResponse
+
+@typing.final
+class BackupRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    OVERWRITE_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    """An absolute path on the server's machine."""
+    overwrite: builtins.bool
+    """Whether to replace the file if it exists. Only a Nexum database is replaced."""
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        overwrite: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file", b"file", "overwrite", b"overwrite"]) -> None: ...
+
+global___BackupRequest = BackupRequest
+
+@typing.final
+class BackupProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COPIED_BYTES_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    copied_bytes: builtins.int
+    total_bytes: builtins.int
+    done: builtins.bool
+    """True in the last message: the file is complete."""
+    def __init__(
+        self,
+        *,
+        copied_bytes: builtins.int = ...,
+        total_bytes: builtins.int = ...,
+        done: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copied_bytes", b"copied_bytes", "done", b"done", "total_bytes", b"total_bytes"]) -> None: ...
+
+global___BackupProgress = BackupProgress

@@ -119,6 +119,26 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.SendEventRequest.SerializeToString,
                 response_deserializer=nexum__pb2.AckResponse.FromString,
                 _registered_method=True)
+        self.GetOutput = channel.unary_unary(
+                '/nexum.NexumService/GetOutput',
+                request_serializer=nexum__pb2.GetOutputRequest.SerializeToString,
+                response_deserializer=nexum__pb2.GetOutputResponse.FromString,
+                _registered_method=True)
+        self.RetryExecution = channel.unary_unary(
+                '/nexum.NexumService/RetryExecution',
+                request_serializer=nexum__pb2.RetryRequest.SerializeToString,
+                response_deserializer=nexum__pb2.AckResponse.FromString,
+                _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/nexum.NexumService/Prune',
+                request_serializer=nexum__pb2.PruneRequest.SerializeToString,
+                response_deserializer=nexum__pb2.PruneResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.stream_stream(
+                '/nexum.NexumService/Backup',
+                request_serializer=nexum__pb2.BackupRequest.SerializeToString,
+                response_deserializer=nexum__pb2.BackupProgress.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -232,6 +252,35 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOutput(self, request, context):
+        """Addition: get a part of an input or output that is too large for one answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryExecution(self, request, context):
+        """Addition: continue a FAILED execution at its failed node. Recorded results are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prune(self, request, context):
+        """Addition: delete executions that ended long ago. A call does a part of the work: repeat it until `more` is false.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request_iterator, context):
+        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
+        progress until the copy is complete. If the call is cancelled, no file is left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -319,6 +368,26 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.SendEvent,
                     request_deserializer=nexum__pb2.SendEventRequest.FromString,
                     response_serializer=nexum__pb2.AckResponse.SerializeToString,
+            ),
+            'GetOutput': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOutput,
+                    request_deserializer=nexum__pb2.GetOutputRequest.FromString,
+                    response_serializer=nexum__pb2.GetOutputResponse.SerializeToString,
+            ),
+            'RetryExecution': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryExecution,
+                    request_deserializer=nexum__pb2.RetryRequest.FromString,
+                    response_serializer=nexum__pb2.AckResponse.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=nexum__pb2.PruneRequest.FromString,
+                    response_serializer=nexum__pb2.PruneResponse.SerializeToString,
+            ),
+            'Backup': grpc.stream_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=nexum__pb2.BackupRequest.FromString,
+                    response_serializer=nexum__pb2.BackupProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -780,6 +849,114 @@ class NexumService(object):
             '/nexum.NexumService/SendEvent',
             nexum__pb2.SendEventRequest.SerializeToString,
             nexum__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOutput(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetOutput',
+            nexum__pb2.GetOutputRequest.SerializeToString,
+            nexum__pb2.GetOutputResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryExecution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/RetryExecution',
+            nexum__pb2.RetryRequest.SerializeToString,
+            nexum__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/Prune',
+            nexum__pb2.PruneRequest.SerializeToString,
+            nexum__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/nexum.NexumService/Backup',
+            nexum__pb2.BackupRequest.SerializeToString,
+            nexum__pb2.BackupProgress.FromString,
             options,
             channel_credentials,
             insecure,

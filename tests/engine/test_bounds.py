@@ -15,7 +15,7 @@ import grpc
 import pytest
 from engine_server import EngineServer, engine_server
 from harness import Server
-from nexum_wire import UNLIMITED, complete, connected, poll, record, refused, register, start
+from nexum_wire import UNLIMITED, complete, connected, output, poll, record, refused, register, say_large, start
 from processes import wait_until
 
 from nexum_engine import jsontext
@@ -23,7 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, Overloaded, ServerNotReady, TooLarge
 from nexum_engine.server import bounds
 from nexum_engine.server.bounds import Budget
-from nexum_engine.store import reading, tasks
+from nexum_engine.store import listing, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.workflow import parse_ir
@@ -186,11 +186,11 @@ async def test_client_retries_a_call_that_the_server_has_no_room_for(tmp_path: P
         raise Overloaded("too much: retry")
 
     async with engine_server(tmp_path) as server, NexumClient(server.address) as client:
-        server.watch(reading.list_executions, has_no_room, has_no_room)
+        server.watch(listing.list_executions, has_no_room, has_no_room)
         with pytest.raises(ServerNotReady, match="too much: retry"):
             await client.list_executions()
         assert await client.list_executions(patience=20) == []
-        assert server.calls[reading.list_executions] == 3
+        assert server.calls[listing.list_executions] == 3
 
 
 def peak_memory(server: Server) -> int:
@@ -204,6 +204,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads the serve
 @needs_proc
 def test_many_large_requests_at_once_take_bounded_memory(server: Server, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
+    say_large(stub)
 
     def send(_: int) -> str:
         try:
@@ -216,14 +217,15 @@ def test_many_large_requests_at_once_take_bounded_memory(server: Server, stub: N
     started = [one for one in answers if one.startswith("exec-")]
     assert {one for one in answers if one not in started} <= {f"RESOURCE_EXHAUSTED: {bounds._OVERLOADED}"}
     assert peak_memory(server) < MEMORY_LIMIT
-    assert record(stub, started[-1]).input_json == LARGE
+    assert output(stub, started[-1], "") == LARGE
 
 
 @needs_proc
 def test_clients_that_do_not_read_take_bounded_memory(server: Server, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
-    execution_id = start(stub, LARGE)
-    request = pb.GetExecutionRequest(execution_id=execution_id)
+    say_large(stub)
+    start(stub, LARGE)
+    request = pb.ListRequest(with_nodes=True)
     with ExitStack() as stack:
         options = [*UNLIMITED, ("grpc.use_local_subchannel_pool", 1)]
         calls = []
@@ -231,7 +233,7 @@ def test_clients_that_do_not_read_take_bounded_memory(server: Server, stub: Nexu
             channel = stack.enter_context(grpc.insecure_channel(server.address, options=options))
             # Declare a stream of answers: the client reads it only when the program asks for an answer.
             method: Any = channel.unary_stream(
-                "/nexum.NexumService/GetExecution", request_serializer=pb.GetExecutionRequest.SerializeToString
+                "/nexum.NexumService/ListExecutions", request_serializer=pb.ListRequest.SerializeToString
             )
             calls.append(method(request))
         # A few answers are sent, which nobody reads. The other calls are refused.
@@ -281,6 +283,7 @@ async def test_calls_that_send_no_request_do_not_keep_others_out(tmp_path: Path)
 
 def test_large_task_reaches_worker_and_caller_whole(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
+    say_large(stub)
     with ThreadPoolExecutor(2) as pool:
         polling = pool.submit(poll, stub, wait_ms=20_000, max_task_bytes=2**40)
         execution_id = start(stub, LARGE)
@@ -289,7 +292,9 @@ def test_large_task_reaches_worker_and_caller_whole(stub: NexumServiceStub) -> N
         waiting = pool.submit(record, stub, execution_id, wait_ms=20_000)
         complete(stub, task, LARGE)
         ended = waiting.result()
-    assert (ended.status, ended.input_json, ended.nodes[0].output_json) == ("COMPLETED", LARGE, LARGE)
+    assert (ended.status, ended.input_json, ended.nodes[0].output_json) == ("COMPLETED", "", "")
+    assert ended.input_bytes == ended.nodes[0].output_bytes == len(LARGE)
+    assert output(stub, execution_id, "") == output(stub, execution_id, "a") == LARGE
 
 
 async def test_task_of_a_poll_that_ends_before_its_input_is_read_goes_to_the_next(

@@ -18,7 +18,7 @@ from harness import ROOT
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerUnavailable
 from nexum_engine.server import bounds, calls
-from nexum_engine.store import reading
+from nexum_engine.store import listing
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import CALLS
 from nexum_engine.wire.multiplexed import MultiplexedChannel
@@ -157,7 +157,7 @@ async def test_an_error_is_answered_as_by_an_rpc(server: EngineServer, stub: Any
 
 
 async def test_a_fault_is_an_internal_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:
-    server.watch(reading.list_executions, raises)
+    server.watch(listing.list_executions, raises)
     with pytest.raises(grpc.aio.AioRpcError, match="the server had an internal error; see its log under"):
         await stub.ListExecutions(pb.ListRequest())
     assert not (await stub.ListExecutions(pb.ListRequest())).executions
@@ -235,7 +235,7 @@ async def test_a_task_goes_to_the_next_poll_after_a_stream_breaks(server: Engine
 
 
 async def test_a_late_answer_is_a_deadline_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:
-    server.watch(reading.list_executions, hangs)
+    server.watch(listing.list_executions, hangs)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ListExecutions(pb.ListRequest(), timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

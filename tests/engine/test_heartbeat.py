@@ -25,7 +25,7 @@ from nexum_engine.errors import (
 from nexum_engine.heartbeat import SECOND_BEAT_AFTER, Heartbeat
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, Outcome
-from nexum_engine.store import leases, reading
+from nexum_engine.store import leases, listing
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
 
@@ -94,11 +94,11 @@ async def test_heartbeat_reports_failing_database_as_server_not_ready(
         assert (await client.start_execution(ONE, {}, wait=SOON)).ended is not None
         stop.set()
         await asyncio.wait_for(worker, SOON)
-        server.watch(reading.list_executions, is_full, is_full)
+        server.watch(listing.list_executions, is_full, is_full)
         with pytest.raises(ServerNotReady, match="can't do this now: the database could not confirm"):
             await client.list_executions()
         assert (await client.list_executions(patience=SOON))[0].workflow_id == "one"
-        assert server.calls[reading.list_executions] == 3
+        assert server.calls[listing.list_executions] == 3
     (line,) = [one.getMessage() for one in caplog.records if one.name == "nexum_engine.worker"]
     assert line.startswith(f"not connected to {server.address}, retrying: the Nexum server on {server.address} can't")
 

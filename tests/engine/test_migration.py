@@ -14,7 +14,7 @@ from harness import ROOT, running
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StaleTask
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, Task
-from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import Changed
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_file import APPLICATION_ID
@@ -68,7 +68,7 @@ def task_of(path: Path, key: str, attempt: int = 1, node: str = "a") -> str:
 
 
 async def execution_of(store: Store, key: str, workflow_id: str = "one") -> Execution:
-    found = await store.run(reading.list_executions, workflow_id, "", 1, key_prefix=key)
+    found = await store.run(listing.list_executions, workflow_id, "", 1, key_prefix=key)
     return await store.run(reading.get_execution, found[0].execution_id, True)
 
 
@@ -103,7 +103,7 @@ async def test_every_record_reads_as_before(
         store = await opened(old)
     (said,) = caplog.messages
     assert said.startswith(f"database {old}: updating its schema from version 2 to")
-    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 100)] == ids
+    assert [one.execution_id for one in await store.run(listing.list_executions, "", "", 100)] == ids
     for execution_id in ids:
         one = await store.run(reading.get_execution, execution_id, True)
         assert fields[execution_id] == (
@@ -229,7 +229,7 @@ async def test_server_killed_after_the_update_loses_nothing(old: Path) -> None:
         assert server.wait() == 9
     assert read(old.with_name("nexum.db-wal"))
     store = await opened(old)
-    assert len(await store.run(reading.list_executions, "", "", 100)) == 16
+    assert len(await store.run(listing.list_executions, "", "", 100)) == 16
     await store.close()
 
 
@@ -246,5 +246,5 @@ async def test_interrupted_update_is_begun_again(old: Path) -> None:
         assert "can't be opened: disk I/O error" in server.output
     assert read(old) == before
     store = await opened(old)
-    assert len(await store.run(reading.list_executions, "", "", 100)) == 16
+    assert len(await store.run(listing.list_executions, "", "", 100)) == 16
     await store.close()

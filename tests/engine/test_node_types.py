@@ -659,3 +659,60 @@ def test_attempt_that_takes_too_long_counts_as_failed(stub: NexumServiceStub) ->
     request = pb.GetExecutionRequest(execution_id=execution_id, with_attempts=True)
     attempts = stub.GetExecution(request, timeout=DEADLINE).nodes[0].attempts
     assert [one.outcome for one in attempts] == ["TIMED_OUT", "TIMED_OUT"]
+
+
+# ---- Retry of an execution -------------------------------------------------------------------------------------------
+
+
+def retry(stub: NexumServiceStub, execution_id: str) -> None:
+    assert stub.RetryExecution(pb.RetryRequest(execution_id=execution_id), timeout=DEADLINE).ok
+
+
+def fail(stub: NexumServiceStub, task: pb.PollResponse) -> None:
+    stub.FailTask(pb.FailRequest(task_id=task.task_id, error_message="broke", final=True), timeout=DEADLINE)
+
+
+def test_retried_map_runs_only_the_items_without_a_result(stub: NexumServiceStub) -> None:
+    execution_id = began(stub, {"each": node("MAP"), "sum": node("REDUCE", "each")})
+    run_task(stub, "each", ["good", "bad", "unfinished"])
+    complete(stub, poll(stub), '"good"')
+    fail(stub, poll(stub))
+    assert status(stub, execution_id)[0] == "FAILED"
+    retry(stub, execution_id)
+    assert statuses(stub, execution_id) == {"each": "WAITING", "sum": "PENDING"}
+    again = {json.loads(task.map_item_json): task for task in (poll(stub), poll(stub))}
+    assert set(again) == {"bad", "unfinished"}
+    for item, task in again.items():
+        complete(stub, task, json.dumps(item))
+    run_task(stub, "sum", 3)
+    assert status(stub, execution_id) == ("COMPLETED", {"each": ["good", "bad", "unfinished"], "sum": 3})
+    assert len(children(stub, execution_id)) == 3
+
+
+def test_retried_parent_continues_the_child_at_its_failed_node(stub: NexumServiceStub) -> None:
+    register(stub, CHILD, workflow_id="child", version="c1")
+    execution_id = began(stub, PARENT)
+    run_task(stub, "sub", child_start())
+    run_task(stub, "a", 1, version="c1")
+    fail(stub, poll(stub, version="c1"))
+    (child,) = children(stub, execution_id)
+    code, words = refused(lambda: retry(stub, child.execution_id))
+    assert (code, f"retry that one, {execution_id}" in words) == (Code.FAILED_PRECONDITION, True)
+    retry(stub, execution_id)
+    run_task(stub, "b", 2, version="c1")
+    run_task(stub, "after", 3)
+    assert status(stub, execution_id) == ("COMPLETED", {"sub": 2, "after": 3})
+    assert [one.execution_id for one in children(stub, execution_id)] == [child.execution_id]
+
+
+def test_retried_rejection_waits_for_another_decision(stub: NexumServiceStub) -> None:
+    nodes = {"boss": node("HUMAN_APPROVAL"), "wait": node("TIMER", delay_seconds=60), "each": node("MAP")}
+    execution_id = began(stub, nodes)
+    run_task(stub, "each", [1])
+    reject(stub, execution_id)
+    retry(stub, execution_id)
+    assert statuses(stub, execution_id) == {"boss": "WAITING", "wait": "WAITING", "each": "WAITING"}
+    assert pending(stub) == [(execution_id, "boss", "w")]
+    assert poll(stub).map_item_json == "1"
+    approve(stub, execution_id)
+    assert statuses(stub, execution_id)["boss"] == "COMPLETED"

@@ -19,7 +19,7 @@ from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, Ser
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -137,7 +137,7 @@ async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: 
     assert (await under(second, "two", "e/3")).task is not None
     with pytest.raises(StaleTask, match="holds task task-of-elsewhere, but this server has no such task"):
         await store.run(tasks.start_owned, "w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
-    keys = {one.idempotency_key for one in await store.run(reading.list_executions, "w", "", 10)}
+    keys = {one.idempotency_key for one in await store.run(listing.list_executions, "w", "", 10)}
     assert keys == {"run", "e/1", "e/2", "e/3"}
 
 
@@ -193,7 +193,7 @@ async def test_refused_start_with_result_stores_nothing(store: Store, clock: Man
         await record(store, "1", key="e/3", held="task-of-elsewhere")
     with pytest.raises(InvalidRequest, match="output_json is not valid JSON"):
         await record(store, "NaN", key="e/4")
-    assert [one.idempotency_key for one in await store.run(reading.list_executions, "w", "", 10)] == ["e/1", "run"]
+    assert [one.idempotency_key for one in await store.run(listing.list_executions, "w", "", 10)] == ["e/1", "run"]
 
 
 async def test_deaths_of_owners_are_not_counted(store: Store, clock: ManualClock) -> None:
@@ -232,20 +232,20 @@ async def test_workflow_of_two_nodes_can_not_be_owned(store: Store) -> None:
     await store.run(executions.register_workflow, "w", "v2", json.dumps({"nodes": nodes}))
     with pytest.raises(InvalidRequest, match="has 2 nodes: an owned execution has one"):
         await store.run(tasks.start_owned, "w", "v2", "{}", "k", "one", LEASE_MS, True)
-    assert await store.run(reading.list_executions, "w", "", 10) == []
+    assert await store.run(listing.list_executions, "w", "", 10) == []
 
 
 async def test_executions_are_listed_by_key_prefix_page_by_page(store: Store) -> None:
     for key in ("a/1", "a/2", "a/3", "ab/1", "b"):
         await own(store, "one", key)
-    newest = await store.run(reading.list_executions, "w", "", 2, key_prefix="a/")
+    newest = await store.run(listing.list_executions, "w", "", 2, key_prefix="a/")
     assert [one.idempotency_key for one in newest] == ["a/3", "a/2"]
     older = await store.run(
-        reading.list_executions, "w", "", 2, key_prefix="a/", before=newest[-1].execution_id, with_nodes=True
+        listing.list_executions, "w", "", 2, key_prefix="a/", before=newest[-1].execution_id, with_nodes=True
     )
     assert [(one.idempotency_key, len(one.nodes)) for one in older] == [("a/1", 1)]
     with pytest.raises(InvalidRequest, match="give workflow_id"):
-        await store.run(reading.list_executions, "", "", 2, key_prefix="a/")
+        await store.run(listing.list_executions, "", "", 2, key_prefix="a/")
 
 
 @pytest.mark.parametrize("prefix", ["", "a/"])
@@ -264,20 +264,20 @@ async def test_list_with_nodes_ends_at_its_size_limit(store: Store) -> None:
     pages = []
     before = ""
     while page := await store.run(
-        reading.list_executions, "w", "", 100, key_prefix="a/", before=before, with_nodes=True
+        listing.list_executions, "w", "", 100, key_prefix="a/", before=before, with_nodes=True
     ):
         pages.append([one.idempotency_key for one in page])
         before = page[-1].execution_id
     assert pages == [["a/4", "a/3"], ["a/2", "a/1"]]
-    assert len(await store.run(reading.list_executions, "w", "", 100, key_prefix="a/")) == 4
+    assert len(await store.run(listing.list_executions, "w", "", 100, key_prefix="a/")) == 4
 
 
 async def test_execution_above_list_limit_is_its_own_page(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nexum_engine.store.reading.MAX_LIST_BYTES", 1)
+    monkeypatch.setattr("nexum_engine.store.listing.MAX_LIST_BYTES", 1)
     for key in ("a", "b"):
         await own(store, "one", key)
-    (newest,) = await store.run(reading.list_executions, "w", "", 10, with_nodes=True)
-    (older,) = await store.run(reading.list_executions, "w", "", 10, with_nodes=True, before=newest.execution_id)
+    (newest,) = await store.run(listing.list_executions, "w", "", 10, with_nodes=True)
+    (older,) = await store.run(listing.list_executions, "w", "", 10, with_nodes=True, before=newest.execution_id)
     assert [newest.idempotency_key, older.idempotency_key] == ["b", "a"]
 
 

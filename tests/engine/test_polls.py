@@ -25,7 +25,7 @@ from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.waiters import Waiters
-from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
@@ -145,7 +145,7 @@ async def turns(count: int = 50) -> None:
 
 async def until_idle(engine: Engine, *polls: asyncio.Task[Task | None]) -> None:
     """Wait until the polls are idle: none of them has a claim under way."""
-    await engine.store.run(reading.list_executions, "", "", 1)
+    await engine.store.run(listing.list_executions, "", "", 1)
     await turns()
     assert not any(poll.done() for poll in polls)
 
@@ -431,7 +431,7 @@ async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Mak
     new.beat(task.task_id)
     await new.acked()
     await old.ended()
-    await engine.store.run(reading.list_executions, "", "", 1)
+    await engine.store.run(listing.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
@@ -452,7 +452,7 @@ async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Mak
     old.breaks()
     await old.ended()
     assert engine.polls.lease_of("w1") == (LEASE_MS, True)
-    await engine.store.run(reading.list_executions, "", "", 1)
+    await engine.store.run(listing.list_executions, "", "", 1)
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
 
@@ -468,7 +468,7 @@ async def test_worker_that_stays_disconnected_loses_task_after_grace(make: Make)
     await engine.task(engine.poll())
     stream.breaks()
     await stream.ended()
-    await engine.store.run(reading.list_executions, "", "", 1)
+    await engine.store.run(listing.list_executions, "", "", 1)
     clock.advance((RECONNECT_GRACE_MS - 1) / 1000)
     assert await swept(engine) == 0
     clock.advance(0.001)
@@ -777,7 +777,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
     everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
     await asyncio.gather(*(starter() for _ in range(4)))
     try:
-        for execution in await engine.store.run(reading.list_executions, "", "", 1000):
+        for execution in await engine.store.run(listing.list_executions, "", "", 1000):
             with engine.waiters.watch(execution.execution_id) as ended:
                 current = await engine.store.run(reading.get_execution, execution.execution_id)
                 if current.status is ExecutionStatus.RUNNING:
@@ -787,7 +787,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
         everything.cancel()
         await engine.stop_waiting()
         await asyncio.gather(everything, *workers, return_exceptions=True)
-    found = await engine.store.run(reading.list_executions, "", "", 1000)
+    found = await engine.store.run(listing.list_executions, "", "", 1000)
     assert {one.status for one in found} == {ExecutionStatus.COMPLETED}
     assert len(found) > 100
     assert set(runs.values()) == {1}, "a task was handed out twice"

@@ -22,7 +22,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store import database_exists, executions, open_store, reading
+from nexum_engine.store import database_exists, executions, listing, open_store, reading
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_file import APPLICATION_ID
@@ -269,7 +269,8 @@ async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> N
     store = await opened(tmp_path / "nexum.db")
     connection = store._database.connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
-    ours = {"workflow_versions", "executions", "nodes", "attempts", "events", "former_ids", "file_mark", "log_stamp"}
+    ours = {"workflow_versions", "executions", "attributes", "nodes", "attempts", "events", "former_ids", "pruned"}
+    ours |= {"file_mark", "log_stamp"}
     assert {row["name"] for row in tables if row["strict"]} == ours
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
@@ -332,7 +333,7 @@ async def test_transitions_submitted_together_share_a_transaction(tmp_path: Path
     with commits(store) as seen:
         await asyncio.gather(*(store.run(executions.start_execution, "w", "v1", str(n), "") for n in range(100)))
     assert seen == ["COMMIT"]
-    assert len(await store.run(reading.list_executions, "", "", 1000)) == 100
+    assert len(await store.run(listing.list_executions, "", "", 1000)) == 100
     await store.close()
 
 
@@ -359,7 +360,7 @@ async def test_failing_transition_undoes_only_itself(tmp_path: Path) -> None:
     assert seen.count("COMMIT") == 1
     assert [isinstance(one, Exception) for one in outcomes] == [False, True, True, False]
     assert await store.run(executions.workflow_versions, "half") == []
-    assert len(await store.run(reading.list_executions, "w", "", 20)) == 2
+    assert len(await store.run(listing.list_executions, "w", "", 20)) == 2
     assert not store.failed.done()
     await store.close()
 
@@ -384,7 +385,7 @@ async def test_cancelled_caller_does_not_undo_its_transition(tmp_path: Path) -> 
     kept = asyncio.ensure_future(store.run(executions.start_execution, "w", "v1", "2", ""))
     gone.cancel()
     await kept
-    assert len(await store.run(reading.list_executions, "", "", 20)) == 2
+    assert len(await store.run(listing.list_executions, "", "", 20)) == 2
     await store.close()
 
 
@@ -411,7 +412,7 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
     assert told == [None]
     assert not store.failed.done()
     # The limit belonged to the old connection: the store has opened a new one.
-    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 20)] == [kept]
+    assert [one.execution_id for one in await store.run(listing.list_executions, "", "", 20)] == [kept]
     assert (await store.run(executions.start_execution, "w", "v1", large, "")).execution_id
     await store.close()
 
@@ -439,7 +440,7 @@ async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path
         await store.run(reading.get_execution, kept)
     await store.close()
     again = await opened(tmp_path / "nexum.db")
-    assert [one.execution_id for one in await again.run(reading.list_executions, "", "", 20)] == [kept]
+    assert [one.execution_id for one in await again.run(listing.list_executions, "", "", 20)] == [kept]
     await again.close()
 
 
@@ -461,7 +462,7 @@ async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, mo
     assert "can't be trusted any more" in await asyncio.wait_for(store.failed, 10)
     await store.close()
     again = await opened(tmp_path / "nexum.db")
-    assert await again.run(reading.list_executions, "", "", 20) == []
+    assert await again.run(listing.list_executions, "", "", 20) == []
     await again.close()
 
 
@@ -513,6 +514,6 @@ async def test_server_with_failing_disk_keeps_acknowledged_results_and_ends(
         said = server.lines[1:]
     assert said == [f"error: database {tmp_path / 'nexum.db'} can't be trusted any more: disk I/O error"]
     again = await open_store(url, ManualClock())
-    stored = {one.execution_id for one in await again.run(reading.list_executions, "", "", 1000)}
+    stored = {one.execution_id for one in await again.run(listing.list_executions, "", "", 1000)}
     assert set(acknowledged) <= stored
     await again.close()

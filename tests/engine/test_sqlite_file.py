@@ -18,7 +18,7 @@ from harness import ROOT, Server, environment, nexum_server, running
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import address_file, read_address
-from nexum_engine.store import executions, open_store, reading, restore_database
+from nexum_engine.store import executions, listing, open_store, restore_database
 from nexum_engine.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.every_python
@@ -41,7 +41,7 @@ async def start(store: SqliteStore, *inputs: int) -> set[str]:
 async def stored(path: Path) -> set[str]:
     store = await opened(path)
     try:
-        return {one.execution_id for one in await store.run(reading.list_executions, "", "", 1000)}
+        return {one.execution_id for one in await store.run(listing.list_executions, "", "", 1000)}
     finally:
         await store.close()
 
@@ -55,10 +55,10 @@ def kill_after(path: Path, *inputs: int) -> set[str]:
     """Record executions in a process that dies without closing the database; return all executions' ids."""
     program = (
         f"import asyncio, os, sys; sys.path.insert(0, {str(ROOT / 'tests' / 'engine')!r})\n"
-        "from pathlib import Path\nfrom test_sqlite_file import opened, reading, start\n"
+        "from pathlib import Path\nfrom test_sqlite_file import executions, listing, opened, start\n"
         "async def main():\n"
         f"    store = await opened(Path({str(path)!r})); await start(store, *{inputs!r})\n"
-        "    found = await store.run(reading.list_executions, '', '', 1000)\n"
+        "    found = await store.run(listing.list_executions, '', '', 1000)\n"
         "    print(*(one.execution_id for one in found), 'stored', flush=True); os._exit(9)\n"
         "asyncio.run(main())\n"
     )

@@ -22,7 +22,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
@@ -146,7 +146,7 @@ async def test_key_with_another_input_is_refused(store: Store, other: str) -> No
     )
     with pytest.raises(IdempotencyConflict, match=first.execution_id):
         await store.run(executions.start_execution, "w", "v1", other, "k")
-    assert len(await store.run(reading.list_executions, "", "", 20)) == 1
+    assert len(await store.run(listing.list_executions, "", "", 20)) == 1
 
 
 async def test_key_accepts_another_spelling_of_its_input(store: Store) -> None:
@@ -193,7 +193,7 @@ async def test_unknown_workflow_or_version_stores_no_execution(store: Store) -> 
     for workflow_id, version in (("nowhere", "v1"), ("w", "v9")):
         with pytest.raises(WorkflowNotFound, match=r"call RegisterWorkflow first"):
             await store.run(executions.start_execution, workflow_id, version, "{}", "")
-    assert await store.run(reading.list_executions, "", "", 20) == []
+    assert await store.run(listing.list_executions, "", "", 20) == []
 
 
 @pytest.mark.parametrize("text", ["{", "NaN", "[" * 100_000, "9" * 5000])
@@ -201,7 +201,7 @@ async def test_input_that_is_not_json_is_refused(store: Store, text: str) -> Non
     await register(store, ONE)
     with pytest.raises(InvalidRequest, match="input_json"):
         await store.run(executions.start_execution, "w", "v1", text, "k")
-    assert await store.run(reading.list_executions, "", "", 20) == []
+    assert await store.run(listing.list_executions, "", "", 20) == []
 
 
 async def test_start_counts_its_tasks(store: Store) -> None:
@@ -831,12 +831,12 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
     ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(3)]
     ids.append((await store.run(executions.start_execution, "other", "v1", "{}", "")).execution_id)
     await store.run(executions.cancel_execution, ids[1])
-    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 20)] == ids[::-1]
-    assert [one.execution_id for one in await store.run(reading.list_executions, "", "", 2)] == ids[:1:-1]
-    assert [one.execution_id for one in await store.run(reading.list_executions, "other", "", 20)] == ids[3:]
-    assert [one.execution_id for one in await store.run(reading.list_executions, "", "CANCELLED", 20)] == [ids[1]]
+    assert [one.execution_id for one in await store.run(listing.list_executions, "", "", 20)] == ids[::-1]
+    assert [one.execution_id for one in await store.run(listing.list_executions, "", "", 2)] == ids[:1:-1]
+    assert [one.execution_id for one in await store.run(listing.list_executions, "other", "", 20)] == ids[3:]
+    assert [one.execution_id for one in await store.run(listing.list_executions, "", "CANCELLED", 20)] == [ids[1]]
     with pytest.raises(InvalidRequest, match="unknown status 'DONE': use one of RUNNING"):
-        await store.run(reading.list_executions, "", "DONE", 20)
+        await store.run(listing.list_executions, "", "DONE", 20)
 
 
 # ---- Durability (G1) -------------------------------------------------------------------------------------------------
@@ -864,7 +864,7 @@ async def test_failing_transition_raises_only_for_its_caller(store: Store) -> No
         return_exceptions=True,
     )
     assert [type(one) for one in outcomes] == [Started, InvalidRequest, TaskNotFound, Started]
-    assert len(await store.run(reading.list_executions, "", "", 20)) == 2
+    assert len(await store.run(listing.list_executions, "", "", 20)) == 2
 
 
 async def test_fifty_claimers_get_each_of_200_tasks_once(store: Store) -> None:

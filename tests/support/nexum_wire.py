@@ -48,6 +48,11 @@ def poll(stub: NexumServiceStub, worker_id: str = "worker", version: str = "v1",
     return stub.PollTask(pb.PollRequest(worker_id=worker_id, version_hash=version, **more), timeout=DEADLINE + 30)
 
 
+def say_large(stub: NexumServiceStub, version: str = "v1") -> None:
+    """Poll once as a worker that can receive large tasks. From then on, the server accepts large inputs."""
+    assert not poll(stub, "large", version, max_task_bytes=2**40).has_task
+
+
 def complete(stub: NexumServiceStub, task: pb.PollResponse, output_json: str = "1") -> None:
     stub.CompleteTask(pb.CompleteRequest(task_id=task.task_id, output_json=output_json), timeout=DEADLINE)
 
@@ -60,6 +65,18 @@ def status(stub: NexumServiceStub, execution_id: str) -> tuple[str, dict[str, An
 def record(stub: NexumServiceStub, execution_id: str, **more: Any) -> pb.GetExecutionResponse:
     request = pb.GetExecutionRequest(execution_id=execution_id, with_attempts=True, **more)
     return stub.GetExecution(request, timeout=DEADLINE + 30)
+
+
+def output(stub: NexumServiceStub, execution_id: str, node_id: str, length: int = 0) -> str:
+    """Read an output, or the input if `node_id` is empty, in parts."""
+    data = b""
+    while True:
+        request = pb.GetOutputRequest(execution_id=execution_id, node_id=node_id, offset=len(data), length=length)
+        answer = stub.GetOutput(request, timeout=DEADLINE)
+        data += answer.data
+        if len(data) == answer.total_bytes:
+            return data.decode()
+        assert answer.data
 
 
 def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:

@@ -9,7 +9,6 @@ from enum import Enum
 from itertools import chain
 
 from support.tools.web.decoders import REPLACEMENT, decode, encoding_name
-from support.tools.web.html.source import attributes_of, next_tag
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16le"), (codecs.BOM_UTF16_BE, "utf-16be"))
 _DECLARED_WITHIN = 4096  # bytes; the HTML standard looks at the first 1024, and browsers also later
@@ -105,13 +104,11 @@ def _declared(body: bytes, kind: Kind | None) -> str | None:
 
 
 def _meta_labels(head: str) -> Iterator[str]:
-    """Return the labels in the `meta` elements of a page's head, leaving out comments and other tags' attributes."""
-    position = 0
-    while tag := next_tag(head, position):
-        position = tag.end
-        if tag.name != "meta" or tag.closing:
-            continue
-        attributes = dict(reversed(attributes_of(head, tag)))  # the first of equal names counts
+    """Return the labels in the `meta` elements of a page's head."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    for meta in LexborHTMLParser(head, scripting=True).css("meta"):
+        attributes = {name: value or "" for name, value in meta.attributes.items()}
         if "charset" in attributes:
             yield attributes["charset"]
         elif attributes.get("http-equiv", "").lower() == "content-type":

@@ -1,0 +1,57 @@
+"""A view of something that changes: redrawn in place on a terminal; elsewhere, what is new is printed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+_NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
+_END_OF_LINE, _END_OF_SCREEN = "\x1b[K", "\x1b[J"
+
+
+class Screen:
+    """The view on standard output, redrawn `in_place` or not. `say` prints a text and flushes it.
+
+    Each redrawing leaves the terminal as it was, with the cursor below the view. So the program may be killed at any
+    time.
+    """
+
+    def __init__(self, say: Callable[[str], None], *, in_place: bool) -> None:
+        self._say = say
+        self._in_place = in_place and os.environ.get("TERM") != "dumb"
+        self._height = 0
+        self._keys: set[str] = set()
+        self._notes: set[str] = set()
+        self._lines: Sequence[str] = ()
+        if self._in_place and sys.platform == "win32":
+            os.system("")  # makes the console obey escape sequences
+
+    def show(self, lines: Sequence[str], news: Iterable[tuple[str, str]]) -> None:
+        """Show `lines` in place, or else print those texts of `news` whose keys are new: (key, text)."""
+        self._lines = lines
+        if self._in_place:
+            self._draw(lines)
+            return
+        before, self._keys = self._keys, set()
+        for key, text in news:
+            if key not in before:
+                self._say(text)
+            self._keys.add(key)
+
+    def note(self, text: str) -> None:
+        """Say something about the view: below it if it is redrawn in place, else on standard error, once."""
+        if self._in_place:
+            self._draw([*self._lines, text])
+        elif text not in self._notes:
+            self._notes.add(text)
+            print(text, file=sys.stderr, flush=True)
+
+    def _draw(self, lines: Sequence[str]) -> None:
+        # Leave a line for the cursor. A line that is too long, or too high a view, would scroll away what is redrawn.
+        shown = lines[: max(1, shutil.get_terminal_size().lines - 1)]
+        up = f"\x1b[{self._height}F" if self._height else ""
+        self._height = len(shown)
+        text = "\n".join(f"{line}{_END_OF_LINE}" for line in shown)
+        self._say(f"{up}{_NO_WRAP}{text}{_WRAP}{_END_OF_SCREEN}")

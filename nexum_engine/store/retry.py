@@ -1,0 +1,69 @@
+"""The transition that continues a FAILED execution.
+
+It runs inside one transaction, and is the same for every database.
+"""
+
+from __future__ import annotations
+
+from nexum_engine.errors import Conflict, ExecutionNotFound
+from nexum_engine.records import ExecutionStatus
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.ids import node_number, number_of
+from nexum_engine.store.progress import advance
+from nexum_engine.store.results import Changed, Changes, ReadyTask
+
+
+def retry_execution(db: Db, execution_id: str) -> Changed:
+    """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
+
+    The nodes that the failure had cancelled wait again for what they depend on; timers begin again. A node that had
+    started executions does not start them again: those without a result are continued in the same way. Raises
+    ExecutionNotFound for an unknown id, and Conflict if the execution has not failed, if its key has a newer execution,
+    if it is owned, or if a node of another execution started it.
+    """
+    number = number_of(db, execution_id)
+    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
+    if row is None:
+        raise ExecutionNotFound(execution_id)
+    if row["status"] != ExecutionStatus.FAILED:
+        raise Conflict(f"execution {execution_id} is {row['status']}: only a FAILED one can be retried")
+    if (key := row["idempotency_key"]) is not None:
+        newest = db.one("execution_of_key", workflow_id=row["workflow_id"], idempotency_key=key)
+        assert newest is not None, "the execution itself has the key"
+        if newest["execution_id"] != execution_id:
+            # Whatever its status: a start with the key finds the newest execution, and no other may run beside it.
+            next_step = ": retry that one" if newest["status"] == ExecutionStatus.FAILED else ""
+            raise Conflict(
+                f"execution {execution_id} can't be retried: its key has a newer execution, {newest['execution_id']}, "
+                f"which is {newest['status']}{next_step}"
+            )
+    owned = db.one("owned_node", execution=number)
+    if owned is not None and owned["owned"]:
+        raise Conflict(
+            f"execution {execution_id} is the work of a program, and no worker would get it: run that program again"
+        )
+    if row["parent_execution_id"]:
+        raise Conflict(
+            f"execution {execution_id} was started by node {row['parent_node_id']!r} of another execution: retry that "
+            f"one, {row['parent_execution_id']}"
+        )
+    changes = Changes()
+    _reopen(db, row, changes)
+    return changes.freeze()
+
+
+def _reopen(db: Db, execution: Row, changes: Changes) -> None:
+    """Make an execution run again, with the executions that its nodes started and that have no result."""
+    number, version_hash = execution["sequence"], execution["version_hash"]
+    db.run("reopen_execution", execution=number)
+    if execution["child_index"] is not None:
+        db.run("reopen_item", node=node_number(number, 0), now=db.now_ms)
+        item = db.one("ready_node", node=node_number(number, 0))
+        assert item is not None
+        changes.ready.append(ReadyTask(version_hash, item["task_bytes"]))
+        return
+    db.run("reopen_parents", execution=number)
+    db.run("reopen_nodes", execution=number)
+    for child in db.all("children_without_result", execution=number):
+        _reopen(db, child, changes)
+    advance(db, number, execution["workflow_id"], version_hash, changes)

@@ -1,0 +1,13 @@
+-- Executions are found by attribute, status, workflow and time, also among a million others. No index here costs a tool
+-- call a page: a tool call has a key, and no attributes, and completes.
+
+CREATE TABLE attributes (
+    execution INTEGER NOT NULL REFERENCES executions (sequence),
+    name TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (execution, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX executions_by_attribute ON attributes (name, value, execution);
+CREATE INDEX executions_without_result ON executions (status) WHERE status IN ('FAILED', 'CANCELLED');
+CREATE INDEX executions_without_key ON executions (workflow_id) WHERE idempotency_key IS NULL;

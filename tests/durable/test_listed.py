@@ -1,0 +1,105 @@
+"""A session in `nexum ps`: one row with its question, calls and tokens, in each state of the session."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from autogen_agentchat.base import Team
+from autogen_agentchat.teams import RoundRobinGroupChat
+from durable_agents import agent, answer, run
+from harness import Server
+from openai_server import OpenAIServer, Reply
+from processes import command_line
+
+from durable_autogen import fork_session, list_sessions
+from durable_autogen.record.events import read_record
+from nexum_engine.__main__ import look
+from nexum_engine.client import NexumClient
+from nexum_engine.records import Execution
+
+TOKENS = 50  # of one reply of the local server
+WIDTH = 80
+
+
+def team(model: OpenAIServer, name: str = "a") -> Team:
+    return RoundRobinGroupChat([agent(model, name)], max_turns=3)
+
+
+async def listed(server: Server, *arguments: str) -> list[Execution]:
+    async with NexumClient(server.address) as nexum:
+        return await nexum.list_executions(group_sessions=True)
+
+
+async def tokens(server: Server, session: str) -> int:
+    """Count the tokens of all replies that count, as the models have reported them."""
+    async with NexumClient(server.address) as nexum:
+        values: list[Any] = [
+            getattr(event.content, "value", None) for event in (await read_record(nexum, session)).events
+        ]
+    usages = [value["usage"] for value in values if isinstance(value, dict) and "usage" in value]
+    return sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+
+
+async def test_session_is_listed_with_question_calls_and_tokens(server: Server) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        await run(server, lambda: team(model), task="How many\n people?")
+        await run(server, lambda: team(model), task="How many\n people?")  # a replay: its run is the latest
+        async with NexumClient(server.address) as nexum:
+            await fork_session(nexum, "s", 2, "f", "Shorter")
+        await run(server, lambda: team(model), task="How many\n people?", session="f")
+    fork, session = await listed(server)
+    assert (session.idempotency_key, session.workflow_id, session.status) == ("s/2", "agent-run", "COMPLETED")
+    assert session.session is not None
+    assert fork.session is not None
+    assert (session.session.question, session.session.calls) == ("How many\n people?", 3)
+    assert (fork.session.question, fork.session.calls) == ("How many\n people? / Shorter", 3)
+    for one in (session.session, fork.session):
+        assert one.tokens == await tokens(server, one.session) > 0
+        assert not one.is_running
+    async with NexumClient(server.address) as nexum:
+        assert {one.session: sum(one.calls.values()) for one in await list_sessions(nexum)} == {"s": 3, "f": 3}
+    where = ("--nexum", server.address)
+    lines = (await look(command_line("ps", *where))).splitlines()
+    assert [line.split()[:3] for line in lines[1::3]] == [["session", "f", "COMPLETED"], ["session", "s", "COMPLETED"]]
+    assert lines[5] == "    How many  people?"
+    assert lines[6] == f"    3 call(s), {session.session.tokens} token(s), {session.session.events} event(s)"
+    assert max(map(len, lines)) <= WIDTH
+    events = json.loads(await look(command_line("ps", "--all", "--json", *where)))
+    assert len(events) > session.session.events + fork.session.events
+
+
+async def test_failed_call_that_is_revoked_does_not_count(server: Server) -> None:
+    replies = iter([answer("one"), Reply(status=400), answer("two"), answer("three")])
+    with OpenAIServer(lambda _: next(replies)) as model:
+        with pytest.raises(Exception, match="400"):
+            await run(server, lambda: team(model))
+        (failed,) = await listed(server)
+        assert failed.session is not None
+        assert (failed.status, failed.session.calls) == ("FAILED", 1)
+        await run(server, lambda: team(model))
+    (finished,) = await listed(server)
+    assert finished.session is not None
+    assert (finished.status, finished.session.calls) == ("COMPLETED", 3)
+    assert finished.session.tokens == await tokens(server, "s")
+
+
+async def test_running_session_is_listed_as_running(server: Server) -> None:
+    waiting, going = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def reply(_: dict[str, Any]) -> Reply:
+        loop.call_soon_threadsafe(waiting.set)
+        asyncio.run_coroutine_threadsafe(going.wait(), loop).result(20)
+        return answer("yes")
+
+    with OpenAIServer(reply) as model:
+        running = asyncio.create_task(run(server, lambda: team(model), task="Why?"))
+        await asyncio.wait_for(waiting.wait(), 20)
+        (session,) = await listed(server)
+        assert session.session is not None
+        assert (session.status, session.session.is_running, session.session.question) == ("RUNNING", True, "Why?")
+        going.set()
+        await running
