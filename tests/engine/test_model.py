@@ -31,7 +31,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Execution, NodeStatus
 from nexum_engine.records import Node as NodeRecord
-from nexum_engine.store import Store, executions, leases, open_store, reading, tasks, waits
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, retry, tasks, waits
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
@@ -118,6 +118,7 @@ class Engine(Protocol):
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None: ...
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None: ...
     def cancel(self, execution_id: str) -> None: ...
+    def retry(self, execution_id: str) -> None: ...
     def pending_approvals(self) -> set[tuple[str, str]]: ...
     def whole(self, roots: list[str]) -> dict[str, Any]: ...
     def restart(self) -> None: ...
@@ -203,6 +204,9 @@ class StoreEngine:
     def cancel(self, execution_id: str) -> None:
         self.run(executions.cancel_execution, execution_id)
 
+    def retry(self, execution_id: str) -> None:
+        self.run(retry.retry_execution, execution_id)
+
     def pending_approvals(self) -> set[tuple[str, str]]:
         return {(one.execution_id, one.node_id) for one in self.run(waits.pending_approvals)}
 
@@ -218,7 +222,7 @@ class StoreEngine:
     def whole(self, roots: list[str]) -> dict[str, Any]:
         def read(db: Db) -> dict[str, Any]:
             def one(execution_id: str) -> dict[str, Any]:
-                children = reading.list_executions(db, "", "", 1000, parent=execution_id)
+                children = listing.list_executions(db, "", "", 1000, parent=execution_id)
                 execution = reading.get_execution(db, execution_id, True)
                 return {"execution": execution, "children": [one(child.execution_id) for child in reversed(children)]}
 
@@ -298,6 +302,9 @@ class ServerEngine:
 
     def cancel(self, execution_id: str) -> None:
         answered(self._stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
+
+    def retry(self, execution_id: str) -> None:
+        answered(self._stub.RetryExecution, pb.RetryRequest(execution_id=execution_id))
 
     def pending_approvals(self) -> set[tuple[str, str]]:
         items = answered(self._stub.GetPendingApprovals, pb.EmptyRequest()).items
@@ -401,6 +408,13 @@ class BothEngines(RuleBasedStateMachine):
         ids = [run.id for run in self.model.runs if run.status != "RUNNING" or data.draw(st.integers(0, 3)) == 0]
         execution_id = self.pick(data, [*ids, "exec-1-000000000000000000000000"], "execution")
         self.both(lambda: self.engine.cancel(execution_id), lambda: self.model.cancel(execution_id))
+
+    @precondition(lambda self: any(run.status == "FAILED" for run in self.model.runs))
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        failed = [run.id for run in self.model.runs if run.status == "FAILED" and run.parent is None]
+        execution_id = self.pick(data, [*failed, *failed, *(run.id for run in self.model.runs)], "execution")
+        self.both(lambda: self.engine.retry(execution_id), lambda: self.model.retry(execution_id))
 
     # ---- Tasks
 

@@ -22,7 +22,8 @@ RESTART_MS = 1_500
 LIMIT_GRACE_MS = 1_000
 MAX_LOSSES = 10
 DONE = ("COMPLETED", "SKIPPED")
-ENDED = (*DONE, "FAILED", "CANCELLED")
+FAILED = ("FAILED", "CANCELLED")
+ENDED = (*DONE, *FAILED)
 ROUTED = "routed_to"
 SERVER_SIDE = ("TIMER", "HUMAN_APPROVAL", "EVENT")
 
@@ -266,6 +267,13 @@ class Model:
             raise Conflict("ended")
         self._end(run, "CANCELLED")
 
+    def retry(self, run_id: str) -> None:
+        run = self.run(run_id)
+        newest = [one for one in self.runs if run.key and (one.workflow, one.key) == (run.workflow, run.key)]
+        if run.status != "FAILED" or run.parent is not None or (newest and newest[-1] is not run):
+            raise Conflict("can't be retried")
+        self._reopen(run)
+
     def pending_approvals(self) -> set[tuple[str, str]]:
         return {(n.run.id, n.name) for n in self.nodes() if n.status == "WAITING" and n.kind == "HUMAN_APPROVAL"}
 
@@ -469,6 +477,16 @@ class Model:
         elif all(child.status == "COMPLETED" for child in node.children):
             self._complete(node, [child.last for child in node.children])
             self._advance(node.run)
+
+    def _reopen(self, run: Run) -> None:
+        run.status, run.error = "RUNNING", ""
+        without = {node: [child for child in node.children if child.status in FAILED] for node in run.nodes.values()}
+        for node, children in without.items():
+            if node.status in FAILED:
+                node.status, node.due, node.failed, node.lost = "WAITING" if children else "PENDING", None, 0, 0
+        for child in sorted((child for some in without.values() for child in some), key=lambda child: child.number):
+            self._reopen(child)
+        self._advance(run)
 
     def _count_failure(self, attempt: Attempt, outcome: str, final: bool) -> None:
         node = attempt.node
