@@ -348,7 +348,9 @@ SELECT output_json FROM nodes WHERE node = :node;
 -- name: record_output
 -- Record a node's result, once, and the end of its newest attempt.
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '',
-                 outcome = 'COMPLETED', attempt_error = '', ended_ms = :now
+                 outcome = 'COMPLETED', attempt_error = '', ended_ms = :now,
+                 completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
+                              others.node BETWEEN 1000 * (:node / 1000) AND 1000 * (:node / 1000) + 999)
 WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 
 -- name: wait_for_children
@@ -368,7 +370,9 @@ UPDATE nodes SET status = 'SKIPPED' WHERE node = :node AND status = 'PENDING';
 
 -- name: complete_waiting
 -- Record the result of a node that waited.
-UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now
+UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now,
+                 completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
+                              others.node BETWEEN 1000 * (:node / 1000) AND 1000 * (:node / 1000) + 999)
 WHERE node = :node AND status = 'WAITING';
 
 -- name: fail_waiting
@@ -450,7 +454,7 @@ FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node;
 -- The output of the node of an execution that completed last.
 SELECT output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED'
-ORDER BY ended_ms DESC, node DESC LIMIT 1;
+ORDER BY completed DESC LIMIT 1;
 
 -- name: add_event
 -- Keep an event.
@@ -589,7 +593,7 @@ UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed = 1 AN
 -- Let no task be due after :latest: make such a retry due at :latest, and any other such task now. A node with a rule
 -- of its own for retries may be due later.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
-WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND retry IS NULL;
+WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
 
 -- name: expired_leases
 -- Attempts whose lease has run out, the earliest first.

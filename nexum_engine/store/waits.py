@@ -117,6 +117,8 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     row = db.one("execution_without_input", execution=execution, execution_id=execution_id)
     assert row is not None
     definitions = progress.definition_of(db, row["workflow_id"], row["version_hash"])
+    if row["child_index"] is not None:
+        raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
     added = db.one(

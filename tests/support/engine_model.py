@@ -20,6 +20,7 @@ UNSTREAMED_LEASE_MS = 2 * LEASE_MS
 RECONNECT_MS = 1_000
 RESTART_MS = 1_500
 LIMIT_GRACE_MS = 1_000
+LONGEST_DELAY_MS = 4_000
 MAX_LOSSES = 10
 DONE = ("COMPLETED", "SKIPPED")
 FAILED = ("FAILED", "CANCELLED")
@@ -313,6 +314,11 @@ class Model:
             grace = RESTART_MS if attempt.streamed else UNSTREAMED_LEASE_MS
             attempt.node.due = attempt.node.until(attempt.started, self.now + grace)
             attempt.node.lease_loss = "INTERRUPTED"
+        # If the clock was set back, no task waits for longer than a retry does.
+        for node in self.nodes():
+            is_late = node.status == "READY" and (node.due or 0) > self.now + LONGEST_DELAY_MS
+            if is_late and (not node.attempts or not node.spec.get("retry_policy")):
+                node.due = self.now + LONGEST_DELAY_MS if node.attempts else self.now
 
     def release(self, task_id: str) -> None:
         attempt = self.attempts[task_id]
