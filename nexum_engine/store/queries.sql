@@ -472,6 +472,11 @@ SELECT name, payload_json FROM events WHERE execution = :execution AND idempoten
 SELECT number, payload_json FROM events
 WHERE execution = :execution AND name = :name AND node IS NULL ORDER BY number LIMIT 1;
 
+-- name: kept_event_bytes
+-- The size of an execution's events that no node has used.
+SELECT coalesce(sum(length(CAST(payload_json AS BLOB))), 0) AS bytes FROM events
+WHERE execution = :execution AND node IS NULL;
+
 -- name: use_event
 -- Note which node an event completed.
 UPDATE events SET node = :node WHERE execution = :execution AND number = :number;
@@ -519,9 +524,15 @@ UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
   AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
 
+-- name: repeating_parent
+-- A PENDING node that would start its executions a second time.
+SELECT node_id FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'PENDING'
+  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node) LIMIT 1;
+
 -- name: children_without_result
 -- The executions without a result that the nodes of an execution started.
-SELECT sequence, workflow_id, version_hash, child_index FROM executions
+SELECT sequence, execution_id, workflow_id, version_hash, child_index FROM executions
 WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
 ORDER BY sequence;
 

@@ -22,6 +22,7 @@ from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingA
 from nexum_engine.store import progress
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import number_of
+from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
 from nexum_engine.store.results import Changed, Changes
 from nexum_engine.workflow import check_id
 
@@ -121,6 +122,14 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
+    kept = db.one("kept_event_bytes", execution=execution)
+    assert kept is not None
+    size = jsontext.size_of(payload_json)
+    if size > MAX_INLINE_BYTES and output_bytes(db, execution_id) + kept["bytes"] + size > progress.MAX_OUTPUT_BYTES:
+        raise TooLarge(
+            f"with this event, the events and outputs of execution {execution_id} are over the limit of "
+            f"{progress.MAX_OUTPUT_BYTES:,} bytes"
+        )
     added = db.one(
         "add_event",
         execution=execution,

@@ -433,12 +433,12 @@ class Model:
     def _wait(self, node: Node) -> None:
         node.status = "WAITING"
         if node.kind == "TIMER":
-            node.due = self.now + round(1000 * node.spec["delay_seconds"])
+            node.due = self.now + 1 + round(1000 * node.spec["delay_seconds"])  # the clock's time is rounded down
             if not node.spec["delay_seconds"]:
                 self._complete(node, self._timer_output(node))
         elif node.kind == "EVENT":
             limit = node.spec.get("timeout_seconds")
-            node.due = None if limit is None else self.now + round(1000 * limit)
+            node.due = None if limit is None else self.now + 1 + round(1000 * limit)
             kept = [event for event in node.run.events if event[0] == node.spec["event"]]
             if kept:
                 node.run.events.remove(kept[0])
