@@ -176,7 +176,7 @@ def _add_owned_node(
         "dependencies": "[]",
         "version_hash": version_hash,
         "task_bytes": jsontext.size_of(input_json) + TASK_FRAME_BYTES,
-        "owned": 1,
+        "owned": True,
     }
     if result is None:
         db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
@@ -186,7 +186,7 @@ def _add_owned_node(
             **fields,
             task_id=new_task_id(number),
             worker_id=result.owner,
-            streamed=int(result.streamed),
+            streamed=result.streamed,
             now=db.now_ms,
             output_json=result.output_json,
         )
@@ -197,8 +197,9 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
-    found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
-    row = db.one("execution_without_input", **found)
+    number = number_of(db, execution_id)
+    db.lock(number)
+    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
     if row["status"] == ExecutionStatus.CANCELLED:

@@ -22,6 +22,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
     if it is owned, or if a node of another execution started it.
     """
     number = number_of(db, execution_id)
+    db.lock(number)
     row = db.one("execution_without_input", execution=number, execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)

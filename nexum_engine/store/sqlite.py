@@ -385,5 +385,11 @@ class _SqliteDb:
         row: Row | None = self._connection.execute(self._queries[query], parameters).fetchone()
         return row
 
-    def run(self, query: str, **parameters: object) -> int:
+    def run(self, query: str, **parameters: object) -> None:
+        self._connection.execute(self._queries[query], parameters)
+
+    def changes(self, query: str, **parameters: object) -> int:
         return self._connection.execute(self._queries[query], parameters).rowcount
+
+    def lock(self, execution: int) -> None:
+        """Do nothing: one process has the database, and its transitions run one after the other."""

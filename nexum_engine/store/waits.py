@@ -87,7 +87,9 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
 
 def _status_of(db: Db, execution_id: str) -> ExecutionStatus:
     check_id(execution_id, "execution_id")
-    row = db.one("execution_without_input", execution=number_of(db, execution_id), execution_id=execution_id)
+    number = number_of(db, execution_id)
+    db.lock(number)
+    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
     return ExecutionStatus(row["status"])
@@ -154,6 +156,7 @@ def end_waits(db: Db, changes: Changes) -> None:
     # Go on only once with an execution whose nodes end at the same time: going on reads all nodes of the execution.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
         nodes = list(together)
+        db.lock(nodes[0]["execution"])
         if any([_goes_on(db, node, changes) for node in nodes]):
             progress.advance(db, nodes[0]["execution"], nodes[0]["workflow_id"], nodes[0]["version_hash"], changes)
 
@@ -161,14 +164,16 @@ def end_waits(db: Db, changes: Changes) -> None:
 def _goes_on(db: Db, node: Row, changes: Changes) -> bool:
     """End the wait of a node. Return True if other nodes may begin then.
 
-    It does nothing if the execution has ended, in this transaction by the end of another wait.
+    It does nothing if the node waits no more: another wait of this transaction, or another server, has ended it.
     """
+    if db.one("due_wait", node=node["node"], now=db.now_ms) is None:
+        return False
     definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
         output = progress.timer_output(db, definition)
-        return db.run("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
+        return db.changes("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
     reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
     if definition.on_timeout:
-        return db.run("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
+        return db.changes("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
     progress.fail_waiting(db, node, reason, changes)
     return False
