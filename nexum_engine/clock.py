@@ -12,15 +12,26 @@ class Clock(Protocol):
 
     def now_ms(self) -> int: ...
 
+    def follow(self, ms: int) -> None:
+        """Take over the time of another clock, which all servers of a database share."""
+        ...
+
 
 class SystemClock:
     """A clock that starts at the system's time and never jumps. A corrected system time expires no lease."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._last_ms = 0
 
     def now_ms(self) -> int:
-        return (self._offset_ns + time.monotonic_ns()) // 1_000_000
+        # Stand still, rather than go back, while the followed clock is behind.
+        self._last_ms = max(self._last_ms, (self._offset_ns + time.monotonic_ns()) // 1_000_000)
+        return self._last_ms
+
+    def follow(self, ms: int) -> None:
+        """Take over the time of another clock, which all servers of a database share."""
+        self._offset_ns = ms * 1_000_000 - time.monotonic_ns()
 
 
 class ManualClock:
@@ -31,6 +42,9 @@ class ManualClock:
 
     def now_ms(self) -> int:
         return self._now_ms
+
+    def follow(self, ms: int) -> None:
+        """Do nothing: only `advance` moves this clock."""
 
     def advance(self, seconds: float) -> None:
         """Move the time forward."""

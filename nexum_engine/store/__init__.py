@@ -29,9 +29,13 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
 
         return await SqliteStore.open(database_url, clock, lock_timeout=lock_timeout)
     if scheme in ("postgresql", "postgres"):
-        raise StoreRefused(
-            "PostgreSQL is not supported yet: use sqlite:///path, and one server for all workers on all machines"
-        )
+        try:
+            from nexum_engine.store.postgresql import PostgresStore
+        except ImportError as error:
+            raise StoreRefused(
+                "PostgreSQL needs the package psycopg: pip install 'nexum-durable-autogen[postgres]'"
+            ) from error
+        return await PostgresStore.open(database_url, clock)
     raise StoreRefused(f"database URL {database_url!r} is not supported: use sqlite:///path")
 
 

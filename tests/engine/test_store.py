@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
@@ -42,12 +41,6 @@ Reopen = Callable[[], Awaitable[Store]]
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
-
-
-@pytest.fixture(params=["sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of a new database, for each kind of store."""
-    return {"sqlite": f"sqlite:///{tmp_path / 'nexum.db'}"}[request.param]
 
 
 @pytest.fixture
