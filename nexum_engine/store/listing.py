@@ -30,7 +30,7 @@ _CANDIDATES = 1000
 """How many candidates one query reads."""
 _RARE = 50_000
 """The number of executions below which a workflow or an attribute leads. Above it, the newest ones soon match."""
-_END = 2**60  # above every number of an execution
+_END = 2**53  # above every number of an execution; 1000 times it is still a 64-bit number
 
 
 @dataclass(frozen=True)

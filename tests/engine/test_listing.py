@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +24,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
+    store = await open_store(database_url, clock)
     for workflow_id in ("w", "v", "run", "event"):
         await store.run(executions.register_workflow, workflow_id, workflow_id, ONE_NODE)
     yield store

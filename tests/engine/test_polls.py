@@ -10,7 +10,6 @@ import gc
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -116,11 +115,11 @@ Make = Callable[[Clock], Awaitable[Engine]]
 
 
 @pytest.fixture
-async def make(tmp_path: Path) -> AsyncIterator[Make]:
+async def make(database_url: str) -> AsyncIterator[Make]:
     engines: list[Engine] = []
 
     async def engine_on(clock: Clock) -> Engine:
-        engine = Engine(await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock), clock)
+        engine = Engine(await open_store(database_url, clock), clock)
         engines.append(engine)
         await engine.liveness.start()
         return engine

@@ -31,8 +31,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
+    store = await open_store(database_url, clock)
     yield store
     await store.close()
 
