@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import uuid
@@ -34,12 +35,19 @@ def empty_postgres_database() -> Iterator[Callable[[], str]]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database, for each kind of store."""
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """A function that returns the URL of an empty database, for each kind of store."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'nexum.db'}"
+        numbers = itertools.count()
+        return lambda: f"sqlite:///{tmp_path / f'nexum{next(numbers)}.db'}"
     empty: Callable[[], str] = request.getfixturevalue("empty_postgres_database")
-    return empty()
+    return empty
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str]) -> str:
+    """The URL of an empty database, for each kind of store."""
+    return new_database()
 
 
 @pytest.fixture
