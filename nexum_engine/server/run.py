@@ -8,7 +8,6 @@ import logging
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import grpc
 
@@ -102,23 +101,25 @@ async def run_server(
         servicer = NexumServicer(store, polls, waiters, liveness, Answers(), embedded=embedded)
         server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
         address = f"{address.rpartition(':')[0]}:{port}"
-        database = Path(store.opened_as)
         await liveness.start()
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()
         try:
-            try:
-                write_address(database, address)
-            except OSError as error:
-                raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
+            # The clients on this machine find the server by a file beside the database's file.
+            if (database := store.file) is not None:
+                try:
+                    write_address(database, address)
+                except OSError as error:
+                    raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
             store.failed.add_done_callback(lambda _: stop.set())
             with listed(address, DirectServer(servicer)) if embedded else nullcontext():
                 on_ready(address, store.opened_as)
                 await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
-            remove_address(database, address)
+            if store.file is not None:
+                remove_address(store.file, address)
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
             await servicer.retention.stop()

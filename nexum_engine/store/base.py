@@ -47,6 +47,11 @@ class Store(ABC):
 
     @property
     @abstractmethod
+    def file(self) -> Path | None:
+        """The database's file on this machine; None if it is a database of another server."""
+
+    @property
+    @abstractmethod
     def failed(self) -> asyncio.Future[str]:
         """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 

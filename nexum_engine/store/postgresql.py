@@ -111,6 +111,10 @@ class PostgresStore(GroupCommitStore):
     def opened_as(self) -> str:
         return self._opened_as
 
+    @property
+    def file(self) -> Path | None:
+        return None
+
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         """Return the size of the database. PostgreSQL itself uses free space again (autovacuum)."""
         if self._closed:

@@ -78,6 +78,10 @@ class SqliteStore(GroupCommitStore):
     def opened_as(self) -> str:
         return str(self._path)
 
+    @property
+    def file(self) -> Path | None:
+        return self._path
+
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         if self._closed or self._failed.done():
             raise stopping()

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psycopg
 
+from nexum_engine.store import Store
+from nexum_engine.store.postgresql import PostgresStore
+
 EMPTY = """
     TRUNCATE workflow_versions, executions, nodes, attempts, events, attributes, former_ids RESTART IDENTITY;
     ALTER SEQUENCE execution_numbers RESTART;
@@ -46,3 +49,12 @@ def postgres_server(session: str) -> Iterator[Callable[[], str]]:
             yield empty_database
     finally:
         server.cleanup()
+
+
+def rows_of(store: Store, without: set[str]) -> dict[str, int]:
+    """Return the number of rows of each table of a store's database, except those of `without`."""
+    assert isinstance(store, PostgresStore)
+    with psycopg.connect(store._url) as connection:
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+        counts = {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone() for (name,) in found}
+        return {name: count[0] for name, count in counts.items() if name not in without and count is not None}

@@ -77,7 +77,8 @@ CREATE TABLE nodes (
     CHECK ((status = 'COMPLETED') = (output_json IS NOT NULL))
 );
 
-ALTER TABLE executions ADD FOREIGN KEY (parent_node) REFERENCES nodes (node);
+-- Deferred, because a deletion deletes the nodes of all executions first.
+ALTER TABLE executions ADD FOREIGN KEY (parent_node) REFERENCES nodes (node) DEFERRABLE INITIALLY DEFERRED;
 CREATE INDEX due ON nodes (queue, due_ms, node) WHERE queue IS NOT NULL;
 CREATE INDEX retries ON nodes (due_ms) WHERE status = 'READY' AND attempts > 0;
 CREATE INDEX waiting ON nodes (node_type, due_ms) WHERE status = 'WAITING';
