@@ -135,12 +135,13 @@ def running(
 
 @contextmanager
 def nexum_server(
-    folder: Path, *, port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
+    folder: Path, *, database_url: str = "", port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Run a server process on `folder`/nexum.db, ready for calls. With port 0, the server takes a free port itself."""
+    """Run a server process, by default on `folder`/nexum.db, ready for calls. With port 0, the server takes a free port
+    itself."""
     command = [
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
-        *("--database-url", f"sqlite:///{folder / 'nexum.db'}", *arguments),
+        *("--database-url", database_url or f"sqlite:///{folder / 'nexum.db'}", *arguments),
     ]
     with running(command, cwd=folder) as process:
         line = process.wait_for("Nexum engine")
