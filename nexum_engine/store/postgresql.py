@@ -1,7 +1,8 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads
+execution one after the other. Executions that nodes started are locked by the first one, from which all the others come:
+so no transition of a child waits for one of its parent that waits for the child. The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads
 what the other server has committed. A claim locks the task alone, and passes over what others have locked.
 
 The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
@@ -48,12 +49,8 @@ MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
 logger = logging.getLogger(__name__)
 Connection = psycopg.Connection[dict[str, Any]]
 
-_LOCKS = {
-    "oldest_task": "FOR UPDATE OF nodes SKIP LOCKED",
-    "running_children": "FOR NO KEY UPDATE",
-}
+_LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
 """What is added to a query of queries.sql so that it locks the rows that it finds."""
-_LOCK = "SELECT 1 FROM executions WHERE sequence = %(execution)s FOR NO KEY UPDATE"
 
 
 def dialect() -> dict[str, str]:
@@ -148,8 +145,8 @@ class PostgresStore(GroupCommitStore):
                     return self._transaction(transitions, alone=alone)
                 except (_Unknown, _Unreachable):
                     raise
-                except Exception:  # noqa: BLE001, S110 - the transition that fails alone finds it again
-                    pass
+                except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
+                    logger.debug("%d transitions get transactions of their own: %s", len(transitions), _line(error))
             return [self._outcome(transition, alone=alone) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
@@ -282,7 +279,7 @@ class _PostgresDb:
     def lock(self, execution: int) -> None:
         if execution not in self._locked:
             self._locked.add(execution)
-            self._connection.execute(_LOCK, {"execution": execution}, prepare=True)
+            self._connection.execute(self._queries["lock"], {"execution": execution}, prepare=True)
 
 
 # ---- Connecting ------------------------------------------------------------------------------------------------------

@@ -84,3 +84,14 @@ FROM (SELECT input_json AS payload FROM executions WHERE sequence = :execution A
 
 -- name: database_size
 SELECT pg_database_size(current_database()) AS bytes;
+
+-- name: lock
+SELECT 1 FROM executions WHERE sequence = (
+    WITH RECURSIVE upwards AS (
+        SELECT sequence, parent_node FROM executions WHERE sequence = :execution
+        UNION ALL
+        SELECT parents.sequence, parents.parent_node
+        FROM upwards JOIN executions AS parents ON parents.sequence = upwards.parent_node / 1000
+    )
+    SELECT sequence FROM upwards WHERE parent_node IS NULL
+) FOR NO KEY UPDATE;
