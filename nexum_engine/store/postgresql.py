@@ -1,9 +1,11 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. Executions that nodes started are locked by the first one, from which all the others come:
-so no transition of a child waits for one of its parent that waits for the child. The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads
-what the other server has committed. A claim locks the task alone, and passes over what others have locked.
+execution one after the other. Executions that nodes started are locked by the first one, from which all others come: so
+no transition of a child waits for one of its parent that waits for the child.
+
+The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
+committed. A claim locks the task alone, and passes over what others have locked.
 
 The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
 """
@@ -12,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import re
+import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -22,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
@@ -33,6 +39,7 @@ from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row, load_queries
 from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.results import Changed, News
 
 MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
@@ -53,18 +60,33 @@ _LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
 """What is added to a query of queries.sql so that it locks the rows that it finds."""
 
 
+_BY_SERVER = ("take_task", "renew_lease", "resume_node")
+"""The statements after which the attempt's worker is known to be connected to this server."""
+_NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
+_OF_NO_OTHER = {
+    "restart_leases": _NO_OTHER,
+    "restart_owned_leases": _NO_OTHER,
+    "shorten_leases": "server = :server",
+}
+"""What is added to the statements that shorten leases, so that they leave alone the workers of another server."""
+
+
 def dialect() -> dict[str, str]:
-    """Return the queries for PostgreSQL by name: those of postgresql.sql, and the others of queries.sql, translated."""
+    """Return the queries by name: those of postgresql.sql, and the others of queries.sql, translated."""
     queries = {**load_queries(), **load_queries("postgresql.sql")}
-    return {name: _translated(sql, _LOCKS.get(name, "")) for name, sql in queries.items()}
+    for name in _BY_SERVER:
+        queries[name] = queries[name].replace("UPDATE nodes SET ", "UPDATE nodes SET server = :server, ", 1)
+    for name, condition in _OF_NO_OTHER.items():
+        queries[name] = queries[name].replace(";", f" AND {condition};")
+    return {name: _translated(text, _LOCKS.get(name, "")) for name, text in queries.items()}
 
 
-def _translated(sql: str, lock: str) -> str:
-    sql = re.sub(r"^--.*\n", "", sql, flags=re.MULTILINE).strip().removesuffix(";")
-    sql = re.sub(r"length\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)", sql)
-    sql = sql.replace("json_group_object(name, value)", "coalesce(json_object_agg(name, value), '{}')::text")
-    sql = re.sub(r"(?<!:):(\w+)", r"%(\1)s", sql.replace("%", "%%"))
-    return f"{sql} {lock}" if lock else sql
+def _translated(text: str, lock: str) -> str:
+    text = re.sub(r"^--.*\n", "", text, flags=re.MULTILINE).strip().removesuffix(";")
+    text = re.sub(r"length\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)", text)
+    text = text.replace("json_group_object(name, value)", "coalesce(json_object_agg(name, value), '{}')::text")
+    text = re.sub(r"(?<!:):(\w+)", r"%(\1)s", text.replace("%", "%%"))
+    return f"{text} {lock}" if lock else text
 
 
 class _TextDumper(StrDumperUnknown):
@@ -90,10 +112,17 @@ class PostgresStore(GroupCommitStore):
         self._url = url
         self._clock = clock
         self._queries = dialect()
-        self._writes = frozenset(name for name, sql in self._queries.items() if not sql.startswith(("SELECT", "WITH")))
+        self._writes = frozenset(
+            name for name, text in self._queries.items() if not text.startswith(("SELECT", "WITH"))
+        )
         self._connection: Connection | None = connection
         self._opened_as = without_password(url)
         self._next_comparison = 0.0
+        self._server = secrets.randbits(62)
+        self._channel = _channel(connection)
+        self._others = 0
+        """How many other servers were alive a moment ago. Without any, no news are sent: they hold up commits."""
+        self._companion: _Companion | None = None
 
     @classmethod
     async def open(cls, database_url: str, clock: Clock) -> PostgresStore:
@@ -126,7 +155,14 @@ class PostgresStore(GroupCommitStore):
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         raise InvalidRequest(f"a backup of {self._opened_as} is PostgreSQL's own work: use pg_dump, or its archiving")
 
+    def join(self, on_news: Callable[[News], None]) -> None:
+        self._companion = _Companion(self, on_news)
+
     async def close(self) -> None:
+        if self._companion is not None:
+            self._companion.stopping.set()
+            await self._loop.run_in_executor(self._writer, self._wake_companion)
+            await asyncio.to_thread(self._companion.join)
         await self._end_waiting()
         await self._loop.run_in_executor(self._writer, self._disconnect)
         self._writer.shutdown()
@@ -180,8 +216,12 @@ class PostgresStore(GroupCommitStore):
                     if alone:
                         # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
-                    db = _PostgresDb(connection, pipeline, self._queries, self._writes, self._clock.now_ms())
+                    db = _PostgresDb(
+                        connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
+                    )
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
+                    if self._others and (news := _news_of(outcomes)):
+                        connection.execute(_NOTIFY, (self._channel, _payload(self._server, news)))
                     pipeline.sync()  # so that an error of a statement is not taken for one of the commit
                     is_sent = True
                     connection.execute("COMMIT")
@@ -223,6 +263,11 @@ class PostgresStore(GroupCommitStore):
             self._next_comparison = time.monotonic() + CLOCK_INTERVAL
         return self._connection
 
+    def _wake_companion(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                self._connection.execute(_NOTIFY, (self._channel, _payload(self._server, News())))
+
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -249,18 +294,20 @@ class _PostgresDb:
         queries: Mapping[str, str],
         writes: frozenset[str],
         now_ms: int,
+        server: int,
     ) -> None:
         self._connection = connection
         self._pipeline = pipeline
         self._queries = queries
         self._writes = writes
         self._locked: set[int] = set()
+        self._given = {"server": server}
         self.now_ms = now_ms
         self.written = 0
 
     def _execute(self, query: str, parameters: Mapping[str, object]) -> psycopg.Cursor[dict[str, Any]]:
         self.written += query in self._writes
-        return self._connection.execute(self._queries[query], parameters, prepare=True)
+        return self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
 
     def all(self, query: str, **parameters: object) -> list[Row]:
         return [*self._execute(query, parameters).fetchall()]
@@ -280,6 +327,102 @@ class _PostgresDb:
         if execution not in self._locked:
             self._locked.add(execution)
             self._connection.execute(self._queries["lock"], {"execution": execution}, prepare=True)
+
+
+# ---- Other servers ---------------------------------------------------------------------------------------------------
+
+BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
+"""How often a server says that it is alive, and how long it counts as alive after that."""
+SLOW_SECONDS = 5.0
+"""How often a server looks for what it may have missed."""
+TAKEN_OVER_GRACE_MS = 1500
+"""How long the workers of a dead server have to connect to another one."""
+MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
+_NOTIFY = "SELECT pg_notify(%s, %s)"
+
+
+class _Companion:
+    """A thread with a connection of its own: it says that this server is alive, and hears from the others."""
+
+    def __init__(self, store: PostgresStore, on_news: Callable[[News], None]) -> None:
+        self._store = store
+        self._on_news = on_news
+        self._loop = asyncio.get_running_loop()
+        self.stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nexum-news", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self.stopping.is_set():
+            try:
+                with _connect(self._store._url) as connection:
+                    self._listen(connection)
+            except psycopg.Error as error:
+                logger.debug("no news from other servers: %s", _line(error))
+                self.stopping.wait(BEAT_SECONDS / 2)
+
+    def _listen(self, connection: Connection) -> None:
+        store, queries = self._store, self._store._queries
+        me = {"server": store._server, "seconds": ALIVE_SECONDS}
+        connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(store._channel)))
+        self._tell(News(anything=True))  # what was sent before the LISTEN
+        looked = beaten = 0.0
+        while not self.stopping.is_set():
+            if time.monotonic() >= beaten + BEAT_SECONDS:
+                beaten = time.monotonic()
+                row = connection.execute(queries["beat"], me).fetchone()
+                store._others = 0 if row is None else row["others"]
+                now_ms = store._clock.now_ms()
+                connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
+                is_slow = beaten >= looked + SLOW_SECONDS
+                if is_slow:
+                    looked = beaten
+                    connection.execute(queries["forget_dead"])
+                self._tell(News(due_ms=now_ms, anything=is_slow))
+            for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
+                if (news := _news_from(store._server, note.payload)) is not None:
+                    self._tell(news)
+        connection.execute(queries["leave"], me)
+
+    def _tell(self, news: News) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._on_news, news)
+
+
+def _channel(connection: Connection) -> str:
+    """Return the name under which the servers of this schema send news."""
+    row = connection.execute("SELECT current_schema() AS name").fetchone()
+    return f"nexum_{'' if row is None else row['name']}"[:60]
+
+
+def _news_of(outcomes: list[Any]) -> News | None:
+    """Return what the other servers must know of a transaction; None if it is nothing."""
+    changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
+    found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
+    if not found:
+        return None
+    due = [one.due_ms for one in found if one.due_ms is not None]
+    return News(
+        tuple(ready.version_hash for one in found for ready in one.ready),
+        tuple(ended.execution_id for one in found for ended in one.ended),
+        min(due, default=None),
+    )
+
+
+def _payload(server: int, news: News) -> str:
+    text = json.dumps([server, news.ready, news.ended, news.due_ms])
+    return text if len(text) <= MAX_PAYLOAD else json.dumps([server, [], [], None])
+
+
+def _news_from(server: int, payload: str) -> News | None:
+    """Return the news that another server sent; None if this server sent them."""
+    sender, ready, ended, due_ms = json.loads(payload)
+    if sender == server:
+        return None
+    return News(tuple(ready), tuple(ended), due_ms, anything=not ready and not ended and due_ms is None)
 
 
 # ---- Connecting ------------------------------------------------------------------------------------------------------

@@ -95,3 +95,23 @@ SELECT 1 FROM executions WHERE sequence = (
     )
     SELECT sequence FROM upwards WHERE parent_node IS NULL
 ) FOR NO KEY UPDATE;
+
+-- name: beat
+-- Note that this server is alive, and return how many others are.
+WITH mine AS (
+    INSERT INTO servers VALUES (:server, now() + make_interval(secs => :seconds))
+    ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
+)
+SELECT count(*) AS others FROM servers WHERE id <> :server AND alive_until > now();
+
+-- name: forget_dead
+DELETE FROM servers WHERE alive_until < now() - interval '1 hour';
+
+-- name: leave
+DELETE FROM servers WHERE id = :server;
+
+-- name: take_over
+-- The server of some workers died: the workers lose their tasks unless they connect to another server in time.
+UPDATE nodes SET due_ms = least(due_ms, :lease_expires_ms), lease_loss = 'INTERRUPTED', server = NULL
+WHERE queue = '' AND streamed AND server IS NOT NULL
+  AND NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now());

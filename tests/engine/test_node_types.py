@@ -23,6 +23,12 @@ Nodes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
+def server(tmp_path: Path, database_url: str) -> Iterator[Server]:
+    with nexum_server(tmp_path, database_url=database_url) as running:
+        yield running
+
+
+@pytest.fixture
 def stub(server: Server) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         yield connection

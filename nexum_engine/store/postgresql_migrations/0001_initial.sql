@@ -72,6 +72,7 @@ CREATE TABLE nodes (
     outcome text,
     attempt_error text NOT NULL DEFAULT '',
     lease_loss text,
+    server bigint,                      -- the server that the attempt's worker was last connected to
     output_json text,
     completed bigint,                   -- how many nodes of the execution were COMPLETED before this one
     CHECK ((status = 'COMPLETED') = (output_json IS NOT NULL))
@@ -118,3 +119,9 @@ CREATE INDEX executions_by_attribute ON attributes (name, value, execution);
 CREATE TABLE former_ids (id text PRIMARY KEY, number bigint NOT NULL);
 CREATE TABLE pruned (one bigint PRIMARY KEY CHECK (one = 1), highest bigint NOT NULL);
 INSERT INTO pruned VALUES (1, 0);
+
+-- The servers that have this database open. One that is not alive has left its workers' leases to the others.
+CREATE TABLE servers (
+    id bigint PRIMARY KEY,
+    alive_until timestamptz NOT NULL
+);
