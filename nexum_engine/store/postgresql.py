@@ -368,7 +368,9 @@ class _Companion:
         store, queries = self._store, self._store._queries
         me = {"server": store._server, "seconds": ALIVE_SECONDS}
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(store._channel)))
-        self._tell(News(anything=True))  # what was sent before the LISTEN
+        # From now on the others send news, although they have not counted this server yet.
+        connection.execute(_NOTIFY, (store._channel, _payload(store._server, News())))
+        self._tell(News(anything=True))  # what was sent before
         looked = beaten = 0.0
         while not self.stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
@@ -384,6 +386,7 @@ class _Companion:
                 self._tell(News(due_ms=now_ms, anything=is_slow))
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
                 if (news := _news_from(store._server, note.payload)) is not None:
+                    store._others = max(store._others, 1)
                     self._tell(news)
         connection.execute(queries["leave"], me)
 
