@@ -433,9 +433,14 @@ def _news_from(server: int, payload: str) -> News | None:
 
 def _connect(url: str) -> Connection:
     connection = psycopg.connect(url, autocommit=True, row_factory=dict_row, **_settings(url))
+    set_types(connection)
+    return connection
+
+
+def set_types(connection: psycopg.Connection[Any]) -> None:
+    """Set how values are sent."""
     connection.adapters.register_dumper(int, Int8Dumper)  # by default the type follows the value, and overflows
     connection.adapters.register_dumper(str, _TextDumper)
-    return connection
 
 
 def _settings(url: str) -> dict[str, Any]:
