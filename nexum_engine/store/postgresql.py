@@ -460,7 +460,10 @@ def _settings(url: str) -> dict[str, Any]:
 
 def without_password(url: str) -> str:
     """Return the URL as a person may see it."""
-    given = conninfo_to_dict(url, password="", sslpassword="")
+    try:
+        given = conninfo_to_dict(url, password="", sslpassword="")
+    except psycopg.ProgrammingError:
+        return "the given postgresql:// URL"
     return f"postgresql: {make_conninfo('', **{name: str(value) for name, value in given.items() if value})}"
 
 

@@ -216,6 +216,12 @@ async def test_database_that_does_not_answer_is_refused_with_its_address() -> No
         await open_store("postgresql://me:secret@127.0.0.1:1/nexum", ManualClock())
 
 
+async def test_malformed_url_is_refused_without_its_password() -> None:
+    with pytest.raises(StoreRefused, match="invalid") as caught:
+        await open_store("postgresql://me:secret@host/x?nonsense=1", ManualClock())
+    assert "secret" not in str(caught.value)
+
+
 def test_password_is_not_shown() -> None:
     assert "secret" not in without_password("postgresql://me:secret@example.org:5432/nexum")
 
