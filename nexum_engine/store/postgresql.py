@@ -47,9 +47,9 @@ RECONNECT_SECONDS = 10.0
 """How long a transaction that was not stored is tried again while the database can't be reached."""
 CONFLICT_SECONDS = 20.0
 """How long a transition is tried again if it can't get its locks."""
-TOGETHER_LOCK_MS, ALONE_LOCK_MS = 200, 5000
-"""How long a statement waits for a lock. Transitions that share a transaction lock executions in any order, so two
-servers may wait for each other: then each transition gets a transaction of its own."""
+TOGETHER_LOCK_MS = 200
+"""How long transitions that share a transaction wait for a lock. They lock executions in any order, so two servers may
+wait for each other: then each transition gets a transaction of its own."""
 CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's clock
 MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
 
@@ -211,8 +211,8 @@ class PostgresStore(GroupCommitStore):
             try:
                 with connection.pipeline() as pipeline:
                     connection.execute("BEGIN")
-                    lock_ms = TOGETHER_LOCK_MS if len(transitions) > 1 else ALONE_LOCK_MS
-                    connection.execute(f"SET LOCAL lock_timeout = {lock_ms}")
+                    if len(transitions) > 1:
+                        connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
                     if alone:
                         # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
