@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 from harness import Server, nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, record, register, start
+from processes import counting_worker, wait_until
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+from workflow import TOOL_CALL
 
 SOON = 3.0  # seconds: below the time after which a server looks for what it has missed
 LEASE = 60.0
@@ -147,3 +151,53 @@ def test_result_is_seen_by_a_client_of_either_server(servers: list[Server]) -> N
         for execution_id in ids:
             for stub in (one, other):
                 assert record(stub, execution_id).status == "COMPLETED"
+
+
+@pytest.mark.timeout(180)
+def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: list[Server], tmp_path: Path) -> None:
+    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle."""
+    log, calls = tmp_path / "log", 200
+    with ExitStack() as stack:
+        workers = [stack.enter_context(counting_worker(tmp_path, one.address)) for one in servers for _ in range(2)]
+        stub = stack.enter_context(connected(servers[1].address))
+        pool = stack.enter_context(ThreadPoolExecutor(50))
+        wait_until(lambda: bool(status_of_workflow(stub)), "a worker registers the workflow")
+
+        def start_call(number: int) -> str:
+            call = {"tool_name": "count_effect", "tool_args": {"log": str(log), "number": number}}
+            version = TOOL_CALL.version_hash
+            return start(stub, json.dumps(call), "tool-call", version, idempotency_key=f"s:{number}")
+
+        def result_of(execution_id: str) -> str:
+            while (answer := record(stub, execution_id, wait_ms=20_000)).status == "RUNNING":
+                pass
+            assert answer.status == "COMPLETED", answer
+            return str(json.loads(answer.nodes[0].output_json)["result"])
+
+        ids = list(pool.map(start_call, range(calls)))
+        results = [pool.submit(result_of, one) for one in ids]
+        wait_until(lambda: log.exists() and len(log.read_bytes().splitlines()) >= calls // 4, "a quarter has run")
+        servers[0].process.kill()
+        workers[2].kill()
+        ran_before = len(log.read_bytes().splitlines())
+        assert ran_before < calls, "all calls had ended before the kill"
+        acknowledged = [one.result(timeout=60) for one in results]
+
+        assert [one.split()[0] for one in acknowledged] == [str(number) for number in range(calls)]
+        ran = Counter(line.split()[3] for line in log.read_text().splitlines())
+        repeated = 0
+        for number, execution_id in enumerate(ids):
+            assert start_call(number) == execution_id
+            found = record(stub, execution_id)
+            assert json.loads(found.nodes[0].output_json)["result"] == acknowledged[number]
+            outcomes = [one.outcome for one in found.nodes[0].attempts]
+            assert outcomes[-1] == "COMPLETED"
+            assert outcomes.count("COMPLETED") == 1
+            assert ran[f"tool-call:s:{number}:tool_call"] <= len(outcomes)
+            repeated += len(outcomes) - 1
+        # Only the tasks that the killed processes' workers held ran again: each holds four at most.
+        assert 0 < repeated <= 3 * 4
+
+
+def status_of_workflow(stub: NexumServiceStub) -> object:
+    return stub.ListWorkflowVersions(pb.ListVersionsRequest(workflow_id="tool-call"), timeout=DEADLINE).versions

@@ -275,9 +275,10 @@ async def test_random_transitions_on_both_leave_a_sound_database(
             await store.run(leases.sweep, 0)
 
     async def watch() -> None:
-        while await stores[0].run(listing.list_executions, "w", "RUNNING", 1):
+        while not done.is_set():
             await asyncio.sleep(0.02)
-        done.set()
+            if not await stores[0].run(listing.list_executions, "w", "RUNNING", 1):
+                done.set()
 
     workers = [work(store, f"{number}-{n}") for number, store in enumerate(stores) for n in range(4)]
     await asyncio.wait_for(asyncio.gather(watch(), *workers, *(sweep(store) for store in stores)), 60)
