@@ -120,8 +120,8 @@ class PostgresStore(GroupCommitStore):
         self._next_comparison = 0.0
         self._server = secrets.randbits(62)
         self._channel = _channel(connection)
-        self._others = 0
-        """How many other servers were alive a moment ago. Without any, no news are sent: they hold up commits."""
+        self._news_until = 0.0
+        """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
         self._companion: _Companion | None = None
 
     @classmethod
@@ -220,7 +220,7 @@ class PostgresStore(GroupCommitStore):
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
                     )
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
-                    if self._others and (news := _news_of(outcomes)):
+                    if time.monotonic() < self._news_until and (news := _news_of(outcomes)):
                         connection.execute(_NOTIFY, (self._channel, _payload(self._server, news)))
                     pipeline.sync()  # so that an error of a statement is not taken for one of the commit
                     is_sent = True
@@ -333,6 +333,8 @@ class _PostgresDb:
 
 BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
 """How often a server says that it is alive, and how long it counts as alive after that."""
+NEWS_SECONDS = 60.0
+"""How long news are sent after another server was last known to be alive."""
 SLOW_SECONDS = 5.0
 """How often a server looks for what it may have missed."""
 TAKEN_OVER_GRACE_MS = 1500
@@ -368,6 +370,7 @@ class _Companion:
         store, queries = self._store, self._store._queries
         me = {"server": store._server, "seconds": ALIVE_SECONDS}
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(store._channel)))
+        connection.execute(queries["beat"], me)
         # From now on the others send news, although they have not counted this server yet.
         connection.execute(_NOTIFY, (store._channel, _payload(store._server, News())))
         self._tell(News(anything=True))  # what was sent before
@@ -376,7 +379,8 @@ class _Companion:
             if time.monotonic() >= beaten + BEAT_SECONDS:
                 beaten = time.monotonic()
                 row = connection.execute(queries["beat"], me).fetchone()
-                store._others = 0 if row is None else row["others"]
+                if row is not None and row["others"]:
+                    self._note_other()
                 now_ms = store._clock.now_ms()
                 connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
                 is_slow = beaten >= looked + SLOW_SECONDS
@@ -386,9 +390,12 @@ class _Companion:
                 self._tell(News(due_ms=now_ms, anything=is_slow))
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
                 if (news := _news_from(store._server, note.payload)) is not None:
-                    store._others = max(store._others, 1)
+                    self._note_other()
                     self._tell(news)
         connection.execute(queries["leave"], me)
+
+    def _note_other(self) -> None:
+        self._store._news_until = time.monotonic() + NEWS_SECONDS
 
     def _tell(self, news: News) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
