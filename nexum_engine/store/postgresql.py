@@ -120,7 +120,7 @@ class PostgresStore(GroupCommitStore):
         self._next_comparison = 0.0
         self._server = secrets.randbits(62)
         self._channel = _channel(connection)
-        self._news_until = 0.0
+        self._news_until = time.monotonic() + NEWS_SECONDS
         """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
         self._companion: _Companion | None = None
 
@@ -373,7 +373,8 @@ class _Companion:
         connection.execute(queries["beat"], me)
         # From now on the others send news, although they have not counted this server yet.
         connection.execute(_NOTIFY, (store._channel, _payload(store._server, News())))
-        self._tell(News(anything=True))  # what was sent before
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._look_again)  # what was sent before was not heard
         looked = beaten = 0.0
         while not self.stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
@@ -393,6 +394,10 @@ class _Companion:
                     self._note_other()
                     self._tell(news)
         connection.execute(queries["leave"], me)
+
+    def _look_again(self) -> None:
+        for look_again in self._store.on_unknown:
+            look_again()
 
     def _note_other(self) -> None:
         self._store._news_until = time.monotonic() + NEWS_SECONDS
