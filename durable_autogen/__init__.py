@@ -1,7 +1,7 @@
 """Durable AutoGen programs: each model reply, tool result and input is recorded before the program sees it.
 
 After a crash, run the program again: it continues where it stopped. Recorded results are replayed, and nothing that is
-recorded is paid for or executed again. Start a Nexum server first (`python -m nexum_engine`):
+recorded is paid for or executed again. No server has to be started:
 
     from durable_autogen import DurableSession
     async with DurableSession("order-4711"):

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # else, without SCRIPT, Python 3.10 to 3.12 says that ARGUMENTS are missing, too
+    arguments.required = False  # if SCRIPT is missing, Python 3.10 to 3.12 must not say that ARGUMENTS are missing, too
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {in_words(error)}")  # such as a full disk
+            complain(f"error: {in_words(error)}")  # for example, the disk is full
         with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

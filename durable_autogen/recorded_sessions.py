@@ -24,7 +24,7 @@ from durable_autogen.record.events import (
     read_record,
 )
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
+from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
@@ -213,7 +213,7 @@ async def fork_session(
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)
         if any(isinstance(event.content, Revoked) for event in journal.events):
-            # Some copies may be missing: a later run of the new session may have revoked them.
+            # Don't expect every copy: an earlier run of the new session may have revoked some.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])

@@ -179,7 +179,7 @@ def run_script(args: argparse.Namespace) -> int:
 def _run_as_main(script: Path) -> None:
     """Run a script as `python SCRIPT` does.
 
-    runpy isn't used: with it, sys.argv[0] and `__file__` are the same, but Python leaves sys.argv[0] as it was typed.
+    Don't use runpy: it makes sys.argv[0] equal to `__file__`. Python leaves sys.argv[0] as the user typed it.
     """
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)

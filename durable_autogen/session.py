@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
-from durable_autogen.autogen.fingerprints import differences
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
@@ -29,8 +29,8 @@ class DurableSession(Session):
     starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.
 
     `nexum` is the server's address. It defaults to NEXUM_ADDRESS, then to the server of this folder's database, then to
-    localhost:50051. If neither of the two answers, this process opens the database itself. `tell` is called with each
-    line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
+    localhost:50051. If neither of these two servers answers, this process opens the database itself. `tell` is called
+    with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
     for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.

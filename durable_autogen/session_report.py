@@ -22,7 +22,7 @@ from durable_autogen.record.events import (
     Waiting,
     decoded,
 )
-from durable_autogen.record.lines import at_time
+from durable_autogen.record.log import at_time
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 

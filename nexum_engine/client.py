@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext, published
+from nexum_engine.channel import Channel
 from nexum_engine.connection import (
     MAX_SERVER_WAIT,
     Connection,
@@ -27,6 +31,7 @@ from nexum_engine.errors import (
     NotANexumServer,
     NotFound,
     ServerError,
+    ServerUnavailable,
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
@@ -45,6 +50,7 @@ from nexum_engine.records import (
 )
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata
+from nexum_engine.wire.status import error_of
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -74,6 +80,22 @@ class Observed:
     execution: Execution
     has_poller: bool | None
     """Whether a worker polls for the execution's version. None if the server can't tell."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The answer to `prune`."""
+
+    executions: int
+    sessions: int
+    kept: int
+    """The old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    after: int | None
+    """Where to continue; None if this was the last part."""
+    total_bytes: int
+    free_bytes: int
+    given_back_bytes: int
+    """After the last part: the database's size, its space for new executions, and what was given back to the disk."""
 
 
 class NexumClient:
@@ -245,8 +267,7 @@ class NexumClient:
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
-            # This logger has a name of its own, so that a program that prints its own notice can silence it.
-            logging.getLogger("nexum_engine.published").warning(
+            published.logger.warning(
                 "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
                 self.address,
             )
@@ -405,6 +426,58 @@ class NexumClient:
             idempotency_key=idempotency_key,
         )
         await self._call(lambda stub: stub.SendEvent, request, patience=patience if idempotency_key else 0.0)
+
+    # ---- Maintenance -------------------------------------------------------------------------------------------------
+
+    async def prune(
+        self, older_than: float, *, session: str = "", dry_run: bool = False, after: int = 0, compact: bool = False
+    ) -> Pruned:
+        """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
+
+        Call again with the answer's `after` until it is None. With `session`, only the executions of that session are
+        deleted, together. `compact` gives all free space of the file back to the disk after the last part. Raises
+        NotFound for an unknown session, and InvalidRequest.
+        """
+        request = pb.PruneRequest(
+            older_than_ms=round(older_than * 1000), session=session, dry_run=dry_run, after=after, compact=compact
+        )
+        answer = await self._call(lambda stub: stub.Prune, request, wait=MAX_SERVER_WAIT if compact else 0.0)
+        return Pruned(
+            executions=answer.executions,
+            sessions=answer.sessions,
+            kept=answer.kept,
+            after=answer.after if answer.more else None,
+            total_bytes=answer.total_bytes,
+            free_bytes=answer.free_bytes,
+            given_back_bytes=answer.given_back_bytes,
+        )
+
+    async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:
+        """Write a copy of the server's database to `file`, an absolute path on the server's machine.
+
+        Yields the copied bytes and the size of the database while the server copies. The file is complete when the
+        iteration ends; close the generator to stop the backup. Raises Conflict if the file exists and `overwrite` is
+        false, and InvalidRequest if the file can't be written.
+        """
+        await self.reach()
+        # A channel of its own: calls share a stream, and have no answers in parts.
+        channel = Channel(*self.route(), purpose="backup")
+        stream = channel.stub.Backup()
+        try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
+                await stream.write(pb.BackupRequest(file=str(file), overwrite=overwrite))
+            while True:
+                step = await stream.read()
+                if not isinstance(step, pb.BackupProgress):
+                    raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
+                yield step.copied_bytes, step.total_bytes
+                if step.done:
+                    return
+        except grpc.RpcError as rpc_error:
+            raise error_of(rpc_error, self.address) from rpc_error
+        finally:
+            stream.cancel()
+            await channel.close()
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import time
 from collections.abc import Callable
 from datetime import datetime
 
 MAX_SECONDS = 1_000_000
-_UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+MAX_DAYS = 36_500
 
 
 def seconds(lowest: float = 0.0) -> Callable[[str], float]:
@@ -41,10 +41,9 @@ def count(lowest: int = 1, highest: int = 1_000_000) -> Callable[[str], int]:
 
 def moment(text: str) -> int:
     """Read a time: an age (30s, 15m, 2h, 7d) or a date, with or without a time. Return milliseconds since 1970."""
-    age = re.fullmatch(r"(\d{1,9})(s|m|h|d)", text)
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return max(round((time.time() - duration(text)) * 1000), 1)
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        if age is not None:
-            return max(round(time.time() * 1000) - int(age[1]) * _UNITS_MS[age[2]], 1)
         return max(round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000), 1)
     raise argparse.ArgumentTypeError(
         f"{_shown(text)} is not a time: give an age (30s, 15m, 2h, 7d) or a date (2026-01-31, 2026-01-31T12:00)"
@@ -57,6 +56,16 @@ def attribute(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{_shown(text)} is not an attribute: give NAME=VALUE")
     return name, value
+
+
+def duration(text: str) -> float:
+    """Read a duration such as 30d: a number with the unit s, m, h, d or w. Return the seconds."""
+    with contextlib.suppress(ValueError, KeyError, IndexError):
+        if 0 <= (value := float(text[:-1]) * _UNITS[text[-1]]) <= MAX_DAYS * _UNITS["d"]:  # not true for "nan"
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{_shown(text)} is not a duration up to {MAX_DAYS:,}d: give a number and s, m, h, d or w, such as 12h or 30d"
+    )
 
 
 def _shown(text: str) -> str:

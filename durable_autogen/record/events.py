@@ -148,7 +148,7 @@ class Said(_Frozen):
 
 
 class Revoked(_Frozen):
-    """The content of an event that revokes earlier events: those no longer count."""
+    """The content of an event that revokes earlier events. Revoked events no longer count."""
 
     type: Literal["revoked"] = "revoked"
     why: str
@@ -157,16 +157,16 @@ class Revoked(_Frozen):
     """Whether another program continues the session from here."""
 
     def replaces(self, revoked: Event) -> bool:
-        """Return whether the next call in a revoked event's place is another call.
+        """Return whether a different call takes the place of a revoked event.
 
-        After a failure it is the same call, made once more. A service must recognise it by its id, because the first
-        attempt may have done its work before it failed.
+        After a failure, the program makes the same call again. That call keeps its id, so that a service recognises it:
+        the first attempt may have done its work before it failed.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
 
 
 class Mark(_Frozen):
-    """The content of a mark: the event records only when something happened, as its position among the events."""
+    """The empty content of a mark. Only the mark's place in the order of events matters."""
 
     type: Literal["mark"] = "mark"
 
@@ -315,7 +315,7 @@ class Event(Addressed, _Frozen):
     request: dict[str, Any] = {}
     """The fingerprint of the call."""
     accepted: bool = False
-    """Whether the event was copied into a fork. Such an event counts, whatever the program asks for."""
+    """Whether the event was copied into a fork. A replay doesn't compare such an event with the program's call."""
     asked_after: int = 0
     """The number of the last event that was delivered before the call was made."""
     recorded_ms: int = 0
@@ -334,7 +334,7 @@ class Event(Addressed, _Frozen):
 
     @property
     def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply. After a run that ends with one, the next run retries it."""
+        """Whether the event is a failure or a broken reply. If it ends a run, the next run makes the call again."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
 
@@ -346,7 +346,7 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. If it has a `base`, it holds only the parts that the agent's request at `base` lacks."""
+    """The call's fingerprint. With a `base`, it holds only what the fingerprint at the position `base` lacks."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -362,7 +362,7 @@ def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name for a person: `reply 2 of writer`."""
     if kind in (Kind.SLEEP, Kind.EVENT):
         return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
-    words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0: before the agent's first reply
+    words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0 is the time before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 
 
@@ -379,7 +379,7 @@ _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 def encoded(value: Any) -> Any:
     """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
 
-    JSON lacks infinite numbers and NaN, so they are tagged. So are values that are nested too deeply.
+    Infinite numbers and NaN, which JSON lacks, are replaced by tagged values. So are values that are nested too deeply.
     Raises InvalidRequest if the value can't be written as JSON.
     """
     try:
@@ -447,7 +447,7 @@ class Record:
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
-    """How many of these events were revoked so that another call takes their place."""
+    """How many events of each address were revoked and replaced by a different call."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)

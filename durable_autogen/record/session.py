@@ -15,7 +15,7 @@ from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
+from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
@@ -189,7 +189,7 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # `error` may hold only the failure's text: AutoGen's teams pass on no more
+                raise failure from error  # AutoGen's teams pass on only the text of the failure
             await recorder.end(self.stop_reason)
 
     async def _close(self) -> None:

@@ -25,7 +25,7 @@ from durable_autogen.record.events import (
     end_of_wait,
     representable,
 )
-from durable_autogen.record.lines import at_time
+from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.sent_events import check_event_name, expect
 from nexum_engine import jsontext

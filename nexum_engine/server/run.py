@@ -71,6 +71,7 @@ async def run_server(
     database_url: str,
     *,
     lease: float,
+    keep: float | None = None,
     stop: asyncio.Event,
     patience: float = 0.0,
     else_free_port: bool = False,
@@ -79,10 +80,11 @@ async def run_server(
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
 
-    A silent worker keeps its tasks for `lease` seconds. The server waits up to `patience` seconds until an ending
-    server releases the port and the database. With `else_free_port`, the server does not wait for a taken port: it
-    takes a free one. An `embedded` server serves one folder's runs, and refuses every client that names another
-    database. The clients in its own process call it without gRPC.
+    A silent worker keeps its tasks for `lease` seconds. Executions that ended more than `keep` seconds ago are deleted.
+    The server waits up to `patience` seconds until an ending server releases the port and the database. With
+    `else_free_port`, the server does not wait for a taken port: it takes a free one. An `embedded` server serves one
+    folder's runs, and refuses every client that names another database. The clients in its own process call it without
+    gRPC.
 
     Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
     can't be used, and StoreUnavailable if the database fails while the server is running.
@@ -102,6 +104,8 @@ async def run_server(
         address = f"{address.rpartition(':')[0]}:{port}"
         database = Path(store.opened_as)
         await liveness.start()
+        if keep is not None:
+            servicer.retention.start(round(keep * 1000))
         await server.start()
         try:
             try:
@@ -117,6 +121,7 @@ async def run_server(
             remove_address(database, address)
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
+            await servicer.retention.stop()
             await polls.stop()
             await liveness.stop()
             servicer.stop()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
@@ -22,8 +24,10 @@ from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
 from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
+from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
+from nexum_engine.store.base import Space
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
@@ -46,6 +50,7 @@ SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 """The size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
+PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
@@ -106,6 +111,7 @@ class NexumServicer(NexumServiceServicer):
         self._polls = polls
         self._waiters = waiters
         self._liveness = liveness
+        self.retention = Retention(store)
         self.rpcs = rpcs_of(self, abort)
         """The unary RPCs by name, with the checks of their requests."""
         self._streams = CallStreams(self.rpcs)
@@ -463,6 +469,63 @@ class NexumServicer(NexumServiceServicer):
                     yield frames
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
+
+    @_rpc
+    async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
+        part = await self.retention.prune(
+            request.older_than_ms,
+            session=request.session,
+            after=request.after,
+            dry_run=request.dry_run,
+            compact=request.compact,
+        )
+        space = part.space or Space(0, 0)
+        return pb.PruneResponse(
+            executions=part.pruned.executions,
+            sessions=part.pruned.sessions,
+            kept=part.pruned.kept,
+            more=part.pruned.after is not None,
+            after=part.pruned.after or 0,
+            total_bytes=space.total,
+            free_bytes=space.free,
+            given_back_bytes=space.given_back,
+        )
+
+    async def Backup(
+        self, request_iterator: AsyncIterator[pb.BackupRequest], context: Context
+    ) -> AsyncGenerator[pb.BackupProgress, None]:
+        await self.refuse_what_is_meant_for_another(context)
+        try:
+            async for request in request_iterator:
+                async with aclosing(self._backup(request)) as steps:
+                    async for step in steps:
+                        yield step
+                return
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
+
+    async def _backup(self, request: pb.BackupRequest) -> AsyncGenerator[pb.BackupProgress, None]:
+        """Make a backup. If the generator is closed before its end, the backup is stopped."""
+        if not os.path.isabs(request.file):
+            raise InvalidRequest(f"{request.file!r} is not an absolute path")
+        copied, total = 0, 0
+
+        def note(copied_bytes: int, total_bytes: int) -> None:
+            nonlocal copied, total
+            copied, total = copied_bytes, total_bytes
+
+        making = asyncio.ensure_future(
+            self._store.backup(Path(request.file), overwrite=request.overwrite, progress=note)
+        )
+        try:
+            while not making.done():
+                await asyncio.wait({making}, timeout=PROGRESS_INTERVAL)
+                if not making.done():
+                    yield pb.BackupProgress(copied_bytes=copied, total_bytes=total)
+            size = making.result()
+            yield pb.BackupProgress(copied_bytes=size, total_bytes=size, done=True)
+        finally:
+            making.cancel()
 
 
 def _wait_seconds(wait_ms: int) -> float:

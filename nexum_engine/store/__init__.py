@@ -1,7 +1,8 @@
 """The store of executions. `open_store` picks the dialect from the database URL.
 
-Every change of state is a function in `executions.py`, `tasks.py` or `leases.py`. Every query is in `queries.sql`. A
-dialect's module has the code that only its database needs.
+Every change of state is a function in `executions.py`, `tasks.py`, `leases.py`, `waits.py`, `retry.py` or
+`retention.py`, and what follows from it is in `progress.py`. Every query is in `queries.sql`. A dialect's module has
+the code that only its database needs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 from nexum_engine.clock import Clock
 from nexum_engine.errors import StoreRefused
 from nexum_engine.location import database_path
-from nexum_engine.store.base import Store
+from nexum_engine.store.base import Checked, Store
 
-__all__ = ["Store", "database_exists", "open_store", "restore_database"]
+__all__ = ["Checked", "Store", "check_database", "database_exists", "open_store", "restore_database"]
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
@@ -50,3 +51,13 @@ def restore_database(database_url: str, backup: Path) -> Path | None:
     from nexum_engine.store.sqlite_file import restore
 
     return restore(path, backup)
+
+
+def check_database(file: Path) -> Checked:
+    """Check a database file, and report what is damaged. The file is only read.
+
+    Raises StoreRefused for a file that can't be used, and StoreLocked if a server has the database open.
+    """
+    from nexum_engine.store.sqlite_check import check
+
+    return check(file)

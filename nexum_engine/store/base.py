@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.store.db import Db
@@ -13,10 +15,29 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Store(ABC):
-    """A database on which the transitions of `executions`, `tasks` and `leases` run one after the other.
+@dataclass(frozen=True)
+class Space:
+    """The space of a database on the disk, in bytes."""
 
-    A dialect supplies `run`, `opened_as`, `failed` and `close`.
+    total: int
+    free: int
+    """The part that holds nothing. New executions use it."""
+    given_back: int = 0
+    """What the last `compact` has given back to the disk."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of `check_database`."""
+
+    executions: int
+    findings: tuple[str, ...]
+
+
+class Store(ABC):
+    """A database on which transitions run one after the other.
+
+    A dialect supplies the abstract methods.
     """
 
     @property
@@ -29,6 +50,11 @@ class Store(ABC):
     def failed(self) -> asyncio.Future[str]:
         """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 
+    @property
+    @abstractmethod
+    def submitted(self) -> int:
+        """How many transitions were submitted so far."""
+
     on_unknown: Sequence[Callable[[], None]] = ()
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
 
@@ -38,6 +64,30 @@ class Store(ABC):
 
         The awaitable returns the transition's result once the transaction is durable. It raises the transition's error,
         or StoreUnavailable if it is unknown whether the transaction was stored.
+        """
+
+    @abstractmethod
+    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.
+
+        For deletions: to check that no row refers to a deleted row, SQLite reads whole tables.
+        """
+
+    @abstractmethod
+    async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
+        """Give the database's free space back to the disk, unless more than `max_bytes` are in use.
+
+        Without `always`, do so only if a quarter of the database is free. No transition runs meanwhile: this takes
+        about a second for each 100 MB in use. Return the space after it.
+        """
+
+    @abstractmethod
+    async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
+        """Write a copy of the database to `file`, as it is at the end of the copying. Return the copy's size in bytes.
+
+        Transitions run meanwhile. The file has its name only when it is complete. `progress(copied, total)` is called,
+        in another thread, with the bytes copied so far. Raises InvalidRequest if the file can't be written, and
+        Conflict if the file exists and `overwrite` is false, or if another backup is being made.
         """
 
     @abstractmethod

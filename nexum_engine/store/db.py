@@ -31,8 +31,8 @@ class Db(Protocol):
         ...
 
 
-def load_queries() -> dict[str, str]:
-    """Return the statements of queries.sql by name."""
-    text = (files("nexum_engine.store") / "queries.sql").read_text(encoding="utf-8")
+def load_queries(file: str = "queries.sql") -> dict[str, str]:
+    """Return the statements of a file of this package by name."""
+    text = (files("nexum_engine.store") / file).read_text(encoding="utf-8")
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))

@@ -36,12 +36,13 @@ SELECT execution_id, status, input_json FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
 
 -- name: add_execution
--- Store an execution, if its version is registered. Its id begins with its number.
+-- Store an execution, if its version is registered. Its id begins with its number, which no execution had before.
 INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key,
                         created_ms, ended_ms)
 SELECT number, 'exec-' || number || '-' || :random, workflow_id, version_hash, :status, :input_json,
        :idempotency_key, :now, :ended_ms
-FROM workflow_versions, (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+FROM workflow_versions, (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                                    (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 WHERE workflow_id = :workflow_id AND version_hash = :version_hash
 RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
                                    WHERE workflow_id = :workflow_id AND version_hash = :version_hash) AS ir_json;
@@ -63,7 +64,8 @@ INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, statu
                         child_index)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
        :parent_node, :child_index
-FROM (SELECT coalesce(max(sequence), 0) + 1 AS number FROM executions)
+FROM (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                 (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 RETURNING sequence, execution_id;
 
 -- name: add_recorded_node
@@ -606,3 +608,80 @@ WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 -- name: next_retry
 -- When the next retry becomes due.
 SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
+
+-- Retention (retention.py). A deletion has a statement for each table, and deletes executions with consecutive numbers.
+
+-- name: oldest_executions
+-- The executions after a number, the oldest first. Those that a node of another execution started are pruned with it.
+SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms,
+       EXISTS (SELECT 1 FROM executions AS children
+               WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
+       AS has_children
+FROM executions WHERE sequence > :after AND parent_node IS NULL ORDER BY sequence LIMIT :limit;
+
+-- name: descendants
+-- The executions that the nodes of an execution started, those that their nodes started, and so on.
+WITH RECURSIVE started (number) AS (
+    SELECT sequence FROM executions WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999
+    UNION ALL
+    SELECT sequence FROM started JOIN executions ON parent_node BETWEEN 1000 * number AND 1000 * number + 999
+)
+SELECT number FROM started;
+
+-- name: prune_events
+-- Delete the events of executions.
+DELETE FROM events WHERE execution BETWEEN :first AND :last;
+
+-- name: prune_attributes
+-- Delete the attributes of executions.
+DELETE FROM attributes WHERE execution BETWEEN :first AND :last;
+
+-- name: is_session
+-- Whether an owned execution's key is in [first, end). There is no index of keys alone, so look into each workflow.
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT 1 FROM ids
+JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end
+JOIN nodes ON node = 1000 * sequence
+WHERE owned LIMIT 1;
+
+-- name: executions_of_keys
+-- The executions of all workflows whose keys are in [first, end).
+WITH RECURSIVE ids (id) AS (
+    SELECT min(workflow_id) FROM workflow_versions
+    UNION ALL
+    SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
+)
+SELECT sequence, execution_id, status, ended_ms,
+       EXISTS (SELECT 1 FROM executions AS children
+               WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
+       AS has_children
+FROM ids JOIN executions ON workflow_id = id AND idempotency_key >= :first AND idempotency_key < :end;
+
+-- name: prune_former_ids
+-- Delete the ids of executions and of their tasks.
+DELETE FROM former_ids WHERE id IN (
+    SELECT execution_id FROM executions WHERE sequence BETWEEN :first AND :last
+    UNION ALL
+    SELECT task_id FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999
+    UNION ALL
+    SELECT task_id FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999);
+
+-- name: prune_attempts
+-- Delete the earlier attempts of executions.
+DELETE FROM attempts WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
+
+-- name: prune_nodes
+-- Delete the nodes of executions.
+DELETE FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
+
+-- name: prune_executions
+-- Delete ended executions.
+DELETE FROM executions WHERE sequence BETWEEN :first AND :last;
+
+-- name: note_pruned
+-- Remember the number of a pruned execution, so that no other execution gets it.
+UPDATE pruned SET highest = :number WHERE one = 1 AND highest < :number;

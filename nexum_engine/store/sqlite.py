@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
+import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +17,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from filelock import FileLock
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import NexumError, StoreRefused, StoreUnavailable
+from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store.base import Store
+from nexum_engine.store.base import Space, Store
 from nexum_engine.store.db import Db, Row, load_queries
-from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock
+from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,12 +30,14 @@ logger = logging.getLogger(__name__)
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 MAX_BATCH = 256  # transitions in one transaction
 WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
+BACKUP_STEP_PAGES = 256
 
 
 @dataclass
 class _Submission:
     transition: Callable[[Db], Any]
     future: asyncio.Future[Any]
+    alone: bool = False
 
 
 class SqliteStore(Store):
@@ -55,7 +60,11 @@ class SqliteStore(Store):
         self._failed: asyncio.Future[str] = self._loop.create_future()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
         self._waiting: list[_Submission] = []
+        self._submitted = 0
         self._pump: asyncio.Task[None] | None = None
+        self._turn = threading.RLock()
+        """Held by the writer thread during a transaction, and by a backup's thread while it reads."""
+        self._backup: _Backup | None = None
         self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
         self._closed = False
 
@@ -93,15 +102,79 @@ class SqliteStore(Store):
     def failed(self) -> asyncio.Future[str]:
         return self._failed
 
+    @property
+    def submitted(self) -> int:
+        return self._submitted
+
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return self._submit(lambda db: transition(db, *args, **kwargs), alone=False)
+
+    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return self._submit(lambda db: transition(db, *args, **kwargs), alone=True)
+
+    def _submit(self, transition: Callable[[Db], T], *, alone: bool) -> Awaitable[T]:
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closed or self._failed.done():
-            future.set_exception(StoreUnavailable("the server is stopping: retry when it is running again"))
+            future.set_exception(_stopping())
             return future
-        self._waiting.append(_Submission(lambda db: transition(db, *args, **kwargs), future))
+        self._waiting.append(_Submission(transition, future, alone))
+        self._submitted += 1
         if self._pump is None:
             self._pump = self._loop.create_task(self._write_waiting())
         return future
+
+    async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
+        if self._closed or self._failed.done():
+            raise _stopping()
+        return await self._loop.run_in_executor(self._writer, self._compact, max_bytes, always)
+
+    def _compact(self, max_bytes: int | None, always: bool) -> Space:
+        with self._turn:
+            space = self._database.space()
+            if (
+                not space.free
+                or not (always or space.free >= space.total / 4)
+                or (max_bytes is not None and space.total - space.free > max_bytes)
+                or self._backup is not None
+            ):
+                return space
+            try:
+                self._database.compact()
+            except (sqlite3.Error, OSError) as error:
+                # Such as a full disk. The database is as it was.
+                logger.warning("database %s could not be compacted: %s", self._path, error)
+                return space
+            left = self._database.space()
+            return Space(left.total, left.free, given_back=space.total - left.total)
+
+    async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
+        if self._closed or self._failed.done():
+            raise _stopping()
+        if self._backup is not None:
+            raise Conflict("another backup of this database is being made: wait until it is complete")
+        self._backup = backup = _Backup(self._turn, self._database.connection, progress)
+        copying = self._loop.create_task(asyncio.to_thread(self._make_backup, backup, file, overwrite))
+        try:
+            return await asyncio.shield(copying)
+        finally:
+            backup.stop()  # the caller may have been cancelled
+            await asyncio.gather(copying, return_exceptions=True)
+            self._backup = None
+
+    def _make_backup(self, backup: _Backup, file: Path, overwrite: bool) -> int:
+        try:
+            with new_backup(self._path, file, overwrite=overwrite) as target:
+                backup.copy_to(target)
+            return file.stat().st_size
+        finally:
+            backup.ended.set()
+
+    def _stop_backup(self) -> None:
+        """Stop a backup that is being made. Call this before the connection is closed."""
+        backup = self._backup
+        if backup is not None:
+            backup.stop()
+            backup.ended.wait()
 
     async def close(self) -> None:
         self._closed = True
@@ -109,6 +182,7 @@ class SqliteStore(Store):
         await asyncio.gather(self._watcher, return_exceptions=True)
         if self._pump is not None:
             await self._pump
+        await asyncio.to_thread(self._stop_backup)
         close = self._database.abandon if self._failed.done() else self._database.close
         await self._loop.run_in_executor(self._writer, close)
         self._writer.shutdown()
@@ -126,10 +200,11 @@ class SqliteStore(Store):
     async def _write_waiting(self) -> None:
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                batch = self._next_batch()
                 transitions = [submission.transition for submission in batch]
+                run = self._run_without_references if batch[0].alone else self._run_batch
                 try:
-                    outcomes = await self._loop.run_in_executor(self._writer, self._run_batch, transitions)
+                    outcomes = await self._loop.run_in_executor(self._writer, run, transitions)
                 except _CommitFailed as error:
                     outcomes = [error.for_caller()] * len(batch)
                     await self._recover(error)
@@ -143,23 +218,42 @@ class SqliteStore(Store):
         finally:
             self._pump = None
 
+    def _next_batch(self) -> list[_Submission]:
+        """Remove the submissions of the next transaction from those that wait, and return them."""
+        count = 1
+        if not self._waiting[0].alone:
+            alone = (number for number, one in enumerate(self._waiting[:MAX_BATCH]) if one.alone)
+            count = next(alone, MAX_BATCH)
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
     def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
         """Run transitions in the writer thread. Return a list with each transition's result or exception."""
         try:
-            try:
-                return self._transaction(transitions, savepoints=False)
-            except sqlite3.IntegrityError:
-                pass
-            except (sqlite3.Error, FilesLost):
-                raise
-            except Exception:  # noqa: BLE001, S110 - the run with savepoints finds it again
-                pass
-            # Run the batch again with savepoints. The first run has none: they cost time, and few batches fail.
-            self._database.connection.execute("ROLLBACK")
-            return self._transaction(transitions, savepoints=True)
+            with self._turn:
+                try:
+                    return self._transaction(transitions, savepoints=False)
+                except sqlite3.IntegrityError:
+                    pass
+                except (sqlite3.Error, FilesLost):
+                    raise
+                except Exception:  # noqa: BLE001, S110 - the run with savepoints finds it again
+                    pass
+                # Run the batch again with savepoints. The first run has none: they cost time, and few batches fail.
+                self._database.connection.execute("ROLLBACK")
+                return self._transaction(transitions, savepoints=True)
         except Exception as error:
             # Catch more than sqlite3.Error, so that every caller gets an answer: SQLite can raise MemoryError.
             raise _CommitFailed(error) from error
+
+    def _run_without_references(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
+        with self._turn:
+            self._database.connection.execute("PRAGMA foreign_keys = OFF")
+            try:
+                return self._run_batch(transitions)
+            finally:
+                with contextlib.suppress(sqlite3.Error):  # the transaction has failed: its connection is opened again
+                    self._database.connection.execute("PRAGMA foreign_keys = ON")
 
     def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
         """Run transitions in one transaction, and return their results.
@@ -198,6 +292,7 @@ class SqliteStore(Store):
         reason: Exception | None = error
         if error.is_temporary:
             try:
+                await asyncio.to_thread(self._stop_backup)
                 await self._loop.run_in_executor(self._writer, self._database.reopen)
                 logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
                 reason = None
@@ -215,6 +310,49 @@ class SqliteStore(Store):
             self._waiting = []
         for look_again in self.on_unknown:
             look_again()
+
+
+class _Backup:
+    """The copying of a database in a thread of its own. It reads between the transactions of the writer thread."""
+
+    def __init__(self, turn: threading.RLock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
+        self.ended = threading.Event()
+        self._turn = turn
+        self._source = source
+        self._progress = progress
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Make `copy_to` raise StoreUnavailable soon, unless it has ended."""
+        self._stopped = True
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        """Copy the database. SQLite copies each page again that a transaction of this connection changes meanwhile."""
+        begun = time.monotonic()
+        page_size = 0
+
+        def between_steps(_: int, remaining: int, total: int) -> None:
+            nonlocal begun
+            took = time.monotonic() - begun
+            self._turn.release()
+            try:
+                self._progress((total - remaining) * page_size, total * page_size)
+                time.sleep(max(took, 0.001))  # the writer thread takes its turn
+            finally:
+                self._turn.acquire()
+            if self._stopped:
+                raise StoreUnavailable("the backup was stopped: make it again")
+            begun = time.monotonic()
+
+        with self._turn:
+            if self._stopped:
+                raise StoreUnavailable("the backup was stopped: make it again")
+            page_size = self._source.execute("PRAGMA page_size").fetchone()[0]
+            self._source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
+
+
+def _stopping() -> StoreUnavailable:
+    return StoreUnavailable("the server is stopping: retry when it is running again")
 
 
 class _CommitFailed(Exception):

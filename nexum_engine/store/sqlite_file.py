@@ -14,11 +14,13 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import stat
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -27,7 +29,8 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
+from nexum_engine.errors import Conflict, InvalidRequest, NexumError, StoreLocked, StoreRefused
+from nexum_engine.store.base import Space
 
 APPLICATION_ID = 0x4E58554D
 """SQLite's application_id of a Nexum database, which is in the header of the file."""
@@ -109,6 +112,7 @@ class DatabaseFile:
             check_file(path)
             _check_log(path)
             was_open = _size(log_of(path)) > 0
+            _remove_leftovers(path)
             if not path.exists():
                 _create(path)
             # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
@@ -122,11 +126,7 @@ class DatabaseFile:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
                 _explain_missing_log(path)
-            # Change the stamp in the file now. Otherwise this server's log would also belong to a backup of the file
-            # that was made before the server started.
-            _checkpoint(connection)
-            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False))
-            _checkpoint(connection)
+            _begin_log(connection, stamp)
             return cls(path, connection)
         except BaseException as error:
             if connection is not None:
@@ -175,6 +175,42 @@ class DatabaseFile:
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)
+
+    # ---- Space -------------------------------------------------------------------------------------------------------
+
+    def space(self) -> Space:
+        """Return how large the database is, and how much of it is free."""
+        size, pages, free = (
+            self.connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_size", "page_count", "freelist_count")
+        )
+        return Space(size * pages, size * free)
+
+    def compact(self) -> None:
+        """Replace the file by a copy without free pages. Call this between transactions.
+
+        A kill leaves the former file or the new one, each complete and without a log. Raises sqlite3.Error or OSError,
+        and then the former file is still open, unless it can't be opened again.
+        """
+        self.check()
+        if os.fstat(self._file).st_nlink > 1:
+            raise OSError(errno.EMLINK, "the file has other names (hard links), which would name the former file")
+        new = _new_name(self._path)
+        try:
+            _create_empty(new)
+            self.connection.execute("VACUUM INTO ?", (str(new),))
+            _close_copy(new, self._stamp.own)
+            self._complete()
+            self._detach()
+            try:
+                new.replace(os.path.realpath(self._path))
+                sync_folder(self._path)
+            finally:
+                connection = _connect(self._path, 0.0)
+                _begin_log(connection, _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0]))
+                self._attach(connection)
+        finally:
+            new.unlink(missing_ok=True)
 
     # ---- Transactions ------------------------------------------------------------------------------------------------
 
@@ -270,13 +306,18 @@ def log_of(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}-wal")
 
 
+def lock_file_of(path: Path) -> Path:
+    """Return the path of the database's lock file."""
+    return Path(f"{os.path.realpath(path)}.lock")
+
+
 def lock(path: Path, timeout: float) -> FileLock:
     """Take the lock file of the database. Raises StoreLocked if another process holds it for `timeout` seconds.
 
     With the lock file, only one process at a time opens or restores a database, which may not exist yet. SQLite's lock
     on the file itself guards an open database, because anybody may delete a lock file.
     """
-    taken = FileLock(f"{os.path.realpath(path)}.lock", mode=0o600, thread_local=False)
+    taken = FileLock(lock_file_of(path), mode=0o600, thread_local=False)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         taken.acquire(timeout=timeout)
@@ -322,6 +363,12 @@ def check_file(path: Path) -> None:
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
         raise StoreRefused(f"{path} is another program's database: it was left untouched; {_OTHER_FILE}")
     _check_version(path, int.from_bytes(header[60:64], "big"))
+
+
+def is_current(path: Path) -> bool:
+    """Return whether the file has the newest schema version that this version knows. Only the header is read."""
+    with path.open("rb") as file:
+        return int.from_bytes(file.read(100)[60:64], "big") == len(_migrations())
 
 
 def _check_version(path: Path, version: int) -> None:
@@ -418,7 +465,7 @@ def _create(path: Path) -> None:
     """Create the database under a temporary name, and rename it. So a kill leaves no incomplete database."""
     new = _new_name(path)
     try:
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        _create_empty(new)
         connection = _connect(new, 0.0)
         try:
             _migrate(path, connection)
@@ -435,6 +482,16 @@ def _new_name(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}.new-{uuid.uuid4().hex[:8]}")
 
 
+def _remove_leftovers(path: Path) -> None:
+    """Remove the files under temporary names that a killed process left. The caller holds the `lock` of the path."""
+    real = Path(os.path.realpath(path))
+    temporary = re.compile(rf"{re.escape(real.name)}\.new-[0-9a-f]{{8}}(-wal|-journal)?")
+    for name in os.listdir(real.parent):
+        if temporary.fullmatch(name):
+            with contextlib.suppress(OSError):
+                (real.parent / name).unlink()
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename of the database durable."""
     # Windows can't open a folder, and needs no sync.
@@ -446,6 +503,38 @@ def sync_folder(path: Path) -> None:
             os.close(folder)
 
 
+def _create_empty(new: Path) -> None:
+    """Create a file that only this user can read. Raises FileExistsError."""
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def _close_copy(copy: Path, base: bytes) -> None:
+    """Mark a copy of a database as closed, and make it durable. `base` is the stamp of the copied database."""
+    connection = _connect(copy, 0.0)
+    try:
+        _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), base, closed=True))
+    finally:
+        connection.close()
+    descriptor = os.open(copy, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _begin_log(connection: sqlite3.Connection, stamp: _Stamp) -> None:
+    """Change the stamp in the file at a server's start.
+
+    Otherwise this server's log would also belong to a backup of the file that was made before the server started.
+    """
+    _checkpoint(connection)
+    in_file = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
+    _write_stamp(connection, in_file)
+    _checkpoint(connection)
+    # Write to the log, so that an empty or missing log of a killed server always means that something is lost.
+    _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), in_file.own, closed=False))
+
+
 def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
     # thread opens the connection and the writer thread uses it.
@@ -454,6 +543,8 @@ def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     )
     connection.row_factory = sqlite3.Row
     try:
+        # Don't write freed pages: a pruned execution may have many.
+        connection.execute("PRAGMA secure_delete = FAST")
         # Lock the file for as long as it is open. SQLite then needs no shared memory, which network file systems and
         # some containers don't have.
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -546,6 +637,53 @@ def _blob(page: bytes) -> bytes:
     # byte each for the payload's size, the row's number, the header's size and the type. The BLOB follows.
     cell = int.from_bytes(page[8:10], "big")
     return page[cell + 4 : cell + 2 + page[cell]] if cell < len(page) else b""
+
+
+# ---- Backups ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_backup(path: Path, file: Path, *, overwrite: bool) -> Iterator[sqlite3.Connection]:
+    """Yield a connection to an empty database. After the `with`, it has the name `file`. `path` is the open database.
+
+    Raises InvalidRequest if the file can't be written, and Conflict if the file exists and `overwrite` is false. A file
+    that isn't a Nexum database is never overwritten.
+    """
+    if Path(os.path.realpath(file)) in (Path(os.path.realpath(path)), log_of(path), lock_file_of(path)):
+        raise InvalidRequest(f"{file} is a file of the database itself: give the backup another name")
+    new = _new_name(file)
+    try:
+        _refuse_overwrite(file, overwrite)
+        _create_empty(new)
+        target = sqlite3.connect(new, isolation_level=None, check_same_thread=False)
+        try:
+            yield target
+            base = _Stamp.decode(target.execute("SELECT stamp FROM log_stamp").fetchone()[0]).own
+        finally:
+            target.close()
+        _close_copy(new, base)
+        _refuse_overwrite(file, overwrite)
+        new.replace(os.path.realpath(file))
+        sync_folder(file)
+    except (OSError, sqlite3.Error) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise InvalidRequest(f"the backup {file} can't be written: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def _refuse_overwrite(file: Path, overwrite: bool) -> None:
+    if not os.path.lexists(file):
+        return
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file")
+    if not overwrite:
+        raise Conflict(f"{file} exists: give another name, or overwrite it with --overwrite")
+    try:
+        check_file(file)
+    except StoreRefused as error:
+        raise InvalidRequest(f"{file} is not overwritten: it is not a Nexum database of this version") from error
 
 
 # ---- Restoring -------------------------------------------------------------------------------------------------------

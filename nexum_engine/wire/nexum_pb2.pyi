@@ -1181,3 +1181,121 @@ class CallFrame(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "status", b"status"]) -> None: ...
 
 global___CallFrame = CallFrame
+
+@typing.final
+class PruneRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OLDER_THAN_MS_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    COMPACT_FIELD_NUMBER: builtins.int
+    older_than_ms: builtins.int
+    """Executions that ended at least this long ago are deleted, in milliseconds."""
+    session: builtins.str
+    """Only this session: the executions whose keys begin with it, followed by / or :. They are deleted together."""
+    dry_run: builtins.bool
+    """Only count what would be deleted."""
+    after: builtins.int
+    """The `after` of the previous answer; 0 in the first call."""
+    compact: builtins.bool
+    """With the last part: give the free space of the file back to the disk, up to 1 GB in use. The server answers no calls
+    meanwhile. Without it, the server does so only if a quarter is free and up to 32 MB are in use.
+    """
+    def __init__(
+        self,
+        *,
+        older_than_ms: builtins.int = ...,
+        session: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        after: builtins.int = ...,
+        compact: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "compact", b"compact", "dry_run", b"dry_run", "older_than_ms", b"older_than_ms", "session", b"session"]) -> None: ...
+
+global___PruneRequest = PruneRequest
+
+@typing.final
+class PruneResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTIONS_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    KEPT_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    FREE_BYTES_FIELD_NUMBER: builtins.int
+    GIVEN_BACK_BYTES_FIELD_NUMBER: builtins.int
+    executions: builtins.int
+    """What this call has deleted, or would delete."""
+    sessions: builtins.int
+    kept: builtins.int
+    """Old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    more: builtins.bool
+    """Whether to call again, with `after`."""
+    after: builtins.int
+    total_bytes: builtins.int
+    """With the last part: the size of the database, how much of it is free for new executions, and how much was given back
+    to the disk, in bytes.
+    """
+    free_bytes: builtins.int
+    given_back_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        executions: builtins.int = ...,
+        sessions: builtins.int = ...,
+        kept: builtins.int = ...,
+        more: builtins.bool = ...,
+        after: builtins.int = ...,
+        total_bytes: builtins.int = ...,
+        free_bytes: builtins.int = ...,
+        given_back_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "executions", b"executions", "free_bytes", b"free_bytes", "given_back_bytes", b"given_back_bytes", "kept", b"kept", "more", b"more", "sessions", b"sessions", "total_bytes", b"total_bytes"]) -> None: ...
+
+global___PruneResponse = PruneResponse
+
+@typing.final
+class BackupRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: builtins.int
+    OVERWRITE_FIELD_NUMBER: builtins.int
+    file: builtins.str
+    """An absolute path on the server's machine."""
+    overwrite: builtins.bool
+    """Whether to replace the file if it exists. Only a Nexum database is replaced."""
+    def __init__(
+        self,
+        *,
+        file: builtins.str = ...,
+        overwrite: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file", b"file", "overwrite", b"overwrite"]) -> None: ...
+
+global___BackupRequest = BackupRequest
+
+@typing.final
+class BackupProgress(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COPIED_BYTES_FIELD_NUMBER: builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    copied_bytes: builtins.int
+    total_bytes: builtins.int
+    done: builtins.bool
+    """True in the last message: the file is complete."""
+    def __init__(
+        self,
+        *,
+        copied_bytes: builtins.int = ...,
+        total_bytes: builtins.int = ...,
+        done: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copied_bytes", b"copied_bytes", "done", b"done", "total_bytes", b"total_bytes"]) -> None: ...
+
+global___BackupProgress = BackupProgress

@@ -129,6 +129,16 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.RetryRequest.SerializeToString,
                 response_deserializer=nexum__pb2.AckResponse.FromString,
                 _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/nexum.NexumService/Prune',
+                request_serializer=nexum__pb2.PruneRequest.SerializeToString,
+                response_deserializer=nexum__pb2.PruneResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.stream_stream(
+                '/nexum.NexumService/Backup',
+                request_serializer=nexum__pb2.BackupRequest.SerializeToString,
+                response_deserializer=nexum__pb2.BackupProgress.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -256,6 +266,21 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prune(self, request, context):
+        """Addition: delete executions that ended long ago. A call does a part of the work: repeat it until `more` is false.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request_iterator, context):
+        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
+        progress until the copy is complete. If the call is cancelled, no file is left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -353,6 +378,16 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.RetryExecution,
                     request_deserializer=nexum__pb2.RetryRequest.FromString,
                     response_serializer=nexum__pb2.AckResponse.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=nexum__pb2.PruneRequest.FromString,
+                    response_serializer=nexum__pb2.PruneResponse.SerializeToString,
+            ),
+            'Backup': grpc.stream_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=nexum__pb2.BackupRequest.FromString,
+                    response_serializer=nexum__pb2.BackupProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -868,6 +903,60 @@ class NexumService(object):
             '/nexum.NexumService/RetryExecution',
             nexum__pb2.RetryRequest.SerializeToString,
             nexum__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/Prune',
+            nexum__pb2.PruneRequest.SerializeToString,
+            nexum__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/nexum.NexumService/Backup',
+            nexum__pb2.BackupRequest.SerializeToString,
+            nexum__pb2.BackupProgress.FromString,
             options,
             channel_credentials,
             insecure,

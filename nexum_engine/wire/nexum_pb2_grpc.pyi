@@ -131,6 +131,20 @@ class NexumServiceStub:
     ]
     """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
 
+    Prune: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.PruneRequest,
+        nexum_pb2.PruneResponse,
+    ]
+    """Addition: delete executions that ended long ago. A call does a part of the work: repeat it until `more` is false."""
+
+    Backup: grpc.StreamStreamMultiCallable[
+        nexum_pb2.BackupRequest,
+        nexum_pb2.BackupProgress,
+    ]
+    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
+    progress until the copy is complete. If the call is cancelled, no file is left.
+    """
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -235,6 +249,20 @@ class NexumServiceAsyncStub:
         nexum_pb2.AckResponse,
     ]
     """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
+
+    Prune: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.PruneRequest,
+        nexum_pb2.PruneResponse,
+    ]
+    """Addition: delete executions that ended long ago. A call does a part of the work: repeat it until `more` is false."""
+
+    Backup: grpc.aio.StreamStreamMultiCallable[
+        nexum_pb2.BackupRequest,
+        nexum_pb2.BackupProgress,
+    ]
+    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
+    progress until the copy is complete. If the call is cancelled, no file is left.
+    """
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -378,5 +406,23 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
         """Addition: continue a FAILED execution at its failed node. Recorded results are kept."""
+
+    @abc.abstractmethod
+    def Prune(
+        self,
+        request: nexum_pb2.PruneRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.PruneResponse, collections.abc.Awaitable[nexum_pb2.PruneResponse]]:
+        """Addition: delete executions that ended long ago. A call does a part of the work: repeat it until `more` is false."""
+
+    @abc.abstractmethod
+    def Backup(
+        self,
+        request_iterator: _MaybeAsyncIterator[nexum_pb2.BackupRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[nexum_pb2.BackupProgress], collections.abc.AsyncIterator[nexum_pb2.BackupProgress]]:
+        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
+        progress until the copy is complete. If the call is cancelled, no file is left.
+        """
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -93,11 +93,25 @@ ENGINE = {
     "published": ("wire", "records", "errors"),
     "channel": ("in_process", "wire"),
     "connection": ("channel", "wire", "location", "errors"),
-    "client": ("published", "connection", "wire", "workflow", "jsontext", "records", "errors"),
+    "client": ("published", "connection", "channel", "wire", "workflow", "jsontext", "records", "errors"),
     "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "errors", "clock"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
+    "maintenance": ("client", "store", "report", "options", "location", "errors"),
+    "commands": (
+        "client",
+        "connection",
+        "store",
+        "report",
+        "screen",
+        "options",
+        "location",
+        "records",
+        "jsontext",
+        "clock",
+        "errors",
+    ),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }
 
@@ -142,7 +156,10 @@ def test_client_and_server_do_not_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("sqlite3", {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file"}),
+        (
+            "sqlite3",
+            {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file", "nexum_engine.store.sqlite_check"},
+        ),
         ("psycopg", {"nexum_engine.store.postgresql"}),
         ("asyncpg", {"nexum_engine.store.postgresql"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
@@ -150,6 +167,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
         ("ddgs", {"support.tools.web.search"}),
         ("markdownify", {"support.tools.web.html"}),
         ("bs4", {"support.tools.web.html"}),
+        ("selectolax", {"support.tools.web.charset", "support.tools.web.html.tree"}),
         ("openai", {"support.models.live"}),
     ],
 )

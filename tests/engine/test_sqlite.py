@@ -269,7 +269,7 @@ async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> N
     store = await opened(tmp_path / "nexum.db")
     connection = store._database.connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
-    ours = {"workflow_versions", "executions", "attributes", "nodes", "attempts", "events", "former_ids"}
+    ours = {"workflow_versions", "executions", "attributes", "nodes", "attempts", "events", "former_ids", "pruned"}
     ours |= {"file_mark", "log_stamp"}
     assert {row["name"] for row in tables if row["strict"]} == ours
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1

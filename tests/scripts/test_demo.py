@@ -316,7 +316,7 @@ def test_help_imports_neither_autogen_nor_the_search(tmp_path: Path) -> None:
     assert "--crash-after-step N" in output
     imported = {line.rpartition("|")[2].strip() for line in output.splitlines() if "|" in line}
     assert "nexum_engine" in imported
-    heavy = {"autogen_core", "autogen_agentchat", "autogen_ext", "openai", "ddgs", "lxml", "support.offline"}
+    heavy = {"autogen_core", "autogen_agentchat", "autogen_ext", "openai", "ddgs", "selectolax", "support.offline"}
     assert not imported & heavy
 
 

@@ -55,7 +55,7 @@ def test_help_imports_neither_autogen_nor_the_search(tmp_path: Path) -> None:
     assert code == 0
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in output.splitlines() if "|" in line}
     assert "nexum_engine" in imported
-    assert not imported & {"autogen_core", "openai", "ddgs", "lxml"}
+    assert not imported & {"autogen_core", "openai", "ddgs", "selectolax"}
 
 
 def test_worker_waits_for_a_server_and_prints_how_to_start_one(tmp_path: Path) -> None:

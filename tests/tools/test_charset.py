@@ -75,10 +75,10 @@ def test_encoding_that_browsers_refuse_is_refused(label: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"\x81", b"\x81\xff", b"\x1b$B\x7f", b"\x8f\xa1", b"\x80"])
-@pytest.mark.parametrize("name", sorted(set(webencodings.labels.LABELS.values()) - {REPLACEMENT}))
-def test_undecodable_bytes_leave_the_text_after_them(name: str, body: bytes) -> None:
-    text = decode(body + b"\x1b(B" * (name == "iso-2022-jp") + b"\nafter", name)
-    assert name.startswith("utf-16") or text.endswith("\nafter")
+def test_undecodable_bytes_leave_the_text_after_them(body: bytes) -> None:
+    for name in set(webencodings.labels.LABELS.values()) - {REPLACEMENT, "utf-16le", "utf-16be"}:
+        text = decode(body + b"\x1b(B" * (name == "iso-2022-jp") + b"\nafter", name)
+        assert text.endswith("\nafter"), name
 
 
 @pytest.mark.parametrize(

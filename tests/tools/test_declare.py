@@ -240,7 +240,7 @@ async def test_a_result_that_is_neither_text_nor_json_is_a_final_error(value: ob
 def test_importing_the_tools_imports_none_of_the_libraries_that_they_use() -> None:
     program = (
         "import support.tools, support.tools.web.live, sys;"
-        "used = {'ddgs', 'primp', 'httpx2', 'httpcore2', 'bs4', 'lxml', 'markdownify', 'autogen_core'};"
+        "used = {'ddgs', 'primp', 'httpx2', 'httpcore2', 'bs4', 'selectolax', 'markdownify', 'autogen_core'};"
         "print(sorted(used & set(sys.modules)), 'pydantic' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

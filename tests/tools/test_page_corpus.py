@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
+from random import Random
 
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from nexum_engine.errors import FinalError
 from support.tools.web import Page, WebError
@@ -107,3 +110,85 @@ def test_any_page_is_text_or_one_of_our_errors(text: str, content_type: str) -> 
 def test_any_bytes_are_text_or_one_of_our_errors(body: bytes, content_type: str) -> None:
     with suppress(FinalError):
         assert read(body, content_type)
+
+
+# Random pages of any markup, against the tree that the HTML standard makes of them
+
+RANDOM_PAGES = 1_000
+NAMES = sorted(
+    (SHOWN | names("a b s button nobr select option textarea template svg text g desc foreignObject dialog applet xmp"))
+    - {"main", "article", "rb"}
+)
+ODD_TAGS = [
+    "<br>",
+    "<hr>",
+    "<img alt=|>",
+    "<input value=|>",
+    "<input type=hidden value=|>",
+    "<col>",
+    "<!--|-->",
+    "<embed>",
+]
+ODD_TAGS += ["<col>", "</br>", "</p>", "<![CDATA[|]]>", "<?|>", "</ |>", "<script>|</script>", "<iframe>|</iframe>"]
+HIDING = [
+    "hidden",
+    "style='display:none'",
+    "style='visibility:hidden'",
+    "style='visibility:visible'",
+    "style='font-size:0'",
+]
+NEVER_SHOWN = names("head title script style noscript template iframe rp datalist") | {"desc"}
+
+
+def random_page(random: Random) -> str:
+    names_here = random.sample(NAMES, random.randint(3, 12))
+    opened: list[str] = []
+    html = ["w0w"]
+    for number in range(1, random.randint(3, 24)):
+        kind = random.random()
+        if kind < 0.4:
+            html.append(f"w{number}w{random.choice(['', '', ' '])}")
+        elif kind < 0.7:
+            opened.append(random.choice(names_here))
+            html.append(f"<{opened[-1]} {random.choice(HIDING) if random.random() < 0.25 else ''}>")
+        elif kind < 0.93:
+            html.append(f"</{opened.pop() if opened and random.random() < 0.7 else random.choice(names_here)}>")
+        else:
+            html.append(random.choice(ODD_TAGS).replace("|", f"w{number}w"))
+    return "".join(html)
+
+
+def shown_words(node: LexborNode, *, visible: bool = True, sized: bool = True, drawn: bool = False) -> Iterator[str]:
+    """Yield the words that a browser shows of a parsed page. Leave out selects, which show some of their options."""
+    if node.is_text_node:
+        yield from re.findall(r"w\d+w", node.text_content or "") if visible and sized and not drawn else ()
+        return
+    tag = (node.tag or "").lower()
+    attributes = node.attributes
+    style = attributes.get("style") or ""
+    is_closed_dialog = tag == "dialog" and "open" not in attributes
+    if not node.is_element_node or "hidden" in attributes or style == "display:none" or is_closed_dialog:
+        return
+    if tag in NEVER_SHOWN - ({"desc"} if not drawn else set()) or tag == "select":
+        return
+    visible = style == "visibility:visible" or (visible and style != "visibility:hidden")
+    sized = sized and style != "font-size:0"
+    drawn = tag == "svg" or (drawn and tag not in ("text", "foreignobject"))
+    if tag in ("img", "input") and attributes.get("type") != "hidden" and visible and sized and not drawn:
+        yield from re.findall(r"w\d+w", attributes.get("alt") or attributes.get("value") or "")
+    for child in node.iter(include_text=True):
+        yield from shown_words(child, visible=visible, sized=sized, drawn=drawn)
+
+
+def test_the_words_of_random_pages_are_those_of_the_standards_tree() -> None:
+    random = Random(11)
+    for _ in range(RANDOM_PAGES):
+        html = random_page(random)
+        tree = LexborHTMLParser(html, scripting=True)
+        assert tree.root is not None
+        chosen = {word for select in tree.css("select") for word in re.findall(r"w\d+w", select.html or "")}
+        shown = set(shown_words(tree.root))
+        read_words: set[str] = set()
+        with suppress(FinalError):  # the page shows no words
+            read_words.update(re.findall(r"w\d+w", read(html)))
+        assert read_words - chosen == shown, html

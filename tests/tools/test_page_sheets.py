@@ -11,8 +11,6 @@ from support.tools.web.html.attributes import names
 from support.tools.web.html.sheets import MAX_SHEETS, Sheets
 from support.tools.web.page import page_to_markdown
 
-pytestmark = pytest.mark.every_python
-
 
 def read(sheet: str, body: str) -> str:
     html = f"<style>{sheet}</style><p>first</p>{body}"

@@ -2,7 +2,7 @@
 -- call a page: a tool call has a key, and no attributes, and completes.
 
 CREATE TABLE attributes (
-    execution INTEGER NOT NULL REFERENCES executions (sequence) ON DELETE CASCADE,
+    execution INTEGER NOT NULL REFERENCES executions (sequence),
     name TEXT NOT NULL,
     value TEXT NOT NULL,
     PRIMARY KEY (execution, name)

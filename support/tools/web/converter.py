@@ -20,8 +20,10 @@ from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 
-MAX_CHILDREN = max(4, os.cpu_count() or 1)  # four, so that a few slow pages don't keep others waiting
-CONVERSION_LIMIT = 30.0  # seconds; the largest page that is read takes 2 to 7
+MAX_CHILDREN = max(4, os.cpu_count() or 1)  # at least four, so that a few slow pages don't keep others waiting
+# Seconds. The largest page that is read takes 2 to 7. Tens of thousands of nested elements may take longer, because the
+# parser walks up the open elements at each tag.
+CONVERSION_LIMIT = 30.0
 LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, because it would keep the memory
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
 MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; the largest page that is read takes about 300 MB

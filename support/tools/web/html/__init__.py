@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
@@ -11,13 +10,12 @@ from urllib.parse import urljoin
 from support.tools.web.html.hooks import SeenPageHooks
 from support.tools.web.html.seen import SeenPage
 from support.tools.web.html.sheets import Sheets
-from support.tools.web.html.source import source_of_seen
+from support.tools.web.html.tree import parse
 from support.tools.web.url import parse_url
 
 if TYPE_CHECKING:
-    from bs4 import BeautifulSoup, Tag
+    from bs4 import Tag
 
-MAX_HTML = 512_000  # characters; markdownify takes about 5 s for a million characters
 MAX_ADDRESS = 2083  # characters of a page's base address or of a link
 
 _SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
@@ -26,42 +24,24 @@ _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
     """Return the page's content as Markdown, and whether the whole page was read. Set `xml` for XHTML."""
-    html, sheets = source_of_seen(html, xml=xml)
-    soup = _parsed(html[:MAX_HTML])
-    base_url = _base_url(soup, url)
-    for rules in (Sheets(sheets), Sheets([])):
-        content = SeenPage(soup, rules, lambda address: _absolute(base_url, address), _element_maker(soup)).content
+    page = parse(html, xml=xml)
+    base_url = _base_url(page.base, url)
+    for rules in (Sheets(page.sheets), Sheets([])):
+        content = SeenPage(page.root, rules, lambda address: _absolute(base_url, address), _element_maker()).content
         markdown, complete = _markdown(content)
         if markdown.strip():
-            break  # if the style sheets hide everything, scripts show it: read the page without the sheets
-    title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
+            break  # otherwise, the style sheets hide everything until a script runs: read the page without the sheets
+    title = _SPACE.sub(" ", page.title).strip()
     if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"
-    return markdown, complete and len(html) <= MAX_HTML
+    return markdown, complete and page.complete
 
 
-def _parsed(html: str) -> BeautifulSoup:
-    from bs4 import BeautifulSoup, XMLParsedAsHTMLWarning
-
-    warnings.filterwarnings("ignore", category=XMLParsedAsHTMLWarning)  # browsers read such a page as HTML, too
-
-    class InOrder(BeautifulSoup):
-        def _linkage_fixer(self, el: Tag) -> None:
-            """Do nothing: lxml reports elements in the page's order, so each link to a next element is already right.
-
-            The original looks for the next element among all ancestors, which takes quadratic time in deep nesting.
-            """
-
-    # Add a newline: without one, Beautiful Soup may warn that the text looks like a file's name.
-    return InOrder(html + "\n", "lxml")
-
-
-def _base_url(soup: BeautifulSoup, url: str) -> str:
+def _base_url(base: str | None, url: str) -> str:
     """Return the base address of the page's relative links, or "" if that address is too long."""
-    base = soup.find("base", href=True)
     if base is None:
         return url
-    href = str(base["href"]).strip()
+    href = base.strip()
     if len(href) > MAX_ADDRESS:
         return ""
     try:
@@ -78,7 +58,7 @@ def _absolute(base_url: str, address: str) -> str | None:
         return None
 
 
-def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
+def _element_maker() -> Callable[[str], Tag]:
     from bs4 import Tag
 
     class Element(Tag):
@@ -88,7 +68,7 @@ def _element_maker(soup: BeautifulSoup) -> Callable[[str], Tag]:
             markdownify looks for a `pre` around each element. A real search would take most of the conversion's time.
             """
 
-    return lambda name: Element(builder=soup.builder, name=name)
+    return lambda name: Element(name=name)
 
 
 def _markdown(content: Tag) -> tuple[str, bool]:

@@ -1,18 +1,18 @@
-"""Read attributes of HTML elements: numbers, the marks of a list's items, the language of a code block."""
+"""Read attributes of HTML elements, such as numbers, the marks of list items, and the language of a code block."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
 from support.tools.web.html.style import Style
 
 if TYPE_CHECKING:
-    from bs4 import Tag
+    from support.tools.web.html.tree import Element
 
-MAX_CLASSES = 20  # an element with more classes is read as if it had the first ones only
+MAX_CLASSES = 20  # further classes of an element are ignored
 
 _NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # at most nine digits, as in browsers
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")
@@ -38,19 +38,9 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def is_element(node: object) -> TypeGuard[Tag]:
-    """Return whether a node of a parsed page is an element, not a piece of text."""
-    return getattr(node, "name", None) is not None
-
-
-def elements(element: Tag) -> list[Tag]:
-    """Return the child elements of an element."""
-    return [child for child in element.children if is_element(child)]
-
-
-def classes_of(element: Tag) -> list[str]:
+def classes_of(element: Element) -> list[str]:
     """Return the first classes of an element."""
-    return [str(name) for name in element.get_attribute_list("class")[:MAX_CLASSES] if name]
+    return element.attrs.get("class", "").split(maxsplit=MAX_CLASSES)[:MAX_CLASSES]
 
 
 def number(value: object) -> int | None:
@@ -81,15 +71,15 @@ class ItemMarks:
         return "-" if self.kind == "-" else f"{_numeral(number, self.kind)}."
 
 
-def item_marks(element: Tag, name: str, style: Style) -> ItemMarks:
+def item_marks(element: Element, name: str, style: Style) -> ItemMarks:
     if name != "ol":
         return ItemMarks("-")
     wanted = style.get("list-style-type") or next(iter(style.get("list-style", "").split()), "")
-    kind = _MARKERS.get(wanted) or _MARKERS.get(str(element.get("type", "")).strip()) or "1"
-    start = number(element.get("start"))
-    if not element.has_attr("reversed"):
+    kind = _MARKERS.get(wanted) or _MARKERS.get(element.attrs.get("type", "").strip()) or "1"
+    start = number(element.attrs.get("start"))
+    if "reversed" not in element.attrs:
         return ItemMarks(kind, 1 if start is None else start)
-    items = sum(1 for child in elements(element) if child.name == "li")
+    items = sum(1 for child in element.elements if child.name == "li")
     return ItemMarks(kind, items if start is None else start, -1)
 
 
@@ -112,14 +102,14 @@ def _numeral(number: int, kind: str) -> str:
     return shown.upper() if kind.isupper() else shown
 
 
-def code_language(element: Tag) -> str:
+def code_language(element: Element) -> str:
     """Return the language of a code block, or "". Highlighters note the language on, within or around the block."""
-    places = [element, *(child for child in elements(element) if child.name == "code")]
+    places = [element, *(child for child in element.elements if child.name == "code")]
     parent = element.parent
     around = [parent, parent.parent] if parent else []
     for place in chain(places, (other for other in around if other is not None)):
         for attribute in ("data-lang", "data-language"):
-            if found := _LANGUAGE_NAME.fullmatch(str(place.get(attribute, "")).strip().lower()):
+            if found := _LANGUAGE_NAME.fullmatch(place.attrs.get(attribute, "").strip().lower()):
                 return found[0]
         classes = [name.lower() for name in classes_of(place)]
         for index, name in enumerate(classes):

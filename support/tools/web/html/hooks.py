@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -28,6 +28,11 @@ _ORDINAL = re.compile(r"st|nd|rd|th", re.IGNORECASE)
 def mark_raised(text: str, tag: str) -> str:
     """Put a raised text into tags, as in `<sup>2</sup>`. Without a mark, 10² would read as 102."""
     return f"<{tag}>{text}</{tag}>"
+
+
+def is_tag(node: object, name: str) -> TypeGuard[Tag]:
+    """Return whether a node of a seen page is an element with this name."""
+    return getattr(node, "name", None) == name
 
 
 @dataclass
@@ -261,7 +266,7 @@ def _one_line(text: str, separator: str) -> str:
 
 
 def _children(element: Tag, name: str) -> Iterator[Tag]:
-    return (child for child in element.children if getattr(child, "name", None) == name)  # type: ignore[misc]
+    return (child for child in element.children if is_tag(child, name))
 
 
 def _indented(text: str, first: str, rest: str) -> str:

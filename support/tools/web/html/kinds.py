@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import elements, is_element, names
+from support.tools.web.html.attributes import names
 from support.tools.web.html.style import Style, hides_all
 
 if TYPE_CHECKING:
-    from bs4 import Tag
+    from support.tools.web.html.tree import Element
 
 # A table without heading cells is a layout if one of its cells exceeds one of these limits.
 LAYOUT_CELL = 1_000  # characters
 LAYOUT_NODES = 100  # texts and elements
 
+# The contents of these elements are never visible.
 UNSEEN = names(
     "head title script style noscript template iframe object canvas audio video datalist map area param"
-    " noframes noembed embed rp annotation annotation-xml mphantom base link meta drawing-title"
+    " noframes noembed embed rp annotation annotation-xml mphantom base link meta"
 )
 UNDRAWN = names("defs symbol clippath mask marker pattern desc metadata")  # unseen parts of a drawing
 AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an article
@@ -24,10 +25,9 @@ WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
     " hgroup html legend li main menu optgroup option p section summary table tbody td textarea tfoot th thead tr"
-    " blockquote caption dd dt search h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext isindex"
+    " blockquote caption dd dt search h1 h2 h3 h4 h5 h6 ol ul pre listing xmp plaintext"
 )
 HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
-TERMS = frozenset({"dt", "dd"})  # a term and its definition
 LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
@@ -38,33 +38,35 @@ BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow
 KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 
-def is_unseen(element: Tag, name: str, style: Style) -> bool:
-    if name == "template" and element.has_attr("shadowrootmode"):
-        return False  # browsers show the template's content in place of its parent's content
-    if name in UNSEEN or name == "nav" or element.has_attr("hidden") or element.has_attr("popover"):
+def is_unseen(element: Element, name: str, style: Style) -> bool:
+    if name == "template" and "shadowrootmode" in element.attrs:
+        return False  # browsers show this template's content instead of the other content of its parent
+    if name in UNSEEN or name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
         return True
-    if name == "dialog" and not element.has_attr("open"):
+    if name == "dialog" and "open" not in element.attrs:
         return True
     # Skip what is hidden from screen readers, but not a picture: a formula's picture is often hidden from them.
-    if element.get("aria-hidden") == "true" and name != "img":
+    if element.attrs.get("aria-hidden") == "true" and name != "img":
         return True
     return bool(style) and hides_all(style)
 
 
-def part_name(element: Tag, name: str) -> str:
+def part_name(element: Element, name: str) -> str:
     if name in ("main", "article"):
         return name
-    return "role=main" if element.get("role") == "main" else ""
+    return "role=main" if element.attrs.get("role") == "main" else ""
 
 
-def is_layout(table: Tag) -> bool:
+def is_layout(table: Element) -> bool:
     """Return whether the table only lays out parts of the page. The cells of such a table are not data."""
-    if table.get("role") in ("presentation", "none"):
+    if table.attrs.get("role") in ("presentation", "none"):
         return True
-    parts: list[Tag] = []
-    for child in elements(table):
-        parts += elements(child) if child.name in SECTIONS else [child]
-    rows = [elements(part) for part in parts if part.name == "tr"]
+    parts: list[Element] = []
+    for child in table.elements:
+        if child.name in UNSEEN:
+            continue
+        parts += child.elements if child.name in SECTIONS else [child]
+    rows = [part.elements for part in parts if part.name == "tr"]
     if any(part.name in ("caption", "th") for part in parts) or any(cell.name == "th" for r in rows for cell in r):
         return False
     if rows and all(len(row) <= 1 for row in rows) and all(part.name == "tr" for part in parts):
@@ -72,20 +74,11 @@ def is_layout(table: Tag) -> bool:
     return any(_is_long(cell) for row in rows for cell in row)
 
 
-def _is_long(cell: Tag) -> bool:
-    # Don't use `descendants`, which first walks to the end of the cell: in nested tables that takes quadratic time.
-    length = count = 0
-    open_nodes = [iter(cell.contents)]
-    while open_nodes:
-        node = next(open_nodes[-1], None)
-        if node is None:
-            open_nodes.pop()
-            continue
-        count += 1
-        if is_element(node):
-            open_nodes.append(iter(node.contents))
-        else:
-            length += len(str(node).strip())
+def _is_long(cell: Element) -> bool:
+    length = 0
+    for count, node in enumerate(cell.descendants(), start=1):
+        if isinstance(node, str):
+            length += len(node.strip())
         if length > LAYOUT_CELL or count > LAYOUT_NODES:
             return True
     return False

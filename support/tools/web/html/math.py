@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import elements, is_element, names
-
-if TYPE_CHECKING:
-    from bs4 import Tag
+from support.tools.web.html.attributes import names
+from support.tools.web.html.tree import Element
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,7 @@ class Raised:
     """A superscript ("sup") or subscript ("sub") of a formula."""
 
     name: str
-    part: Tag
+    part: Element
 
 
 MATHS = names(
@@ -28,14 +25,14 @@ _SCRIPTS |= {"mover": ("sup",), "munder": ("sub",), "munderover": ("sub", "sup")
 _TOKENS = frozenset({"mi", "mn", "mtext"})
 
 
-def formula(element: Tag, name: str) -> Sequence[object]:
+def formula(element: Element, name: str) -> Sequence[object]:
     """Return the nodes that write a formula on one line: super- and subscripts are marked, fractions have a slash."""
-    nodes: Sequence[object] = list(element.contents)
-    parts = elements(element)
-    if any(str(node).strip() for node in element.children if not is_element(node)):
+    nodes: Sequence[object] = element.contents
+    parts = element.elements
+    if any(node.strip() for node in element.contents if isinstance(node, str)):
         return nodes  # not MathML, but browsers show the words
-    if name in _SCRIPTS and parts:
-        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=False))]
+    if name in _SCRIPTS and len(parts) == 1 + len(_SCRIPTS[name]):
+        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=True))]
     match name, len(parts):
         case "semantics", _:
             return list(parts[:1])
@@ -55,14 +52,14 @@ def formula(element: Tag, name: str) -> Sequence[object]:
         case "mtr", _:
             return _separated(parts, ", ")
         case "mfenced", _:
-            opening, closing = str(element.get("open", "("))[:3], str(element.get("close", ")"))[:3]
+            opening, closing = element.attrs.get("open", "(")[:3], element.attrs.get("close", ")")[:3]
             return [opening, *_separated(parts, ","), closing]
     return nodes
 
 
-def _separated(parts: list[Tag], separator: str) -> Sequence[object]:
+def _separated(parts: list[Element], separator: str) -> Sequence[object]:
     return [node for part in parts for node in (part, separator)][:-1]
 
 
-def _bracketed(part: Tag) -> Sequence[object]:
+def _bracketed(part: Element) -> Sequence[object]:
     return [part] if part.name in _TOKENS else ["(", part, ")"]

@@ -23,7 +23,7 @@ class Paragraphs:
         self._new_element = new_element
         self._run: Tag | None = None  # the paragraph to which text is added
         self._open: list[tuple[Mark, Tag]] = []  # the open inline elements of that paragraph
-        self._linked: set[int] = set()  # ids of the links that have words
+        self._linked: set[Mark] = set()  # the links that have words
         self._text: list[str] = []
         self._text_place: Place | None = None
         self._after_blank = True
@@ -72,10 +72,10 @@ class Paragraphs:
         target = self._open[-1][1] if self._open else self._run
         for mark in place.marks[kept:]:
             if mark.name == "a":
-                if id(mark) in self._linked:
+                if mark in self._linked:
                     continue
                 if text.strip():
-                    self._linked.add(id(mark))
+                    self._linked.add(mark)
             target = self.new(mark.name, target, **({"href": mark.address} if mark.address else {}))
             self._open.append((mark, target))
         return target

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from support.tools.web.html.attributes import ItemMarks
 from support.tools.web.html.kinds import AROUND, KEPT_LINES, MARKS, NESTING
 from support.tools.web.html.style import Sight, Style
+from support.tools.web.html.tree import Element
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -70,9 +71,9 @@ def around_name(name: str, place: Place) -> str:
     return "" if kind in place.around else kind
 
 
-def mark_of(element: Tag, name: str, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
+def mark_of(element: Element, name: str, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
     if name == "a":
-        href = str(element.get("href", "#"))
+        href = element.attrs.get("href", "#")
         address = None if href.startswith("#") else absolute(href)
         return Mark("a", address) if address else None
     if name in MARKS:
@@ -85,7 +86,7 @@ def mark_of(element: Tag, name: str, style: Style, absolute: Callable[[str], str
 
 
 def marked(place: Place, mark: Mark | None) -> Place:
-    """Return the place within an inline element with this mark, or the place itself if the mark is too much."""
+    """Return the place within an inline element with this mark. Drop a repeated mark, and any above MAX_MARKS."""
     if mark is None or len(place.marks) >= MAX_MARKS:
         return place
     if mark.name not in NESTING and any(other.name == mark.name for other in place.marks):
@@ -93,8 +94,8 @@ def marked(place: Place, mark: Mark | None) -> Place:
     return replace(place, marks=(*place.marks, mark))
 
 
-def holds_line_breaks(element: Tag, name: str, place: Place) -> bool:
+def holds_line_breaks(element: Element, name: str, place: Place) -> bool:
     """Return whether the element is code of several lines. Don't search code within code: that takes quadratic time."""
     if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
         return False
-    return element.find("br") is not None
+    return any(isinstance(node, Element) and node.name == "br" for node in element.descendants())

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import classes_of, code_language, is_element, item_marks, number
+from support.tools.web.html.attributes import classes_of, code_language, item_marks, number
 from support.tools.web.html.controls import CONTROLS
-from support.tools.web.html.hooks import mark_raised
+from support.tools.web.html.hooks import is_tag, mark_raised
 from support.tools.web.html.kinds import (
     BLOCK_DISPLAYS,
     BLOCKS,
@@ -21,7 +21,6 @@ from support.tools.web.html.kinds import (
     MARKS,
     PREFORMATTED,
     SECTIONS,
-    TERMS,
     UNDRAWN,
     WHOLES,
     is_layout,
@@ -43,9 +42,10 @@ from support.tools.web.html.places import (
 )
 from support.tools.web.html.sheets import Sheets
 from support.tools.web.html.style import Sight, Style, look, parse_style
+from support.tools.web.html.tree import Element
 
 if TYPE_CHECKING:
-    from bs4 import BeautifulSoup, Tag
+    from bs4 import Tag
 
 MOST = 0.5  # an element that holds more than this share of a page's text is content
 NEARLY_ALL = 2 / 3  # a header that holds more than this share is content; other headers are dropped
@@ -54,7 +54,7 @@ MAX_TABLES = 4  # levels of nested tables; a row of a deeper table is a paragrap
 MAX_SPAN = 1_000  # columns, as in browsers
 
 
-_Node = object  # a node of the parsed page, a piece of text, or Raised
+_Node = object  # an Element or a text of the parsed page, or Raised
 
 
 @dataclass
@@ -86,28 +86,27 @@ class SeenPage:
 
     def __init__(
         self,
-        soup: BeautifulSoup,
+        page: Element,
         sheets: Sheets,
         absolute: Callable[[str], str | None],
         new_element: Callable[[str], Tag],
     ) -> None:
-        self._soup = soup
         self._sheets = sheets
         self._absolute = absolute
         self._text = Paragraphs(new_element)
         self._code: list[str] | None = None  # the pieces of the open preformatted text
-        self._controls: list[tuple[Tag, Sight]] = []  # controls, such as buttons, within that preformatted text
+        self._controls: list[tuple[Element, Sight]] = []  # controls, such as buttons, within that preformatted text
         self._quotes = 0
         self._around: list[_Span] = []  # the parts that may be dropped: forms, headers, footers and asides
         self._parts: dict[str, _Span] = {}
         self._articles = 0  # articles that are not within another one
         self._frames: list[_Frame] = []
         root = new_element("div")
-        self._build(root)
+        self._build(page, root)
         self.content = self._choose(root)
 
-    def _build(self, root: Tag) -> None:
-        self._frames = [_Frame(iter(self._soup.contents), Place(root))]
+    def _build(self, page: Element, root: Tag) -> None:
+        self._frames = [_Frame(iter([page]), Place(root))]
         while self._frames:
             frame = self._frames[-1]
             node = next(frame.nodes, None)
@@ -143,31 +142,31 @@ class SeenPage:
     def _add(self, node: _Node, place: Place) -> None:
         if isinstance(node, Raised):
             self._enter([node.part], marked(place, Mark(node.name)))
-        elif is_element(node):
+        elif isinstance(node, Element):
             self._add_element(node, place)
-        elif place.drawn:
-            return
-        elif isinstance(node, str) and not getattr(node, "PREFIX", ""):  # comments and doctypes have a PREFIX
-            self._add_text(str(node), place)
+        elif isinstance(node, str) and not place.drawn:
+            self._add_text(node, place)
 
     def _enter(self, nodes: Iterable[_Node], place: Place, close: Callable[[], None] | None = None) -> None:
         self._frames.append(_Frame(iter(nodes), place, close))
 
-    def _add_element(self, element: Tag, place: Place) -> None:
-        name = element.name.lower()
-        style = parse_style(str(element["style"])) if element.has_attr("style") else {}
-        style = self._sheets.style_of(name, str(element.get("id", "")), classes_of(element), style)
+    def _add_element(self, element: Element, place: Place) -> None:
+        name = element.name
+        style = parse_style(element.attrs["style"]) if "style" in element.attrs else {}
+        style = self._sheets.style_of(name, element.attrs.get("id", ""), classes_of(element), style)
         if place.drawn:
-            style = {key: str(element[key]) for key in ("display", "visibility") if element.has_attr(key)} | style
+            style = {key: element.attrs[key] for key in ("display", "visibility") if key in element.attrs} | style
         if is_unseen(element, name, style) or (place.drawn and name in UNDRAWN):
             return
         if style:
             place = replace(place, sight=look(style, place.sight), keeps_lines=keeps_lines(style, place))
         self._articles += name == "article" and not place.whole
-        if name in WHOLES or element.get("role") == "main":
+        if name in WHOLES or element.attrs.get("role") == "main":
             place = replace(place, whole=True)
         if name == "svg" or (place.drawn and name in ("text", "foreignobject")):
             self._enter([" ", *element.contents, " "], replace(place, drawn=name == "svg"))
+        elif place.drawn:
+            self._add_inline(element, name, style, place)
         elif place.preformatted:
             self._add_within_code(element, name, style, place)
         elif name in _INLINE_HANDLERS:
@@ -179,7 +178,7 @@ class SeenPage:
         elif name in BLOCKS or style.get("display") in BLOCK_DISPLAYS:
             self._add_block(element, name, style, place)
         else:
-            self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
+            self._add_inline(element, name, style, place)
 
     # Text
 
@@ -201,17 +200,7 @@ class SeenPage:
 
     # Blocks
 
-    def _add_block(self, element: Tag, name: str, style: Style, place: Place) -> None:
-        parent = place.container.parent
-        if (
-            name in TERMS
-            and place.container.name in TERMS
-            and parent
-            and element.parent
-            and element.parent.name in TERMS
-        ):
-            # The parser doesn't close a term or its definition where the next one begins.
-            place = replace(place, container=parent, in_line=False, levels=place.levels - (element.parent.name == "dd"))
+    def _add_block(self, element: Element, name: str, style: Style, place: Place) -> None:
         self._text.end(place)
 
         def close() -> None:
@@ -244,7 +233,7 @@ class SeenPage:
 
         return measure
 
-    def _inner_place(self, element: Tag, name: str, style: Style, place: Place) -> Place:
+    def _inner_place(self, element: Element, name: str, style: Style, place: Place) -> Place:
         """Return the place for a block's children: a new element, or `place` if the block is a mere box."""
         if name == "table":
             return self._table(element, place)
@@ -277,18 +266,18 @@ class SeenPage:
         if place.items is not None and parent.name in ("ul", "ol"):
             # Put a list that is directly within a list into the item before the inner list.
             before = parent.contents[-1] if parent.contents else None
-            parent = before if is_element(before) and before.name == "li" else self._new_item(parent, "")
+            parent = before if is_tag(before, "li") else self._new_item(parent, "")
         return self._text.new(LISTS[name], parent)
 
-    def _item(self, element: Tag, place: Place) -> Place:
-        if place.items is None and place.levels >= MAX_LEVELS:
-            return place
+    def _item(self, element: Element, place: Place) -> Place:
         container = place.container
-        if container.name == "li" and container.parent is not None:
-            container = container.parent  # the item's box is still open, so the parser has put this item into it
-        elif place.items is None:  # outside a list
+        if container.name not in ("ul", "ol"):
+            if place.levels >= MAX_LEVELS:
+                return place
             place = replace(place, levels=place.levels + 1)
-        mark = place.items.mark(number(element.get("value"))) if place.items else "-"
+            if container.name == "li":
+                container = self._text.new("ul", container)  # an item directly within an item
+        mark = place.items.mark(number(element.attrs.get("value"))) if place.items else "-"
         return replace(place, container=self._new_item(container, mark))
 
     def _new_item(self, parent: Tag, mark: str) -> Tag:
@@ -296,7 +285,7 @@ class SeenPage:
 
     # Tables
 
-    def _table(self, element: Tag, place: Place) -> Place:
+    def _table(self, element: Element, place: Place) -> Place:
         if place.tables >= MAX_TABLES or is_layout(element):
             return replace(place, table=None)
         table = self._text.new("table", place.container)
@@ -305,10 +294,10 @@ class SeenPage:
     def _row(self, table: OpenTable, place: Place) -> Tag:
         return self._text.new("row", table.element, **{"data-section": place.section, "data-group": str(place.group)})
 
-    def _cell(self, element: Tag, name: str, place: Place, table: OpenTable) -> Place:
+    def _cell(self, element: Element, name: str, place: Place, table: OpenTable) -> Place:
         if table.row is None:
             table.row = self._row(table, place)
-        columns, rows = number(element.get("colspan")), number(element.get("rowspan"))
+        columns, rows = number(element.attrs.get("colspan")), number(element.attrs.get("rowspan"))
         cell = self._text.new(
             "cell",
             table.row,
@@ -320,7 +309,7 @@ class SeenPage:
 
     # Preformatted text
 
-    def _add_code(self, element: Tag, place: Place) -> None:
+    def _add_code(self, element: Element, place: Place) -> None:
         if place.in_line or place.container.name in ("ul", "ol", "table") or any(m.name == "code" for m in place.marks):
             self._enter(element.contents, replace(place, keeps_lines=not place.in_line))
             return
@@ -343,13 +332,13 @@ class SeenPage:
 
         self._enter(element.contents, replace(place, preformatted=True), close)
 
-    def _add_within_code(self, element: Tag, name: str, style: Style, place: Place) -> None:
+    def _add_within_code(self, element: Element, name: str, style: Style, place: Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            self._controls.append((element, place.sight))  # for example "Copy", which is not part of the code
+            self._controls.append((element, place.sight))  # a control, such as a button "Copy", is not part of the code
             return
-        if name == "br":
-            self._add_text("\n", place)
+        if name in ("br", "img"):
+            self._add_text("\n" if name == "br" else _alt(element), place)
             return
         mark = MARKS.get(name)
         if mark in ("sup", "sub"):
@@ -371,17 +360,18 @@ class SeenPage:
 
     # Inline elements and their visible text
 
-    def _add_rule(self, element: Tag, place: Place) -> None:
+    def _add_inline(self, element: Element, name: str, style: Style, place: Place) -> None:
+        self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
+
+    def _add_rule(self, element: Element, place: Place) -> None:
         self._text.end(place)
         if not place.in_line and is_flow(place):
             self._text.new("hr", place.container)
 
-    def _add_br(self, element: Tag, place: Place) -> None:
+    def _add_br(self, element: Element, place: Place) -> None:
         self._text.add_line_break(place)
-        # Add the children of the `br`: an old parser may have put the following nodes there.
-        self._enter(element.contents, place)
 
-    def _add_quote(self, element: Tag, place: Place) -> None:
+    def _add_quote(self, element: Element, place: Place) -> None:
         mark = '"' if self._quotes % 2 == 0 else "'"
         self._quotes += 1
 
@@ -390,30 +380,37 @@ class SeenPage:
 
         self._enter([mark, *element.contents, mark], place, close)
 
-    def _add_reading(self, element: Tag, place: Place) -> None:
-        if any(is_element(node) or str(node).strip() for node in element.children):
+    def _add_reading(self, element: Element, place: Place) -> None:
+        if any(isinstance(node, Element) or node.strip() for node in element.contents):
             self._enter(["(", *element.contents, ")"], place)
 
-    def _add_picture(self, element: Tag, place: Place) -> None:
+    def _add_picture(self, element: Element, place: Place) -> None:
         if not place.sight.seen:
             return
-        address = self._absolute(str(element["src"])) if element.has_attr("src") else None
-        alt = " ".join(str(element.get("alt", "")).split())
+        address = self._absolute(element.attrs["src"]) if "src" in element.attrs else None
+        alt = _alt(element)
         if address is None or not alt:
             self._text.add_words(alt, place)
         else:
             self._text.add_picture(address, alt, place)
 
-    def _add_control(self, element: Tag, place: Place) -> None:
+    def _add_control(self, element: Element, place: Place) -> None:
         """Add the words of a control, with blanks around the words in place of the control's border."""
-        if text := CONTROLS[element.name.lower()](element).strip():
-            self._add_text(f" {text} ", place)
+        text = CONTROLS[element.name](element)
+        if text is not None:
+            self._add_text(f" {text.strip()} ", place)
+        if element.name == "input":
+            self._enter(element.contents, place)  # in a formula, an element of this name may hold words
 
-    def _add_button(self, element: Tag, place: Place) -> None:
+    def _add_button(self, element: Element, place: Place) -> None:
         self._enter([" ", *element.contents, " "], place)
 
 
-_INLINE_HANDLERS: dict[str, Callable[[SeenPage, Tag, Place], None]] = {
+def _alt(picture: Element) -> str:
+    return " ".join(picture.attrs.get("alt", "").split())
+
+
+_INLINE_HANDLERS: dict[str, Callable[[SeenPage, Element, Place], None]] = {
     "hr": SeenPage._add_rule,
     "br": SeenPage._add_br,
     "q": SeenPage._add_quote,

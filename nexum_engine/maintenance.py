@@ -1,0 +1,246 @@
+"""The commands prune, backup and check of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+from nexum_engine.client import NexumClient, Pruned
+from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
+from nexum_engine.location import database_path, default_database_url, read_address
+from nexum_engine.options import duration
+from nexum_engine.report import WIDTH, printable, size
+from nexum_engine.store import Checked, Store, check_database, retention
+from nexum_engine.store.base import Space
+
+PROGRESS_INTERVAL = 2.0  # seconds between two lines about a command that takes long
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser of the command line. Return those that ask a server."""
+    prune = commands.add_parser(
+        "prune",
+        help="delete executions that ended long ago",
+        description="Delete executions that ended long ago, with all that belongs to them. A RUNNING execution is "
+        "never deleted. The executions of a session are deleted together, when all of them have ended long ago. "
+        "Afterwards their keys can be started again: such a start runs again.",
+    )
+    prune.add_argument(
+        "--older-than",
+        type=duration,
+        required=True,
+        metavar="AGE",
+        help="delete what ended at least this long ago: 45s, 90m, 12h, 30d or 8w; 0s for all that has ended",
+    )
+    prune.add_argument(
+        "--session",
+        default="",
+        help="only the executions whose keys begin with SESSION/ or SESSION:, such as those of a durable run",
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only count what would be deleted")
+    prune.add_argument(
+        "--compact",
+        action="store_true",
+        help="give all free space of the file back to the disk, also if it is little or takes long (a second for "
+        "each 100 MB in use); meanwhile the server answers no calls",
+    )
+    backup = commands.add_parser(
+        "backup",
+        help="write a copy of the database to a file",
+        description="Write a copy of the database to a file while the server serves. `restore` takes such a file.",
+    )
+    backup.add_argument("file", type=Path, metavar="FILE", help="the new file, on the machine of the server")
+    backup.add_argument("--overwrite", action="store_true", help="replace FILE if it is a Nexum database")
+    check = commands.add_parser(
+        "check",
+        help="check a database or a backup for damage",
+        description="Check a database, which may be in use, or a backup: the file, the references in it, and what the "
+        "engine relies on. The file is only read. The exit code is 1 if anything is wrong, with a line for each "
+        "finding.",
+    )
+    check.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="the database or backup (default: the database of ps)"
+    )
+    for command in (prune, backup, check):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return [prune, backup]
+
+
+# ---- prune -----------------------------------------------------------------------------------------------------------
+
+
+async def prune_on_server(client: NexumClient, args: argparse.Namespace) -> str:
+    """Run `prune` on a server; return what to print."""
+
+    async def part(after: int) -> Pruned:
+        return await client.prune(
+            args.older_than, session=args.session, dry_run=args.dry_run, after=after, compact=args.compact
+        )
+
+    return _pruned(args, await _all_parts(part))
+
+
+async def prune_in_store(store: Store, args: argparse.Namespace) -> str:
+    """Run `prune` in a database that no server has open; return what to print."""
+    verdicts: dict[str, retention.Verdict] = {}
+
+    async def part(after: int) -> Pruned:
+        pruned = await store.run_alone(
+            retention.prune,
+            round(args.older_than * 1000),
+            session=args.session,
+            after=after,
+            dry_run=args.dry_run,
+            verdicts=verdicts,
+        )
+        space = Space(0, 0)
+        if pruned.after is None and not args.dry_run:
+            space = await store.compact(max_bytes=None, always=args.compact)
+        return Pruned(
+            pruned.executions,
+            pruned.sessions,
+            pruned.kept,
+            pruned.after,
+            space.total,
+            space.free,
+            space.given_back,
+        )
+
+    return _pruned(args, await _all_parts(part))
+
+
+async def _all_parts(part: Callable[[int], Awaitable[Pruned]]) -> Pruned:
+    progress = _Progress()
+    executions = sessions = kept = 0
+    after = 0
+    while True:
+        last = await part(after)
+        executions, sessions, kept = executions + last.executions, sessions + last.sessions, kept + last.kept
+        if last.after is None:
+            return replace(last, executions=executions, sessions=sessions, kept=kept)
+        after = last.after
+        progress.say(f"{executions:,} executions so far")
+
+
+def _pruned(args: argparse.Namespace, found: Pruned) -> str:
+    if args.session and not found.executions:
+        raise Conflict(
+            f"session {args.session} is kept: it has an execution that is RUNNING (see ps), or that ended more recently"
+        )
+    if args.json:
+        counts = {"executions": found.executions, "sessions": found.sessions, "kept": found.kept}
+        space = {
+            "total_bytes": found.total_bytes,
+            "free_bytes": found.free_bytes,
+            "given_back_bytes": found.given_back_bytes,
+        }
+        return json.dumps({**counts, "dry_run": args.dry_run, **({} if args.dry_run else space)}, indent=2)
+    text = f"{'would delete' if args.dry_run else 'deleted'} {_count(found.executions, 'execution')}"
+    if found.sessions:
+        text += f", among them {_count(found.sessions, 'session')}"
+    if found.kept:
+        text += f"; {found.kept:,} of that age kept: RUNNING, or in a session that is RUNNING or has a newer execution"
+    lines = [text]
+    if not args.dry_run:
+        back = f"; {size(found.given_back_bytes)} given back to the disk" if found.given_back_bytes else ""
+        lines.append(
+            f"the database: {size(found.total_bytes)}, {size(found.free_bytes)} of it free for new executions{back}"
+        )
+    return "\n".join(textwrap.fill(line, WIDTH - 1, subsequent_indent="  ") for line in lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+# ---- backup ----------------------------------------------------------------------------------------------------------
+
+
+async def backup_on_server(client: NexumClient, args: argparse.Namespace) -> str:
+    """Run `backup` on a server; return what to print."""
+    return _backed_up(args, await _copy_from_server(client, args.file.absolute(), overwrite=args.overwrite))
+
+
+async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool) -> int:
+    progress = _Progress()
+    total = 0
+    async with aclosing(client.backup(file, overwrite=overwrite)) as steps:
+        async for copied, total in steps:
+            progress.say(f"{size(copied)} of {size(total)} copied")
+    return total
+
+
+async def backup_in_store(store: Store, args: argparse.Namespace) -> str:
+    """Run `backup` in a database that no server has open; return what to print."""
+    progress = _Progress()
+    total = await store.backup(
+        args.file.absolute(),
+        overwrite=args.overwrite,
+        progress=lambda copied, total: progress.say(f"{size(copied)} of {size(total)} copied"),
+    )
+    return _backed_up(args, total)
+
+
+def _backed_up(args: argparse.Namespace, total: int) -> str:
+    if args.json:
+        return json.dumps({"file": str(args.file.absolute()), "bytes": total}, indent=2)
+    return f"{args.file}: {size(total)}"
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+async def check(args: argparse.Namespace) -> tuple[str, bool]:
+    """Run `check`; return what to print, and whether the database is sound."""
+    file = _checked_file(args)
+    checked = await _checked_on_server(file)
+    if checked is None:
+        checked = await asyncio.to_thread(check_database, file)
+    if args.json:
+        found = {"file": str(file), "executions": checked.executions, "findings": checked.findings}
+        return json.dumps(found, indent=2), not checked.findings
+    if checked.findings:
+        return "\n".join(map(printable, checked.findings)), False
+    return f"{file} is sound: {_count(checked.executions, 'execution')}", True
+
+
+def _checked_file(args: argparse.Namespace) -> Path:
+    file: Path | None = args.file
+    return database_path(default_database_url()) if file is None else file.absolute()
+
+
+async def _checked_on_server(file: Path) -> Checked | None:
+    """Check a copy that the file's server makes. Return None if no server has the file open."""
+    if read_address(file) is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="nexum-check-") as folder:
+        copy = Path(folder) / "copy.db"
+        try:
+            async with NexumClient(str(file)) as client:
+                await client.server_info()
+                await _copy_from_server(client, copy, overwrite=False)
+        except (ServerUnavailable, NotANexumServer):
+            return None
+        return await asyncio.to_thread(check_database, copy)
+
+
+class _Progress:
+    """Lines on standard error about a command that takes long."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + PROGRESS_INTERVAL
+
+    def say(self, text: str) -> None:
+        """Print a line, if the last one was printed a while ago."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_INTERVAL
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,100 @@
+"""Retention in a running server: pruning that leaves most of the time to the calls, and the policy `--keep`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from nexum_engine.errors import StoreUnavailable
+from nexum_engine.store import Store, retention
+from nexum_engine.store.base import Space
+from nexum_engine.store.retention import Pruned, Verdict
+
+REST, IDLE_REST = 9, 1
+"""How long pruning rests after each transaction, in units of the time that it took: beside calls, and without any."""
+PART_SECONDS = 1.0
+"""How long one call of Prune works. Clients wait 10 s for an answer."""
+INTERVAL = 3600.0
+"""Seconds between two runs of the policy, at most."""
+QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
+"""How much of the database may be in use if the server gives free space back on its own, and if it is requested.
+
+The server answers no calls meanwhile: for about a second for each 100 MB."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run of pruning, and the space of the database after the last part."""
+
+    pruned: Pruned
+    space: Space | None = None
+
+
+class Retention:
+    """The pruning of a server's database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._keeping: asyncio.Task[None] | None = None
+
+    def start(self, keep_ms: int) -> None:
+        """Delete, now and from time to time, the executions that ended more than `keep_ms` ago."""
+        self._keeping = asyncio.create_task(self._keep(keep_ms), name="retention")
+
+    async def stop(self) -> None:
+        """Stop deleting."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+
+    async def prune(
+        self, older_than_ms: int, *, session: str = "", after: int = 0, dry_run: bool = False, compact: bool = False
+    ) -> Part:
+        """Prune for about PART_SECONDS. After the last part, give free space back."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + PART_SECONDS
+        executions = sessions = kept = 0
+        verdicts: dict[str, Verdict] = {}
+        while True:
+            begun, submitted = loop.time(), self._store.submitted
+            pruned = await self._store.run_alone(
+                retention.prune, older_than_ms, session=session, after=after, dry_run=dry_run, verdicts=verdicts
+            )
+            executions, sessions, kept = (
+                executions + pruned.executions,
+                sessions + pruned.sessions,
+                kept + pruned.kept,
+            )
+            if pruned.after is None or loop.time() >= end:
+                break
+            after = pruned.after
+            took = loop.time() - begun
+            await asyncio.sleep(IDLE_REST * took)
+            if self._store.submitted > submitted + 1:
+                await asyncio.sleep((REST - IDLE_REST) * took)
+        total = Pruned(executions, sessions, kept, pruned.after)
+        if pruned.after is not None or dry_run:
+            return Part(total)
+        max_bytes = REQUESTED_BYTES if compact else QUICK_BYTES
+        return Part(total, await self._store.compact(max_bytes=max_bytes, always=compact))
+
+    async def _keep(self, keep_ms: int) -> None:
+        while True:
+            try:
+                after: int | None = 0
+                executions = 0
+                while after is not None:
+                    part = await self.prune(keep_ms, after=after)
+                    executions += part.pruned.executions
+                    after = part.pruned.after
+                if executions:
+                    logger.info("pruned %d executions", executions)
+            except Exception as error:
+                if self._store.failed.done():
+                    return  # the server stops, and says why
+                fault = None if isinstance(error, StoreUnavailable) else error
+                logger.warning("could not prune; retrying later", exc_info=fault)
+            await asyncio.sleep(min(INTERVAL, max(keep_ms / 1000 / 10, 1)))

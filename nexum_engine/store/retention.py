@@ -1,0 +1,213 @@
+"""Transitions of retention: delete the executions that ended long ago.
+
+Each function runs inside one transaction, and is the same for every database. Run them with `Store.run_alone`.
+
+An execution is deleted with all that belongs to it. The executions of a session are deleted together, in one
+transaction: a replay of half a session would take the half for the whole, and make the other calls again. A session is
+what owned executions share: the part of their keys before the first `/`. Executions of the same beginning followed by
+`/` or `:` belong to it, too, whether they are owned or not.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from nexum_engine.errors import InvalidRequest, NotFound
+from nexum_engine.records import ExecutionStatus
+from nexum_engine.store.db import Db, Row
+from nexum_engine.workflow import check_id
+
+MAX_EXECUTIONS = 200
+MAX_SECONDS = 0.005
+"""After this many executions, or this time, a transaction ends. A session is not divided, however long it is."""
+PAGE = 20
+"""How many executions are read at once. Each may have an input of 16 MB, which SQLite reads to find the times."""
+_SEPARATORS = "/:"
+_SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
+_DELETIONS = (
+    "prune_former_ids",
+    "prune_events",
+    "prune_attributes",
+    "prune_attempts",
+    "prune_nodes",
+    "prune_executions",
+)
+"""The queries that delete executions, in this order. Each further table with rows of an execution needs a query."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What one transaction has pruned, or, in a dry run, would have pruned."""
+
+    executions: int = 0
+    sessions: int = 0
+    kept: int = 0
+    """The old executions that are kept: they are RUNNING, or their session has an execution that is kept."""
+    after: int | None = None
+    """The number of the execution after which to continue. None: there are no more."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a session may be pruned, and the number of its first execution."""
+
+    is_old: bool
+    first: int
+
+
+def prune(
+    db: Db,
+    older_than_ms: int,
+    *,
+    session: str = "",
+    after: int = 0,
+    dry_run: bool = False,
+    verdicts: dict[str, Verdict] | None = None,
+) -> Pruned:
+    """Delete executions that ended at least `older_than_ms` ago, the oldest first, beginning after the number `after`.
+
+    With `session`, only that session is considered. With `dry_run`, executions are only counted. Give the same
+    `verdicts`, at first an empty dict, to all transactions of one run: a session that is kept is then read once.
+    Raises InvalidRequest for a wrong argument, and NotFound if the session has no executions.
+    """
+    if older_than_ms < 0:
+        raise InvalidRequest("older_than_ms can't be negative")
+    if after < 0:
+        raise InvalidRequest("after can't be negative")
+    pruning = _Pruning(db, db.now_ms - older_than_ms, dry_run, {} if verdicts is None else verdicts)
+    if session:
+        pruning.prune_session(session)
+        return pruning.result(None)
+    return pruning.result(pruning.prune_from(after))
+
+
+class _Pruning:
+    """One transaction that prunes."""
+
+    def __init__(self, db: Db, cutoff_ms: int, dry_run: bool, verdicts: dict[str, Verdict]) -> None:
+        self._db = db
+        self._cutoff_ms = cutoff_ms
+        self._dry_run = dry_run
+        self._end = time.monotonic() + MAX_SECONDS
+        self._verdicts = verdicts
+        self._no_sessions: set[str] = set()
+        self._chosen: list[int] = []
+        """The numbers of the executions to delete next."""
+        self._gone: set[int] = set()
+        self._executions = self._sessions = self._kept = 0
+
+    def result(self, after: int | None) -> Pruned:
+        if self._gone:
+            self._db.run("note_pruned", number=max(self._gone))
+        return Pruned(self._executions, self._sessions, self._kept, after)
+
+    def prune_session(self, session: str) -> None:
+        """Prune one session, or count it as kept."""
+        check_id(session, "session")
+        if any(separator in session for separator in _SEPARATORS):
+            raise InvalidRequest(
+                f"{session!r} is not a session: give the part of its keys before the first / or :, because a session "
+                "is pruned as a whole"
+            )
+        members = self._with_prefix(session)
+        if not members:
+            raise NotFound(f"no execution has a key that begins with {session}/ or {session}:")
+        if all(map(self._is_old, members)):
+            self._sessions += 1
+            self._choose(members)
+            self._delete_chosen()
+        else:
+            self._kept += len(members)
+
+    def prune_from(self, after: int) -> int | None:
+        """Prune the executions after a number. Return where to continue, or None after the last old execution."""
+        while page := self._db.all("oldest_executions", after=after, limit=PAGE):
+            for row in page:
+                if row["created_ms"] > self._cutoff_ms:
+                    self._delete_chosen()
+                    return None  # later executions were created later
+                after = row["sequence"]
+                if after not in self._gone:
+                    self._judge(row)
+                    if len(self._chosen) > PAGE:  # a session
+                        break
+            self._delete_chosen()
+            if self._executions + self._kept >= MAX_EXECUTIONS or time.monotonic() > self._end:
+                return after
+        return None
+
+    def _judge(self, row: Row) -> None:
+        """Choose the execution, or its whole session, or count it as kept."""
+        session = self._session_of(row)
+        if session is None:
+            if self._is_old(row):
+                self._choose([row])
+            else:
+                self._kept += 1
+            return
+        if session not in self._verdicts:
+            members = self._with_prefix(session)
+            is_old = all(map(self._is_old, members))
+            if is_old and not self._dry_run:
+                self._sessions += 1
+                self._choose(members)
+                return
+            self._verdicts[session] = Verdict(is_old, min(member["sequence"] for member in members))
+        verdict = self._verdicts[session]
+        if verdict.is_old:
+            self._executions += 1
+            self._sessions += row["sequence"] == verdict.first
+        else:
+            self._kept += 1
+
+    def _is_old(self, row: Row) -> bool:
+        # Check the status, too, although a RUNNING execution has no end.
+        is_running = row["status"] == ExecutionStatus.RUNNING
+        return not is_running and row["ended_ms"] is not None and bool(row["ended_ms"] <= self._cutoff_ms)
+
+    def _session_of(self, row: Row) -> str | None:
+        match = _SESSION.match(row["idempotency_key"] or "")
+        if match is None or match[1] in self._no_sessions:
+            return None
+        session = match[1]
+        if session in self._verdicts:
+            return session
+        first, end = f"{session}/", f"{session}{chr(ord('/') + 1)}"
+        if self._db.one("is_session", first=first, end=end) is not None:
+            return session
+        self._no_sessions.add(session)
+        return None
+
+    def _with_prefix(self, session: str) -> list[Row]:
+        return [
+            row
+            for separator in _SEPARATORS
+            for row in self._db.all(
+                "executions_of_keys", first=f"{session}{separator}", end=f"{session}{chr(ord(separator) + 1)}"
+            )
+        ]
+
+    def _choose(self, rows: list[Row]) -> None:
+        self._executions += len(rows)
+        if not self._dry_run:
+            for row in rows:
+                children = self._db.all("descendants", execution=row["sequence"]) if row["has_children"] else []
+                self._chosen += [row["sequence"], *(child["number"] for child in children)]
+            self._gone.update(self._chosen)
+
+    def _delete_chosen(self) -> None:
+        for first, last in _runs(self._chosen):
+            for query in _DELETIONS:
+                self._db.run(query, first=first, last=last)
+        self._chosen = []
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last number of each run of consecutive numbers: one statement deletes a run."""
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda one: one[1] - one[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1]

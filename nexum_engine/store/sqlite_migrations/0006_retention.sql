@@ -1,0 +1,6 @@
+-- The highest number of a pruned execution. No number is used twice, so an id never leads to another execution's row.
+CREATE TABLE pruned (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    highest INTEGER NOT NULL
+) STRICT;
+INSERT INTO pruned VALUES (1, 0);

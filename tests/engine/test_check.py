@@ -1,0 +1,262 @@
+"""The check of a database: what it finds, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from harness import Server
+from processes import run_script
+
+from nexum_engine.clock import ManualClock
+from nexum_engine.errors import StoreLocked, StoreRefused
+from nexum_engine.store import check_database, executions, open_store, tasks
+from nexum_engine.store.db import load_queries
+from nexum_engine.store.sqlite import SqliteStore
+
+ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
+TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "dependencies": ["a"]}}}'
+
+
+async def fill(path: Path) -> SqliteStore:
+    """Make a database with an execution in each state. Each number below names one of them."""
+    clock = ManualClock()
+    store = await open_store(f"sqlite:///{path}", clock)
+    assert isinstance(store, SqliteStore)
+    await store.run(executions.register_workflow, "one", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "two", "v2", TWO_NODES)
+
+    async def start(workflow_id: str, key: str) -> str:
+        version = {"one": "v1", "two": "v2"}[workflow_id]
+        return (await store.run(executions.start_execution, workflow_id, version, "0", key)).execution_id
+
+    async def take() -> str:
+        task = (await store.run(tasks.claim, "worker", ("v1", "v2"), 2**40, 30_000, True)).task
+        assert task is not None
+        return task.task_id
+
+    await start("two", "completed")  # 1: its first node has failed once
+    await store.run(tasks.fail_task, await take(), "no", False)
+    clock.advance(10)
+    for _ in range(2):
+        await store.run(tasks.complete_task, await take(), '"done"')
+    await start("one", "failed")  # 2
+    await store.run(tasks.fail_task, await take(), "no", True)
+    await store.run(executions.cancel_execution, await start("two", "cancelled"))  # 3
+    await start("one", "held")  # 4: a worker holds its task
+    await take()
+    await start("two", "waiting")  # 5
+    owned = ("one", "v1", "0", "s/1", "owner", 30_000, True)
+    await store.run(tasks.start_owned, *owned)  # 6
+    return store
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> Path:
+    path = tmp_path / "nexum.db"
+    await (await fill(path)).close()
+    return path
+
+
+def damage(path: Path, *statements: str) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA ignore_check_constraints = ON")
+    for statement in statements:
+        connection.execute(statement)
+    connection.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file()}
+
+
+def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> None:
+    before = contents(database.parent)
+    checked = check_database(database)
+    assert (checked.executions, checked.findings) == (6, ())
+    assert contents(database.parent) == before
+
+
+DAMAGES = {
+    "execution_id": (
+        "UPDATE executions SET execution_id = 'exec-9-' || substr(execution_id, 8) WHERE sequence = 1",
+        "has another number: 1",
+    ),
+    "task_id": ("UPDATE nodes SET task_id = 'task-1-x' WHERE node = 1000", "task task-1-x has the number of another"),
+    "task_id of an earlier attempt": (
+        "UPDATE attempts SET task_id = 'x'",
+        "task x has the number of another node: 1000",
+    ),
+    "former_id": ("INSERT INTO former_ids VALUES ('old', 1)", "the former id old belongs to no execution and no task"),
+    "one_execution_of_key": (
+        "UPDATE executions SET idempotency_key = 'held', workflow_id = 'one', version_hash = 'v1' WHERE sequence = 6",
+        "key held of workflow one has 2 executions that are RUNNING or COMPLETED",
+    ),
+    "end_of_execution": ("UPDATE executions SET ended_ms = NULL WHERE sequence = 1", "has no time of its end"),
+    "end of a running execution": ("UPDATE executions SET ended_ms = 1 WHERE sequence = 4", "RUNNING, but has ended"),
+    "ended_with_unfinished_nodes": (
+        "UPDATE executions SET status = 'CANCELLED', ended_ms = 1 WHERE sequence = 4",
+        "is CANCELLED, but its node a is RUNNING",
+    ),
+    "completed_without_results": (
+        "UPDATE executions SET status = 'COMPLETED' WHERE sequence = 2",
+        "is COMPLETED, but its node a is FAILED",
+    ),
+    "failed_without_failed_node": (
+        "UPDATE executions SET status = 'FAILED' WHERE sequence = 3",
+        "is FAILED, but none of its nodes is",
+    ),
+    "running_without_unfinished_node": (
+        "UPDATE executions SET status = 'RUNNING', ended_ms = NULL WHERE sequence = 1",
+        "is RUNNING, but none of its nodes is unfinished",
+    ),
+    "version_of_node": (
+        "UPDATE nodes SET version_hash = 'v1' WHERE node = 5000",
+        "has the version of another workflow: v1",
+    ),
+    "due": ("UPDATE nodes SET due_ms = NULL WHERE node = 5000", "is READY, but is never handed out"),
+    "due of a running node": ("UPDATE nodes SET due_ms = NULL WHERE node = 4000", "RUNNING, but its lease never ends"),
+    "newest_attempt": (
+        "UPDATE nodes SET outcome = 'FAILED' WHERE node = 4000",
+        "is RUNNING, but its newest attempt is FAILED",
+    ),
+    "newest attempt of a completed node": (
+        "UPDATE nodes SET outcome = 'LOST' WHERE node = 1001",
+        "is COMPLETED, but its newest attempt is LOST",
+    ),
+    "newest attempt without a task": (
+        "UPDATE nodes SET attempts = 1 WHERE node = 5000",
+        "is READY, but its newest attempt is missing",
+    ),
+    "earlier_attempts": ("DELETE FROM attempts", "has 2 attempts, but 0 earlier ones are stored"),
+    "earlier attempt that is too new": (
+        "UPDATE attempts SET attempt = 2",
+        "has 2 attempts, but 1 earlier ones are stored",
+    ),
+    "open_attempt": ("UPDATE attempts SET outcome = 'RUNNING'", "RUNNING, but a later attempt was handed out"),
+    "counts_of_attempts": (
+        "UPDATE nodes SET lost_attempts = 5 WHERE node = 1000",
+        "counts 1 failed and 5 lost attempts of 2",
+    ),
+    "pruned": ("DELETE FROM pruned", "the number of the last pruned execution is missing"),
+    "input": ("UPDATE executions SET input_json = '{' WHERE sequence = 1", "the input of execution exec-1-"),
+    "output": ("UPDATE nodes SET output_json = 'NaN' WHERE node = 1001", "the output of node b of execution exec-1-"),
+    "definition": (
+        "UPDATE workflow_versions SET ir_json = '{\"nodes\": {}}' WHERE workflow_id = 'one'",
+        "version v1 of workflow one can't run: ",
+    ),
+    "nodes of the definition": ("UPDATE nodes SET node_id = 'c' WHERE node = 2000", "are not those of its version v1"),
+    "missing node": ("DELETE FROM nodes WHERE node = 3001", "are not those of its version v2"),
+    "no nodes": ("DELETE FROM nodes WHERE node = 4000", "has no nodes"),
+    "node without an execution": (
+        "DELETE FROM executions WHERE sequence = 2",
+        "row 2000 of nodes refers to a row of executions",
+    ),
+    "attempt without a node": (
+        "DELETE FROM nodes WHERE node = 1000",
+        "of attempts refers to a row of nodes that is missing",
+    ),
+    "unregistered version": (
+        "DELETE FROM workflow_versions WHERE workflow_id = 'one'",
+        "refers to a row of workflow_versions",
+    ),
+    "dependencies": ("UPDATE nodes SET dependencies = '?' WHERE node = 5001", "are not a list: ?"),
+    "ready too early": (
+        "UPDATE nodes SET status = 'READY', due_ms = 1, task_bytes = 1 WHERE node = 5001",
+        "node b of execution exec-5-",
+    ),
+    "waits for nothing": (
+        "UPDATE nodes SET status = 'PENDING', due_ms = NULL WHERE node = 5000",
+        "is PENDING, although it waits for nothing",
+    ),
+    "position": ("UPDATE nodes SET node = 5002 WHERE node = 5001", "has the number 5002, which is not its position"),
+    "result": ("UPDATE nodes SET output_json = NULL WHERE node = 1001", "is COMPLETED, but has no output"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found(database: Path, kind: str) -> None:
+    statement, said = DAMAGES[kind]
+    damage(database, statement)
+    found = check_database(database).findings
+    assert [line for line in found if said in line], found
+    assert not [line for line in found if "\n" in line]
+
+
+def test_every_invariant_has_a_damage() -> None:
+    assert load_queries("checks.sql").keys() <= DAMAGES.keys()
+
+
+def test_many_findings_of_a_kind_are_cut(database: Path) -> None:
+    damage(database, *(f"INSERT INTO former_ids VALUES ('old-{one}', 1)" for one in range(50)))
+    found = check_database(database).findings
+    assert len(found) == 21
+    assert found[-1] == "... and 30 more of this kind"
+
+
+def test_overwritten_pages_are_found(database: Path) -> None:
+    size = database.stat().st_size
+    with database.open("r+b") as file:
+        file.seek(4096 * 3)
+        file.write(b"\xff" * (size - 4096 * 3))
+    assert check_database(database).findings
+
+
+@pytest.mark.parametrize("file", ["nowhere.db", "other.db", "text.db"])
+def test_file_that_is_no_database_is_refused(tmp_path: Path, file: str) -> None:
+    sqlite3.connect(tmp_path / "other.db").executescript("CREATE TABLE diary (entry TEXT)")
+    (tmp_path / "text.db").write_text("mine")
+    with pytest.raises(StoreRefused):
+        check_database(tmp_path / file)
+
+
+async def test_database_in_use_is_checked_only_through_its_server(tmp_path: Path) -> None:
+    store = await fill(tmp_path / "nexum.db")
+    try:
+        with pytest.raises(StoreLocked, match="is in use, and its server does not answer"):
+            check_database(tmp_path / "nexum.db")
+    finally:
+        await store.close()
+
+
+async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path) -> None:
+    store = await fill(tmp_path / "nexum.db")
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name in ("nexum.db", "nexum.db-wal"):
+        shutil.copyfile(tmp_path / name, copies / name)
+    await store.close()
+    before = contents(copies)
+    assert len(before["nexum.db-wal"]) > 4096
+    assert check_database(copies / "nexum.db").executions == 6
+    assert contents(copies) == before
+
+    older = copies / "older.db"
+    connection = sqlite3.connect(older)
+    folder = Path(executions.__file__).parent / "sqlite_migrations"
+    for script in sorted(folder.glob("*.sql"))[:3]:
+        connection.executescript(script.read_text(encoding="utf-8"))
+    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))
+    connection.commit()
+    connection.executescript("PRAGMA application_id = 1314411853; PRAGMA user_version = 3;")
+    connection.close()
+    before = contents(copies)
+    assert check_database(older).findings == ()
+    assert contents(copies) == before
+
+
+def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: Server) -> None:
+    def nexum(*arguments: str) -> tuple[int, str]:
+        return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {})
+
+    path = tmp_path / "nexum.db"
+    assert nexum(str(path)) == (0, f"{path} is sound: 0 executions")
+    shutil.copyfile(path, tmp_path / "copy.db")
+    damage(tmp_path / "copy.db", "DELETE FROM pruned", "INSERT INTO former_ids VALUES ('old', 1)")
+    code, output = nexum("copy.db")
+    assert (code, len(output.splitlines())) == (1, 2)
+    code, output = nexum("copy.db", "--json")
+    assert (code, len(json.loads(output)["findings"]), json.loads(output)["file"]) == (1, 2, str(tmp_path / "copy.db"))
