@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict
 
@@ -94,6 +95,23 @@ async def send(
             number += expected.status is ExecutionStatus.COMPLETED
         else:
             return
+
+
+async def cancel_expected(client: NexumClient, session: str) -> None:
+    """Cancel the executions of events that were not sent: the server never prunes a session with a running execution.
+
+    An event that is sent later starts its execution again.
+    """
+    while running := await client.list_executions(
+        workflow_id=SENT_EVENT.workflow_id,
+        status=ExecutionStatus.RUNNING.value,
+        key_prefix=f"{session}/",
+        limit=PAGE,
+        patience=SERVER_PATIENCE,
+    ):
+        for execution in running:
+            with suppress(Conflict):  # the event was sent in the meantime
+                await client.cancel_execution(execution.execution_id)
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:

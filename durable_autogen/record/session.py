@@ -191,6 +191,7 @@ class Session:
             if failure is not None:
                 raise failure from error  # AutoGen's teams pass on only the text of the failure
             await recorder.end(self.stop_reason)
+            await self._waits.end()
 
     async def _close(self) -> None:
         self.is_over = True

@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from durable_autogen.record.events import (
     Call,
@@ -27,11 +28,11 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Answer, Performed, Recorder
-from durable_autogen.record.sent_events import check_event_name, expect
+from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 
@@ -90,6 +91,12 @@ class Waits:
         if isinstance(answer.content, Received):
             return decoded(answer.content.payload)
         raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
+
+    async def end(self) -> None:
+        """Clean up after a run that came to its end: it waits for no event any more."""
+        if any(what == "event" for _, what in self._counts):
+            with suppress(NexumError):  # no server answers: the next run that comes to its end cleans up
+                await cancel_expected(self._client, self._recorder.journal.session)
 
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
         """Record the beginning of a wait, with the time of its end; return its position and the recorded content."""

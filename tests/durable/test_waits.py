@@ -28,10 +28,12 @@ from durable_autogen import (
 from durable_autogen.__main__ import main
 from durable_autogen.record import replay, waits
 from durable_autogen.record.events import Event, Kind, Received, TimedOut, Waiting, read_record
+from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.recorded_sessions import show_session
 from durable_autogen.session_report import details, events_as_json
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import IdempotencyConflict, InvalidRequest
+from nexum_engine.records import ExecutionStatus
 
 pytestmark = pytest.mark.every_python
 
@@ -410,6 +412,35 @@ async def test_event_of_a_given_up_wait_is_kept(shared_server: Server) -> None:
 
     for _ in range(2):
         assert await inside(shared_server, program, name) == "kept"
+
+
+async def test_finished_session_has_no_running_execution_and_can_be_pruned(
+    shared_server: Server, client: NexumClient
+) -> None:
+    name = new_session()
+
+    async def program() -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(session().wait_for_event("payment"), SHORT)
+        with pytest.raises(TimeoutError):
+            await session().wait_for_event("refund", SHORT)
+
+    async def longer() -> Any:
+        await program()
+        return await session().wait_for_event("payment")
+
+    await inside(shared_server, program, name)
+
+    async def expected() -> list[ExecutionStatus]:
+        found = await client.list_executions(workflow_id=SENT_EVENT.workflow_id, key_prefix=f"{name}/")
+        return [execution.status for execution in found]
+
+    assert await expected() == [ExecutionStatus.CANCELLED] * 2
+    await send(shared_server, name, payload="later")
+    assert await inside(shared_server, longer, name) == "later"
+    pruned = await client.prune(older_than=0, session=name)
+    assert (pruned.sessions, pruned.kept) == (1, 0)
+    assert await expected() == []
 
 
 async def test_fork_has_sent_events_of_its_own(shared_server: Server, client: NexumClient) -> None:
