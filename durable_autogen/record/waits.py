@@ -24,6 +24,7 @@ from durable_autogen.record.events import (
     decoded,
     encoded,
     end_of_wait,
+    name_of,
     representable,
 )
 from durable_autogen.record.log import at_time
@@ -36,7 +37,7 @@ from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 
-MAX_SECONDS = 100 * 366 * 86400.0
+MAX_SECONDS = 100 * 366 * 86400.0  # a hundred years: some systems can't show a much later time
 CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machine may have been suspended
 
 
@@ -64,7 +65,7 @@ class Waits:
         async def perform() -> Performed:
             if time.time() * 1000 < until_ms:
                 self._log.info("sleeping until %s", at_time(until_ms))
-                self._tell_if_changed(waiting, seconds)
+                self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
             while (left := until_ms / 1000 - time.time()) > 0:  # noqa: ASYNC110 - it waits for no event
                 await asyncio.sleep(min(left, CLOCK_INTERVAL))
             return Performed(None, Mark())
@@ -79,7 +80,7 @@ class Waits:
         wait = object()
 
         async def perform() -> Performed:
-            self._tell_if_changed(waiting, seconds)
+            self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
             content = await self._received(wait, name, waiting.until_ms)
             return Performed(None, content)
 
@@ -120,10 +121,10 @@ class Waits:
             self._log.info("%s: replayed from the record ✓", call)
         return answer
 
-    def _tell_if_changed(self, waiting: Waiting, seconds: float | None) -> None:
+    def _tell_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
         if waiting.seconds != seconds:
-            was, now = (f"{one:g} s" if one is not None else "no limit" for one in (waiting.seconds, seconds))
-            self._log.warning("the recorded wait counts: it was for %s, and the program now asks for %s", was, now)
+            was, now = ("no limit" if one is None else f"{one:g} s" for one in (waiting.seconds, seconds))
+            self._log.warning("%s: the recorded time counts (%s), not the program's new one (%s)", name, was, now)
 
     async def _received(self, wait: object, name: str, until_ms: int | None) -> Received | TimedOut:
         is_told = False
