@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat
 from durable_agents import Own, Scripted, asked, call, inside, new_session, run, session, texts, twice
-from harness import Server, logged
+from harness import Server, free_port, logged, nexum_server
 
 from durable_autogen import (
     DriftError,
@@ -34,8 +35,6 @@ from durable_autogen.session_report import details, events_as_json
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import IdempotencyConflict, InvalidRequest
 from nexum_engine.records import ExecutionStatus
-
-pytestmark = pytest.mark.every_python
 
 LONG = 3600.0  # seconds: a wait that no test lasts for
 SHORT = 0.3  # seconds
@@ -104,6 +103,7 @@ async def test_sleep_is_never_early_and_takes_no_time_in_replay(shared_server: S
     await inside(shared_server, longer, name)
 
 
+@pytest.mark.every_python
 async def test_cancelled_sleep_ends_at_the_recorded_time_in_next_run(
     shared_server: Server, client: NexumClient
 ) -> None:
@@ -147,6 +147,7 @@ async def test_sleep_that_reads_the_clock_is_no_drift(shared_server: Server) -> 
     await twice(shared_server, program, happened)
 
 
+@pytest.mark.every_python
 async def test_sleep_given_up_by_the_program_is_given_up_in_replay(shared_server: Server) -> None:
     happened: list[str] = []
 
@@ -202,6 +203,7 @@ async def _begun(_: str) -> str:
     return "begun"
 
 
+@pytest.mark.every_python
 async def test_program_wakes_in_recorded_order(shared_server: Server, client: NexumClient) -> None:
     happened: list[str] = []
     name = new_session()
@@ -318,6 +320,7 @@ async def _until_over(wait: Event) -> None:
     await asyncio.sleep(max(0.0, wait.content.until_ms / 1000 - time.time()) + 0.01)
 
 
+@pytest.mark.every_python
 async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Server, client: NexumClient) -> None:
     name = new_session()
 
@@ -368,6 +371,7 @@ async def test_event_with_one_key_is_received_once(shared_server: Server) -> Non
     assert await inside(shared_server, lambda: program(3), name) == [1, 2, 3]
 
 
+@pytest.mark.every_python
 async def test_parallel_waits_for_one_name_receive_one_event_each(shared_server: Server, client: NexumClient) -> None:
     name = new_session()
     count = 5
@@ -401,6 +405,7 @@ async def test_unnamed_branches_may_wait_for_names_in_another_order(shared_serve
     assert await inside(shared_server, lambda: program(["two", "one"]), name) == first
 
 
+@pytest.mark.every_python
 async def test_event_of_a_given_up_wait_is_kept(shared_server: Server) -> None:
     name = new_session()
 
@@ -412,6 +417,24 @@ async def test_event_of_a_given_up_wait_is_kept(shared_server: Server) -> None:
 
     for _ in range(2):
         assert await inside(shared_server, program, name) == "kept"
+
+
+async def test_wait_survives_a_kill_of_the_server(tmp_path: Path) -> None:
+    name, port = new_session(), free_port()
+
+    async def program() -> Any:
+        await session().sleep(SHORT)
+        return await session().wait_for_event("payment")
+
+    with nexum_server(tmp_path, port=port) as server:
+        running = asyncio.create_task(inside(server, program, name))
+        async with NexumClient(server.address) as client:
+            await until_recorded(client, name, Kind.WAIT, 2)
+        server.process.kill()
+    assert not running.done()
+    with nexum_server(tmp_path, port=port) as server:
+        await send(server, name, payload="paid")
+        assert await running == "paid"
 
 
 async def test_finished_session_has_no_running_execution_and_can_be_pruned(
