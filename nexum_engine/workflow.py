@@ -366,10 +366,11 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
         )
     definitions = {node_id: _definition(node_id, node, ir.nodes) for node_id, node in ir.nodes.items()}
     # A target waits for the nodes that may choose it, even if it doesn't depend on them.
-    before = {node_id: set(node.dependencies) for node_id, node in definitions.items()}
+    # Lists, not sets: the order of the nodes must be the same in every process.
+    before = {node_id: [*node.dependencies] for node_id, node in definitions.items()}
     for node in definitions.values():
         for target in node.targets:
-            before[target].add(node.node_id)
+            before[target].append(node.node_id)
     try:
         return {node_id: definitions[node_id] for node_id in TopologicalSorter(before).static_order()}
     except CycleError as error:

@@ -17,7 +17,7 @@ from nexum_engine.errors import InvalidRequest, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import node_number, random_part
-from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution
+from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
 from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
 
@@ -34,13 +34,14 @@ MAX_DEPTH = 100
 
 # ---- Definitions -----------------------------------------------------------------------------------------------------
 
-_parse_again = lru_cache(maxsize=256)(parse_ir)
+# Remember only a few long definitions: the memory must stay small whatever clients register.
+_parse_short = lru_cache(maxsize=256)(parse_ir)
+_parse_long = lru_cache(maxsize=4)(parse_ir)
 
 
 def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
     """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
-    # Remember only short definitions: the memory must stay small whatever clients register.
-    return _parse_again(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else parse_ir(ir_json)
+    return _parse_short(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else _parse_long(ir_json)
 
 
 def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, NodeDefinition]:
@@ -170,7 +171,8 @@ def _make_ready(
 def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) -> bool:
     """Let a PENDING node wait for a time, a person or an event. Return True if it completes at once."""
     seconds = node.delay_seconds if node.node_type is NodeType.TIMER else node.timeout_seconds
-    due_ms = None if seconds is None else db.now_ms + _milliseconds(seconds)
+    # `now_ms` is rounded down: the wait begins up to 1 ms later.
+    due_ms = None if seconds is None else db.now_ms + 1 + _milliseconds(seconds)
     db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
     if node.node_type is NodeType.TIMER and not node.delay_seconds:
         return db.run("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
@@ -298,14 +300,23 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
         fail_waiting(db, parent, child["error"] if is_item else f"execution {child['execution_id']} {end}", changes)
     elif parent["node_type"] == NodeType.SUBWORKFLOW:
         last = db.one("last_output", execution=child["sequence"])
-        complete_waiting(db, parent, "null" if last is None else last["output_json"], changes)
+        output = "null" if last is None else last["output_json"]
+        if not _fail_too_large(db, parent, jsontext.size_of(output), changes):
+            complete_waiting(db, parent, output, changes)
     elif db.one("running_child", node=parent["node"]) is None:
         size = db.one("item_result_bytes", node=parent["node"])
-        if size is not None and size["bytes"] > MAX_OUTPUT_BYTES:
-            fail_waiting(db, parent, f"the results are over the limit of {MAX_OUTPUT_BYTES:,} bytes", changes)
+        if size is not None and _fail_too_large(db, parent, size["bytes"], changes):
             return
         results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
         complete_waiting(db, parent, f"[{','.join(results)}]", changes)
+
+
+def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:
+    """Fail a WAITING node whose output of `size` bytes is too large for its execution. Return False if it fits."""
+    if size <= MAX_INLINE_BYTES or output_bytes(db, node["execution_id"]) + size <= MAX_OUTPUT_BYTES:
+        return False
+    reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
+    return fail_waiting(db, node, reason, changes)
 
 
 # ---- The end ---------------------------------------------------------------------------------------------------------

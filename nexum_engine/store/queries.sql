@@ -348,7 +348,9 @@ SELECT output_json FROM nodes WHERE node = :node;
 -- name: record_output
 -- Record a node's result, once, and the end of its newest attempt.
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '',
-                 outcome = 'COMPLETED', attempt_error = '', ended_ms = :now
+                 outcome = 'COMPLETED', attempt_error = '', ended_ms = :now,
+                 completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
+                              others.node BETWEEN 1000 * (:node / 1000) AND 1000 * (:node / 1000) + 999)
 WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 
 -- name: wait_for_children
@@ -368,7 +370,9 @@ UPDATE nodes SET status = 'SKIPPED' WHERE node = :node AND status = 'PENDING';
 
 -- name: complete_waiting
 -- Record the result of a node that waited.
-UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now
+UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now,
+                 completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
+                              others.node BETWEEN 1000 * (:node / 1000) AND 1000 * (:node / 1000) + 999)
 WHERE node = :node AND status = 'WAITING';
 
 -- name: fail_waiting
@@ -404,9 +408,10 @@ WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started
 
 -- name: due_waits
 -- The nodes that have waited as long as they may, the earliest first.
-SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash, due_ms
 FROM nodes JOIN executions ON sequence = execution
-WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
+WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now
+ORDER BY due_ms, node LIMIT :limit;
 
 -- name: next_wait
 -- When the next node will have waited as long as it may.
@@ -449,7 +454,7 @@ FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node;
 -- The output of the node of an execution that completed last.
 SELECT output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED'
-ORDER BY ended_ms DESC, node DESC LIMIT 1;
+ORDER BY completed DESC LIMIT 1;
 
 -- name: add_event
 -- Keep an event.
@@ -466,6 +471,11 @@ SELECT name, payload_json FROM events WHERE execution = :execution AND idempoten
 -- The first event of a name that no node has waited for.
 SELECT number, payload_json FROM events
 WHERE execution = :execution AND name = :name AND node IS NULL ORDER BY number LIMIT 1;
+
+-- name: kept_event_bytes
+-- The size of an execution's events that no node has used.
+SELECT coalesce(sum(length(CAST(payload_json AS BLOB))), 0) AS bytes FROM events
+WHERE execution = :execution AND node IS NULL;
 
 -- name: use_event
 -- Note which node an event completed.
@@ -522,9 +532,15 @@ UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
   AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
 
+-- name: repeating_parent
+-- A PENDING node that would start its executions a second time.
+SELECT node_id FROM nodes
+WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'PENDING'
+  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node) LIMIT 1;
+
 -- name: children_without_result
 -- The executions without a result that the nodes of an execution started.
-SELECT sequence, workflow_id, version_hash, child_index FROM executions
+SELECT sequence, execution_id, workflow_id, version_hash, child_index FROM executions
 WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
 ORDER BY sequence;
 
@@ -596,7 +612,7 @@ UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed = 1 AN
 -- Let no task be due after :latest: make such a retry due at :latest, and any other such task now. A node with a rule
 -- of its own for retries may be due later.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
-WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND retry IS NULL;
+WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
 
 -- name: expired_leases
 -- Attempts whose lease has run out, the earliest first.

@@ -69,6 +69,12 @@ def _reopen(db: Db, execution: Row, changes: Changes) -> None:
         )
     db.run("reopen_parents", execution=number)
     db.run("reopen_nodes", execution=number)
+    repeating = db.one("repeating_parent", execution=number)
+    if repeating is not None:
+        raise Conflict(
+            f"execution {execution['execution_id']} can't be retried: node {repeating['node_id']!r} failed after its "
+            "executions had completed, because their results are too large"
+        )
     for child in db.all("children_without_result", execution=number):
         _reopen(db, child, changes)
     advance(db, number, execution["workflow_id"], version_hash, changes)

@@ -267,7 +267,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     row = _reported_attempt(db, task_id)
     if row["outcome"] == Outcome.COMPLETED:
         recorded = progress.reported_output(db, row)
-        if recorded is not None and jsontext.same(recorded, output_json):
+        if recorded is not None and jsontext.same(recorded, _reported(row, output, output_json)):
             return Changed()
     _check_may_report(row)
     changes = Changes()
@@ -279,6 +279,13 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     else:
         _record(db, row, output_json, changes)
     return changes.freeze()
+
+
+def _reported(row: Row, output: object, output_json: str) -> str:
+    """Return a report in the form of `progress.reported_output`."""
+    if row["node_type"] != NodeType.SUBWORKFLOW or not isinstance(output, dict):
+        return output_json
+    return json.dumps({name: output.get(name) for name in ("subWorkflowId", "childInput")})
 
 
 def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:

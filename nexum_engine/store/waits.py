@@ -7,6 +7,7 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 from nexum_engine import jsontext
 from nexum_engine.errors import (
@@ -21,6 +22,7 @@ from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingA
 from nexum_engine.store import progress
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.ids import number_of
+from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
 from nexum_engine.store.results import Changed, Changes
 from nexum_engine.workflow import check_id
 
@@ -116,8 +118,18 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     row = db.one("execution_without_input", execution=execution, execution_id=execution_id)
     assert row is not None
     definitions = progress.definition_of(db, row["workflow_id"], row["version_hash"])
+    if row["child_index"] is not None:
+        raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
+    kept = db.one("kept_event_bytes", execution=execution)
+    assert kept is not None
+    size = jsontext.size_of(payload_json)
+    if size > MAX_INLINE_BYTES and output_bytes(db, execution_id) + kept["bytes"] + size > progress.MAX_OUTPUT_BYTES:
+        raise TooLarge(
+            f"with this event, the events and outputs of execution {execution_id} are over the limit of "
+            f"{progress.MAX_OUTPUT_BYTES:,} bytes"
+        )
     added = db.one(
         "add_event",
         execution=execution,
@@ -138,14 +150,25 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
 
 def end_waits(db: Db, changes: Changes) -> None:
     """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
-    for node in db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS):
-        definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
-        # Each of these does nothing if an earlier one of this loop has ended the execution.
-        if definition.node_type is NodeType.TIMER:
-            progress.complete_waiting(db, node, progress.timer_output(db, definition), changes)
-            continue
-        reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
-        if not definition.on_timeout:
-            progress.fail_waiting(db, node, reason, changes)
-        elif db.run("time_out", node=node["node"], error=reason, now=db.now_ms):
-            progress.advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
+    due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
+    # Go on only once with an execution whose nodes end at the same time: going on reads all nodes of the execution.
+    for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
+        nodes = list(together)
+        if any([_goes_on(db, node, changes) for node in nodes]):
+            progress.advance(db, nodes[0]["execution"], nodes[0]["workflow_id"], nodes[0]["version_hash"], changes)
+
+
+def _goes_on(db: Db, node: Row, changes: Changes) -> bool:
+    """End the wait of a node. Return True if other nodes may begin then.
+
+    It does nothing if the execution has ended, in this transaction by the end of another wait.
+    """
+    definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
+    if definition.node_type is NodeType.TIMER:
+        output = progress.timer_output(db, definition)
+        return db.run("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
+    reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
+    if definition.on_timeout:
+        return db.run("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
+    progress.fail_waiting(db, node, reason, changes)
+    return False

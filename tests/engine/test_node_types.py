@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from harness import Server, nexum_server
-from nexum_wire import DEADLINE, complete, connected, poll, record, refused, start, status
+from nexum_wire import DEADLINE, UNLIMITED, complete, connected, poll, record, refused, start, status
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -117,6 +117,12 @@ def test_timers_of_zero_end_an_execution_at_its_start(stub: NexumServiceStub) ->
     answer = stub.StartExecution(request, timeout=DEADLINE)
     assert (answer.status, answer.ended.status) == ("COMPLETED", "COMPLETED")
     assert set(statuses(stub, answer.execution_id).values()) == {"COMPLETED"}
+
+
+def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -> None:
+    # They once took a minute, in which the server answered no other call.
+    execution_id = began(stub, {f"wait-{number:03}": node("TIMER", delay_seconds=0.5) for number in range(1000)})
+    assert ended(stub, execution_id).status == "COMPLETED"
 
 
 def test_timer_is_kept_over_a_kill_of_the_server(tmp_path: Path) -> None:
@@ -485,6 +491,18 @@ def test_subworkflow_completes_with_the_output_of_the_last_node(stub: NexumServi
     assert len(children(stub, execution_id)) == 1
 
 
+@pytest.mark.parametrize("report", ['{"subWorkflowId": "child"}', '{"subWorkflowId":"child","childInput":null,"x":1}'])
+def test_repeated_start_of_a_child_is_acknowledged_in_any_spelling(stub: NexumServiceStub, report: str) -> None:
+    register(stub, CHILD, workflow_id="child", version="c1")
+    execution_id = began(stub, PARENT)
+    task = poll(stub)
+    complete(stub, task, report)
+    complete(stub, task, report)
+    assert len(children(stub, execution_id)) == 1
+    other = json.dumps(child_start(child_input=1))
+    assert refused(lambda: complete(stub, task, other))[0] is Code.FAILED_PRECONDITION
+
+
 def test_failed_child_fails_its_parent(stub: NexumServiceStub) -> None:
     register(stub, CHILD, workflow_id="child", version="c1")
     execution_id = began(stub, PARENT)
@@ -607,6 +625,37 @@ def test_event_that_no_node_waits_for_is_refused(stub: NexumServiceStub) -> None
     code, words = refused(lambda: send(stub, execution_id, "other", 1))
     assert (code, "no EVENT node that waits for 'other'" in words) == (Code.NOT_FOUND, True)
     assert refused(lambda: send(stub, "exec-unknown", "e", 1))[0] is Code.NOT_FOUND
+
+
+def test_event_for_the_task_of_an_item_is_refused(stub: NexumServiceStub) -> None:
+    execution_id = began(stub, {"each": node("MAP"), "one": node("EVENT", event="e")})
+    run_task(stub, "each", [1])
+    (item,) = children(stub, execution_id)
+    assert refused(lambda: send(stub, item.execution_id, "e", 1))[0] is Code.NOT_FOUND
+
+
+def test_events_are_bounded_by_the_size_of_the_outputs(server: Server) -> None:
+    with connected(server.address, UNLIMITED) as stub:
+        execution_id = began(stub, {"a": node("EFFECT"), "one": node("EVENT", "a", event="e")})
+        for _ in range(4):
+            send(stub, execution_id, "e", "x" * 15_000_000)
+        code, words = refused(lambda: send(stub, execution_id, "e", "x" * 15_000_000))
+    assert (code, "over the limit" in words) == (Code.RESOURCE_EXHAUSTED, True)
+
+
+def test_map_with_too_large_results_fails_and_is_not_retried(server: Server) -> None:
+    with connected(server.address, UNLIMITED) as stub:
+        execution_id = began(stub, {"each": node("MAP")})
+        run_task(stub, "each", [1] * 5)
+        for _ in range(5):
+            complete(stub, poll(stub), json.dumps("x" * 15_000_000))
+        answer = record(stub, execution_id)
+        assert (answer.status, "over the limit" in answer.error) == ("FAILED", True)
+        retry = pb.RetryRequest(execution_id=execution_id)
+        code, words = refused(lambda: stub.RetryExecution(retry, timeout=DEADLINE))
+        assert (code, "too large" in words) == (Code.FAILED_PRECONDITION, True)
+        assert record(stub, execution_id).status == "FAILED"
+        assert len(children(stub, execution_id)) == 5
 
 
 def test_event_that_does_not_come_fails_the_execution(stub: NexumServiceStub) -> None:

@@ -880,3 +880,46 @@ async def test_fifty_claimers_get_each_of_200_tasks_once(store: Store) -> None:
 
     shares = await asyncio.gather(*(work(f"w{n}") for n in range(50)))
     assert sorted(one for share in shares for one in share) == sorted(one.execution_id for one in started)
+
+
+# ---- Nodes that start executions, or wait ----------------------------------------------------------------------------
+
+
+async def register_ir(store: Store, workflow_id: str, version: str, nodes: dict[str, dict[str, object]]) -> None:
+    ir = {"nodes": {name: {"dependencies": [], **fields} for name, fields in nodes.items()}}
+    await store.run(executions.register_workflow, workflow_id, version, json.dumps(ir))
+
+
+@pytest.mark.parametrize("last", ["a", "b"])
+async def test_childs_output_is_of_the_node_that_completed_last_within_a_millisecond(store: Store, last: str) -> None:
+    await register(store, {"a": [], "b": []}, workflow_id="child")
+    await register_ir(store, "parent", "p1", {"sub": {"type": "SUBWORKFLOW"}})
+    execution_id = (await store.run(executions.start_execution, "parent", "p1", "{}", "")).execution_id
+    start_of_child = (await store.run(tasks.claim, "w1", ("p1",), 2**40, LEASE_MS, True)).task
+    assert start_of_child is not None
+    await store.run(tasks.complete_task, start_of_child.task_id, '{"subWorkflowId": "child"}')
+    for task in sorted([await taken(store), await taken(store)], key=lambda task: task.node_id == last):
+        await store.run(tasks.complete_task, task.task_id, json.dumps(task.node_id))
+    assert (await store.run(reading.get_execution, execution_id)).outputs() == {"sub": json.dumps(last)}
+
+
+async def test_timer_is_not_early_by_the_rounding_of_the_clock(store: Store, clock: ManualClock) -> None:
+    await register_ir(store, "w", "v1", {"wait": {"type": "TIMER", "delay_seconds": 1}})
+    started = await store.run(executions.start_execution, "w", "v1", "{}", "")
+    clock.advance(1)  # the start may have been 0.9 ms later
+    await store.run(leases.sweep, NO_RETRIES)
+    assert await node_status(store, started.execution_id) == {"wait": NodeStatus.WAITING}
+    clock.advance(0.001)
+    await store.run(leases.sweep, NO_RETRIES)
+    assert await node_status(store, started.execution_id) == {"wait": NodeStatus.COMPLETED}
+
+
+async def test_new_task_with_a_retry_policy_is_due_after_the_clock_was_set_back(
+    store: Store, clock: ManualClock, reopen: Reopen
+) -> None:
+    await register_ir(store, "w", "v1", {"a": {"type": "EFFECT", "retry_policy": {"max_attempts": 2}}})
+    await store.run(executions.start_execution, "w", "v1", "{}", "")
+    clock.advance(-3600)
+    again = await reopen()
+    await again.run(leases.restart, GRACE_MS, LEASE_MS)
+    assert await take(again) is not None

@@ -40,6 +40,7 @@ CREATE TABLE new_nodes (
     attempt_error TEXT NOT NULL DEFAULT '',
     lease_loss TEXT,                    -- the outcome if the lease runs out
     output_json TEXT,
+    completed INTEGER,                  -- how many nodes of the execution were COMPLETED before this one
     CHECK ((status = 'COMPLETED') = (output_json IS NOT NULL))
 ) STRICT;
 
