@@ -518,14 +518,6 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
 UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
 WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 
--- name: failed_after_all_children
--- A node that failed although all executions that it started have completed.
-SELECT node_id FROM nodes
-WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'FAILED'
-  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node)
-  AND NOT EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status <> 'COMPLETED')
-LIMIT 1;
-
 -- name: reopen_parents
 -- Make the nodes without a result that had started executions wait for those again.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''

@@ -62,11 +62,6 @@ def _reopen(db: Db, execution: Row, changes: Changes) -> None:
         assert item is not None
         changes.ready.append(ReadyTask(version_hash, item["task_bytes"]))
         return
-    if (full := db.one("failed_after_all_children", execution=number)) is not None:
-        raise Conflict(
-            f"node {full['node_id']!r} can't be retried: all executions that it started have completed, and their "
-            "results are too large together"
-        )
     db.run("reopen_parents", execution=number)
     db.run("reopen_nodes", execution=number)
     repeating = db.one("repeating_parent", execution=number)
