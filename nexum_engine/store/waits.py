@@ -153,9 +153,10 @@ def end_waits(db: Db, changes: Changes) -> None:
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
     # Go on only once with an execution whose nodes end at the same time: going on reads all nodes of the execution.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
-        nodes = list(together)
-        if any([_goes_on(db, node, changes) for node in nodes]):
-            progress.advance(db, nodes[0]["execution"], nodes[0]["workflow_id"], nodes[0]["version_hash"], changes)
+        goes_on = [node for node in together if _goes_on(db, node, changes)]
+        if goes_on:
+            one = goes_on[0]
+            progress.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
 
 
 def _goes_on(db: Db, node: Row, changes: Changes) -> bool:

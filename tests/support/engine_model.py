@@ -114,8 +114,8 @@ class Node:
         policy = self.spec.get("retry_policy", {})
         if self.failed >= policy.get("max_attempts", 4):
             return None
-        delay = policy.get("first_delay_seconds", 1.0) * policy.get("factor", 2.0) ** (self.failed - 1)
-        return round(1000 * min(delay, policy.get("max_delay_seconds", 10**9)))
+        delay: float = policy.get("first_delay_seconds", 1.0) * policy.get("factor", 2.0) ** (self.failed - 1)
+        return round(1000 * delay)
 
     def limit_ms(self) -> int | None:
         limit = self.spec.get("timeout_seconds")
@@ -463,13 +463,12 @@ class Model:
         assert run.status == "RUNNING"
         run.status = status
         if status != "COMPLETED":
-            for node in run.nodes.values():
-                if node.status in ENDED:
-                    continue
-                if node.status == "RUNNING":
-                    node.attempts[-1].outcome = "CANCELLED"
-                node.status = "CANCELLED"
-            for child in [child for node in run.nodes.values() for child in node.children]:
+            for one in run.nodes.values():
+                if one.status == "RUNNING":
+                    one.attempts[-1].outcome = "CANCELLED"
+                if one.status not in ENDED:
+                    one.status = "CANCELLED"
+            for child in [child for one in run.nodes.values() for child in one.children]:
                 if child.status == "RUNNING":
                     self._end(child, "CANCELLED")
         node = run.parent
