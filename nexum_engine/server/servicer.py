@@ -250,7 +250,9 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, request.output_json))
+        # The published TypeScript SDK sends no output for a handler that returns nothing.
+        output_json = request.output_json or "null"
+        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, output_json))
         return pb.AckResponse(ok=True)
 
     @_rpc
