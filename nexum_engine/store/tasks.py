@@ -236,10 +236,23 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
     return row
 
 
+def _for_newest(row: Row) -> Row:
+    """Return the newest attempt if the attempt in `row` may report a result in its place, else `row`.
+
+    A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
+    its lease, and is handed out again. The first result counts. If only the newest attempt's did, a worker with a long
+    queue would run each task again and again, and record none.
+    """
+    overtaken = row["attempt"] != row["newest_attempt"] and row["outcome"] in (Outcome.EXPIRED, Outcome.INTERRUPTED)
+    if not overtaken or row["newest_streamed"] or row["owned"]:
+        return row
+    return {**row, "attempt": row["newest_attempt"], "outcome": row["newest_outcome"], "error": row["newest_error"]}
+
+
 def _check_may_report(row: Row) -> None:
     """Raise StaleTask (fencing) unless the attempt in `row` may report.
 
-    Only the newest attempt at a node may report, once, while the execution is running.
+    Only the newest attempt at a node may report, once, while the execution is running. But see `_for_newest`.
     """
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
@@ -264,7 +277,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     StaleTask if the attempt may not report. After an error, the worker still holds the task.
     """
     output = jsontext.parse(output_json, "output_json")
-    row = _reported_attempt(db, task_id)
+    row = _for_newest(_reported_attempt(db, task_id))
     if row["outcome"] == Outcome.COMPLETED:
         recorded = progress.reported_output(db, row)
         if recorded is not None and jsontext.same(recorded, _reported(row, output, output_json)):

@@ -199,6 +199,8 @@ class Model:
         output = parsed(text)
         attempt = self._attempt(task_id)
         node = attempt.node
+        if attempt.outcome in ("EXPIRED", "INTERRUPTED") and not node.attempts[-1].streamed:
+            attempt = node.attempts[-1]
         if node.kind == "SUBWORKFLOW" and isinstance(output, dict) and isinstance(output.get("subWorkflowId"), str):
             output = {"subWorkflowId": output["subWorkflowId"], "childInput": output.get("childInput")}
         if attempt.outcome == "COMPLETED" and same(attempt.said, output):
