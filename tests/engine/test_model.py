@@ -575,8 +575,13 @@ class BothEngines(RuleBasedStateMachine):
 
     @rule()
     def send(self) -> None:
-        listening = [run.id for run in self.model.runs if any(n.kind == "EVENT" for n in run.nodes.values())]
-        run_id = self.pick([*listening, *(run.id for run in self.model.runs), "exec-unknown"], "execution")
+        listening = [
+            run.id
+            for run in self.model.runs
+            if run.status == "RUNNING" and any(node.kind == "EVENT" for node in run.nodes.values())
+        ]
+        others = [*(run.id for run in self.model.runs), "exec-unknown"]
+        run_id = self.pick(listening if listening and self.choose.random() < 0.8 else others, "execution")
         name = self.pick(["e", "e", "f", "g"], "name")
         payload = self.pick(VALUES, "payload")
         key = self.pick(["", "", "k1", "k2"], "key")
