@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import ArgumentParser
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from support.demo_options import build_parser as build_demo_parser
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PARSERS = {
+PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "python demo.py": partial(build_demo_parser, "", demo.QUESTION),
     "python crash_demo.py": crash_demo.build_parser,
     "python -m nexum_engine": engine_parser,
