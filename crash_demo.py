@@ -32,7 +32,16 @@ from pathlib import Path
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
-from support.console import argument_text, complain, let_ctrl_c_cancel, log_to, run_script, say, say_what_is_logged
+from support.console import (
+    argument_text,
+    complain,
+    let_ctrl_c_cancel,
+    log_to,
+    run_script,
+    say,
+    say_after_ctrl_c,
+    say_what_is_logged,
+)
 from support.graphflow.comparison import compare
 from support.launcher import NexumForRun, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, choose_model
@@ -159,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         points: Sequence[CrashPoint] = [CrashPoint(args.crash_during, within=True)]
     else:
         points = EVERY_POINT if args.all else [CrashPoint(args.crash_after or "validate")]
+    say_after_ctrl_c("its server and workers were stopped")
     try:
         model = choose_model(os.environ, offline=args.offline)
         say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
@@ -176,4 +186,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
     say_what_is_logged("durable_autogen", "nexum_engine")
-    run_script(main, interrupted="its server and workers were stopped")
+    run_script(main)

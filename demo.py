@@ -35,6 +35,7 @@ from support.console import (
     log_to,
     run_script,
     say,
+    say_after_ctrl_c,
     say_or_stop,
     say_what_is_logged,
 )
@@ -79,7 +80,8 @@ class DurableCalls:
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
-            say(f"[demo] step {self.crash_after} is recorded; crashing now, as requested (run again to continue)")
+            how = f"(--session-id {self.session.session_id} continues)"
+            say(f"[demo] step {self.crash_after} is recorded; crashing now, as requested {how}")
             kill_this_process()
         return result.text
 
@@ -129,7 +131,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
     async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
-        from durable_autogen import run_durable_stream  # slow: the worker starts at the same time
+        from durable_autogen import run_durable_stream  # a slow import; the worker starts meanwhile
 
         if nexum.is_published:
             say_what_is_lost(
@@ -219,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     given = (args.question, args.session_id, args.new_session, args.team, args.fork, args.crash_after_step)
     if args.sessions and any(given):
         parser.error("--sessions only lists the sessions: give no question, and no other option but --nexum")
+    continues = "the same command continues from what is recorded"
     try:
         if args.sessions:
             from durable_autogen.__main__ import main as durable_autogen
@@ -230,21 +233,23 @@ def main(argv: list[str] | None = None) -> int:
             session_id = check_session_id(args.session_id)
         elif args.new_session:
             session_id = secrets.token_hex(6)
+            continues = f"--session-id {session_id} instead of --new-session continues from what is recorded"
         else:
             session_id = derived_session_id(question, model, team=args.team)
         may_be_recorded = args.question is None and args.session_id is not None
         if args.question is None and not may_be_recorded:
             say(f"[demo] No question given; asking this demo's own: {question}")
+        say_after_ctrl_c(continues)
         return asyncio.run(run(None if may_be_recorded else question, model, session_id, args))
     except (ModelChoiceError, InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
     except ModelFailed as error:
-        complain(f"error: {error}; the same command continues from what is recorded")
+        complain(f"error: {error}; {continues}")
         return 1
 
 
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
     say_what_is_logged("durable_autogen", "nexum_engine")
-    run_script(main, interrupted="the same command continues from what is recorded")
+    run_script(main)

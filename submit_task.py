@@ -44,7 +44,7 @@ from nexum_engine.errors import (
 from nexum_engine.options import seconds
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
-from support.console import complain, let_ctrl_c_cancel, run_script, say, say_what_is_logged
+from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
@@ -172,8 +172,8 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The file is written while a longer call runs. Don't wait for it if the call is over already: this
-                    # project's server, which tells that, finds the call by its key, too.
+                    # Write the file while the call runs. If the call has ended already, don't wait for the file: only
+                    # this project's server reports that, and it also finds the call by its key.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -446,6 +446,7 @@ def main() -> int:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
+    say_after_ctrl_c("the tool call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
     except (ToolCallFailed, WaitTimeout) as error:
@@ -459,4 +460,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     say_what_is_logged("nexum_engine")
-    run_script(main, interrupted="the tool call continues; run the same command again for its result")
+    run_script(main)

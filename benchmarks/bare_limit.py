@@ -1,7 +1,7 @@
 """The bare limit of a call: the same three processes and two commits as a durable call, without an engine.
 
-The client and the worker each have one bidirectional stream to the server, with raw bytes. The server commits the start
-of a call on its event loop, passes the call to the worker, commits the result and passes it to the client.
+The client and the worker each have one bidirectional stream to the server, with raw bytes. For each call, the server
+commits its start, passes it to the worker, commits the result, and passes the result to the client.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
     python benchmarks/compare.py
     python benchmarks/compare.py --only nexum-worker --only procrastinate --json found.json --chart found.svg
-    pip install -r benchmarks/requirements.txt     # the peers; those that are missing are skipped, by name
+    pip install -r benchmarks/requirements.txt     # the peers; the benchmark names and skips missing ones
 
-A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. Calls that are executed in the caller's
-process and calls that another process executes are two tables. In each round, each peer starts its own processes on its
-own database, is measured, and ends. Every ten calls take turns with ten commits of plain SQLite (synchronous=FULL), the
-unit of all ratios. strace shows what each peer has written to disk when the caller has its result.
+A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. The first table has calls that are
+executed in the caller's process, the second one has calls that another process executes. In each round, each peer
+starts its own processes on its own database, is measured, and ends. The unit of all ratios is a commit of plain SQLite
+(synchronous=FULL): ten calls and ten commits are made in turn. strace shows what each peer has written to disk when the
+caller has its result.
 
 The columns:
 
-- `calls`: in a second, or in the time of a commit, with 32 runs at the same time.
-- `replay`: the caller was killed after 20 recorded calls. From the moment when a new process connects until the run
-  continues (first table), or until it has all 20 results (second table).
+- `calls`: the number of calls in a second, or in the time of a commit, with 32 runs at the same time.
+- `replay`: the caller is killed after 20 recorded calls, and a new caller connects. The time is from the connection
+  until the run continues (first table), or until the new caller has all 20 results (second table).
 - `recovery`: from the kill of the worker that executes a call until the caller has the result of another worker.
 - `start`: from the start of all processes to the first result.
 - `MB`: memory of all processes; shared pages are counted once.
@@ -60,7 +61,7 @@ from nexum_engine.options import count  # noqa: E402 - the project is a folder o
 BLOCK = 10  # calls that take turns with as many commits
 WARM_UP = 20  # calls
 TRACED = 20  # calls
-LONG_RECOVERY = 20.0  # seconds: above it, a recovery is measured once
+LONG_RECOVERY = 20.0  # seconds; a recovery that takes longer is measured only once
 
 
 class PlainCommits:
@@ -92,7 +93,7 @@ async def run(caller: Child, name: str, calls: int) -> list[Call]:
 
 
 class Comparison:
-    """The peers, and what was measured of them."""
+    """The peers, with their measurements."""
 
     def __init__(self, peers: Sequence[Peer], folder: Path, calls: int, together: int) -> None:
         self.rows = {peer: Row(peer) for peer in peers}
@@ -158,7 +159,7 @@ class Comparison:
         return Durable.of(calls, tracing.syncs())
 
     async def _replay_run(self, processes: Processes, caller: Child, row: Row, number: int) -> Child:
-        """Kill the caller in the last call of a run; measure until a new one is there again."""
+        """Kill the caller in the last call of a run; measure the time until a new caller continues the run."""
         name = f"{STOPPED}replay-{number}"
         caller.send("run", name=name, calls=RECORDED + 1)
         await processes.wait_for(stop_file(name))
@@ -171,7 +172,7 @@ class Comparison:
         return caller
 
     async def _replay_calls(self, processes: Processes, caller: Child, row: Row, number: int) -> Child:
-        """Make calls, kill the caller, and make the same calls again in a new one."""
+        """Make calls, kill the caller, and make the same calls again in a new caller."""
         name = f"recorded-{number}"
         await run(caller, name, RECORDED)
         await caller.kill()
@@ -213,7 +214,7 @@ def is_in_memory(folder: Path) -> bool:
 
 
 def chosen(only: Sequence[str], published: str | None) -> list[Peer]:
-    """Return the peers to measure; name those that are skipped."""
+    """Return the peers to measure; print the name of each skipped one."""
     found = []
     for peer in ALL:
         if only and peer.name not in only:

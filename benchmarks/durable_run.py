@@ -241,7 +241,7 @@ class Program:
                 self.saw(item)
 
     async def results(self, replies: int, *, writes_requests: bool = False) -> None:
-        """Run one agent with big tool results: each later request contains all of them."""
+        """Run one agent with big tool results. Each later request contains all of them."""
 
         def script(number: int) -> str | list[FunctionCall]:
             return call("read_file", number) if number <= BIG_RESULTS else text(number)

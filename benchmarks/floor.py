@@ -1,4 +1,4 @@
-"""The floor under a call, and what the benchmarks share: child processes, measuring many calls, naming the machine.
+"""The floor under a call, and functions that the benchmarks share: for child processes, many calls, and the machine.
 
 The **floor** is two committed transactions of two statements (plain sqlite3, one connection, synchronous=FULL) and two
 gRPC echo round trips between processes (raw bytes).
@@ -26,7 +26,7 @@ SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # 300 bytes as JSON, with the argument's name and the quotes
+ARGUMENT = "x" * 280  # 300 bytes of JSON, when the argument's name and the quotes are added
 RESULT = "y" * 1024
 _ECHO = "/benchmark.Echo/Echo"
 
@@ -205,7 +205,7 @@ async def per_second(call: Call, times: int) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a benchmark's figures say about this machine."""
+    """Return the description of this machine for a benchmark's figures."""
     return {
         "python": platform.python_version(),
         "processors": os.cpu_count(),
@@ -214,7 +214,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_text(found: dict[str, Any]) -> str:
-    """Return the machine in a benchmark's figures as text."""
+    """Return the description of the machine as text."""
     load = f", load {found['load'][0]:.1f} at the end" if found["load"] else ""
     return f"Python {found['python']}, {found['processors']} processors{load}"
 

@@ -5,8 +5,8 @@
     python benchmarks/start_up.py --json
 
 Each run is a new process in a new folder, offline, so it starts its own server and workers. A moment is the time until
-a line of output; `end` is the end of the process. The CPU time is that of all processes of the run: on a busy machine,
-it says more than the times. To compare machines, compare the ratios.
+a line of output; `end` is the end of the process. The CPU time counts all processes of the run. On a busy machine it is
+more reliable than the times. To compare machines, compare the ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nexum_engine.options import count
 END, CPU = "end", "CPU time"
 PASS = "python -c pass"
 CASES: dict[str, tuple[list[str], dict[str, str]]] = {
-    # Command, and the text of the line of each moment.
+    # The command of each case, and for each moment a text in its line of output.
     "demo.py --help": (["demo.py", "--help"], {}),
     "demo.py": (["demo.py", "--offline", "--new-session"], {"first tool executed": " done ✓"}),
     "crash_demo.py": (["crash_demo.py", "--offline"], {"first step recorded": "research   recorded"}),

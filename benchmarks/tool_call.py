@@ -8,11 +8,11 @@ A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite wi
 - worker: submit_task with its session file, a server process and a worker process.
 - replay: the same call again. Its result is recorded.
 - owned: the caller executes the call itself, between the recorded start and the recorded result (nexum_engine.owner).
-- event: the result alone, recorded in one transaction by an Owner, through the server; and without a server, by the
+- event: the result alone, recorded in one transaction by an Owner: through the server, and without a server, by the
   benchmark's own process.
-- reply: a model reply in a DurableSession (durable_autogen), in a process of its own. The model answers at once.
-- step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed: the medians of
-  durable_run.py's case `agent`, minus those of the plain agent.
+- reply: a model reply in a DurableSession (durable_autogen), in a separate process. The model answers at once.
+- step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed. Each is a median
+  of durable_run.py's case `agent`, minus the median of the plain agent.
 
 The floor (floor.py) is two commits and two gRPC echoes; the bare limit (bare_limit.py) has the three processes and two
 commits of a durable call over gRPC streams, without an engine. All take turns in blocks of ten calls, so that a slow
@@ -70,7 +70,7 @@ from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput  # noqa: E402
 
 BLOCK = 10  # calls of one measure before the next one's turn
-STEP_REPLIES = 60  # of each agent whose steps are measured
+STEP_REPLIES = 60  # replies of each agent whose steps are measured
 STEP_MODES = ("plain", "live", "replay")
 PERCENTILES = (50, 95, 99)
 
@@ -96,7 +96,7 @@ async def work(address: str) -> None:
 
 
 async def reply(address: str) -> None:
-    """Run the process that records model replies: a line of input gives their number; print the seconds of each."""
+    """Run the process that records model replies. Read a number of replies; print the seconds of each reply."""
     from autogen_core.models import UserMessage
     from durable_run import Model
 
@@ -114,7 +114,7 @@ async def reply(address: str) -> None:
 
 
 class Calls:
-    """Durable calls: new ones, each with different arguments, and replays of these from the first on."""
+    """Durable calls: new ones, each with different arguments, and their replays, in the same order."""
 
     def __init__(self, session: Session, owner: Owner) -> None:
         self._session = session
@@ -306,7 +306,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def goals(found: dict[str, Any]) -> Iterator[tuple[str, bool, float, float]]:
-    """Yield each goal: what is measured, whether the limit is the most that it may be, the limit, and the value."""
+    """Yield each goal: its name, whether its limit is a maximum, the limit, and the measured value."""
     floors = found["in_floors"]
     yield "a call through a worker, p50, in floors", True, 1.5, floors["worker"]["p50"]
     yield "a call through a worker, p50, in bare limits", True, 2.2, found["in_bare_limits"]["worker"]["p50"]

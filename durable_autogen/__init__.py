@@ -1,11 +1,13 @@
 """Durable AutoGen programs: each model reply, tool result and input is recorded before the program sees it.
 
 After a crash, run the program again: it continues where it stopped. Recorded results are replayed, and nothing that is
-recorded is paid for or executed again. Start a Nexum server first (`python -m nexum_engine`):
+recorded is paid for or executed again. No server has to be started:
 
     from durable_autogen import DurableSession
     async with DurableSession("order-4711"):
         result = await team.run(task="...")      # or any other AutoGen call
+
+In a session, `sleep` and `wait_for_event` wait for hours or days: the process may end meanwhile.
 
 `run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
@@ -19,9 +21,16 @@ from __future__ import annotations
 
 from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
 from durable_autogen.record.place import call_id
-from durable_autogen.recorded_sessions import SessionInfo, fork_session, fork_source, list_sessions, question_of
+from durable_autogen.recorded_sessions import (
+    SessionInfo,
+    fork_session,
+    fork_source,
+    list_sessions,
+    question_of,
+    send_event,
+)
 from durable_autogen.run import run_durable, run_durable_stream
-from durable_autogen.session import DurableSession
+from durable_autogen.session import DurableSession, current_session
 
 __all__ = [
     "DriftError",
@@ -31,10 +40,12 @@ __all__ = [
     "SessionBusy",
     "SessionInfo",
     "call_id",
+    "current_session",
     "fork_session",
     "fork_source",
     "list_sessions",
     "question_of",
     "run_durable",
     "run_durable_stream",
+    "send_event",
 ]

@@ -1,4 +1,4 @@
-"""The command line of durable_autogen: run a script durably; list, show and fork sessions."""
+"""The command line of durable_autogen: run a script durably; list, show and fork sessions; send them events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m durable_autogen",
-        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions.",
+        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions; send "
+        "events to them.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     server = argparse.ArgumentParser(add_help=False)
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # else, without SCRIPT, Python 3.10 to 3.12 says that ARGUMENTS are missing, too
+    arguments.required = False  # if SCRIPT is missing, Python 3.10 to 3.12 must not say that ARGUMENTS are missing, too
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
@@ -82,13 +83,26 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
     fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
+    send = commands.add_parser(
+        "send",
+        parents=[server],
+        help="send an event to a session",
+        description="Send the event NAME to SESSION: its program gets JSON from `await session.wait_for_event(NAME)`. "
+        "If the program does not wait for the event now, or does not run, the event is kept.",
+    )
+    send.add_argument("session", metavar="SESSION")
+    send.add_argument("name", metavar="NAME")
+    send.add_argument("payload", metavar="JSON", nargs="?", default="null", help="the payload (default: null)")
+    send.add_argument("--key", metavar="KEY", default="", help="a second event NAME with this key changes nothing")
     return parser
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run the command `ls`, `show` or `fork`; return its output."""
+    """Run the command `ls`, `show`, `fork` or `send`; return its output."""
     from durable_autogen import session_report
-    from durable_autogen.recorded_sessions import fork_session, fork_source, list_sessions, show_session
+    from durable_autogen.record.sent_events import send
+    from durable_autogen.recorded_sessions import fork_session, fork_source, has_begun, list_sessions, show_session
+    from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
 
@@ -101,6 +115,11 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "show":
             shown = await show_session(client, args.session)
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
+        if args.command == "send":
+            payload = jsontext.parse(args.payload, "the payload")
+            await send(client, args.session, args.name, payload, idempotency_key=args.key)
+            unbegun = "" if await has_begun(client, args.session) else ", which has not begun: the event is kept for it"
+            return f"sent event {args.name!r} to session {args.session}{unbegun}"
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
@@ -116,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_script(args)
         try:
             print_line(asyncio.run(look(args)), sys.stdout)
-        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show` or `fork`
+        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show`, `fork` or `send`
             return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {in_words(error)}")  # such as a full disk
+            complain(f"error: {in_words(error)}")  # for example, the disk is full
         with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

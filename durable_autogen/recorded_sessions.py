@@ -1,4 +1,4 @@
-"""List, show and fork recorded sessions."""
+"""List, show and fork recorded sessions, and send events to them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from durable_autogen.record.events import (
     Kind,
     Revoked,
     Said,
+    Waiting,
+    check_session_id,
     end_of,
+    end_of_wait,
     read_record,
 )
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
-from durable_autogen.record.session import check_session_id
+from durable_autogen.record.log import log_for
+from durable_autogen.record.sent_events import send
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
 
@@ -37,8 +41,10 @@ class SessionInfo:
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
-    """The number of recorded calls of each kind: reply, tool, input, code."""
+    """The number of recorded calls of each kind: reply, tool, input, code, event."""
     begun_ms: int
+    waits: tuple[Event, ...] = ()
+    """The beginnings of the waits that are not over; their content is a `Waiting`. Empty for a finished session."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -72,13 +78,22 @@ async def _info(
     events = (await read_record(client, session)).events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
+    status = _status(run, is_finished=end_of(completed, events) is not None)
+    addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
         question=" / ".join([*_task_of(events), *messages]),
         models=tuple(dict.fromkeys(models)),
-        status=_status(run, is_finished=end_of(completed, events) is not None),
+        status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
         begun_ms=begun_ms,
+        waits=tuple(
+            event
+            for event in events
+            if isinstance(event.content, Waiting)
+            and end_of_wait(event.address) not in addresses
+            and status != "finished"
+        ),
     )
 
 
@@ -119,6 +134,14 @@ async def question_of(client: NexumClient, session: str) -> str | None:
     return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
 
 
+async def has_begun(client: NexumClient, session: str) -> bool:
+    """Return whether a program has run in the session."""
+    runs = await client.list_executions(
+        workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
+    )
+    return bool(runs)
+
+
 def _task_of(events: Sequence[Event]) -> list[str]:
     return next((event.content.task for event in reversed(events) if isinstance(event.content, Begun)), [])
 
@@ -130,6 +153,22 @@ def _status(run: Execution, *, is_finished: bool) -> str:
     if is_finished:
         return "finished"
     return "interrupted" if run.status is ExecutionStatus.RUNNING else "stopped"
+
+
+async def send_event(
+    session_id: str, name: str, payload: object = None, *, idempotency_key: str = "", nexum: str | None = None
+) -> None:
+    """Send an event to a session: `wait_for_event(name)` in the session returns `payload`, a JSON value.
+
+    If the session does not wait for it now, or no process runs the session, the event is kept. With `idempotency_key`,
+    a second event of this name with this key changes nothing. `nexum` is the server's address, as for DurableSession.
+    Inside a session, call `send_event` in a tool: then a replay sends nothing.
+
+    Raises InvalidRequest for a wrong argument, IdempotencyConflict if the key was used with another payload, and the
+    server's errors.
+    """
+    async with EmbeddedNexum(nexum, owners=True) as server, NexumClient(server.address) as client:
+        await send(client, session_id, name, payload, idempotency_key=idempotency_key)
 
 
 def _ignore(_: Exception) -> None:
@@ -174,7 +213,7 @@ async def fork_session(
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)
         if any(isinstance(event.content, Revoked) for event in journal.events):
-            # Some copies may be missing: a later run of the new session may have revoked them.
+            # Don't expect every copy: an earlier run of the new session may have revoked some.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])

@@ -12,8 +12,9 @@ from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
-from durable_autogen.autogen.entry_points import work_of
-from durable_autogen.autogen.fingerprints import compare, hashed
+from durable_autogen.autogen.differences import compare
+from durable_autogen.autogen.entry_points import state_of
+from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
@@ -143,10 +144,11 @@ class _Run:
             try:
                 task = await _begin(recorder, runnable, self._task)
                 result = await self._run(runnable, task)
-                added = work_of(session).added
+                added = state_of(session).added
                 for message in added.messages:
                     if message.seq not in added.delivered:
-                        # Run the team with the message as its task: the run ended before any call got the message.
+                        # No request to a model included the message before the run ended. So run the team with the
+                        # message as its task.
                         added.as_task.add(message.seq)
                         more = await self._run(runnable, text_of(message))
                         result = TaskResult(messages=[*result.messages, *more.messages], stop_reason=more.stop_reason)
@@ -171,7 +173,7 @@ class _Run:
             try:
                 return await running
             except RuntimeError as error:
-                cause = recorder.survival.cause_of(error)
+                cause = recorder.setbacks.cause_of(error)
                 if cause is not None:
                     raise cause from error
                 raise
@@ -191,7 +193,7 @@ class _Run:
             if isinstance(item, TaskResult):
                 result = item
             else:
-                was_replayed = work_of(self._session).was_replayed(item.source)
+                was_replayed = state_of(self._session).was_replayed(item.source)
                 self._items.put_nowait(marked(item) if was_replayed else item)
         return result
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from durable_autogen.record.session import check_session_id
+from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
 
 _log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def run_script(args: argparse.Namespace) -> int:
 def _run_as_main(script: Path) -> None:
     """Run a script as `python SCRIPT` does.
 
-    runpy isn't used: with it, sys.argv[0] and `__file__` are the same, but Python leaves sys.argv[0] as it was typed.
+    Don't use runpy: it makes sys.argv[0] equal to `__file__`. Python leaves sys.argv[0] as the user typed it.
     """
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
-from durable_autogen.autogen.fingerprints import differences
+from durable_autogen.errors import NotDurable
+from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
 
@@ -20,13 +22,15 @@ class DurableSession(Session):
     Run agents and teams, call model clients and call tools inside the session. All these calls are recorded, and
     nothing has to be registered. A call is recorded under its agent's name and the number of the agent's reply.
 
+    `sleep` and `wait_for_event` are recorded, too: the process may end while it waits, and the next run continues.
+
     `on_drift` says what to do if the program differs from the recorded one: "stop" raises an error that says how they
     differ, and "continue" continues live from the first difference. `on_unrecorded` says what to do if the program
     starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.
 
     `nexum` is the server's address. It defaults to NEXUM_ADDRESS, then to the server of this folder's database, then to
-    localhost:50051. If neither of the two answers, this process opens the database itself. `tell` is called with each
-    line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
+    localhost:50051. If neither of these two servers answers, this process opens the database itself. `tell` is called
+    with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
     for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
@@ -57,3 +61,14 @@ class DurableSession(Session):
     async def __aenter__(self) -> DurableSession:
         await super().__aenter__()
         return self
+
+
+def current_session() -> DurableSession:
+    """Return the session inside which the caller runs, such as that of `run_durable` for a custom agent.
+
+    Raises NotDurable outside a session.
+    """
+    place = current.get()
+    if place is None or not isinstance(place.session, DurableSession):
+        raise NotDurable("current_session() is called outside a session: call it inside DurableSession or run_durable")
+    return place.session

@@ -8,7 +8,21 @@ from typing import Any
 
 from durable_autogen.autogen.fingerprints import excerpt
 from durable_autogen.autogen.values import without_classes
-from durable_autogen.record.events import Begun, Event, GivenUp, Raised, Returned, Said, decoded
+from durable_autogen.record.events import (
+    Begun,
+    Event,
+    GivenUp,
+    Kind,
+    Mark,
+    Raised,
+    Received,
+    Returned,
+    Said,
+    TimedOut,
+    Waiting,
+    decoded,
+)
+from durable_autogen.record.log import at_time
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
@@ -17,7 +31,10 @@ NAME_WIDTH = 32  # characters
 
 
 def table(sessions: Sequence[SessionInfo], now: float) -> str:
-    """Return a text with three lines for each session, the latest session first. `now` is in seconds since 1970."""
+    """Return a text with three lines for each session, and one for each of its waits. `now` is in seconds since 1970.
+
+    The latest session is first.
+    """
     if not sessions:
         return "no session is on record here"
     return "\n".join(line for one in sessions for line in _summary(one, now))
@@ -28,6 +45,8 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
     yield f"{one.session:<22} {one.status:<12} {calls}, begun {age(round(now * 1000) - one.begun_ms)}"
     yield f"    {_excerpt(one.question) or '(no question)'}"
     yield f"    {printable(', '.join(one.models)) or 'no model has answered yet'}"
+    for wait in one.waits:
+        yield f"    {wait.agent or 'the program'} {_words(wait)} (began {age(round(now * 1000) - wait.recorded_ms)})"
 
 
 def details(shown: ShownSession, now: float) -> str:
@@ -60,6 +79,14 @@ def _session(one: SessionInfo) -> dict[str, Any]:
         "models": list(one.models),
         "calls": dict(one.calls),
         "begun_ms": one.begun_ms,
+        "waits": [
+            {
+                "agent": wait.agent,
+                "since_ms": wait.recorded_ms,
+                **wait.content.model_dump(mode="json", exclude={"type"}),
+            }
+            for wait in one.waits
+        ],
     }
 
 
@@ -78,6 +105,16 @@ def _words(event: Event) -> str:
             return f"failed: {failure.text}"
         case GivenUp():
             return "given up by the program"
+        case Waiting(event="", until_ms=int(until)):
+            return f"sleeps until {at_time(until)}"
+        case Waiting(event=name, until_ms=until):
+            return f"waits for event {name!r}" + ("" if until is None else f" until {at_time(until)}")
+        case Received(event=name, payload=payload):
+            return f"{name!r}: {json.dumps(decoded(payload), ensure_ascii=False)}"
+        case TimedOut():
+            return "no event came in time"
+        case Mark() if event.kind is Kind.SLEEP:
+            return "it is over"
         case Returned(value=value):
             return _value(without_classes(decoded(value)))
         case _:

@@ -100,9 +100,10 @@ class Channel:
 
 
 def close_what_is_unused() -> None:
-    """Free, and so close, the channels of event loops that are closed. While one is open, gRPC keeps all event loops.
+    """Free the channels of closed event loops, which closes them. While one is open, gRPC keeps all event loops.
 
-    asyncio.run cancels tasks at its end. Their exceptions are in reference cycles with the channels.
+    Only a garbage collection frees them: `asyncio.run` cancels tasks at its end, and their exceptions form reference
+    cycles with the channels.
     """
     gc.collect(1)
 

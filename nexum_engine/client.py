@@ -267,8 +267,7 @@ class NexumClient:
     def _fall_back(self) -> None:
         # Log the warning only once: several calls in parallel may fall back.
         if self._has_get_execution:
-            # This logger has a name of its own, so that a program that prints its own notice can silence it.
-            logging.getLogger("nexum_engine.published").warning(
+            published.logger.warning(
                 "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
                 self.address,
             )

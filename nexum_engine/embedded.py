@@ -1,6 +1,7 @@
 """The server that a program uses: a running server, or one in this process. Its workers may be child processes.
 
-A child ends when the pipe to its standard input closes. The operating system closes the pipe, however the parent dies.
+A child ends when the pipe to its standard input closes. The operating system closes the pipe, even if the parent is
+killed.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# Seconds, at most, from a stream's first heartbeat, or from one that `beat()` requests, to the next. Less than the
-# grace in which a disconnected worker keeps its tasks.
+# Seconds, at most, until the second heartbeat of a stream, and until the one after a heartbeat that `beat` requests.
+# This is shorter than the time for which the server leaves a disconnected worker its tasks.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
@@ -93,7 +93,8 @@ class Heartbeat:
         self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
 
-        # The program's event loop and the heartbeat loop share these. The lock guards the tasks.
+        # The program's event loop and the heartbeat loop both use the attributes below. The lock guards `_held` and
+        # `_questions`.
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._progress: dict[str, str] = {}
@@ -105,7 +106,7 @@ class Heartbeat:
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The number of heartbeats sent, and the number of the last one after which the event loop has run."""
+        """The number of the last heartbeat, and of the last one after which the program's event loop has run."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -140,7 +141,7 @@ class Heartbeat:
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def beat(self) -> None:
-        """Send a heartbeat now, and another one soon. The server hands out again each task that neither one names."""
+        """Send a heartbeat now, and another one soon. If neither names a task, the server hands out that task again."""
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
@@ -161,8 +162,8 @@ class Heartbeat:
     async def run(self) -> None:
         """Send heartbeats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, InvalidRequest if
-        the server refuses the worker id, and other errors of `prepare`.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, the errors of
+        `prepare`, and InvalidRequest if the server refuses the worker id.
         """
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()
@@ -273,7 +274,7 @@ class Heartbeat:
                 again_soon, self._is_urgent = self._is_urgent, False
                 sent = time.monotonic()
                 if sent - self._last_sent > lease / 2:
-                    self._doubtful_until = sent  # this process was stopped
+                    self._doubtful_until = sent  # this process was suspended before this heartbeat
                 self._last_sent = sent
                 self._watch(loop, sent)
                 with self._lock:
@@ -344,7 +345,7 @@ class Heartbeat:
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
-            self._doubtful_until = time.monotonic()  # the loop was blocked while a further heartbeat was sent
+            self._doubtful_until = time.monotonic()  # a later heartbeat was sent while the loop was blocked
         self._turned = number
 
     def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:

@@ -1,4 +1,4 @@
-"""The server that the runs of this process share: a server that is found, or one in a thread of this process."""
+"""The server that the runs of this process share: a running server, or one in a thread of this process."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Host:
         self._client: NexumClient
         self._listen = DEFAULT_LISTEN
         """The address that this process's server tries first."""
-        self._is_bound = False
+        self._uses_default_port = False
         """Whether the client uses the server on the default port, and not the server with the folder's database."""
         self._stop = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
@@ -112,7 +112,7 @@ class Host:
         return host
 
     async def leave(self, on_given_up: Callable[[Exception], None]) -> None:
-        """Stop using the host. After its last user, wait until it has ended."""
+        """Stop using the host. The host's last user waits until the host has ended."""
         with _lock:
             del self._users[on_given_up]
             if self._users or self not in _hosts.values():
@@ -126,7 +126,7 @@ class Host:
             self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:
-        """Wait for the threads of the users, as the interpreter does at its end. Then end the host and its thread."""
+        """Wait for the users' threads, as the interpreter does at its end. Then end the host and its thread."""
         for thread in list(self._users.values()):
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
@@ -144,7 +144,7 @@ class Host:
         self.ended.set_result(None)
 
     def _cancel(self) -> None:
-        assert self._keeping is not None  # `_begin` was scheduled before
+        assert self._keeping is not None  # `_begin` has run, because it was scheduled earlier
         self._keeping.cancel()
 
     async def _keep(self) -> None:
@@ -186,13 +186,13 @@ class Host:
         except (ServerUnavailable, NotANexumServer):
             return False
         if info is None and self._needs_owners:
-            # Take a free port. On the default port, only one of the two servers is reached as localhost.
+            # Take a free port: the published server has the default port, and localhost leads to one server only.
             self._listen = ANY_PORT
             return False
         own, address = self._database, self._client.address
         self.is_published = info is None
-        self._is_bound = address == DEFAULT_ADDRESS
-        if not self._is_bound and own is not None:
+        self._uses_default_port = address == DEFAULT_ADDRESS
+        if not self._uses_default_port and own is not None:
             self._listen = read_address(own) or DEFAULT_LISTEN
         elif info is not None and (own is None or not is_same_database(info.database, str(own))):
             _log.info("using the server on %s (database %s)", address, info.database)
@@ -205,7 +205,7 @@ class Host:
             self._client = NexumClient(str(self._database))
 
     async def _open(self, why: str) -> None:
-        """Open the database in this process, if no other process does so first. `why` says what has vanished."""
+        """Open the database in this process, unless another process opens it first. `why` names the ended server."""
         if is_forked():
             raise ServerUnavailable(
                 "no Nexum server answers, and a forked process can't open the database itself: start a server with "
@@ -246,7 +246,7 @@ class Host:
                 self._url,
                 lease=DEFAULT_LEASE,
                 stop=self._stop,
-                else_free_port=not self._is_bound,
+                else_free_port=not self._uses_default_port,
                 embedded=True,
                 on_ready=lambda address, _: ready.set_result(address),
             ),
@@ -302,8 +302,8 @@ def _end_at_exit() -> None:
         host.end_at_exit()
 
 
-# End the hosts that a program has left open. This hook runs before that of concurrent.futures, which was registered
-# first: after that, the server has no executor. `atexit` is too late.
+# End the hosts that a program has left open. The last registered hook runs first, so this one runs before the hook of
+# concurrent.futures, which ends the server's executor. A function of `atexit` would run too late.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_end_at_exit)
 

@@ -28,7 +28,7 @@ class LocalServer(Protocol):
     def loop(self) -> asyncio.AbstractEventLoop: ...
 
     async def call(self, method: str, request: bytes, metadata: Sequence[Any]) -> Message:
-        """Answer a unary call. Nobody else may hold the answer."""
+        """Answer a unary call. The answer is a new message: the caller may change it."""
 
     async def stream(
         self, method: str, requests: AsyncIterator[Message], metadata: Sequence[Any], answer: Callable[[Message], None]
@@ -100,7 +100,7 @@ class InProcessStream:
     def __init__(self, server: LocalServer, method: str, metadata: Sequence[Any]) -> None:
         self._loop = asyncio.get_running_loop()
         self._server_loop = server.loop
-        self._requests: asyncio.Queue[Message] = asyncio.Queue()  # of the server's loop
+        self._requests: asyncio.Queue[Message] = asyncio.Queue()  # used in the server's event loop only
         self._answers: asyncio.Queue[Message | None] = asyncio.Queue()
         self._serving = _Exchange(server.loop, partial(server.stream, method, self._incoming(), metadata, self._answer))
         self._serving.outcome.add_done_callback(lambda _: self._answers.put_nowait(None))
@@ -177,7 +177,7 @@ class _Exchange:
             self.outcome.set_exception(rpc_error(code, details))
 
     def _cancel(self) -> None:
-        assert self._task is not None  # `_begin` was scheduled before
+        assert self._task is not None  # `_begin` has run, because it was scheduled earlier
         self._task.cancel()
 
     def time_out(self) -> None:

@@ -13,7 +13,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
 MAX_VALUES = 200_000
-"""The limit for the values, and for the strings and names, in an input or output. The parser blocks all threads."""
+"""The limit for the number of values, and for that of strings and names, because the parser blocks all threads."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
@@ -34,15 +34,15 @@ def _check_count(text: str, what: str) -> None:
     """Raise TooLarge if `text` has too many values. Takes little time and memory, unlike the parser."""
     if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
         return
-    # The text may have its commas and brackets in strings: count only those outside. Once the escapes are removed, each
-    # second part between two quotes is a string.
+    # Count only the commas and brackets outside of strings. Once the escapes are removed, every second part between two
+    # quotes is a string.
     text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
         raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")
 
 
 def _structure(text: str) -> int:
-    """Return an upper bound of the number of values, if no string has a comma or a bracket."""
+    """Return the number of commas and opening brackets. Outside of strings, it is about the number of values."""
     return text.count(",") + text.count("[") + text.count("{")
 
 
@@ -85,7 +85,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # A loop in Python, because it lets other threads run.
+    # Use a loop in Python, instead of `==`: it lets other threads run.
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, quote, unquote
 from nexum_engine.errors import StoreRefused
 
 DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
-_REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # seconds
+_REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # the number of tries, and the seconds between two of them
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 
@@ -73,7 +73,7 @@ def read_address(database: Path) -> str | None:
     try:
         with address_file(database).open("rb") as file:
             address = file.read(100).decode("ascii").strip()
-    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file holds something else
+    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file isn't text
         return None
     return address if _ADDRESS.fullmatch(address) else None
 

@@ -155,7 +155,7 @@ class Owner:
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)
         elif not started.status.ended:
-            # Cancel the execution. The server doesn't know the field `owner`, and has queued the node for workers.
+            # The server doesn't know the field `owner`, and has queued the node for workers. Cancel the execution.
             await self._client.cancel_execution(started.execution_id)
             raise NoOwnedExecutions(self._client.address)
         return started

@@ -6,6 +6,7 @@ That server stores no attempts, no reasons of failures, and no time except that 
 from __future__ import annotations
 
 import json
+import logging
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from nexum_engine.errors import ServerError
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus
 from nexum_engine.wire import nexum_pb2 as pb
 
+logger = logging.getLogger(__name__)
+"""The logger of the client's warning about a published server. A program that prints its own notice can silence it."""
 _OUTPUTS = TypeAdapter(dict[str, Any])
 
 

@@ -40,7 +40,7 @@ class NodeStatus(str, Enum):
     SKIPPED = "SKIPPED"
     """The node's routers chose other nodes, or all nodes that it depends on are SKIPPED. It has no output."""
     FAILED = "FAILED"
-    """The node failed and is not retried."""
+    """The node failed and is not retried, unless its execution is."""
     CANCELLED = "CANCELLED"
     """The execution ended before this node ended."""
 

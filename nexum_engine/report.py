@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus, PendingApproval
 
 WIDTH = 80
 _EXCERPT_LINES = 4
+_SHOWN_ITEMS = 20
 
 
 def as_json(executions: Sequence[Execution] | Execution) -> str:
@@ -48,7 +50,9 @@ def row(one: Execution, now_ms: int) -> str:
     if session is not None:
         if session.question:
             lines.append(f"    {_cut(session.question, WIDTH - 4)}")
-        lines.append(f"    {session.calls:,} call(s), {session.tokens:,} token(s), {session.events:,} event(s)")
+        has_summary = session.question or session.calls or session.tokens
+        counts = f"{session.calls:,} call(s), {session.tokens:,} token(s), " if has_summary else ""
+        lines.append(f"    {counts}{session.events:,} event(s)")
     return "\n".join(lines)
 
 
@@ -56,22 +60,25 @@ def changes(execution: Execution) -> list[str]:
     """Return a line for each thing that has happened in an execution. Later, there are more lines."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
-        name = _cut(node.node_id, WIDTH // 2)
+        name = _cut(node.node_id, WIDTH - 48)
         for attempt in node.attempts:
             lines.append(f"{name} attempt {attempt.attempt} began {_moment(attempt.started_ms)}")
             if attempt.ended_ms is not None:
                 took = seconds(attempt.started_ms, attempt.ended_ms)
                 lines.append(f"{name} attempt {attempt.attempt} {attempt.outcome.value} after {took}")
                 lines += _wrapped(attempt.error, "    ") if attempt.error else []
-        if node.status in (NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED):
+        if node.status not in (NodeStatus.PENDING, NodeStatus.READY, NodeStatus.RUNNING):
             lines.append(f"{name} is {node.status.value}")
     if execution.status.ended:
         lines.append(f"{execution.execution_id} is {execution.status.value}")
     return lines
 
 
-def details(execution: Execution) -> str:
-    """Return one execution with its nodes and attempts, as text."""
+def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
+    """Return one execution with its nodes and attempts, as text.
+
+    `children` are the executions that its nodes started.
+    """
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
         f"execution  {printable(execution.execution_id)}",
@@ -81,6 +88,8 @@ def details(execution: Execution) -> str:
         # A published server shows neither this time nor the nodes' types.
         *([f"started    {_moment(execution.created_ms)}{took}"] if execution.created_ms else []),
     ]
+    if execution.parent_execution_id:
+        lines += _field("started by", f"{execution.parent_node_id} of {execution.parent_execution_id}")
     if execution.idempotency_key:
         lines += _field("key", execution.idempotency_key)
     if execution.attributes:
@@ -90,14 +99,55 @@ def details(execution: Execution) -> str:
         lines += _field("error", execution.error)
     for node in execution.nodes:
         kind = f" ({printable(node.node_type)})" if node.node_type else ""
-        lines += ["", f"node {_cut(node.node_id, WIDTH - 28)}{kind} {node.status.value}"]
+        lines += ["", f"node {_cut(node.node_id, WIDTH - 33)}{kind} {node.status.value}"]
+        if node.due_ms is not None:
+            lines.append(f"  waits    until {_moment(node.due_ms)}, at the longest")
         for attempt in node.attempts:
             lines += _attempt(attempt)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
             lines += _field("  note", node.error)
+        if node.progress_json and not execution.status.ended:
+            lines += _field("  progress", node.progress_json)
+        lines += _children([child for child in children if child.parent_node_id == node.node_id])
         if node.output_json is not None:
             lines += _field("  output", node.output_json)
     return "\n".join(lines)
+
+
+def _children(started: Sequence[Execution]) -> list[str]:
+    """Return lines about the executions that a node started. Of a MAP node's items, show those without a result."""
+    lines = []
+    items = [child for child in started if child.child_index is not None]
+    if items:
+        counts = Counter(child.status.value for child in items)
+        lines.append(f"  items    {len(items):,}: {', '.join(f'{n:,} {status}' for status, n in counts.items())}")
+    shown = [child for child in started if child.child_index is None or child.status is not ExecutionStatus.COMPLETED]
+    for child in shown[:_SHOWN_ITEMS]:
+        name = "child   " if child.child_index is None else f"item {child.child_index:<4}"
+        lines.append(f"  {name} {_cut(child.execution_id, WIDTH - 26)} {child.status.value}")
+        if child.error:
+            lines += _wrapped(child.error, " " * 13)
+    if len(shown) > _SHOWN_ITEMS:
+        lines.append(f"           ... and {len(shown) - _SHOWN_ITEMS:,} more")
+    return lines
+
+
+def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
+    """Return two lines for each node that waits for approval."""
+    if not pending:
+        return "nothing waits for approval"
+    lines = []
+    for one in pending:
+        # Don't cut these two: they are what `approve` and `reject` take.
+        lines.append(f"{printable(one.execution_id)} {printable(one.node_id)}")
+        since = age(now_ms - one.since_ms)
+        lines.append(f"    of {_cut(one.workflow_id, WIDTH - 30)}, began to wait {since}")
+    return "\n".join(lines)
+
+
+def approvals_as_json(pending: Sequence[PendingApproval]) -> str:
+    """Return the nodes that wait for approval as indented JSON."""
+    return json.dumps([asdict(one) for one in pending], indent=2, ensure_ascii=True)
 
 
 def _attempt(attempt: Attempt) -> list[str]:

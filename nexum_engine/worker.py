@@ -44,8 +44,8 @@ REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no serv
 STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
-PUBLISHED_RETRIES = 3  # of a failed task, by a published server
-MAX_REASON_CHARACTERS = 100_000  # sent of a failure's message; the server stores fewer characters
+PUBLISHED_RETRIES = 3  # the retries of a failed task by a published server
+MAX_REASON_CHARACTERS = 100_000  # characters of a failure's message to send; the server stores fewer
 MAX_LOGGED_CHARACTERS = 500
 MAX_PROGRESS_BYTES = 4096
 """The largest progress of a task, as JSON."""
@@ -175,7 +175,7 @@ class Worker:
         self._was_connected = False
         self._streams = True
         self._polling = asyncio.Lock()
-        """Held by a poll of a server without worker streams: two polls at once may get the same task there."""
+        """Held during a poll of a server without worker streams, which may give one task to two simultaneous polls."""
         self._turn = 0
         self._at_work: dict[tuple[str, str, int | None], _Work] = {}
         """The work in this process, by execution, node, and the number of the item."""
@@ -553,7 +553,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of a failed attempt as text. The text can be sent, whatever the exception is."""
+    """Return the reason of a failed attempt, as text that can be sent. Any exception is accepted."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__

@@ -148,7 +148,8 @@ def begin_script(name: str) -> None:
     if name != "__main__":
         return
     open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent lets this process ignore Ctrl+C
+    # Otherwise the parent process made this process ignore Ctrl+C: leave it so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -156,24 +157,33 @@ def begin_script(name: str) -> None:
             stream.reconfigure(errors="replace")
 
 
-def run_script(main: Callable[[], int], *, interrupted: str = "") -> NoReturn:
+_after_ctrl_c = ""
+
+
+def say_after_ctrl_c(text: str) -> None:
+    """Set the text that `run_script` prints after Ctrl+C, such as how to continue."""
+    global _after_ctrl_c
+    _after_ctrl_c = text
+
+
+def run_script(main: Callable[[], int]) -> NoReturn:
     """Run the script's main and exit with its code.
 
-    After Ctrl+C, print `interrupted` and exit with 130. After an OSError, print the error in one line and
-    exit with 1. If the output was closed, exit with 1.
+    After Ctrl+C, print the text of `say_after_ctrl_c` and exit with 130. After an OSError, print the error in one line
+    and exit with 1. If the output was closed, exit with 1.
     """
     try:
-        code = _exit_code(main, interrupted)
+        code = _exit_code(main)
         say("", end="")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            complain(f"error: {in_words(error)}")  # for example, a full disk
+            complain(f"error: {in_words(error)}")  # for example, the disk is full
         _abandon_output()
         code = 1
     sys.exit(code)
 
 
-def _exit_code(main: Callable[[], int], interrupted: str) -> int:
+def _exit_code(main: Callable[[], int]) -> int:
     from asyncio import CancelledError
 
     began_here = signal.getsignal(signal.SIGINT) is _end_at_once
@@ -188,8 +198,8 @@ def _exit_code(main: Callable[[], int], interrupted: str) -> int:
             signal.signal(signal.SIGINT, _end_at_once)
         if _nobody_reads:
             return 1
-        if interrupted:
-            complain(f"\ninterrupted; {interrupted}")
+        if _after_ctrl_c:
+            complain(f"\ninterrupted; {_after_ctrl_c}")
         return INTERRUPTED
     finally:
         if began_here:

@@ -1,4 +1,4 @@
-"""Provide a server and a worker for one run of a script. The worker that the script starts ends with it."""
+"""Provide a server and workers for one run of a script. The workers end with the script."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from nexum_engine import published
 from nexum_engine.embedded import Child, EmbeddedNexum, start_child
 from support.console import say
 
@@ -42,7 +43,7 @@ class NexumForRun(EmbeddedNexum):
 def say_what_is_lost(address: str, losses: str) -> None:
     """Print one line about what a published Nexum server lacks for a script, in place of the client's own warning."""
     say(f"[demo] {address} is a published Nexum server: {losses}")
-    logging.getLogger("nexum_engine.published").setLevel(logging.ERROR)
+    published.logger.setLevel(logging.ERROR)
 
 
 __all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "say_what_is_lost", "start_child"]

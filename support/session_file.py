@@ -81,9 +81,9 @@ class SessionFile:
         _files.add(self)
 
     def new_locks(self) -> None:
-        """Make new locks, for a new process. A lock that another thread held when the process forked stays locked."""
+        """Make new locks, also in a forked process. There, a lock that another thread held at the fork stays locked."""
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
-        # Keep the old locks. If a FileLock is freed, it unlocks the file, also for the process that forked.
+        # Keep the old locks: a FileLock that is freed unlocks the file, for the parent process, too.
         self._locks.append(
             (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
         )
@@ -158,7 +158,7 @@ class SessionFile:
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write the entries that aren't written yet, also those of other threads. If `new`, write even without any."""
+        """Write all unwritten entries, also those of other threads. With `new`, write even without entries."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

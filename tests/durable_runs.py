@@ -51,10 +51,10 @@ SHAPES = (
     "magentic",
     "random",
 )
-PARALLEL = {"fan_out": 3, "random": 5}  # agents that work in parallel; one in all other shapes
+PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; all other shapes have one
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-TAKE_OVER = 1.0  # seconds, about, that a run waits until the server notices the death of the killed run
+TAKE_OVER = 1.0  # about the seconds for which a run waits until the server notices the death of the killed run
 
 
 class RandomModel:
@@ -90,7 +90,7 @@ class RandomModel:
         if "note" in offered and used < 4 and random.random() < 0.6:
             text = f"fail {words}" if random.random() < 0.2 else words
             if random.random() < 0.2:
-                return Reply(calls=[("note", {"text": text}), ("note", {"text": text})])  # the same twice, on purpose
+                return Reply(calls=[("note", {"text": text}), ("note", {"text": text})])  # two equal calls, on purpose
             return Reply(calls=[("note", {"text": f"{text} {n}"}) for n in range(random.choice((1, 1, 2)))])
         return Reply(words + (" DONE" if random.random() < 0.5 else ""))
 

@@ -5,7 +5,7 @@
     python -m peers guard COMMAND...            # a program that knows nothing of the benchmark
     python -m peers postgres FOLDER
 
-Each ends when its standard input closes, and so with the benchmark, however that ends.
+Each process ends when its standard input closes. So none outlives the benchmark, even if that is killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ END_TIMEOUT = 10.0  # seconds before a program that doesn't end is killed
 
 
 def keep_stdout() -> Callable[[Any], None]:
-    """Return a function that answers the benchmark. Whatever else is printed goes to the log."""
+    """Return a function that sends an answer to the benchmark. All other output goes to the log."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -74,7 +74,7 @@ async def run_caller(peer: Peer, settings: Settings, answer: Callable[[Any], Non
             command = json.loads(await commands.get())
             try:
                 answer(await COMMANDS[command.pop("do")](caller, **command))
-            except Exception as error:  # noqa: BLE001 - the benchmark reports it, whatever it is
+            except Exception as error:  # noqa: BLE001 - the benchmark reports any error
                 answer({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
 
 

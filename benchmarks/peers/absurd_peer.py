@@ -5,7 +5,7 @@
 - https://github.com/earendil-works/absurd/blob/main/docs/database.md: the schema that
   `absurdctl init` applies. (That command needs psql.)
 
-A task's claim runs out after 120 s (`claim_timeout`, the default), and then another worker gets the task.
+After 120 s (the default of `claim_timeout`), another worker gets the task of a killed worker.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The unit of work of benchmarks/compare.py, and what each peer provides for it.
+"""The unit of work of benchmarks/compare.py, and the interface of each peer.
 
 The unit of work is one tool call: about 300 bytes of arguments, a tool that does nothing, 1 KB of result. Calls are
-made in runs: a run has a name, and makes its calls one after the other. A run is what the peer calls a session, a
-workflow or a thread, if its calls are executed in the caller's process. Otherwise, it is a loop of independent calls.
+made in runs: a run has a name, and makes its calls one after the other. If the caller's process executes the calls, a
+run is one session, workflow or thread of the peer. Otherwise, it is a loop of independent calls.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 IN_FLIGHT = 32
-RECORDED = 20  # calls of a run that are on record when its process is killed
+RECORDED = 20  # the calls of a run that are recorded when its process is killed
 RESULT_BYTES = 1024
-ARGUMENT_BYTES = 280  # 300 as JSON, with the argument's name and the quotes
-STOPPED = "stopped-"  # runs whose name begins so are stopped in their last call
-FOLDER = "COMPARE_FOLDER"  # environment variable: the peer's folder
+ARGUMENT_BYTES = 280  # 300 bytes of JSON, when the argument's name and the quotes are added
+STOPPED = "stopped-"  # the last call of a run whose name begins with this never returns
+FOLDER = "COMPARE_FOLDER"  # the environment variable that names the peer's folder
 
 T = TypeVar("T")
 
 Settings = dict[str, str]
-"""What the processes of a peer have to know: addresses and paths."""
+"""The addresses and paths that a peer's processes need."""
 
 
 class Group(str, Enum):
@@ -48,9 +48,9 @@ class Call:
 
     began: float
     executed: float
-    """When the tool ran. In an earlier process, if the call was replayed."""
+    """When the tool ran. For a replayed call, that was in an earlier process."""
     ended: float
-    """When the caller had the result, or the next call began."""
+    """When the caller got the result, or when the next call began."""
 
 
 class Caller(Protocol):
@@ -73,14 +73,14 @@ class Host(Protocol):
         """Start a PostgreSQL server with its default settings; return its URL."""
 
     def port(self, name: str) -> int:
-        """Return a port of 127.0.0.1 that was free, the same one in every round."""
+        """Return a free port of 127.0.0.1. It is the same in every round."""
 
 
 class Peer(ABC):
     """One row of the comparison."""
 
     name: str
-    """What --only takes."""
+    """The peer's name for the option --only."""
     title: str
     group: Group
     pages: tuple[str, ...]
@@ -88,20 +88,20 @@ class Peer(ABC):
     setup: str
     """The configuration, in one or two sentences."""
     imports: tuple[str, ...] = ()
-    """What the caller imports before it connects."""
+    """The modules that the caller imports before it connects."""
     needs: tuple[str, ...] = ()
-    """What must be importable beside that."""
+    """The other modules that must be importable."""
     install: str = ""
-    """The command that installs it."""
+    """The command that installs the peer."""
     is_whole = True
-    """Whether the benchmark starts all its processes. Otherwise, neither fsyncs nor memory are looked at."""
+    """Whether the benchmark starts all processes of the peer. If not, fsyncs and memory are not measured."""
     replays = True
     """Whether a new process can get recorded results."""
     restarts_worker = False
-    """Whether a killed worker is restarted. Otherwise, another one is already running."""
+    """Whether a killed worker is started again. If not, a second worker runs from the beginning."""
 
     def missing(self) -> str | None:
-        """Return what has to be installed, or None."""
+        """Return how to install the missing modules, or None if none is missing."""
         lacks = [module for module in self.imports + self.needs if not _is_importable(module)]
         return f"{self.install} (not importable: {', '.join(lacks)})" if lacks else None
 
@@ -120,7 +120,7 @@ class Peer(ABC):
         """Connect the caller. This runs in the caller's process."""
 
     def load(self) -> None:
-        """Import what the caller needs. This runs in the caller's process, before `caller`."""
+        """Import the modules that the caller needs. This runs in the caller's process, before `caller`."""
         for module in self.imports:
             importlib.import_module(module)
 
@@ -142,7 +142,7 @@ def _is_importable(module: str) -> bool:
 
 
 async def retried(connect: Callable[[], Awaitable[T]], patience: float = 60.0) -> T:
-    """Return what `connect` returns. Retry it while the server or the worker that it needs is starting."""
+    """Call `connect` until it raises no error; return its result. The server or worker may still be starting."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -162,8 +162,8 @@ def argument(run: str, number: int, calls: int) -> str:
 def tool(argument: str) -> str:
     """Return a text of one kilobyte that begins with the time.
 
-    The last call of a stopped run leaves a file with the id of its process, and never returns. When it is executed
-    again, it leaves another file, and returns.
+    The last call of a stopped run writes a file with the id of its process, and never returns. When that call is
+    executed again, it writes another file, and returns.
     """
     executed = time.time()
     run, _, stop, _ = argument.split("/", 3)
@@ -177,19 +177,19 @@ def tool(argument: str) -> str:
 
 
 def executed_at(result: str) -> float:
-    """Return the time that a tool's result names."""
+    """Return the time with which a tool's result begins."""
     if len(result) != RESULT_BYTES:
         raise ValueError(f"the result has {len(result)} characters instead of {RESULT_BYTES}")
     return float(result.split(" ", 1)[0])
 
 
 def stop_file(run: str) -> Path:
-    """Return the file that the stopped call of a run leaves."""
+    """Return the file that the stopped call of a run writes."""
     return Path(os.environ[FOLDER]) / f"{run}.first"
 
 
 def again_file(run: str) -> Path:
-    """Return the file that the stopped call of a run leaves when it is executed again."""
+    """Return the file that the stopped call of a run writes when it is executed again."""
     return Path(os.environ[FOLDER]) / f"{run}.again"
 
 

@@ -1,12 +1,13 @@
 """DBOS: steps of a workflow in the caller's process, and workflows of a queue in a worker process.
 
 - https://docs.dbos.dev/python/tutorials/step-tutorial: one workflow for each run, one step for each call. A step's
-  result is recorded when the step returns. Both are asynchronous functions: tried in turns, they were the faster ones.
-- https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its workflows by itself. (Without
-  Conductor, the vendor's service, no other process does.)
+  result is recorded when the step returns. Both are asynchronous functions, which were faster in our trials than
+  synchronous ones.
+- https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its own workflows. (No other process
+  recovers them without Conductor, the vendor's service.)
 - https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues
   by DBOSClient and waits by `get_result`; a worker process launches DBOS. Both poll, every second by default. Here both
-  use the option `polling_interval_sec`. Shorter than 10 ms, it gave no lower latency and less throughput.
+  use the option `polling_interval_sec`. An interval below 10 ms gave no lower latency, and less throughput.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ POLL = 0.01  # seconds
 
 def config(settings: Settings) -> dict[str, Any]:
     """Return DBOS's configuration."""
-    # A run in flight holds a connection while it records a step. The default pool has 20.
+    # Give each run in flight a connection: it holds one while it records a step. The default pool has 20.
     return {
         "name": "compare",
         "system_database_url": settings["url"],
@@ -38,7 +39,7 @@ def config(settings: Settings) -> dict[str, Any]:
 
 
 async def serve(host: Host, *, postgres: bool) -> Settings:
-    """Start PostgreSQL, if it is wanted; return the address of the database."""
+    """Start PostgreSQL if `postgres` is true; return the settings with the database's address."""
     if not postgres:
         return {"url": f"sqlite:///{host.folder / 'dbos.sqlite'}"}
     url = await host.postgres()

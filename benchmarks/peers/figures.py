@@ -1,4 +1,4 @@
-"""What was measured of a peer, and how it is shown."""
+"""The measurements of a peer, and the tables and the chart that show them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Durable:
         return Durable(len(calls), request, result, round(total / len(calls), 2), list(files))
 
     def __str__(self) -> str:
-        """Say what was on disk when the caller had its result."""
+        """Return in words what was on disk when the caller got its result."""
         if not self.result:
             return "nothing" if not self.request else f"request only ({self.request}/{self.calls})"
         both = "request, result" if self.request == self.calls else "result"
@@ -55,7 +55,7 @@ class Row:
     commits: list[float] = field(default_factory=list)
     """Plain SQLite commits, made in turn with the calls."""
     blocks: list[float] = field(default_factory=list)
-    """How many commits a call takes: the medians of each block of calls and of the commits beside it."""
+    """For each block of calls, the median of its calls divided by the median of its commits."""
     rates: list[float] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Row:
     failure: str | None = None
 
     def add(self, calls: Sequence[float], commits: Sequence[float]) -> None:
-        """Add a block of calls and the commits beside it."""
+        """Add a block: the times of its calls, and of the commits that were made in turn with them."""
         self.calls += calls
         self.commits += commits
         self.blocks.append(median(calls) / median(commits))
@@ -117,7 +117,7 @@ def _middle(values: Sequence[float]) -> float | None:
 
 
 Columns = Sequence[tuple[str, str, float]]
-"""Of a table: each column's head, its figure, and what the figure is divided by."""
+"""The columns of a table: each has a heading, the name of a figure, and a divisor."""
 RATIOS: Columns = (
     ("p50", "p50_in_commits", 1),
     ("middle half", "middle_half", 1),
@@ -177,7 +177,7 @@ def _number(value: float | str | None, divisor: float = 1) -> str:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> str:
-    """Return how each row was set up, by which pages, and what was seen of its fsyncs."""
+    """Return notes on each row: its setup, the pages of the documentation, and the observed fsyncs."""
     lines = []
     for row in rows:
         lines.append(f"{row['title']} [{row['name']}]")

@@ -6,8 +6,8 @@
   for asynchronous code runs the same statements in a thread). "For local development, testing, or lightweight
   deployments".
 
-A run is a thread, and a call is a step of a graph with one node: from the begin of a node to the begin of the next.
-The last call of a run ends with the run, when all its checkpoints are written.
+A run is a thread, and a call is a step of a graph with one node. A call lasts from the start of its node to the start
+of the next one. The last call of a run ends when all checkpoints of the run are written.
 """
 
 from __future__ import annotations

@@ -12,28 +12,34 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from peers.autogen_peer import ToolCaller
 from peers.base import IN_FLIGHT, Call, Group, Host, Peer, Settings, argument, executed_at, tool
 
-
-async def serve(host: Host) -> Settings:
-    """Start this project's server."""
-    port = host.port("nexum")
-    url = f"sqlite:///{host.folder / 'nexum.db'}"
-    await host.program([sys.executable, "-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--database-url", url])
-    return {"address": f"127.0.0.1:{port}"}
+if TYPE_CHECKING:
+    from nexum_engine.client import NexumClient
+    from nexum_engine.owner import Owner
 
 
-@asynccontextmanager
-async def opened(settings: Settings) -> AsyncIterator[str]:
-    """Open the database in this process, as a program does that finds no server. Yield the address for clients."""
-    from nexum_engine.embedded import EmbeddedNexum
+class _WithoutServer(Peer):
+    """A row whose caller opens the database in its own process, as a program does that finds no server."""
 
-    os.environ.pop("NEXUM_ADDRESS", None)
-    os.environ["DATABASE_URL"] = settings["url"]
-    async with EmbeddedNexum(None, owners=True) as nexum:
-        yield nexum.address
+    group = Group.CALLER
+
+    async def serve(self, host: Host) -> Settings:
+        """Start nothing; return the URL of the database."""
+        return {"url": f"sqlite:///{host.folder / 'nexum.db'}"}
+
+    @asynccontextmanager
+    async def opened(self, settings: Settings) -> AsyncIterator[str]:
+        """Open the database in this process; yield the address for clients."""
+        from nexum_engine.embedded import EmbeddedNexum
+
+        os.environ.pop("NEXUM_ADDRESS", None)
+        os.environ["DATABASE_URL"] = settings["url"]
+        async with EmbeddedNexum(None, owners=True) as nexum:
+            yield nexum.address
 
 
 class SessionCaller:
@@ -43,68 +49,35 @@ class SessionCaller:
         self._tools = ToolCaller()
 
     async def run(self, name: str, calls: int) -> list[Call]:
-        """Make the calls of a run: a session."""
+        """Make the calls of a run, which is a session."""
         from durable_autogen import DurableSession
 
         async with DurableSession(name):
             return await self._tools.run(name, calls)
 
 
-class NexumSession(Peer):
+class NexumSession(_WithoutServer):
     """A tool call in a durable session."""
 
     name = "nexum-session"
     title = "this project: AutoGen tool call in a DurableSession"
-    group = Group.CALLER
     pages = ("docs/durable-runs.md",)
     setup = "No server, SQLite. The call's beginning and its result are recorded, each by a commit."
     imports = ("durable_autogen", "autogen_core.tools")
 
-    async def serve(self, host: Host) -> Settings:
-        """Start nothing: the caller opens the database."""
-        return {"url": f"sqlite:///{host.folder / 'nexum.db'}"}
-
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[SessionCaller]:
         """Open the database for all sessions, and make the tool."""
-        async with opened(settings):
+        async with self.opened(settings):
             yield SessionCaller()
 
 
-class NexumOwner(Peer):
-    """A call that its owner records when it is done, as a durable session records a model's reply."""
-
-    name = "nexum-owner"
-    title = "this project: result recorded by nexum_engine.owner"
-    group = Group.CALLER
-    pages = ("docs/architecture.md#what-is-recorded-and-where",)
-    setup = "No server, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
-    imports = ("nexum_engine.owner",)
-
-    async def serve(self, host: Host) -> Settings:
-        """Start nothing: the caller opens the database."""
-        return {"url": f"sqlite:///{host.folder / 'nexum.db'}"}
-
-    @asynccontextmanager
-    async def caller(self, settings: Settings) -> AsyncIterator[OwnerCaller]:
-        """Connect the client and its owner."""
-        from nexum_engine.client import NexumClient
-        from nexum_engine.owner import Owner
-
-        async with opened(settings) as address, NexumClient(address) as client, Owner(client) as owner:
-            yield OwnerCaller(client, owner)
-
-
 class OwnerCaller:
-    """Records the calls of a run after reading what is on record."""
+    """Makes calls in this process, and records each with its result when it is done."""
 
-    def __init__(self, client: object, owner: object) -> None:
-        from nexum_engine.client import NexumClient
-        from nexum_engine.owner import Owner
+    def __init__(self, client: NexumClient, owner: Owner) -> None:
         from nexum_engine.workflow import workflow
 
-        assert isinstance(client, NexumClient)
-        assert isinstance(owner, Owner)
         self._client = client
         self._owner = owner
         self._workflow = workflow("compared-call").effect("call").build()
@@ -129,13 +102,30 @@ class OwnerCaller:
         return made
 
 
+class NexumOwner(_WithoutServer):
+    """A call that its owner records when it is done, as a durable session records a model's reply."""
+
+    name = "nexum-owner"
+    title = "this project: result recorded by nexum_engine.owner"
+    pages = ("docs/architecture.md#what-is-recorded-and-where",)
+    setup = "No server, SQLite. The result is recorded by one commit, as a DurableSession records a model's reply."
+    imports = ("nexum_engine.owner",)
+
+    @asynccontextmanager
+    async def caller(self, settings: Settings) -> AsyncIterator[OwnerCaller]:
+        """Open the database, and connect an owner."""
+        from nexum_engine.client import NexumClient
+        from nexum_engine.owner import Owner
+
+        async with self.opened(settings) as address, NexumClient(address) as client, Owner(client) as owner:
+            yield OwnerCaller(client, owner)
+
+
 class TaskCaller:
     """Makes tool calls as demo.py does: with submit_task, and a session file for each run."""
 
-    def __init__(self, address: str) -> None:
-        from nexum_engine.client import NexumClient
-
-        self._client = NexumClient(address)
+    def __init__(self, client: NexumClient) -> None:
+        self._client = client
 
     async def run(self, name: str, calls: int) -> list[Call]:
         """Make the calls of a run."""
@@ -149,10 +139,6 @@ class TaskCaller:
             made.append(Call(began, executed_at(found.text), time.time()))
         return made
 
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._client.close()
-
 
 class NexumWorker(Peer):
     """A tool call that a worker process executes."""
@@ -165,15 +151,18 @@ class NexumWorker(Peer):
     imports = ("submit_task",)
 
     async def serve(self, host: Host) -> Settings:
-        """Start the server."""
-        return await serve(host)
+        """Start this project's server."""
+        address, url = f"127.0.0.1:{host.port('nexum')}", f"sqlite:///{host.folder / 'nexum.db'}"
+        await host.program([sys.executable, "-m", "nexum_engine", "--listen", address, "--database-url", url])
+        return {"address": address}
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[TaskCaller]:
         """Connect the caller."""
-        caller = TaskCaller(settings["address"])
-        yield caller
-        await caller.close()
+        from nexum_engine.client import NexumClient
+
+        async with NexumClient(settings["address"]) as client:
+            yield TaskCaller(client)
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Run the worker of worker.py, with the comparison's tool."""

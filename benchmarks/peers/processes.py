@@ -1,4 +1,4 @@
-"""The processes of one peer: how they are started, measured, watched and ended."""
+"""The processes of one peer: their start, their memory and fsyncs, and their end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG_BYTES = 4096
 
 
 class PeerFailed(Exception):
-    """A peer did not do what it was asked for. The message has the end of the process's log."""
+    """A process of a peer failed. The message has the end of the process's log."""
 
 
 class Child:
@@ -43,7 +43,7 @@ class Child:
         self.guard = process.pid if is_guard else None
 
     async def answer(self, patience: float = PATIENCE) -> Any:
-        """Return what the process says next."""
+        """Return the process's next answer."""
         assert self._process.stdout is not None
         reading = asyncio.ensure_future(self._process.stdout.readline())
         done, _ = await asyncio.wait({reading}, timeout=patience)
@@ -104,7 +104,8 @@ class Processes:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Last started, first ended: callers before workers before servers. A second Ctrl+C must not leave any.
+        # End the last started process first: callers, then workers, then servers. Shield this, so that a second Ctrl+C
+        # leaves no process behind.
         ending = asyncio.ensure_future(self._end_all())
         try:
             await asyncio.shield(ending)
@@ -143,7 +144,7 @@ class Processes:
     # ---- What a peer may start: the protocol Host --------------------------------------------------------------------
 
     def port(self, name: str) -> int:
-        """Return a port of 127.0.0.1 that was free, the same one in every round."""
+        """Return a free port of 127.0.0.1. It is the same in every round."""
         if name not in self._ports:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -168,15 +169,15 @@ class Processes:
         self._settings = await self._peer.serve(self)
 
     async def start_worker(self) -> Child:
-        """Start a worker process. It is ready when its `answer` is there."""
+        """Start a worker process. Its first `answer` tells that it is ready."""
         return await self._start("worker", "worker", self._peer.name, json.dumps(self._settings))
 
     async def start_caller(self) -> Child:
-        """Start a caller process. It is ready when its `answer` is there."""
+        """Start a caller process. Its first `answer` tells that it is ready."""
         return await self._start("caller", "caller", self._peer.name, json.dumps(self._settings))
 
     async def wait_for(self, path: Path, patience: float = CALL_PATIENCE) -> str:
-        """Wait until a process leaves a file; return its text."""
+        """Wait until a process has written a file; return the file's text."""
         deadline = time.monotonic() + patience
         while (text := _text_of(path)) is None:
             if time.monotonic() > deadline:
@@ -224,7 +225,7 @@ def kill_pid(pid: int) -> None:
 
 
 class Trace:
-    """The fsyncs of some processes, seen by strace. It doesn't see writes with O_DSYNC, and none of io_uring."""
+    """The fsyncs of some processes, seen by strace. It misses writes with O_DSYNC, and all of io_uring."""
 
     CALLS = "fsync,fdatasync,msync,sync_file_range,syncfs"
     _WHOLE = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((\d+<([^>]*)>)?.* = 0 <(\d+\.\d+)>$")

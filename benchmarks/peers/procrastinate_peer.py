@@ -2,13 +2,13 @@
 
 The pages are below https://procrastinate.readthedocs.io/en/stable/howto/.
 
-- basics/worker.html: `concurrency`; a worker listens for new jobs (LISTEN/NOTIFY) and polls only beside that.
-- basics/connector.html: the asynchronous connector, with a pool that is as large as what is in flight.
+- basics/worker.html: `concurrency`; a worker listens for new jobs (LISTEN/NOTIFY), and polls in addition.
+- basics/connector.html: the asynchronous connector, with a connection for each run in flight.
 - production/retry_stalled_jobs.html: a periodic task retries the jobs of workers that have had no heartbeat for 30 s
   (the default). The page runs it every ten minutes; here it runs every minute.
 
 Procrastinate doesn't keep results. So the task writes its result into a table of its own, in one transaction with a
-NOTIFY, and the caller listens. A recorded result is read from that table: that is not Procrastinate's work.
+NOTIFY, and the caller listens. A replay would only read that table, so replays are not measured.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class JobCaller:
         self._waiting: dict[str, asyncio.Event] = {}
 
     async def listen(self, url: str) -> None:
-        """Wake the calls whose results are there."""
+        """Listen for results, and wake the calls that wait for them."""
         import psycopg
 
         async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
@@ -109,7 +109,7 @@ class Procrastinate(Peer):
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[JobCaller]:
-        """Connect when the worker has made the schema."""
+        """Connect as soon as the worker has made the schema."""
         app, connector, task = make_app(settings["url"])
         async with app.open_async():
             caller = JobCaller(connector, task)

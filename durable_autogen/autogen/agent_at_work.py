@@ -18,7 +18,7 @@ from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.fingerprints import describe_turn
-from durable_autogen.autogen.session_state import Work
+from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
@@ -28,21 +28,21 @@ from durable_autogen.record.recorder import Recorder
 class AtWork:
     """An agent or a team at work, with the place that its calls are recorded at."""
 
-    def __init__(self, outer: Place, work: Work, runnable: Any, *, is_team: bool) -> None:
+    def __init__(self, outer: Place, session_state: SessionState, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
-        self._work = work
+        self._session_state = session_state
         self._recorder: Recorder = outer.session.recorder
         if is_team and not outer.is_inside:
             # Add no prefix to the members of a team that the program itself runs.
             self._path = outer.path
         else:
-            self._path = work.names.of(runnable, outer.inside(runnable.name))
+            self._path = session_state.names.of(runnable, outer.inside(runnable.name))
         self._label = self._path
         if is_team:
             # Name the team's own calls, such as the call that selects the next speaker.
-            self._label = work.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
+            self._label = session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
         else:
-            work.speaks_as(self._label, runnable.name)
+            session_state.speaks_as(self._label, runnable.name)
         self.place = dataclasses.replace(
             outer,
             agent=self._label,
@@ -92,7 +92,11 @@ class AtWork:
         async with closing(stream) as items:
             async for item in items:
                 await self._passes_on(item, task)
-                yield self._work.transcript.result(item) if is_programs_own and isinstance(item, TaskResult) else item
+                yield (
+                    self._session_state.transcript.result(item)
+                    if is_programs_own and isinstance(item, TaskResult)
+                    else item
+                )
 
     async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
@@ -101,16 +105,16 @@ class AtWork:
             await self._recorder.begin()
         result = await run
         await self._passes_on(result, task)
-        return self._work.transcript.result(result) if is_programs_own else result
+        return self._session_state.transcript.result(result) if is_programs_own else result
 
     async def _passes_on(self, item: Any, task: Any = None) -> None:
-        self._work.transcript.settle(self._label, item, _given(task))
+        self._session_state.transcript.settle(self._label, item, _given(task))
         if isinstance(item, (Response, TaskResult)):
-            self._recorder.survival.turn_is_over(self._path)
+            self._recorder.setbacks.turn_is_over(self._path)
             if self._outer.ends_in_order:
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
-                    position = self._work.asker(self._label).next("turn")
+                    position = self._session_state.agent(self._label).next("turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
 
     def _raise(self, error: BaseException, token: CancellationToken | None) -> NoReturn:

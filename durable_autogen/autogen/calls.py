@@ -17,7 +17,7 @@ from autogen_core.tools import BaseTool, StaticWorkbench, ToolResult, ToolSchema
 from pydantic import PydanticUserError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
-from durable_autogen.autogen.session_state import Asker, Work
+from durable_autogen.autogen.session_state import AgentState, SessionState
 from durable_autogen.autogen.values import (
     failed_result,
     is_broken,
@@ -79,12 +79,12 @@ class ToolCall:
 class Calls:
     """The recorded calls of one agent in one session."""
 
-    def __init__(self, place: Place, work: Work) -> None:
+    def __init__(self, place: Place, session_state: SessionState) -> None:
         self._place = place
-        self._work = work
+        self._session_state = session_state
         self._recorder: Recorder = place.session.recorder
         self._agent = place.agent
-        self._asker: Asker = work.asker(place.agent)
+        self._agent_state: AgentState = session_state.agent(place.agent)
         self._task = asyncio.current_task()
 
     # ---- Models ------------------------------------------------------------------------------------------------------
@@ -189,10 +189,10 @@ class Calls:
     def _reply_call(
         self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
     ) -> tuple[Sequence[LLMMessage], Call]:
-        position = self._asker.next("reply")
-        messages = self._work.added.told_to(self._agent, position, messages)
+        position = self._agent_state.next("reply")
+        messages = self._session_state.added.inserted_into(self._agent, position, messages)
         choice = options.get("tool_choice", "auto")
-        request, whole = self._asker.conversation.request(
+        request, whole = self._agent_state.conversation.request(
             position,
             client,
             messages,
@@ -208,12 +208,12 @@ class Calls:
     def _received(self, client: ChatCompletionClient, answer: Answer) -> CreateResult:
         assert isinstance(answer.content, Returned)
         result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
-        self._asker.received(answer.position, result, replayed=answer.replayed)
+        self._agent_state.received(answer.position, result, replayed=answer.replayed)
         tokens = result.usage.prompt_tokens + result.usage.completion_tokens
         self._count(answer.replayed, "model calls")
         self._count(answer.replayed, "tokens", tokens)
         if answer.replayed and not result.cached:
-            self._work.used(client, result.usage)
+            self._session_state.used(client, result.usage)
         return result
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class Calls:
         stream: _Stream | None,
     ) -> Answer:
         name, token = made.name, made.token
-        position = self._asker.position_of_call(made.call_id, name)
+        position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         is_result = declared is ToolResult
 
@@ -319,7 +319,7 @@ class Calls:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
                 for written in content.streamed:
                     item = value_again(written)
-                    self._work.transcript.settle(self._agent, item, made_before=True)
+                    self._session_state.transcript.settle(self._agent, item, made_before=True)
                     stream.items.put_nowait(item)
 
         def got() -> list[Any]:
@@ -333,7 +333,7 @@ class Calls:
 
     def _streams(self, stream: _Stream, item: Any) -> None:
         # Set a message's lasting id and time before it is recorded or passed on.
-        self._work.transcript.settle(self._agent, item)
+        self._session_state.transcript.settle(self._agent, item)
         stream.produced.append(item)
         stream.items.put_nowait(item)
 
@@ -363,7 +363,7 @@ class Calls:
 
         That agent's or team's own calls are recorded under its own name.
         """
-        self._asker.position_of_call(made.call_id, made.name)
+        self._agent_state.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
     async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
@@ -377,11 +377,11 @@ class Calls:
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
-        position = self._asker.next("input")
+        position = self._agent_state.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask before the call's beginning is recorded. AutoGen announces the request meanwhile, and its UserInputManager
-        # waits for ever if the callback hasn't started by then.
-        is_live = self._recorder.ahead(call.address) is None
+        # Ask the person before the call's beginning is recorded: AutoGen's UserInputManager waits for ever if AutoGen
+        # announces the request before the callback has started.
+        is_live = self._recorder.event_ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:
@@ -430,7 +430,7 @@ class Calls:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 
-        call = Call(kind, self._agent, self._asker.next(what), request, label=label)
+        call = Call(kind, self._agent, self._agent_state.next(what), request, label=label)
         answer = await self._answer(call, perform, token)
         if counts:
             self._count(answer.replayed, counts)
@@ -473,7 +473,7 @@ class Calls:
                 performing,
                 streamed=streamed,
                 on_replay=replayed,
-                asker=self._task,
+                caller=self._task,
                 early=early,
                 is_cancelled=token is not None and token.is_cancelled(),
             )

@@ -11,7 +11,7 @@ from autogen_agentchat.base import AndTerminationCondition, OrTerminationConditi
 from autogen_agentchat.conditions import TimeoutTermination
 from autogen_agentchat.messages import StopMessage
 
-from durable_autogen.autogen.session_state import Work
+from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.values import value_again, written_value
 from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import Place
@@ -35,7 +35,7 @@ MESSAGES_ALONE = {
 async def look(
     condition: TerminationCondition,
     place: Place,
-    work: Work,
+    session_state: SessionState,
     ask: Callable[[], Awaitable[StopMessage | None]],
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
@@ -44,17 +44,17 @@ async def look(
     None and restores the condition's state, so that a later check, after the replay, can still stop the run.
     """
     recorder: Recorder = place.session.recorder
-    name = work.names.of(condition, place.inside(type(condition).__name__))
+    name = session_state.names.of(condition, place.inside(type(condition).__name__))
     recorder.looks[name] += 1
     look_number = recorder.looks[name]
     position = f"stop/{look_number}"
     if isinstance(condition, TimeoutTermination):
-        _count_the_sessions_time(condition, work, recorder.active_now_ms)
+        _count_the_sessions_time(condition, session_state, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
-    is_recorded = recorder.ahead(f"{name}/{position}") is not None
-    is_decided = recorder.is_replaying or recorder.was_asked(name, look_number)
+    is_recorded = recorder.event_ahead(f"{name}/{position}") is not None
+    is_decided = recorder.is_replaying or recorder.was_checked(name, look_number)
     if not is_recorded and message is not None and is_decided:
         # Restore the condition's state. A condition that has stopped raises an error at the next check.
         state.clear()
@@ -77,16 +77,16 @@ async def look(
     return stop if isinstance(stop, StopMessage) else message
 
 
-def _count_the_sessions_time(condition: TimeoutTermination, work: Work, active_ms: int) -> None:
+def _count_the_sessions_time(condition: TimeoutTermination, session_state: SessionState, active_ms: int) -> None:
     """Make a TimeoutTermination count the session's active time instead of the time on the clock.
 
     By the clock, a replay takes less time than the run took, so it would not stop where the run stopped. After a crash,
     the next run would get the whole timeout again.
     """
     now = time.monotonic()
-    started, begun_ms = work.timeouts.get(condition, (None, 0))
+    started, begun_ms = session_state.timeouts.get(condition, (None, 0))
     if started != condition._start_time:
-        # The condition was built or reset since its last check: take its start on the clock.
+        # The condition was built or reset since its last check, so it has started anew: take its own start time.
         begun_ms = active_ms - min(active_ms, round((now - condition._start_time) * 1000))
     condition._start_time = now - (active_ms - begun_ms) / 1000
-    work.timeouts[condition] = (condition._start_time, begun_ms)
+    session_state.timeouts[condition] = (condition._start_time, begun_ms)

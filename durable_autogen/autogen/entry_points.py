@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
-from durable_autogen.autogen.session_state import Work, total
+from durable_autogen.autogen.session_state import SessionState, total
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
@@ -38,14 +38,14 @@ from durable_autogen.record.session import Session
 Original = Callable[..., Any]
 """A class's original method, bound to its object."""
 
-_works: weakref.WeakKeyDictionary[OpenSession, Work] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[OpenSession, SessionState] = weakref.WeakKeyDictionary()
 
 
-def work_of(session: OpenSession) -> Work:
+def state_of(session: OpenSession) -> SessionState:
     """Return the state that the AutoGen integration keeps for an open session."""
-    if session not in _works:
-        _works[session] = Work(session.recorder)
-    return _works[session]
+    if session not in _states:
+        _states[session] = SessionState(session.recorder)
+    return _states[session]
 
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
         place = recording_place()
         if place is None:
             return await original(*args, **kwargs)
-        return await recording(Calls(place, work_of(place.session)), self, original, _Given(args, kwargs))
+        return await recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
 
     return wrapper
 
@@ -91,7 +91,7 @@ def _streamed(recording: Recording) -> Callable[..., Any]:
         stream = (
             original(*args, **kwargs)
             if place is None
-            else recording(Calls(place, work_of(place.session)), self, original, _Given(args, kwargs))
+            else recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
         )
         async with closing(stream) as items:
             async for item in items:
@@ -190,7 +190,7 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         with at(replace(place, owner=self)):
             return await original(*args, **kwargs)
 
-    return await conditions.look(self, place, work_of(place.session), ask)
+    return await conditions.look(self, place, state_of(place.session), ask)
 
 
 def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -199,8 +199,8 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the usage of replayed replies. A program may decide by the usage, and must decide the same in a replay.
-    return total(usage, work_of(place.session).replayed_usage_of(self))
+    # Add the usage of replayed replies, so that a program that decides by the usage decides alike in a replay.
+    return total(usage, state_of(place.session).replayed_usage_of(self))
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -218,7 +218,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
     place = recording_place()
     if place is None or place.owner is self:
         return None
-    return AtWork(place, work_of(place.session), self, is_team=is_team)
+    return AtWork(place, state_of(place.session), self, is_team=is_team)
 
 
 def _whole(method: str) -> Callable[..., Any]:
@@ -260,7 +260,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
         return await original(*args, **kwargs)
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
-        name = work_of(place.session).names.of(self, self.id.type)
+        name = state_of(place.session).names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
     with at(place):
         return await original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Fingerprints of calls, and the text that reports their differences.
+"""Fingerprints of calls: a hash of each request, and a short description.
 
 Each message of a conversation is fingerprinted once. A request's fingerprint holds only the request's new parts. The
 other parts are those of the agent's previous request, whose position is `base`.
@@ -16,8 +16,6 @@ from autogen_core.models import ChatCompletionClient, FunctionExecutionResultMes
 from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
-from durable_autogen.record.events import Call, Event
-
 EXCERPT = 80  # characters
 MAX_ARGUMENTS = 20_000  # characters of a tool call's arguments that are recorded beside their hash
 SETTINGS = (
@@ -26,8 +24,6 @@ SETTINGS = (
     "extra_body",
 )
 """The client settings that change a model's replies. API keys and addresses are never recorded."""
-
-Fingerprint = Mapping[str, Any]
 
 
 class Conversation:
@@ -170,53 +166,6 @@ def describe_turn(said: str) -> dict[str, Any]:
     return {"hash": hashed_value(said), "said": excerpt(said)}
 
 
-def differences(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return a line for each difference between two requests."""
-    if recorded.kind is not now.kind:
-        return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
-    if recorded.request.get("hash") == now.request.get("hash"):
-        return []
-    current = now.request if now.whole_request is None else now.whole_request()
-    return compare(_whole(recorded, find), current)
-
-
-def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
-    """Return the whole fingerprint of `event`: its new parts, and the other parts from earlier requests."""
-    chain = [event]
-    while (base := chain[-1].request.get("base")) is not None:
-        earlier = find(f"{event.agent}/{base}")
-        if earlier is None or earlier in chain:
-            break
-        chain.append(earlier)
-    whole: dict[str, Any] = {}
-    for one in reversed(chain):
-        messages = [*whole.get("messages", ())[: one.request.get("same", 0)], *one.request.get("messages", ())]
-        whole = {**whole, **one.request, "messages": messages}
-    return whole
-
-
-def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
-    """Return a line for each difference between two whole fingerprints."""
-    if recorded.get("hash") == now.get("hash"):
-        return []
-    found = [
-        *_texts("the system message", recorded.get("system"), now.get("system")),
-        *_tools(recorded.get("tools") or {}, now.get("tools") or {}),
-        *_values("the model", recorded.get("model"), now.get("model")),
-        *_options(recorded.get("options") or {}, now.get("options") or {}),
-        *_messages(recorded.get("messages") or [], now.get("messages") or []),
-        *_values("the tool", recorded.get("tool"), now.get("tool")),
-        *_values("the arguments", recorded.get("arguments"), now.get("arguments")),
-        *_texts("the question", recorded.get("task"), now.get("task")),
-        *_values("the team", recorded.get("team"), now.get("team")),
-        *_values("the text", recorded.get("said"), now.get("said")),
-        *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
-        *_values("the query", recorded.get("query"), now.get("query")),
-        *_values("the code", recorded.get("code"), now.get("code")),
-    ]
-    return found or ["a part that is recorded only as a hash"]
-
-
 def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint: the request and its hash."""
     return {"hash": hashed_value(request), **request}
@@ -285,55 +234,3 @@ def excerpt(text: str, limit: int = EXCERPT) -> str:
     """Return a text as one line of at most `limit` characters."""
     line = " ".join(text[: 20 * limit].split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
-
-
-def _values(what: str, recorded: object, now: object) -> list[str]:
-    was, is_now = ("were", "they are") if what.endswith("s") else ("was", "it is")
-    return [] if recorded == now else [f"{what} {was} {_shown(recorded)}, now {is_now} {_shown(now)}"]
-
-
-def _shown(value: object) -> str:
-    return "none" if value in (None, [], {}) else excerpt(value if isinstance(value, str) else json.dumps(value))
-
-
-def _texts(what: str, recorded: Sequence[str] | None, now: Sequence[str] | None) -> list[str]:
-    if recorded == now:
-        return []
-    one, other = "\n".join(recorded or ()), "\n".join(now or ())
-    at = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    begin = max(0, at - EXCERPT // 4)
-    lead = "..." if begin else ""
-    was, is_now = (f"{lead}{excerpt(text[begin:])}" if text else "none" for text in (one, other))
-    return [f"{what} was {was!r}, now it is {is_now!r} (they differ from character {at + 1})"]
-
-
-def _tools(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    parts = [
-        *(f"{name} is gone" for name in recorded if name not in now),
-        *(f"{name} is new" for name in now if name not in recorded),
-        *(
-            f"{name} has another description or other parameters"
-            for name in now
-            if recorded.get(name, now[name]) != now[name]
-        ),
-    ]
-    if not parts and list(recorded) != list(now):
-        parts = [f"their order was {', '.join(recorded)}, now it is {', '.join(now)}"]
-    return [f"the tools: {'; '.join(parts)}"] if parts else []
-
-
-def _options(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = sorted({*recorded, *now})
-    return [line for name in names for line in _values(f"the option {name}", recorded.get(name), now.get(name))]
-
-
-def _messages(recorded: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
-    for number, (one, other) in enumerate(zip(recorded, now, strict=False), 1):
-        if one["hash"] != other["hash"]:
-            return [
-                f"the messages, from number {number} on: it was {one['text']!r} ({one['from']}), "
-                f"now it is {other['text']!r} ({other['from']})"
-            ]
-    if len(recorded) != len(now):
-        return [f"the messages: there were {len(recorded)}, now there are {len(now)}"]
-    return []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_OPEN_CALLS = 1000  # tool calls that replies requested and that no agent has made yet
 
 
-class Asker:
+class AgentState:
     """The state of one agent: the counts of its calls, and the tool calls that its replies requested."""
 
     def __init__(self) -> None:
@@ -83,23 +83,23 @@ class Names:
         return self._names[key]
 
 
-class Work:
+class SessionState:
     """The state that the entry points keep for one session."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.names = Names()
         self.transcript = Transcript(recorder)
-        self.added = Added(recorder)
+        self.added = AddedMessages(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
         """For each TimeoutTermination: its adjusted start time, and the session's active time when it was started."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
-        self._askers: dict[str, Asker] = {}
+        self._agents: dict[str, AgentState] = {}
         self._sources: dict[str, set[str]] = {}
 
-    def asker(self, agent: str) -> Asker:
-        """Return the state of the agent named `agent`."""
-        return self._askers.setdefault(agent, Asker())
+    def agent(self, name: str) -> AgentState:
+        """Return the state of the agent with this name."""
+        return self._agents.setdefault(name, AgentState())
 
     def speaks_as(self, agent: str, source: str) -> None:
         """Note that the messages of `agent` have the source `source`."""
@@ -107,8 +107,8 @@ class Work:
 
     def was_replayed(self, source: str) -> bool:
         """Return whether the last reply of the agents with the source `source` was replayed."""
-        askers = [self._askers[name] for name in self._sources.get(source, ()) if name in self._askers]
-        return any(one.replayed for one in askers) and all(one.replayed or not one.replies for one in askers)
+        agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
+        return any(one.replayed for one in agents) and all(one.replayed or not one.replies for one in agents)
 
     def used(self, client: object, usage: RequestUsage) -> None:
         """Add a replayed reply's usage to the replayed usage of `client`."""
@@ -120,7 +120,7 @@ class Work:
         return RequestUsage(prompt_tokens=0, completion_tokens=0) if found is None else found[1]
 
 
-class Added:
+class AddedMessages:
     """The user messages added to a fork. Each agent gets them in its first live request and in all later ones."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -132,13 +132,13 @@ class Added:
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 
-    def told_to(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
+    def inserted_into(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
         """Return a request's messages, with the added user messages inserted."""
         if not self.messages:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            recorded = self._recorder.ahead(f"{agent}/{position}")
+            recorded = self._recorder.event_ahead(f"{agent}/{position}")
             comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)

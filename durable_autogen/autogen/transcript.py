@@ -71,7 +71,7 @@ class Transcript:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
-        """Return `result` with lasting ids for input requests. During the run, AutoGen needs the random ids."""
+        """Return `result` with lasting ids in its input requests. AutoGen needs the random ids until the run's end."""
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [
@@ -85,7 +85,7 @@ class Transcript:
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
             # Count each kind separately. A streamed message gets its number at its first piece, other messages when
-            # they are passed on. With one counter, the numbers would depend on which message's time comes first.
+            # they are passed on. With one counter, the numbers would depend on which of these two moments comes first.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"

@@ -30,6 +30,18 @@ PAGE = 100  # executions in one answer, at most
 MAX_QUESTION = 200  # characters of the question in a summary
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
+_SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_session_id(session_id: str) -> str:
+    """Return the session id. Raises InvalidRequest if it isn't valid."""
+    if not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequest(
+            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
+            "digit"
+        )
+    return session_id
+
 
 class Kind(str, Enum):
     """The kind of an event."""
@@ -50,6 +62,12 @@ class Kind(str, Enum):
     """The result of executed code."""
     MEMORY = "memory"
     """The answer of a memory."""
+    WAIT = "wait"
+    """The beginning of a sleep or of a wait for a sent event."""
+    SLEEP = "sleep"
+    """The end of a sleep."""
+    EVENT = "event"
+    """The end of a wait for a sent event: the event's payload, or a timeout."""
     MESSAGE = "message"
     """A user message added to a fork."""
     TURN = "turn"
@@ -61,8 +79,8 @@ class Kind(str, Enum):
 
     @property
     def is_call(self) -> bool:
-        """Whether a call of this kind costs money or a person's time, or acts on the outside world."""
-        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE)
+        """Whether a call of this kind costs money or a person's time, acts on the outside world, or waits for it."""
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
 
     @property
     def acts(self) -> bool:
@@ -130,7 +148,7 @@ class Said(_Frozen):
 
 
 class Revoked(_Frozen):
-    """The content of an event that revokes earlier events: those no longer count."""
+    """The content of an event that revokes earlier events. Revoked events no longer count."""
 
     type: Literal["revoked"] = "revoked"
     why: str
@@ -139,21 +157,54 @@ class Revoked(_Frozen):
     """Whether another program continues the session from here."""
 
     def replaces(self, revoked: Event) -> bool:
-        """Return whether the next call in a revoked event's place is another call.
+        """Return whether a different call takes the place of a revoked event.
 
-        After a failure it is the same call, made once more. A service must recognise it by its id, because the first
-        attempt may have done its work before it failed.
+        After a failure, the program makes the same call again. That call keeps its id, so that a service recognises it:
+        the first attempt may have done its work before it failed.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
 
 
 class Mark(_Frozen):
-    """The content of a mark: the event records only when something happened, as its position among the events."""
+    """The empty content of a mark. Only the mark's place in the order of events matters."""
 
     type: Literal["mark"] = "mark"
 
 
-Content: TypeAlias = Annotated[Returned | Raised | GivenUp | Begun | Said | Revoked | Mark, Field(discriminator="type")]
+class Waiting(_Frozen):
+    """The content of the beginning of a sleep or of a wait for a sent event."""
+
+    type: Literal["waiting"] = "waiting"
+    event: str = ""
+    """The name of the sent event; empty for a sleep."""
+    seconds: float | None = None
+    """How long the wait may take; None if it has no limit."""
+    until_ms: int | None = None
+    """When the wait ends, in milliseconds since 1970; None if it has no limit."""
+
+
+class Received(_Frozen):
+    """The content of a wait that received a sent event."""
+
+    type: Literal["received"] = "received"
+    event: str
+    """The name of the sent event."""
+    number: int
+    """The number of the sent event among those of its name in the session."""
+    payload: Any = None
+    """The payload, as `encoded` writes it."""
+
+
+class TimedOut(_Frozen):
+    """The content of a wait whose event was not sent in time."""
+
+    type: Literal["timed_out"] = "timed_out"
+
+
+Content: TypeAlias = Annotated[
+    Returned | Raised | GivenUp | Begun | Said | Revoked | Mark | Waiting | Received | TimedOut,
+    Field(discriminator="type"),
+]
 
 
 # ---- Runs and events -------------------------------------------------------------------------------------------------
@@ -264,7 +315,7 @@ class Event(Addressed, _Frozen):
     request: dict[str, Any] = {}
     """The fingerprint of the call."""
     accepted: bool = False
-    """Whether the event was copied into a fork. Such an event counts, whatever the program asks for."""
+    """Whether the event was copied into a fork. A replay doesn't compare such an event with the program's call."""
     asked_after: int = 0
     """The number of the last event that was delivered before the call was made."""
     recorded_ms: int = 0
@@ -283,7 +334,7 @@ class Event(Addressed, _Frozen):
 
     @property
     def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply. After a run that ends with one, the next run retries it."""
+        """Whether the event is a failure or a broken reply. If it ends a run, the next run makes the call again."""
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
 
@@ -295,16 +346,23 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. If it has a `base`, it holds only the parts that the agent's request at `base` lacks."""
+    """The call's fingerprint. With a `base`, it holds only what the fingerprint at the position `base` lacks."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
     """The call's name in errors; empty for the default name."""
 
 
+def end_of_wait(position: str) -> str:
+    """Return the position of a wait's end, by that of its beginning. It works for addresses, too."""
+    return f"{position}/end"
+
+
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name for a person: `reply 2 of writer`."""
-    words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0: before the agent's first reply
+    if kind in (Kind.SLEEP, Kind.EVENT):
+        return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
+    words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0 is the time before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
 
 
@@ -321,7 +379,7 @@ _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 def encoded(value: Any) -> Any:
     """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
 
-    JSON lacks infinite numbers and NaN, so they are tagged. So are values that are nested too deeply.
+    Infinite numbers and NaN, which JSON lacks, are replaced by tagged values. So are values that are nested too deeply.
     Raises InvalidRequest if the value can't be written as JSON.
     """
     try:
@@ -389,7 +447,7 @@ class Record:
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
-    """How many of these events were revoked so that another call takes their place."""
+    """How many events of each address were revoked and replaced by a different call."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)

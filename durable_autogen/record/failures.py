@@ -56,8 +56,8 @@ class Failure(BaseModel):
     def again(self) -> Exception:
         """Return the recorded exception, with its class, text, plain arguments and plain attributes.
 
-        If the class can't be instantiated, return an instance of a new subclass: of the class itself, or else of its
-        nearest base class that allows one.
+        If the class can't be instantiated, return an instance of a new subclass of it. If it allows no subclass, use
+        its nearest base class that does.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:
@@ -139,7 +139,7 @@ def class_named(module: str, name: str, base: type) -> type | None:
         ahead += type.__subclasses__(kind)
         if (kind.__module__, kind.__qualname__) == (module, name):
             matching.append(kind)
-    # Take any match: a function defines a new class of this name each time it runs.
+    # Take the newest class: a function that defines a class makes a new one each time it runs.
     return matching[-1] if matching else None
 
 
@@ -159,7 +159,7 @@ def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
 def _made_with(error: Exception) -> tuple[Any, ...]:
     """Return the arguments that an exception was built with.
 
-    Take them from `__reduce__` if possible: a class need not keep all of them in `args`.
+    Take the arguments from `__reduce__` if possible: `args` may lack some of them.
     """
     with contextlib.suppress(Exception):
         made = error.__reduce__()

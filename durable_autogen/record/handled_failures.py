@@ -13,7 +13,7 @@ from typing import Any
 
 from durable_autogen.record.events import Call, Event
 
-Asker = asyncio.Task[Any] | None
+Caller = asyncio.Task[Any] | None
 
 
 @dataclass(eq=False)
@@ -21,25 +21,25 @@ class _Setback:
     event: Event
     error: Exception | None
     """The call's error; None if the call was given up."""
-    asker: Asker
+    caller: Caller
     """The task that made the call."""
-    survived: bool
+    continued: bool
 
 
-class Survival:
+class Setbacks:
     """The failed and given-up calls of a run, until their agents finish their turns."""
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []
 
-    def add(self, event: Event, error: Exception | None, asker: Asker, *, survived: bool = False) -> None:
+    def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
         """Note that a recorded call failed with `error`, or that it was given up, if `error` is None."""
-        self._setbacks.append(_Setback(event, error, asker, survived))
+        self._setbacks.append(_Setback(event, error, caller, continued))
 
-    def asks(self, call: Call, asker: Asker) -> None:
-        """Note that a task makes a call, which may show that the run continued after a setback (see `continues`)."""
+    def called(self, call: Call, caller: Caller) -> None:
+        """Note that a task makes a call: it may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
-            one.survived = one.survived or continues(one.event.agent, one.asker, call, asker)
+            one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
 
     def turn_is_over(self, path: str) -> None:
         """Forget the setbacks of an agent or team, and of all agents inside it: its turn is over."""
@@ -58,19 +58,19 @@ class Survival:
         # Otherwise look for a failure's text in the error: a team passes on only the text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         # Otherwise the error is unrelated: take every failure after which the run did not continue.
-        found = found or [one for one in failures if not one.survived]
+        found = found or [one for one in failures if not one.continued]
         # Add the given-up calls after which the run did not continue: its end cancelled the calls of parallel agents.
-        found += [one for one in setbacks if one.error is None and not one.survived]
+        found += [one for one in setbacks if one.error is None and not one.continued]
         return [one.event for one in found]
 
 
-def continues(agent: str, asker: Asker, call: Call, next_asker: Asker) -> bool:
+def continues(agent: str, caller: Caller, call: Call, next_caller: Caller) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    It does so if its caller is the same task (`asker`), the program itself, the same agent, or a team or agent that
-    contains the agent.
+    The setback is a failed call of `agent`, made by the task `caller`. A later call shows that the run continued if one
+    of these makes it: the same task, the same agent, a team or agent that contains the agent, or the program itself.
     """
-    return asker is next_asker or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
+    return caller is next_caller or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 
 
 def _is_within(agent: str, path: str) -> bool:

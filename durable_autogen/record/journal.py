@@ -30,7 +30,7 @@ from durable_autogen.record.events import (
     read_record,
     representable,
 )
-from durable_autogen.record.lines import LOG
+from durable_autogen.record.log import LOG
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
@@ -70,7 +70,7 @@ class Journal:
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The last events of the record: no unfinished call was begun after them."""
+        """The events at the end of the record that were recorded after the last unfinished call began."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -264,7 +264,7 @@ class Journal:
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often a changed program had continued the session live before event number `seq`."""
+        """Return how often, before event number `seq`, a changed program continued the session live."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
@@ -272,8 +272,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, a recorded beginning shows that the run continued. If another run may own
-        # the session, the server refuses to record the beginning, before the call costs money.
+        # After a failure or a broken reply, a recorded beginning shows that the run continued. If another run may have
+        # taken over the session, let the server refuse the beginning before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)

@@ -26,11 +26,11 @@ class Activity:
         self.threads = 0
         """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
-        """Whether the session was once busy for longer than `BUSY_PATIENCE` of order.py."""
+        """Whether the session was ever busy for longer than `BUSY_PATIENCE` of idle.py."""
 
 
 class OpenSession(Protocol):
-    """What a place has to know of its session. `Session` in session.py is the class."""
+    """The part of `Session` (session.py) that a place uses."""
 
     session_id: str
     is_over: bool
@@ -41,7 +41,7 @@ class OpenSession(Protocol):
 
     @property
     def recorder(self) -> Any:
-        """The run's Recorder. This module can't name the class: recorder.py imports the module."""
+        """The run's Recorder. The type is Any, because recorder.py imports this module."""
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 
@@ -66,8 +66,7 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether AutoGen passes on each message of this agent only when the agent's next one comes. Other agents work
-    meanwhile."""
+    """Whether AutoGen passes each message of this agent on only when the agent yields its next message."""
     owner: Any = None
     """The agent or team at work."""
 
@@ -84,7 +83,7 @@ def call_id() -> str:
     """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
     The id is unique over all sessions. It stays the same if a later run makes the call again, after a crash or a
-    failure, so use it as an idempotency key. It differs if another program takes the call's place, as after drift.
+    failure, so use it as an idempotency key. After drift, the changed program's call gets a new id.
     """
     return recorded_call.get()
 

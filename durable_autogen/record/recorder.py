@@ -29,7 +29,7 @@ from durable_autogen.record.events import (
     representable,
 )
 from durable_autogen.record.failures import Failure, in_a_task, ordinary
-from durable_autogen.record.handled_failures import Asker, Survival, continues
+from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, current, started_at
@@ -49,7 +49,7 @@ class Performed:
     """The outcome of a live call: the value for the caller, and the content to record."""
 
     value: Any
-    content: Returned
+    content: Content
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _LiveCall:
     call: Call
     asked: Asked
     streamed: Callable[[], list[Any]]
-    asker: Asker
+    caller: Caller
     task: Task | None = None
     given_up: bool = False
     continued: bool = False
@@ -98,7 +98,7 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The recorded run's stop reason if that run is finished, so that no further call may be made; else None."""
+        """The recorded run's stop reason, if that run is finished: then no further call may be made. Else None."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
@@ -111,7 +111,7 @@ class Recorder:
         for event in journal.events:
             if event.kind is Kind.BEGIN:
                 self._delivered(event)
-        self.survival = Survival()
+        self.setbacks = Setbacks()
         self._questions: Counter[str] = Counter()
         self._typed: list[tuple[Call, Returned, Asked]] = []
         """The lines typed at the console that are not recorded yet."""
@@ -146,7 +146,7 @@ class Recorder:
         for running in self._calls:
             running.cancel()
 
-    def ahead(self, address: str) -> Event | None:
+    def event_ahead(self, address: str) -> Event | None:
         """Return the recorded event of an address; None if there is none, or if it was delivered already."""
         return self._replay.event_ahead(address)
 
@@ -155,7 +155,7 @@ class Recorder:
 
     @property
     def programs(self) -> int:
-        """How often a changed program had continued the session live before the last delivered event was recorded."""
+        """How often a changed program continued the session live, up to the last delivered event."""
         return self.journal.programs_before(self.last_seq)
 
     @property
@@ -163,7 +163,7 @@ class Recorder:
         """Whether the replay is over."""
         return self._replay.over_since is not None
 
-    def was_asked(self, condition: str, look: int) -> bool:
+    def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished and checked a termination condition at least `look` times."""
         ended = self.journal.ended
         return ended is not None and look <= ended.looks.get(condition, 0)
@@ -198,7 +198,8 @@ class Recorder:
             event = self._replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
         if self._calls:
-            # The program ended without waiting for these calls. Record them as given up: a replay will end likewise.
+            # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
+            # them either.
             left = dict(self._calls)
             for running, live in left.items():
                 if not live.answer.done():
@@ -232,7 +233,7 @@ class Recorder:
         """Revoke the failures that led to the run's error, so that the next run makes those calls again."""
         async with self._record_lock:
             await self._record_typed()
-            if ended_it := self.survival.ended_by(error, self.journal.events):
+            if ended_it := self.setbacks.ended_by(error, self.journal.events):
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class Recorder:
         *,
         streamed: Callable[[], list[Any]] = list,
         on_replay: Callable[[Content], None] = lambda _: None,
-        asker: Asker = None,
+        caller: Caller = None,
         early: bool = False,
         is_cancelled: bool = False,
     ) -> Answer:
@@ -258,40 +259,40 @@ class Recorder:
         the items that `streamed` returns. In a replay, a given-up call waits until the program cancels it again.
 
         `on_replay` gets the content of a replayed answer before the answer is returned or raised. With `early`, or if
-        the call was given up, `on_replay` gets the content as soon as the recorded event is found. `asker` is the task
+        the call was given up, `on_replay` gets the content as soon as the recorded event is found. `caller` is the task
         that makes the call; it defaults to the current task. `is_cancelled` says that the program cancelled the call
         before the call began. Such a call doesn't show that the program continued after a given-up call.
         """
         self._check_not_failed()
-        asker = asker or asyncio.current_task()
-        self.survival.asks(call, asker)
+        caller = caller or asyncio.current_task()
+        self.setbacks.called(call, caller)
         for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.continued = live.continued or continues(live.call.agent, live.asker, call, asker)
+            live.continued = live.continued or continues(live.call.agent, live.caller, call, caller)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
             on_replay = _already_told
-        answer = await self._replayed(call, on_replay, asker)
+        answer = await self._replayed(call, on_replay, caller)
         if answer is None:
-            answer = await self._made_live(call, perform, streamed, asker)
+            answer = await self._made_live(call, perform, streamed, caller)
         if isinstance(answer, Exception):
             # Raise without the old traceback: AutoGen passes tracebacks to models, and a replay has no such traceback.
             raise answer.with_traceback(None) from None
         return answer
 
     async def _replayed(
-        self, call: Call, on_replay: Callable[[Content], None], asker: Asker
+        self, call: Call, on_replay: Callable[[Content], None], caller: Caller
     ) -> Answer | Exception | None:
         if (event := self._replay.take_given_up(call)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay)
             return None
-        if self.ahead(call.address) is None or (event := await self._replay.take(call)) is None:
+        if self.event_ahead(call.address) is None or (event := await self._replay.take(call)) is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
             return Answer(event.content, replayed=True, position=event.position)
         error = event.content.failure.again()
-        self.survival.add(event, error, asker)
+        self.setbacks.add(event, error, caller)
         return error
 
     async def _made_live(
@@ -299,9 +300,9 @@ class Recorder:
         call: Call,
         perform: Callable[[], Awaitable[Performed]] | None,
         streamed: Callable[[], list[Any]],
-        asker: Asker,
+        caller: Caller,
     ) -> Answer | Exception:
-        live = _LiveCall(call, Asked(self.last_seq), streamed, asker)
+        live = _LiveCall(call, Asked(self.last_seq), streamed, caller)
         running = asyncio.create_task(self._live(live, perform))
         self._calls[running] = live
         running.add_done_callback(lambda done: self._calls.pop(done, None))
@@ -337,7 +338,7 @@ class Recorder:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            # Wait until the session is idle: by then the program has closed the streams that it left.
+            # Wait until the session is idle, because the program may still be closing streams that it left.
             await self._idle()
             giving_up = [running for running, one in self._calls.items() if one.given_up]
             if giving_up:
@@ -358,7 +359,7 @@ class Recorder:
                 await self._idle()
                 self._delivered(event)
                 if error is not None:
-                    self.survival.add(event, error, live.asker)
+                    self.setbacks.add(event, error, live.caller)
                 if not live.answer.done():
                     live.answer.set_result(
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
@@ -443,7 +444,7 @@ class Recorder:
                     self._typed.pop(0)
 
     async def _record_apart(self) -> None:
-        """Record typed lines and given-up calls. A replay delivers those outside the order of events."""
+        """Record typed lines and given-up calls. A replay delivers both outside the order of events."""
         await self._record_typed()
         await self._record_given_up()
 
@@ -453,7 +454,7 @@ class Recorder:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed()))
-                self.survival.add(event, None, live.asker, survived=live.continued)
+                self.setbacks.add(event, None, live.caller, continued=live.continued)
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
                 if any(event.address == live.call.address for event in self.journal.events):

@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.console import recorded_console
+from durable_autogen.record.events import check_session_id
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.lines import log_for
-from durable_autogen.record.place import Activity, Place, at, current
+from durable_autogen.record.log import log_for
+from durable_autogen.record.place import Activity, Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
+from durable_autogen.record.waits import Waits
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
 
 OnUnrecorded = Literal["tell", "stop"]
-
-_SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
-
-def check_session_id(session_id: str) -> str:
-    """Return the session id. Raises InvalidRequest if it isn't valid."""
-    if not _SESSION_ID.fullmatch(session_id):
-        raise InvalidRequest(
-            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
-            "digit"
-        )
-    return session_id
 
 
 class Session:
@@ -69,9 +58,15 @@ class Session:
         self._compare = compare
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
+        self._waits: Waits
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
         """How often each connection or process was started outside the record."""
+
+    def _send_command(self) -> str:
+        """Return the beginning of the command that sends an event to this session."""
+        server = f" --nexum {self._address}" if self._address else ""
+        return f"python -m durable_autogen send{server} {self.session_id}"
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
@@ -106,12 +101,50 @@ class Session:
 
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
-        place = current.get()
-        if place is None or place.session is not self:
-            place = Place(self)
+        place = self._place()
         label = place.inside(name)
         with at(Place(self, agent=label, path=label, in_call=place.in_call)):
             yield
+
+    def _place(self) -> Place:
+        place = current.get()
+        return Place(self) if place is None or place.session is not self else place
+
+    # ---- Waits -------------------------------------------------------------------------------------------------------
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep for `seconds`. After a crash, the next run sleeps only what is left.
+
+        The time at which the sleep ends is recorded first. The sleep ends when the clock of the machine shows that
+        time, never earlier, also if no process runs meanwhile. If a later run passes other `seconds`, the recorded time
+        still counts. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
+        """
+        with self._at_wait("sleep", "use asyncio.sleep in the tool") as place:
+            await self._waits.sleep(place.agent, seconds)
+
+    async def wait_for_event(self, name: str, timeout: float | None = None) -> Any:
+        """Wait until an event `name` is sent to the session; return its payload, a JSON value.
+
+        Send it with `send_event` or `python -m durable_autogen send SESSION NAME`. An event that is sent before the
+        program waits is kept. So is an event that is sent while no process runs. Each event is returned by one wait, in
+        the order in which the events of its name were sent, and a replay returns it again.
+
+        Raises TimeoutError if no event is sent within `timeout` seconds. A crash doesn't extend that time. A later
+        event is kept for the next wait. Raises InvalidRequest for a wrong argument, and NotDurable inside a tool.
+        """
+        with self._at_wait("wait_for_event", "return, and wait in the program or an agent") as place:
+            return await self._waits.receive(place.agent, name, timeout)
+
+    @contextmanager
+    def _at_wait(self, method: str, instead: str) -> Iterator[Place]:
+        with at(self._place()):
+            place = recording_place()
+            if place is None:
+                raise NotDurable(
+                    f"{method} of session {self.session_id} can't be recorded inside a tool or another recorded call: "
+                    f"{instead}"
+                )
+            yield place
 
     async def __aenter__(self) -> Session:
         if self._recorder is not None:
@@ -131,6 +164,7 @@ class Session:
             stack.enter_context(self.entry_points())
             stack.enter_context(at(Place(self)))
             self._recorder = Recorder(journal, self, on_drift=self._on_drift, compare=self._compare)
+            self._waits = Waits(client, self._recorder, self._send_command())
             stack.push_async_callback(self._close)
             self._stack = stack.pop_all()
         return self
@@ -155,8 +189,9 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # `error` may hold only the failure's text: AutoGen's teams pass on no more
+                raise failure from error  # AutoGen's teams pass on only the text of the failure
             await recorder.end(self.stop_reason)
+            await self._waits.end()
 
     async def _close(self) -> None:
         self.is_over = True
@@ -192,4 +227,5 @@ def _counts(counts: Mapping[str, int]) -> str:
         f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
         f"{counts.get('tool calls', 0)} tool call(s)"
         + (f", {counts['inputs']} input(s)" if counts.get("inputs") else "")
+        + (f", {counts['waits']} wait(s)" if counts.get("waits") else "")
     )

@@ -35,7 +35,7 @@ class Checked:
 
 
 class Store(ABC):
-    """A database on which the transitions of `executions`, `tasks`, `leases` and `retention` run one after the other.
+    """A database on which transitions run one after the other.
 
     A dialect supplies the abstract methods.
     """

@@ -63,10 +63,31 @@ FROM nodes JOIN executions ON sequence = node / 1000 WHERE nodes.version_hash <>
 
 -- name: due
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes.status
-       || CASE nodes.status WHEN 'READY' THEN ', but is never handed out' ELSE ', but its lease never ends' END
+       || CASE nodes.status WHEN 'READY' THEN ', but is never handed out' WHEN 'WAITING' THEN ', but never ends'
+                            ELSE ', but its lease never ends' END
        || ': it has no time' AS what
 FROM nodes JOIN executions ON sequence = node / 1000
-WHERE due_ms IS NULL AND (nodes.status = 'RUNNING' OR (nodes.status = 'READY' AND NOT owned));
+WHERE due_ms IS NULL AND (nodes.status = 'RUNNING' OR (nodes.status = 'READY' AND NOT owned)
+                          OR (nodes.status = 'WAITING' AND node_type = 'TIMER'));
+
+-- name: child_without_parent
+SELECT 'execution ' || execution_id || ' is RUNNING, but the node that started it is ' || nodes.status AS what
+FROM executions JOIN nodes ON node = parent_node WHERE executions.status = 'RUNNING' AND nodes.status <> 'WAITING';
+
+-- name: parent_without_children
+SELECT 'node ' || node_id || ' of execution ' || execution_id
+       || ' waits for executions that it started, but none is RUNNING' AS what
+FROM nodes JOIN executions ON sequence = node / 1000
+WHERE nodes.status = 'WAITING' AND node_type IN ('MAP', 'SUBWORKFLOW') AND NOT EXISTS (
+    SELECT 1 FROM executions AS children WHERE children.parent_node = node AND children.status = 'RUNNING');
+
+-- name: used_event
+SELECT 'event ' || name || ' of execution ' || execution_id || ' was used by node ' || events.node
+       || ', which is not a COMPLETED node of that execution' AS what
+FROM events JOIN executions ON sequence = events.execution
+WHERE events.node IS NOT NULL AND NOT EXISTS (
+    SELECT 1 FROM nodes
+    WHERE nodes.node = events.node AND nodes.node / 1000 = events.execution AND nodes.status = 'COMPLETED');
 
 -- name: newest_attempt
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes.status || ', but its newest attempt is '

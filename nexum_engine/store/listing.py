@@ -163,9 +163,11 @@ def _first_since(db: Db, ms: int) -> int:
     Executions are numbered in the order of their starts, so bisect. After the clock was put back, the number is that of
     one of the places where the times pass `ms`.
     """
+    if not ms:
+        return 1
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1
-    while ms and low < high:
+    while low < high:
         middle = (low + high) // 2
         row = db.one("started_up_to", sequence=middle)
         if row is None or row["created_ms"] < ms:

@@ -1,4 +1,4 @@
-"""What both sides of a `Calls` stream agree on."""
+"""The parts of a `Calls` stream that the client and the server share."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, CUT_OFF, rpc_erro
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
-END_REPORT = 0.05  # seconds to wait until grpcio has reported the end of a stream
+END_REPORT = 0.05  # seconds to wait until grpcio reports the end of a stream
 T = TypeVar("T")
 
 
@@ -98,6 +98,7 @@ class _Stream:
         self._is_open = asyncio.Event()
         self.is_over = False
         self._is_closing = False
+        self._is_writing = True
         # Give the tasks a context of their own: the stream outlives the call that opens it.
         context = contextvars.Context()
         self._writing = context.run(asyncio.create_task, self._write(), name="write calls")
@@ -105,17 +106,32 @@ class _Stream:
 
     async def close(self) -> None:
         self._is_closing = True
-        self._writing.cancel()
-        await asyncio.gather(self._writing, return_exceptions=True)
-        if self._is_open.is_set() and not self.is_over:
-            # Let the server end the stream. After a cancellation, grpcio reports the end later. If the event loop is
-            # closed by then, grpcio fails, with a traceback, in another loop.
-            ending = asyncio.ensure_future(self._stream.done_writing())
+        self._end_writing()
+        ending: set[asyncio.Future[None]] = {self._reading, self._writing}
+        await asyncio.wait({self._writing}, timeout=END_REPORT)
+        if self._writing.done() and self._is_open.is_set() and not self.is_over:
+            # Let the server end the stream: this is faster than `_cancel_stream`.
+            ending.add(asyncio.ensure_future(self._stream.done_writing()))
             await asyncio.wait({self._reading}, timeout=END_REPORT)
-            ending.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
+        if not self.is_over:
+            await self._cancel_stream()
+        # Wait for the end of each operation, also of those that grpcio reports after the end of the stream.
+        await asyncio.gather(*ending, return_exceptions=True)
+
+    def _end_writing(self) -> None:
+        """End the task `_write`, but not a write that is under way: its cancellation would cancel the stream."""
+        self._is_writing = False
+        self._has_unsent.set()
+        if not self._is_open.is_set():
+            self._writing.cancel()
+
+    async def _cancel_stream(self) -> None:
+        """Cancel the stream, and keep the event loop running until grpcio has reported the stream's end.
+
+        The report sets no event. If the loop is closed before the report, grpcio prints a traceback in another loop.
+        """
         self._stream.cancel()
-        await asyncio.gather(self._reading, return_exceptions=True)
+        await asyncio.sleep(END_REPORT)
 
     async def call(self, method: str, data: bytes, timeout: float | None) -> bytes:
         """Make a call, and return its encoded answer. Raises AioRpcError, _NotOpened."""
@@ -148,6 +164,8 @@ class _Stream:
         with contextlib.suppress(asyncio.InvalidStateError, grpc.RpcError):  # `_read` gets the reason
             while True:
                 await self._has_unsent.wait()
+                if not self._is_writing:
+                    return
                 frames = take_batch(self._unsent)
                 if not self._unsent:
                     self._has_unsent.clear()
@@ -170,16 +188,12 @@ class _Stream:
                 code = grpc.StatusCode.UNAVAILABLE  # the connection broke while a request was being sent
         except asyncio.CancelledError:
             code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
-            if not self._is_closing:
-                # asyncio.run cancels all tasks before it closes the loop. Keep the loop running until grpcio has
-                # reported the end of the stream, which sets no event. Otherwise grpcio fails, with a traceback, in the
-                # next loop.
-                self._stream.cancel()
-                await asyncio.sleep(END_REPORT)
+            if not self._is_closing:  # asyncio.run cancels all tasks before it closes the loop
+                await self._cancel_stream()
             raise
         finally:
             self.is_over = True
-            self._writing.cancel()
+            self._end_writing()
             calls, self._calls = self._calls, {}
             for answer, _ in calls.values():
                 if not answer.done():

@@ -6,7 +6,7 @@
     none of these, or offline                             offline: rule-based, no network
 
 Each key is sent only to its vendor. OPENAI_API_KEY is also sent to the server that OPENAI_BASE_URL names. An address
-and its key are always passed together, so that no default of a library can send a key to another address.
+and its key are always passed together, so that a library's default address never gets a key.
 """
 
 import re
@@ -92,7 +92,8 @@ def _offline(why: str) -> ModelChoice:
 
 
 def _offline_topics() -> list[str]:
-    from support.offline.web import OfflineWeb  # here: few questions need the topics, and reading pages is slow
+    # Import it here: few questions need the topics, and reading pages is slow.
+    from support.offline.web import OfflineWeb
 
     return OfflineWeb().topics()
 
@@ -121,7 +122,7 @@ def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> Mode
         if key is None:
             raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
         return _at(owner, name, key)
-    # Take a name without a known prefix as OpenAI's: it may be a fine-tuned or a new model.
+    # Treat a name without a known prefix as OpenAI's: it may be a fine-tuned or a new model.
     openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
     key = _key(env, openai.key_variable)
     if key is None:

@@ -38,7 +38,7 @@ class OfflineResearcher(OfflineModel):
 
 
 class _Writer(OfflineModel):
-    """A model without tools that answers the last message's JSON by a rule."""
+    """A model without tools. It answers the JSON in the last message by a rule."""
 
     def __init__(self, rule: Callable[[Mapping[str, Any]], str]) -> None:
         super().__init__()

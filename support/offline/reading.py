@@ -13,7 +13,7 @@ STOPWORDS = frozenset(
     then there these they this to us use used using was we were what when where which who whom whose why will with
     work works would you your explain describe give find show compare compared comparison difference differences
     between versus vs both mean means answer briefly question
-    """.split()  # noqa: SIM905  (a list of a hundred strings would be harder to read)
+    """.split()  # noqa: SIM905 - a list of a hundred strings would be harder to read
 )
 
 # Pairs of an ending and its replacement give all forms of a word one stem. Longer endings come first.
@@ -54,7 +54,8 @@ _QUALIFIER = re.compile(r"^(\S.*?)(\s+(?:in|for|on|at|during)\s+.+)$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(]*[A-Z0-9À-ÞА-Я])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Dr|Mr|Mrs|Ms|Prof|St|No|approx|ca)|\b[A-Z](?:\.[A-Z])*)\.$")
 _LARGE_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d (?:million|billion)")
-_LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")  # refer to another sentence
+# A sentence that begins with one of these words refers to another sentence.
+_LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")
 _QUOTED = re.compile(r'"([^"]+)"\s+\[\d+\]')
 
 
@@ -70,7 +71,7 @@ def stem(word: str) -> str:
         if word.endswith(ending) and len(word) - len(ending) + len(replacement) >= 3:
             word = word[: len(word) - len(ending)] + replacement
             if ending in ("ing", "ings", "ed") and len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":
-                word = word[:-1]  # makes "run" of "runn", the rest of "running"
+                word = word[:-1]  # "runn", which is left of "running", becomes "run"
             return word
     return word
 

@@ -98,7 +98,7 @@ class OfflineWeb:
             title = _title(text) or path.stem.replace("-", " ")
             counts = Counter(words(text))
             for word in words(title):
-                counts[word] += TITLE_WEIGHT - 1  # minus 1, because the text holds the heading
+                counts[word] += TITLE_WEIGHT - 1  # minus 1: the title also counts as a part of the text
             pages.setdefault(url, _Indexed(url, title, text, counts, counts.total()))
         return list(pages.values())
 

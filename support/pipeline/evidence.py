@@ -116,7 +116,7 @@ class PipelineRun:
         return next((worker for worker in self.workers if worker.owns(attempt.worker_id)), None)
 
     def steps_of(self, worker: SeenWorker) -> list[str]:
-        """Return the steps whose recorded outputs came from a worker."""
+        """Return the steps whose recorded outputs came from this worker."""
         return [
             row.node.node_id for row in self.rows if row.worker is worker and row.attempt.outcome is Outcome.COMPLETED
         ]

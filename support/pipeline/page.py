@@ -94,7 +94,7 @@ def _section(run: PipelineRun) -> str:
 
 
 class _Scale:
-    """Convert a time of the execution, in milliseconds, to a percentage of a track's width."""
+    """A scale that converts times of the execution, in milliseconds, to percentages of a track's width."""
 
     def __init__(self, run: PipelineRun) -> None:
         ends = [row.attempt.ended_ms or row.attempt.started_ms for row in run.rows]

@@ -11,7 +11,7 @@ from support.pipeline.effects import Effect
 
 
 def attempts_of_effects(execution: Execution, effects: Sequence[Effect]) -> tuple[Execution, list[Effect]]:
-    """Return the execution with an attempt for each effect in the workers' log, and the effects with their numbers."""
+    """Return the execution with an attempt for each logged effect, and the effects with their attempts' numbers."""
     nodes: list[Node] = []
     numbered: list[Effect] = []
     for step in STEPS:

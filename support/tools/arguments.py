@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_ROUNDS = 5  # a list within a text within a list: each level of text takes one round
+MAX_ROUNDS = 5  # rounds of conversion; a list within a text within a list takes one round for each text
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(?:\.0{1,18})?\s*")
 _DECIMAL = re.compile(r"\s*[+-]?[0-9]{1,15}(?:\.[0-9]{1,15})?\s*")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Server
+from harness import ROOT, Process, Server, running
 
 from durable_autogen.__main__ import build_parser
 
@@ -140,7 +140,7 @@ def build_team():
 
 
 def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
-    one_line, with_result, branches = programs(DURABLE_RUNS)
+    one_line, with_result, branches, _ = programs(DURABLE_RUNS)
     (tmp_path / "program.py").write_text(
         f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
         "async def main():\n"
@@ -182,6 +182,23 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
         assert run.wait() == code, run.output
         assert ("SAID receipt for c-17" in run.output) == (code == 0)
     assert (tmp_path / "charged").read_text() == "c-17"
+
+
+def test_waiting_program_of_durable_runs_continues_after_kill(server: Server, tmp_path: Path) -> None:
+    waiting = programs(DURABLE_RUNS)[-1]
+    (tmp_path / "program.py").write_text(
+        "import asyncio\nfrom durable_autogen import DurableSession\n"
+        f"async def main():\n{textwrap.indent(waiting, '    ')}\n    print('OUTCOME', outcome)\nasyncio.run(main())\n"
+    )
+    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as killed:
+        killed.wait_for("waiting for event 'payment'")
+        killed.kill()
+        assert killed.wait() != 0
+    command = next(one for one in durable_commands() if one[0] == "send")
+    for run in (["-m", "durable_autogen", *command], ["program.py"], ["program.py"]):
+        with running(run, cwd=tmp_path, env=libraries(server)) as process:
+            assert process.wait() == 0, process.output
+    assert "OUTCOME paid 990" in process.output
 
 
 def durable_commands() -> list[list[str]]:

@@ -99,6 +99,19 @@ ENGINE = {
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
     "maintenance": ("client", "store", "report", "options", "location", "errors"),
+    "commands": (
+        "client",
+        "connection",
+        "store",
+        "report",
+        "screen",
+        "options",
+        "location",
+        "records",
+        "jsontext",
+        "clock",
+        "errors",
+    ),
     "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
 }
 

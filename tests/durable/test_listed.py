@@ -16,8 +16,8 @@ from processes import command_line
 
 from durable_autogen import fork_session, list_sessions
 from durable_autogen.record.events import read_record
-from nexum_engine.__main__ import look
 from nexum_engine.client import NexumClient
+from nexum_engine.commands import look
 from nexum_engine.records import Execution
 
 TOKENS = 50  # of one reply of the local server

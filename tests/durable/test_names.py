@@ -31,7 +31,7 @@ from harness import Server
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import DurableSession, fork_session
-from durable_autogen.autogen.session_state import Asker
+from durable_autogen.autogen.session_state import AgentState
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 
@@ -146,9 +146,9 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
         assert "end" in texts(await running)[-1]
 
 
-def replies(*asked: Sequence[tuple[str, str]]) -> Asker:
+def replies(*asked: Sequence[tuple[str, str]]) -> AgentState:
     """Return an agent's state after replies that requested these tool calls. A call is given as its id and name."""
-    found = Asker()
+    found = AgentState()
     for calls in asked:
         content = [FunctionCall(id=id, name=name, arguments="{}") for id, name in calls]
         usage = RequestUsage(prompt_tokens=0, completion_tokens=0)

@@ -245,10 +245,10 @@ async def test_a_late_answer_is_a_deadline_error_and_the_stream_continues(server
 async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: Path) -> None:
     async with engine_server(tmp_path) as first:
         client = NexumClient(first.address)
-        await client.ping()
+        await client.list_executions()
     async with client:
         with pytest.raises(ServerUnavailable):
-            await client.ping()
+            await client.list_executions()
         async with engine_server(tmp_path, port=int(first.address.rpartition(":")[2])):
             await client.ping(patience=SOON)
 
@@ -294,11 +294,22 @@ client = NexumClient(sys.argv[1])
 for _ in range(10):
     asyncio.run(client.ping())
 """
+CLOSED = """
+import asyncio, sys
+from nexum_engine.client import NexumClient
+async def ping():
+    async with NexumClient(sys.argv[1]) as client:
+        await client.list_executions()
+for _ in range(400):
+    asyncio.run(ping())
+"""
 
 
-async def test_a_client_that_is_not_closed_prints_nothing_when_its_event_loops_end(server: EngineServer) -> None:
+@pytest.mark.parametrize("program", [UNCLOSED, CLOSED], ids=["unclosed", "closed"])
+async def test_a_client_prints_nothing_when_its_event_loops_end(server: EngineServer, program: str) -> None:
+    """If grpcio reports the end of an operation to a closed loop, it prints a traceback in the next loop."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", UNCLOSED, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        sys.executable, "-c", program, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
     )
-    _, errors = await asyncio.wait_for(process.communicate(), SOON)
+    _, errors = await asyncio.wait_for(process.communicate(), 3 * SOON)
     assert (process.returncode, errors) == (0, b"")

@@ -13,11 +13,13 @@ from processes import run_script
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused
-from nexum_engine.store import check_database, executions, open_store, tasks
+from nexum_engine.store import check_database, executions, open_store, tasks, waits
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite import SqliteStore
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
+PARENT = '{"nodes": {"s": {"type": "SUBWORKFLOW", "subWorkflowId": "one"}}}'
+WAITS = '{"nodes": {"e": {"type": "EVENT", "event": "go"}, "t": {"type": "TIMER", "delay_seconds": 1000}}}'
 TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "dependencies": ["a"]}}}'
 
 
@@ -30,11 +32,11 @@ async def fill(path: Path) -> SqliteStore:
     await store.run(executions.register_workflow, "two", "v2", TWO_NODES)
 
     async def start(workflow_id: str, key: str) -> str:
-        version = {"one": "v1", "two": "v2"}[workflow_id]
+        version = {"one": "v1", "two": "v2", "parent": "v3", "waits": "v4"}[workflow_id]
         return (await store.run(executions.start_execution, workflow_id, version, "0", key)).execution_id
 
-    async def take() -> str:
-        task = (await store.run(tasks.claim, "worker", ("v1", "v2"), 2**40, 30_000, True)).task
+    async def take(*versions: str) -> str:
+        task = (await store.run(tasks.claim, "worker", versions or ("v1", "v2"), 2**40, 30_000, True)).task
         assert task is not None
         return task.task_id
 
@@ -46,11 +48,17 @@ async def fill(path: Path) -> SqliteStore:
     await start("one", "failed")  # 2
     await store.run(tasks.fail_task, await take(), "no", True)
     await store.run(executions.cancel_execution, await start("two", "cancelled"))  # 3
+    await store.run(executions.register_workflow, "parent", "v3", PARENT)
+    await store.run(executions.register_workflow, "waits", "v4", WAITS)
     await start("one", "held")  # 4: a worker holds its task
     await take()
     await start("two", "waiting")  # 5
     owned = ("one", "v1", "0", "s/1", "owner", 30_000, True)
     await store.run(tasks.start_owned, *owned)  # 6
+    waiting = await start("waits", "waits")  # 7
+    await store.run(waits.send_event, waiting, "go", "0", "")
+    await start("parent", "parent")  # 8, which starts 9
+    await store.run(tasks.complete_task, await take("v3"), '{"subWorkflowId": "one", "childInput": 0}')
     return store
 
 
@@ -76,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> None:
     before = contents(database.parent)
     checked = check_database(database)
-    assert (checked.executions, checked.findings) == (6, ())
+    assert (checked.executions, checked.findings) == (9, ())
     assert contents(database.parent) == before
 
 
@@ -119,6 +127,16 @@ DAMAGES = {
     ),
     "due": ("UPDATE nodes SET due_ms = NULL WHERE node = 5000", "is READY, but is never handed out"),
     "due of a running node": ("UPDATE nodes SET due_ms = NULL WHERE node = 4000", "RUNNING, but its lease never ends"),
+    "due of a timer": ("UPDATE nodes SET due_ms = NULL WHERE node = 7001", "is WAITING, but never ends"),
+    "child_without_parent": (
+        "UPDATE nodes SET status = 'CANCELLED' WHERE node = 8000",
+        "is RUNNING, but the node that started it is CANCELLED",
+    ),
+    "parent_without_children": (
+        "UPDATE executions SET parent_node = NULL WHERE sequence = 9",
+        "waits for executions that it started, but none is RUNNING",
+    ),
+    "used_event": ("UPDATE events SET node = 7001", "event go of execution exec-7-"),
     "newest_attempt": (
         "UPDATE nodes SET outcome = 'FAILED' WHERE node = 4000",
         "is RUNNING, but its newest attempt is FAILED",
@@ -231,7 +249,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
     await store.close()
     before = contents(copies)
     assert len(before["nexum.db-wal"]) > 4096
-    assert check_database(copies / "nexum.db").executions == 6
+    assert check_database(copies / "nexum.db").executions == 9
     assert contents(copies) == before
 
     older = copies / "older.db"

@@ -199,7 +199,9 @@ def test_ps_reports_an_empty_database(tmp_path: Path, server: Server) -> None:
     assert nexum(tmp_path, "ps", "--json", "--nexum", server.address) == (0, "[]")
 
 
-@pytest.mark.parametrize("command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"]], ids=lambda one: one[0])
+@pytest.mark.parametrize(
+    "command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"], ["retry", "exec-1"]], ids=lambda one: one[0]
+)
 def test_look_without_server_and_database_fails_and_creates_none(tmp_path: Path, command: list[str]) -> None:
     code, output = nexum(tmp_path, *command)
     assert code == 1

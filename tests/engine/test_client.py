@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from engine_server import EngineServer, engine_server, is_full
+from harness import nexum_server
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import ServerNotReady
+from nexum_engine.errors import ServerNotReady, TooLarge
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store import executions
 from nexum_engine.workflow import workflow
@@ -43,3 +45,23 @@ async def test_client_caps_the_wait_that_it_requests(server: EngineServer, monke
         started = await client.start_execution(ONE, {})
         observed = await asyncio.wait_for(client.get_execution(started.execution_id, wait=2 * SOON), SOON)
     assert observed.execution.status is ExecutionStatus.RUNNING
+
+
+async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:
+    texts = {"a": "é" * 2_200_000, "b": "short"}
+    large = workflow("large").effect("a", depends_on=()).effect("b", depends_on=()).build()
+    with nexum_server(tmp_path) as server:
+        async with NexumClient(server.address) as client:
+            await client.register_workflow(large)
+            with pytest.raises(TooLarge, match="start a worker with a larger limit"):
+                await client.start_execution(large, texts, idempotency_key="k")
+            assert await client.poll_task("w", [large.version_hash], wait=0) is None
+            started = await client.start_execution(large, texts, idempotency_key="k")
+            for _ in texts:
+                task = await client.poll_task("w", [large.version_hash], wait=SOON)
+                assert task is not None
+                await client.complete_task(task.task_id, json.dumps(texts[task.node_id], ensure_ascii=False))
+            execution = (await client.get_execution(started.execution_id)).execution
+    assert json.loads(execution.input_json) == texts
+    assert {name: json.loads(output) for name, output in execution.outputs().items()} == texts
+    assert {node.output_bytes for node in execution.nodes} == {execution.input_bytes} == {0}

@@ -18,8 +18,8 @@ from harness import ROOT, Process, logged, running
 from processes import command_line
 
 from nexum_engine import in_process
-from nexum_engine.__main__ import look
 from nexum_engine.client import NexumClient
+from nexum_engine.commands import look
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import ServerNotReady
 from nexum_engine.owner import Owner

@@ -19,7 +19,7 @@ from harness import ROOT, Server, running
 from published_protocol import PUBLISHED_RPCS, published
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import ExecutionNotFound
+from nexum_engine.errors import ExecutionNotFound, ServerError
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import Binding, TaskContext, Worker
@@ -135,6 +135,18 @@ async def test_parallel_calls_fall_back_and_log_one_line(old: Proxy, caplog: pyt
         with pytest.raises(ExecutionNotFound):
             await client.get_execution("exec-nowhere")
     assert caplog.text.count("has no GetExecution") == 1
+
+
+async def test_what_published_server_lacks_is_named(old: Proxy) -> None:
+    async with NexumClient(old.address) as client:
+        await client.register_workflow(CHAIN)
+        started = await client.start_execution(CHAIN, {}, attributes={"customer": "c-17"})
+        assert [one.execution_id for one in await client.list_executions(group_sessions=True)] == [started.execution_id]
+        for filters in ({"attributes": {"customer": "c-17"}}, {"since_ms": 1}, {"until_ms": 2**50}):
+            with pytest.raises(ServerError, match="is a published one: it can't select by time or attributes"):
+                await client.list_executions(**filters)
+        with pytest.raises(ServerError, match="is a published one: it can't retry executions"):
+            await client.retry_execution(started.execution_id)
 
 
 async def test_fallback_waits_no_longer_than_requested(old: Proxy) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="nexum-py 0.2
 SDK = "nexum-py==0.2.0"
 
 PROGRAM = '''
-"""The SDK's own example: a workflow, a client, and a worker that runs until the execution is complete."""
+"""The SDK's own example, with each node type that it knows: a client, and a worker that runs to the end."""
 import asyncio, json, sys
 from pydantic import BaseModel
 from nexum.builder import workflow
@@ -48,10 +48,17 @@ FOUR = (
     .effect("report", Text, then("report", "research", "summarize"))
     .build()
 )
+TIMED = (
+    workflow("sdk-timed")
+    .effect("research", Text, first)
+    .timer("pause", 1)
+    .effect("report", Text, then("report", "research"))
+    .build()
+)
 host, port = sys.argv[1].split(":")
 client = NexumClient(host=host, port=int(port))
 said = {}
-for built in (ONE, FOUR):
+for built in (ONE, FOUR, TIMED):
     compatibility = [client.register_workflow(built) for _ in range(2)]
     execution_id = client.start_execution(built.workflow_id, {"topic": "Tokyo"}, built.version_hash)
     outputs = asyncio.run(Worker([built], host=host, port=int(port)).run_until_complete(execution_id, timeout=30))
@@ -105,11 +112,14 @@ def run(python: Path, program: str, server: Server, folder: Path) -> object:
 
 
 @pytest.mark.timeout(700)
-def test_published_client_and_worker_run_two_workflows(sdk_python: Path, server: Server, tmp_path: Path) -> None:
+def test_published_client_and_worker_run_their_workflows(sdk_python: Path, server: Server, tmp_path: Path) -> None:
     said = run(sdk_python, PROGRAM, server, tmp_path)
     assert isinstance(said, dict)
     one_id, one_compatibility, one_outputs, one_status = said["sdk-one"]
     four_id, four_compatibility, four_outputs, four_status = said["sdk-four"]
+    timed_id, _, timed_outputs, timed_status = said["sdk-timed"]
+    assert (timed_status, timed_outputs["pause"]["delay_seconds"]) == ("COMPLETED", 1)
+    assert timed_outputs["report"] == {"text": "report(about Tokyo)"}
     assert [one_compatibility, four_compatibility] == [["NEW", "IDENTICAL"]] * 2
     assert [one_status, four_status] == ["COMPLETED", "COMPLETED"]
     assert one_outputs == {"research": {"text": "about Tokyo"}}
@@ -120,6 +130,9 @@ def test_published_client_and_worker_run_two_workflows(sdk_python: Path, server:
         "report": {"text": "report(about Tokyo, summarize(validate(about Tokyo)))"},
     }
     with connected(server.address) as stub:
+        timed = record(stub, timed_id)
+        assert timed.ended_ms - timed.created_ms >= 1000
+        assert [node.node_type for node in timed.nodes] == ["EFFECT", "TIMER", "EFFECT"]
         for execution_id in (one_id, four_id):
             for node in record(stub, execution_id).nodes:
                 assert [(a.attempt, a.outcome) for a in node.attempts] == [(1, "COMPLETED")]

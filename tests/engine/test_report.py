@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nexum_engine import report
-from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome, SessionSummary
 
 pytestmark = pytest.mark.every_python
 
@@ -48,8 +48,37 @@ EXECUTION = Execution(
 
 
 def test_output_with_long_names_fits_80_columns() -> None:
-    lines = f"{report.details(EXECUTION)}\n{report.table([EXECUTION], START + 5000)}".split("\n")
+    long = replace(EXECUTION, attributes={"a" * 64: "b" * 200}, session=SessionSummary("s" * 64, 5, False, LONG, 3, 50))
+    changes = "\n".join(report.changes(EXECUTION))
+    texts = (report.details(long), report.table([EXECUTION, long], START + 5000), changes)
+    lines = "\n".join(texts).split("\n")
     assert [line for line in lines if len(line) > report.WIDTH] == []
+
+
+def session_rows(status: ExecutionStatus, *, is_running: bool, question: str = "Why?", calls: int = 3) -> list[str]:
+    summary = SessionSummary("s1", 1234, is_running, question, calls, 5000 * calls)
+    return report.table([replace(EXECUTION, status=status, session=summary)], START + 5000).splitlines()[1:]
+
+
+def test_session_is_a_row_with_its_question_and_counts() -> None:
+    rows = session_rows(ExecutionStatus.COMPLETED, is_running=False)
+    assert rows[0].split() == ["session", "s1", "COMPLETED", "5", "s", "ago", f"{'w' * 14}..."]
+    assert rows[1:] == ["    Why?", "    3 call(s), 15,000 token(s), 1,234 event(s)"]
+    assert session_rows(ExecutionStatus.RUNNING, is_running=True)[0].split()[2] == "RUNNING"
+    assert session_rows(ExecutionStatus.RUNNING, is_running=False)[0].split()[2] == "interrupted"
+    # A session of an earlier version has no summary.
+    assert session_rows(ExecutionStatus.FAILED, is_running=False, question="", calls=0)[1:] == ["    1,234 event(s)"]
+
+
+def test_changes_only_grow_while_execution_runs() -> None:
+    before = report.changes(replace(EXECUTION, status=ExecutionStatus.RUNNING, nodes=EXECUTION.nodes[1:]))
+    done = replace(EXECUTION.nodes[2], attempts=(Attempt(1, "w1", START, START + 10, Outcome.COMPLETED, ""),))
+    after = report.changes(replace(EXECUTION, nodes=(EXECUTION.nodes[1], done, EXECUTION.nodes[3])))
+    assert set(before) < set(after)
+    assert set(after) - set(before) == {
+        "now attempt 1 COMPLETED after 0.01 s",
+        f"{EXECUTION.execution_id} is FAILED",
+    }
 
 
 def test_show_prints_workers_times_and_errors() -> None:

@@ -1,7 +1,7 @@
 """Make durable calls of each kind, and print the counts of one call: `counted_calls.py ADDRESS FOLDER ROUNDS CALLS`.
 
-The calls are made one after the other, in rounds. A count is the least of all rounds, because a busy machine adds to
-some of them, for instance when a poll's wait runs out. The output is one line of JSON.
+The calls are made one after the other, in rounds. A count is the lowest one of all rounds: on a busy machine, some
+rounds do additional work, for instance when a poll's wait runs out. The output is one line of JSON.
 
 The folder has the counts of all processes (`counted.py`), the server's database, and strace's list of the server's
 fsyncs, if strace runs.
@@ -27,7 +27,7 @@ from submit_task import Session
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 
 REST = 0.03  # seconds without a new count, after which all processes are idle
-PATIENCE = 2.0  # seconds to wait for that
+PATIENCE = 2.0  # seconds to wait until all processes are idle
 LOOP = ("loop turns", "loop callbacks")
 
 Call = Callable[[], Awaitable[object]]
@@ -42,14 +42,14 @@ class Watch:
         self._fsyncs = folder / "server.fsyncs"
 
     async def cost(self, call: Call, calls: int) -> dict[str, float]:
-        """Make the calls one after the other; return what one of them cost, by the name of the count."""
+        """Make the calls one after the other; return the counts of one call, by name."""
         before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()
-        own = self._read_own()  # now, because waiting takes turns of the loop
+        own = self._read_own()  # before the wait, which itself takes turns of the loop
         after = await self._when_idle() | own
         if after["number of the log"] != before["number of the log"]:
-            del after["WAL pages"]  # the log began again after a checkpoint
+            del after["WAL pages"]  # don't count the pages: a checkpoint has restarted the log
         del after["number of the log"]
         return {name: (after[name] - before[name]) / calls for name in after}
 
@@ -129,7 +129,7 @@ async def main(address: str, folder: str, rounds: int, calls: int) -> None:
 
 
 async def _least(watch: Watch, call: Call, rounds: int, calls: int) -> dict[str, float]:
-    for _ in range(calls):  # the first calls cost more: connections, registrations, imports
+    for _ in range(calls):  # not counted: the first calls connect, register and import
         await call()
     costs = [await watch.cost(call, calls) for _ in range(rounds)]
     names = dict.fromkeys(name for cost in costs for name in cost)

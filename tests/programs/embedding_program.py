@@ -21,7 +21,7 @@ from nexum_engine.workflow import workflow
 from submit_task import submit_tool_call
 from support.session_file import SessionFile
 
-SOON = 20.0  # seconds after which a child hangs
+SOON = 20.0  # a child that runs for more seconds than this hangs
 OWNED = workflow("owned").effect("a").build()
 
 

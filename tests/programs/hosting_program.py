@@ -30,10 +30,15 @@ async def owner() -> AsyncIterator[Owner]:
         yield owner
 
 
+def say(line: str) -> None:
+    """Print a line by one write, so that lines of several threads don't mix."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 async def record(owner: Owner, key: str) -> None:
     await owner.record(EVENT, {"key": key}, {"size": "y" * 1000}, idempotency_key=key)
-    sys.stdout.write(f"RECORDED {key}\n")
-    sys.stdout.flush()
+    say(f"RECORDED {key}")
 
 
 def is_open(gate: str) -> bool:
@@ -49,7 +54,7 @@ async def events(name: str, count: int, gate: str = "") -> None:
             number += 1
             await record(found, f"{name}-{number}")
             await asyncio.sleep(0.001)
-    print("ENDED", flush=True)
+    say("ENDED")
 
 
 def several(name: str, count: str, gate: str = "") -> None:
@@ -68,7 +73,7 @@ def threads(name: str) -> None:
     """Record in three event loops of three threads, and in two tasks of the first loop, at the same time."""
 
     async def two() -> None:
-        async with EmbeddedNexum(None):  # so that the server doesn't end between the other blocks
+        async with EmbeddedNexum(None):  # keeps the server running between the other blocks
             others = [threading.Thread(target=several, args=(f"{name}-{number}", "20")) for number in (1, 2)]
             for other in others:
                 other.start()
@@ -98,7 +103,7 @@ async def own(key: str) -> None:
 
 
 def forks(name: str) -> None:
-    """Fork while a thread has the database open. The child records, and ends with the interpreter's whole shutdown."""
+    """Fork while a thread has the database open. The child records, and ends as a script ends."""
     opened, forked = threading.Event(), threading.Event()
 
     async def parent() -> None:
@@ -149,7 +154,7 @@ def forked_without_a_server(name: str) -> None:
 
 
 def main_ends(name: str) -> None:
-    """Record in a thread that runs on after the main thread's end."""
+    """Record in a thread that continues after the main thread's end."""
 
     begun = threading.Event()
 
@@ -189,7 +194,7 @@ def ends(how: str) -> None:
 
     if how == "unclosed":
         loop = asyncio.new_event_loop()
-        loop.set_exception_handler(lambda *_: None)  # the program's own pending tasks
+        loop.set_exception_handler(lambda *_: None)  # report no pending tasks of the program
         kept = loop.run_until_complete(leave_open())
         loop.close()
         del kept

@@ -51,17 +51,22 @@ def test_team_continues_after_a_crash(tmp_path: Path, address: str) -> None:
     ]
 
 
-def test_ctrl_c_ends_a_team_at_once_and_the_next_run_continues(tmp_path: Path, server: Server) -> None:
-    with running([DEMO, "--offline", "--nexum", server.address, "--team", QUESTION], cwd=tmp_path) as process:
+def test_ctrl_c_ends_a_team_at_once_and_names_the_session_that_continues(tmp_path: Path, server: Server) -> None:
+    command = [DEMO, "--offline", "--nexum", server.address, "--team", "--new-session", QUESTION]
+    with running(command, cwd=tmp_path) as process:
         process.wait_for("Submitted")  # without a worker, the call would wait for ever
         begun = time.monotonic()
         process.interrupt()
         assert process.wait() == 130
         assert time.monotonic() - begun < 4
-        assert process.lines[-1] == "interrupted; the same command continues from what is recorded"
+        hint = re.fullmatch(
+            r"interrupted; (--session-id \w+) instead of --new-session continues from what is recorded",
+            process.lines[-1],
+        )
+        assert hint
         assert "Traceback" not in process.output
     with tool_worker(tmp_path, server.address):
-        code, output = ask(tmp_path, server.address, "--team", QUESTION)
+        code, output = ask(tmp_path, server.address, "--team", *hint[1].split(), QUESTION)
     assert code == 0
     assert "reply 1 of first_researcher: replayed" in output
 

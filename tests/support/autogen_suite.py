@@ -1,7 +1,8 @@
 """A pytest plugin that runs each asynchronous test inside its own durable session (`-p autogen_suite`).
 
-The variable SESSIONS is the prefix of the sessions' ids, NEXUM_ADDRESS the server's address. Without SESSIONS the tests
-run without sessions. The last line of output is the number of live calls that reached AutoGen's replay client.
+The variable SESSIONS holds the prefix of the sessions' ids, and NEXUM_ADDRESS holds the server's address. Without
+SESSIONS the tests run without sessions. The last line of output is the number of live calls that reached AutoGen's
+replay client.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a program and count its work, in a file that other processes can read meanwhile.
+"""Run a program and count its work. The counts are in a file that other processes can read at any time.
 
 python tests/support/counted.py FILE -m nexum_engine --listen ...
 python tests/support/counted.py FILE worker.py ...
@@ -40,7 +40,7 @@ class Counts:
 
 def count_in_this_process(counts: Counts) -> None:
     """Count what this process does from now on: the turns and callbacks of its event loops, SQL, and fsyncs."""
-    # uvloop's turns can't be counted, so make its import fail: the process then uses asyncio's loop.
+    # Make the import of uvloop fail, because its turns can't be counted. The process then uses asyncio's loop.
     sys.modules["uvloop"] = None  # type: ignore[assignment]
 
     def counted(function: Callable[..., Any], name: str) -> Callable[..., Any]:

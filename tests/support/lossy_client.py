@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 class LossyClient(NexumClient):
-    """A client that loses the first answer to a request of type `kind`. An answer without a task doesn't count."""
+    """A client that loses the first answer to a request of type `kind`. It never loses an answer without a task."""
 
     def __init__(self, address: str, kind: type[Message]) -> None:
         super().__init__(address)

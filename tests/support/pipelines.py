@@ -14,8 +14,8 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from harness import ROOT
 from processes import command_line, is_alive, run_script
 
-from nexum_engine.__main__ import look
 from nexum_engine.client import NexumClient
+from nexum_engine.commands import look
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
 from nexum_engine.worker import TaskContext
 from pipeline_workflow import OFFLINE_PIPELINE, STEPS, PipelineInput

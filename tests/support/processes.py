@@ -18,7 +18,8 @@ from typing import Any
 
 from harness import ROOT, Process, environment, running
 
-from nexum_engine.__main__ import build_parser, look
+from nexum_engine.__main__ import build_parser
+from nexum_engine.commands import look
 from nexum_engine.connection import DEFAULT_ADDRESS
 
 DEMO = str(ROOT / "demo.py")

@@ -81,9 +81,12 @@ PUBLISHED_RPCS = {
 
 
 def published(message: Message) -> Message:
-    """Return the message without this project's additions."""
-    for field, _ in message.ListFields():
+    """Return the message without this project's additions, also in the messages that it has a list of."""
+    for field, value in message.ListFields():
         if field.number >= FIRST_ADDED_NUMBER:
             message.ClearField(field.name)
+        elif field.message_type is not None:
+            for one in value:
+                published(one)
     message.DiscardUnknownFields()
     return message

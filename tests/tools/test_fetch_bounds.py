@@ -35,8 +35,8 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n"
 )
 def test_a_server_that_drips_ends_at_the_deadline(server: LoopbackServer, answer: Any) -> None:
     server.answers["/"] = answer
-    with pytest.raises(WebError, match=r"longer than 0\.4 s"):
-        fetcher(deadline=0.4).fetch(f"http://public.test:{server.port}/")
+    with pytest.raises(WebError, match=r"longer than 1 s"):
+        fetcher(deadline=1.0).fetch(f"http://public.test:{server.port}/")
     assert server.connections == 1
 
 

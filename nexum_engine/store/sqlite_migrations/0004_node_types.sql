@@ -2,8 +2,7 @@
 -- Executions that a node started: by a SUBWORKFLOW node, or one for each item of a MAP node.
 -- Events that were sent to an execution.
 
--- Deferred: pruning deletes a parent and the executions that it started in one transaction.
-ALTER TABLE executions ADD COLUMN parent_node INTEGER REFERENCES nodes (node) DEFERRABLE INITIALLY DEFERRED;
+ALTER TABLE executions ADD COLUMN parent_node INTEGER REFERENCES nodes (node);
 ALTER TABLE executions ADD COLUMN child_index INTEGER;      -- the item's number, if the parent is a MAP node
 CREATE INDEX children ON executions (parent_node, sequence) WHERE parent_node IS NOT NULL;
 CREATE INDEX running_children ON executions (parent_node) WHERE parent_node IS NOT NULL AND status = 'RUNNING';

@@ -38,7 +38,7 @@ class Page:
     body: bytes
     truncated: bool = False  # the body is longer than the limit
 
-    # Allow any bytes in JSON, in which a page is passed to the process that converts it.
+    # Write the body as base64 in JSON: a page is passed as JSON to the process that converts it.
     __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 

@@ -72,12 +72,13 @@ def decoded(body: bytes, content_type: str) -> str:
         return decode(body, encoding)
     text = decode(body, "utf-8")
     undecodable = text.count("\ufffd")
-    # `len(body) - len(text)` counts the further bytes of UTF-8 sequences. Text with more errors is not UTF-8.
+    # `len(body) - len(text)` counts the continuation bytes of valid UTF-8 sequences. If a text has more errors than
+    # such bytes, it is not UTF-8.
     return text if undecodable <= len(body) - len(text) else decode(body, "windows-1252")
 
 
 def _utf_16(body: bytes) -> str:
-    """Return the byte order of UTF-16 text in Latin letters. Raises ValueError for other data with NUL bytes."""
+    """Return the UTF-16 encoding of Latin text. Raises ValueError for other data with NUL bytes."""
     head = body[:_DECLARED_WITHIN]
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) > 0 or max(even, odd) * 4 < len(head):
@@ -95,7 +96,7 @@ def _declared(body: bytes, kind: Kind | None) -> str | None:
             case None:
                 continue
             case "utf-16le" | "utf-16be":
-                return "utf-8"  # the declaration was read as single bytes, so it can't be true
+                return "utf-8"  # the declaration could be read as single bytes, so the text is not UTF-16
             case "x-user-defined":
                 return "windows-1252"
             case encoding:

@@ -20,7 +20,7 @@ from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 
-MAX_CHILDREN = max(4, os.cpu_count() or 1)  # four, so that a few slow pages don't keep others waiting
+MAX_CHILDREN = max(4, os.cpu_count() or 1)  # at least four, so that a few slow pages don't keep others waiting
 # Seconds. The largest page that is read takes 2 to 7. Tens of thousands of nested elements may take longer, because the
 # parser walks up the open elements at each tag.
 CONVERSION_LIMIT = 30.0

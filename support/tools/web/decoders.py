@@ -70,7 +70,7 @@ def _text(unit: str, name: str) -> str:
 
 
 def _from_python(unit: bytes, name: str) -> str:
-    """Return the text of a unit by Python's decoders, or "" if they have none."""
+    """Return the text of a unit by Python's decoders, or "" if they can't decode the unit."""
     if name == "euc-jp" and len(unit) == 2:
         unit, name = _shift_jis(*unit), "shift_jis"
     decoders = [webencodings.lookup(name).codec_info, *([codecs.lookup("cp950")] if name == "big5" else [])]
@@ -79,7 +79,7 @@ def _from_python(unit: bytes, name: str) -> str:
             return str(decoder.decode(unit, "strict")[0])
         except UnicodeDecodeError:
             continue
-    # Where the code pages of Windows have nothing, the standard has control characters.
+    # Windows code pages leave some bytes undefined. The standard decodes those bytes as control characters.
     return unit.decode("latin-1") if name.startswith("windows-") and unit < b"\xa0" else ""
 
 
@@ -106,7 +106,7 @@ def _iso_2022_jp(characters: str) -> str:
     text: list[str] = []
     for index, (escape, part) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
         if index > 1 and parts[2 * index - 1] == "":
-            text.append(_ERROR)  # an escape sequence after another one, without a character between them
+            text.append(_ERROR)  # no character stands between this escape sequence and the one before it
         if escape == _KATAKANA:
             text.append(part.translate(_IN_KATAKANA))
         elif escape == _ASCII:
@@ -123,7 +123,7 @@ def _text_of_pair(pair: re.Match[str]) -> str:
 
 
 def _runs(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each unit with its character. A run such as "a1f2⊕⊙" has a unit, and the characters from that unit on."""
+    """Yield each unit with its character. The run "a1f2⊕⊙" gives ⊕ to the unit a1f2, and ⊙ to the next unit."""
     for run in text.split(" "):
         characters = run.lstrip("0123456789abcdef")
         unit = bytes.fromhex(run.removesuffix(characters))

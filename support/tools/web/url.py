@@ -9,7 +9,7 @@ from pydantic import HttpUrl, TypeAdapter, ValidationError
 from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 
-_AROUND = ' \t\r\n<>"`'  # what models put around an address; no address begins or ends with these
+_AROUND = ' \t\r\n<>"`'  # characters that models put around an address; no address begins or ends with them
 _HOST_AT_START = re.compile(r"[\w-]+(?:\.[\w-]+)*\.[^\W\d_]{2,}\.?(?::\d+)?(?:[/?#]|$)")
 _HTTP_URL = TypeAdapter(HttpUrl)
 

@@ -1,4 +1,4 @@
-"""Read attributes of HTML elements: numbers, the marks of a list's items, the language of a code block."""
+"""Read attributes of HTML elements, such as numbers, the marks of list items, and the language of a code block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.tools.web.html.style import Style
 if TYPE_CHECKING:
     from support.tools.web.html.tree import Element
 
-MAX_CLASSES = 20  # an element with more classes is read as if it had the first ones only
+MAX_CLASSES = 20  # further classes of an element are ignored
 
 _NUMBER = re.compile(r"[ \t\n\f\r]{0,9}([+-]?[0-9]{1,9})(?![0-9])")  # at most nine digits, as in browsers
 _LANGUAGE = re.compile(r"(?:language|lang|highlight-source|highlight-text|highlight|src|brush:?)-?([a-z0-9+#.-]{1,30})")

@@ -40,7 +40,7 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 def is_unseen(element: Element, name: str, style: Style) -> bool:
     if name == "template" and "shadowrootmode" in element.attrs:
-        return False  # browsers show the template's content in place of its parent's content
+        return False  # browsers show this template's content instead of the other content of its parent
     if name in UNSEEN or name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
         return True
     if name == "dialog" and "open" not in element.attrs:

@@ -86,7 +86,7 @@ def mark_of(element: Element, name: str, style: Style, absolute: Callable[[str],
 
 
 def marked(place: Place, mark: Mark | None) -> Place:
-    """Return the place within an inline element with this mark, or the place itself if the mark is too much."""
+    """Return the place within an inline element with this mark. Drop a repeated mark, and any above MAX_MARKS."""
     if mark is None or len(place.marks) >= MAX_MARKS:
         return place
     if mark.name not in NESTING and any(other.name == mark.name for other in place.marks):

@@ -335,7 +335,7 @@ class SeenPage:
     def _add_within_code(self, element: Element, name: str, style: Style, place: Place) -> None:
         assert self._code is not None
         if name in ("button", "select", "input"):
-            self._controls.append((element, place.sight))  # for example "Copy", which is not part of the code
+            self._controls.append((element, place.sight))  # a control, such as a button "Copy", is not part of the code
             return
         if name in ("br", "img"):
             self._add_text("\n" if name == "br" else _alt(element), place)

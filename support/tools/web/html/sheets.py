@@ -19,13 +19,16 @@ MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no
 MAX_NESTING = 4  # levels of rules within rules, such as `@media`
 MAX_CHECKS = 500_000  # comparisons of an element with a rule; after that, elements get no rules
 
-# Scripts and animations fade content in, so an opacity of 0 in a sheet is left out. So are sizes of boxes.
+# The properties of a sheet that may hide an element. An opacity of 0 and the sizes of boxes are left out: scripts and
+# animations use both to show content later.
 _PROPERTIES = names(
     "display visibility content-visibility font font-size text-indent position left top right bottom inset clip"
     " clip-path"
 )
-_SHOWN = {"visibility": "visible", "font-size": "medium", "text-indent": "0"}  # taken if an inherited value is unknown
-_UNTOUCHED = names("active focus focus-visible focus-within hover target")  # these states need a person's input
+# The values to assume if an inherited value is unknown.
+_SHOWN = {"visibility": "visible", "font-size": "medium", "text-indent": "0"}
+# Pseudo-classes of states that need a person's input.
+_UNTOUCHED = names("active focus focus-visible focus-within hover target")
 _DRAWN = names("after before first-letter first-line")  # pseudo-elements that may be written with one colon
 _GROUPS = names("container layer media scope starting-style supports")
 _COMBINATORS = (">", "+", "~")
@@ -79,7 +82,7 @@ class Sheets:
         return {**normal, **inline, **important} if normal or important else inline
 
     def _cascade(self, name: str, id_: str, classes: frozenset[str]) -> tuple[Style, Style]:
-        """Return the values that certainly apply to the element, and those of them that are `!important`."""
+        """Return two styles: all values that certainly apply to the element, and only the `!important` ones."""
         keys = ("", name, f"#{id_}", *(f".{one}" for one in classes))
         candidates = [entry for key in keys for entry in self._rules.get(key, ())]
         self._checks += len(candidates)
@@ -157,7 +160,7 @@ def _selector(tokens: list[Any]) -> _Selector | None:
         token = tokens.pop()
         mark = tokens[-1] if tokens and tokens[-1] in (".", ":") else ""
         if token.type == "whitespace" or token in _COMBINATORS:
-            exact = False  # what precedes is about other elements
+            exact = False  # the rest of the selector is about other elements
             break
         if mark == ":" and token.type in ("ident", "function"):
             pseudo = token.lower_value if token.type == "ident" else token.lower_name

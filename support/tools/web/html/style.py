@@ -45,7 +45,7 @@ class Sight:
 
 
 def parse_style(text: str) -> Style:
-    """Return the declarations of a `style` attribute by property. The last one counts, unless one is `!important`."""
+    """Return the declarations of a `style` attribute by property. `!important` ones win, then the last one."""
     plain = "".join(part.partition("*/")[2] if index else part for index, part in enumerate(text.split("/*")))
     style: Style = {}
     important: set[str] = set()
@@ -64,7 +64,7 @@ def parse_style(text: str) -> Style:
 
 
 def hides_all(style: Style) -> bool:
-    """Return whether the style hides everything within the element, whatever the children's styles are."""
+    """Return whether the style hides everything within the element, even children with a style of their own."""
     if style.get("display") == "none" or style.get("content-visibility") == "hidden":
         return True
     opacity = style.get("opacity")

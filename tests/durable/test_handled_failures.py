@@ -1,4 +1,4 @@
-"""Survived failures, and how failures are recorded."""
+"""How failures are recorded, and which of them a later run keeps."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import datetime
 
 LOG = logging.getLogger("durable_autogen")
 
@@ -31,3 +32,8 @@ def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception]
     logger = logging.Logger(LOG.name, logging.INFO)
     logger.addHandler(_Teller(tell, on_failure))
     return logger
+
+
+def at_time(ms: int) -> str:
+    """Return a time, in milliseconds since 1970, as text in local time."""
+    return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,130 @@
+"""Events that are sent to a session from outside, and kept on the server until the session waits for them.
+
+In a session, the sent events of one name have the numbers 1, 2, 3, ... Each is an execution with one EVENT node. Its
+key is made of session, name and number. The sender starts it, or the session that waits, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from contextlib import suppress
+
+from pydantic import BaseModel, ConfigDict
+
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, check_session_id
+from nexum_engine import jsontext
+from nexum_engine.client import NexumClient, Started
+from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, WorkflowNotFound
+from nexum_engine.records import ExecutionStatus
+from nexum_engine.workflow import workflow
+
+MAX_EVENT_BYTES = 1024 * 1024
+"""The size limit of a payload as JSON text, in bytes of UTF-8."""
+
+_EVENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
+
+
+class SentEventInput(BaseModel):
+    """The input of a sent event's execution."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    name: str
+    number: int
+
+
+SENT_EVENT = workflow("agent-sent-event", input=SentEventInput).event("event", "event").build()
+
+
+def check_event_name(name: str) -> str:
+    """Return the name of a sent event. Raises InvalidRequest if it isn't valid."""
+    if not _EVENT_NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} is not an event's name: use up to 100 letters, digits, and - _ . : beginning with a letter or "
+            "digit"
+        )
+    return name
+
+
+async def expect(client: NexumClient, session: str, name: str, number: int, *, patience: float) -> Started:
+    """Start or find the execution of a sent event. It completes when the event is sent."""
+    input = SentEventInput(session=session, name=name, number=number)
+
+    async def start() -> Started:
+        key = f"{session}/{name}/{number}"
+        return await client.start_execution(SENT_EVENT, input, idempotency_key=key, patience=patience)
+
+    try:
+        return await start()
+    except WorkflowNotFound:
+        await client.register_workflow(SENT_EVENT, patience=patience)
+        return await start()
+
+
+async def send(
+    client: NexumClient,
+    session: str,
+    name: str,
+    payload: object = None,
+    *,
+    idempotency_key: str = "",
+) -> None:
+    """Send an event to a session: its next wait for an event of this name receives the payload.
+
+    With `idempotency_key`, a second event of this name with this key changes nothing. Raises InvalidRequest for a wrong
+    name or payload, and IdempotencyConflict if the key was used with another payload.
+    """
+    check_session_id(session)
+    check_event_name(name)
+    jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
+    number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
+    # A key of its own lets the client retry the call if the server's answer is lost.
+    key = idempotency_key or uuid.uuid4().hex
+    while True:
+        expected = await expect(client, session, name, number, patience=SERVER_PATIENCE)
+        try:
+            await client.send_event(
+                expected.execution_id, "event", payload, idempotency_key=key, patience=SERVER_PATIENCE
+            )
+        except IdempotencyConflict:
+            raise
+        except Conflict:
+            # The execution has ended. If it was still running above, look again: it may have been cancelled.
+            number += expected.status is ExecutionStatus.COMPLETED
+        else:
+            return
+
+
+async def cancel_expected(client: NexumClient, session: str) -> None:
+    """Cancel the executions of events that were not sent: the server never prunes a session with a running execution.
+
+    An event that is sent later starts its execution again.
+    """
+    while running := await client.list_executions(
+        workflow_id=SENT_EVENT.workflow_id,
+        status=ExecutionStatus.RUNNING.value,
+        key_prefix=f"{session}/",
+        limit=PAGE,
+        patience=SERVER_PATIENCE,
+    ):
+        for execution in running:
+            with suppress(Conflict):  # the event was sent in the meantime
+                await client.cancel_execution(execution.execution_id)
+
+
+async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
+    """Return the number of the oldest or newest sent event on the server; 1 if there is none."""
+    number, before = 1, ""
+    while page := await client.list_executions(
+        workflow_id=SENT_EVENT.workflow_id,
+        key_prefix=f"{session}/{name}/",
+        before=before,
+        limit=PAGE if is_oldest else 1,
+        patience=SERVER_PATIENCE,
+    ):
+        number, before = int(page[-1].idempotency_key.rpartition("/")[2]), page[-1].execution_id
+        if not is_oldest:
+            break
+    return number

@@ -1,0 +1,170 @@
+"""Durable waits: sleeps, and waits for events that are sent to the session.
+
+A wait is recorded by two events. The first one (WAIT) is recorded before the wait, and holds the time at which the wait
+ends at the latest: a crash doesn't extend it. The second one (SLEEP or EVENT) is recorded at the end, so that a replay
+lets the program continue in the recorded order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from durable_autogen.record.events import (
+    Call,
+    Kind,
+    Mark,
+    Received,
+    TimedOut,
+    Waiting,
+    decoded,
+    encoded,
+    end_of_wait,
+    name_of,
+    representable,
+)
+from durable_autogen.record.log import at_time
+from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
+from nexum_engine import jsontext
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
+from nexum_engine.owner import PATIENCE
+from nexum_engine.records import ExecutionStatus
+
+MAX_SECONDS = 100 * 366 * 86400.0  # a hundred years: some systems can't show a much later time
+CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machine may have been suspended
+
+
+class Waits:
+    """The durable waits of one run. `send_command` is the beginning of the command that sends an event to the session.
+
+    A sent event is received by one wait. Events of one name are received in the order of their numbers.
+    """
+
+    def __init__(self, client: NexumClient, recorder: Recorder, send_command: str) -> None:
+        self._client = client
+        self._recorder = recorder
+        self._log = recorder.journal.log
+        self._send_command = send_command
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._receiving: dict[object, tuple[str, int] | None] = {}
+        """The waits for sent events that are not over, and the event that each has received and not yet recorded."""
+
+    async def sleep(self, agent: str, seconds: float) -> None:
+        """Sleep, as `Session.sleep` says."""
+        position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
+        assert waiting.until_ms is not None
+        until_ms = waiting.until_ms
+
+        async def perform() -> Performed:
+            if time.time() * 1000 < until_ms:
+                self._log.info("sleeping until %s", at_time(until_ms))
+                self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
+            while (left := until_ms / 1000 - time.time()) > 0:  # noqa: ASYNC110 - it waits for no event
+                await asyncio.sleep(min(left, CLOCK_INTERVAL))
+            return Performed(None, Mark())
+
+        await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
+
+    async def receive(self, agent: str, name: str, timeout: float | None) -> object:
+        """Return the payload of the next event `name`, as `Session.wait_for_event` says."""
+        check_event_name(name)
+        seconds = None if timeout is None else _checked(timeout, "timeout")
+        position, waiting = await self._begin(agent, "event", name, seconds)
+        wait = object()
+
+        async def perform() -> Performed:
+            self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
+            content = await self._received(wait, name, waiting.until_ms)
+            return Performed(None, content)
+
+        self._receiving[wait] = None
+        try:
+            answer = await self._call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
+        finally:
+            del self._receiving[wait]
+        if isinstance(answer.content, Received):
+            return decoded(answer.content.payload)
+        raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
+
+    async def end(self) -> None:
+        """Clean up after a run that came to its end: it waits for no event any more."""
+        if any(what == "event" for _, what in self._counts):
+            with suppress(NexumError):  # no server answers: the next run that comes to its end cleans up
+                await cancel_expected(self._client, self._recorder.journal.session)
+
+    async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
+        """Record the beginning of a wait, with the time of its end; return its position and the recorded content."""
+        self._counts[agent, what] += 1
+        # Leave the seconds out of the fingerprint: a program may compute them from the clock.
+        request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
+        call = Call(Kind.WAIT, agent, f"{what}/{self._counts[agent, what]}", request)
+
+        async def perform() -> Performed:
+            until_ms = None if seconds is None else math.ceil((time.time() + seconds) * 1000)
+            return Performed(None, Waiting(event=name, seconds=seconds, until_ms=until_ms))
+
+        answer = await self._recorder.call(call, perform)
+        assert isinstance(answer.content, Waiting)
+        return answer.position, answer.content
+
+    async def _call(self, call: Call, perform: Callable[[], Awaitable[Performed]]) -> Answer:
+        answer = await self._recorder.call(call, perform)
+        (self._recorder.replayed if answer.replayed else self._recorder.live)["waits"] += 1
+        if answer.replayed:
+            self._log.info("%s: replayed from the record ✓", call)
+        return answer
+
+    def _tell_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
+        if waiting.seconds != seconds:
+            was, now = ("no limit" if one is None else f"{one:g} s" for one in (waiting.seconds, seconds))
+            self._log.warning("%s: the recorded time counts (%s), not the program's new one (%s)", name, was, now)
+
+    async def _received(self, wait: object, name: str, until_ms: int | None) -> Received | TimedOut:
+        is_told = False
+        while True:
+            number = self._next_number(name)
+            left = math.inf if until_ms is None else until_ms / 1000 - time.time()
+            expected = await expect(self._client, self._recorder.journal.session, name, number, patience=PATIENCE)
+            try:
+                observed = await self._client.get_execution(
+                    expected.execution_id, wait=min(max(left, 0), MAX_SERVER_WAIT) if is_told else 0, patience=PATIENCE
+                )
+            except ExecutionNotFound:
+                continue  # the server's database was replaced
+            execution = observed.execution
+            if execution.status is ExecutionStatus.COMPLETED and number == self._next_number(name):
+                if until_ms is not None and (execution.ended_ms or 0) > until_ms:
+                    return TimedOut()  # it was sent too late, and is kept for the next wait
+                if wait in self._receiving:
+                    self._receiving[wait] = (name, number)
+                payload = jsontext.parse(execution.outputs()["event"], "the payload")
+                return Received(event=name, number=number, payload=representable(encoded(payload)))
+            if execution.status is ExecutionStatus.RUNNING:
+                if left <= 0:
+                    return TimedOut()
+                if not is_told:
+                    is_told = True
+                    until = "" if until_ms is None else f" until {at_time(until_ms)}"
+                    self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, self._send_command, name)
+
+    def _next_number(self, name: str) -> int:
+        """Return the number of the first event `name` that no wait of the session has received."""
+        taken = {one[1] for one in self._receiving.values() if one is not None and one[0] == name}
+        for event in self._recorder.journal.events:
+            # Leave out a fork's copies: their numbers are those of the original session's events.
+            if isinstance(event.content, Received) and event.content.event == name and not event.accepted:
+                taken.add(event.content.number)
+        return next(number for number in range(1, len(taken) + 2) if number not in taken)
+
+
+def _checked(seconds: float, what: str) -> float:
+    if not 0 <= seconds <= MAX_SECONDS:  # NaN fails this check, too
+        raise InvalidRequest(f"{what} must be a number from 0 to {MAX_SECONDS:,.0f}, not {seconds}")
+    return float(seconds)

@@ -1,0 +1,366 @@
+"""The commands about executions: ps, show, cancel, retry, approvals, approve, reject, send.
+
+They ask a server. If none was named and none answers, they open the database themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import getpass
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from nexum_engine import jsontext, report
+from nexum_engine.client import NexumClient
+from nexum_engine.clock import SystemClock
+from nexum_engine.connection import DEFAULT_ADDRESS
+from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerUnavailable, StoreLocked, StoreRefused
+from nexum_engine.location import default_database_url
+from nexum_engine.options import attribute, count, moment
+from nexum_engine.records import Execution, ExecutionStatus, NodeType, PendingApproval
+from nexum_engine.screen import Screen
+from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
+from nexum_engine.store.retry import retry_execution
+
+WATCH_INTERVAL = 1.0  # seconds
+LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
+PAGE = 1000
+"""How many of the executions that an execution's nodes started are read at once."""
+T = TypeVar("T")
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser of the command line, and return them."""
+    ps = commands.add_parser(
+        "ps",
+        help="list executions, newest first",
+        description="List executions, newest first. A durable session is one row: its latest run, with the session's "
+        "question, calls and tokens.",
+    )
+    ps.add_argument("--workflow", default="", help="only executions of this workflow, without grouping sessions")
+    ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
+    ps.add_argument(
+        "--key",
+        default="",
+        metavar="PREFIX",
+        help="only those whose idempotency key begins with PREFIX (needs --workflow)",
+    )
+    ps.add_argument(
+        "--since",
+        type=moment,
+        default=0,
+        metavar="TIME",
+        help="only those that were started since then: an age (30s, 15m, 2h, 7d) or a date (2026-01-31, "
+        "2026-01-31T12:00: local time, or with Z or +01:00)",
+    )
+    ps.add_argument("--until", type=moment, default=0, metavar="TIME", help="only those that were started before then")
+    ps.add_argument(
+        "--attr",
+        type=attribute,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only those with this attribute; repeat the option for several",
+    )
+    ps.add_argument("--all", action="store_true", help="list each execution of a session, too")
+    ps.add_argument(
+        "--limit", type=count(1, 1000), default=20, help="how many to list (default: %(default)s, at most 1000)"
+    )
+    ps.add_argument(
+        "--watch",
+        action="store_true",
+        help="refresh the list each second until Ctrl+C; without a terminal, print what changes",
+    )
+    show = commands.add_parser("show", help="show an execution with its nodes and attempts")
+    show.add_argument(
+        "--follow",
+        action="store_true",
+        help="refresh until the execution ends; without a terminal, print what happens. The exit code is 0 if it "
+        "COMPLETED, else 1",
+    )
+    cancel = commands.add_parser("cancel", help="cancel an execution")
+    retry = commands.add_parser(
+        "retry",
+        help="continue a FAILED execution at its failed node",
+        description="Continue a FAILED execution at its failed node, with fresh retries. Recorded results are kept.",
+    )
+    approvals = commands.add_parser("approvals", help="list the nodes that wait for a person's approval")
+    approve = commands.add_parser("approve", help="complete a node that waits for approval")
+    reject = commands.add_parser("reject", help="fail a node that waits for approval, and its execution")
+    send = commands.add_parser(
+        "send",
+        help="send an event to an execution",
+        description="Send an event to an execution. It completes the node that waits for it. If none waits yet, the "
+        "event is kept.",
+    )
+    for command in (show, cancel, retry, approve, reject, send):
+        command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
+    for command in (approve, reject):
+        command.add_argument("node", metavar="NODE", help="the node's name, as approvals prints it")
+        command.add_argument("--by", default=_user(), metavar="NAME", help="who decides (default: %(default)s)")
+    approve.add_argument("--comment", default="", help="stored with the approval")
+    reject.add_argument("--reason", default="", help="the reason with which node and execution fail")
+    send.add_argument("name", metavar="NAME", help="the event's name")
+    send.add_argument(
+        "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
+    )
+    send.add_argument("--key", default="", help="an idempotency key: a second event with this key changes nothing")
+    for command in (ps, show):
+        command.add_argument(
+            "--json", action="store_true", help="print JSON; with --watch or --follow, a line for each change"
+        )
+    approvals.add_argument("--json", action="store_true", help="print JSON")
+    return [ps, show, cancel, retry, approvals, approve, reject, send]
+
+
+def _user() -> str:
+    """Return the name of the person at the computer, or an empty text if the system doesn't tell."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        return ""
+
+
+def _json(text: str) -> Any:
+    """Read a JSON value from the command line."""
+    try:
+        return jsontext.parse(text, "the payload")
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(f"{error}; a text needs quotes: '\"text\"'") from error
+
+
+async def look(args: argparse.Namespace) -> str:
+    """Run a command of this module; return what to print."""
+    return await on_server_or_database(
+        args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
+    )
+
+
+async def on_server_or_database(
+    args: argparse.Namespace, ask: Callable[[NexumClient], Awaitable[T]], read: Callable[[Store], Awaitable[T]]
+) -> T:
+    """Ask a server. If none was named and none answers, or a database was named, open the database.
+
+    Raises InvalidRequest if both a server and a database are named.
+    """
+    if args.database_url is not None:
+        if args.nexum is not None:
+            raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
+        return await _use_database(read, args.database_url)
+    address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
+    try:
+        async with NexumClient(address or None) as client:
+            return await ask(client)
+    except (ServerUnavailable, NotANexumServer):
+        if address:
+            raise
+    return await _use_default_database(read)
+
+
+async def _use_default_database(read: Callable[[Store], Awaitable[T]]) -> T:
+    return await _use_database(read, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
+
+
+async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
+    if not database_exists(url):
+        raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
+    try:
+        store = await open_store(url, SystemClock(), lock_timeout=LOOK_PATIENCE)
+    except StoreLocked as error:
+        raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
+    try:
+        return await read(store)
+    finally:
+        await store.close()
+
+
+class _Executions(Protocol):
+    """What the commands need of a server or of a database."""
+
+    async def find(self, args: argparse.Namespace) -> list[Execution]: ...
+
+    async def get(self, execution_id: str) -> Execution: ...
+
+    async def cancel(self, execution_id: str) -> None: ...
+
+    async def children(self, execution_id: str, before: str) -> list[Execution]: ...
+
+    async def retry(self, execution_id: str) -> None: ...
+
+    async def approvals(self) -> list[PendingApproval]: ...
+
+    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str) -> None: ...
+
+    async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None: ...
+
+    async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
+
+
+class _OnServer:
+    def __init__(self, client: NexumClient) -> None:
+        self._client = client
+        self.cancel, self.retry = client.cancel_execution, client.retry_execution
+        self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
+        self.send = client.send_event
+
+    async def children(self, execution_id: str, before: str) -> list[Execution]:
+        return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
+
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
+        return await self._client.list_executions(
+            workflow_id=args.workflow, status=args.status, limit=args.limit, **_conditions(args)
+        )
+
+    async def get(self, execution_id: str) -> Execution:
+        return (await self._client.get_execution(execution_id, with_attempts=True)).execution
+
+
+class _InDatabase:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def find(self, args: argparse.Namespace) -> list[Execution]:
+        found = await self._store.run(
+            listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
+        )
+        # No server has the database open, so no process has a run, whatever is recorded.
+        return [
+            one if one.session is None else replace(one, session=replace(one.session, is_running=False))
+            for one in found
+        ]
+
+    async def get(self, execution_id: str) -> Execution:
+        return await self._store.run(reading.get_execution, execution_id, True)
+
+    async def cancel(self, execution_id: str) -> None:
+        await self._store.run(executions.cancel_execution, execution_id)
+
+    async def children(self, execution_id: str, before: str) -> list[Execution]:
+        return await self._store.run(listing.list_executions, "", "", PAGE, parent=execution_id, before=before)
+
+    async def retry(self, execution_id: str) -> None:
+        await self._store.run(retry_execution, execution_id)
+
+    async def approvals(self) -> list[PendingApproval]:
+        return await self._store.run(waits.pending_approvals)
+
+    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str) -> None:
+        await self._store.run(waits.approve, execution_id, node_id, approver, comment)
+
+    async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None:
+        await self._store.run(waits.reject, execution_id, node_id, approver, reason)
+
+    async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
+        payload_json = jsontext.dump(payload, "the payload")
+        await self._store.run(waits.send_event, execution_id, name, payload_json, idempotency_key)
+
+
+def _conditions(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "key_prefix": args.key,
+        "since_ms": args.since,
+        "until_ms": args.until,
+        "attributes": dict(args.attr),
+        "group_sessions": not args.all and not args.workflow,
+    }
+
+
+async def _answer(args: argparse.Namespace, source: _Executions) -> str:
+    if args.command == "ps":
+        found = await source.find(args)
+        return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
+    if args.command == "show":
+        execution, children = await _with_children(source, args.execution)
+        return report.as_json(execution) if args.json else report.details(execution, children)
+    if args.command == "approvals":
+        pending = await source.approvals()
+        return report.approvals_as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms())
+    if args.command == "cancel":
+        await source.cancel(args.execution)
+        return f"{args.execution} is CANCELLED"
+    if args.command == "approve":
+        await source.approve(args.execution, args.node, approver=args.by, comment=args.comment)
+        return f"{args.node} of {args.execution} is approved"
+    if args.command == "reject":
+        await source.reject(args.execution, args.node, approver=args.by, reason=args.reason)
+        return f"{args.node} of {args.execution} is rejected"
+    if args.command == "send":
+        await source.send(args.execution, args.name, args.payload, idempotency_key=args.key)
+        return f"sent {args.name} to {args.execution}"
+    await source.retry(args.execution)
+    return f"{args.execution} is RUNNING again"
+
+
+async def _with_children(source: _Executions, execution_id: str) -> tuple[Execution, list[Execution]]:
+    """Return an execution, and the executions that its nodes started, the oldest first."""
+    execution = await source.get(execution_id)
+    children: list[Execution] = []
+    if any(node.node_type in (NodeType.MAP, NodeType.SUBWORKFLOW) for node in execution.nodes):
+        while page := await source.children(execution_id, children[-1].execution_id if children else ""):
+            children += page
+    return execution, children[::-1]
+
+
+# ---- Watching --------------------------------------------------------------------------------------------------------
+
+
+async def watch(args: argparse.Namespace) -> int:
+    """Run `ps --watch` or `show --follow`; return the exit code of the latter. The former runs until it is stopped."""
+    if args.database_url is not None:
+        raise InvalidRequest("without a server nothing changes: leave out --database-url, or --watch and --follow")
+    address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
+    screen = Screen(say, in_place=sys.stdout.isatty() and not args.json)
+    is_first = True
+    while True:
+        try:
+            async with NexumClient(address or None) as client:
+                while (code := await _refresh(args, _OnServer(client), screen)) is None:
+                    is_first = False
+                    await asyncio.sleep(WATCH_INTERVAL)
+                return code
+        except (ServerUnavailable, NotANexumServer):
+            if is_first and address:
+                raise
+        if is_first and (args.command == "show" or database_exists(default_database_url())):
+            code = await _use_default_database(lambda store: _refresh(args, _InDatabase(store), screen))
+            if code is not None:
+                return code
+        is_first = False
+        # An embedded server ends with its run. Don't keep the database open: the next run opens it.
+        screen.note("no server answers: waiting for one (Ctrl+C ends this)")
+        await asyncio.sleep(WATCH_INTERVAL)
+
+
+async def _refresh(args: argparse.Namespace, source: _Executions, screen: Screen) -> int | None:
+    """Show the present state. Return the exit code if nothing more will change."""
+    if args.command == "ps":
+        found = await source.find(args)
+        now_ms = SystemClock().now_ms()
+        news = [
+            (repr(one), report.as_json_line(one) if args.json else report.row(one, now_ms)) for one in reversed(found)
+        ]
+        lines = report.table(found, now_ms).splitlines()
+        screen.show(lines, news if args.json else [("", report.HEADING), *news])
+        return None
+    execution, children = await _with_children(source, args.execution)
+    facts = [report.as_json_line(execution)] if args.json else report.changes(execution)
+    screen.show(report.details(execution, children).splitlines(), [(fact, fact) for fact in facts])
+    if not execution.status.ended:
+        return None
+    return 0 if execution.status is ExecutionStatus.COMPLETED else 1
+
+
+def say(text: str) -> None:
+    """Print and flush `text`. Raises BrokenPipeError, on every system, if nobody reads standard output."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # Raise BrokenPipeError here, too: Windows reports EINVAL for a pipe that nobody reads.
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
