@@ -240,11 +240,11 @@ def _for_newest(row: Row) -> Row:
     """Return the newest attempt if the attempt in `row` may report a result in its place, else `row`.
 
     A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
-    its lease, and is handed out again. The first result counts. If only the newest attempt's did, a worker with a long
-    queue would run each task again and again, and record none.
+    its lease. If the same worker then gets the task again, its first result counts. If only that of the newest attempt
+    did, a worker with a long queue would run each task again and again, and record none.
     """
     overtaken = row["attempt"] != row["newest_attempt"] and row["outcome"] in (Outcome.EXPIRED, Outcome.INTERRUPTED)
-    if not overtaken or row["newest_streamed"] or row["owned"]:
+    if not overtaken or row["newest_streamed"] or row["newest_worker"] != row["worker_id"] or row["owned"]:
         return row
     return {**row, "attempt": row["newest_attempt"], "outcome": row["newest_outcome"], "error": row["newest_error"]}
 

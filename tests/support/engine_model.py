@@ -198,7 +198,9 @@ class Model:
         output = parsed(text)
         attempt = self._attempt(task_id)
         node = attempt.node
-        if attempt.outcome in ("EXPIRED", "INTERRUPTED") and not node.attempts[-1].streamed:
+        newest = node.attempts[-1]
+        is_same_worker = newest.worker == attempt.worker and not newest.streamed
+        if attempt.outcome in ("EXPIRED", "INTERRUPTED") and is_same_worker:
             attempt = node.attempts[-1]
         if node.kind == "SUBWORKFLOW" and isinstance(output, dict) and isinstance(output.get("subWorkflowId"), str):
             output = {"subWorkflowId": output["subWorkflowId"], "childInput": output.get("childInput")}
