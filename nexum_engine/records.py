@@ -95,6 +95,11 @@ class NodeType(str, Enum):
         """Whether a worker runs a task for a node of this type."""
         return self not in (NodeType.TIMER, NodeType.HUMAN_APPROVAL, NodeType.EVENT)
 
+    @property
+    def starts_executions(self) -> bool:
+        """Whether the result of the node's task starts executions. The node completes when these have completed."""
+        return self in (NodeType.MAP, NodeType.SUBWORKFLOW)
+
 
 class Compatibility(str, Enum):
     """How a newly registered version relates to the version registered before it."""

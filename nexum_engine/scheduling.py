@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nexum_engine.records import NodeStatus, NodeType
+from nexum_engine.records import NodeStatus
 from nexum_engine.workflow import NodeDefinition
 
 MAX_LOST_ATTEMPTS = 10
@@ -80,8 +80,3 @@ def settle(
             settled[node_id] = NodeStatus.READY if node.node_type.has_task else NodeStatus.WAITING
         now[node_id] = settled[node_id]
     return settled
-
-
-def starts_executions(node_type: NodeType) -> bool:
-    """Return whether the report of a node's task starts executions, whose end completes the node."""
-    return node_type in (NodeType.MAP, NodeType.SUBWORKFLOW)

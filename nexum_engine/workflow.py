@@ -33,7 +33,7 @@ MAX_ID_LENGTH = 200  # characters
 MAX_ATTRIBUTES = 10  # of one execution
 MAX_ATTRIBUTE_NAME = 64  # characters
 MAX_SECONDS = 100 * 366 * 24 * 3600
-"""The longest delay or time limit of a node: about 100 years."""
+"""The longest delay or time limit: about 100 years. Some systems can't show a much later time."""
 
 Number = Annotated[int, Strict()] | Annotated[float, Strict()]
 _KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)

@@ -36,8 +36,8 @@ from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
+from nexum_engine.workflow import MAX_SECONDS
 
-MAX_SECONDS = 100 * 366 * 86400.0  # a hundred years: some systems can't show a much later time
 CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machine may have been suspended
 
 

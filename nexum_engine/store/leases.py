@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from nexum_engine import jsontext, scheduling
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.definitions import TIMEOUT_GRACE_MS
 from nexum_engine.store.ids import number_of
-from nexum_engine.store.progress import TIMEOUT_GRACE_MS
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail
 from nexum_engine.store.waits import end_waits

@@ -210,12 +210,13 @@ def _as_session(db: Db, run: Execution, row: Row) -> Execution:
     keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" follows "/"
     events, last_ms, summary = 0, 0, _Summary()
     for workflow in db.all("workflow_ids"):
-        found = db.one("events", workflow_id=workflow["workflow_id"], **keys)
+        found = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)
         if found is not None and found["number"]:
             events += found["number"]
             if found["last_ms"] > last_ms:
                 last_ms = found["last_ms"]
-                summary = _summary_of(db.one("summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys))
+                last = db.one("session_summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys)
+                summary = _summary_of(last)
     return replace(
         run,
         session=SessionSummary(

@@ -6,70 +6,28 @@ Each function is a part of a transition, and runs inside the transition's transa
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import Any
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
 from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
 from nexum_engine.store.results import Changes, ReadyTask
-from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
+from nexum_engine.workflow import NodeDefinition
 
 TASK_FRAME_BYTES = 64
 """An upper bound of the size of the text that encloses the payloads in a task's input_json."""
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 """The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
-TIMEOUT_GRACE_MS = 1000
-"""How long after the end of an attempt's time the server ends the attempt. This project's worker does so itself."""
 MAX_ITEMS = 10_000
 """The largest number of items of a MAP node. The transaction that starts their tasks holds up all others."""
 MAX_DEPTH = 100
 """How deep SUBWORKFLOW nodes may be nested: a workflow that starts itself must not do so for ever."""
-
-# ---- Definitions -----------------------------------------------------------------------------------------------------
-
-# Remember only a few long definitions: the memory must stay small whatever clients register.
-_parse_short = lru_cache(maxsize=256)(parse_ir)
-_parse_long = lru_cache(maxsize=4)(parse_ir)
-
-
-def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
-    """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
-    return _parse_short(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else _parse_long(ir_json)
-
-
-def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, NodeDefinition]:
-    """Return the nodes of a registered version."""
-    row = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
-    if row is None:
-        raise WorkflowNotFound(workflow_id, version_hash)
-    return parsed(row["ir_json"])
-
-
-def policy_of(node: NodeDefinition) -> dict[str, object]:
-    """Return the columns of a node that hold its time limit and its rule for retries."""
-    limited = node.timeout_seconds is not None and node.node_type.has_task
-    return {
-        "timeout_ms": _milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,
-        "retry": None if node.retry == DEFAULT_RETRY_POLICY else node.retry.model_dump_json(),
-    }
-
-
-def retry_of(row: Row) -> RetryPolicy:
-    """Return a node's rule for retries."""
-    return DEFAULT_RETRY_POLICY if row["retry"] is None else RetryPolicy.model_validate_json(row["retry"])
-
-
-def _milliseconds(seconds: float) -> int:
-    # Round up: a timer must never be early.
-    return math.ceil(seconds * 1000)
-
 
 # ---- The nodes that follow -------------------------------------------------------------------------------------------
 
@@ -172,7 +130,7 @@ def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) 
     """Let a PENDING node wait for a time, a person or an event. Return True if it completes at once."""
     seconds = node.delay_seconds if node.node_type is NodeType.TIMER else node.timeout_seconds
     # `now_ms` is rounded down: the wait begins up to 1 ms later.
-    due_ms = None if seconds is None else db.now_ms + 1 + _milliseconds(seconds)
+    due_ms = None if seconds is None else db.now_ms + 1 + milliseconds(seconds)
     db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
     if node.node_type is NodeType.TIMER and not node.delay_seconds:
         return db.run("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
@@ -275,19 +233,6 @@ def _add_child(
     return {"sequence": added["sequence"], "execution_id": added["execution_id"]}
 
 
-def reported_output(db: Db, node: Row) -> str | None:
-    """Return what the task of a node reported as its output. For a MAP or SUBWORKFLOW node, that is not the output."""
-    if scheduling.starts_executions(NodeType(node["node_type"])):
-        children = db.all("children", node=node["node"])
-        if node["node_type"] == NodeType.SUBWORKFLOW:
-            (child,) = children
-            return f'{{"subWorkflowId":{json.dumps(child["workflow_id"])},"childInput":{child["input_json"]}}}'
-        if children:
-            return f"[{','.join(child['input_json'] for child in children)}]"
-    recorded = db.one("node_output", node=node["node"])
-    return None if recorded is None else recorded["output_json"]
-
-
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
     """Complete or fail the node that started an execution, once all executions that the node started have ended."""
     parent = db.one("node_at", node=child["parent_node"])
@@ -311,9 +256,17 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
         complete_waiting(db, parent, f"[{','.join(results)}]", changes)
 
 
+def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
+    """Return whether an execution's outputs, with `size` bytes more, are within MAX_OUTPUT_BYTES.
+
+    To save a query, up to MAX_INLINE_BYTES always fit.
+    """
+    return size <= MAX_INLINE_BYTES or output_bytes(db, execution_id) + size <= MAX_OUTPUT_BYTES
+
+
 def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:
     """Fail a WAITING node whose output of `size` bytes is too large for its execution. Return False if it fits."""
-    if size <= MAX_INLINE_BYTES or output_bytes(db, node["execution_id"]) + size <= MAX_OUTPUT_BYTES:
+    if outputs_fit(db, node["execution_id"], size):
         return False
     reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
     return fail_waiting(db, node, reason, changes)

@@ -197,13 +197,13 @@ SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :executio
 -- Every workflow that has a version.
 SELECT DISTINCT workflow_id FROM workflow_versions;
 
--- name: events
+-- name: session_events
 -- How many events a session has recorded in a workflow, and when it recorded the last one.
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND status = 'COMPLETED' AND (idempotency_key GLOB '*/*[^0-9]*' OR NOT idempotency_key GLOB '*/[0-9]*');
 
--- name: summary
+-- name: session_summary
 -- The summary in the last event that a session has recorded in a workflow. Several may have the same time.
 SELECT json_extract(output_json, '$.summary') AS summary FROM executions JOIN nodes ON node = 1000 * sequence
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
@@ -302,7 +302,7 @@ SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, wo
 FROM nodes JOIN executions ON executions.sequence = execution
 WHERE node = (SELECT parent_node FROM executions AS item WHERE item.sequence = :item);
 
--- name: say_why_waiting
+-- name: note_why_ready
 -- Store in a READY node what it waits for.
 UPDATE nodes SET error = :error WHERE node = :node AND status = 'READY' AND error <> :error;
 
@@ -318,7 +318,7 @@ UPDATE nodes SET status = 'RUNNING', error = '', attempts = attempts + 1, task_i
                  due_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
 WHERE node = :node AND status = 'READY';
 
--- name: dependency_outputs
+-- name: recorded_outputs
 -- The recorded outputs of an execution.
 SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
@@ -539,11 +539,8 @@ ORDER BY sequence;
 -- name: reopen_item
 -- Make the task of an item a task again, with fresh counts.
 UPDATE nodes SET status = 'READY', due_ms = :now, error = '', failed_attempts = 0, lost_attempts = 0
-WHERE node = :node AND status IN ('FAILED', 'CANCELLED');
-
--- name: ready_node
--- The size of a READY node's task.
-SELECT task_bytes FROM nodes WHERE node = :node AND status = 'READY';
+WHERE node = :node AND status IN ('FAILED', 'CANCELLED')
+RETURNING task_bytes;
 
 -- name: reopen_nodes
 -- Make the nodes that have no result wait again, with fresh counts. Their attempts stay in the history.

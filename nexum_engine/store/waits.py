@@ -12,7 +12,6 @@ from itertools import groupby
 from nexum_engine import jsontext
 from nexum_engine.errors import (
     Conflict,
-    ExecutionNotFound,
     IdempotencyConflict,
     InvalidRequest,
     NotFound,
@@ -21,8 +20,8 @@ from nexum_engine.errors import (
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingApproval
 from nexum_engine.store import progress
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.ids import number_of
-from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
+from nexum_engine.store.definitions import definition_of
+from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
 from nexum_engine.store.results import Changed, Changes
 from nexum_engine.workflow import check_id
 
@@ -69,8 +68,9 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         check_id(approver, "approver")
     if len(comment) > MAX_COMMENT_CHARACTERS:
         raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
-    status = _status_of(db, execution_id)
-    node = db.one("node_called", execution=number_of(db, execution_id), node_id=node_id)
+    check_id(execution_id, "execution_id")
+    execution = find_execution(db, execution_id)
+    node = db.one("node_called", execution=execution["sequence"], node_id=node_id)
     if node is None:
         raise NotFound(f"execution {execution_id} has no node {node_id!r}")
     what = f"node {node_id!r} of execution {execution_id}"
@@ -80,17 +80,8 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         return node
     if node["status"] == NodeStatus.PENDING:
         raise Conflict(f"{what} can't be decided yet: it waits for other nodes")
-    if status is ExecutionStatus.RUNNING:
-        raise Conflict(f"{what} can't be decided any more: it is {node['status']}")
-    raise Conflict(f"{what} can't be decided any more: it is {node['status']}, and its execution is {status.value}")
-
-
-def _status_of(db: Db, execution_id: str) -> ExecutionStatus:
-    check_id(execution_id, "execution_id")
-    row = db.one("execution_without_input", execution=number_of(db, execution_id), execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
-    return ExecutionStatus(row["status"])
+    ended = "" if execution["status"] == ExecutionStatus.RUNNING else f", and its execution is {execution['status']}"
+    raise Conflict(f"{what} can't be decided any more: it is {node['status']}{ended}")
 
 
 def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
@@ -102,7 +93,9 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     check_id(name, "name")
     payload_json = payload_json or "null"
     jsontext.parse(payload_json, "payload_json")
-    status, execution = _status_of(db, execution_id), number_of(db, execution_id)
+    check_id(execution_id, "execution_id")
+    row = find_execution(db, execution_id)
+    execution = row["sequence"]
     if idempotency_key:
         check_id(idempotency_key, "idempotency_key")
         sent = db.one("event_of_key", execution=execution, idempotency_key=idempotency_key)
@@ -113,11 +106,9 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
                     "another key for another event"
                 )
             return Changed()
-    if status is not ExecutionStatus.RUNNING:
-        raise Conflict(f"execution {execution_id} is {status.value}: it waits for no event any more")
-    row = db.one("execution_without_input", execution=execution, execution_id=execution_id)
-    assert row is not None
-    definitions = progress.definition_of(db, row["workflow_id"], row["version_hash"])
+    if row["status"] != ExecutionStatus.RUNNING:
+        raise Conflict(f"execution {execution_id} is {row['status']}: it waits for no event any more")
+    definitions = definition_of(db, row["workflow_id"], row["version_hash"])
     if row["child_index"] is not None:
         raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
@@ -125,7 +116,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     kept = db.one("kept_event_bytes", execution=execution)
     assert kept is not None
     size = jsontext.size_of(payload_json)
-    if size > MAX_INLINE_BYTES and output_bytes(db, execution_id) + kept["bytes"] + size > progress.MAX_OUTPUT_BYTES:
+    if size > MAX_INLINE_BYTES and not progress.outputs_fit(db, execution_id, kept["bytes"] + size):
         raise TooLarge(
             f"with this event, the events and outputs of execution {execution_id} are over the limit of "
             f"{progress.MAX_OUTPUT_BYTES:,} bytes"
@@ -164,7 +155,7 @@ def _goes_on(db: Db, node: Row, changes: Changes) -> bool:
 
     It does nothing if the execution has ended, in this transaction by the end of another wait.
     """
-    definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
+    definition = definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
         output = progress.timer_output(db, definition)
         return db.run("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
