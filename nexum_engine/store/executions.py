@@ -155,7 +155,7 @@ def start_execution(
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
     begin(db, added, workflow_id, version_hash, input_json, changes)
-    # It has ended if all its nodes complete without a worker.
+    # The execution has ended if all its nodes complete at once, such as timers without a delay.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
     return Started(added["execution_id"], status, existing=False, changed=changes.freeze())
 

@@ -111,7 +111,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
     """
     # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
     # query would announce these nodes a second time.
-    retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
+    retries = db.all("due_retries", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for row in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
         _expire(db, row, changes)

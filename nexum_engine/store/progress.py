@@ -12,7 +12,7 @@ from typing import Any
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, WorkflowNotFound
-from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
+from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
@@ -23,7 +23,7 @@ from nexum_engine.workflow import NodeDefinition
 TASK_FRAME_BYTES = 64
 """An upper bound of the size of the text that encloses the payloads in a task's input_json."""
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
-"""The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
+"""The largest total size of an execution's outputs. Each reader of the execution holds them all in memory."""
 MAX_ITEMS = 10_000
 """The largest number of items of a MAP node. The transaction that starts their tasks holds up all others."""
 MAX_DEPTH = 100
@@ -67,13 +67,13 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: s
 
 
 def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes: Changes) -> None:
-    """Turn the nodes that wait for no other node any more into tasks, let them wait, or skip them.
+    """Make each PENDING node whose turn has come a task, let it begin to wait, or skip it.
 
     End the execution if all its nodes are done.
     """
     definitions = definition_of(db, workflow_id, version_hash)
     again = True
-    while again:
+    while again:  # a node that completes at once may let others begin
         rows = {row["node_id"]: row for row in db.all("node_states", execution=execution)}
         statuses = {node_id: NodeStatus(rows[node_id]["status"]) for node_id in definitions}
         settled = scheduling.settle(definitions, statuses, _choices(db, execution, definitions, rows))
@@ -99,13 +99,13 @@ def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes
 def _choices(
     db: Db, execution: int, definitions: Mapping[str, NodeDefinition], rows: Mapping[str, Row]
 ) -> dict[str, str]:
-    """Return the target that each router has chosen."""
+    """Return the target that each router has chosen. An EVENT node without its event has chosen `on_timeout`."""
     chosen: dict[str, str] = {}
     if any(node.routes for node in definitions.values()):
         for row in db.all("choices", execution=execution):
             chosen[row["node_id"]] = json.loads(row["output_json"])["routed_to"]
     for node in definitions.values():
-        if node.on_timeout and rows[node.node_id]["outcome"] == "EXPIRED":
+        if node.on_timeout and rows[node.node_id]["outcome"] == Outcome.EXPIRED:  # its event did not come in time
             chosen[node.node_id] = node.on_timeout
     return chosen
 
@@ -115,7 +115,7 @@ def _make_ready(
 ) -> None:
     if not ready:
         return
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("payload_sizes", execution=execution)}
     for number, node in ready:
         parts = ("", *(name for name in node.dependencies if name in sizes))  # a skipped node has no output
         task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
@@ -129,7 +129,7 @@ def _make_ready(
 def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) -> bool:
     """Let a PENDING node wait for a time, a person or an event. Return True if it completes at once."""
     seconds = node.delay_seconds if node.node_type is NodeType.TIMER else node.timeout_seconds
-    # `now_ms` is rounded down: the wait begins up to 1 ms later.
+    # Add 1 ms, so that no timer is early: `now_ms` is rounded down.
     due_ms = None if seconds is None else db.now_ms + 1 + milliseconds(seconds)
     db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
     if node.node_type is NodeType.TIMER and not node.delay_seconds:
@@ -158,7 +158,7 @@ def use_event(db: Db, number: int, name: str) -> bool:
 
 
 def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> bool:
-    """Record the output of a WAITING node, and go on. Return False if the node does not wait any more."""
+    """Record the output of a WAITING node, and advance its execution. Return False if the node no longer waits."""
     if not db.run("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
         return False
     advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
@@ -166,7 +166,7 @@ def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> b
 
 
 def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
-    """Fail a WAITING node and its execution. Return False if the node does not wait any more."""
+    """Fail a WAITING node and its execution. Return False if the node no longer waits."""
     if not db.run("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
         return False
     end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
@@ -177,7 +177,7 @@ def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
 
 
 def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> None:
-    """Start an execution with one task for each item of a MAP node."""
+    """Start an execution for each item of a MAP node. Its only node is a task."""
     if len(items) > MAX_ITEMS:
         raise InvalidRequest(f"the list of {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}")
     for index, item in enumerate(items):
@@ -280,7 +280,8 @@ def end_execution(
 ) -> None:
     """End the running execution with the number `execution`, and its unfinished nodes and their executions.
 
-    An execution with large payloads is added to `changes` without its input and nodes. A waiting caller reads them.
+    An execution with large payloads is added to `changes` without its input and nodes. Callers that wait for the
+    execution then read them from the store.
     Give the only node of an execution, unless its output is large, as `only_node`: this saves three queries.
     """
     row = db.one(

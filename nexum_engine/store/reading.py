@@ -91,7 +91,7 @@ def get_execution(
 
 def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
     """Return the sizes of the input (under an empty name) and outputs, the largest first, that don't fit an answer."""
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("payload_sizes", execution=execution)}
     rest = ("frame_bytes", "attempt_sizes") if with_attempts else ("frame_bytes",)
     total = sum(sizes.values()) + sum(int(row["bytes"]) for query in rest for row in db.all(query, execution=execution))
     left_out: dict[str, int] = {}
@@ -121,7 +121,7 @@ def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: i
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
     """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
     execution = number_of(db, execution_id)
-    parts = db.all("input_sizes", execution=execution)
+    parts = db.all("payload_sizes", execution=execution)
     if with_attempts:
         parts = [*parts, *db.all("attempt_sizes", execution=execution)]
     return sum(int(part["bytes"]) for part in parts)

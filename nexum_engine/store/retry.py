@@ -17,8 +17,8 @@ from nexum_engine.store.results import Changed, Changes, ReadyTask
 def retry_execution(db: Db, execution_id: str) -> Changed:
     """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
 
-    The nodes that the failure had cancelled wait again for what they depend on; timers begin again. A node that had
-    started executions does not start them again: those without a result are continued in the same way. Raises
+    The nodes that the failure had cancelled wait again for their dependencies; timers begin again. A node that had
+    started executions does not start them again: those without a result are retried in the same way. Raises
     ExecutionNotFound for an unknown id, and Conflict if the execution has not failed, if its key has a newer execution,
     if it is owned, or if a node of another execution started it.
     """
@@ -51,7 +51,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
 
 
 def _reopen(db: Db, execution: Row, changes: Changes) -> None:
-    """Make an execution run again, with the executions that its nodes started and that have no result."""
+    """Make an execution run again, and those without a result that its nodes started."""
     number, version_hash = execution["sequence"], execution["version_hash"]
     db.run("reopen_execution", execution=number)
     if execution["child_index"] is not None:

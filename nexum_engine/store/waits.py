@@ -1,4 +1,4 @@
-"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end what is due.
+"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end due waits.
 
 Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
 function raises an error of `nexum_engine.errors`, and its changes are rolled back.
@@ -70,7 +70,7 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
     check_id(execution_id, "execution_id")
     execution = find_execution(db, execution_id)
-    node = db.one("node_called", execution=execution["sequence"], node_id=node_id)
+    node = db.one("node_by_name", execution=execution["sequence"], node_id=node_id)
     if node is None:
         raise NotFound(f"execution {execution_id} has no node {node_id!r}")
     what = f"node {node_id!r} of execution {execution_id}"
@@ -110,7 +110,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise Conflict(f"execution {execution_id} is {row['status']}: it waits for no event any more")
     definitions = definition_of(db, row["workflow_id"], row["version_hash"])
     if row["child_index"] is not None:
-        raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
+        raise NotFound(f"execution {execution_id} is an item of a MAP node: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
     kept = db.one("kept_event_bytes", execution=execution)
@@ -142,18 +142,18 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
 def end_waits(db: Db, changes: Changes) -> None:
     """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
-    # Go on only once with an execution whose nodes end at the same time: going on reads all nodes of the execution.
+    # Advance an execution once for all its waits that end at the same time: `advance` reads all its nodes.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
-        goes_on = [node for node in together if _goes_on(db, node, changes)]
-        if goes_on:
-            one = goes_on[0]
+        ended = [node for node in together if _end_wait(db, node, changes)]
+        if ended:
+            one = ended[0]
             progress.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
 
 
-def _goes_on(db: Db, node: Row, changes: Changes) -> bool:
-    """End the wait of a node. Return True if other nodes may begin then.
+def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
+    """End the wait of a node. Return True if its execution must be advanced.
 
-    It does nothing if the execution has ended, in this transaction by the end of another wait.
+    Nothing happens if the execution has ended: the end of an earlier wait in this transaction may have failed it.
     """
     definition = definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
