@@ -1,8 +1,8 @@
 """Durable waits: sleeps, and waits for events that are sent to the session.
 
 A wait is recorded by two events. The first one (WAIT) is recorded before the wait, with the time at which the wait ends
-at the latest: so a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the wait. So
-a replay continues the program in the recorded order.
+at the latest: so a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
+wait: so a replay continues the program in the recorded order.
 """
 
 from __future__ import annotations

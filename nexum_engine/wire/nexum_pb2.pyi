@@ -398,8 +398,8 @@ class ListRequest(google.protobuf.message.Message):
     each item of a MAP node. The executions of items are in no other list.
     """
     since_ms: builtins.int
-    """Additions: only executions that were started at or after since_ms, and before until_ms; milliseconds since 1970, UTC.
-    0: no limit.
+    """Additions: only executions that were started at or after since_ms, and before until_ms, in milliseconds since 1970,
+    UTC. 0: no limit.
     """
     until_ms: builtins.int
     group_sessions: builtins.bool
@@ -1200,8 +1200,8 @@ class PruneRequest(google.protobuf.message.Message):
     after: builtins.int
     """The `after` of the previous answer; 0 in the first call."""
     compact: builtins.bool
-    """After the last part, give the free space of the file back to the disk if at most 1 GB is in use. Meanwhile the server
-    answers no calls. Without `compact`, the server does so only if a quarter is free and at most 32 MB are in use.
+    """After the last part, give the free space of the file back to the disk if at most 1 GB is in use. Meanwhile the
+    server answers no calls. Without `compact`, it does so only if a quarter is free and at most 32 MB are in use.
     """
     def __init__(
         self,

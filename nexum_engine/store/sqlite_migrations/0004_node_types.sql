@@ -1,5 +1,5 @@
 -- Nodes that wait for something other than a worker, and nodes that are skipped.
--- Executions that a node started: one of a SUBWORKFLOW node, or one for each item of a MAP node.
+-- Executions that a node started: one by a SUBWORKFLOW node, or one for each item of a MAP node.
 -- Events that were sent to an execution.
 
 ALTER TABLE executions ADD COLUMN parent_node INTEGER REFERENCES nodes (node);
@@ -62,7 +62,7 @@ CREATE INDEX waiting ON nodes (node_type, due_ms) WHERE status = 'WAITING';
 
 CREATE TABLE events (
     execution INTEGER NOT NULL REFERENCES executions (sequence),
-    number INTEGER NOT NULL,            -- the event's place in the order in which the execution got its events
+    number INTEGER NOT NULL,            -- 1, 2, 3, ... in the order in which the execution got its events
     name TEXT NOT NULL,
     idempotency_key TEXT NOT NULL,      -- '' if the sender gave none
     payload_json TEXT NOT NULL,
