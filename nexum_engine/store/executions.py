@@ -21,8 +21,8 @@ from nexum_engine.errors import (
 from nexum_engine.records import Compatibility, ExecutionStatus, NodeStatus, NodeType, WorkflowVersion
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import parsed, policy_of
+from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
-from nexum_engine.store.progress import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.reading import find_execution
 from nexum_engine.store.results import Changed, Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility

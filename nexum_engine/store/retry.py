@@ -8,8 +8,8 @@ from __future__ import annotations
 from nexum_engine.errors import Conflict
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.flow import advance
 from nexum_engine.store.ids import node_number
-from nexum_engine.store.progress import advance
 from nexum_engine.store.reading import find_execution
 from nexum_engine.store.results import Changed, Changes, ReadyTask
 

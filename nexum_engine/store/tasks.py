@@ -16,12 +16,12 @@ from pydantic import BaseModel, Field, ValidationError
 from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound, TooLarge
 from nexum_engine.records import ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
-from nexum_engine.store import progress
+from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import OwnedResult, start_execution
+from nexum_engine.store.flow import MAX_OUTPUT_BYTES, end_execution
 from nexum_engine.store.ids import new_task_id, number_of
-from nexum_engine.store.progress import MAX_OUTPUT_BYTES, end_execution
 from nexum_engine.store.reading import MAX_INLINE_BYTES
 from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
@@ -304,11 +304,11 @@ def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
 
 def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     execution_id = row["execution_id"]
-    if not progress.outputs_fit(db, execution_id, len(output_json)):
+    if not flow.outputs_fit(db, execution_id, len(output_json)):
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
-        progress.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
+        flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
@@ -338,7 +338,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     if row["node_type"] == NodeType.MAP:
         if not isinstance(output, list):
             raise InvalidRequest(f"the result of MAP node {row['node_id']!r} must be a list: its items")
-        progress.start_items(db, row, output, changes)
+        flow.start_items(db, row, output, changes)
         return
     try:
         start = _ChildStart.model_validate(output)
@@ -347,7 +347,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
             f'the result of SUBWORKFLOW node {row["node_id"]!r} must be {{"subWorkflowId": NAME, "childInput": …}}'
         ) from error
     input_json = jsontext.dump(start.child_input, "childInput")
-    progress.start_child(db, row, start.sub_workflow_id, input_json, changes)
+    flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:

@@ -18,7 +18,7 @@ from nexum_engine.errors import (
     TooLarge,
 )
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingApproval
-from nexum_engine.store import progress
+from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
@@ -49,7 +49,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     """
     node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
     output = jsontext.dump({"approved": True, "approver": approver, "comment": comment}, "the decision")
-    progress.complete_waiting(db, node, output, changes)
+    flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
 
 
@@ -57,7 +57,7 @@ def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) 
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, and Conflict like `approve`."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
-    progress.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
+    flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
     return changes.freeze()
 
 
@@ -116,10 +116,10 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     kept = db.one("kept_event_bytes", execution=execution)
     assert kept is not None
     size = jsontext.size_of(payload_json)
-    if size > MAX_INLINE_BYTES and not progress.outputs_fit(db, execution_id, kept["bytes"] + size):
+    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept["bytes"] + size):
         raise TooLarge(
             f"with this event, the events and outputs of execution {execution_id} are over the limit of "
-            f"{progress.MAX_OUTPUT_BYTES:,} bytes"
+            f"{flow.MAX_OUTPUT_BYTES:,} bytes"
         )
     added = db.one(
         "add_event",
@@ -134,8 +134,8 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise InvalidRequest(f"execution {execution_id} has had {MAX_EVENTS:,} events, the limit")
     changes = Changes()
     waiting = db.one("node_of_event", execution=execution, name=name)
-    if waiting is not None and progress.use_event(db, waiting["node"], name):
-        progress.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
+    if waiting is not None and flow.use_event(db, waiting["node"], name):
+        flow.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
     return changes.freeze()
 
 
@@ -147,7 +147,7 @@ def end_waits(db: Db, changes: Changes) -> None:
         ended = [node for node in together if _end_wait(db, node, changes)]
         if ended:
             one = ended[0]
-            progress.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
+            flow.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
 
 
 def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
@@ -157,10 +157,10 @@ def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
     """
     definition = definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
-        output = progress.timer_output(db, definition)
+        output = flow.timer_output(db, definition)
         return db.run("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
     reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
     if definition.on_timeout:
         return db.run("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
-    progress.fail_waiting(db, node, reason, changes)
+    flow.fail_waiting(db, node, reason, changes)
     return False

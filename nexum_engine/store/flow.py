@@ -1,4 +1,4 @@
-"""The progress of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
+"""The flow of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
 
 Each function is a part of a transition, and runs inside the transition's transaction. It adds what it did to `changes`.
 """
