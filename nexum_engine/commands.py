@@ -312,7 +312,7 @@ async def _with_children(source: _Executions, execution_id: str) -> tuple[Execut
 async def watch(args: argparse.Namespace) -> int:
     """Run `ps --watch` until Ctrl+C, or `show --follow` until the execution ends. Return the exit code."""
     if args.database_url is not None:
-        raise InvalidRequest("without a server nothing changes: leave out --database-url, or --watch and --follow")
+        raise InvalidRequest("--watch and --follow need a server: leave out --database-url")
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     screen = Screen(say, in_place=sys.stdout.isatty() and not args.json)
     is_first = True

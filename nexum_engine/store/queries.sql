@@ -166,8 +166,8 @@ SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence 
 -- name: matching
 -- Those of the executions :sequences that match a filter, newest first. An empty condition matches all. Items of MAP
 -- nodes match only with :with_items. With :grouped, a session's executions are one item. They are owned, and their keys
--- begin with SESSION/. Only the latest run matches: the newest execution with a key from SESSION/0 to SESSION/9... The
--- character after 9 is a colon.
+-- begin with SESSION/. Only the latest run matches: its key is SESSION/NUMBER, and no later execution has a key between
+-- SESSION/ and SESSION/: (the colon follows the 9).
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
        ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
