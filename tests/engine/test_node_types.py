@@ -637,6 +637,15 @@ def test_early_event_is_kept_and_each_event_is_used_once(stub: NexumServiceStub)
     assert status(stub, execution_id) == ("COMPLETED", {"a": 1, "one": "first", "two": "second"})
 
 
+def test_early_events_are_used_in_the_order_in_which_they_came(stub: NexumServiceStub) -> None:
+    nodes = {"a": node("EFFECT"), "one": node("EVENT", "a", event="e"), "two": node("EVENT", "one", event="e")}
+    execution_id = began(stub, nodes)
+    send(stub, execution_id, "e", "first")
+    send(stub, execution_id, "e", "second")
+    run_task(stub, "a", 1)
+    assert status(stub, execution_id) == ("COMPLETED", {"a": 1, "one": "first", "two": "second"})
+
+
 def test_event_with_the_same_key_counts_once(stub: NexumServiceStub) -> None:
     nodes = {"one": node("EVENT", event="e"), "two": node("EVENT", "one", event="e")}
     execution_id = began(stub, nodes)

@@ -1,7 +1,6 @@
 """A small model of the engine in memory, written from docs/workflows.md, docs/architecture.md and docs/wire.md.
 
-It has no database, no leases of other workers to renew, and no ids of its own. A test runs the same operations on the
-engine and on the model, and compares.
+It has no database, and no ids of its own. A test runs the same operations on the engine and on the model, and compares.
 """
 
 from __future__ import annotations
