@@ -197,7 +197,7 @@ def _moment(ms: int) -> str:
 def seconds(start_ms: int, end_ms: int | None) -> str:
     """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
     if end_ms is not None and end_ms < start_ms:
-        return "an unknown time (the clock was put back)"
+        return "an unknown time (the clock was set back)"
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
@@ -212,7 +212,7 @@ def size(count: int) -> str:
 
 
 def age(ms: int) -> str:
-    """Return the age `ms` as text, in its largest unit. A clock that was put back makes an age negative."""
+    """Return the age `ms` as text, in its largest unit. A clock that was set back makes an age negative."""
     if ms <= -1000:
         return "in the future"
     amount, unit = ms / 1000, "s"
