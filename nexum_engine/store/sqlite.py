@@ -300,9 +300,9 @@ class SqliteStore(Store):
                 reason = failure
         if reason is not None:
             if not self._failed.done():
-                is_told = isinstance(error.cause, FilesLost)
+                names_database = isinstance(error.cause, FilesLost)
                 self._failed.set_result(
-                    str(reason) if is_told else f"database {self._path} can't be trusted any more: {reason}"
+                    str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
                 )
             for submission in self._waiting:
                 if not submission.future.done():

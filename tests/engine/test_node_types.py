@@ -155,7 +155,7 @@ def test_timer_is_kept_over_a_kill_of_the_server(tmp_path: Path) -> None:
 
 
 def test_cancelled_timer_does_not_complete(stub: NexumServiceStub) -> None:
-    execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.1)})
+    execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.5)})
     stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
     later = start(stub)
     assert ended(stub, later).status == "COMPLETED"  # its timer began later, so the other one is over, too
