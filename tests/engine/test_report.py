@@ -12,9 +12,6 @@ import pytest
 from nexum_engine import report
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome, SessionSummary
 
-pytestmark = pytest.mark.every_python
-
-
 START = 1_700_000_000_000
 LONG = "a word and averyveryverylongwordwithoutaspace" * 60
 
