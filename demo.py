@@ -26,7 +26,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.options import count
 from submit_task import Origin, Session
 from support.console import (
     argument_text,
@@ -40,10 +39,10 @@ from support.console import (
     say_what_is_logged,
 )
 from support.conversation import Conversation
+from support.demo_options import build_parser
 from support.demo_session import announce_session, derived_session_id, recorded_question
 from support.launcher import NexumForRun, kill_this_process, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, ModelFailed, choose_model
-from support.options import add_nexum_option
 from support.session_file import check_session_id
 from support.team import WRITER, build_team
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
@@ -172,46 +171,9 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     return 0 if conversation.answered else 1
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY picks the vendor, NEXUM_MODEL the model; "
-        "OPENAI_BASE_URL with NEXUM_MODEL is any OpenAI-compatible server. Without a key the demo answers offline.",
-    )
-    parser.add_argument("question", nargs="?", help=f"default: {QUESTION}")
-    parser.add_argument("--team", action="store_true", help="ask two researchers at once, and a writer after them")
-    session = parser.add_mutually_exclusive_group()
-    session.add_argument(
-        "--session-id",
-        metavar="ID",
-        help="continue or begin this session (default: an id from question, model and --team)",
-    )
-    session.add_argument("--new-session", action="store_true", help="begin a session with a new id")
-    parser.add_argument(
-        "--crash-after-step", type=count(), metavar="N", help="kill this process after N tool calls that it executed"
-    )
-    parser.add_argument(
-        "--on-drift",
-        choices=("stop", "continue"),
-        default="stop",
-        help="if the session has recorded another question, model or program: stop (the default), or continue live",
-    )
-    parser.add_argument("--sessions", action="store_true", help="list the sessions (python -m durable_autogen ls)")
-    parser.add_argument(
-        "--fork",
-        metavar="SESSION@N",
-        help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
-        "a question is added as the user's next message",
-    )
-    parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
-    add_nexum_option(parser, embedded=True)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the demo from the command line. Return its exit code: 0 answered, 1 failed, 2 could not run."""
-    parser = build_parser()
+    parser = build_parser((__doc__ or "").partition("\n")[0], QUESTION)
     args = parser.parse_args(argv)
     question = argument_text(QUESTION if args.question is None else args.question).strip()
     if not question:

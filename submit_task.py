@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -347,10 +347,12 @@ _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary(
 def _client_here() -> NexumClient:
     """Return the running event loop's client, for the server that NEXUM_ADDRESS names or for the default server."""
     closed = [known for known in list(_clients) if known[0].is_closed()]
+    loops = [ref(loop) for loop, _ in closed]
     for known in closed:
         _clients.pop(known, None)
     if closed:
-        close_what_is_unused()
+        del closed, known
+        close_what_is_unused(loops)
     key = (asyncio.get_running_loop(), os.environ.get("NEXUM_ADDRESS", ""))
     if key not in _clients:
         _clients[key] = NexumClient(key[1])

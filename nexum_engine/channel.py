@@ -6,9 +6,10 @@ import asyncio
 import ctypes
 import gc
 import os
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import grpc
 
@@ -56,10 +57,12 @@ class Channel:
         # A server of this process may have ended, or begun to listen, since the channel was opened.
         if opened is None or opened[0] is not server:
             closed = [known for known in list(self._by_loop) if known.is_closed()]
+            loops = [ref(known) for known in closed]
             for known in closed:
                 self._by_loop.pop(known, None)
             if closed:
-                close_what_is_unused()
+                del closed, known
+                close_what_is_unused(loops)
             opened = self._by_loop[loop] = server, *self._open(server)
         return opened[2]
 
@@ -99,13 +102,16 @@ class Channel:
         self._by_loop = {}
 
 
-def close_what_is_unused() -> None:
+def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -> None:
     """Free the channels of closed event loops, which closes them. While one is open, gRPC keeps all event loops.
 
     Only a garbage collection frees them: `asyncio.run` cancels tasks at its end, and their exceptions form reference
-    cycles with the channels.
+    cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left, collect
+    all objects.
     """
     gc.collect(1)
+    if any(loop() is not None for loop in loops):
+        gc.collect()
 
 
 _all: WeakSet[Channel] = WeakSet()

@@ -30,7 +30,7 @@ from nexum_engine.store.retry import retry_execution
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 PAGE = 1000
-"""How many of the executions that an execution's nodes started are read at once."""
+"""How many child executions are read at once: those that the nodes of an execution started."""
 T = TypeVar("T")
 
 
@@ -119,7 +119,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _user() -> str:
-    """Return the name of the person at the computer, or an empty text if the system doesn't tell."""
+    """Return the name of the user, or an empty text if the system doesn't know it."""
     try:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):
@@ -180,7 +180,7 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
 
 
 class _Executions(Protocol):
-    """What the commands need of a server or of a database."""
+    """The operations of the commands, on a server or in a database."""
 
     async def find(self, args: argparse.Namespace) -> list[Execution]: ...
 
@@ -228,7 +228,7 @@ class _InDatabase:
         found = await self._store.run(
             listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
         )
-        # No server has the database open, so no process has a run, whatever is recorded.
+        # No server has the database open, so no process runs a session, whatever is recorded.
         return [
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found
@@ -310,9 +310,9 @@ async def _with_children(source: _Executions, execution_id: str) -> tuple[Execut
 
 
 async def watch(args: argparse.Namespace) -> int:
-    """Run `ps --watch` or `show --follow`; return the exit code of the latter. The former runs until it is stopped."""
+    """Run `ps --watch` until Ctrl+C, or `show --follow` until the execution ends. Return the exit code."""
     if args.database_url is not None:
-        raise InvalidRequest("without a server nothing changes: leave out --database-url, or --watch and --follow")
+        raise InvalidRequest("--watch and --follow need a server: leave out --database-url")
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     screen = Screen(say, in_place=sys.stdout.isatty() and not args.json)
     is_first = True

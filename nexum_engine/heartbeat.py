@@ -148,8 +148,8 @@ class Heartbeat:
     async def may_begin(self, task_id: str, requested: float) -> bool:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
 
-        The server may have given the task to another worker if this process has read the answer late: because its event
-        loop was blocked, or because the whole process was stopped.
+        If this process read the answer to its poll late, the server may have given the task to another worker. That
+        happens if the event loop was blocked, or the whole process was stopped.
         """
         if self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True

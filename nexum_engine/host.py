@@ -98,7 +98,7 @@ class Host:
 
     @classmethod
     def enter(cls, on_given_up: Callable[[Exception], None], *, owners: bool) -> Host:
-        """Return the host of this folder's runs, and use it until `leave`. Wait for `ready` next.
+        """Return the host of this folder's runs. The caller then waits for `ready`, and calls `leave` at its end.
 
         `on_given_up` is called in the host's thread when the host gives up: after too many restarts.
         """

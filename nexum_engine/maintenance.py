@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="delete executions that ended long ago",
         description="Delete executions that ended long ago, with all that belongs to them. A RUNNING execution is "
         "never deleted. The executions of a session are deleted together, when all of them have ended long ago. "
-        "Afterwards their keys can be started again: such a start runs again.",
+        "After that, a start with the key of a deleted execution runs again.",
     )
     prune.add_argument(
         "--older-than",

@@ -1,4 +1,4 @@
-"""The types of number options, for argparse. Each error says which numbers the option takes."""
+"""The types of options, for argparse. Each error says which values the option takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from datetime import datetime
 
 MAX_SECONDS = 1_000_000
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 MAX_DAYS = 36_500
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def seconds(lowest: float = 0.0) -> Callable[[str], float]:
@@ -39,25 +39,6 @@ def count(lowest: int = 1, highest: int = 1_000_000) -> Callable[[str], int]:
     return read
 
 
-def moment(text: str) -> int:
-    """Read a time: an age (30s, 15m, 2h, 7d) or a date, with or without a time. Return milliseconds since 1970."""
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        return max(round((time.time() - duration(text)) * 1000), 1)
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        return max(round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000), 1)
-    raise argparse.ArgumentTypeError(
-        f"{_shown(text)} is not a time: give an age (30s, 15m, 2h, 7d) or a date (2026-01-31, 2026-01-31T12:00)"
-    )
-
-
-def attribute(text: str) -> tuple[str, str]:
-    """Read NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{_shown(text)} is not an attribute: give NAME=VALUE")
-    return name, value
-
-
 def duration(text: str) -> float:
     """Read a duration such as 30d: a number with the unit s, m, h, d or w. Return the seconds."""
     with contextlib.suppress(ValueError, KeyError, IndexError):
@@ -66,6 +47,26 @@ def duration(text: str) -> float:
     raise argparse.ArgumentTypeError(
         f"{_shown(text)} is not a duration up to {MAX_DAYS:,}d: give a number and s, m, h, d or w, such as 12h or 30d"
     )
+
+
+def moment(text: str) -> int:
+    """Read a time: an age (30s, 15m, 2h, 7d) or a date, with or without a time. Return milliseconds since 1970."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return max(round((time.time() - duration(text)) * 1000), 1)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        # Python 3.10 does not read the "Z" of UTC.
+        return max(round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000), 1)
+    raise argparse.ArgumentTypeError(
+        f"{_shown(text)} is not a time: give an age (30s, 15m, 2h, 7d) or a date (2026-01-31, 2026-01-31T12:00)"
+    )
+
+
+def attribute(text: str) -> tuple[str, str]:
+    """Read an attribute, NAME=VALUE. Return its name and its value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{_shown(text)} is not an attribute: give NAME=VALUE")
+    return name, value
 
 
 def _shown(text: str) -> str:

@@ -67,18 +67,18 @@ class Outcome(str, Enum):
 
 
 class NodeType(str, Enum):
-    """What a node does. Workers run tasks of the types EFFECT to SUBWORKFLOW; the server completes the other nodes."""
+    """What a node does. Workers run the tasks of nodes from EFFECT to SUBWORKFLOW. The other nodes need no worker."""
 
     EFFECT = "EFFECT"
     """The node acts on the outside world."""
     COMPUTE = "COMPUTE"
     """The node only computes from its inputs."""
     ROUTER = "ROUTER"
-    """The node's output names the one of its routes' targets that is to run."""
+    """The node's output names the target that runs. The other targets of its routes are skipped."""
     MAP = "MAP"
     """The node's task returns a list. Each item becomes a task of its own, and the node's output is their results."""
     MAP_SUBTASK = "MAP_SUBTASK"
-    """One item of a MAP node. Workflows can't have such a node."""
+    """The task of one item of a MAP node. A workflow can't define such a node."""
     REDUCE = "REDUCE"
     """The node computes from the results of a MAP node."""
     SUBWORKFLOW = "SUBWORKFLOW"
@@ -94,6 +94,11 @@ class NodeType(str, Enum):
     def has_task(self) -> bool:
         """Whether a worker runs a task for a node of this type."""
         return self not in (NodeType.TIMER, NodeType.HUMAN_APPROVAL, NodeType.EVENT)
+
+    @property
+    def starts_executions(self) -> bool:
+        """Whether the result of the node's task starts executions. The node completes when these have completed."""
+        return self in (NodeType.MAP, NodeType.SUBWORKFLOW)
 
 
 class Compatibility(str, Enum):
@@ -128,7 +133,7 @@ class Node:
     status: NodeStatus
     output_json: str | None
     error: str
-    """Why the node FAILED, what a READY node waits for, or why an EVENT node was SKIPPED."""
+    """Why the node FAILED, why no worker gets a READY node, or why an EVENT node was SKIPPED."""
     attempts: tuple[Attempt, ...] = ()
     progress_json: str = ""
     """The progress that an attempt sent last."""
@@ -140,13 +145,13 @@ class Node:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What a list says of a session. Question, calls and tokens are empty if its events have no summary."""
+    """A session in a list of executions. Question, calls and tokens are empty if its events have no summary."""
 
     session: str
     events: int
     """The number of recorded events."""
     is_running: bool
-    """Whether a process has the session's latest run."""
+    """Whether a process runs the session now."""
     question: str
     calls: int
     """The recorded calls of models, tools and people."""
@@ -173,7 +178,7 @@ class Execution:
     input_bytes: int = 0
     """The size of an input that is left out; else 0."""
     session: SessionSummary | None = None
-    """The session that this execution stands for in a list: the execution is the session's latest run."""
+    """The session, if the execution is its latest run and stands for it in a list."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""

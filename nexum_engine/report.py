@@ -31,7 +31,7 @@ HEADING = f"{'EXECUTION':<39} {'STATUS':<11} {'STARTED':<10} WORKFLOW"
 
 
 def table(executions: Sequence[Execution], now_ms: int) -> str:
-    """Return a table of executions. A session has a line more with its calls, and one with its question."""
+    """Return a table of executions. A session has further lines, with its question and its calls."""
     if not executions:
         return "no executions"
     return "\n".join([HEADING, *(row(one, now_ms) for one in executions)])
@@ -57,7 +57,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return a line for each thing that has happened in an execution. Later, there are more lines."""
+    """Return a line for each start and end in an execution so far. A later call returns these lines and more."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -197,7 +197,7 @@ def _moment(ms: int) -> str:
 def seconds(start_ms: int, end_ms: int | None) -> str:
     """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
     if end_ms is not None and end_ms < start_ms:
-        return "an unknown time (the clock was put back)"
+        return "an unknown time (the clock was set back)"
     return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
@@ -212,12 +212,12 @@ def size(count: int) -> str:
 
 
 def age(ms: int) -> str:
-    """Return the age `ms` as text, in its largest unit. A clock that was put back makes an age negative."""
+    """Return the age `ms` as text, in its largest unit. A clock that was set back makes an age negative."""
     if ms <= -1000:
         return "in the future"
     amount, unit = ms / 1000, "s"
-    for size, larger in ((60, "min"), (60, "h"), (24, "d")):
-        if amount < size:
+    for limit, larger in ((60, "min"), (60, "h"), (24, "d")):
+        if amount < limit:
             break
-        amount, unit = amount / size, larger
+        amount, unit = amount / limit, larger
     return f"{int(amount)} {unit} ago"

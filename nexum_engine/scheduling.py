@@ -1,35 +1,36 @@
-"""Rules for the nodes of an execution: which statuses follow which, and what becomes of a node. No database is used."""
+"""The rules of an execution's nodes: which status can follow which, and when a node runs or is skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nexum_engine.records import NodeStatus, NodeType
+from nexum_engine.records import NodeStatus
 from nexum_engine.workflow import NodeDefinition
 
 MAX_LOST_ATTEMPTS = 10
 """The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
 
 TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
-    # The nodes that it waits for have ended: it is a task, it waits for something else, or it is skipped.
+    # The nodes that this node waits for have ended. It becomes a task, waits for something else, or is skipped.
     NodeStatus.PENDING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
     ),
-    # It is handed out. The last attempt may still report after its lease has run out, as from RUNNING.
+    # The node is handed out. Or its last attempt reports after its lease has run out: then as from RUNNING.
     NodeStatus.READY: frozenset(
         {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
-    # Its attempt succeeds, fails, or is lost. A MAP or SUBWORKFLOW node then waits for the executions that it started.
+    # The attempt succeeds, fails, or is lost. After a success, a MAP or SUBWORKFLOW node waits for the executions that
+    # it started.
     NodeStatus.RUNNING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
-    # What it waits for has come, was refused, or did not come in time.
+    # The time has passed, the person has decided, the event has come or is late, or the started executions have ended.
     NodeStatus.WAITING: frozenset(
         {NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
     NodeStatus.COMPLETED: frozenset(),
     NodeStatus.SKIPPED: frozenset(),
-    # A person retries the FAILED execution: its nodes without a result begin again.
+    # The FAILED execution is retried: its nodes without a result begin again.
     NodeStatus.FAILED: frozenset(
         {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
     ),
@@ -80,8 +81,3 @@ def settle(
             settled[node_id] = NodeStatus.READY if node.node_type.has_task else NodeStatus.WAITING
         now[node_id] = settled[node_id]
     return settled
-
-
-def starts_executions(node_type: NodeType) -> bool:
-    """Return whether the report of a node's task starts executions, whose end completes the node."""
-    return node_type in (NodeType.MAP, NodeType.SUBWORKFLOW)

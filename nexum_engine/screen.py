@@ -1,4 +1,4 @@
-"""A view of something that changes: redrawn in place on a terminal; elsewhere, what is new is printed."""
+"""A view that is refreshed: redrawn in place on a terminal. Elsewhere, only new lines are printed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Screen:
             self._keys.add(key)
 
     def note(self, text: str) -> None:
-        """Say something about the view: below it if it is redrawn in place, else on standard error, once."""
+        """Show a note about the view: below it if it is redrawn in place, else once on standard error."""
         if self._in_place:
             self._draw([*self._lines, text])
         elif text not in self._notes:
@@ -49,7 +49,8 @@ class Screen:
             print(text, file=sys.stderr, flush=True)
 
     def _draw(self, lines: Sequence[str]) -> None:
-        # Leave a line for the cursor. A line that is too long, or too high a view, would scroll away what is redrawn.
+        # Leave a line for the cursor, and cut what doesn't fit: if the terminal scrolled, the next view would be drawn
+        # at the wrong line.
         shown = lines[: max(1, shutil.get_terminal_size().lines - 1)]
         up = f"\x1b[{self._height}F" if self._height else ""
         self._height = len(shown)

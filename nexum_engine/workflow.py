@@ -33,7 +33,7 @@ MAX_ID_LENGTH = 200  # characters
 MAX_ATTRIBUTES = 10  # of one execution
 MAX_ATTRIBUTE_NAME = 64  # characters
 MAX_SECONDS = 100 * 366 * 24 * 3600
-"""The longest delay or time limit of a node: about 100 years."""
+"""The longest delay or time limit: about 100 years. Some systems can't show a much later time."""
 
 Number = Annotated[int, Strict()] | Annotated[float, Strict()]
 _KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)
@@ -49,7 +49,7 @@ class Route(BaseModel):
 
 
 class RetryPolicy(BaseModel):
-    """When a node is tried again after a reported failure. The defaults are the published server's."""
+    """When a node is retried after a reported failure. The defaults are the published server's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -163,8 +163,7 @@ class WorkflowBuilder:
     ) -> WorkflowBuilder:
         """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
 
-        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when a failed node is tried
-        again.
+        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when the node is retried.
         """
         return self._add(node_id, NodeType.EFFECT, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
 
@@ -185,7 +184,7 @@ class WorkflowBuilder:
     ) -> WorkflowBuilder:
         """Add a node whose handler returns the name of the target to run. The other targets are skipped.
 
-        `routes` has each target, and for a reader the condition under which the handler chooses it.
+        `routes` maps each target to its condition. The condition is for readers: the handler decides.
         """
         pairs = tuple(Route(condition=condition, target=target) for target, condition in routes.items())
         return self._add(node_id, NodeType.ROUTER, depends_on, routes=pairs)
@@ -258,7 +257,7 @@ class WorkflowBuilder:
         """Add a node that waits for the event `name`. Its output is the event's payload.
 
         If no event comes within `timeout_seconds`, the node and its execution fail. With `on_timeout`, the execution
-        goes on with that node instead; if the event comes in time, that node is skipped.
+        continues with that node instead; if the event comes in time, that node is skipped.
         """
         return self._add(
             node_id,
@@ -302,7 +301,7 @@ def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> Workf
 
 
 def check_id(value: str, what: str) -> str:
-    """Return `value` if it is a valid id: printable, not empty, not too long. Otherwise raise InvalidRequest."""
+    """Return `value` if it is a valid id: printable, not empty, not too long. Raises InvalidRequest."""
     if not value:
         raise InvalidRequest(f"{what} is empty")
     if len(value) > MAX_ID_LENGTH:
@@ -348,7 +347,7 @@ class _WorkflowIr(BaseModel):
 
 
 def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
-    """Return the nodes of an IR, dependencies first. Raises InvalidRequest, with the node's name, if one can't run."""
+    """Return the nodes of an IR, dependencies first. Raises InvalidRequest if the IR or one of its nodes can't run."""
     document = jsontext.parse(ir_json, "ir_json", max_bytes=MAX_IR_BYTES)
     try:
         ir = _WorkflowIr.model_validate(document)
@@ -366,7 +365,7 @@ def parse_ir(ir_json: str) -> dict[str, NodeDefinition]:
         )
     definitions = {node_id: _definition(node_id, node, ir.nodes) for node_id, node in ir.nodes.items()}
     # A target waits for the nodes that may choose it, even if it doesn't depend on them.
-    # Lists, not sets: the order of the nodes must be the same in every process.
+    # Use lists, not sets: the order of the nodes must be the same in every process.
     before = {node_id: [*node.dependencies] for node_id, node in definitions.items()}
     for node in definitions.values():
         for target in node.targets:
@@ -405,7 +404,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         check_id(node.event, f"the event of node {node_id!r}")
         if node.on_timeout and node.timeout_seconds is None:
             raise InvalidRequest(f"EVENT node {node_id!r} has on_timeout, but no timeout_seconds")
-    waits_for_time = is_event or node_type.has_task
+    may_time_out = is_event or node_type.has_task
     return NodeDefinition(
         node_id,
         node_type,
@@ -416,7 +415,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         delay_seconds=node.delay_seconds if node_type is NodeType.TIMER else 0,
         event=node.event if is_event else "",
         on_timeout=node.on_timeout if is_event else "",
-        timeout_seconds=node.timeout_seconds if waits_for_time else None,
+        timeout_seconds=node.timeout_seconds if may_time_out else None,
         retry=node.retry_policy,
     )
 

@@ -306,7 +306,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
 
 
 def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, transcript: str, check: Any) -> int:
-    """Check that each recorded tool call was executed once, or more often if it was in flight, and nothing else."""
+    """Check that only recorded tool calls were executed, each once, or again if it was in flight at a kill."""
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:

@@ -173,7 +173,8 @@ class Journal:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # Leave out the events before the last unfinished call: the run continued after them to make that call.
+                # Take only events recorded after the last unfinished call began. An earlier failure didn't end the run:
+                # the run went on and made that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 

@@ -1,7 +1,7 @@
 """Events that are sent to a session from outside, and kept on the server until the session waits for them.
 
-In a session, the sent events of one name have the numbers 1, 2, 3, ... Each is an execution with one EVENT node. Its
-key is made of session, name and number. The sender starts it, or the session that waits, whichever comes first.
+In a session, the sent events of one name have the numbers 1, 2, 3, ... Each sent event is an execution with one EVENT
+node. Its key is made of session, name and number. The sender or the waiting session starts it, whichever comes first.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ async def send(
     check_session_id(session)
     check_event_name(name)
     jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
+    # With a key, begin at the oldest event: an ended one may have this key. Its execution then acknowledges the call.
     number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
-    # A key of its own lets the client retry the call if the server's answer is lost.
+    # A key lets the client retry the call if the server's answer is lost.
     key = idempotency_key or uuid.uuid4().hex
     while True:
         expected = await expect(client, session, name, number, patience=SERVER_PATIENCE)
@@ -115,7 +116,7 @@ async def cancel_expected(client: NexumClient, session: str) -> None:
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
-    """Return the number of the oldest or newest sent event on the server; 1 if there is none."""
+    """Return the number of the oldest or newest sent event of a name on the server. Return 1 if there is none."""
     number, before = 1, ""
     while page := await client.list_executions(
         workflow_id=SENT_EVENT.workflow_id,

@@ -115,9 +115,9 @@ class Session:
     async def sleep(self, seconds: float) -> None:
         """Sleep for `seconds`. After a crash, the next run sleeps only what is left.
 
-        The time at which the sleep ends is recorded first. The sleep ends when the clock of the machine shows that
-        time, never earlier, also if no process runs meanwhile. If a later run passes other `seconds`, the recorded time
-        still counts. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
+        The time at which the sleep ends is recorded first. The sleep is over when the machine's clock shows that time,
+        never earlier. Time in which no process runs counts, too. If a later run passes other `seconds`, the recorded
+        time still counts. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
         """
         with self._at_wait("sleep", "use asyncio.sleep in the tool") as place:
             await self._waits.sleep(place.agent, seconds)

@@ -1,8 +1,8 @@
 """Durable waits: sleeps, and waits for events that are sent to the session.
 
-A wait is recorded by two events. The first one (WAIT) is recorded before the wait, and holds the time at which the wait
-ends at the latest: a crash doesn't extend it. The second one (SLEEP or EVENT) is recorded at the end, so that a replay
-lets the program continue in the recorded order.
+A wait is recorded by two events. The first one (WAIT) is recorded before the wait, with the time at which the wait ends
+at the latest: so a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
+wait: so a replay continues the program in the recorded order.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
+from nexum_engine.workflow import MAX_SECONDS
 
-MAX_SECONDS = 100 * 366 * 86400.0  # a hundred years: some systems can't show a much later time
 CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machine may have been suspended
 
 
@@ -57,7 +57,7 @@ class Waits:
         """The waits for sent events that are not over, and the event that each has received and not yet recorded."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
-        """Sleep, as `Session.sleep` says."""
+        """Sleep for `seconds`, less the time that earlier runs have waited (`Session.sleep`)."""
         position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
@@ -65,7 +65,7 @@ class Waits:
         async def perform() -> Performed:
             if time.time() * 1000 < until_ms:
                 self._log.info("sleeping until %s", at_time(until_ms))
-                self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
+                self._warn_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
             while (left := until_ms / 1000 - time.time()) > 0:  # noqa: ASYNC110 - it waits for no event
                 await asyncio.sleep(min(left, CLOCK_INTERVAL))
             return Performed(None, Mark())
@@ -73,14 +73,14 @@ class Waits:
         await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name`, as `Session.wait_for_event` says."""
+        """Return the payload of the next event `name` (`Session.wait_for_event`). Raises TimeoutError."""
         check_event_name(name)
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
 
         async def perform() -> Performed:
-            self._tell_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
+            self._warn_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
             content = await self._received(wait, name, waiting.until_ms)
             return Performed(None, content)
 
@@ -94,7 +94,7 @@ class Waits:
         raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
 
     async def end(self) -> None:
-        """Clean up after a run that came to its end: it waits for no event any more."""
+        """After a run that came to its end, cancel the executions of events that the session no longer waits for."""
         if any(what == "event" for _, what in self._counts):
             with suppress(NexumError):  # no server answers: the next run that comes to its end cleans up
                 await cancel_expected(self._client, self._recorder.journal.session)
@@ -121,20 +121,22 @@ class Waits:
             self._log.info("%s: replayed from the record ✓", call)
         return answer
 
-    def _tell_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
+    def _warn_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
         if waiting.seconds != seconds:
             was, now = ("no limit" if one is None else f"{one:g} s" for one in (waiting.seconds, seconds))
             self._log.warning("%s: the recorded time counts (%s), not the program's new one (%s)", name, was, now)
 
     async def _received(self, wait: object, name: str, until_ms: int | None) -> Received | TimedOut:
-        is_told = False
+        is_logged = False
         while True:
             number = self._next_number(name)
             left = math.inf if until_ms is None else until_ms / 1000 - time.time()
             expected = await expect(self._client, self._recorder.journal.session, name, number, patience=PATIENCE)
             try:
                 observed = await self._client.get_execution(
-                    expected.execution_id, wait=min(max(left, 0), MAX_SERVER_WAIT) if is_told else 0, patience=PATIENCE
+                    expected.execution_id,
+                    wait=min(max(left, 0), MAX_SERVER_WAIT) if is_logged else 0,
+                    patience=PATIENCE,
                 )
             except ExecutionNotFound:
                 continue  # the server's database was replaced
@@ -149,8 +151,8 @@ class Waits:
             if execution.status is ExecutionStatus.RUNNING:
                 if left <= 0:
                     return TimedOut()
-                if not is_told:
-                    is_told = True
+                if not is_logged:
+                    is_logged = True
                     until = "" if until_ms is None else f" until {at_time(until_ms)}"
                     self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, self._send_command, name)
 

@@ -1,4 +1,4 @@
-"""The embedded Nexum server: `run_server` opens the store, listens, serves and stops."""
+"""The Nexum server: `run_server` opens the store, listens, serves and stops."""
 
 from nexum_engine.server.run import run_server
 

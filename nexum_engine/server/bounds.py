@@ -64,7 +64,7 @@ class Budget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, units: int, patience: float | None = None) -> int:
-        """Take `units`, or the whole budget if that is less. Returns what `give` must get. Raises Overloaded."""
+        """Take `units`, or the whole budget if that is less. Return the number to pass to `give`. Raises Overloaded."""
         units = min(units, self._total)
         if not self._waiting and units <= self._free:
             self._free -= units
@@ -89,7 +89,7 @@ class Budget:
         return units
 
     def give(self, units: int) -> None:
-        """Give units back, and let waiting calls take them."""
+        """Release units, and let waiting calls take them."""
         self._free += units
         while self._waiting and self._waiting[0][0] <= self._free:
             units, turn = self._waiting.popleft()

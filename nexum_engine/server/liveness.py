@@ -22,7 +22,7 @@ RESTART_GRACE_MS = 1500
 So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
 MAX_BEAT_TASKS = 4000
-"""The number of tasks that one worker may hold."""
+"""The number of tasks that one heartbeat may name."""
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Liveness:
             self._due_changed.set()
 
     def task_handed_out(self, timeout_ms: int | None = None) -> None:
-        """Schedule a sweep for the end of a lease that begins now, or for the end of the task's time."""
+        """Schedule a sweep for the end of a lease that begins now, or for the end of the task's time limit."""
         lease_ms = self._lease_ms if timeout_ms is None else min(self._lease_ms, timeout_ms)
         self.due_at(self._clock.now_ms() + lease_ms)
 

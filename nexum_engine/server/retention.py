@@ -1,4 +1,4 @@
-"""Retention in a running server: pruning that leaves most of the time to the calls, and the policy `--keep`."""
+"""Retention in a running server: pruning in small steps beside other calls, and the option `--keep`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from nexum_engine.store.base import Space
 from nexum_engine.store.retention import Pruned, Verdict
 
 REST, IDLE_REST = 9, 1
-"""How long pruning rests after each transaction, in units of the time that it took: beside calls, and without any."""
+"""How long pruning rests after a transaction, as multiples of its duration: with other calls, and without any."""
 PART_SECONDS = 1.0
 """How long one call of Prune works. Clients wait 10 s for an answer."""
 INTERVAL = 3600.0
-"""Seconds between two runs of the policy, at most."""
+"""The longest time in seconds between two prunings of `--keep`."""
 QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
-"""How much of the database may be in use if the server gives free space back on its own, and if it is requested.
+"""Up to how many bytes in use the database is compacted: on the server's own, and with `--compact`.
 
-The server answers no calls meanwhile: for about a second for each 100 MB."""
+Meanwhile the server answers no calls, for about a second for each 100 MB."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run of pruning, and the space of the database after the last part."""
+    """What one call of `Retention.prune` has done. The last call that is needed returns the database's space, too."""
 
     pruned: Pruned
     space: Space | None = None
@@ -53,7 +53,7 @@ class Retention:
     async def prune(
         self, older_than_ms: int, *, session: str = "", after: int = 0, dry_run: bool = False, compact: bool = False
     ) -> Part:
-        """Prune for about PART_SECONDS. After the last part, give free space back."""
+        """Prune for about PART_SECONDS. When nothing is left to prune, give free space back to the disk."""
         loop = asyncio.get_running_loop()
         end = loop.time() + PART_SECONDS
         executions = sessions = kept = 0

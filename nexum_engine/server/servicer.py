@@ -47,7 +47,7 @@ MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
 """The number of versions that one poll may name."""
 SUMMARY_BYTES, VERSION_BYTES = 8000, 500
-"""The size of a long item in a list of executions, and in a list of versions."""
+"""Estimates of the size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
 PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
@@ -78,7 +78,7 @@ def _rpc(handler: Handler) -> Handler:
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
-        await self.refuse_what_is_meant_for_another(context)
+        await self.refuse_call_for_another_database(context)
         try:
             return await handler(self, request, context)
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
@@ -120,12 +120,12 @@ class NexumServicer(NexumServiceServicer):
         """Begin no further calls on streams, and end the streams when their calls have been answered."""
         self._streams.stop()
 
-    async def refuse_what_is_meant_for_another(self, context: Context) -> None:
+    async def refuse_call_for_another_database(self, context: Context) -> None:
         """Answer UNAVAILABLE to a call for another database, so that the client looks for another server."""
         metadata, database = context.invocation_metadata() or (), self._store.opened_as
         if is_meant_for(metadata, database):
             return
-        # In a thread: a client may name a path on a file system that doesn't answer.
+        # Use a thread: a client may name a path on a file system that doesn't answer.
         why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
@@ -198,7 +198,7 @@ class NexumServicer(NexumServiceServicer):
                 dict(request.attributes),
             )
         )
-        # Use a callback: the sweep and the waiters must learn of the start even if the caller is cancelled.
+        # Use a callback: the sweep and the waiters need the effects of the start even if the caller is cancelled.
         starting.add_done_callback(self._started_owned)
         started = await asyncio.shield(starting)
         is_found = started.status.ended and not request.output_json
@@ -223,7 +223,7 @@ class NexumServicer(NexumServiceServicer):
             return
         self._waiters.execution_started(done.result().execution_id)
         changed = done.result().changed
-        # `StartExecution` has announced one task.
+        # Leave out the first task: `StartExecution` has announced it.
         self._liveness.apply(replace(changed, ready=changed.ready[1:]))
 
     @_rpc
@@ -250,7 +250,9 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, request.output_json))
+        # The published TypeScript SDK sends no output for a handler that returns nothing.
+        output_json = request.output_json or "null"
+        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, output_json))
         return pb.AckResponse(ok=True)
 
     @_rpc
@@ -308,9 +310,9 @@ class NexumServicer(NexumServiceServicer):
         return await self._whole(execution, context, with_attempts)
 
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
-        """Return the execution with its payloads. Read them if `execution` was too large to have them.
+        """Return the execution with its payloads. Read them from the store if `execution` is without them.
 
-        The largest are left out if a default client could not receive the answer.
+        If a default client could not receive the answer, the largest payloads are left out.
         """
         if execution.nodes:
             await self._answers.reserve(context, _size_of(execution))
@@ -450,7 +452,7 @@ class NexumServicer(NexumServiceServicer):
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
-        await self.refuse_what_is_meant_for_another(context)
+        await self.refuse_call_for_another_database(context)
         try:
             # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
@@ -494,7 +496,7 @@ class NexumServicer(NexumServiceServicer):
     async def Backup(
         self, request_iterator: AsyncIterator[pb.BackupRequest], context: Context
     ) -> AsyncGenerator[pb.BackupProgress, None]:
-        await self.refuse_what_is_meant_for_another(context)
+        await self.refuse_call_for_another_database(context)
         try:
             async for request in request_iterator:
                 async with aclosing(self._backup(request)) as steps:

@@ -1,8 +1,8 @@
 """The store of executions. `open_store` picks the dialect from the database URL.
 
 Every change of state is a function in `executions.py`, `tasks.py`, `leases.py`, `waits.py`, `retry.py` or
-`retention.py`, and what follows from it is in `progress.py`. Every query is in `queries.sql`. A dialect's module has
-the code that only its database needs.
+`retention.py`. What follows from a change is in `flow.py`. Every query is in `queries.sql`. A dialect's module has the
+code that only its database needs.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Space:
     free: int
     """The part that holds nothing. New executions use it."""
     given_back: int = 0
-    """What the last `compact` has given back to the disk."""
+    """The bytes that `compact` has just given back to the disk."""
 
 
 @dataclass(frozen=True)

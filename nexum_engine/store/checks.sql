@@ -1,4 +1,4 @@
--- The engine's invariants. Each query returns the rows that break one: `what` says which, in words.
+-- The engine's invariants. Each query returns a row for each violation, with its description as `what`.
 -- What SQLite checks itself (types, references, indexes) is not repeated here.
 
 -- name: execution_id

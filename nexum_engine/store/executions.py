@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from nexum_engine import jsontext
 from nexum_engine.errors import (
     Conflict,
-    ExecutionNotFound,
     IdempotencyConflict,
     InvalidRequest,
     TooLarge,
@@ -21,8 +20,10 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Compatibility, ExecutionStatus, NodeStatus, NodeType, WorkflowVersion
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.ids import new_task_id, node_number, number_of, random_part
-from nexum_engine.store.progress import TASK_FRAME_BYTES, begin, end_execution, parsed, policy_of
+from nexum_engine.store.definitions import parsed, policy_of
+from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
+from nexum_engine.store.ids import new_task_id, node_number, random_part
+from nexum_engine.store.reading import find_execution
 from nexum_engine.store.results import Changed, Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
@@ -154,7 +155,7 @@ def start_execution(
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
     begin(db, added, workflow_id, version_hash, input_json, changes)
-    # It has ended if all its nodes complete without a worker.
+    # The execution has ended if all its nodes complete at once, such as timers without a delay.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
     return Started(added["execution_id"], status, existing=False, changed=changes.freeze())
 
@@ -197,11 +198,7 @@ def cancel_execution(db: Db, execution_id: str) -> Changed:
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
-    number = number_of(db, execution_id)
-    db.lock(number)
-    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
+    row = find_execution(db, execution_id, lock=True)
     if row["status"] == ExecutionStatus.CANCELLED:
         return Changed()
     if row["status"] != ExecutionStatus.RUNNING:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from nexum_engine import jsontext, scheduling
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.definitions import TIMEOUT_GRACE_MS
 from nexum_engine.store.ids import number_of
-from nexum_engine.store.progress import TIMEOUT_GRACE_MS
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail
 from nexum_engine.store.waits import end_waits
@@ -113,7 +113,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
     """
     # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
     # query would announce these nodes a second time.
-    retries = db.all("due_tasks", since=since_ms, now=db.now_ms)
+    retries = db.all("due_retries", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
     for found in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
         db.lock(found["execution"])

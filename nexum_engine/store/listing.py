@@ -1,7 +1,7 @@
 """Lists of executions: filters, sessions, and pages.
 
-A filter has one or more conditions. One that few executions meet leads: its index gives the candidates, newest first,
-and one query checks the other conditions. So a list takes little time however many executions there are.
+A list begins with the condition that few executions meet. The index of this condition gives candidates, newest first,
+and the query `matching` checks the other conditions. So a list takes little time however many executions there are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Server and client hold the whole list in memory.
 _CANDIDATES = 1000
 """How many candidates one query reads."""
 _RARE = 50_000
-"""The number of executions below which a workflow or an attribute leads. Above it, the newest ones soon match."""
+"""A workflow or attribute with fewer executions gives the candidates. One with more soon matches among the newest."""
 _OUT_OF_ORDER_MS = 10_000
 """How much earlier an execution may have begun than one with a smaller number, if several servers start executions."""
 _END = 2**53  # above every number of an execution; 1000 times it is still a 64-bit number
@@ -49,7 +49,7 @@ class _Filter:
     parent: str
 
     def check(self) -> None:
-        """Raise InvalidRequest for conditions that can't be looked for."""
+        """Raise InvalidRequest for an unknown status, and for conditions that are out of range or need another one."""
         if self.status and self.status not in ExecutionStatus.__members__:
             raise InvalidRequest(f"unknown status {self.status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
         if self.key_prefix and not self.workflow_id:
@@ -127,9 +127,9 @@ def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
 
 
 def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool]:
-    """Return a query for executions that may match, and whether all that it finds match.
+    """Return the query that finds candidates, and whether every candidate matches.
 
-    It is the query of a condition that few executions meet, if there is one.
+    It is the query of a condition that few executions meet. If there is none, all executions are candidates.
     """
     conditions = [wanted.workflow_id, wanted.status, *wanted.attributes, wanted.group_sessions]
     is_only = sum(map(bool, conditions)) <= 1
@@ -162,8 +162,8 @@ def _count(db: Db, query: str, **parameters: str) -> int:
 def _first_since(db: Db, ms: int) -> int:
     """Return the number of the first execution that was started at or after `ms`.
 
-    Executions are numbered in the order of their starts, so bisect. After the clock was put back, the number is that of
-    one of the places where the times pass `ms`.
+    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the times pass `ms`
+    several times: the number is that of one of these places.
     """
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1
@@ -210,12 +210,13 @@ def _as_session(db: Db, run: Execution, row: Row) -> Execution:
     keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" follows "/"
     events, last_ms, summary = 0, 0, _Summary()
     for workflow in db.all("workflow_ids"):
-        found = db.one("events", workflow_id=workflow["workflow_id"], **keys)
+        found = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)
         if found is not None and found["number"]:
             events += found["number"]
             if found["last_ms"] > last_ms:
                 last_ms = found["last_ms"]
-                summary = _summary_of(db.one("summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys))
+                last = db.one("session_summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys)
+                summary = _summary_of(last)
     return replace(
         run,
         session=SessionSummary(

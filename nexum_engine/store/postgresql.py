@@ -62,12 +62,8 @@ _LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
 
 _BY_SERVER = ("take_task", "renew_lease", "resume_node")
 """The statements after which the attempt's worker is known to be connected to this server."""
+_OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
 _NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
-_OF_NO_OTHER = {
-    "restart_leases": _NO_OTHER,
-    "restart_owned_leases": _NO_OTHER,
-    "shorten_leases": "server = :server",
-}
 """What is added to the statements that shorten leases, so that they leave alone the workers of another server."""
 
 
@@ -76,8 +72,8 @@ def dialect() -> dict[str, str]:
     queries = {**load_queries(), **load_queries("postgresql.sql")}
     for name in _BY_SERVER:
         queries[name] = queries[name].replace("UPDATE nodes SET ", "UPDATE nodes SET server = :server, ", 1)
-    for name, condition in _OF_NO_OTHER.items():
-        queries[name] = queries[name].replace(";", f" AND {condition};")
+    for name in _OF_NO_OTHER:
+        queries[name] = queries[name].replace(";", f" AND {_NO_OTHER};")
     return {name: _translated(text, _LOCKS.get(name, "")) for name, text in queries.items()}
 
 

@@ -53,12 +53,12 @@ WHERE sequence IN (SELECT CAST(value AS bigint) FROM json_array_elements_text(CA
                            AND later.sequence > executions.sequence)))
 ORDER BY sequence DESC;
 
--- name: events
+-- name: session_events
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND status = 'COMPLETED' AND (idempotency_key ~ '/.*[^0-9]' OR NOT idempotency_key ~ '/[0-9]');
 
--- name: summary
+-- name: session_summary
 SELECT CAST(CAST(output_json AS json) -> 'summary' AS text) AS summary
 FROM executions JOIN nodes ON node = 1000 * sequence
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key

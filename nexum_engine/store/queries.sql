@@ -1,5 +1,6 @@
--- Every query of the store, by name. A dialect's module has what differs for its database.
+-- Every query of the store, by name. What differs between databases is in the dialects' modules.
 -- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
+-- Some conditions are here only to choose an index: node_type > '' is always true, and +sequence uses no index.
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -16,7 +17,7 @@ VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
 -- name: versions
 -- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
--- has a READY, RUNNING or WAITING node. The tasks of a MAP node are no executions of their own here.
+-- has a READY, RUNNING or WAITING node. An item of a MAP node is an execution, too: these are not counted.
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
 FROM workflow_versions
 LEFT JOIN (SELECT executions.version_hash AS of_version, count(*) AS running
@@ -100,7 +101,8 @@ FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 SELECT sequence FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: newest
--- The executions in [first, before), newest first. The queries of this form find the executions that may match a filter.
+-- The executions in [first, before), newest first. Each query newest... finds candidates by one condition of a filter.
+-- The query `matching` checks the other conditions.
 SELECT sequence FROM executions WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_of_keys
@@ -111,7 +113,7 @@ WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempoten
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_of_workflow
--- The executions of a workflow, from the two indexes that together have them all.
+-- The executions of a workflow. One index has those with a key, another one those without.
 SELECT sequence FROM (
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
     UNION ALL
@@ -158,13 +160,14 @@ SELECT count(*) AS number FROM (
 ) AS found;
 
 -- name: started_up_to
--- When the execution of a number was started, or else the one before it.
+-- When the execution with a number was started. If there is none, the one before it.
 SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence DESC LIMIT 1;
 
 -- name: matching
--- Those of the executions `sequences` that match a filter, newest first. An empty filter matches all. With :grouped, a
--- session is one item: of its executions (owned, with a key SESSION/...), only its latest run (SESSION/NUMBER) matches.
--- The tasks of MAP nodes match only with :with_items.
+-- Those of the executions :sequences that match a filter, newest first. An empty condition matches all. Items of MAP
+-- nodes match only with :with_items. With :grouped, a session's executions are one item. They are owned, and their keys
+-- begin with SESSION/. Only the latest run matches: its key is SESSION/NUMBER, and no later execution has a key between
+-- SESSION/ and SESSION/: (the colon follows the 9).
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
        ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
@@ -190,28 +193,29 @@ WHERE sequence IN (SELECT value FROM json_each(:sequences))
 ORDER BY sequence DESC;
 
 -- name: latest_run
--- Whether the only node of a session's run is owned, and whether a process has it.
+-- Whether a process has a session's run. No row: the execution is not owned, so it is no run.
 SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :execution AND owned;
 
 -- name: workflow_ids
 -- Every workflow that has a version.
 SELECT DISTINCT workflow_id FROM workflow_versions;
 
--- name: events
--- How many events a session has recorded in a workflow, and when it recorded the last one.
+-- name: session_events
+-- How many events a session has recorded in a workflow, and when it recorded the last one. A run is no event.
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND status = 'COMPLETED' AND (idempotency_key GLOB '*/*[^0-9]*' OR NOT idempotency_key GLOB '*/[0-9]*');
 
--- name: summary
--- The summary in the last event that a session has recorded in a workflow. Several may have the same time.
+-- name: session_summary
+-- The summary in the last event that a session has recorded in a workflow. Of events with the same time, the one with
+-- the highest number is the last.
 SELECT json_extract(output_json, '$.summary') AS summary FROM executions JOIN nodes ON node = 1000 * sequence
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND executions.status = 'COMPLETED' AND executions.ended_ms = :last_ms
 ORDER BY json_extract(output_json, '$.summary.number') DESC, sequence DESC LIMIT 1;
 
 -- name: nodes
--- An execution's nodes with their outputs, except those of the nodes `left_out`.
+-- An execution's nodes with their outputs. The outputs of the nodes :left_out are NULL.
 SELECT node_id, node_type, status, error, progress_json, due_ms,
        CASE WHEN node_id NOT IN (SELECT value FROM json_each(:left_out)) THEN output_json END AS output_json
 FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
@@ -232,7 +236,7 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND attempts > 
 ORDER BY attempt LIMIT :limit;
 
 -- name: payload_part
--- A part of an execution's input, under an empty name, or of a node's recorded output, and the size of the whole.
+-- A part of a node's recorded output, or of the execution's input if :node_id is empty, and the size of the whole.
 SELECT substr(CAST(payload AS BLOB), :offset + 1, :length) AS data, length(CAST(payload AS BLOB)) AS bytes
 FROM (SELECT input_json AS payload FROM executions WHERE sequence = :execution AND :node_id = ''
       UNION ALL
@@ -244,15 +248,15 @@ FROM (SELECT input_json AS payload FROM executions WHERE sequence = :execution A
 SELECT coalesce(sum(length(CAST(output_json AS BLOB)) + 2 * length(CAST(node_id AS BLOB)) + 4), 0) AS bytes
 FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999;
 
--- name: input_sizes
--- The parts of the size of an execution's tasks: its input, under an empty name, and each recorded output.
+-- name: payload_sizes
+-- The sizes of an execution's input, under an empty name, and of each recorded output.
 SELECT '' AS node_id, length(CAST(input_json AS BLOB)) AS bytes FROM executions WHERE sequence = :execution
 UNION ALL
 SELECT node_id, length(CAST(output_json AS BLOB)) FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
 
 -- name: frame_bytes
--- An upper bound of the size of what an answer says of an execution besides its input, outputs and attempts.
+-- An upper bound of the size of an answer about an execution, without its input, outputs and attempts.
 SELECT 4000 + length(CAST(error AS BLOB))
      + (SELECT coalesce(sum(4 * length(name) + 4 * length(value) + 20), 0) FROM attributes WHERE execution = sequence)
      + (SELECT sum(2 * length(CAST(node_id AS BLOB)) + length(CAST(nodes.error AS BLOB)) + 100) FROM nodes
@@ -267,7 +271,7 @@ SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) 
         WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999) AS bytes;
 
 -- name: oldest_task
--- The task of a version that has been due the longest and is small enough for the worker. Its input, only if short.
+-- The task of a version that has been due the longest and is small enough for the worker. A long input is left out.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
        workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
@@ -294,7 +298,7 @@ SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN exec
 WHERE node = :node;
 
 -- name: map_of_item
--- The MAP node of one item's task, with its execution and the number of its items.
+-- The MAP node whose item is the execution :item, with the node's execution, the number of all items, and this item's.
 SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, idempotency_key, input_json,
        (SELECT child_index + 1 FROM executions AS items WHERE items.parent_node = nodes.node
         ORDER BY items.sequence DESC LIMIT 1) AS total,
@@ -302,8 +306,8 @@ SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, wo
 FROM nodes JOIN executions ON executions.sequence = execution
 WHERE node = (SELECT parent_node FROM executions AS item WHERE item.sequence = :item);
 
--- name: say_why_waiting
--- Store in a READY node what it waits for.
+-- name: note_why_ready
+-- Store in a READY node why no worker gets it.
 UPDATE nodes SET error = :error WHERE node = :node AND status = 'READY' AND error <> :error;
 
 -- name: keep_attempt
@@ -318,7 +322,7 @@ UPDATE nodes SET status = 'RUNNING', error = '', attempts = attempts + 1, task_i
                  due_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
 WHERE node = :node AND status = 'READY';
 
--- name: dependency_outputs
+-- name: recorded_outputs
 -- The recorded outputs of an execution.
 SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
@@ -329,7 +333,8 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'C
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
        coalesce(earlier.error, attempt_error) AS error,
-       attempts AS newest_attempt, failed_attempts, owned,
+       attempts AS newest_attempt, nodes.outcome AS newest_outcome, attempt_error AS newest_error,
+       streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, owned,
        execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
        retry,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
@@ -365,7 +370,7 @@ UPDATE nodes SET status = 'WAITING', due_ms = :due_ms, event = :event, started_m
 WHERE node = :node AND status = 'PENDING';
 
 -- name: skip_node
--- Skip a node that nobody chose.
+-- Skip a node: no router chose it, or all nodes that it depends on are skipped.
 UPDATE nodes SET status = 'SKIPPED' WHERE node = :node AND status = 'PENDING';
 
 -- name: complete_waiting
@@ -380,7 +385,7 @@ WHERE node = :node AND status = 'WAITING';
 UPDATE nodes SET status = 'FAILED', error = :error, ended_ms = :now WHERE node = :node AND status = 'WAITING';
 
 -- name: time_out
--- End an EVENT node whose event did not come in time, and which has another node to go on with.
+-- End an EVENT node whose event did not come in time. The execution continues with the node on_timeout.
 UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_ms = :now
 WHERE node = :node AND status = 'WAITING';
 
@@ -389,14 +394,14 @@ WHERE node = :node AND status = 'WAITING';
 SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
 FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
--- name: node_called
+-- name: node_by_name
 -- A node with its execution, by the node's name.
 SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
 FROM nodes JOIN executions ON sequence = execution
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id;
 
 -- name: choices
--- The outputs of an execution's routers.
+-- The outputs of an execution's routers. Each names the target that the router chose.
 SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_type = 'ROUTER' AND status = 'COMPLETED';
 
@@ -424,7 +429,7 @@ FROM (SELECT min(due_ms) AS due_ms FROM nodes WHERE status = 'WAITING' AND node_
       UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT') AS kinds;
 
 -- name: depth
--- How many executions there are from the given one up to the one that a client started.
+-- How deep an execution is nested: 1 if a client started it, 2 if a node of such an execution did, and so on.
 WITH RECURSIVE upwards (parent, depth) AS (
     SELECT parent_node, 1 FROM executions WHERE sequence = :execution
     UNION ALL
@@ -450,18 +455,18 @@ WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND stat
 SELECT output_json FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node ORDER BY sequence;
 
 -- name: item_result_bytes
--- The size of these results as one JSON array.
+-- The size of the results of a MAP node's tasks as one JSON array.
 SELECT coalesce(sum(length(CAST(output_json AS BLOB)) + 1), 0) + 1 AS bytes
 FROM executions JOIN nodes ON node = 1000 * sequence WHERE parent_node = :node;
 
 -- name: last_output
--- The output of the node of an execution that completed last.
+-- The output of the node that completed last in an execution.
 SELECT output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED'
 ORDER BY completed DESC LIMIT 1;
 
 -- name: add_event
--- Keep an event.
+-- Store an event that was sent to an execution.
 INSERT INTO events (execution, number, name, idempotency_key, payload_json, sent_ms)
 SELECT :execution, coalesce(max(number), 0) + 1, :name, :idempotency_key, :payload_json, :now
 FROM events WHERE execution = :execution
@@ -472,7 +477,7 @@ RETURNING number;
 SELECT name, payload_json FROM events WHERE execution = :execution AND idempotency_key = :idempotency_key;
 
 -- name: unused_event
--- The first event of a name that no node has waited for.
+-- The first event of a name that no node has used.
 SELECT number, payload_json FROM events
 WHERE execution = :execution AND name = :name AND node IS NULL ORDER BY number LIMIT 1;
 
@@ -482,11 +487,11 @@ SELECT coalesce(sum(length(CAST(payload_json AS BLOB))), 0) AS bytes FROM events
 WHERE execution = :execution AND node IS NULL;
 
 -- name: use_event
--- Note which node an event completed.
+-- Store which node an event completes.
 UPDATE events SET node = :node WHERE execution = :execution AND number = :number;
 
 -- name: node_of_event
--- The first node that waits for an event.
+-- The first node that waits for an event of a name.
 SELECT node FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'WAITING' AND event = :name
 ORDER BY node LIMIT 1;
@@ -522,16 +527,8 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
 UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
 WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 
--- name: failed_after_all_children
--- A node that failed although all executions that it started have completed.
-SELECT node_id FROM nodes
-WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'FAILED'
-  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node)
-  AND NOT EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status <> 'COMPLETED')
-LIMIT 1;
-
 -- name: reopen_parents
--- Make the nodes without a result that had started executions wait for those again.
+-- Make nodes without a result wait again for the executions that they had started.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
   AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
@@ -549,16 +546,13 @@ WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND stat
 ORDER BY sequence;
 
 -- name: reopen_item
--- Make the task of an item a task again, with fresh counts.
+-- Make the node of a MAP node's item READY again, with fresh counts. Return the size of its task.
 UPDATE nodes SET status = 'READY', due_ms = :now, error = '', failed_attempts = 0, lost_attempts = 0
-WHERE node = :node AND status IN ('FAILED', 'CANCELLED');
-
--- name: ready_node
--- The size of a READY node's task.
-SELECT task_bytes FROM nodes WHERE node = :node AND status = 'READY';
+WHERE node = :node AND status IN ('FAILED', 'CANCELLED')
+RETURNING task_bytes;
 
 -- name: reopen_nodes
--- Make the nodes that have no result wait again, with fresh counts. Their attempts stay in the history.
+-- Make the nodes without a result PENDING again, with fresh counts. Their attempts stay in the history.
 UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED');
 
@@ -616,8 +610,8 @@ WHERE queue = '' AND streamed = :streamed;
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed AND owned;
 
 -- name: restart_tasks
--- Let no task be due after :latest: make such a retry due at :latest, and any other such task now. A node with a rule
--- of its own for retries may be due later.
+-- The clock may have been set back. Of the tasks that are due after :latest, make a retry due at :latest, and a first
+-- attempt due now. Leave the retries of a node with its own retry policy: they may be due later.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
 WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
 
@@ -635,8 +629,8 @@ FROM nodes WHERE node = :node AND status = 'RUNNING' AND due_ms <= :now;
 -- When the next lease runs out.
 SELECT min(due_ms) AS due FROM nodes WHERE queue = '';
 
--- name: due_tasks
--- The retries that are due by now and were not due before.
+-- name: due_retries
+-- The retries that have become due since :since.
 SELECT version_hash, task_bytes FROM nodes
 WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 
@@ -647,7 +641,8 @@ SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND
 -- Retention (retention.py). A deletion has a statement for each table, and deletes executions with consecutive numbers.
 
 -- name: oldest_executions
--- The executions after a number, the oldest first. Those that a node of another execution started are pruned with it.
+-- The executions after a number that clients started, the oldest first. The others are pruned with the execution that
+-- started them.
 SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms,
        EXISTS (SELECT 1 FROM executions AS children
                WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
@@ -672,7 +667,7 @@ DELETE FROM events WHERE execution BETWEEN :first AND :last;
 DELETE FROM attributes WHERE execution BETWEEN :first AND :last;
 
 -- name: is_session
--- Whether an owned execution's key is in [first, end). There is no index of keys alone, so look into each workflow.
+-- A row if the key of an owned execution is in [first, end). There is no index of keys alone: look into each workflow.
 WITH RECURSIVE ids (id) AS (
     SELECT min(workflow_id) FROM workflow_versions
     UNION ALL

@@ -36,6 +36,20 @@ def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
     )
 
 
+def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
+    """Return the row of an execution, without its input. Raises ExecutionNotFound for an unknown id.
+
+    With `lock`, no other server changes the execution before the commit.
+    """
+    number = number_of(db, execution_id)
+    if lock:
+        db.lock(number)
+    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
+    if row is None:
+        raise ExecutionNotFound(execution_id)
+    return row
+
+
 def get_execution(
     db: Db,
     execution_id: str,
@@ -49,13 +63,11 @@ def get_execution(
     If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes. If they are
     larger than `max_answer_bytes`, the largest of input and outputs are left out: the execution has their sizes.
     """
-    found = {"execution": number_of(db, execution_id), "execution_id": execution_id}
-    is_large = max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes
-    row = db.one("execution_without_input" if is_large else "execution", **found)
+    if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
+        return execution_of(find_execution(db, execution_id))
+    row = db.one("execution", execution=number_of(db, execution_id), execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
-    if is_large:
-        return execution_of(row)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
         for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
@@ -85,7 +97,7 @@ def get_execution(
 
 def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
     """Return the sizes of the input (under an empty name) and outputs, the largest first, that don't fit an answer."""
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("payload_sizes", execution=execution)}
     rest = ("frame_bytes", "attempt_sizes") if with_attempts else ("frame_bytes",)
     total = sum(sizes.values()) + sum(int(row["bytes"]) for query in rest for row in db.all(query, execution=execution))
     left_out: dict[str, int] = {}
@@ -115,7 +127,7 @@ def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: i
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
     """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
     execution = number_of(db, execution_id)
-    parts = db.all("input_sizes", execution=execution)
+    parts = db.all("payload_sizes", execution=execution)
     if with_attempts:
         parts = [*parts, *db.all("attempt_sizes", execution=execution)]
     return sum(int(part["bytes"]) for part in parts)

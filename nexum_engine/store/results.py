@@ -22,7 +22,7 @@ class Changed:
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
     due_ms: int | None = None
-    """The time at which a failed node becomes due again, or a waiting node has waited as long as it may."""
+    """When the next retry is due, or the next wait has lasted as long as it may."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Swept:
 
     changed: Changed
     next_ms: int | None
-    """The time at which the next lease runs out, retry is due, or node has waited as long as it may."""
+    """When the next lease runs out, the next retry is due, or the next wait has lasted as long as it may."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Changes:
     due_ms: int | None = None
 
     def due_at(self, due_ms: int) -> None:
+        """Note that a node is due at `due_ms`. The earliest time counts."""
         self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
 
     def freeze(self) -> Changed:
+        """Return the effects as the result of the transition."""
         return Changed(tuple(self.ready), tuple(self.ended), self.due_ms)

@@ -3,9 +3,9 @@
 Each function runs inside one transaction, and is the same for every database. Run them with `Store.run_alone`.
 
 An execution is deleted with all that belongs to it. The executions of a session are deleted together, in one
-transaction: a replay of half a session would take the half for the whole, and make the other calls again. A session is
-what owned executions share: the part of their keys before the first `/`. Executions of the same beginning followed by
-`/` or `:` belong to it, too, whether they are owned or not.
+transaction: a replay of half a session would make the calls of the other half again. A session's id is the part of the
+keys of owned executions before the first `/`. Every execution whose key begins with this id and a `/` or `:` belongs to
+the session, whether it is owned or not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pruned:
     kept: int = 0
     """The old executions that are kept: they are RUNNING, or their session has an execution that is kept."""
     after: int | None = None
-    """The number of the execution after which to continue. None: there are no more."""
+    """The number of the execution after which to continue. None if nothing is left to prune."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class _Pruning:
         self._end = time.monotonic() + MAX_SECONDS
         self._verdicts = verdicts
         self._no_sessions: set[str] = set()
+        """Beginnings of keys that are not sessions: no owned execution has them."""
         self._chosen: list[int] = []
         """The numbers of the executions to delete next."""
         self._gone: set[int] = set()

@@ -5,27 +5,24 @@ It runs inside one transaction, and is the same for every database.
 
 from __future__ import annotations
 
-from nexum_engine.errors import Conflict, ExecutionNotFound
+from nexum_engine.errors import Conflict
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.ids import node_number, number_of
-from nexum_engine.store.progress import advance
+from nexum_engine.store.flow import advance
+from nexum_engine.store.ids import node_number
+from nexum_engine.store.reading import find_execution
 from nexum_engine.store.results import Changed, Changes, ReadyTask
 
 
 def retry_execution(db: Db, execution_id: str) -> Changed:
     """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
 
-    The nodes that the failure had cancelled wait again for what they depend on; timers begin again. A node that had
-    started executions does not start them again: those without a result are continued in the same way. Raises
+    The nodes that the failure had cancelled wait again for their dependencies; timers begin again. A node that had
+    started executions does not start them again: those without a result are retried in the same way. Raises
     ExecutionNotFound for an unknown id, and Conflict if the execution has not failed, if its key has a newer execution,
     if it is owned, or if a node of another execution started it.
     """
-    number = number_of(db, execution_id)
-    db.lock(number)
-    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
+    row = find_execution(db, execution_id, lock=True)
     if row["status"] != ExecutionStatus.FAILED:
         raise Conflict(f"execution {execution_id} is {row['status']}: only a FAILED one can be retried")
     if (key := row["idempotency_key"]) is not None:
@@ -38,7 +35,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
                 f"execution {execution_id} can't be retried: its key has a newer execution, {newest['execution_id']}, "
                 f"which is {newest['status']}{next_step}"
             )
-    owned = db.one("owned_node", execution=number)
+    owned = db.one("owned_node", execution=row["sequence"])
     if owned is not None and owned["owned"]:
         raise Conflict(
             f"execution {execution_id} is the work of a program, and no worker would get it: run that program again"
@@ -54,20 +51,14 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
 
 
 def _reopen(db: Db, execution: Row, changes: Changes) -> None:
-    """Make an execution run again, with the executions that its nodes started and that have no result."""
+    """Make an execution run again, and those without a result that its nodes started."""
     number, version_hash = execution["sequence"], execution["version_hash"]
     db.run("reopen_execution", execution=number)
     if execution["child_index"] is not None:
-        db.run("reopen_item", node=node_number(number, 0), now=db.now_ms)
-        item = db.one("ready_node", node=node_number(number, 0))
+        item = db.one("reopen_item", node=node_number(number, 0), now=db.now_ms)
         assert item is not None
         changes.ready.append(ReadyTask(version_hash, item["task_bytes"]))
         return
-    if (full := db.one("failed_after_all_children", execution=number)) is not None:
-        raise Conflict(
-            f"node {full['node_id']!r} can't be retried: all executions that it started have completed, and their "
-            "results are too large together"
-        )
     db.run("reopen_parents", execution=number)
     db.run("reopen_nodes", execution=number)
     repeating = db.one("repeating_parent", execution=number)

@@ -228,8 +228,8 @@ class SqliteStore(GroupCommitStore):
             except (sqlite3.Error, OSError, NexumError) as failure:
                 reason = failure
         if reason is not None:
-            is_told = isinstance(error.cause, FilesLost)
-            told = str(reason) if is_told else f"database {self._path} can't be trusted any more: {reason}"
+            names_database = isinstance(error.cause, FilesLost)
+            told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
             self._refuse_waiting(told, error)
         for look_again in self.on_unknown:
             look_again()

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, StoreLocked, StoreRefused
+from nexum_engine.scheduling import DONE
 from nexum_engine.store.base import Checked
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite_file import DatabaseFile, check_file, is_current, lock_file_of, log_of
@@ -22,7 +23,6 @@ from nexum_engine.workflow import NodeDefinition, parse_ir
 
 MAX_OF_A_KIND = 20
 """How many findings of one kind are reported. A note follows if there are more."""
-_DONE = ("COMPLETED", "SKIPPED")
 
 
 def check(file: Path) -> Checked:
@@ -175,7 +175,7 @@ def _nodes(
     states = {row["node_id"]: row["status"] for row in rows}
     for name, state in states.items():
         deciders = {router.node_id for router in defined.values() if name in router.targets}
-        done = all(states.get(before) in _DONE for before in {*stored[name], *deciders})
+        done = all(states.get(before) in DONE for before in {*stored[name], *deciders})
         if state in ("READY", "RUNNING", "WAITING", "COMPLETED", "SKIPPED") and not done:
             yield f"node {name} of {execution} is {state}, but a node that it waits for has no result"
         elif state == "PENDING" and done and first["execution_status"] == "RUNNING":

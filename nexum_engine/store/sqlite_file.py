@@ -189,8 +189,8 @@ class DatabaseFile:
     def compact(self) -> None:
         """Replace the file by a copy without free pages. Call this between transactions.
 
-        A kill leaves the former file or the new one, each complete and without a log. Raises sqlite3.Error or OSError,
-        and then the former file is still open, unless it can't be opened again.
+        A kill leaves the former file or the new one, each complete and without a log. Raises sqlite3.Error or OSError.
+        The former file is then open as before, if it can be opened.
         """
         self.check()
         if os.fstat(self._file).st_nlink > 1:

@@ -16,12 +16,13 @@ from pydantic import BaseModel, Field, ValidationError
 from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound, TooLarge
 from nexum_engine.records import ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
-from nexum_engine.store import progress
+from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import OwnedResult, start_execution
+from nexum_engine.store.flow import MAX_OUTPUT_BYTES, end_execution
 from nexum_engine.store.ids import new_task_id, number_of
-from nexum_engine.store.progress import MAX_OUTPUT_BYTES, end_execution
-from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
+from nexum_engine.store.reading import MAX_INLINE_BYTES
 from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
@@ -119,7 +120,7 @@ def start_owned(
 
 
 def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
-    (recorded,) = db.all("dependency_outputs", execution=number_of(db, execution_id))
+    (recorded,) = db.all("recorded_outputs", execution=number_of(db, execution_id))
     return jsontext.same(recorded["output_json"], output_json)
 
 
@@ -190,7 +191,7 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
         row = db.one("oversized_task", version_hash=version_hash, now=db.now_ms, max_bytes=max_bytes)
         if row is not None:
             db.run(
-                "say_why_waiting",
+                "note_why_ready",
                 node=row["node"],
                 error=f"the task is {row['task_bytes']:,} bytes, more than worker {worker_id} can receive "
                 f"({max_bytes:,}): it waits for a worker that can receive more",
@@ -218,7 +219,7 @@ def _task_input(db: Db, node: Row) -> str:
     deps = ""
     if dependencies:
         outputs = {
-            row["node_id"]: row["output_json"] for row in db.all("dependency_outputs", execution=node["execution"])
+            row["node_id"]: row["output_json"] for row in db.all("recorded_outputs", execution=node["execution"])
         }
         # A skipped node has no output.
         deps = ",".join(f"{json.dumps(name)}:{outputs[name]}" for name in dependencies if name in outputs)
@@ -241,10 +242,23 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
     return row
 
 
+def _for_newest(row: Row) -> Row:
+    """Return the newest attempt if the attempt in `row` may report a result in its place, else `row`.
+
+    A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
+    its lease. If the same worker then gets the task again, its first result counts. If only that of the newest attempt
+    did, a worker with a long queue would run each task again and again, and record none.
+    """
+    overtaken = row["attempt"] != row["newest_attempt"] and row["outcome"] in (Outcome.EXPIRED, Outcome.INTERRUPTED)
+    if not overtaken or row["newest_streamed"] or row["newest_worker"] != row["worker_id"] or row["owned"]:
+        return row
+    return {**row, "attempt": row["newest_attempt"], "outcome": row["newest_outcome"], "error": row["newest_error"]}
+
+
 def _check_may_report(row: Row) -> None:
     """Raise StaleTask (fencing) unless the attempt in `row` may report.
 
-    Only the newest attempt at a node may report, once, while the execution is running.
+    Only the newest attempt at a node may report, once, while the execution is running. But see `_for_newest`.
     """
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
@@ -269,11 +283,9 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     StaleTask if the attempt may not report. After an error, the worker still holds the task.
     """
     output = jsontext.parse(output_json, "output_json")
-    row = _reported_attempt(db, task_id)
-    if row["outcome"] == Outcome.COMPLETED:
-        recorded = progress.reported_output(db, row)
-        if recorded is not None and jsontext.same(recorded, _reported(row, output, output_json)):
-            return Changed()
+    row = _for_newest(_reported_attempt(db, task_id))
+    if row["outcome"] == Outcome.COMPLETED and _was_reported(db, row, output, output_json):
+        return Changed()
     _check_may_report(row)
     changes = Changes()
     node_type = NodeType(row["node_type"])
@@ -286,20 +298,35 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     return changes.freeze()
 
 
-def _reported(row: Row, output: object, output_json: str) -> str:
-    """Return a report in the form of `progress.reported_output`."""
-    if row["node_type"] != NodeType.SUBWORKFLOW or not isinstance(output, dict):
-        return output_json
-    return json.dumps({name: output.get(name) for name in ("subWorkflowId", "childInput")})
+def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
+    """Return whether the attempt in `row`, which is COMPLETED, reported this output.
+
+    The report of a MAP or SUBWORKFLOW node is not stored: compare with the executions that it started.
+    """
+    children = db.all("children", node=row["node"]) if NodeType(row["node_type"]).starts_executions else []
+    if row["node_type"] == NodeType.SUBWORKFLOW:
+        (child,) = children
+        started = f'{{"subWorkflowId":{json.dumps(child["workflow_id"])},"childInput":{child["input_json"]}}}'
+        if isinstance(output, dict):
+            output_json = json.dumps({name: output.get(name) for name in ("subWorkflowId", "childInput")})
+        return jsontext.same(started, output_json)
+    if children:
+        return jsontext.same(f"[{','.join(child['input_json'] for child in children)}]", output_json)
+    recorded = db.one("node_output", node=row["node"])
+    return (
+        recorded is not None
+        and recorded["output_json"] is not None
+        and jsontext.same(recorded["output_json"], output_json)
+    )
 
 
 def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     execution_id = row["execution_id"]
-    if len(output_json) > MAX_INLINE_BYTES and output_bytes(db, execution_id) + len(output_json) > MAX_OUTPUT_BYTES:
+    if not flow.outputs_fit(db, execution_id, len(output_json)):
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     if row["unrecorded"] > 1:  # `unrecorded` still counts this node
-        progress.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
+        flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
@@ -308,7 +335,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
 
 
 def _check_route(db: Db, row: Row, output: object) -> None:
-    targets = progress.definition_of(db, row["workflow_id"], row["version_hash"])[row["node_id"]].targets
+    targets = definition_of(db, row["workflow_id"], row["version_hash"])[row["node_id"]].targets
     if not isinstance(output, dict) or output.get("routed_to") not in targets:
         raise InvalidRequest(
             f'the result of ROUTER node {row["node_id"]!r} must be {{"routed_to": TARGET}}, with one of the targets '
@@ -329,7 +356,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     if row["node_type"] == NodeType.MAP:
         if not isinstance(output, list):
             raise InvalidRequest(f"the result of MAP node {row['node_id']!r} must be a list: its items")
-        progress.start_items(db, row, output, changes)
+        flow.start_items(db, row, output, changes)
         return
     try:
         start = _ChildStart.model_validate(output)
@@ -338,7 +365,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
             f'the result of SUBWORKFLOW node {row["node_id"]!r} must be {{"subWorkflowId": NAME, "childInput": …}}'
         ) from error
     input_json = jsontext.dump(start.child_input, "childInput")
-    progress.start_child(db, row, start.sub_workflow_id, input_json, changes)
+    flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
 def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
@@ -362,7 +389,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
 
 def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:
     """End an attempt that counts as failed. Its node is retried by its rule for retries, or fails."""
-    retry, failed_attempts = progress.retry_of(row), row["failed_attempts"] + end.failed
+    retry, failed_attempts = retry_of(row), row["failed_attempts"] + end.failed
     delay_ms = None if final else retry.delay_ms(failed_attempts)
     if delay_ms is None:
         reason = end.error if final else f"{end.error} (attempt {failed_attempts} of {retry.max_attempts})"

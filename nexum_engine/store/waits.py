@@ -1,4 +1,4 @@
-"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end what is due.
+"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end due waits.
 
 Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
 function raises an error of `nexum_engine.errors`, and its changes are rolled back.
@@ -12,17 +12,16 @@ from itertools import groupby
 from nexum_engine import jsontext
 from nexum_engine.errors import (
     Conflict,
-    ExecutionNotFound,
     IdempotencyConflict,
     InvalidRequest,
     NotFound,
     TooLarge,
 )
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingApproval
-from nexum_engine.store import progress
+from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.ids import number_of
-from nexum_engine.store.reading import MAX_INLINE_BYTES, output_bytes
+from nexum_engine.store.definitions import definition_of
+from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
 from nexum_engine.store.results import Changed, Changes
 from nexum_engine.workflow import check_id
 
@@ -50,7 +49,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     """
     node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
     output = jsontext.dump({"approved": True, "approver": approver, "comment": comment}, "the decision")
-    progress.complete_waiting(db, node, output, changes)
+    flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
 
 
@@ -58,7 +57,7 @@ def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) 
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, and Conflict like `approve`."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
-    progress.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
+    flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
     return changes.freeze()
 
 
@@ -69,8 +68,9 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         check_id(approver, "approver")
     if len(comment) > MAX_COMMENT_CHARACTERS:
         raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
-    status = _status_of(db, execution_id)
-    node = db.one("node_called", execution=number_of(db, execution_id), node_id=node_id)
+    check_id(execution_id, "execution_id")
+    execution = find_execution(db, execution_id, lock=True)
+    node = db.one("node_by_name", execution=execution["sequence"], node_id=node_id)
     if node is None:
         raise NotFound(f"execution {execution_id} has no node {node_id!r}")
     what = f"node {node_id!r} of execution {execution_id}"
@@ -80,19 +80,8 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         return node
     if node["status"] == NodeStatus.PENDING:
         raise Conflict(f"{what} can't be decided yet: it waits for other nodes")
-    if status is ExecutionStatus.RUNNING:
-        raise Conflict(f"{what} can't be decided any more: it is {node['status']}")
-    raise Conflict(f"{what} can't be decided any more: it is {node['status']}, and its execution is {status.value}")
-
-
-def _status_of(db: Db, execution_id: str) -> ExecutionStatus:
-    check_id(execution_id, "execution_id")
-    number = number_of(db, execution_id)
-    db.lock(number)
-    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
-    return ExecutionStatus(row["status"])
+    ended = "" if execution["status"] == ExecutionStatus.RUNNING else f", and its execution is {execution['status']}"
+    raise Conflict(f"{what} can't be decided any more: it is {node['status']}{ended}")
 
 
 def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
@@ -104,7 +93,9 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     check_id(name, "name")
     payload_json = payload_json or "null"
     jsontext.parse(payload_json, "payload_json")
-    status, execution = _status_of(db, execution_id), number_of(db, execution_id)
+    check_id(execution_id, "execution_id")
+    row = find_execution(db, execution_id, lock=True)
+    execution = row["sequence"]
     if idempotency_key:
         check_id(idempotency_key, "idempotency_key")
         sent = db.one("event_of_key", execution=execution, idempotency_key=idempotency_key)
@@ -115,22 +106,20 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
                     "another key for another event"
                 )
             return Changed()
-    if status is not ExecutionStatus.RUNNING:
-        raise Conflict(f"execution {execution_id} is {status.value}: it waits for no event any more")
-    row = db.one("execution_without_input", execution=execution, execution_id=execution_id)
-    assert row is not None
-    definitions = progress.definition_of(db, row["workflow_id"], row["version_hash"])
+    if row["status"] != ExecutionStatus.RUNNING:
+        raise Conflict(f"execution {execution_id} is {row['status']}: it waits for no event any more")
+    definitions = definition_of(db, row["workflow_id"], row["version_hash"])
     if row["child_index"] is not None:
-        raise NotFound(f"execution {execution_id} is the task of an item: it waits for no event")
+        raise NotFound(f"execution {execution_id} is an item of a MAP node: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
     kept = db.one("kept_event_bytes", execution=execution)
     assert kept is not None
     size = jsontext.size_of(payload_json)
-    if size > MAX_INLINE_BYTES and output_bytes(db, execution_id) + kept["bytes"] + size > progress.MAX_OUTPUT_BYTES:
+    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept["bytes"] + size):
         raise TooLarge(
             f"with this event, the events and outputs of execution {execution_id} are over the limit of "
-            f"{progress.MAX_OUTPUT_BYTES:,} bytes"
+            f"{flow.MAX_OUTPUT_BYTES:,} bytes"
         )
     added = db.one(
         "add_event",
@@ -145,35 +134,38 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise InvalidRequest(f"execution {execution_id} has had {MAX_EVENTS:,} events, the limit")
     changes = Changes()
     waiting = db.one("node_of_event", execution=execution, name=name)
-    if waiting is not None and progress.use_event(db, waiting["node"], name):
-        progress.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
+    if waiting is not None and flow.use_event(db, waiting["node"], name):
+        flow.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
     return changes.freeze()
 
 
 def end_waits(db: Db, changes: Changes) -> None:
     """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
-    # Go on only once with an execution whose nodes end at the same time: going on reads all nodes of the execution.
+    # Advance an execution once for all its waits that end at the same time: `advance` reads all its nodes.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
         nodes = list(together)
         db.lock(nodes[0]["execution"])
-        if any([_goes_on(db, node, changes) for node in nodes]):
-            progress.advance(db, nodes[0]["execution"], nodes[0]["workflow_id"], nodes[0]["version_hash"], changes)
+        ended = [node for node in nodes if _end_wait(db, node, changes)]
+        if ended:
+            one = ended[0]
+            flow.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
 
 
-def _goes_on(db: Db, node: Row, changes: Changes) -> bool:
-    """End the wait of a node. Return True if other nodes may begin then.
+def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
+    """End the wait of a node. Return True if its execution must be advanced.
 
-    It does nothing if the node waits no more: another wait of this transaction, or another server, has ended it.
+    Nothing happens if the node no longer waits: the end of an earlier wait in this transaction may have failed its
+    execution, or another server may have ended the wait.
     """
     if db.one("due_wait", node=node["node"], now=db.now_ms) is None:
         return False
-    definition = progress.definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
+    definition = definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
-        output = progress.timer_output(db, definition)
+        output = flow.timer_output(db, definition)
         return db.changes("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
     reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
     if definition.on_timeout:
         return db.changes("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
-    progress.fail_waiting(db, node, reason, changes)
+    flow.fail_waiting(db, node, reason, changes)
     return False

@@ -335,7 +335,7 @@ class StatusResponse(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     status: builtins.str
     completed_nodes_json: builtins.str
-    """An addition: an output that would make the answer too large for a default client is left out. In its place is
+    """Addition: an output that would make the answer too large for a default client is left out. In its place is
     {"__nexum_claim_check__": true, "size": BYTES, "rpc": "GetOutput"}.
     """
     error: builtins.str
@@ -390,16 +390,16 @@ class ListRequest(google.protobuf.message.Message):
     before_execution_id: builtins.str
     """Addition: only executions older than this one, to continue after the last one of an earlier answer."""
     with_nodes: builtins.bool
-    """Addition: also inputs and nodes with their outputs. Such an answer ends early, after 16 MB of them. Only an empty
-    answer means that there are no older executions.
+    """Addition: also return inputs, and nodes with their outputs. Such an answer ends early, after 16 MB of them. Only an
+    empty answer means that there are no older executions.
     """
     parent_execution_id: builtins.str
     """Addition: only the executions that the nodes of this execution started: those of SUBWORKFLOW nodes, and one for
-    each item of a MAP node. The latter are in no other list.
+    each item of a MAP node. The executions of items are in no other list.
     """
     since_ms: builtins.int
-    """Additions: only executions that were started at or after since_ms, and before until_ms; milliseconds since 1970, UTC.
-    0: no limit.
+    """Additions: only executions that were started at or after since_ms, and before until_ms, in milliseconds since 1970,
+    UTC. 0: no limit.
     """
     until_ms: builtins.int
     group_sessions: builtins.bool
@@ -781,13 +781,13 @@ class GetExecutionResponse(google.protobuf.message.Message):
     has_poller: builtins.bool
     """Whether any worker polled, within the last 2 s, for this execution's version."""
     parent_execution_id: builtins.str
-    """The execution, and its node, that started this one; empty if a client did."""
+    """The node that started this execution, and the execution of that node. Empty if a client started this execution."""
     parent_node_id: builtins.str
     child_index: builtins.int
     """Set if that node is a MAP node: the number of the item, from 0."""
     input_bytes: builtins.int
-    """The size of the input, if input_json is left out: an answer has only what a default client can receive. GetOutput
-    sends it in parts.
+    """The size of the input, if input_json is left out because a default client could not receive the answer. GetOutput
+    sends the input in parts.
     """
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeRecord]: ...
@@ -840,13 +840,13 @@ class NodeRecord(google.protobuf.message.Message):
     output_json: builtins.str
     """Set when status is COMPLETED."""
     error: builtins.str
-    """Why the node FAILED, or what a READY node waits for, or why an EVENT node was SKIPPED."""
+    """Why the node FAILED, why no worker gets a READY node, or why an EVENT node was SKIPPED."""
     progress_json: builtins.str
     """The progress that an attempt sent last."""
     due_ms: builtins.int
     """When a WAITING node has waited as long as it may, in milliseconds since 1970; 0 if it may wait for ever."""
     output_bytes: builtins.int
-    """The size of the output, if output_json is left out. See GetExecutionResponse.input_bytes."""
+    """The size of the output, if output_json is left out, as in GetExecutionResponse.input_bytes."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttemptRecord]: ...
     def __init__(
@@ -912,7 +912,7 @@ class GetOutputRequest(google.protobuf.message.Message):
     offset: builtins.int
     """The first byte of the part, from 0."""
     length: builtins.int
-    """The size of the part in bytes. 0, or more than a default client can receive: what a default client can receive."""
+    """The size of the part in bytes: at most what a default client can receive. 0 means that size."""
     def __init__(
         self,
         *,
@@ -976,10 +976,10 @@ class SessionSummary(google.protobuf.message.Message):
     events: builtins.int
     """How many events are recorded."""
     is_running: builtins.bool
-    """Whether a process has the session's latest run."""
+    """Whether a process runs the session now."""
     question: builtins.str
-    """From the field `summary` of the output of the last recorded event, if it has one: the question, the calls of models,
-    tools and people, and the tokens of the models' replies.
+    """The question; the number of calls of models, tools and people; the tokens of the models' replies. They come from the
+    field `summary` in the output of the last recorded event, if there is one.
     """
     calls: builtins.int
     tokens: builtins.int
@@ -1039,7 +1039,7 @@ class TaskProgress(google.protobuf.message.Message):
     PROGRESS_JSON_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     progress_json: builtins.str
-    """A JSON value. The next attempt at the node gets it, if this attempt fails or is lost."""
+    """A JSON value. If this attempt fails or is lost, the next attempt at the node gets the value."""
     def __init__(
         self,
         *,
@@ -1120,7 +1120,7 @@ global___ServerInfo = ServerInfo
 
 @typing.final
 class CallFrames(google.protobuf.message.Message):
-    """The frames that a side has ready. They are sent together."""
+    """The frames that the client or the server has ready. They are sent together."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1200,8 +1200,8 @@ class PruneRequest(google.protobuf.message.Message):
     after: builtins.int
     """The `after` of the previous answer; 0 in the first call."""
     compact: builtins.bool
-    """With the last part: give the free space of the file back to the disk, up to 1 GB in use. The server answers no calls
-    meanwhile. Without it, the server does so only if a quarter is free and up to 32 MB are in use.
+    """After the last part, give the free space of the file back to the disk if at most 1 GB is in use. Meanwhile the
+    server answers no calls. Without `compact`, it does so only if a quarter is free and at most 32 MB are in use.
     """
     def __init__(
         self,
@@ -1234,11 +1234,11 @@ class PruneResponse(google.protobuf.message.Message):
     kept: builtins.int
     """Old executions that are kept: they run, or their session has an execution that runs or is newer."""
     more: builtins.bool
-    """Whether to call again, with `after`."""
+    """True if work is left: call again with `after`."""
     after: builtins.int
     total_bytes: builtins.int
-    """With the last part: the size of the database, how much of it is free for new executions, and how much was given back
-    to the disk, in bytes.
+    """After the last part: the bytes of the database, those of them that are free for new executions, and those that were
+    given back to the disk.
     """
     free_bytes: builtins.int
     given_back_bytes: builtins.int

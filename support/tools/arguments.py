@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_ROUNDS = 5  # rounds of conversion; a list within a text within a list takes one round for each text
+MAX_ROUNDS = 5  # rounds of conversion: a string that holds JSON takes one, and a JSON string inside it takes another
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(?:\.0{1,18})?\s*")
 _DECIMAL = re.compile(r"\s*[+-]?[0-9]{1,15}(?:\.[0-9]{1,15})?\s*")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import ArgumentParser
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,13 @@ import crash_demo
 import demo
 from durable_autogen.__main__ import build_parser as durable_parser
 from nexum_engine.__main__ import build_parser as engine_parser
+from support.demo_options import build_parser as build_demo_parser
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PARSERS = {
-    "python demo.py": demo.build_parser,
+PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "python demo.py": partial(build_demo_parser, "", demo.QUESTION),
     "python crash_demo.py": crash_demo.build_parser,
     "python -m nexum_engine": engine_parser,
     "python -m durable_autogen": durable_parser,

@@ -94,7 +94,7 @@ def test_ps_filters(server: Server, stub: NexumServiceStub) -> None:
         (["--attr", "a=1", "--attr", "a=2"], 2, "--attr names 'a' twice"),
         (["--key", "k/"], 1, "keys belong to a workflow: give workflow_id with idempotency_key_prefix"),
         (["--status", "done"], 1, "unknown status 'DONE'"),
-        (["--watch", "--database-url", "sqlite:///x.db"], 1, "without a server nothing changes"),
+        (["--watch", "--database-url", "sqlite:///x.db"], 1, "--watch and --follow need a server"),
     ],
 )
 def test_wrong_filter_is_refused_in_one_line(

@@ -127,8 +127,25 @@ def test_timers_of_zero_end_an_execution_at_its_start(stub: NexumServiceStub) ->
 
 def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -> None:
     # They once took a minute, in which the server answered no other call.
+    begun = time.time()
     execution_id = began(stub, {f"wait-{number:03}": node("TIMER", delay_seconds=0.5) for number in range(1000)})
-    assert ended(stub, execution_id).status == "COMPLETED"
+    answer = ended(stub, execution_id)
+    assert answer.status == "COMPLETED"
+    for one in answer.nodes:
+        waited_until = datetime.fromisoformat(json.loads(one.output_json)["waited_until"])
+        assert waited_until.timestamp() >= begun + 0.499  # in whole milliseconds
+
+
+def test_many_executions_with_timers_all_end(stub: NexumServiceStub) -> None:
+    register(stub, {name: node("TIMER", delay_seconds=0.5) for name in "abcd"})
+    begun = {}
+    for _ in range(250):
+        before = time.time()
+        begun[start(stub)] = before
+    for execution_id, before in begun.items():
+        answer = ended(stub, execution_id)
+        assert answer.status == "COMPLETED"
+        assert answer.ended_ms >= before * 1000 + 499
 
 
 def test_timer_is_kept_over_a_kill_of_the_server(tmp_path: Path) -> None:
@@ -144,7 +161,7 @@ def test_timer_is_kept_over_a_kill_of_the_server(tmp_path: Path) -> None:
 
 
 def test_cancelled_timer_does_not_complete(stub: NexumServiceStub) -> None:
-    execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.1)})
+    execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.5)})
     stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
     later = start(stub)
     assert ended(stub, later).status == "COMPLETED"  # its timer began later, so the other one is over, too
@@ -436,6 +453,18 @@ def test_map_of_300_items_over_300_kb_reported_twelve_at_once(stub: NexumService
     assert (state, outputs["each"], outputs["sum"]) == ("COMPLETED", [str(n) for n in range(300)], 300)
 
 
+def test_map_of_10000_items_begins_and_is_cancelled(stub: NexumServiceStub) -> None:
+    execution_id = began(stub, {"each": node("MAP")})
+    task = poll(stub)
+    code, words = refused(lambda: complete(stub, task, json.dumps([0] * 10_001)))
+    assert (code, "10,000" in words) == (Code.INVALID_ARGUMENT, True)
+    complete(stub, task, json.dumps([0] * 10_000))
+    assert poll(stub).map_total == 10_000
+    stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
+    assert not poll(stub).has_task
+    assert status(stub, execution_id) == ("CANCELLED", {})
+
+
 def test_items_are_in_no_list_of_executions_but_their_parents(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"each": node("MAP")})
     run_task(stub, "each", ["a", "b"])
@@ -611,6 +640,15 @@ def test_early_event_is_kept_and_each_event_is_used_once(stub: NexumServiceStub)
     run_task(stub, "a", 1)
     assert status(stub, execution_id) == ("RUNNING", {"a": 1, "one": "first"})
     send(stub, execution_id, "e", "second")
+    assert status(stub, execution_id) == ("COMPLETED", {"a": 1, "one": "first", "two": "second"})
+
+
+def test_early_events_are_used_in_the_order_in_which_they_came(stub: NexumServiceStub) -> None:
+    nodes = {"a": node("EFFECT"), "one": node("EVENT", "a", event="e"), "two": node("EVENT", "one", event="e")}
+    execution_id = began(stub, nodes)
+    send(stub, execution_id, "e", "first")
+    send(stub, execution_id, "e", "second")
+    run_task(stub, "a", 1)
     assert status(stub, execution_id) == ("COMPLETED", {"a": 1, "one": "first", "two": "second"})
 
 

@@ -51,6 +51,11 @@ def test_every_index_is_used_by_a_query(schema: sqlite3.Connection) -> None:
     assert [index for index in made if not any(f"INDEX {index} " in step for step in plans)] == []
 
 
+def test_every_query_is_used_by_the_store() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nexum_engine" / "store").glob("*.py"))
+    assert [name for name in QUERIES if f'"{name}"' not in sources] == []
+
+
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
     store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock())

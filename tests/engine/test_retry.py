@@ -217,19 +217,3 @@ def test_retry_survives_a_kill_of_the_server(tmp_path: Path) -> None:
         assert (task.execution_id, task.attempt) == (execution_id, 2)
         complete(stub, task)
         assert record(stub, execution_id).status == "COMPLETED"
-
-
-async def test_map_whose_results_are_too_large_together_is_not_retried(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nexum_engine.store.progress.MAX_OUTPUT_BYTES", 10)
-    await store.run(executions.register_workflow, "w", "v1", '{"nodes": {"each": {"type": "MAP"}}}')
-    execution_id = (await store.run(executions.start_execution, "w", "v1", "1", "")).execution_id
-    await store.run(tasks.complete_task, (await take(store, "each")).task_id, "[1]")
-    await store.run(tasks.complete_task, (await take(store, "each")).task_id, '"more than ten bytes"')
-    assert (
-        await store.run(reading.get_execution, execution_id)
-    ).error == "each: the results are over the limit of 10 bytes"
-    with pytest.raises(Conflict, match="too large together"):
-        await store.run(retry_execution, execution_id)
-    assert await states(store, execution_id) == {"each": "FAILED"}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import pytest
 from harness import running
 
 from nexum_engine.client import NexumClient
 from nexum_engine.records import ExecutionStatus, Outcome
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
-
-pytestmark = pytest.mark.every_python
 
 SLOW_COMMITS = """
 import runpy, time

@@ -594,6 +594,35 @@ async def test_stale_report_is_refused_after_newer_attempt(store: Store, clock: 
     assert (await store.run(reading.get_execution, started.execution_id)).outputs() == {"a": '"newer"'}
 
 
+async def test_first_result_of_a_worker_without_a_stream_counts(store: Store, clock: ManualClock) -> None:
+    started = await start(store)
+    first = await taken(store, streamed=False)
+    clock.advance(LEASE_MS / 1000)
+    await sweep(store)
+    second = await taken(store, streamed=False)
+    with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
+        await store.run(tasks.fail_task, first.task_id, "late", False)
+    await store.run(tasks.complete_task, first.task_id, '"first"')
+    assert await store.run(tasks.complete_task, second.task_id, '"first"') == Changed()
+    with pytest.raises(StaleTask, match="the execution is COMPLETED"):
+        await store.run(tasks.complete_task, second.task_id, '"second"')
+    execution = await store.run(reading.get_execution, started.execution_id)
+    assert (execution.status, execution.outputs()) == (ExecutionStatus.COMPLETED, {"a": '"first"'})
+    assert [one.outcome for one in await attempts(store, started.execution_id)] == [Outcome.EXPIRED, Outcome.COMPLETED]
+
+
+async def test_result_is_refused_if_another_worker_without_a_stream_has_the_task(
+    store: Store, clock: ManualClock
+) -> None:
+    await start(store)
+    first = await taken(store, "w1", streamed=False)
+    clock.advance(LEASE_MS / 1000)
+    await sweep(store)
+    await taken(store, "w2", streamed=False)
+    with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
+        await store.run(tasks.complete_task, first.task_id, '"first"')
+
+
 async def test_late_report_is_accepted_before_newer_attempt(store: Store, clock: ManualClock) -> None:
     started = await start(store, CHAIN)
     late = await taken(store)

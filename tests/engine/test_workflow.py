@@ -38,6 +38,30 @@ def test_node_depends_on_all_earlier_nodes_by_default() -> None:
     }
 
 
+def test_order_of_the_nodes_is_the_same_in_every_process() -> None:
+    targets = [f"target-{number}" for number in range(8)]
+    nodes: dict[str, dict[str, object]] = {name: {"type": "EFFECT", "dependencies": ["late"]} for name in targets}
+    nodes["late"] = {"type": "EFFECT", "dependencies": [f"early-{number}" for number in range(8)]}
+    nodes |= {f"early-{number}": {"type": "EFFECT"} for number in range(8)}
+    for number in range(8):
+        routes = [{"target": name} for name in targets]
+        nodes[f"router-{number}"] = {"type": "ROUTER", "dependencies": ["late"], "routes": routes}
+    ir_json = json.dumps({"nodes": nodes})
+    program = "import sys; from nexum_engine.workflow import parse_ir; print(list(parse_ir(sys.argv[1])))"
+    orders = {
+        subprocess.run(
+            [sys.executable, "-c", program, ir_json],
+            cwd=ROOT,
+            env=environment({"PYTHONHASHSEED": seed}),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert orders == {f"{list(parse_ir(ir_json))}\n"}
+
+
 def test_version_is_the_same_in_every_process() -> None:
     program = (
         "from nexum_engine.workflow import workflow; print(workflow('w').effect('a').effect('é').build().version_hash)"

@@ -85,7 +85,7 @@ async def report(task: TaskContext) -> Any:
     return await effect(task, sorted(task.deps))
 
 
-HANDLERS = {
+HANDLERS: dict[str, Handler | MapHandler] = {
     "fetch": fetch,
     "each": MapHandler(items=items, each=each),
     "sum": total,

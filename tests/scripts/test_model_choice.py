@@ -19,9 +19,6 @@ from support.models.live import refuses_tools_while_reasoning
 from support.models.vendors import OPENAI
 from support.offline.model import OfflineModel
 
-pytestmark = pytest.mark.every_python
-
-
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"GEMINI_API_KEY": "gem-secret", "OPENAI_API_KEY": "oai-secret", "ANTHROPIC_API_KEY": "ant-secret"}
 ASK = [UserMessage(content="Hello", source="user")]

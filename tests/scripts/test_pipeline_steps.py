@@ -18,9 +18,6 @@ from support.pipeline.steps import PipelineSteps, StepFailed, citations, quote_i
 from support.tools import Page, SearchHit
 from support.tools.web import WebError
 
-pytestmark = pytest.mark.every_python
-
-
 TRUE = {"statement": "The Rust Foundation looks after Rust.", "url": RUST_PAGE, "quote": RUST_QUOTE}
 FALSE = {**TRUE, "quote": "The Rust Foundation has looked after the language since 1921."}
 

@@ -1,7 +1,6 @@
 """A small model of the engine in memory, written from docs/workflows.md, docs/architecture.md and docs/wire.md.
 
-It has no database, no leases of other workers to renew, and no ids of its own. A test runs the same operations on the
-engine and on the model, and compares.
+It has no database, and no ids of its own. A test runs the same operations on the engine and on the model, and compares.
 """
 
 from __future__ import annotations
@@ -114,8 +113,8 @@ class Node:
         policy = self.spec.get("retry_policy", {})
         if self.failed >= policy.get("max_attempts", 4):
             return None
-        delay = policy.get("first_delay_seconds", 1.0) * policy.get("factor", 2.0) ** (self.failed - 1)
-        return round(1000 * min(delay, policy.get("max_delay_seconds", 10**9)))
+        delay: float = policy.get("first_delay_seconds", 1.0) * policy.get("factor", 2.0) ** (self.failed - 1)
+        return round(1000 * delay)
 
     def limit_ms(self) -> int | None:
         limit = self.spec.get("timeout_seconds")
@@ -199,6 +198,10 @@ class Model:
         output = parsed(text)
         attempt = self._attempt(task_id)
         node = attempt.node
+        newest = node.attempts[-1]
+        is_same_worker = newest.worker == attempt.worker and not newest.streamed
+        if attempt.outcome in ("EXPIRED", "INTERRUPTED") and is_same_worker:
+            attempt = node.attempts[-1]
         if node.kind == "SUBWORKFLOW" and isinstance(output, dict) and isinstance(output.get("subWorkflowId"), str):
             output = {"subWorkflowId": output["subWorkflowId"], "childInput": output.get("childInput")}
         if attempt.outcome == "COMPLETED" and same(attempt.said, output):
@@ -463,13 +466,12 @@ class Model:
         assert run.status == "RUNNING"
         run.status = status
         if status != "COMPLETED":
-            for node in run.nodes.values():
-                if node.status in ENDED:
-                    continue
-                if node.status == "RUNNING":
-                    node.attempts[-1].outcome = "CANCELLED"
-                node.status = "CANCELLED"
-            for child in [child for node in run.nodes.values() for child in node.children]:
+            for one in run.nodes.values():
+                if one.status == "RUNNING":
+                    one.attempts[-1].outcome = "CANCELLED"
+                if one.status not in ENDED:
+                    one.status = "CANCELLED"
+            for child in [child for one in run.nodes.values() for child in one.children]:
                 if child.status == "RUNNING":
                     self._end(child, "CANCELLED")
         node = run.parent

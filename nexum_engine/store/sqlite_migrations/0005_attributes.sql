@@ -1,5 +1,5 @@
--- Executions are found by attribute, status, workflow and time, also among a million others. No index here costs a tool
--- call a page: a tool call has a key, and no attributes, and completes.
+-- Indexes that find executions by attribute, status and workflow among a million others. They cost a tool call no page:
+-- the execution of a tool call has a key and no attributes, and it completes.
 
 CREATE TABLE attributes (
     execution INTEGER NOT NULL REFERENCES executions (sequence),

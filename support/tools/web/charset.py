@@ -78,7 +78,7 @@ def decoded(body: bytes, content_type: str) -> str:
 
 
 def _utf_16(body: bytes) -> str:
-    """Return the UTF-16 encoding of Latin text. Raises ValueError for other data with NUL bytes."""
+    """Return the name of the UTF-16 encoding of a body of Latin text. Raises ValueError for other bodies with NULs."""
     head = body[:_DECLARED_WITHIN]
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) > 0 or max(even, odd) * 4 < len(head):

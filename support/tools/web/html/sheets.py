@@ -52,7 +52,7 @@ class _Selector(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """A rule with its values by property. If not `applies`, the rule may apply to the selected elements, or not."""
+    """A rule with its values by property. `applies` is False if nobody can tell whether it applies to its elements."""
 
     selector: _Selector
     applies: bool

@@ -1,4 +1,4 @@
-"""The progress of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
+"""The flow of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
 
 Each function is a part of a transition, and runs inside the transition's transaction. It adds what it did to `changes`.
 """
@@ -6,70 +6,28 @@ Each function is a part of a transition, and runs inside the transition's transa
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import Any
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, WorkflowNotFound
-from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType
+from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
 from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
 from nexum_engine.store.results import Changes, ReadyTask
-from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
+from nexum_engine.workflow import NodeDefinition
 
 TASK_FRAME_BYTES = 64
 """An upper bound of the size of the text that encloses the payloads in a task's input_json."""
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
-"""The largest total size of an execution's outputs. Whoever reads the execution holds them all in memory."""
-TIMEOUT_GRACE_MS = 1000
-"""How long after the end of an attempt's time the server ends the attempt. This project's worker does so itself."""
+"""The largest total size of an execution's outputs. Each reader of the execution holds them all in memory."""
 MAX_ITEMS = 10_000
 """The largest number of items of a MAP node. The transaction that starts their tasks holds up all others."""
 MAX_DEPTH = 100
 """How deep SUBWORKFLOW nodes may be nested: a workflow that starts itself must not do so for ever."""
-
-# ---- Definitions -----------------------------------------------------------------------------------------------------
-
-# Remember only a few long definitions: the memory must stay small whatever clients register.
-_parse_short = lru_cache(maxsize=256)(parse_ir)
-_parse_long = lru_cache(maxsize=4)(parse_ir)
-
-
-def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
-    """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
-    return _parse_short(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else _parse_long(ir_json)
-
-
-def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, NodeDefinition]:
-    """Return the nodes of a registered version."""
-    row = db.one("version", workflow_id=workflow_id, version_hash=version_hash)
-    if row is None:
-        raise WorkflowNotFound(workflow_id, version_hash)
-    return parsed(row["ir_json"])
-
-
-def policy_of(node: NodeDefinition) -> dict[str, object]:
-    """Return the columns of a node that hold its time limit and its rule for retries."""
-    limited = node.timeout_seconds is not None and node.node_type.has_task
-    return {
-        "timeout_ms": _milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,
-        "retry": None if node.retry == DEFAULT_RETRY_POLICY else node.retry.model_dump_json(),
-    }
-
-
-def retry_of(row: Row) -> RetryPolicy:
-    """Return a node's rule for retries."""
-    return DEFAULT_RETRY_POLICY if row["retry"] is None else RetryPolicy.model_validate_json(row["retry"])
-
-
-def _milliseconds(seconds: float) -> int:
-    # Round up: a timer must never be early.
-    return math.ceil(seconds * 1000)
-
 
 # ---- The nodes that follow -------------------------------------------------------------------------------------------
 
@@ -109,13 +67,13 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: s
 
 
 def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes: Changes) -> None:
-    """Turn the nodes that wait for no other node any more into tasks, let them wait, or skip them.
+    """Make each PENDING node whose turn has come a task, let it begin to wait, or skip it.
 
     End the execution if all its nodes are done.
     """
     definitions = definition_of(db, workflow_id, version_hash)
     again = True
-    while again:
+    while again:  # a node that completes at once may let others begin
         rows = {row["node_id"]: row for row in db.all("node_states", execution=execution)}
         statuses = {node_id: NodeStatus(rows[node_id]["status"]) for node_id in definitions}
         settled = scheduling.settle(definitions, statuses, _choices(db, execution, definitions, rows))
@@ -141,13 +99,13 @@ def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes
 def _choices(
     db: Db, execution: int, definitions: Mapping[str, NodeDefinition], rows: Mapping[str, Row]
 ) -> dict[str, str]:
-    """Return the target that each router has chosen."""
+    """Return the target that each router has chosen. An EVENT node without its event has chosen `on_timeout`."""
     chosen: dict[str, str] = {}
     if any(node.routes for node in definitions.values()):
         for row in db.all("choices", execution=execution):
             chosen[row["node_id"]] = json.loads(row["output_json"])["routed_to"]
     for node in definitions.values():
-        if node.on_timeout and rows[node.node_id]["outcome"] == "EXPIRED":
+        if node.on_timeout and rows[node.node_id]["outcome"] == Outcome.EXPIRED:  # its event did not come in time
             chosen[node.node_id] = node.on_timeout
     return chosen
 
@@ -157,7 +115,7 @@ def _make_ready(
 ) -> None:
     if not ready:
         return
-    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("input_sizes", execution=execution)}
+    sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("payload_sizes", execution=execution)}
     for number, node in ready:
         parts = ("", *(name for name in node.dependencies if name in sizes))  # a skipped node has no output
         task_bytes = TASK_FRAME_BYTES + sum(sizes[part] + len(json.dumps(part)) + 2 for part in parts)
@@ -171,8 +129,8 @@ def _make_ready(
 def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) -> bool:
     """Let a PENDING node wait for a time, a person or an event. Return True if it completes at once."""
     seconds = node.delay_seconds if node.node_type is NodeType.TIMER else node.timeout_seconds
-    # `now_ms` is rounded down: the wait begins up to 1 ms later.
-    due_ms = None if seconds is None else db.now_ms + 1 + _milliseconds(seconds)
+    # Add 1 ms, so that no timer is early: `now_ms` is rounded down.
+    due_ms = None if seconds is None else db.now_ms + 1 + milliseconds(seconds)
     db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
     if node.node_type is NodeType.TIMER and not node.delay_seconds:
         return db.changes("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
@@ -200,7 +158,7 @@ def use_event(db: Db, number: int, name: str) -> bool:
 
 
 def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> bool:
-    """Record the output of a WAITING node, and go on. Return False if the node does not wait any more."""
+    """Record the output of a WAITING node, and advance its execution. Return False if the node no longer waits."""
     if not db.changes("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
         return False
     advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
@@ -208,7 +166,7 @@ def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> b
 
 
 def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
-    """Fail a WAITING node and its execution. Return False if the node does not wait any more."""
+    """Fail a WAITING node and its execution. Return False if the node no longer waits."""
     if not db.changes("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
         return False
     end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
@@ -219,7 +177,7 @@ def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
 
 
 def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> None:
-    """Start an execution with one task for each item of a MAP node."""
+    """Start an execution for each item of a MAP node. Its only node is a task."""
     if len(items) > MAX_ITEMS:
         raise InvalidRequest(f"the list of {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}")
     for index, item in enumerate(items):
@@ -275,19 +233,6 @@ def _add_child(
     return {"sequence": added["sequence"], "execution_id": added["execution_id"]}
 
 
-def reported_output(db: Db, node: Row) -> str | None:
-    """Return what the task of a node reported as its output. For a MAP or SUBWORKFLOW node, that is not the output."""
-    if scheduling.starts_executions(NodeType(node["node_type"])):
-        children = db.all("children", node=node["node"])
-        if node["node_type"] == NodeType.SUBWORKFLOW:
-            (child,) = children
-            return f'{{"subWorkflowId":{json.dumps(child["workflow_id"])},"childInput":{child["input_json"]}}}'
-        if children:
-            return f"[{','.join(child['input_json'] for child in children)}]"
-    recorded = db.one("node_output", node=node["node"])
-    return None if recorded is None else recorded["output_json"]
-
-
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
     """Complete or fail the node that started an execution, once all executions that the node started have ended."""
     db.lock(child["parent_node"] // 1000)
@@ -312,9 +257,17 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
         complete_waiting(db, parent, f"[{','.join(results)}]", changes)
 
 
+def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
+    """Return whether an execution's outputs, with `size` bytes more, are within MAX_OUTPUT_BYTES.
+
+    To save a query, up to MAX_INLINE_BYTES always fit.
+    """
+    return size <= MAX_INLINE_BYTES or output_bytes(db, execution_id) + size <= MAX_OUTPUT_BYTES
+
+
 def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:
     """Fail a WAITING node whose output of `size` bytes is too large for its execution. Return False if it fits."""
-    if size <= MAX_INLINE_BYTES or output_bytes(db, node["execution_id"]) + size <= MAX_OUTPUT_BYTES:
+    if outputs_fit(db, node["execution_id"], size):
         return False
     reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
     return fail_waiting(db, node, reason, changes)
@@ -328,7 +281,8 @@ def end_execution(
 ) -> None:
     """End the running execution with the number `execution`, and its unfinished nodes and their executions.
 
-    An execution with large payloads is added to `changes` without its input and nodes. A waiting caller reads them.
+    An execution with large payloads is added to `changes` without its input and nodes. Callers that wait for the
+    execution then read them from the store.
     Give the only node of an execution, unless its output is large, as `only_node`: this saves three queries.
     """
     row = db.one(

@@ -1,0 +1,45 @@
+"""The options of demo.py."""
+
+from __future__ import annotations
+
+import argparse
+
+from nexum_engine.options import count
+from support.options import add_nexum_option
+
+
+def build_parser(description: str, question: str) -> argparse.ArgumentParser:
+    """Return the parser of the demo's command line. `question` is the one that is asked by default."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY picks the vendor, NEXUM_MODEL the model; "
+        "OPENAI_BASE_URL with NEXUM_MODEL is any OpenAI-compatible server. Without a key the demo answers offline.",
+    )
+    parser.add_argument("question", nargs="?", help=f"default: {question}")
+    parser.add_argument("--team", action="store_true", help="ask two researchers at once, and a writer after them")
+    session = parser.add_mutually_exclusive_group()
+    session.add_argument(
+        "--session-id",
+        metavar="ID",
+        help="continue or begin this session (default: an id from question, model and --team)",
+    )
+    session.add_argument("--new-session", action="store_true", help="begin a session with a new id")
+    parser.add_argument(
+        "--crash-after-step", type=count(), metavar="N", help="kill this process after N tool calls that it executed"
+    )
+    parser.add_argument(
+        "--on-drift",
+        choices=("stop", "continue"),
+        default="stop",
+        help="if the session has recorded another question, model or program: stop (the default), or continue live",
+    )
+    parser.add_argument("--sessions", action="store_true", help="list the sessions (python -m durable_autogen ls)")
+    parser.add_argument(
+        "--fork",
+        metavar="SESSION@N",
+        help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
+        "a question is added as the user's next message",
+    )
+    parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
+    add_nexum_option(parser, embedded=True)
+    return parser
