@@ -160,8 +160,14 @@ def test_client_and_server_do_not_import_each_other() -> None:
             "sqlite3",
             {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file", "nexum_engine.store.sqlite_check"},
         ),
-        ("psycopg", {"nexum_engine.store.postgresql"}),
-        ("asyncpg", {"nexum_engine.store.postgresql"}),
+        (
+            "psycopg",
+            {
+                "nexum_engine.store.postgresql",
+                "nexum_engine.store.postgresql_connection",
+                "nexum_engine.store.postgresql_servers",
+            },
+        ),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
         ("grpclib", {"nexum_engine.wire.forked"}),
         ("ddgs", {"support.tools.web.search"}),

@@ -22,7 +22,9 @@ from nexum_engine.store.db import Db
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
 from nexum_engine.store import postgresql  # noqa: E402
-from nexum_engine.store.postgresql import PostgresStore, without_password  # noqa: E402
+from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
+from nexum_engine.store.postgresql_connection import set_types, without_password  # noqa: E402
+from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 
@@ -230,19 +232,19 @@ def test_password_is_not_shown() -> None:
 
 
 def parameters_of(name: str) -> dict[str, None]:
-    return dict.fromkeys(one.split(")")[0] for one in postgresql.dialect()[name].split("%(")[1:])
+    return dict.fromkeys(one.split(")")[0] for one in dialect()[name].split("%(")[1:])
 
 
-@pytest.mark.parametrize("name", postgresql.dialect())
+@pytest.mark.parametrize("name", dialect())
 async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
     """Even without rows, PostgreSQL then uses an index, if there is one for the query."""
     booleans = dict.fromkeys(("streamed", "owned", "with_items", "grouped"), True)
     texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
     with psycopg.connect(store._url) as connection:
-        postgresql.set_types(connection)
+        set_types(connection)
         connection.execute("SET enable_seqscan = off")
         given = {one: {**booleans, **texts}.get(one, 1 if one.endswith("_ms") else None) for one in parameters_of(name)}
-        plan = [row[0] for row in connection.execute(f"EXPLAIN {postgresql.dialect()[name]}", given)]
+        plan = [row[0] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
     scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
     assert scans == [], plan
 
