@@ -12,8 +12,8 @@ class Clock(Protocol):
 
     def now_ms(self) -> int: ...
 
-    def follow(self, ms: int) -> None:
-        """Take over the time of another clock, which all servers of a database share."""
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
+        """Take over the time of another clock, which all servers of a database share. It is between the two times."""
         ...
 
 
@@ -29,9 +29,10 @@ class SystemClock:
         self._last_ms = max(self._last_ms, (self._offset_ns + time.monotonic_ns()) // 1_000_000)
         return self._last_ms
 
-    def follow(self, ms: int) -> None:
-        """Take over the time of another clock, which all servers of a database share."""
-        self._offset_ns = ms * 1_000_000 - time.monotonic_ns()
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
+        """Take over the time of another clock, which all servers of a database share. It is between the two times."""
+        now_ns = self._offset_ns + time.monotonic_ns()
+        self._offset_ns += max(earliest_ms * 1_000_000 - now_ns, 0) + min(latest_ms * 1_000_000 - now_ns, 0)
 
 
 class ManualClock:
@@ -43,7 +44,7 @@ class ManualClock:
     def now_ms(self) -> int:
         return self._now_ms
 
-    def follow(self, ms: int) -> None:
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
         """Do nothing: only `advance` moves this clock."""
 
     def advance(self, seconds: float) -> None:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,10 +33,16 @@ def run(command: Sequence[str | Path]) -> None:
         sys.exit(code)
 
 
-def run_quietly(command: Sequence[str | Path]) -> None:
+def run_quietly(command: Sequence[str | Path], changes: Mapping[str, str]) -> None:
     """Run a step at the same time as others; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **changes},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     print(f"\n$ {' '.join(map(str, command))}\n{done.stdout.decode('utf-8', 'replace')}", flush=True)
     if done.returncode != 0:
@@ -89,7 +95,8 @@ def test_on(others: dict[str, str]) -> None:
             print(f"\nPython {version}: testing with {python}", flush=True)
             marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
             # Use a separate cache: the tests of this Python run at the same time.
-            run_quietly([environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"])
+            command: list[str | Path] = [environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"]
+            run_quietly(command, {"POSTGRES_TESTS": "none"})
 
 
 def main() -> int:

@@ -233,7 +233,7 @@ class PostgresStore(GroupCommitStore):
                 time.sleep(0.1)
         if time.monotonic() >= self._next_comparison:
             with contextlib.suppress(psycopg.Error):
-                self._clock.follow(database_ms(self._connection))
+                self._clock.follow(*database_ms(self._connection))
             self._next_comparison = time.monotonic() + CLOCK_INTERVAL
         return self._connection
 

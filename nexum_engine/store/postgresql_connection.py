@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from importlib.resources import files
 from typing import Any
@@ -117,12 +118,12 @@ def _migrate(url: str, connection: Connection) -> None:
         connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
 
 
-def database_ms(connection: Connection) -> int:
-    """Return the database's time now, corrected by half of the time that the question took."""
+def database_ms(connection: Connection) -> tuple[int, int]:
+    """Return two times between which the database's time is now. They differ by the time that the query took."""
     begun = time.monotonic()
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None
-    return int(row["ms"]) + round((time.monotonic() - begun) * 500)
+    return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------

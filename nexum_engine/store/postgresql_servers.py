@@ -81,7 +81,7 @@ class OtherServers:
         # From now on the others send news, although they have not counted this server yet.
         send(connection, self._channel, self._server, News())
         self._call(self._on_gap)
-        looked = beaten = 0.0
+        looked, beaten = time.monotonic(), 0.0
         while not self._stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
                 beaten = time.monotonic()

@@ -49,7 +49,9 @@ async def end(store: Store, workflow_id: str, status: str) -> None:
         await store.run(executions.cancel_execution, task.execution_id)
 
 
-@pytest.mark.parametrize("rare", [0, 1000], ids=["common", "rare"])
+@pytest.mark.parametrize(
+    "rare", [pytest.param(0, id="common"), pytest.param(1000, id="rare", marks=pytest.mark.both_stores)]
+)
 async def test_each_combination_of_filters_finds_what_matches(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, rare: int
 ) -> None:
@@ -97,6 +99,7 @@ async def test_each_combination_of_filters_finds_what_matches(
             assert [one.execution_id for one in found] == [one for one in expected if one in keyed]
 
 
+@pytest.mark.both_stores
 async def test_time_filter_finds_newest_after_clock_was_put_back(store: Store, clock: ManualClock) -> None:
     await start(store)
     clock.advance(3600)
@@ -124,6 +127,7 @@ async def test_wrong_attributes_are_refused(store: Store, attributes: dict[str, 
     assert await store.run(listing.list_executions, "", "", 10) == []
 
 
+@pytest.mark.both_stores
 async def test_key_keeps_the_attributes_of_its_first_start(store: Store) -> None:
     first = await start(store, key="k", attributes={"customer": "c-1", "empty": ""})
     assert await start(store, key="k", attributes={"customer": "c-2"}) == first
@@ -148,6 +152,7 @@ async def grouped(store: Store, status: str = "") -> list[tuple[str, SessionSumm
     return [(one.execution_id, one.session) for one in found]
 
 
+@pytest.mark.both_stores
 async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_CANDIDATES", 3)
     summary = {"question": "Why?", "calls": 3, "tokens": 50}

@@ -102,6 +102,7 @@ def children(stub: NexumServiceStub, execution_id: str) -> list[pb.ExecutionSumm
 # ---- TIMER -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_timer_completes_without_a_poll_and_not_early(stub: NexumServiceStub) -> None:
     begun = time.time()
     execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.25), "after": node("EFFECT", "wait")})
@@ -202,6 +203,7 @@ def test_rejection_fails_the_execution_with_its_reason(stub: NexumServiceStub) -
     assert code is Code.FAILED_PRECONDITION
 
 
+@pytest.mark.both_stores
 def test_one_of_many_decisions_counts(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"boss": node("HUMAN_APPROVAL")})
 
@@ -233,6 +235,7 @@ def test_decision_about_something_else_is_refused(stub: NexumServiceStub) -> Non
 # ---- ROUTER ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_router_runs_the_chosen_target_and_skips_the_others(stub: NexumServiceStub) -> None:
     nodes = {
         "decide": node("ROUTER", routes=routes("left", "right")),
@@ -348,6 +351,7 @@ def test_skipped_router_chooses_nothing(stub: NexumServiceStub) -> None:
 # ---- MAP and REDUCE --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_map_runs_a_task_for_each_item_and_keeps_their_order(stub: NexumServiceStub) -> None:
     nodes = {
         "list": node("EFFECT"),
@@ -549,6 +553,7 @@ def test_failed_child_fails_its_parent(stub: NexumServiceStub) -> None:
     assert answer.error == f"sub: execution {task.execution_id} failed: a: broke"
 
 
+@pytest.mark.both_stores
 def test_cancelled_parent_cancels_its_child_and_the_childs_child(stub: NexumServiceStub) -> None:
     register(stub, {"sub": node("SUBWORKFLOW"), "x": node("EFFECT")}, workflow_id="middle", version="m1")
     register(stub, CHILD, workflow_id="child", version="c1")
@@ -574,6 +579,7 @@ def test_cancelled_child_fails_its_parent(stub: NexumServiceStub) -> None:
     assert record(stub, execution_id).error == f"sub: execution {child.execution_id} was cancelled"
 
 
+@pytest.mark.both_stores
 def test_child_in_a_child_completes_both(stub: NexumServiceStub) -> None:
     register(stub, {"sub": node("SUBWORKFLOW")}, workflow_id="middle", version="m1")
     register(stub, {"wait": node("TIMER", delay_seconds=0)}, workflow_id="child", version="c1")
@@ -633,6 +639,7 @@ def test_event_completes_the_node_that_waits_for_it(stub: NexumServiceStub) -> N
     assert refused(lambda: send(stub, execution_id, "payment", 1))[0] is Code.FAILED_PRECONDITION
 
 
+@pytest.mark.both_stores
 def test_early_event_is_kept_and_each_event_is_used_once(stub: NexumServiceStub) -> None:
     nodes = {"a": node("EFFECT"), "one": node("EVENT", "a", event="e"), "two": node("EVENT", "one", event="e")}
     execution_id = began(stub, nodes)
@@ -765,6 +772,7 @@ def fail(stub: NexumServiceStub, task: pb.PollResponse) -> None:
     stub.FailTask(pb.FailRequest(task_id=task.task_id, error_message="broke", final=True), timeout=DEADLINE)
 
 
+@pytest.mark.both_stores
 def test_retried_map_runs_only_the_items_without_a_result(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"each": node("MAP"), "sum": node("REDUCE", "each")})
     run_task(stub, "each", ["good", "bad", "unfinished"])

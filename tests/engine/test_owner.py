@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import harness
 import pytest
 from harness import Server, running
 
@@ -36,7 +37,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    opened = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+    opened = await open_store(harness.url_of(tmp_path), clock)
     await opened.run(
         executions.register_workflow, "w", "v1", json.dumps({"nodes": {"a": {"type": "EFFECT", "dependencies": []}}})
     )

@@ -175,6 +175,7 @@ async def test_later_polls_find_every_root_of_a_workflow(engine: Engine) -> None
     assert {(await engine.task(engine.poll(wait_ms=0))).node_id for _ in range(2)} == {"a", "b"}
 
 
+@pytest.mark.both_stores
 async def test_each_node_that_becomes_ready_wakes_a_poll(engine: Engine) -> None:
     await engine.register({"a": [], "b": ["a"], "c": ["a"]})
     await engine.start()
@@ -216,6 +217,7 @@ async def test_cancel_by_dying_caller_still_wakes_waiting_callers(engine: Engine
     assert (await asyncio.wait_for(waiting, SOON)).status == "CANCELLED"
 
 
+@pytest.mark.both_stores
 async def test_start_by_dying_caller_still_hands_out_the_task(engine: Engine) -> None:
     await engine.register({"a": [], "b": []})
     polls = [engine.poll(f"w{n}") for n in range(2)]
@@ -227,6 +229,7 @@ async def test_start_by_dying_caller_still_hands_out_the_task(engine: Engine) ->
     assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b"}
 
 
+@pytest.mark.both_stores
 async def test_due_retry_reaches_a_waiting_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     await engine.start()
@@ -646,6 +649,7 @@ async def test_new_stream_answers_earlier_polls_of_its_worker(engine: Engine) ->
 # ---- The end ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
@@ -690,6 +694,7 @@ async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> 
     await engine.task(poll)
 
 
+@pytest.mark.both_stores
 async def test_waiting_caller_sees_end_stored_despite_unknown_outcome(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
@@ -730,7 +735,7 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 # ---- All at once -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.both_stores), *range(1, 5)])
 async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
     """Leases and polls are longer than the test: a call that isn't woken fails the test."""
     chance = random.Random(seed)

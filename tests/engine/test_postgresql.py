@@ -17,9 +17,11 @@ import pytest
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import StoreRefused, StoreUnavailable
 from nexum_engine.store import executions, open_store, reading, tasks
-from nexum_engine.store.db import Db
+from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
+
+from postgres import in_schema  # noqa: E402
 
 from nexum_engine.store import postgresql  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
@@ -186,7 +188,7 @@ async def test_many_servers_create_the_tables_once(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS fresh CASCADE")
         connection.execute("CREATE SCHEMA fresh")
-    fresh = f"{url}&options=-csearch_path%3Dfresh"
+    fresh = in_schema(url, "fresh")
     stores = await asyncio.gather(*(open_store(fresh, ManualClock()) for _ in range(6)))
     for store in stores:
         await store.close()
@@ -210,7 +212,7 @@ async def test_tables_of_another_program_are_refused(url: str) -> None:
         connection.execute("CREATE SCHEMA strange")
         connection.execute("CREATE TABLE strange.executions (id integer)")
     with pytest.raises(StoreRefused, match="another program"):
-        await open_store(f"{url}&options=-csearch_path%3Dstrange", ManualClock())
+        await open_store(in_schema(url, "strange"), ManualClock())
 
 
 async def test_database_that_does_not_answer_is_refused_with_its_address() -> None:
@@ -229,6 +231,14 @@ def test_password_is_not_shown() -> None:
 
 
 # ---- Queries and values ----------------------------------------------------------------------------------------------
+
+
+OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over"}
+"""The queries of postgresql.sql that SQLite has no need of."""
+
+
+def test_queries_of_postgresql_replace_queries_of_the_store() -> None:
+    assert load_queries("postgresql.sql").keys() - OWN_QUERIES <= load_queries().keys()
 
 
 def parameters_of(name: str) -> dict[str, None]:
@@ -268,7 +278,8 @@ async def test_payloads_come_back_as_they_were(store: PostgresStore) -> None:
 
 async def test_clock_follows_the_database(url: str) -> None:
     clock = SystemClock()
-    clock.follow(clock.now_ms() - 3_600_000)
+    an_hour_ago = clock.now_ms() - 3_600_000
+    clock.follow(an_hour_ago, an_hour_ago)
     store = await open_store(url, clock)
     await store.run(executions.register_workflow, "w", "v9", ONE_NODE)
     assert abs(clock.now_ms() - time.time() * 1000) < 5000
@@ -278,5 +289,15 @@ async def test_clock_follows_the_database(url: str) -> None:
 def test_clock_that_is_ahead_stands_still() -> None:
     clock = SystemClock()
     before = clock.now_ms()
-    clock.follow(before - 3_600_000)
+    clock.follow(before - 3_600_000, before - 3_599_000)
     assert clock.now_ms() >= before
+
+
+def test_clock_within_the_uncertainty_of_the_answer_is_not_changed() -> None:
+    """Else a timer could be early by the time that the database takes to answer."""
+    clock = SystemClock()
+    difference = time.time() * 1000 - clock.now_ms()
+    for late in (5, 50, 500):
+        now = clock.now_ms()
+        clock.follow(now - late, now + late)
+    assert abs(time.time() * 1000 - clock.now_ms() - difference) < 5

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import harness
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from harness import ROOT, Server, environment, free_port, nexum_server
@@ -371,7 +372,7 @@ def test_first_line_names_address_database_and_version(server: Server) -> None:
 
 def test_show_works_while_server_runs_and_afterwards(tmp_path: Path) -> None:
     def look(*arguments: str) -> subprocess.CompletedProcess[str]:
-        url = f"sqlite:///{tmp_path / 'nexum.db'}"
+        url = harness.url_of(tmp_path)
         where = [] if "--nexum" in arguments else ["--database-url", url]
         command = [sys.executable, "-m", "nexum_engine", *arguments, *where]
         return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30)

@@ -119,6 +119,7 @@ def rows(store: Store) -> dict[str, int]:
 # ---- What is deleted -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 async def test_executions_that_nodes_started_are_pruned_with_their_parent(store: Store, clock: ManualClock) -> None:
     nodes = {"each": {"type": "MAP"}, "sub": {"type": "SUBWORKFLOW", "dependencies": ["each"]}}
     await store.run(executions.register_workflow, "parent", "p1", json.dumps({"nodes": nodes}))
@@ -192,6 +193,7 @@ async def test_running_and_newer_executions_are_kept(sqlite_store: SqliteStore, 
     assert await ids(sqlite_store) == running_ids
 
 
+@pytest.mark.both_stores
 async def test_key_of_pruned_execution_starts_again(store: Store, clock: ManualClock) -> None:
     first = await start(store, "k", input="1")
     await finish(store)
@@ -236,6 +238,7 @@ async def test_wrong_request_is_refused(
 # ---- Sessions --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: ManualClock) -> None:
     session = {await record(store, f"s/{one}") for one in range(5)}
     tool_call = await start(store, "s:charge")
@@ -280,6 +283,7 @@ async def test_named_session_is_pruned_alone(store: Store) -> None:
     assert await ids(store) == kept
 
 
+@pytest.mark.both_stores
 async def test_no_transaction_leaves_half_a_session(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +304,7 @@ async def test_no_transaction_leaves_half_a_session(
     assert await ids(store) == set()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.both_stores), *range(1, 8)])
 async def test_random_history_is_pruned_as_a_model_says(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -21,6 +21,8 @@ from nexum_engine.store.retry import retry_execution
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
+pytestmark = pytest.mark.both_stores
+
 CHAIN = {"a": [], "b": ["a"], "c": ["b"]}
 FAN = {"root": [], "left": ["root"], "right": ["root"], "end": ["left", "right"], "late": ["right"]}
 

@@ -25,7 +25,7 @@ from nexum_engine.store import Store, executions, leases, listing, open_store, r
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
-pytestmark = pytest.mark.every_python
+pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
 
 LEASE_MS = 30_000

@@ -183,6 +183,27 @@ async def test_child_that_ends_while_its_parent_is_cancelled(stores: tuple[Store
         assert execution.status == child.status != ExecutionStatus.RUNNING
 
 
+async def test_worker_that_disconnects_keeps_what_it_holds_at_another_server(
+    stores: tuple[Store, Store], clock: ManualClock
+) -> None:
+    await register(stores[0], ONE)
+    ids = [await start(stores[0]) for _ in stores]
+    for store in stores:
+        await store.run(lambda db: db.one("beat", seconds=60))
+        await taken(store)
+
+    async def disconnected() -> list[Outcome]:
+        await stores[1].run(leases.disconnect, "w1", 1000)
+        clock.advance(2)
+        await stores[1].run(leases.sweep, NO_RETRIES)
+        found = [await stores[0].run(reading.get_execution, one, True) for one in ids]
+        return [one.nodes[0].attempts[0].outcome for one in found]
+
+    assert await disconnected() == [Outcome.RUNNING, Outcome.LOST]
+    await stores[0].run(lambda db: db.run("leave"))
+    assert await disconnected() == [Outcome.LOST, Outcome.LOST]
+
+
 async def test_loss_found_by_both_is_counted_once(stores: tuple[Store, Store], clock: ManualClock) -> None:
     await register(stores[0], ONE)
     ids = [await start(stores[0]) for _ in range(RACES)]

