@@ -112,8 +112,8 @@ class DatabaseFile:
             if path.exists():
                 # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
                 os.close(os.open(path, os.O_RDWR))
-            _check_log(path, timeout)
             was_open = _size(log_of(path)) > 0
+            _check_log(path, timeout)
             _remove_leftovers(path)
             if not path.exists():
                 _create(path)
@@ -401,7 +401,10 @@ def _check_log(path: Path, timeout: float) -> None:
 
 
 def _has_own_log(path: Path, timeout: float) -> bool:
-    """Return whether the log beside the file belongs to it. Only reads. Raises sqlite3.OperationalError."""
+    """Return whether the log beside the file belongs to it. Raises sqlite3.OperationalError.
+
+    Nothing is changed, but SQLite may delete a log without a transaction.
+    """
     with path.open("rb") as file:
         version = int.from_bytes(file.read(100)[60:64], "big")
     try:
@@ -418,6 +421,8 @@ def _has_own_log(path: Path, timeout: float) -> bool:
         raise
     except (sqlite3.DatabaseError, KeyError):
         return False  # the log's pages don't match those of the file
+    if not _size(log_of(path)):
+        return True  # SQLite has found no transaction in the log, and deleted it
     with path.open("rb") as file:
         file.seek((layout.stamp_page - 1) * layout.page_size)
         own = _Stamp.decode(_blob(file.read(layout.page_size))).own

@@ -34,8 +34,8 @@ from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="this machine has no strace to inject faults")
 
 FAULTS = os.environ.get("DISK_FAULTS") or "1"
-CALLS = ("pwrite64", "fdatasync")
-"""The system calls with which SQLite writes and syncs its file and its log."""
+CALLS = ("pwrite64", "fdatasync") if FAULTS == "1" else ("pwrite64", "fdatasync", "fsync", "ftruncate")
+"""The system calls that write and sync the file and its log, replace the file by a compact one, and empty the log."""
 T = TypeVar("T")
 KINDS = {"killed": "signal=SIGKILL", "full": "error=ENOSPC", "broken": "error=EIO"}
 ONE = '{"nodes": {"a": {"type": "EFFECT"}}}'
@@ -243,7 +243,7 @@ def test_acknowledged_changes_survive_a_failing_disk(
 ) -> None:
     is_migrated, totals = undisturbed
     for position, call in enumerate(CALLS):
-        assert totals[call] > 5
+        assert totals[call] > 0
         # A migration makes the first calls of a run.
         for number in chosen(totals[call], 0 if is_migrated else (position + 1) / 3):
             folder, told = tmp_path / f"{call}-{number}", Told()
