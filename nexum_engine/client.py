@@ -242,6 +242,8 @@ class NexumClient:
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
         """Return the execution of an answer. Read the input and the outputs that the answer leaves out."""
         found = _execution(answer)
+        if not found.input_bytes and not any(node.output_bytes for node in found.nodes):
+            return found
         if found.input_bytes:
             text = await self._payload(found.execution_id, "", found.input_bytes, patience)
             found = replace(found, input_json=text, input_bytes=0)
@@ -251,7 +253,7 @@ class NexumClient:
                 text = await self._payload(found.execution_id, node.node_id, node.output_bytes, patience)
                 node = replace(node, output_json=text, output_bytes=0)
             nodes.append(node)
-        return replace(found, nodes=tuple(nodes)) if nodes else found
+        return replace(found, nodes=tuple(nodes))
 
     async def _payload(self, execution_id: str, node_id: str, size: int, patience: float) -> str:
         """Read an output, or the input if `node_id` is empty, in parts."""

@@ -69,9 +69,9 @@ def find_python(version: str) -> str | None:
 
 def environment_of(python: str, folder: str) -> Path:
     """Make an environment with the tests' requirements; return its interpreter."""
-    run([python, "-m", "venv", folder])
+    run_quietly([python, "-m", "venv", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
+    run_quietly([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
     return own
 
 
@@ -88,15 +88,19 @@ def others() -> dict[str, str]:
     return chosen
 
 
-def test_on(others: dict[str, str]) -> None:
+def environments_of(pythons: dict[str, str], folder: str) -> dict[str, Path]:
+    """Make an environment for each of these Pythons; return their interpreters."""
+    return {version: environment_of(python, f"{folder}/{version}") for version, python in pythons.items()}
+
+
+def test_on(pythons: dict[str, Path]) -> None:
     """Run the tests that are marked `every_python` on these Pythons."""
-    for version, python in others.items():
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"\nPython {version}: testing with {python}", flush=True)
-            marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
-            # Use a separate cache: the tests of this Python run at the same time.
-            command: list[str | Path] = [environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"]
-            run_quietly(command, {"POSTGRES_TESTS": "none"})
+    for version, python in pythons.items():
+        print(f"\nPython {version}: testing", flush=True)
+        marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
+        # Use a separate cache: the tests of this Python run at the same time.
+        command: list[str | Path] = [python, *marked, "-o", f"cache_dir={python.parent}/cache"]
+        run_quietly(command, {"POSTGRES_TESTS": "none"})
 
 
 def main() -> int:
@@ -107,15 +111,16 @@ def main() -> int:
     )
     args = parser.parse_args()
     python = sys.executable
-    run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
-    run([python, "-m", "ruff", "check", "."])
-    run([python, "-m", "ruff", "format", "--check", "."])
-    run([python, "-m", "mypy", "."])
-    with ThreadPoolExecutor() as beside:
-        tested = beside.submit(test_on, others()) if args.every_python else None
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
+        # Installing takes a while, and mostly waits: do it during the checks.
+        environments = beside.submit(environments_of, others() if args.every_python else {}, folder)
+        run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
+        run([python, "-m", "ruff", "check", "."])
+        run([python, "-m", "ruff", "format", "--check", "."])
+        run([python, "-m", "mypy", "."])
+        tested = beside.submit(test_on, environments.result())
         run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
-        if tested is not None:
-            tested.result()
+        tested.result()
     return 0
 
 

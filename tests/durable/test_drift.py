@@ -23,12 +23,10 @@ from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from support.models import ModelFailed
 
-pytestmark = pytest.mark.every_python
-
-
 # ---- Drift -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_python
 async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +273,7 @@ async def test_fork_keeps_external_stop(server: Server) -> None:
         assert len(model.requests) == asked
 
 
+@pytest.mark.every_python
 @pytest.mark.parametrize("is_team", [False, True])
 async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Server, is_team: bool) -> None:
     answers = threading.Event()
@@ -306,6 +305,7 @@ async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Ser
         assert len(model.requests) == 2
 
 
+@pytest.mark.every_python
 async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> None:
     begun: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
     runs = 0
@@ -340,6 +340,7 @@ async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> Non
         assert runs == 2
 
 
+@pytest.mark.every_python
 def test_token_can_be_cancelled_after_run(server: Server) -> None:
     token = CancellationToken()
     with OpenAIServer(lambda _: answer("yes")) as model:

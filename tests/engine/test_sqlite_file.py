@@ -257,6 +257,26 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
     assert await stored(database) == acknowledged > saved
 
 
+async def test_file_of_an_interrupted_checkpoint_is_read_with_its_log(tmp_path: Path) -> None:
+    database = tmp_path / "nexum.db"
+    acknowledged = kill_after(database, *range(200))
+    # A checkpoint copies the pages in order. The first one has the new size of the database.
+    shutil.copytree(tmp_path, tmp_path / "copied")
+    with sqlite3.connect(tmp_path / "copied" / "nexum.db") as copied:
+        copied.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    first_page = (tmp_path / "copied" / "nexum.db").read_bytes()[:4096]
+    assert int.from_bytes(first_page[28:32], "big") * 4096 > database.stat().st_size
+    with database.open("r+b") as file:
+        file.write(first_page)
+    before = contents(tmp_path)
+    shutil.copyfile(database, tmp_path / "backup.db")
+    shutil.copyfile(log_of(database), tmp_path / "backup.db-wal")
+    assert restore_database(f"sqlite:///{tmp_path / 'restored.db'}", tmp_path / "backup.db") is None
+    assert await stored(tmp_path / "restored.db") == acknowledged
+    assert contents(tmp_path).items() >= before.items()
+    assert await stored(database) == acknowledged
+
+
 async def test_log_of_a_deleted_file_is_not_copied_into_a_new_one(tmp_path: Path) -> None:
     kill_after(tmp_path / "nexum.db", 1)
     (tmp_path / "nexum.db").unlink()
