@@ -174,7 +174,7 @@ class Journal:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
                 # Take only events recorded after the last unfinished call began. An earlier failure didn't end the run:
-                # the run went on and made that call.
+                # the run continued, and made that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
@@ -256,7 +256,7 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address, and no result of the call counts."""
+        """Return whether an earlier run made the call of this address, but left no result that counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
