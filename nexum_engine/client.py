@@ -460,7 +460,7 @@ class NexumClient:
         false, and InvalidRequest if the file can't be written.
         """
         await self.reach()
-        # A channel of its own: calls share a stream, and have no answers in parts.
+        # Open a separate channel: on the stream that calls share, a call has only one answer.
         channel = Channel(*self.route(), purpose="backup")
         stream = channel.stub.Backup()
         try:

@@ -119,10 +119,10 @@ class Host:
                 return
         self._end()
         await asyncio.shield(asyncio.wrap_future(self.ended))
-        self._thread.join()  # it has little more to do
+        self._thread.join()  # takes little time: the host has ended
 
     def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the thread has ended
             self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:

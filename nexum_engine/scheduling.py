@@ -15,7 +15,7 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
     NodeStatus.PENDING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
     ),
-    # The node is handed out. Or its last attempt reports after its lease has run out: then as from RUNNING.
+    # The node is handed out. Or its last attempt sends a late report, which is treated like a report from RUNNING.
     NodeStatus.READY: frozenset(
         {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
