@@ -30,7 +30,7 @@ from nexum_engine.store.retry import retry_execution
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 PAGE = 1000
-"""How many child executions are read at once: those that the nodes of an execution started."""
+"""The number of child executions to read at once. The nodes of an execution start its child executions."""
 T = TypeVar("T")
 
 

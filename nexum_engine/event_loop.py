@@ -39,7 +39,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 class LoopThread(threading.Thread):
     """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
 
-    It is started at once, without the caller's context: its connections are not the caller's work.
+    The constructor starts the thread, without the caller's context: the thread's connections are not the caller's work.
     """
 
     loop: asyncio.AbstractEventLoop

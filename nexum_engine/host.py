@@ -57,7 +57,7 @@ class Restarts:
 class Host:
     """The server of a folder's runs. It is available from `ready` until the last user leaves.
 
-    It is the server that has the folder's database open, else a server that a person started on the default port. If
+    The server is the one that has the folder's database open, else one that a person started on the default port. If
     neither answers, a thread of this process opens the database and serves. If a server ends while it is in use, the
     thread opens the database in its place.
 

@@ -85,7 +85,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # Use a loop in Python, instead of `==`: it lets other threads run.
+    # Don't use `==`: it would block all other threads. A loop in Python lets them run.
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()

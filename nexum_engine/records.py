@@ -38,7 +38,7 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     SKIPPED = "SKIPPED"
-    """The node's routers chose other nodes, or all nodes that it depends on are SKIPPED. It has no output."""
+    """The node's routers chose other nodes, or all its dependencies are SKIPPED. A SKIPPED node has no output."""
     FAILED = "FAILED"
     """The node failed and is not retried, unless its execution is."""
     CANCELLED = "CANCELLED"

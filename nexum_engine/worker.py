@@ -69,7 +69,7 @@ class TaskContext:
     idempotency_key: str
     """The key is the same at every attempt. A target that honours the key executes the effect once."""
     progress: Any = None
-    """What an earlier attempt passed to `heartbeat` last."""
+    """The value that an earlier attempt passed to `heartbeat` last."""
     item: Any = None
     """The item, in a task of a MAP node."""
     index: int | None = None

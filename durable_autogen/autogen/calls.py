@@ -36,7 +36,7 @@ from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
-MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the rest is for the call's fingerprint
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
 
 
 class _Stream:

@@ -42,7 +42,7 @@ class Setbacks:
             one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
 
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team, and of all agents inside it: its turn is over."""
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:

@@ -71,7 +71,7 @@ async def send(
     *,
     idempotency_key: str = "",
 ) -> None:
-    """Send an event to a session: its next wait for an event of this name receives the payload.
+    """Send an event to a session. The session's next wait for an event of this name receives the payload.
 
     With `idempotency_key`, a second event of this name with this key changes nothing. Raises InvalidRequest for a wrong
     name or payload, and IdempotencyConflict if the key was used with another payload.
