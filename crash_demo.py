@@ -66,10 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--crash-after", choices=CRASH_AFTER, help="kill worker 1 once this step is recorded (default: validate)"
+        "--crash-after",
+        choices=CRASH_AFTER,
+        metavar="STEP",
+        help=f"kill worker 1 once this step is recorded: {', '.join(CRASH_AFTER)} (default: validate)",
     )
     where.add_argument(
-        "--crash-during", choices=STEPS, help="kill worker 1 within this step, after its effect and before its record"
+        "--crash-during",
+        choices=STEPS,
+        metavar="STEP",
+        help=f"kill worker 1 within this step, after its effect and before its record: {', '.join(STEPS)}",
     )
     where.add_argument("--all", action="store_true", help="run every crash point, one after the other")
     where.add_argument(

@@ -110,7 +110,7 @@ class Session:
 
     `nexum` is the server's address, with the defaults of NexumClient. If `client` is given, the session uses that
     client and never closes it. `tell` is called with each line about progress, from the event loop or from the thread
-    of the session file.
+    that writes the session file.
     """
 
     def __init__(
@@ -172,12 +172,12 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # Write the file while the call runs. If the call has ended already, don't wait for the file: only
-                    # this project's server reports that, and it also finds the call by its key.
+                    # The session file is written while the tool runs. If StartExecution already reported the end, don't
+                    # wait for the file: only this project's server does so, and it also finds the call by its key.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
-                # Start the call again: somebody replaced the server or its database, perhaps while this call waited.
+                # The server or its database was replaced, perhaps while this call waited. Start the call again.
                 if not deadline.left:
                     raise
                 lost = f"{_short(gone.execution_id)} ({tool_name})"
@@ -219,7 +219,7 @@ class Session:
             self._workflow,
             task,
             idempotency_key=f"{self.session_id}:{key}",
-            # Wait briefly, so that an execution that ends soon, or has ended, needs no GetExecution.
+            # Let the server wait briefly for the end: a short call then needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
@@ -252,7 +252,7 @@ class Session:
                     self._client.get_execution,
                     execution_id,
                     wait=min(deadline.left, notice),
-                    with_attempts=True,  # for the line about the wait
+                    with_attempts=True,  # the line about the wait shows the last failure
                 ),
             )
             if observed.execution.status.ended:
@@ -300,7 +300,7 @@ class Session:
                 return f"{which} was handed to a worker"
         if observed.has_poller is None:
             return "the server doesn't show whether a worker polls; start one, unless one runs, with: python worker.py"
-        return "the task is queued, or its next attempt is not due yet"
+        return "the task is queued, or the pause before its next attempt is not over"
 
 
 def _short(execution_id: str) -> str:
@@ -321,7 +321,7 @@ def _result(tool_name: str, execution: Execution) -> str:
 
 
 def _last_failure(execution: Execution) -> str:
-    """Return a phrase that tells why the last attempt ended, or "" if no attempt has ended."""
+    """Return a phrase with the reason why the last attempt ended, or "" if no attempt has ended."""
     ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
     if not ended:
         return ""
@@ -340,7 +340,7 @@ def _reason(execution: Execution) -> str:
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
 _clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
-# Hold each SessionFile weakly: it is needed only until the calls that use it are written to disk.
+# A SessionFile is needed only until the calls that use it are written to disk. So the dictionary holds it weakly.
 _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
 
 
@@ -393,7 +393,7 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """Drop the event loop after a fork: its thread runs in the parent only, and may have held the lock."""
+    """Forget the background loop after a fork. Its thread runs in the parent only, and may have held the lock."""
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
 

@@ -54,7 +54,7 @@ async def fill(database: Path, number: int, days: float) -> None:
     input_json, output_json = json.dumps(ARGUMENT), json.dumps(RESULT)
 
     async def record(one: int) -> None:
-        # Neighbours in the file are not neighbours in the index of keys.
+        # Choose the keys so that neighbours in the file are not neighbours in the index of keys.
         key = f"s{days:g}-{one // SESSION}/{one * 7919 % 1_000_003}" if one % 200 < SESSION else f"{days:g}-{one}"
         await store.run(
             tasks.start_owned, workflow_id, version, input_json, key, "owner", 30_000, False, "", output_json

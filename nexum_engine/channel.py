@@ -103,11 +103,11 @@ class Channel:
 
 
 def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -> None:
-    """Free the channels of closed event loops, which closes them. While one is open, gRPC keeps all event loops.
+    """Close the channels of closed event loops by freeing them. While one is open, gRPC keeps all event loops.
 
-    Only a garbage collection frees them: `asyncio.run` cancels tasks at its end, and their exceptions form reference
-    cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left, collect
-    all objects.
+    Only a garbage collection frees the channels: `asyncio.run` cancels tasks at its end, and their exceptions form
+    reference cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left,
+    collect all objects.
     """
     gc.collect(1)
     if any(loop() is not None for loop in loops):

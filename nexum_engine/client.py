@@ -91,11 +91,11 @@ class Pruned:
     kept: int
     """The old executions that are kept: they run, or their session has an execution that runs or is newer."""
     after: int | None
-    """Where to continue; None if this was the last part."""
+    """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
     given_back_bytes: int
-    """After the last part: the database's size, its space for new executions, and what was given back to the disk."""
+    """The database's size, its free space, and the space that was given back to the disk; known after the last part."""
 
 
 class NexumClient:
@@ -416,7 +416,7 @@ class NexumClient:
         idempotency_key: str = "",
         patience: float = 0.0,
     ) -> None:
-        """Send an event to an execution. It completes an EVENT node, now or when a node waits for it.
+        """Send an event to an execution. The event completes an EVENT node that waits for it, or that will wait later.
 
         With `idempotency_key`, a second event with this key changes nothing. Without it, the call is never retried.
         Raises NotFound for an unknown execution or event, IdempotencyConflict, and Conflict if the execution has ended.
@@ -462,7 +462,7 @@ class NexumClient:
         false, and InvalidRequest if the file can't be written.
         """
         await self.reach()
-        # A channel of its own: calls share a stream, and have no answers in parts.
+        # Open a separate channel: on the stream that calls share, a call has only one answer.
         channel = Channel(*self.route(), purpose="backup")
         stream = channel.stub.Backup()
         try:

@@ -30,7 +30,7 @@ from nexum_engine.store.retry import retry_execution
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
 PAGE = 1000
-"""How many child executions are read at once: those that the nodes of an execution started."""
+"""The number of child executions to read at once. The nodes of an execution start its child executions."""
 T = TypeVar("T")
 
 
@@ -55,10 +55,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=moment,
         default=0,
         metavar="TIME",
-        help="only those that were started since then: an age (30s, 15m, 2h, 7d) or a date (2026-01-31, "
+        help="only those that were started after TIME: an age (30s, 15m, 2h, 7d) or a date (2026-01-31, "
         "2026-01-31T12:00: local time, or with Z or +01:00)",
     )
-    ps.add_argument("--until", type=moment, default=0, metavar="TIME", help="only those that were started before then")
+    ps.add_argument("--until", type=moment, default=0, metavar="TIME", help="only those that were started before TIME")
     ps.add_argument(
         "--attr",
         type=attribute,
@@ -76,22 +76,38 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="refresh the list each second until Ctrl+C; without a terminal, print what changes",
     )
-    show = commands.add_parser("show", help="show an execution with its nodes and attempts")
+    show = commands.add_parser(
+        "show",
+        help="show an execution with its nodes and attempts",
+        description="Show an execution with its nodes and attempts.",
+    )
     show.add_argument(
         "--follow",
         action="store_true",
         help="refresh until the execution ends; without a terminal, print what happens. The exit code is 0 if it "
         "COMPLETED, else 1",
     )
-    cancel = commands.add_parser("cancel", help="cancel an execution")
+    cancel = commands.add_parser("cancel", help="cancel an execution", description="Cancel an execution.")
     retry = commands.add_parser(
         "retry",
         help="continue a FAILED execution at its failed node",
         description="Continue a FAILED execution at its failed node, with fresh retries. Recorded results are kept.",
     )
-    approvals = commands.add_parser("approvals", help="list the nodes that wait for a person's approval")
-    approve = commands.add_parser("approve", help="complete a node that waits for approval")
-    reject = commands.add_parser("reject", help="fail a node that waits for approval, and its execution")
+    approvals = commands.add_parser(
+        "approvals",
+        help="list the nodes that wait for a person's approval",
+        description="List the HUMAN_APPROVAL nodes that wait for a person.",
+    )
+    approve = commands.add_parser(
+        "approve",
+        help="complete a node that waits for approval",
+        description="Approve a HUMAN_APPROVAL node: it completes, and its execution continues.",
+    )
+    reject = commands.add_parser(
+        "reject",
+        help="fail a node that waits for approval, and its execution",
+        description="Reject a HUMAN_APPROVAL node: the node and its execution fail.",
+    )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
@@ -104,15 +120,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("node", metavar="NODE", help="the node's name, as approvals prints it")
         command.add_argument("--by", default=_user(), metavar="NAME", help="who decides (default: %(default)s)")
     approve.add_argument("--comment", default="", help="stored with the approval")
-    reject.add_argument("--reason", default="", help="the reason with which node and execution fail")
+    reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
     )
     send.add_argument("--key", default="", help="an idempotency key: a second event with this key changes nothing")
-    for command in (ps, show):
+    for command, option in ((ps, "--watch"), (show, "--follow")):
         command.add_argument(
-            "--json", action="store_true", help="print JSON; with --watch or --follow, a line for each change"
+            "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
         )
     approvals.add_argument("--json", action="store_true", help="print JSON")
     return [ps, show, cancel, retry, approvals, approve, reject, send]

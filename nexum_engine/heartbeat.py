@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# Seconds, at most, until the second heartbeat of a stream, and until the one after a heartbeat that `beat` requests.
-# This is shorter than the time for which the server leaves a disconnected worker its tasks.
+# Seconds, at most, between two heartbeats at the start of a stream or after a call of `beat`. The server leaves a
+# disconnected worker its tasks for longer than this.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
@@ -98,7 +98,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._progress: dict[str, str] = {}
-        """The progress of tasks, as JSON, that no answered heartbeat has had."""
+        """The progress of tasks, as JSON, that the server has not acknowledged."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
@@ -106,7 +106,7 @@ class Heartbeat:
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The number of the last heartbeat, and of the last one after which the program's event loop has run."""
+        """The number of the last heartbeat, and that of the last heartbeat after which the program's event loop ran."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -236,7 +236,7 @@ class Heartbeat:
                     )
                 except grpc.RpcError as rpc_error:
                     if rpc_error.details() == CUT_OFF and not self.connected.is_set():
-                        # The server refused the stream. The next stream may get the reason.
+                        # The server refused the stream, and grpcio lost the reason. Another stream may get the reason.
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -57,7 +57,7 @@ class Restarts:
 class Host:
     """The server of a folder's runs. It is available from `ready` until the last user leaves.
 
-    It is the server that has the folder's database open, else a server that a person started on the default port. If
+    The server is the one that has the folder's database open, else one that a person started on the default port. If
     neither answers, a thread of this process opens the database and serves. If a server ends while it is in use, the
     thread opens the database in its place.
 
@@ -119,10 +119,10 @@ class Host:
                 return
         self._end()
         await asyncio.shield(asyncio.wrap_future(self.ended))
-        self._thread.join()  # it has little more to do
+        self._thread.join()  # takes little time: the host has ended
 
     def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the thread has ended
             self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:

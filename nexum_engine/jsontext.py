@@ -34,8 +34,8 @@ def _check_count(text: str, what: str) -> None:
     """Raise TooLarge if `text` has too many values. Takes little time and memory, unlike the parser."""
     if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
         return
-    # Count only the commas and brackets outside of strings. Once the escapes are removed, every second part between two
-    # quotes is a string.
+    # Count only the commas and brackets outside of strings. Without escapes, a quote begins or ends a string. So if the
+    # text is split at the quotes, every second part is a string.
     text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
         raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")
@@ -85,7 +85,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # Use a loop in Python, instead of `==`: it lets other threads run.
+    # Don't use `==`: it would block all other threads. A loop in Python lets them run.
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()

@@ -38,7 +38,7 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     SKIPPED = "SKIPPED"
-    """The node's routers chose other nodes, or all nodes that it depends on are SKIPPED. It has no output."""
+    """The node's routers chose other nodes, or all its dependencies are SKIPPED. A SKIPPED node has no output."""
     FAILED = "FAILED"
     """The node failed and is not retried, unless its execution is."""
     CANCELLED = "CANCELLED"
@@ -82,7 +82,7 @@ class NodeType(str, Enum):
     REDUCE = "REDUCE"
     """The node computes from the results of a MAP node."""
     SUBWORKFLOW = "SUBWORKFLOW"
-    """The node starts an execution of another workflow, and completes with the output of its last completed node."""
+    """The node starts an execution of another workflow. Its output is that of the node that completed last there."""
     TIMER = "TIMER"
     """The node completes after a delay."""
     HUMAN_APPROVAL = "HUMAN_APPROVAL"
@@ -138,7 +138,7 @@ class Node:
     progress_json: str = ""
     """The progress that an attempt sent last."""
     due_ms: int | None = None
-    """When a WAITING node has waited as long as it may. None if it may wait for ever, or does not wait."""
+    """The time at which the wait of a WAITING node is over. None if the node may wait for ever, or does not wait."""
     output_bytes: int = 0
     """The size of an output that is left out; else 0."""
 
@@ -208,7 +208,7 @@ class Task:
     input_bytes: int = 0
     """The size of `input_json` in bytes, even while that text is only in the store. Only the server sets this."""
     timeout_ms: int | None = None
-    """How long the attempt may take until the server ends it. Only the server sets this."""
+    """How long the attempt may take before the server ends it. Only the server sets this."""
     progress_json: str = ""
     """The progress that an earlier attempt sent last."""
     map_index: int = 0

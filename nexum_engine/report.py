@@ -115,7 +115,7 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
 
 
 def _children(started: Sequence[Execution]) -> list[str]:
-    """Return lines about the executions that a node started. Of a MAP node's items, show those without a result."""
+    """Return lines about the executions that a node started. For a MAP node, show only the items without a result."""
     lines = []
     items = [child for child in started if child.child_index is not None]
     if items:

@@ -29,7 +29,10 @@ class Screen:
             os.system("")  # makes the console obey escape sequences
 
     def show(self, lines: Sequence[str], news: Iterable[tuple[str, str]]) -> None:
-        """Show `lines` in place, or else print those texts of `news` whose keys are new: (key, text)."""
+        """Show `lines` in place. If that is impossible, print the new texts in `news`, which holds pairs (key, text).
+
+        A text is new if the previous call had no text with its key.
+        """
         self._lines = lines
         if self._in_place:
             self._draw(lines)

@@ -44,7 +44,7 @@ REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no serv
 STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
-PUBLISHED_RETRIES = 3  # the retries of a failed task by a published server
+PUBLISHED_RETRIES = 3  # how often a published server retries a failed task
 MAX_REASON_CHARACTERS = 100_000  # characters of a failure's message to send; the server stores fewer
 MAX_LOGGED_CHARACTERS = 500
 MAX_PROGRESS_BYTES = 4096
@@ -69,7 +69,7 @@ class TaskContext:
     idempotency_key: str
     """The key is the same at every attempt. A target that honours the key executes the effect once."""
     progress: Any = None
-    """What an earlier attempt passed to `heartbeat` last."""
+    """The value that an earlier attempt passed to `heartbeat` last."""
     item: Any = None
     """The item, in a task of a MAP node."""
     index: int | None = None
@@ -291,8 +291,8 @@ class Worker:
                 try:
                     work = await polling
                 except ServerUnavailable:
-                    # Send heartbeats: the lost answer may have held a task. Heartbeats without this task make the
-                    # server hand it out again soon.
+                    # The lost answer may have had a task. Send heartbeats now: they don't name this task, so the server
+                    # soon hands it out again.
                     self._heartbeat.beat()
                     await asyncio.sleep(RECONNECT_DELAY)
                     work = None
@@ -323,7 +323,7 @@ class Worker:
             return await self._client.poll_task(self.worker_id, versions, wait=POLL_WAIT)
         async with self._polling:
             for _ in versions:
-                if self._told_to_stop.is_set():  # while this slot waited for its turn
+                if self._told_to_stop.is_set():  # the stop may have come while this slot waited for its turn
                     return None
                 # Poll for one version at a time: the server knows no other polls.
                 self._turn = (self._turn + 1) % len(versions)
@@ -367,7 +367,7 @@ class Worker:
             self._heartbeat.release(work.task.task_id)
 
     def _adopt(self, running: _Work, work: _Work) -> None:
-        """Let the running work report as the new attempt. The server has counted the attempt it began as lost."""
+        """Let the running work report as the new attempt: the server counts the attempt that began the work as lost."""
         old, new = running.task, work.task
         logger.info("execution %s was handed out again: it still runs here", old.execution_id)
         if new.attempt > old.attempt:
@@ -456,7 +456,7 @@ class Worker:
             del self._handlers[running]
         if node.node_type is NodeType.ROUTER and isinstance(result, str):
             result = {"routed_to": result}
-        # The output of these nodes is what the executions return that they start.
+        # Don't check the results of nodes that start executions: the node's output comes from these executions.
         is_output = node.node_type is not NodeType.SUBWORKFLOW and (
             node.node_type is not NodeType.MAP or _index_of(task) is not None
         )
@@ -480,7 +480,8 @@ class Worker:
             await self._failure(task, f"the server refused the result: {error}", final=True)
             raise
         except TaskNotFound as error:
-            # The same status says that a SUBWORKFLOW node's workflow is not registered. It may be soon.
+            # For a SUBWORKFLOW node, the status may mean that the other workflow is not registered. That may change
+            # soon, so the failure is not final.
             if task.node_type != NodeType.SUBWORKFLOW:
                 raise
             await self._failure(task, f"the server refused the result: {error.__cause__}", final=False)

@@ -148,7 +148,7 @@ def begin_script(name: str) -> None:
     if name != "__main__":
         return
     open_closed_streams()
-    # Otherwise the parent process made this process ignore Ctrl+C: leave it so.
+    # If the handler is another one, the parent process made this process ignore Ctrl+C: leave it so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):

@@ -54,7 +54,7 @@ SHAPES = (
 PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; all other shapes have one
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-TAKE_OVER = 1.0  # about the seconds for which a run waits until the server notices the death of the killed run
+TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 
 
 class RandomModel:

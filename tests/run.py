@@ -33,12 +33,12 @@ def run(command: Sequence[str | Path]) -> None:
         sys.exit(code)
 
 
-def run_quietly(command: Sequence[str | Path], changes: Mapping[str, str]) -> None:
+def run_quietly(command: Sequence[str | Path], changes: Mapping[str, str] | None = None) -> None:
     """Run a step at the same time as others; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, **changes},
+        env={**os.environ, **(changes or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -22,7 +22,7 @@ class Durable:
     request: int
     result: int
     syncs: float
-    """Completed fsyncs a call, of all processes."""
+    """The number of completed fsyncs for each call, of all processes."""
     files: list[str]
 
     @staticmethod

@@ -36,7 +36,7 @@ from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
-MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the rest is for the call's fingerprint
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
 
 
 class _Stream:
@@ -138,8 +138,8 @@ class Calls:
                     release()
                     held.append(piece)
                     stream.produced.append(piece)
-                    # Hold back the newest piece: the last piece must wait until the reply is recorded. If no other
-                    # piece comes within HOLD_FOR, release the piece.
+                    # Hold back the newest piece: it may be the last one, which must wait until the reply is recorded.
+                    # If no other piece comes within HOLD_FOR, release it.
                     releasing = loop.call_later(HOLD_FOR, release)
             except BaseException:
                 release()  # the stream broke: give the agent every piece that came
@@ -506,7 +506,7 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team. The calls inside such a tool are recorded, but not its own result."""
+    """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 

@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return the wrapper of a method that returns a stream. Like `_recorded`, it calls `recording` or the original."""
+    """Return the wrapper of a method that returns a stream. The wrapper decides as that of `_recorded` does."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -199,7 +199,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the usage of replayed replies, so that a program that decides by the usage decides alike in a replay.
+    # Add the usage of replayed replies: a program may decide by the usage, and must decide alike in a replay.
     return total(usage, state_of(place.session).replayed_usage_of(self))
 
 
@@ -364,7 +364,7 @@ def entry_points(session: Session) -> Iterator[None]:
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # Drop AutoGen's tracebacks of a failed run. It logs one for each agent, and the run itself raises the error.
+        # AutoGen logs a traceback for each agent of a failed run. Drop these: the run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 
@@ -402,7 +402,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
-        # Look for a method that the class inherits from a parent outside AutoGen.
+        # The class may inherit the method from a parent class outside AutoGen.
         owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
         is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
         original = owner.__dict__[name] if owner is not None and is_inherited else None

@@ -91,7 +91,7 @@ class SessionState:
         self.transcript = Transcript(recorder)
         self.added = AddedMessages(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination: its adjusted start time, and the session's active time when it was started."""
+        """For each TimeoutTermination: its adjusted start time, and the session's active time at its start."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}

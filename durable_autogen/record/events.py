@@ -266,10 +266,10 @@ class EventInput(Addressed, _Frozen):
 
 
 class Summary(_Frozen):
-    """What `nexum ps` says of a session: a summary of the events that count up to one event, in that event."""
+    """A summary of a session for `nexum ps`. Each event stores one, over all events that count up to that event."""
 
     number: int = 0
-    """The number of the event. `nexum ps` shows the summary with the highest one."""
+    """The number of the event that stores the summary. `nexum ps` shows the summary with the highest number."""
     question: str = ""
     calls: int = 0
     tokens: int = 0
@@ -330,7 +330,7 @@ class Event(Addressed, _Frozen):
     Only calls without a recorded beginning are listed, and only those made since the previous event.
     """
     summary: Summary | None = None
-    """The summary of the session up to this event. `nexum ps` shows that of the newest event."""
+    """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
     def is_setback(self) -> bool:
@@ -354,7 +354,7 @@ class Call(Addressed):
 
 
 def end_of_wait(position: str) -> str:
-    """Return the position of a wait's end, by that of its beginning. It works for addresses, too."""
+    """Return the position (or address) of a wait's end from the position (or address) of the wait's beginning."""
     return f"{position}/end"
 
 

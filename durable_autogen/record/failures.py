@@ -56,8 +56,8 @@ class Failure(BaseModel):
     def again(self) -> Exception:
         """Return the recorded exception, with its class, text, plain arguments and plain attributes.
 
-        If the class can't be instantiated, return an instance of a new subclass of it. If it allows no subclass, use
-        its nearest base class that does.
+        If the class can't be instantiated, return an instance of a new subclass of it. If the class allows no subclass,
+        use the nearest base class that allows one.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:

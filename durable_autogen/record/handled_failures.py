@@ -37,12 +37,12 @@ class Setbacks:
         self._setbacks.append(_Setback(event, error, caller, continued))
 
     def called(self, call: Call, caller: Caller) -> None:
-        """Note that a task makes a call: it may show that the run continued after a setback (see `continues`)."""
+        """Note that a task makes a call. The call may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
             one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
 
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team, and of all agents inside it: its turn is over."""
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
@@ -55,11 +55,11 @@ class Setbacks:
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)  # `error` itself is the first one
         found = [one for one in failures if one.error in causes]
-        # Otherwise look for a failure's text in the error: a team passes on only the text.
+        # If no cause is a recorded failure, look for a failure's text in the error: a team passes on only the text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
-        # Otherwise the error is unrelated: take every failure after which the run did not continue.
+        # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.continued]
-        # Add the given-up calls after which the run did not continue: its end cancelled the calls of parallel agents.
+        # Add the given-up calls after which the run did not continue. The run's end cancelled these calls.
         found += [one for one in setbacks if one.error is None and not one.continued]
         return [one.event for one in found]
 

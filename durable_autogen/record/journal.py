@@ -174,7 +174,7 @@ class Journal:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
                 # Take only events recorded after the last unfinished call began. An earlier failure didn't end the run:
-                # the run went on and made that call.
+                # the run continued, and made that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
@@ -256,7 +256,7 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address, and no result of the call counts."""
+        """Return whether an earlier run made the call of this address, but left no result that counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
@@ -361,7 +361,7 @@ class Journal:
         await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke every event after the number `seq`. Keep added user messages: agents still get those."""
+        """Revoke every event after the number `seq`. Keep added user messages: agents still get them."""
         left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
         await self.revoke(left, why, is_another_program=True)
 
@@ -408,7 +408,7 @@ class Journal:
                 self._run = None
 
     async def release(self) -> None:
-        """Give up the ownership of the session. Its run ends as failed, because no program ran: a fork only copies."""
+        """Give up the ownership of the session. The run ends as failed, because no program ran: a fork only copies."""
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None

@@ -14,12 +14,12 @@ from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
 from nexum_engine.clock import wait_until_set
 
-DRIFT_PATIENCE = 10.0  # seconds until drift is reported, if the program makes other calls than the next recorded one
+DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded call while the program makes other calls
 CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds until then, if an earlier run also made those other calls
+TRIED_PATIENCE = 30.0  # seconds to wait instead, if an earlier run made those other calls, too
 
 
 class Compare(Protocol):

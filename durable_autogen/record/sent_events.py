@@ -71,7 +71,7 @@ async def send(
     *,
     idempotency_key: str = "",
 ) -> None:
-    """Send an event to a session: its next wait for an event of this name receives the payload.
+    """Send an event to a session. The session's next wait for an event of this name receives the payload.
 
     With `idempotency_key`, a second event of this name with this key changes nothing. Raises InvalidRequest for a wrong
     name or payload, and IdempotencyConflict if the key was used with another payload.
@@ -79,7 +79,8 @@ async def send(
     check_session_id(session)
     check_event_name(name)
     jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
-    # With a key, begin at the oldest event: an ended one may have this key. Its execution then acknowledges the call.
+    # With a key, begin at the oldest event. If an earlier event was sent with this key, its execution acknowledges the
+    # call, and no second event is sent.
     number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
     # A key lets the client retry the call if the server's answer is lost.
     key = idempotency_key or uuid.uuid4().hex
@@ -92,7 +93,8 @@ async def send(
         except IdempotencyConflict:
             raise
         except Conflict:
-            # The execution has ended. If it was still running above, look again: it may have been cancelled.
+            # The execution has ended. If it was COMPLETED already, it has its event: take the next number. If it was
+            # still running, try the same number again, because the execution may have been cancelled.
             number += expected.status is ExecutionStatus.COMPLETED
         else:
             return

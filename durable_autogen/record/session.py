@@ -113,7 +113,7 @@ class Session:
     # ---- Waits -------------------------------------------------------------------------------------------------------
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep for `seconds`. After a crash, the next run sleeps only what is left.
+        """Sleep for `seconds`. After a crash, the next run sleeps only for the remaining time.
 
         The time at which the sleep ends is recorded first. The sleep is over when the machine's clock shows that time,
         never earlier. Time in which no process runs counts, too. If a later run passes other `seconds`, the recorded

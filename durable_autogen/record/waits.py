@@ -1,8 +1,8 @@
 """Durable waits: sleeps, and waits for events that are sent to the session.
 
-A wait is recorded by two events. The first one (WAIT) is recorded before the wait, with the time at which the wait ends
-at the latest: so a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
-wait: so a replay continues the program in the recorded order.
+A wait is recorded by two events. The first one (WAIT) is recorded before the wait begins, and holds the latest time at
+which the wait ends. So a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
+wait. So a replay continues the program in the recorded order.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Waits:
         self._send_command = send_command
         self._counts: Counter[tuple[str, str]] = Counter()
         self._receiving: dict[object, tuple[str, int] | None] = {}
-        """The waits for sent events that are not over, and the event that each has received and not yet recorded."""
+        """The waits that are under way. The value is the event that a wait has received but not yet recorded."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
         """Sleep for `seconds`, less the time that earlier runs have waited (`Session.sleep`)."""

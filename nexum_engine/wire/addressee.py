@@ -36,7 +36,7 @@ def is_meant_for(metadata: Iterable[Any], database: str) -> bool:
 def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
     """Return why a server that has `database` open must refuse a call with `metadata`, or None if it may answer.
 
-    This asks the file system where links lead, which can take long.
+    The check follows links in the file system, which can take long.
     """
     found = dict(metadata)
     wanted = found.get(_DATABASE)

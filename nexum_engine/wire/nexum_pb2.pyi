@@ -844,7 +844,7 @@ class NodeRecord(google.protobuf.message.Message):
     progress_json: builtins.str
     """The progress that an attempt sent last."""
     due_ms: builtins.int
-    """When a WAITING node has waited as long as it may, in milliseconds since 1970; 0 if it may wait for ever."""
+    """The time at which the wait of a WAITING node is over, in milliseconds since 1970; 0 if it may wait for ever."""
     output_bytes: builtins.int
     """The size of the output, if output_json is left out, as in GetExecutionResponse.input_bytes."""
     @property
@@ -1120,7 +1120,7 @@ global___ServerInfo = ServerInfo
 
 @typing.final
 class CallFrames(google.protobuf.message.Message):
-    """The frames that the client or the server has ready. They are sent together."""
+    """A message of a Calls stream: all frames that the client or the server has ready."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

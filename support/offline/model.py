@@ -51,7 +51,7 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    When no page covers a question, the model calls `topics`, and lists what it returns. `share` is the part of a
+    When no page covers a question, the model lists the topics that `topics` returns. `share` is the part of a
     question's searches that the model makes: (1, 2) is the first of two parts.
     """
 

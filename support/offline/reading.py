@@ -106,7 +106,7 @@ def _subjects(question: str) -> list[str]:
 
 
 def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
-    """Complete the parts: "population" in "Tokyo, New York population" is added to "Tokyo", too."""
+    """Add to each part the words that all parts share: "Tokyo, New York population" also gives "Tokyo population"."""
     first, *others = parts
     if attribute and len(words(attribute[1])) > 0:
         prefix, first = attribute[1], attribute[2]

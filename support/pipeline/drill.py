@@ -109,7 +109,8 @@ class Drill:
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
         while True:
-            # Check for the worker's end before reading the record: the record then holds all that the worker reported.
+            # Look first whether the worker has ended, and then read the record. If the worker has ended, this record
+            # holds all that the worker reported.
             child_ended = child.ended
             execution = await self._look()
             if self._tell(execution):

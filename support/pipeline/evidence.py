@@ -92,7 +92,7 @@ class PipelineRun:
     workers: Sequence[SeenWorker]
     effects: Sequence[Effect]
     source: str = "the server's records"
-    """What the attempts are known from."""
+    """Where the attempts were read, in words."""
 
     @property
     def rows(self) -> list[Row]:
@@ -170,7 +170,7 @@ def _recorded_steps_run_again(run: PipelineRun) -> list[str]:
                 found.append(f"the output of {step} changed after it was recorded")
             again = [row for row in run.rows if row.node.node_id == step and row.worker in run.workers[number + 1 :]]
             if again:
-                found.append(f"{step} was recorded when {dead.name} died, and ran again all the same")
+                found.append(f"{step} was recorded when {dead.name} died, but ran again")
     return found
 
 

@@ -32,7 +32,7 @@ class ToolTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class ToolContext:
-    """What a tool gets in addition to the arguments from the model."""
+    """The values that a tool gets in addition to the arguments from the model."""
 
     idempotency_key: str  # equal at every attempt, so that a target can recognise a retry
     attempt: int  # from 1

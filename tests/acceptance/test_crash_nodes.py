@@ -160,7 +160,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
     done = effects(log)
     cut_off = 0
     for key, one in records.items():
-        # All end, with the results that an undisturbed run has.
+        # Every execution has ended with the results of an undisturbed run.
         assert one.status == "COMPLETED", one
         nodes = {node.node_id: node for node in one.nodes}
         outputs = {name: json.loads(node.output_json) for name, node in nodes.items() if node.output_json}
@@ -169,7 +169,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         assert (outputs["sum"], outputs["paid"], outputs["sub"]) == (sum(outputs["each"]), key, "the child's end")
         assert outputs["report"] == ["boss", "paid", "sub"]
         assert one.execution_id in approved
-        # Each item and the child was started once.
+        # The MAP node's items and the child execution were started once each.
         family = families[one.execution_id]
         items = [child for child in family if child.HasField("child_index")]
         assert sorted(child.child_index for child in items) == list(range(ITEMS))
@@ -177,8 +177,8 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         within = {node.node_id: node for node in child.nodes}
         check_timer(nodes["pause"], nodes["fetch"])
         check_timer(within["rest"], within["first"])
-        # No effect happened after its result was recorded, or twice in one attempt. Only a cut off or failed attempt
-        # led to another one.
+        # No effect happened after its result was recorded, or twice in one attempt. A second attempt was made only if
+        # the first one was cut off or had failed.
         of_tasks = [(one.execution_id, node.node_id, "-", node) for node in nodes.values() if node.attempts]
         of_tasks += [(one.execution_id, "each", str(item.child_index), item.nodes[0]) for item in items]
         of_tasks += [(child.execution_id, node.node_id, "-", node) for node in within.values() if node.attempts]

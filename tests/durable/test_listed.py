@@ -34,7 +34,7 @@ async def listed(server: Server, *arguments: str) -> list[Execution]:
 
 
 async def tokens(server: Server, session: str) -> int:
-    """Count the tokens of all replies that count, as the models have reported them."""
+    """Return the number of tokens in all replies that were not revoked, as the models have reported them."""
     async with NexumClient(server.address) as nexum:
         values: list[Any] = [
             getattr(event.content, "value", None) for event in (await read_record(nexum, session)).events

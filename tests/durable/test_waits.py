@@ -254,7 +254,7 @@ async def test_sleeping_branch_blocks_no_other_branch(shared_server: Server, cli
 
     with pytest.raises(Died):
         await inside(shared_server, lambda: program(2), name)
-    # The sleep is still on record as not over: the next run replays the other branch, and continues it live.
+    # The sleep is not over, so its end is not recorded. The next run replays the other branch, and continues live.
     said = await inside(shared_server, lambda: program(4), name)
     assert happened == ["model"] * 4
     assert await inside(shared_server, lambda: program(4), name) == said

@@ -106,7 +106,7 @@ async def test_store_serves_while_backup_is_made_and_backup_is_consistent(
     restored = await opened(tmp_path / "restored.db")
     found = await ids(restored)
     assert found >= before | during
-    # The rest is a beginning of what was recorded beside it: the newest execution of the backup has all older ones.
+    # Of the executions that were recorded beside the backup, it holds the first ones: no number is missing.
     assert found <= before | during | beside
     assert {one.split("-")[1] for one in found} == {str(number) for number in range(1, len(found) + 1)}
     await restored.close()

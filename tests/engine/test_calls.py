@@ -254,7 +254,7 @@ async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: 
 
 
 async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
-    """Otherwise a thousand clients that don't read would fill the server's memory."""
+    """If it didn't count, a thousand clients that don't read would fill the server's memory."""
     ended = asyncio.Event()
 
     async def large(_: object, context: calls.CallContext) -> pb.ServerInfo:

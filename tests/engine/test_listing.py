@@ -38,7 +38,7 @@ async def start(store: Store, workflow_id: str = "w", key: str = "", attributes:
 
 
 async def end(store: Store, workflow_id: str, status: str) -> None:
-    """End the execution that was started last, unless it shall be RUNNING."""
+    """End the execution that was started last, unless `status` is RUNNING."""
     task = (await store.run(tasks.claim, "worker", (workflow_id,), 2**40, 30_000, True)).task
     assert task is not None
     if status == "COMPLETED":

@@ -40,7 +40,7 @@ def old(tmp_path: Path) -> Path:
     scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
     for script in (*scripts, ROOT / "tests" / "engine" / "version_2.sql"):
         connection.executescript(script.read_text(encoding="utf-8"))
-    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # its server closed it
+    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # as after a clean end of the server
     connection.commit()
     connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;")
     connection.close()

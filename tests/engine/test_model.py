@@ -420,7 +420,7 @@ class BothEngines(RuleBasedStateMachine):
 
     @rule()
     def cancel(self) -> None:
-        # Seldom an execution that runs: the operations after it would find less to do.
+        # Seldom cancel an execution that runs: later operations would find less to do.
         ids = [run.id for run in self.model.runs if run.status != "RUNNING" or self.choose.random() < 0.05]
         execution_id = self.pick([*ids, "exec-1-000000000000000000000000"], "execution")
         self.both(lambda: self.engine.cancel(execution_id), lambda: self.model.cancel(execution_id))
@@ -502,14 +502,14 @@ class BothEngines(RuleBasedStateMachine):
 
     @invariant()
     def carry_on(self) -> None:
-        """Do what lets executions go on, between any two rules: most single operations of the rules are refused."""
+        """Let executions continue between any two rules, because most operations of the rules are refused."""
         for _ in range(self.choose.randint(0, 5)):
             self.compare_all()
             self.choose.choice(self.useful())()
         self.compare_all()
 
     def useful(self) -> list[Callable[[], None]]:
-        """Return what lets executions go on."""
+        """Return the operations that let executions continue."""
         useful = [self.work, self.work, self.work, self.work, self.claim, self.send, self.report_late]
         if self.held():
             useful += [self.complete, self.fail_held]
@@ -520,7 +520,7 @@ class BothEngines(RuleBasedStateMachine):
         return useful
 
     def report_late(self) -> None:
-        """Report a fitting result of an attempt that is over, although its node is not."""
+        """Report a valid result for an attempt that is over, while its node is not."""
         over = [one for one in self.model.attempts.values() if one.outcome != "RUNNING" and one.node.status in LEFT]
         if over:
             attempt = self.pick(over, "attempt")

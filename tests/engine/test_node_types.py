@@ -127,7 +127,7 @@ def test_timers_of_zero_end_an_execution_at_its_start(stub: NexumServiceStub) ->
 
 
 def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -> None:
-    # They once took a minute, in which the server answered no other call.
+    # An earlier version needed a minute for these timers, and meanwhile answered no other call.
     begun = time.time()
     execution_id = began(stub, {f"wait-{number:03}": node("TIMER", delay_seconds=0.5) for number in range(1000)})
     answer = ended(stub, execution_id)
@@ -451,7 +451,7 @@ def test_map_of_300_items_over_300_kb_reported_twelve_at_once(stub: NexumService
 
     with ThreadPoolExecutor(12) as many:
         assert sum(many.map(work, range(12))) == 300
-    if (task := poll(stub)).has_task:  # its turn came after all of them had stopped
+    if (task := poll(stub)).has_task:  # the task `sum` may become ready after all threads have stopped
         complete(stub, task, "300")
     state, outputs = status(stub, execution_id)
     assert (state, outputs["each"], outputs["sum"]) == ("COMPLETED", [str(n) for n in range(300)], 300)

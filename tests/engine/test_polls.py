@@ -437,7 +437,7 @@ async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Mak
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
-    assert await swept(engine) == 1  # no heartbeat since
+    assert await swept(engine) == 1  # no heartbeat has come for the length of the lease
 
 
 async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Make) -> None:

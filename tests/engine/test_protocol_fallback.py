@@ -1,4 +1,4 @@
-"""Our client and worker with only the published contract: our server runs behind a proxy that speaks no more."""
+"""Our client and worker with only the published contract: a proxy before our server refuses all other calls."""
 
 from __future__ import annotations
 

@@ -401,7 +401,7 @@ async def test_compacting_gives_space_back_and_keeps_the_rest(
     check_files(path, space.total)
     assert space.total < 200_000
 
-    # The store continues in the new file, which another process can't open, and which a restart finds complete.
+    # The store continues in the new file. No other process can open this file, and after a restart it is complete.
     later = await record(sqlite_store, "later")
     assert (await sqlite_store.run(reading.get_execution, kept)).outputs() == {"a": json.dumps("z" * 20_000)}
     with pytest.raises(sqlite3.OperationalError, match="locked"):
@@ -479,7 +479,7 @@ async def test_kill_during_compaction_loses_nothing(
     found = await store.run(listing.list_executions, "", "", 10)
     assert [one.idempotency_key for one in found] == ["kept"]
     await store.close()
-    assert caplog.messages == []  # such as: the log is missing
+    assert caplog.messages == []  # for instance, no warning that the log is missing
     assert not [one for one in os.listdir(tmp_path) if ".new-" in one]
 
 

@@ -74,7 +74,7 @@ async def test_retry_continues_at_the_failed_node(store: Store) -> None:
     execution = await store.run(reading.get_execution, execution_id)
     assert (execution.status.value, execution.error, execution.ended_ms) == ("RUNNING", "", None)
     assert await states(store, execution_id) == {"a": "COMPLETED", "b": "READY", "c": "PENDING"}
-    # A start with the key finds it, as it is running.
+    # A start with the key finds the execution, because it is RUNNING again.
     assert await begin(store, CHAIN, "k") == execution_id
     task = await take(store, "b")
     assert json.loads(task.input_json) == {"input": {"q": 1}, "deps": {"a": "of a"}}
@@ -188,7 +188,7 @@ def stub(server: Server) -> Iterator[NexumServiceStub]:
 def test_retry_wakes_a_waiting_worker(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     register(stub, {"a": []}, version="v2")
-    probe = start(stub, version="v2")  # it says whether the worker below polls
+    probe = start(stub, version="v2")  # its `has_poller` says whether the worker below polls
     stub.CancelExecution(pb.CancelRequest(execution_id=probe), timeout=DEADLINE)
     execution_id = start(stub)
     failed = poll(stub)

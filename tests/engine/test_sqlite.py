@@ -140,7 +140,10 @@ if os.geteuid() == 0 and ctypes.CDLL(None).prctl({PR_CAPBSET_DROP}, {CAP_DAC_OVE
     raise OSError("root could not give up its right to write everywhere")
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""A program that gives up this right and then runs its arguments. Don't use preexec_fn: it may hang with threads."""
+"""A program that gives up root's right to write everywhere, and then runs its arguments as a command.
+
+Don't use preexec_fn instead: it may hang if the process has threads.
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root can't give up its right to write everywhere")
@@ -168,7 +171,8 @@ async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
-    # As if a newer server had been killed before its log reached the file: the header still has the older version.
+    # A newer server may be killed before SQLite copies its log into the file. Then the file's header still has the
+    # older version. This program leaves such files.
     program = (
         "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
         "c.execute('PRAGMA user_version = 99'); own = c.execute('SELECT stamp FROM log_stamp').fetchone()[0][:16];"

@@ -252,7 +252,7 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
     with pytest.raises(StoreRefused, match="is not the log of"):
         await opened(database)
     assert contents(tmp_path) == before
-    # The log still belongs to its own file.
+    # The refusal left the log intact: with its own file, all executions are there.
     shutil.copyfile(tmp_path / "newest.db", database)
     assert await stored(database) == acknowledged > saved
 

@@ -122,7 +122,7 @@ async def test_key_is_found_in_another_version_of_its_workflow(store: Store) -> 
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
     assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
-    # Even in a version that was never registered: a caller's code may have changed since the first start.
+    # The version of the second start need not be registered: the caller's code may have changed since the first one.
     assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
@@ -928,7 +928,7 @@ async def test_childs_output_is_of_the_node_that_completed_last_within_a_millise
 async def test_timer_is_not_early_by_the_rounding_of_the_clock(store: Store, clock: ManualClock) -> None:
     await register_ir(store, "w", "v1", {"wait": {"type": "TIMER", "delay_seconds": 1}})
     started = await store.run(executions.start_execution, "w", "v1", "{}", "")
-    clock.advance(1)  # the start may have been 0.9 ms later
+    clock.advance(1)  # the clock cuts off less than 1 ms: less than a second may have passed
     await store.run(leases.sweep, NO_RETRIES)
     assert await node_status(store, started.execution_id) == {"wait": NodeStatus.WAITING}
     clock.advance(0.001)

@@ -317,7 +317,7 @@ class Model:
             grace = RESTART_MS if attempt.streamed else UNSTREAMED_LEASE_MS
             attempt.node.due = attempt.node.until(attempt.started, self.now + grace)
             attempt.node.lease_loss = "INTERRUPTED"
-        # If the clock was set back, no task waits for longer than a retry does.
+        # The clock may have been set back. So no task waits for longer than the longest pause before a retry.
         for node in self.nodes():
             is_late = node.status == "READY" and (node.due or 0) > self.now + LONGEST_DELAY_MS
             if is_late and (not node.attempts or not node.spec.get("retry_policy")):
@@ -398,7 +398,7 @@ class Model:
         return run
 
     def _advance(self, run: Run) -> None:
-        """Let the nodes begin that wait for no other node, again and again; end the execution if all are done."""
+        """Begin all nodes that wait for no other node, repeatedly. End the execution if all its nodes are done."""
         while True:
             fates = self._fates(run)
             if not fates:

@@ -150,7 +150,7 @@ def _read_pages(pages: queue.SimpleQueue[bytes]) -> None:
 
 
 def _answer(page: Page) -> _Answer:
-    from support.tools.web.page import page_to_markdown  # here: the process that starts a child needs no parsers
+    from support.tools.web.page import page_to_markdown  # imported here: only a child process needs the parsers
 
     try:
         return _Answer(text=page_to_markdown(page))

@@ -20,8 +20,8 @@ _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
-# A pattern finds each unit that is not one ASCII character, and each byte that begins no unit. It reads the bytes as
-# the characters of Latin-1.
+# Each pattern finds the units that are not a single ASCII character, and the bytes that begin no unit. The patterns are
+# applied to the bytes as Latin-1 text.
 _ONE_BYTE = re.compile("[\x80-\xff]")
 _TWO_BYTES = re.compile("[\x81-\xfe][\x40-\xff]?|[\x80\xff]")
 _UNITS = {
@@ -56,7 +56,7 @@ def decode(body: bytes, name: str) -> str:
     if name == "iso-2022-jp":
         return _iso_2022_jp(characters)
     if name == "gbk":
-        name = "gb18030"  # the decoder of both
+        name = "gb18030"  # one decoder reads both encodings
     return _UNITS.get(name, _ONE_BYTE).sub(lambda unit: _text(unit[0], name), characters)
 
 
