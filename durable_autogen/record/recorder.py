@@ -196,7 +196,7 @@ class Recorder:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
         if self._replay.ahead:
             event = self._replay.ahead[0]
-            await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
+            await self.drift(event.seq - 1, f"the run ended without asking for {event}")
         if self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
             # them either.

@@ -166,8 +166,7 @@ class Replay:
                     waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
                     await self._on_drift(
                         event.seq - 1,
-                        f"{event} is next on record, and nobody asked for it; the run asks for "
-                        f"{', '.join(sorted(waiting))}. {CHOICE_HINT}",
+                        f"{event} is next on record, but this run asks for {', '.join(sorted(waiting))}. {CHOICE_HINT}",
                     )
                 continue
             differing = self.differences(event, asked.call)

@@ -57,7 +57,7 @@ async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         hold.set()
-        with pytest.raises(DriftError, match=r"nobody asked for it; the run asks for reply 1 of b"):
+        with pytest.raises(DriftError, match=r"is next on record, but this run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), TIMEOUT)
         assert any(line.startswith("reply 1 of a is next on record: waiting up to ") for line in lines)
         said = await asyncio.wait_for(program("b", on_drift="continue"), TIMEOUT)
@@ -252,7 +252,7 @@ async def test_duration_of_call_does_not_extend_drift_patience(server: Server, m
     with OpenAIServer(reply) as model:
         await program("a")  # the call takes 3 s
         hold.set()
-        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+        with pytest.raises(DriftError, match="is next on record, but this run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), 2)
 
 

@@ -509,7 +509,7 @@ async def test_program_that_does_not_sleep_any_more_is_drift(
 
     await inside(shared_server, lambda: program(sleeps=True), name)
     monkeypatch.setattr(replay, "DRIFT_PATIENCE", 0.1)
-    with pytest.raises(DriftError, match="sleep 1 of the program is next on record, and nobody asked for it"):
+    with pytest.raises(DriftError, match="sleep 1 of the program is next on record, but this run asks for"):
         await inside(shared_server, lambda: program(sleeps=False), name)
 
 
