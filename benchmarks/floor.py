@@ -127,6 +127,11 @@ class Child:
         return found[0]
 
     @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
     def cpu_seconds(self) -> float:
         """The CPU time of the process so far; 0 on systems without /proc."""
         try:
