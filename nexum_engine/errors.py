@@ -20,6 +20,9 @@
     |   |-- ServerUnavailable (ConnectionError)   no server answers
     |   |   `-- ServerNotReady                      the server can't answer the call now: retry
     |   |-- NotANexumServer               a server of another kind answers
+    |   |-- AccessDenied                  TLS or the token: a retry can't fix it
+    |   |   |-- TokenRefused                      no token, or one that the server doesn't know
+    |   |   `-- RoleRefused                       the token may not make this call
     |   |-- NoOwnedExecutions             the server can't record runs
     |   `-- ServerFault                   the server had an internal error, which is in its log
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
@@ -127,6 +130,18 @@ class ServerNotReady(ServerUnavailable):
 
 class NotANexumServer(ServerError):
     """A server of another kind answers at the address."""
+
+
+class AccessDenied(ServerError):
+    """Client and server don't agree about TLS, or the server refuses the client: fix the settings, don't retry."""
+
+
+class TokenRefused(AccessDenied):
+    """The call has no token, or one that the server doesn't know."""
+
+
+class RoleRefused(AccessDenied):
+    """The token is valid, but it may not make this call."""
 
 
 class NoOwnedExecutions(ServerError):

@@ -40,6 +40,7 @@ ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
 ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
+SERVICE_NAME = _SERVICE.full_name
 _WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask", "SendEvent"}
 
 _OVERLOADED = (
@@ -176,7 +177,7 @@ class Reading(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wait for a slot, and return the method's handler. The slot is freed as soon as the request has arrived."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
         method = handler_call_details.method.rpartition("/")[2]
         slots = self._with_payload if method in _WITH_PAYLOAD else self._without
@@ -227,7 +228,7 @@ def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budg
             if received.size > SMALL_BYTES:
                 share = await budget.take(received.size * REQUEST_COPIES)
             return await behaviour(_decoded(received, request_type, limit), context)
-        except (InvalidRequest, Overloaded) as error:
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
         finally:
             budget.give(share)

@@ -193,16 +193,19 @@ def _add_owned_node(
         )
 
 
-def cancel_execution(db: Db, execution_id: str) -> Changed:
-    """Cancel a running execution. If the execution is already cancelled, nothing changes.
+def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
+    """Cancel a running execution, and record who did. If the execution is already cancelled, nothing changes.
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
+    if by:
+        check_id(by, "cancelled_by")
     row = find_execution(db, execution_id)
     if row["status"] == ExecutionStatus.CANCELLED:
         return Changed()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
     changes = Changes()
-    end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, "", changes)
+    reason = f"cancelled by {by}" if by else ""
+    end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, reason, changes)
     return changes.freeze()

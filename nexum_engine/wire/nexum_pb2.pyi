@@ -538,13 +538,17 @@ class CancelRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EXECUTION_ID_FIELD_NUMBER: builtins.int
+    CANCELLED_BY_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
+    cancelled_by: builtins.str
+    """Who cancels. A server with tokens records the name of the call's token instead."""
     def __init__(
         self,
         *,
         execution_id: builtins.str = ...,
+        cancelled_by: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancelled_by", b"cancelled_by", "execution_id", b"execution_id"]) -> None: ...
 
 global___CancelRequest = CancelRequest
 
@@ -777,7 +781,7 @@ class GetExecutionResponse(google.protobuf.message.Message):
     """Milliseconds since 1970, UTC. ended_ms is 0 while the execution runs."""
     ended_ms: builtins.int
     error: builtins.str
-    """Why the execution FAILED."""
+    """Why the execution FAILED, or who cancelled it."""
     has_poller: builtins.bool
     """Whether any worker polled, within the last 2 s, for this execution's version."""
     parent_execution_id: builtins.str

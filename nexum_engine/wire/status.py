@@ -23,6 +23,8 @@ STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     errors.IdempotencyConflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.Conflict: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.TokenRefused: grpc.StatusCode.UNAUTHENTICATED,
+    errors.RoleRefused: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
@@ -37,6 +39,8 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.CANCELLED: errors.ServerUnavailable,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotANexumServer,
     grpc.StatusCode.UNKNOWN: errors.NotANexumServer,
+    grpc.StatusCode.UNAUTHENTICATED: errors.TokenRefused,
+    grpc.StatusCode.PERMISSION_DENIED: errors.RoleRefused,
 }
 
 CUT_OFF = "Internal error from Core"
@@ -63,6 +67,8 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
         return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:
         return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")
+    if issubclass(kind, errors.AccessDenied):
+        return kind(f"the server on {address} refuses the call: {details}")
     if code is grpc.StatusCode.OUT_OF_RANGE:  # from a published server, for a message above 4 MiB
         return errors.TooLarge(
             f"the server on {address} refuses a message of this size: send less, or use this project's own server, "
