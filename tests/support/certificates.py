@@ -8,6 +8,8 @@ from pathlib import Path
 
 import trustme
 
+from nexum_engine.server import ServerTls
+
 LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 USE, ADMIN, FORMER = ("use" + "u" * 40, "administer" + "a" * 40, "former" + "f" * 40)
 """Three tokens."""
@@ -41,10 +43,10 @@ class Certificates:
         private_file(key, issued.private_key_pem.bytes().decode())
         return str(certificate), str(key)
 
-    def server_options(self, name: str = "server", *, by: str = "ours", expired: bool = False) -> list[str]:
-        """Issue a certificate for a server on this machine; return the server's options."""
-        certificate, key = self.issue(name, "localhost", "127.0.0.1", by=by, expired=expired)
-        return ["--tls-cert", certificate, "--tls-key", key]
+    def server_tls(self, *, by: str = "ours", expired: bool = False, client_ca: str | None = None) -> ServerTls:
+        """Issue a certificate for a server on this machine."""
+        certificate, key = self.issue("server", "localhost", "127.0.0.1", by=by, expired=expired)
+        return ServerTls(Path(certificate), Path(key), None if client_ca is None else Path(client_ca))
 
 
 def private_file(path: Path, text: str) -> str:
