@@ -19,11 +19,11 @@ from nexum_engine import jsontext, published
 from nexum_engine.channel import Channel
 from nexum_engine.connection import (
     MAX_SERVER_WAIT,
+    RECONNECT_DELAY,
     Connection,
     Method,
     Route,
     ServerInfo,
-    explained,
     server_info_of,
 )
 from nexum_engine.errors import (
@@ -51,6 +51,7 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.status import CUT_OFF, error_of
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -478,22 +479,36 @@ class NexumClient:
         await self.reach()
         # A channel of its own: calls share a stream, and have no answers in parts.
         channel = Channel(*self.route(), purpose="backup")
-        stream = channel.stub.Backup()
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
-                await stream.write(pb.BackupRequest(file=str(file), overwrite=overwrite))
-            while True:
-                step = await stream.read()
-                if not isinstance(step, pb.BackupProgress):
-                    raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
-                yield step.copied_bytes, step.total_bytes
-                if step.done:
-                    return
+            stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
+            try:
+                while isinstance(step, pb.BackupProgress):
+                    yield step.copied_bytes, step.total_bytes
+                    if step.done:
+                        return
+                    step = await stream.read()
+            finally:
+                stream.cancel()
+            raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
         except grpc.RpcError as rpc_error:
-            raise await explained(rpc_error, self.address, None) from rpc_error
+            raise error_of(rpc_error, self.address) from rpc_error
         finally:
-            stream.cancel()
             await channel.close()
+
+    async def _begin_backup(self, channel: Channel, request: pb.BackupRequest) -> tuple[Any, Any]:
+        """Return the stream of a backup, and the first answer."""
+        while True:
+            stream = channel.stub.Backup()
+            try:
+                with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
+                    await stream.write(request)
+                return stream, await stream.read()
+            except BaseException as error:
+                stream.cancel()
+                if not isinstance(error, grpc.RpcError) or error.details() != CUT_OFF:
+                    raise
+                # The server refused the stream while the request was being sent. The next stream may get the reason.
+                await asyncio.sleep(RECONNECT_DELAY)
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 
