@@ -32,13 +32,22 @@ import os
 import sys
 from pathlib import Path
 
-from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, maintenance, report
+from nexum_engine import (
+    DEFAULT_LEASE,
+    DEFAULT_LISTEN,
+    DEFAULT_MAX_CALLS,
+    DEFAULT_MAX_QUEUE,
+    VERSION,
+    event_loop,
+    maintenance,
+    report,
+)
 from nexum_engine import commands as about_executions
 from nexum_engine.commands import look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import duration, seconds
+from nexum_engine.options import count, duration, seconds
 from nexum_engine.store import restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -80,6 +89,20 @@ def build_parser() -> argparse.ArgumentParser:
         type=duration,
         metavar="AGE",
         help="delete executions that ended longer ago than this, as prune does: 12h, 30d, 8w (default: keep all)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=count(),
+        default=DEFAULT_MAX_QUEUE,
+        metavar="N",
+        help="how many tasks may wait for workers until starts are refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-calls",
+        type=count(),
+        default=DEFAULT_MAX_CALLS,
+        metavar="N",
+        help="how many calls may run or wait at the same time (default: %(default)s)",
     )
     for option, what in (
         ("--tls-cert", "the server's certificate chain, in PEM format"),
@@ -130,7 +153,7 @@ async def serve(args: argparse.Namespace) -> None:
     # Shorten the turns of threads, 5 ms by default. Each call switches several times between the event loop and the
     # store's thread.
     sys.setswitchinterval(SWITCH_INTERVAL)
-    from nexum_engine.server import ServerTls, Tokens, run_server
+    from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event
 
     if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_client_ca and not args.tls_cert):
@@ -152,6 +175,7 @@ async def serve(args: argparse.Namespace) -> None:
         patience=args.patience,
         else_free_port=args.else_free_port,
         tls=tls,
+        limits=Limits(calls=args.max_calls, queue=args.max_queue),
         tokens=None if args.tokens is None else Tokens(args.tokens),
         stop=stop_event(),
         on_ready=on_ready,

@@ -19,6 +19,7 @@ from nexum_engine.errors import (
     NotANexumServer,
     RoleRefused,
     ServerError,
+    ServerNotReady,
     ServerUnavailable,
 )
 from nexum_engine.location import is_same_database, own_database, read_address
@@ -35,6 +36,7 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
+MAX_PAUSE = 20.0  # seconds between two calls of an overloaded server, before the random factor
 MAX_SERVER_WAIT = 25.0  # seconds, at most, of a wait that a call requests; the server allows more
 
 Request = TypeVar("Request")
@@ -229,6 +231,7 @@ class Connection:
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
+        refusals = 0
         while True:
             try:
                 if self._is_lost or not self._channels:
@@ -242,14 +245,24 @@ class Connection:
                 self._is_lost = is_refused or isinstance(error, ServerUnavailable)
                 if not is_refused and (not self._is_lost or loop.time() >= give_up):
                     raise error from rpc_error
-            except ServerUnavailable:
-                self._is_lost = True
+            except ServerUnavailable as unavailable:
+                self._is_lost, error = True, unavailable
                 if loop.time() >= give_up:
                     raise
             else:
                 self._is_lost = False
                 return answer
-            await asyncio.sleep(RECONNECT_DELAY)
+            await asyncio.sleep(min(pause_after(error, refusals), max(give_up - loop.time(), RECONNECT_DELAY)))
+            refusals += isinstance(error, ServerNotReady)
+
+
+def pause_after(error: Exception, refusals: int) -> float:
+    """Return the seconds to wait after a failed call. Wait longer after each refusal of an overloaded server.
+
+    The time is random, so that the clients of an overloaded server don't all come back at the same moment.
+    """
+    after = error.retry_after if isinstance(error, ServerNotReady) else 0.0
+    return random.uniform(0.5, 1.5) * min(after * 2**refusals, MAX_PAUSE) if after else RECONNECT_DELAY
 
 
 async def explained(rpc_error: grpc.RpcError, address: str, security: Security | None) -> NexumError:

@@ -51,7 +51,12 @@ class TooLarge(InvalidRequest):
 
 
 class Overloaded(NexumError):
-    """The server holds as much for other calls as it may: retry."""
+    """The server holds as much for other calls as it may, or its queue is full: retry after some time."""
+
+    def __init__(self, message: str, retry_after: float = 0.1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """When to retry, in seconds. Clients vary it, so that they don't all come back at the same time."""
 
 
 class NotFound(NexumError, LookupError):
@@ -126,6 +131,11 @@ class ServerUnavailable(ServerError, ConnectionError):
 
 class ServerNotReady(ServerUnavailable):
     """The server answered that it can't do the call now: retry the call."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """When to retry, in seconds; 0 if the server didn't say."""
 
 
 class NotANexumServer(ServerError):

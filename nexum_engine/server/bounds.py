@@ -10,17 +10,32 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from nexum_engine import DEFAULT_MAX_CALLS, DEFAULT_MAX_QUEUE
 from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.wire import nexum_pb2 as pb
 
 MAX_CALLS = 10_000
-"""The largest number of calls at the same time, including those that wait."""
+"""The largest number of RPCs at the same time, and of calls on one stream, including those that wait."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a server that are options."""
+
+    calls: int = DEFAULT_MAX_CALLS
+    """The largest number of calls on all streams at the same time, including those that wait."""
+    queue: int = DEFAULT_MAX_QUEUE
+    """The largest number of tasks that wait for workers. More executions are not started."""
+
+
+DEFAULT_LIMITS = Limits()
 SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
 MAX_SMALL_REQUEST_BYTES = 256 * 1024

@@ -22,7 +22,16 @@ from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, remove_address, write_address
 from nexum_engine.security import is_loopback
 from nexum_engine.server.access import Gate, Tokens
-from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, SERVICE_NAME, Answers, Reading, add_servicer
+from nexum_engine.server.bounds import (
+    DEFAULT_LIMITS,
+    MAX_CALLS,
+    MAX_REQUEST_BYTES,
+    SERVICE_NAME,
+    Answers,
+    Limits,
+    Reading,
+    add_servicer,
+)
 from nexum_engine.server.direct import DirectServer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
@@ -89,6 +98,7 @@ async def run_server(
     embedded: bool = False,
     tls: ServerTls | None = None,
     tokens: Tokens | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     on_ready: Callable[[str, str], None],
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
@@ -113,7 +123,9 @@ async def run_server(
         waiters = Waiters()
         liveness = Liveness(store, polls, waiters, clock, lease_ms)
         store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(store, polls, waiters, liveness, Answers(), embedded=embedded, tokens=tokens)
+        servicer = NexumServicer(
+            store, polls, waiters, liveness, Answers(), embedded=embedded, tokens=tokens, limits=limits
+        )
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"

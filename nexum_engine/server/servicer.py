@@ -18,13 +18,14 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.errors import InvalidRequest, NexumError, Overloaded
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
-from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
+from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
 from nexum_engine.server.calls import CallStreams, Refused
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
+from nexum_engine.server.queue import Queue
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
@@ -34,7 +35,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
 from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
-from nexum_engine.wire.status import ANSWERED, status_of
+from nexum_engine.wire.status import status_of, trailing_metadata
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
@@ -65,7 +66,8 @@ async def abort(context: Context, error: Exception) -> NoReturn:
         raise error  # the call is answered already
     status = status_of(error) if isinstance(error, NexumError) else None
     if status is not None:
-        await context.abort(status, _cut(str(error)), ((ANSWERED, type(error).__name__),))
+        after_ms = round(error.retry_after * 1000) if isinstance(error, Overloaded) else 0
+        await context.abort(status, _cut(str(error)), trailing_metadata(type(error).__name__, after_ms))
     fault = uuid.uuid4().hex[:8]
     logger.error("fault %s", fault, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"the server had an internal error; see its log under {fault}")
@@ -108,8 +110,10 @@ class NexumServicer(NexumServiceServicer):
         *,
         embedded: bool = False,
         tokens: Tokens | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._tokens = tokens
+        self._queue = Queue(store, limits.queue)
         self._answers = answers
         self._embedded = embedded
         self._store = store
@@ -119,7 +123,7 @@ class NexumServicer(NexumServiceServicer):
         self.retention = Retention(store)
         self.rpcs = rpcs_of(self, abort)
         """The unary RPCs by name, with the checks of their requests."""
-        self._streams = CallStreams(self.rpcs if tokens is None else guarded(self.rpcs, tokens, abort))
+        self._streams = CallStreams(self.rpcs if tokens is None else guarded(self.rpcs, tokens, abort), limits.calls)
 
     def stop(self) -> None:
         """Begin no further calls on streams, and end the streams when their calls have been answered."""
@@ -168,6 +172,9 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
+        # If the queue is full, only a start that finds its execution succeeds.
+        full_at = self._queue.limit if await self._queue.is_full() else None
+        self._queue.add()
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
@@ -177,6 +184,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
                 attributes=dict(request.attributes),
                 max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+                full_at=full_at,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.

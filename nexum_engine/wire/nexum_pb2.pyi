@@ -1154,6 +1154,7 @@ class CallFrame(google.protobuf.message.Message):
     STATUS_FIELD_NUMBER: builtins.int
     DETAILS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
     call: builtins.int
     """The number of the call. The client chooses it, and uses it once in the stream."""
     method: builtins.str
@@ -1170,6 +1171,10 @@ class CallFrame(google.protobuf.message.Message):
     """
     details: builtins.str
     error: builtins.str
+    retry_after_ms: builtins.int
+    """In an answer with an error: when to retry, in milliseconds, which an RPC has in its trailing metadata
+    (grpc-retry-pushback-ms).
+    """
     def __init__(
         self,
         *,
@@ -1181,8 +1186,9 @@ class CallFrame(google.protobuf.message.Message):
         status: builtins.int = ...,
         details: builtins.str = ...,
         error: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "retry_after_ms", b"retry_after_ms", "status", b"status"]) -> None: ...
 
 global___CallFrame = CallFrame
 

@@ -11,7 +11,8 @@ from typing import Any
 from certificates import Certificates, private_file
 
 from nexum_engine.event_loop import LoopThread
-from nexum_engine.server import ServerTls, Tokens, run_server
+from nexum_engine.server import Limits, ServerTls, Tokens, run_server
+from nexum_engine.server.bounds import DEFAULT_LIMITS
 
 SOON = 20.0  # seconds
 
@@ -19,7 +20,7 @@ SOON = 20.0  # seconds
 class ServerThread:
     """A running server and its address."""
 
-    def __init__(self, folder: Path, listen: str, tls: ServerTls | None, tokens: Tokens | None) -> None:
+    def __init__(self, folder: Path, listen: str, tls: ServerTls | None, tokens: Tokens | None, limits: Limits) -> None:
         self._thread = LoopThread("server")
 
         async def start() -> str:
@@ -33,6 +34,7 @@ class ServerThread:
                     stop=self._stop,
                     tls=tls,
                     tokens=tokens,
+                    limits=limits,
                     on_ready=lambda address, _: started.set_result(address),
                 )
             )
@@ -57,10 +59,15 @@ class ServerThread:
 
 @contextmanager
 def server_thread(
-    folder: Path, *, listen: str = "127.0.0.1:0", tls: ServerTls | None = None, tokens: Tokens | None = None
+    folder: Path,
+    *,
+    listen: str = "127.0.0.1:0",
+    tls: ServerTls | None = None,
+    tokens: Tokens | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[ServerThread]:
     """Run a server on `folder`/nexum.db for the length of a `with`."""
-    server = ServerThread(folder, listen, tls, tokens)
+    server = ServerThread(folder, listen, tls, tokens, limits)
     try:
         yield server
     finally:
