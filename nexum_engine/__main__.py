@@ -30,19 +30,24 @@ import io
 import logging
 import os
 import sys
-
-# Turn grpc's log off, before grpc is imported and reads the variable. Our errors report the same failures.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 from pathlib import Path
 
-from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN, VERSION, event_loop, maintenance, report
+from nexum_engine import (
+    DEFAULT_LEASE,
+    DEFAULT_LISTEN,
+    DEFAULT_MAX_CALLS,
+    DEFAULT_MAX_QUEUE,
+    VERSION,
+    event_loop,
+    maintenance,
+    report,
+)
 from nexum_engine import commands as about_executions
 from nexum_engine.commands import look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
-from nexum_engine.errors import NexumError, ServerUnavailable
+from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import duration, seconds
+from nexum_engine.options import count, duration, seconds
 from nexum_engine.store import restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -57,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
     parser.add_argument(
-        "--listen", default=DEFAULT_LISTEN, metavar="HOST:PORT", help="a loopback address (default: %(default)s)"
+        "--listen",
+        default=DEFAULT_LISTEN,
+        metavar="HOST:PORT",
+        help="a loopback address or, with TLS and tokens, any IP address of this machine (default: %(default)s)",
     )
     parser.add_argument(
         "--lease",
@@ -82,6 +90,34 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="AGE",
         help="delete executions that ended longer ago than this, as prune does: 12h, 30d, 8w (default: keep all)",
     )
+    parser.add_argument(
+        "--max-queue",
+        type=count(),
+        default=DEFAULT_MAX_QUEUE,
+        metavar="N",
+        help="how many tasks may wait for workers until starts are refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-calls",
+        type=count(),
+        default=DEFAULT_MAX_CALLS,
+        metavar="N",
+        help="how many calls may run or wait at the same time (default: %(default)s)",
+    )
+    for option, what in (
+        ("--tls-cert", "the server's certificate chain, in PEM format"),
+        ("--tls-key", "the key of the certificate"),
+        ("--tls-client-ca", "the CA of the certificates that clients must show"),
+        ("--tokens", "the tokens that clients must send: lines of a name, a role (use or administer) and a token"),
+    ):
+        variable = f"NEXUM_SERVER_{option[2:].replace('-', '_').upper()}"
+        parser.add_argument(
+            option,
+            type=Path,
+            default=os.environ.get(variable) or None,
+            metavar="FILE",
+            help=f"{what} (default: ${variable}, else none)",
+        )
     _add_database(parser, None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in (*about_executions.add_commands(commands), *maintenance.add_commands(commands)):
@@ -121,8 +157,12 @@ async def serve(args: argparse.Namespace) -> None:
     # Make threads take shorter turns than Python's 5 ms, because each call switches several times between the event
     # loop and the store's thread.
     sys.setswitchinterval(SWITCH_INTERVAL)
-    from nexum_engine.server import run_server
+    from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event
+
+    if (args.tls_cert is None) != (args.tls_key is None) or (args.tls_client_ca and not args.tls_cert):
+        raise InvalidRequest("TLS needs both --tls-cert and --tls-key")
+    tls = None if args.tls_cert is None else ServerTls(args.tls_cert, args.tls_key, args.tls_client_ca)
 
     def on_ready(address: str, database: str) -> None:
         say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
@@ -138,6 +178,9 @@ async def serve(args: argparse.Namespace) -> None:
         keep=args.keep,
         patience=args.patience,
         else_free_port=args.else_free_port,
+        tls=tls,
+        limits=Limits(calls=args.max_calls, queue=args.max_queue),
+        tokens=None if args.tokens is None else Tokens(args.tokens),
         stop=stop_event(),
         on_ready=on_ready,
     )
@@ -198,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
             say(asyncio.run(look(args)))
     except NexumError as error:
         _complain(str(error))
-        return 2 if isinstance(error, ServerUnavailable) else 1
+        return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             _complain(in_words(error))  # such as a full disk

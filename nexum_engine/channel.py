@@ -14,6 +14,7 @@ from weakref import WeakSet, ref
 import grpc
 
 from nexum_engine.in_process import InProcessChannel, LocalServer, server_at
+from nexum_engine.security import Security
 from nexum_engine.wire.addressee import Metadata
 from nexum_engine.wire.multiplexed import MultiplexedChannel
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -42,9 +43,12 @@ class Channel:
     purpose "calls", calls share one stream.
     """
 
-    def __init__(self, target: str, metadata: Metadata, *, purpose: str = "calls") -> None:
+    def __init__(
+        self, target: str, metadata: Metadata, security: Security | None = None, *, purpose: str = "calls"
+    ) -> None:
         self.target = target
-        self._metadata = metadata
+        self._security = security or Security()
+        self._metadata = (*metadata, *self._security.metadata())
         self._purpose = purpose
         self._by_loop: dict[asyncio.AbstractEventLoop, tuple[LocalServer | None, Any, NexumServiceAsyncStub]] = {}
         _all.add(self)
@@ -73,11 +77,13 @@ class Channel:
         elif _is_forked:
             from nexum_engine.wire.forked import ForkedChannel
 
-            channel = ForkedChannel(self.target)
+            channel = ForkedChannel(self.target, self._security.context())
         else:
-            channel = grpc.aio.insecure_channel(
-                self.target, options=(*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
-            )
+            options = (*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
+            if self._security.tls:
+                channel = grpc.aio.secure_channel(self.target, self._security.credentials(), options)
+            else:
+                channel = grpc.aio.insecure_channel(self.target, options)
             if self._purpose == "calls":
                 channel = MultiplexedChannel(channel)
         stub = NexumServiceStub(channel)

@@ -19,8 +19,10 @@ from nexum_engine import jsontext, published
 from nexum_engine.channel import Channel
 from nexum_engine.connection import (
     MAX_SERVER_WAIT,
+    RECONNECT_DELAY,
     Connection,
     Method,
+    Route,
     ServerInfo,
     server_info_of,
 )
@@ -49,8 +51,7 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import Metadata
-from nexum_engine.wire.status import error_of
+from nexum_engine.wire.status import CUT_OFF, error_of
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -101,13 +102,17 @@ class Pruned:
 class NexumClient:
     """A client of one server. Use it as an async context manager, or call `close`.
 
-    `address` is HOST:PORT or the path of a database. With a path, the client uses the server that has
-    the database open, also after that server restarts on another port. Without `address`, the client uses
-    NEXUM_ADDRESS, else the server that has this folder's database open, else the server on localhost:50051, unless that
-    is an embedded server of another folder. The client keeps the first server that it finds.
+    `address` is HOST:PORT, several of them separated by commas, or the path of a database. Of several servers, the
+    client uses one that answers, until that server is lost. For a server that is named by HOST:PORT, TLS and the token
+    come from the environment: NEXUM_TLS_CA, NEXUM_TLS_CERT, NEXUM_TLS_KEY, and NEXUM_TOKEN_FILE or NEXUM_TOKEN.
+
+    With a path, the client uses the server that has the database open, also after that server restarts on another port.
+    Without `address`, the client uses NEXUM_ADDRESS, else the server that has this folder's database open, else the
+    server on localhost:50051, unless that is an embedded server of another folder. The client keeps the first server
+    that it finds.
 
     While no server answers, a method retries for `patience` seconds, and then raises ServerUnavailable. Every method
-    can raise NotANexumServer, ServerFault, and the errors that the server answers with.
+    can raise NotANexumServer, AccessDenied, ServerFault, and the errors that the server answers with.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -131,11 +136,19 @@ class NexumClient:
         await self._connection.close()
 
     async def reach(self) -> None:
-        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
+        """Look up the server's address again if it may change.
+
+        Raises ServerUnavailable, NotANexumServer, AccessDenied.
+        """
         await self._connection.reach()
 
-    def route(self) -> tuple[str, Metadata]:
-        """Return the present HOST:PORT of the server, and the metadata to send with each call.
+    @property
+    def has_choice(self) -> bool:
+        """Whether several servers are named: if one refuses the client, another may not."""
+        return self._connection.has_choice
+
+    def route(self) -> Route:
+        """Return what a channel to the present server needs.
 
         Another thread can use them for its own connection. Call `reach` once before. Raises ServerUnavailable.
         """
@@ -362,14 +375,18 @@ class NexumClient:
             for summary in answer.executions
         ]
 
-    async def cancel_execution(self, execution_id: str) -> None:
-        """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed."""
+    async def cancel_execution(self, execution_id: str, *, by: str = "") -> None:
+        """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed.
+
+        `by` is recorded, but a server with tokens records the name of this client's token instead.
+        """
         # Check the status here, too: a published server cancels ended executions, and accepts unknown ids.
         status = await self.get_status(execution_id)
         if status in (ExecutionStatus.COMPLETED, ExecutionStatus.FAILED):
             raise Conflict(f"execution {execution_id} is {status.value} and can't be cancelled any more")
         try:
-            await self._call(lambda stub: stub.CancelExecution, pb.CancelRequest(execution_id=execution_id))
+            request = pb.CancelRequest(execution_id=execution_id, cancelled_by=by)
+            await self._call(lambda stub: stub.CancelExecution, request)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
 
@@ -464,22 +481,36 @@ class NexumClient:
         await self.reach()
         # Open a separate channel: on the stream that calls share, a call has only one answer.
         channel = Channel(*self.route(), purpose="backup")
-        stream = channel.stub.Backup()
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
-                await stream.write(pb.BackupRequest(file=str(file), overwrite=overwrite))
-            while True:
-                step = await stream.read()
-                if not isinstance(step, pb.BackupProgress):
-                    raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
-                yield step.copied_bytes, step.total_bytes
-                if step.done:
-                    return
+            stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
+            try:
+                while isinstance(step, pb.BackupProgress):
+                    yield step.copied_bytes, step.total_bytes
+                    if step.done:
+                        return
+                    step = await stream.read()
+            finally:
+                stream.cancel()
+            raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
         except grpc.RpcError as rpc_error:
             raise error_of(rpc_error, self.address) from rpc_error
         finally:
-            stream.cancel()
             await channel.close()
+
+    async def _begin_backup(self, channel: Channel, request: pb.BackupRequest) -> tuple[Any, Any]:
+        """Return the stream of a backup, and the first answer."""
+        while True:
+            stream = channel.stub.Backup()
+            try:
+                with contextlib.suppress(asyncio.InvalidStateError):  # the stream is over: let `read` raise the reason
+                    await stream.write(request)
+                return stream, await stream.read()
+            except BaseException as error:
+                stream.cancel()
+                if not isinstance(error, grpc.RpcError) or error.details() != CUT_OFF:
+                    raise
+                # The server refused the stream while the request was being sent. The next stream may get the reason.
+                await asyncio.sleep(RECONNECT_DELAY)
 
     # ---- Tasks, for the worker runtime -------------------------------------------------------------------------------
 

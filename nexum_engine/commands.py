@@ -118,7 +118,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
     for command in (approve, reject):
         command.add_argument("node", metavar="NODE", help="the node's name, as approvals prints it")
-        command.add_argument("--by", default=_user(), metavar="NAME", help="who decides (default: %(default)s)")
+    for command in (cancel, approve, reject):
+        command.add_argument(
+            "--by",
+            default=_user(),
+            metavar="NAME",
+            help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
+        )
     approve.add_argument("--comment", default="", help="stored with the approval")
     reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
     send.add_argument("name", metavar="NAME", help="the event's name")
@@ -202,7 +208,7 @@ class _Executions(Protocol):
 
     async def get(self, execution_id: str) -> Execution: ...
 
-    async def cancel(self, execution_id: str) -> None: ...
+    async def cancel(self, execution_id: str, *, by: str) -> None: ...
 
     async def children(self, execution_id: str, before: str) -> list[Execution]: ...
 
@@ -253,8 +259,8 @@ class _InDatabase:
     async def get(self, execution_id: str) -> Execution:
         return await self._store.run(reading.get_execution, execution_id, True)
 
-    async def cancel(self, execution_id: str) -> None:
-        await self._store.run(executions.cancel_execution, execution_id)
+    async def cancel(self, execution_id: str, *, by: str) -> None:
+        await self._store.run(executions.cancel_execution, execution_id, by)
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._store.run(listing.list_executions, "", "", PAGE, parent=execution_id, before=before)
@@ -297,7 +303,7 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         pending = await source.approvals()
         return report.approvals_as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms())
     if args.command == "cancel":
-        await source.cancel(args.execution)
+        await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
     if args.command == "approve":
         await source.approve(args.execution, args.node, approver=args.by, comment=args.comment)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import grpc
 
 from nexum_engine.channel import Channel
-from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.errors import (
+    AccessDenied,
+    InvalidRequest,
+    NexumError,
+    NotANexumServer,
+    RoleRefused,
+    ServerError,
+    ServerNotReady,
+    ServerUnavailable,
+)
 from nexum_engine.location import is_same_database, own_database, read_address
+from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
 from nexum_engine.wire.status import error_of
@@ -25,6 +36,7 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
+MAX_PAUSE = 20.0  # seconds between two calls of an overloaded server, before the random factor
 MAX_SERVER_WAIT = 25.0  # seconds, at most, of a wait that a call requests; the server allows more
 
 Request = TypeVar("Request")
@@ -44,14 +56,32 @@ class ServerInfo:
     """Whether a program started the server for its own runs."""
 
 
+class Route(NamedTuple):
+    """What a channel to the present server needs."""
+
+    target: str
+    """HOST:PORT."""
+    metadata: Metadata
+    security: Security | None
+    """None for a server that was not named but found."""
+
+
 class Connection:
-    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says."""
+    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says.
+
+    Of several addresses, it uses the first one that answers, in a random order: so the processes that start together
+    spread over the servers, and those of a dead server over the others, without knowing of each other. It stays with
+    that server until the server is lost.
+    """
 
     def __init__(self, address: str | None) -> None:
         self._channels: list[Channel] = []
         self._metadata: Metadata = ()
+        self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
+        self._targets: list[str] = []
+        """The named servers, in the order in which they are tried."""
         self._is_searching = address is None
         self.address = DEFAULT_ADDRESS if address is None else address
         """HOST:PORT of the server, or the path of its database."""
@@ -62,17 +92,23 @@ class Connection:
             self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
-            host, colon, port = address.rpartition(":")
-            if not colon or not host or "/" in host or not _is_port(port):
-                raise InvalidRequest(
-                    f"{address!r} is not the address of a server: give HOST:PORT, for instance {DEFAULT_ADDRESS}"
-                )
-            self._connect(address, ())
+            self._targets = _targets_in(address)
+            self._security = security = Security.from_environment()
+            for target in self._targets:
+                security.check(target)
+            random.shuffle(self._targets)
+            self._connect(self._targets[0], ())
+            self._is_lost = self.has_choice  # look for a server that answers before the first call
 
     async def close(self) -> None:
         """Close the channels of the running event loop."""
         for channel in self._channels:
             await channel.close()
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether several servers are named."""
+        return len(self._targets) > 1
 
     @property
     def stub(self) -> NexumServiceAsyncStub:
@@ -89,8 +125,11 @@ class Connection:
 
     def _connect(self, target: str, metadata: Metadata) -> None:
         self._metadata = metadata
-        # Keep earlier channels open: closing one would cancel its calls.
-        self._channels.append(Channel(target, metadata))
+        # Keep earlier channels open: closing one would cancel its calls. The present server's is the last one.
+        known = next((channel for channel in self._channels if channel.target == target), None)
+        if known is not None:
+            self._channels.remove(known)
+        self._channels.append(known or Channel(target, metadata, self._security))
 
     def _follow(self) -> None:
         """Connect to the present address of the database's server."""
@@ -99,17 +138,38 @@ class Connection:
         if target is not None and (not self._channels or target != self._channels[-1].target):
             self._connect(target, self._metadata)
 
-    def route(self) -> tuple[str, Metadata]:
-        """Return the present HOST:PORT of the server, and the metadata to send with each call."""
+    def route(self) -> Route:
+        """Return the present HOST:PORT of the server, and what to send with each call."""
         target = read_address(self._database) if self._database is not None else None
-        return target or self._latest().target, self._metadata
+        return Route(target or self._latest().target, self._metadata, self._security)
 
     async def reach(self) -> None:
-        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
+        """Look up the server's address again if it may change.
+
+        Raises ServerUnavailable, NotANexumServer, AccessDenied.
+        """
         if self._is_searching:
             await self._search()
         elif self._database is not None:
             self._follow()
+        elif self.has_choice:
+            await self._choose()
+
+    async def _choose(self) -> None:
+        """Connect to the first named server that answers, beginning with the present one."""
+        present = self._targets.index(self._latest().target)
+        failures = []
+        for target in (*self._targets[present:], *self._targets[:present]):
+            answer = await self._first_answer(target, ())
+            if not isinstance(answer, ServerError):
+                self._connect(target, ())
+                self.address, self._is_lost = target, False
+                return
+            failures.append(answer)
+        lasting = [error for error in failures if isinstance(error, (AccessDenied, NotANexumServer))]
+        if len(lasting) == len(failures):
+            raise lasting[0]
+        raise ServerUnavailable("; ".join(dict.fromkeys(map(str, failures))))
 
     async def _search(self) -> None:
         """Connect to this folder's own server, else to the server on the default port."""
@@ -126,10 +186,11 @@ class Connection:
                 return
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
-        if isinstance(answer, NotANexumServer):
+        if isinstance(answer, (NotANexumServer, AccessDenied)):
             # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
+            other = "a server that needs a token" if isinstance(answer, AccessDenied) else "another program"
             raise ServerUnavailable(
-                f"no running Nexum server has {database} open, and another program listens on {DEFAULT_ADDRESS}: "
+                f"no running Nexum server has {database} open, and {other} listens on {DEFAULT_ADDRESS}: "
                 "start a server on a free port, with python -m nexum_engine --else-free-port"
             )
         if isinstance(answer, ServerError):
@@ -139,7 +200,7 @@ class Connection:
 
     async def _first_answer(self, target: str, metadata: Metadata) -> ServerInfo | ServerError | None:
         """Return the info of the server at `target`, None if the server has no GetServerInfo, or a ServerError."""
-        channel = Channel(target, metadata, purpose="search")
+        channel = Channel(target, metadata, self._security, purpose="search")
         stub = channel.stub
         try:
             try:
@@ -150,7 +211,7 @@ class Connection:
             # Try ListExecutions: the published server has no GetServerInfo.
             await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
         except grpc.RpcError as rpc_error:
-            error = error_of(rpc_error, target)
+            error = await explained(rpc_error, target, self._security)
             return error if isinstance(error, ServerError) else None
         finally:
             await channel.close()
@@ -170,24 +231,59 @@ class Connection:
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
+        refusals = 0
         while True:
             try:
                 if self._is_lost or not self._channels:
                     await self.reach()
                 answer = await method(self.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
-                error = error_of(rpc_error, self.address)
-                self._is_lost = isinstance(error, ServerUnavailable)
-                if not self._is_lost or loop.time() >= give_up:
+                target = self._latest().target if self._targets else self.address
+                error = await explained(rpc_error, target, self._security)
+                # A server that refuses the client has not made the call, so another one may.
+                is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
+                self._is_lost = is_refused or isinstance(error, ServerUnavailable)
+                if not is_refused and (not self._is_lost or loop.time() >= give_up):
                     raise error from rpc_error
-            except ServerUnavailable:
-                self._is_lost = True
+            except ServerUnavailable as unavailable:
+                self._is_lost, error = True, unavailable
                 if loop.time() >= give_up:
                     raise
             else:
                 self._is_lost = False
                 return answer
-            await asyncio.sleep(RECONNECT_DELAY)
+            await asyncio.sleep(min(pause_after(error, refusals), max(give_up - loop.time(), RECONNECT_DELAY)))
+            refusals += isinstance(error, ServerNotReady)
+
+
+def pause_after(error: Exception, refusals: int) -> float:
+    """Return the seconds to wait after a failed call. Wait longer after each refusal of an overloaded server.
+
+    The time is random, so that the clients of an overloaded server don't all come back at the same moment.
+    """
+    after = error.retry_after if isinstance(error, ServerNotReady) else 0.0
+    return random.uniform(0.5, 1.5) * min(after * 2**refusals, MAX_PAUSE) if after else RECONNECT_DELAY
+
+
+async def explained(rpc_error: grpc.RpcError, address: str, security: Security | None) -> NexumError:
+    """Return the error of a failed call to `address`. Find out whether TLS is the reason if `security` is given."""
+    error = error_of(rpc_error, address)
+    if security is not None and type(error) is ServerUnavailable and rpc_error.code() is grpc.StatusCode.UNAVAILABLE:
+        return await tls_obstacle(address, security) or error
+    return error
+
+
+def _targets_in(address: str) -> list[str]:
+    """Return the servers in a list that is separated by commas. Raises InvalidRequest."""
+    targets = [one.strip() for one in address.split(",")]
+    for target in targets:
+        host, colon, port = target.rpartition(":")
+        if not colon or not host or "/" in host or not _is_port(port):
+            raise InvalidRequest(
+                f"{target!r} is not the address of a server: give HOST:PORT, such as {DEFAULT_ADDRESS}, or several, "
+                "separated by commas"
+            )
+    return list(dict.fromkeys(targets))
 
 
 def server_info_of(answer: pb.ServerInfo) -> ServerInfo:

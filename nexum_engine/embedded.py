@@ -190,7 +190,7 @@ async def _first_answer(client: NexumClient) -> None:
     error in both cases.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + FIRST_ANSWER
+    give_up = loop.time() + FIRST_ANSWER * (1 + client.address.count(","))  # each server that is named has this time
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
         refusal, somebody_listens = await asyncio.gather(

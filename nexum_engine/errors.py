@@ -20,6 +20,9 @@
     |   |-- ServerUnavailable (ConnectionError)   no server answers
     |   |   `-- ServerNotReady                      the server can't answer the call now: retry
     |   |-- NotANexumServer               a server of another kind answers
+    |   |-- AccessDenied                  TLS or the token: a retry can't fix it
+    |   |   |-- TokenRefused                      no token, or one that the server doesn't know
+    |   |   `-- RoleRefused                       the token may not make this call
     |   |-- NoOwnedExecutions             the server can't record runs
     |   `-- ServerFault                   the server had an internal error, which is in its log
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
@@ -48,7 +51,12 @@ class TooLarge(InvalidRequest):
 
 
 class Overloaded(NexumError):
-    """The server holds as much for other calls as it may: retry."""
+    """The server holds as much for other calls as it may, or its queue is full: retry after some time."""
+
+    def __init__(self, message: str, retry_after: float = 0.1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """When to retry, in seconds. Clients vary it, so that they don't all come back at the same time."""
 
 
 class NotFound(NexumError, LookupError):
@@ -124,9 +132,26 @@ class ServerUnavailable(ServerError, ConnectionError):
 class ServerNotReady(ServerUnavailable):
     """The server answered that it can't do the call now: retry the call."""
 
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """When to retry, in seconds; 0 if the server didn't say."""
+
 
 class NotANexumServer(ServerError):
     """A server of another kind answers at the address."""
+
+
+class AccessDenied(ServerError):
+    """Client and server don't agree about TLS, or the server refuses the client: fix the settings, don't retry."""
+
+
+class TokenRefused(AccessDenied):
+    """The call has no token, or one that the server doesn't know."""
+
+
+class RoleRefused(AccessDenied):
+    """The token is valid, but it may not make this call."""
 
 
 class NoOwnedExecutions(ServerError):

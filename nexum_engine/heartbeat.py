@@ -22,11 +22,18 @@ import grpc
 from nexum_engine.channel import Channel
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import wait_until_set
-from nexum_engine.connection import RECONNECT_DELAY
-from nexum_engine.errors import InvalidRequest, NexumError, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.connection import RECONNECT_DELAY, explained
+from nexum_engine.errors import (
+    AccessDenied,
+    InvalidRequest,
+    NexumError,
+    NotANexumServer,
+    ServerError,
+    ServerUnavailable,
+)
 from nexum_engine.event_loop import LoopThread
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.status import CUT_OFF, error_of
+from nexum_engine.wire.status import CUT_OFF
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -162,8 +169,8 @@ class Heartbeat:
     async def run(self) -> None:
         """Send heartbeats until cancelled. Return if the server has no WorkerStream.
 
-        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, the errors of
-        `prepare`, and InvalidRequest if the server refuses the worker id.
+        Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, AccessDenied, the
+        errors of `prepare`, and InvalidRequest if the server refuses the worker id.
         """
         await self._retry(self._client.reach)
         loop = asyncio.get_running_loop()
@@ -186,7 +193,10 @@ class Heartbeat:
                     raise lost
                 else:
                     self.connected.clear()
+                    if isinstance(lost, AccessDenied) and not self._client.has_choice:
+                        raise lost
                     self._tell(lost)
+                    await self._retry(self._client.reach)
         finally:
             self.connected.clear()
             sending.cancel()
@@ -196,7 +206,7 @@ class Heartbeat:
         while True:
             try:
                 await action()
-            except NotANexumServer:
+            except (NotANexumServer, AccessDenied):
                 raise
             except ServerError as error:
                 self._tell(error)
@@ -224,12 +234,12 @@ class Heartbeat:
         try:
             while True:
                 try:
-                    target, metadata = self._client.route()
-                    if channel is None or channel.target != target:
+                    route = self._client.route()
+                    if channel is None or channel.target != route.target:
                         if channel is not None:
                             await channel.close()
                         # Share no connection with the client: its large messages would delay the heartbeats.
-                        channel = Channel(target, metadata, purpose="heartbeat")
+                        channel = Channel(*route, purpose="heartbeat")
                     await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._client.address} ended the connection"
@@ -239,8 +249,10 @@ class Heartbeat:
                         # The server refused the stream, and grpcio lost the reason. Another stream may get the reason.
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
-                    is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
-                    lost = _NoWorkerStream() if is_missing else error_of(rpc_error, self._client.address)
+                    if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        lost = _NoWorkerStream()
+                    else:
+                        lost = await explained(rpc_error, route.target, route.security)
                 except ServerError as error:
                     lost = error
                 self._held_until = 0.0

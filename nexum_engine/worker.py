@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import RECONNECT_DELAY
+from nexum_engine.connection import pause_after
 from nexum_engine.errors import (
     FinalError,
     InvalidRequest,
@@ -280,6 +280,7 @@ class Worker:
 
     async def _slot(self) -> None:
         polling: asyncio.Task[_Work | None] | None = None
+        refusals = 0
         try:
             while True:
                 if polling is None:
@@ -290,11 +291,13 @@ class Worker:
                     polling = self._begin_poll()
                 try:
                     work = await polling
-                except ServerUnavailable:
+                    refusals = 0
+                except ServerUnavailable as unavailable:
                     # The lost answer may have had a task. Send heartbeats now: they don't name this task, so the server
                     # soon hands it out again.
                     self._heartbeat.beat()
-                    await asyncio.sleep(RECONNECT_DELAY)
+                    await asyncio.sleep(pause_after(unavailable, refusals))
+                    refusals += isinstance(unavailable, ServerNotReady)
                     work = None
                 except ServerFault as error:
                     logger.warning("no task from %s, retrying: %s", self._client.address, error)

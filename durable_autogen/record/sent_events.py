@@ -114,7 +114,7 @@ async def cancel_expected(client: NexumClient, session: str) -> None:
     ):
         for execution in running:
             with suppress(Conflict):  # the event was sent in the meantime
-                await client.cancel_execution(execution.execution_id)
+                await client.cancel_execution(execution.execution_id, by=f"session {session}")
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:

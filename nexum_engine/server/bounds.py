@@ -10,17 +10,32 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from nexum_engine import DEFAULT_MAX_CALLS, DEFAULT_MAX_QUEUE
 from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.wire import nexum_pb2 as pb
 
 MAX_CALLS = 10_000
-"""The largest number of calls at the same time, including those that wait."""
+"""The largest number of RPCs at the same time, and of calls on one stream, including those that wait."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a server that are options."""
+
+    calls: int = DEFAULT_MAX_CALLS
+    """The largest number of calls on all streams at the same time, including those that wait."""
+    queue: int = DEFAULT_MAX_QUEUE
+    """The largest number of tasks that wait for workers. More executions are not started."""
+
+
+DEFAULT_LIMITS = Limits()
 SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
 MAX_SMALL_REQUEST_BYTES = 256 * 1024
@@ -40,6 +55,7 @@ ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
 ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
+SERVICE_NAME = _SERVICE.full_name
 _WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask", "SendEvent"}
 
 _OVERLOADED = (
@@ -176,7 +192,7 @@ class Reading(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wait for a slot, and return the method's handler. The slot is freed as soon as the request has arrived."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
         method = handler_call_details.method.rpartition("/")[2]
         slots = self._with_payload if method in _WITH_PAYLOAD else self._without
@@ -227,7 +243,7 @@ def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budg
             if received.size > SMALL_BYTES:
                 share = await budget.take(received.size * REQUEST_COPIES)
             return await behaviour(_decoded(received, request_type, limit), context)
-        except (InvalidRequest, Overloaded) as error:
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
         finally:
             budget.give(share)

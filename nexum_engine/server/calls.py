@@ -12,10 +12,11 @@ from nexum_engine.errors import InvalidRequest, Overloaded
 from nexum_engine.server.bounds import MAX_CALLS, Budget, Received, Rpc
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
-from nexum_engine.wire.status import ANSWERED
+from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
 
 PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
+RETRY_AFTER_MS = 1000
 UNSENT_BYTES = 128 * 1024
 """The bytes of answers that a stream holds for its client. Further answers wait until the client has read some."""
 
@@ -23,8 +24,9 @@ UNSENT_BYTES = 128 * 1024
 class Refused(Exception):
     """A call was answered with a status other than OK."""
 
-    def __init__(self, code: grpc.StatusCode, details: str, error: str) -> None:
+    def __init__(self, code: grpc.StatusCode, details: str, error: str, retry_after_ms: int = 0) -> None:
         super().__init__(details)
+        self.retry_after_ms = retry_after_ms
         self.code = code
         self.details = details
         self.error = error
@@ -54,14 +56,19 @@ class CallContext:
             callback(self)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        raise Refused(code, details, dict(trailing_metadata).get(ANSWERED, ""))
+        known = dict(trailing_metadata)
+        raise Refused(code, details, known.get(ANSWERED, ""), int(known.get(RETRY_AFTER, 0)))
 
 
 class CallStreams:
-    """The open `Calls` streams of a server. `rpcs` are the RPCs that may be called on a stream, by name."""
+    """The open `Calls` streams of a server. `rpcs` are the RPCs that may be called on a stream, by name.
 
-    def __init__(self, rpcs: Mapping[str, Rpc]) -> None:
+    At most `max_calls` calls run on all streams together.
+    """
+
+    def __init__(self, rpcs: Mapping[str, Rpc], max_calls: int) -> None:
         self._rpcs = rpcs
+        self._places = _Places(max_calls)
         self._open: set[_Stream] = set()
         self._stopping = False
 
@@ -70,7 +77,7 @@ class CallStreams:
 
         If the stream breaks, its calls are cancelled. Raises InvalidRequest for a malformed frame.
         """
-        stream = _Stream(self._rpcs, metadata)
+        stream = _Stream(self._rpcs, metadata, self._places)
         self._open.add(stream)
         if self._stopping:
             stream.finish()
@@ -92,9 +99,17 @@ class CallStreams:
             stream.finish()
 
 
+class _Places:
+    """The places for calls on all streams of a server."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
 class _Stream:
-    def __init__(self, rpcs: Mapping[str, Rpc], metadata: Any) -> None:
+    def __init__(self, rpcs: Mapping[str, Rpc], metadata: Any, places: _Places) -> None:
         self._rpcs = rpcs
+        self._places = places
         self._metadata = metadata
         self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
         self._unsent: list[pb.CallFrame] = []
@@ -122,13 +137,15 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream has a call {frame.call} already")
         context = CallContext(self._metadata)
-        has_room = len(self._calls) < MAX_CALLS
+        has_room = len(self._calls) < MAX_CALLS and self._places.free > 0
+        self._places.free -= 1
         answering = asyncio.create_task(self._answer(frame, context, has_room))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(lambda _: self._ended(frame.call))
 
     def _ended(self, call: int) -> None:
         _, context = self._calls.pop(call)
+        self._places.free += 1
         context.end()
         if self._is_finishing and not self._calls:
             self._has_news.set()
@@ -166,14 +183,27 @@ class _Stream:
     async def _answer(self, frame: pb.CallFrame, context: CallContext, has_room: bool) -> None:
         try:
             if not has_room:
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "the stream has too many calls", Overloaded.__name__)
+                raise Refused(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "the stream, or the server, has as many calls as it may: retry",
+                    Overloaded.__name__,
+                    RETRY_AFTER_MS,
+                )
             rpc = self._rpcs.get(frame.method)
             if rpc is None:
                 raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method!r}", "")
             answer = await rpc(Received(frame.message), context)
         except Refused as refused:
             status = refused.code.value[0]
-            await self._send(pb.CallFrame(call=frame.call, status=status, details=refused.details, error=refused.error))
+            await self._send(
+                pb.CallFrame(
+                    call=frame.call,
+                    status=status,
+                    details=refused.details,
+                    error=refused.error,
+                    retry_after_ms=refused.retry_after_ms,
+                )
+            )
             return
         message = answer.SerializeToString()
         for begin in range(0, len(message) or 1, PART_BYTES):

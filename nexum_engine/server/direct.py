@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from nexum_engine.server.bounds import Received
 from nexum_engine.server.calls import CallContext, Refused
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.wire.status import ANSWERED, rpc_error
+from nexum_engine.wire.status import rpc_error, trailing_metadata
 
 
 class DirectServer:
@@ -43,7 +43,7 @@ def _context(metadata: Sequence[Any]) -> Iterator[CallContext]:
     try:
         yield context
     except Refused as refused:
-        trailing = ((ANSWERED, refused.error),) if refused.error else ()
+        trailing = trailing_metadata(refused.error, refused.retry_after_ms)
         raise rpc_error(refused.code, refused.details, trailing) from refused
     except asyncio.CancelledError:
         context.is_cancelled = True

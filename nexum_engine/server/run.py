@@ -10,17 +10,32 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import grpc
+from grpc_health.v1.health import aio as health_checks
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, remove_address, write_address
-from nexum_engine.server.bounds import MAX_CALLS, MAX_REQUEST_BYTES, Answers, Reading, add_servicer
+from nexum_engine.security import is_loopback
+from nexum_engine.server.access import Gate, Tokens
+from nexum_engine.server.bounds import (
+    DEFAULT_LIMITS,
+    MAX_CALLS,
+    MAX_REQUEST_BYTES,
+    SERVICE_NAME,
+    Answers,
+    Limits,
+    Reading,
+    add_servicer,
+)
 from nexum_engine.server.direct import DirectServer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer
+from nexum_engine.server.servicer import NexumServicer, abort
+from nexum_engine.server.tls import ServerTls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 
@@ -46,22 +61,27 @@ def _is_worth_a_line(record: logging.LogRecord) -> bool:
     return "ExecuteBatchError" not in record.getMessage()
 
 
-def loopback_address(listen: str) -> str:
-    """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest for any host but a loopback address."""
+def listen_address(listen: str, *, is_protected: bool) -> str:
+    """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest.
+
+    Unless the server `is_protected` by TLS and tokens, every host but a loopback address is refused.
+    """
     host, colon, port = listen.rpartition(":")
     if not colon or not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535 or not host:
         raise InvalidRequest(f"{listen!r} is not an address: give HOST:PORT, for instance {DEFAULT_LISTEN}")
     # Bind only 127.0.0.1 for "localhost". The name has two addresses, and grpc succeeds even if one of them is taken.
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not is_protected and not is_loopback(host):
         raise InvalidRequest(
-            f"refusing to listen on {listen}: without TLS and a token, which this version does not have, anyone who "
-            "reaches the port could run and read everything; use 127.0.0.1 and, for other machines, an SSH tunnel"
+            f"refusing to listen on {listen}: without TLS and tokens, anyone who reaches the port could run and read "
+            "everything; give --tls-cert, --tls-key and --tokens, or listen on 127.0.0.1"
         )
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise InvalidRequest(
+            f"refusing to listen on {listen}: give an IP address, or 0.0.0.0 for all of this machine's"
+        ) from None
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -75,6 +95,9 @@ async def run_server(
     patience: float = 0.0,
     else_free_port: bool = False,
     embedded: bool = False,
+    tls: ServerTls | None = None,
+    tokens: Tokens | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     on_ready: Callable[[str, str], None],
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
@@ -83,12 +106,13 @@ async def run_server(
     The server waits up to `patience` seconds until an ending server releases the port and the database. With
     `else_free_port`, the server does not wait for a taken port: it takes a free one. An `embedded` server serves one
     folder's runs, and refuses every client that names another database. The clients in its own process call it without
-    gRPC.
+    gRPC. A server with `tls` or `tokens` is found by its address only, and not by its database.
 
     Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
-    address = loopback_address(listen)
+    address = listen_address(listen, is_protected=tls is not None and tokens is not None)
+    is_found_by_file = tls is None and tokens is None
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # adds it once
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
@@ -98,8 +122,11 @@ async def run_server(
         waiters = Waiters()
         liveness = Liveness(store, polls, waiters, clock, lease_ms)
         store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(store, polls, waiters, liveness, Answers(), embedded=embedded)
-        server, port = await _bind(servicer, address, patience, else_free_port=else_free_port)
+        servicer = NexumServicer(
+            store, polls, waiters, liveness, Answers(), embedded=embedded, tokens=tokens, limits=limits
+        )
+        health = health_checks.HealthServicer()
+        server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
         await liveness.start()
         if keep is not None:
@@ -107,19 +134,22 @@ async def run_server(
         await server.start()
         try:
             # The clients on this machine find the server by a file beside the database's file.
-            if (database := store.file) is not None:
+            if is_found_by_file and (database := store.file) is not None:
                 try:
                     write_address(database, address)
                 except OSError as error:
                     raise ServerError(f"can't write {address_file(database)}: {error.strerror or error}") from error
+            for service in ("", SERVICE_NAME):
+                await health.set(service, HealthCheckResponse.SERVING)
             store.failed.add_done_callback(lambda _: stop.set())
             with listed(address, DirectServer(servicer)) if embedded else nullcontext():
                 on_ready(address, store.opened_as)
                 await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
-            if store.file is not None:
+            if is_found_by_file and store.file is not None:
                 remove_address(store.file, address)
+            await health.enter_graceful_shutdown()
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()
             await servicer.retention.stop()
@@ -145,7 +175,13 @@ def _is_free(address: str) -> bool:
 
 
 async def _bind(
-    servicer: NexumServicer, address: str, patience: float, *, else_free_port: bool
+    servicer: NexumServicer,
+    health: health_checks.HealthServicer,
+    address: str,
+    patience: float,
+    else_free_port: bool,
+    tls: ServerTls | None,
+    tokens: Tokens | None,
 ) -> tuple[grpc.aio.Server, int]:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
@@ -153,10 +189,14 @@ async def _bind(
         # Don't wait for the port. An ending server releases its port before its database, and we have already opened
         # the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
+    interceptors = [Reading()] if tokens is None else [Gate(tokens, abort), Reading()]
     while True:
-        server = grpc.aio.server(options=_OPTIONS, interceptors=[Reading()], maximum_concurrent_rpcs=MAX_CALLS)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CALLS)
         add_servicer(servicer, server)
+        add_HealthServicer_to_server(health, server)
         try:
+            if tls is not None:
+                return server, server.add_secure_port(address, tls.credentials())
             return server, server.add_insecure_port(address)
         except RuntimeError as error:
             await server.stop(None)

@@ -18,12 +18,14 @@ from typing import Any, NoReturn, TypeVar, cast
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.errors import InvalidRequest, NexumError, Overloaded
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
-from nexum_engine.server.bounds import SMALL_BYTES, Answers, rpcs_of
-from nexum_engine.server.calls import CallStreams
+from nexum_engine.server.access import Tokens, guarded
+from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
+from nexum_engine.server.calls import CallStreams, Refused
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
+from nexum_engine.server.queue import Queue
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
@@ -33,7 +35,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
 from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
-from nexum_engine.wire.status import ANSWERED, status_of
+from nexum_engine.wire.status import status_of, trailing_metadata
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
@@ -60,9 +62,12 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 async def abort(context: Context, error: Exception) -> NoReturn:
     """Answer a call with the status of an error. The details of an internal error are only logged."""
+    if isinstance(error, (grpc.aio.AbortError, Refused)):
+        raise error  # the call is answered already
     status = status_of(error) if isinstance(error, NexumError) else None
     if status is not None:
-        await context.abort(status, _cut(str(error)), ((ANSWERED, type(error).__name__),))
+        after_ms = round(error.retry_after * 1000) if isinstance(error, Overloaded) else 0
+        await context.abort(status, _cut(str(error)), trailing_metadata(type(error).__name__, after_ms))
     fault = uuid.uuid4().hex[:8]
     logger.error("fault %s", fault, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"the server had an internal error; see its log under {fault}")
@@ -78,8 +83,8 @@ def _rpc(handler: Handler) -> Handler:
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
-        await self.refuse_call_for_another_database(context)
         try:
+            await self.refuse_call_for_another_database(context)
             return await handler(self, request, context)
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
@@ -104,7 +109,11 @@ class NexumServicer(NexumServiceServicer):
         answers: Answers,
         *,
         embedded: bool = False,
+        tokens: Tokens | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
+        self._tokens = tokens
+        self._queue = Queue(store, limits.queue)
         self._answers = answers
         self._embedded = embedded
         self._store = store
@@ -114,7 +123,7 @@ class NexumServicer(NexumServiceServicer):
         self.retention = Retention(store)
         self.rpcs = rpcs_of(self, abort)
         """The unary RPCs by name, with the checks of their requests."""
-        self._streams = CallStreams(self.rpcs)
+        self._streams = CallStreams(self.rpcs if tokens is None else guarded(self.rpcs, tokens, abort), limits.calls)
 
     def stop(self) -> None:
         """Begin no further calls on streams, and end the streams when their calls have been answered."""
@@ -129,6 +138,12 @@ class NexumServicer(NexumServiceServicer):
         why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
+
+    def _who(self, context: Context, method: str, said: str) -> str:
+        """Return who makes the call: the holder of its token or, if the server has no tokens, what the client says."""
+        if self._tokens is None:
+            return said
+        return self._tokens.check(context.invocation_metadata() or (), method).name
 
     @_rpc
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
@@ -157,6 +172,9 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
+        # If the queue is full, only a start that finds its execution succeeds.
+        full_at = self._queue.limit if await self._queue.is_full() else None
+        self._queue.add()
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
@@ -166,6 +184,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
                 attributes=dict(request.attributes),
                 max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+                full_at=full_at,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
@@ -381,7 +400,8 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id))
+        by = self._who(context, "CancelExecution", request.cancelled_by)
+        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id, by))
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     @_rpc
@@ -409,15 +429,17 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
+        by = self._who(context, "ApproveTask", request.approver)
         await self._liveness.carry_out(
-            self._store.run(waits.approve, request.execution_id, request.node_id, request.approver, request.comment)
+            self._store.run(waits.approve, request.execution_id, request.node_id, by, request.comment)
         )
         return pb.AckResponse(ok=True, message="Approved")
 
     @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
+        by = self._who(context, "RejectTask", request.approver)
         await self._liveness.carry_out(
-            self._store.run(waits.reject, request.execution_id, request.node_id, request.approver, request.reason)
+            self._store.run(waits.reject, request.execution_id, request.node_id, by, request.reason)
         )
         return pb.AckResponse(ok=True, message="Rejected")
 
@@ -452,8 +474,8 @@ class NexumServicer(NexumServiceServicer):
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
-        await self.refuse_call_for_another_database(context)
         try:
+            await self.refuse_call_for_another_database(context)
             # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
             async with aclosing(self._liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
@@ -464,8 +486,8 @@ class NexumServicer(NexumServiceServicer):
     async def Calls(
         self, request_iterator: AsyncIterator[pb.CallFrames], context: Context
     ) -> AsyncGenerator[pb.CallFrames, None]:
-        await context.send_initial_metadata((OPENED,))
         try:
+            await context.send_initial_metadata((OPENED,))
             async with aclosing(self._streams.serve(request_iterator, context.invocation_metadata())) as answers:
                 async for frames in answers:
                     yield frames
@@ -496,8 +518,8 @@ class NexumServicer(NexumServiceServicer):
     async def Backup(
         self, request_iterator: AsyncIterator[pb.BackupRequest], context: Context
     ) -> AsyncGenerator[pb.BackupProgress, None]:
-        await self.refuse_call_for_another_database(context)
         try:
+            await self.refuse_call_for_another_database(context)
             async for request in request_iterator:
                 async with aclosing(self._backup(request)) as steps:
                     async for step in steps:

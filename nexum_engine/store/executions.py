@@ -14,6 +14,7 @@ from nexum_engine.errors import (
     Conflict,
     IdempotencyConflict,
     InvalidRequest,
+    Overloaded,
     TooLarge,
     VersionConflict,
     WorkflowNotFound,
@@ -27,6 +28,7 @@ from nexum_engine.store.reading import find_execution
 from nexum_engine.store.results import Changed, Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
+QUEUE_RETRY_AFTER = 1.0  # seconds
 MAX_VERSIONS = 1000
 """The largest number of versions in one answer."""
 
@@ -101,13 +103,17 @@ def start_execution(
     result: OwnedResult | None = None,
     attributes: Mapping[str, str] | None = None,
     max_task_bytes: int | None = None,
+    full_at: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
-    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. Raises WorkflowNotFound for
-    an unknown version, InvalidRequest for an input that isn't JSON and for wrong attributes, TooLarge for an input that
-    no worker can receive, and IdempotencyConflict if the key's execution has another input.
+    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
+    the queue if the queue is full.
+
+    Raises WorkflowNotFound for an unknown version, Overloaded for a new execution if the queue is full, InvalidRequest
+    for an input that isn't JSON and for wrong attributes, TooLarge for an input that no worker can receive, and
+    IdempotencyConflict if the key's execution has another input.
     """
     check_id(workflow_id, "workflow_id")
     check_id(version_hash, "version_hash")
@@ -127,6 +133,12 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
                 return Started(latest["execution_id"], status, existing=True)
+    if full_at is not None:
+        raise Overloaded(
+            f"{full_at:,} tasks or more wait for workers, the limit of this server (--max-queue): retry, or start more "
+            "workers",
+            QUEUE_RETRY_AFTER,
+        )
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     if max_task_bytes is not None and task_bytes > max_task_bytes:
         raise TooLarge(
@@ -193,16 +205,19 @@ def _add_owned_node(
         )
 
 
-def cancel_execution(db: Db, execution_id: str) -> Changed:
-    """Cancel a running execution. If the execution is already cancelled, nothing changes.
+def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
+    """Cancel a running execution, and record who did. If the execution is already cancelled, nothing changes.
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
     """
+    if by:
+        check_id(by, "cancelled_by")
     row = find_execution(db, execution_id, lock=True)
     if row["status"] == ExecutionStatus.CANCELLED:
         return Changed()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
     changes = Changes()
-    end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, "", changes)
+    reason = f"cancelled by {by}" if by else ""
+    end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, reason, changes)
     return changes.freeze()

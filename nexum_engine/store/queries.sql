@@ -373,6 +373,10 @@ WHERE node = :node AND status = 'PENDING';
 -- Skip a node: no router chose it, or all nodes that it depends on are skipped.
 UPDATE nodes SET status = 'SKIPPED' WHERE node = :node AND status = 'PENDING';
 
+-- name: queued_tasks
+-- Count the tasks that wait for a worker, up to a limit.
+SELECT count(*) AS tasks FROM (SELECT 1 FROM nodes WHERE queue > '' LIMIT :limit) AS queued;
+
 -- name: complete_waiting
 -- Record the result of a node that waited.
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '', ended_ms = :now,

@@ -109,6 +109,12 @@ def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> di
     return left_out
 
 
+def queued_tasks(db: Db, limit: int) -> int:
+    """Return the number of tasks that wait for a worker, or `limit` if there are more."""
+    row = db.one("queued_tasks", limit=limit)
+    return int(row["tasks"]) if row is not None else 0
+
+
 def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: int) -> tuple[bytes, int]:
     """Return a part of a node's output, or of the input if `node_id` is empty, and the size of the whole, in bytes.
 

@@ -48,7 +48,8 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     Raises NotFound if there is no such node, and Conflict if it does not wait for a decision now.
     """
     node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
-    output = jsontext.dump({"approved": True, "approver": approver, "comment": comment}, "the decision")
+    decision = {"approved": True, "approver": approver, "comment": comment, "decided_ms": db.now_ms}
+    output = jsontext.dump(decision, "the decision")
     flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
 

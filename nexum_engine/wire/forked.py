@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import ssl
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,9 +49,9 @@ class ForkedChannel:
     Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do. Create it in an event loop.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, tls: ssl.SSLContext | None) -> None:
         host, _, port = target.rpartition(":")
-        self._connection = _Connection(host.strip("[]"), int(port), codec=_Codec())
+        self._connection = _Connection(host.strip("[]"), int(port), codec=_Codec(), ssl=tls)
 
     async def close(self) -> None:
         """Close the connection. Calls that are under way fail."""

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import CALLS, OPENED, take_batch
-from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, CUT_OFF, rpc_error
+from nexum_engine.wire.status import CODE_OF_NUMBER, CUT_OFF, rpc_error, trailing_metadata
 
 MAX_REQUEST_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
@@ -210,7 +210,7 @@ class _Stream:
         if answer.done():
             return
         if frame.status:
-            trailing = grpc.aio.Metadata(*(((ANSWERED, frame.error),) if frame.error else ()))
+            trailing = grpc.aio.Metadata(*trailing_metadata(frame.error, frame.retry_after_ms))
             code = CODE_OF_NUMBER.get(frame.status, grpc.StatusCode.UNKNOWN)
             answer.set_exception(rpc_error(code, frame.details, trailing))
         else:

@@ -538,13 +538,17 @@ class CancelRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EXECUTION_ID_FIELD_NUMBER: builtins.int
+    CANCELLED_BY_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
+    cancelled_by: builtins.str
+    """Who cancels. A server with tokens records the name of the call's token instead."""
     def __init__(
         self,
         *,
         execution_id: builtins.str = ...,
+        cancelled_by: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancelled_by", b"cancelled_by", "execution_id", b"execution_id"]) -> None: ...
 
 global___CancelRequest = CancelRequest
 
@@ -777,7 +781,7 @@ class GetExecutionResponse(google.protobuf.message.Message):
     """Milliseconds since 1970, UTC. ended_ms is 0 while the execution runs."""
     ended_ms: builtins.int
     error: builtins.str
-    """Why the execution FAILED."""
+    """Why the execution FAILED, or who cancelled it."""
     has_poller: builtins.bool
     """Whether any worker polled, within the last 2 s, for this execution's version."""
     parent_execution_id: builtins.str
@@ -1150,6 +1154,7 @@ class CallFrame(google.protobuf.message.Message):
     STATUS_FIELD_NUMBER: builtins.int
     DETAILS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
     call: builtins.int
     """The number of the call. The client chooses it, and uses it once in the stream."""
     method: builtins.str
@@ -1166,6 +1171,10 @@ class CallFrame(google.protobuf.message.Message):
     """
     details: builtins.str
     error: builtins.str
+    retry_after_ms: builtins.int
+    """In an answer with an error: when to retry, in milliseconds, which an RPC has in its trailing metadata
+    (grpc-retry-pushback-ms).
+    """
     def __init__(
         self,
         *,
@@ -1177,8 +1186,9 @@ class CallFrame(google.protobuf.message.Message):
         status: builtins.int = ...,
         details: builtins.str = ...,
         error: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["call", b"call", "cancel", b"cancel", "details", b"details", "error", b"error", "message", b"message", "method", b"method", "more", b"more", "retry_after_ms", b"retry_after_ms", "status", b"status"]) -> None: ...
 
 global___CallFrame = CallFrame
 

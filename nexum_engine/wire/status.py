@@ -14,6 +14,12 @@ ANSWERED = "nexum-error"
 UNAVAILABLE without this key means that the requested server was not reached.
 """
 
+RETRY_AFTER = "grpc-retry-pushback-ms"
+"""The key of the trailing metadata in which a server says when to retry. gRPC's own retries obey it, too."""
+
+TOO_MANY_RPCS = "Concurrent RPC limit exceeded!"
+"""The details of grpcio's error, RESOURCE_EXHAUSTED, if a server has as many RPCs as it may."""
+
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # List a subclass before its base class: the first class that matches counts.
     errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -23,6 +29,8 @@ STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     errors.IdempotencyConflict: grpc.StatusCode.ALREADY_EXISTS,
     errors.Conflict: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.TokenRefused: grpc.StatusCode.UNAUTHENTICATED,
+    errors.RoleRefused: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
@@ -37,8 +45,11 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.CANCELLED: errors.ServerUnavailable,
     grpc.StatusCode.UNIMPLEMENTED: errors.NotANexumServer,
     grpc.StatusCode.UNKNOWN: errors.NotANexumServer,
+    grpc.StatusCode.UNAUTHENTICATED: errors.TokenRefused,
+    grpc.StatusCode.PERMISSION_DENIED: errors.RoleRefused,
 }
 
+MAX_RETRY_AFTER_MS = 60_000
 CUT_OFF = "Internal error from Core"
 """The details of grpcio's error if a stream ends while a request is being sent. The real status is lost."""
 
@@ -56,19 +67,33 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
     metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of grpc
-    answered = dict(metadata or ()).get(ANSWERED)
-    if (code is grpc.StatusCode.UNAVAILABLE and answered) or answered == errors.Overloaded.__name__:
-        return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
+    known = dict(metadata or ())
+    answered = known.get(ANSWERED)
+    is_overloaded = answered == errors.Overloaded.__name__ or details == TOO_MANY_RPCS
+    if (code is grpc.StatusCode.UNAVAILABLE and answered) or is_overloaded:
+        after = str(known.get(RETRY_AFTER, ""))
+        return errors.ServerNotReady(
+            f"the Nexum server on {address} can't do this now: {details}",
+            min(int(after), MAX_RETRY_AFTER_MS) / 1000 if after.isascii() and after.isdecimal() else float(is_overloaded),
+        )
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:
         return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")
+    if issubclass(kind, errors.AccessDenied):
+        return kind(f"the server on {address} refuses the call: {details}")
     if code is grpc.StatusCode.OUT_OF_RANGE:  # from a published server, for a message above 4 MiB
         return errors.TooLarge(
             f"the server on {address} refuses a message of this size: send less, or use this project's own server, "
             f"python -m nexum_engine ({details})"
         )
     return kind(details)
+
+
+def trailing_metadata(error: str, retry_after_ms: int) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata of a call that a server answers with an error."""
+    after = ((RETRY_AFTER, str(retry_after_ms)),) if retry_after_ms else ()
+    return (*(((ANSWERED, error),) if error else ()), *after)
 
 
 def rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:

@@ -24,7 +24,12 @@ LIBRARIES = ("durable_autogen", "nexum_engine")
 DISTRIBUTION = f"nexum_durable_autogen-{VERSION}"
 NOT_PACKAGED = {"nexum_engine/wire/generate.py"}
 """A module that needs the source tree."""
-CALLED_OTHERWISE = {"google": "protobuf", "grpc": "grpcio", "pydantic_core": "pydantic"}
+CALLED_OTHERWISE = {
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "pydantic_core": "pydantic",
+}
 """The distribution of each import whose name differs. For pydantic_core that is pydantic, which requires it."""
 
 

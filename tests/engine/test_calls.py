@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -163,6 +164,27 @@ async def test_a_fault_is_an_internal_error_and_the_stream_continues(server: Eng
     assert not (await stub.ListExecutions(pb.ListRequest())).executions
 
 
+@pytest.mark.parametrize("where", ["nexum_engine.server.servicer.is_meant_for", "nexum_engine.server.bounds._decoded"])
+async def test_a_fault_outside_the_handler_shows_no_internals(
+    where: str, server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("SELECT secret")
+
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        alone: Any = NexumServiceStub(channel)
+        await stub.GetServerInfo(pb.EmptyRequest())
+        monkeypatch.setattr(where, broken)
+        for client in (alone, stub) if "is_meant" in where else (alone,):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await client.GetServerInfo(pb.EmptyRequest())
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            details = str(caught.value.details())
+            assert re.fullmatch(r"the server had an internal error; see its log under [0-9a-f]{8}", details)
+            assert f"fault {details[-8:]}" in caplog.text
+    assert "SELECT secret" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("frame", "code"),
     [
@@ -264,7 +286,7 @@ async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
     async def requests() -> AsyncIterator[pb.CallFrames]:
         yield pb.CallFrames(frames=[pb.CallFrame(call=1, method="GetServerInfo")])
 
-    answers = calls.CallStreams({"GetServerInfo": large}).serve(requests(), ())
+    answers = calls.CallStreams({"GetServerInfo": large}, 1).serve(requests(), ())
     await anext(answers)
     for _ in range(50):
         await asyncio.sleep(0)

@@ -104,7 +104,7 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--listen", "0.0.0.0:5000"], 1, "refusing to listen on 0.0.0.0:5000: without TLS and a token"),
+        (["--listen", "0.0.0.0:5000"], 1, "refusing to listen on 0.0.0.0:5000: without TLS and tokens"),
         (["--listen", "[::]:5000"], 1, "refusing to listen on [::]:5000"),
         (["--listen", "example.com:5000"], 1, "refusing to listen on example.com:5000"),
         (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),

@@ -62,6 +62,7 @@ def test_person_approves_and_sends_events_in_a_terminal(tmp_path: Path, server: 
         sent = ("send", execution_id, "payment", '{"cents": 5}', "--key", "k1")
         assert nexum(tmp_path, *sent, server=server) == (0, f"sent payment to {execution_id}")
     outputs = status(stub, execution_id)[1]
+    assert outputs["boss"].pop("decided_ms") > 0
     assert outputs == {"boss": {"approved": True, "approver": "Ann", "comment": "fine"}, "paid": {"cents": 5}}
 
 

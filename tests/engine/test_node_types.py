@@ -185,7 +185,9 @@ def test_approval_is_listed_at_once_and_never_handed_out(stub: NexumServiceStub)
     assert approve(stub, execution_id).ok
     assert pending(stub) == []
     task = run_task(stub, "pay", "paid")
-    assert json.loads(task.input_json)["deps"] == {"boss": {"approved": True, "approver": "Ann", "comment": "fine"}}
+    decision = json.loads(task.input_json)["deps"]["boss"]
+    assert decision.pop("decided_ms") > 0
+    assert decision == {"approved": True, "approver": "Ann", "comment": "fine"}
     assert status(stub, execution_id)[0] == "COMPLETED"
     code, words = refused(lambda: reject(stub, execution_id))
     assert (code, "it is COMPLETED" in words) == (Code.FAILED_PRECONDITION, True)

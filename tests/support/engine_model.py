@@ -238,7 +238,9 @@ class Model:
 
     def approve(self, run_id: str, name: str, approver: str, comment: str) -> None:
         node = self._decided(run_id, name)
-        self._complete(node, {"approved": True, "approver": approver, "comment": comment})
+        decided_ms = self.now if self.knows_time else Anything()
+        decision = {"approved": True, "approver": approver, "comment": comment, "decided_ms": decided_ms}
+        self._complete(node, decision)
         self._advance(node.run)
 
     def reject(self, run_id: str, name: str) -> None:

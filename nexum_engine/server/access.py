@@ -1,0 +1,201 @@
+"""The tokens that clients must send, what each may do, and the refusal of calls without a valid token."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nexum_engine.errors import AccessDenied, InvalidRequest, RoleRefused, TokenRefused
+from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file
+from nexum_engine.server.bounds import Abort, Context, Received, Rpc
+
+USE, ADMINISTER = "use", "administer"
+ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "Prune", "Backup"})
+"""The RPCs that need a token with the role `administer`."""
+OPEN_TO_ALL = frozenset({"/grpc.health.v1.Health/Check"})
+MIN_TOKEN_CHARACTERS = 32
+MAX_NAME_CHARACTERS = 100
+LOOK_INTERVAL = 1.0  # seconds between two looks at the file
+LOG_INTERVAL = 10.0  # seconds between two log lines about refused calls
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The holder of a token."""
+
+    name: str
+    role: str
+
+
+class Tokens:
+    """The tokens of a file. The file is read again when it changes. Raises InvalidRequest if the file is wrong.
+
+    Each line has a name, a role and a token. A name may have several tokens, so that one can replace another. If the
+    changed file is wrong, the former tokens stay valid, and the log says so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = _stamp(path)
+        self._holders = _parsed(read_file(path, "the token file", secret=True), path)
+        self._looked = time.monotonic()
+
+    def check(self, metadata: Iterable[Any], method: str) -> Holder:
+        """Return the holder of the token in a call's metadata. Raises TokenRefused, and RoleRefused for the method."""
+        holder = self._holder(metadata)
+        if method in ADMINISTRATION and holder.role != ADMINISTER:
+            raise RoleRefused(
+                f"token {holder.name!r} may not call {method}: this needs a token with the role {ADMINISTER!r}"
+            )
+        return holder
+
+    def _holder(self, metadata: Iterable[Any]) -> Holder:
+        self._look()
+        value = dict(metadata).get(AUTHORIZATION, "")
+        scheme, _, token = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        if scheme.lower() != "bearer":
+            raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
+        digest, found = _digest(token), None
+        # Compare with every token, so that the time tells nothing about them.
+        for known, holder in self._holders.items():
+            if hmac.compare_digest(known, digest):
+                found = holder
+        if found is None:
+            raise TokenRefused(f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one of its tokens")
+        return found
+
+    def _look(self) -> None:
+        """Read the file again if it has changed."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_INTERVAL:
+            return
+        self._looked = now
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._holders = _parsed(read_file(self._path, "the token file", secret=True), self._path)
+        except InvalidRequest as error:
+            logger.error("the former tokens stay valid: %s", error)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return a value that changes with the file, or None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
+    """Return the holders by the digests of their tokens. No error shows a token."""
+    holders: dict[bytes, Holder] = {}
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        where = f"line {number} of the token file {path}"
+        if len(words) != 3:
+            raise InvalidRequest(f"{where} has {len(words)} words: give a name, a role and a token")
+        name, role, token = words
+        if not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+            raise InvalidRequest(f"{where}: the name must have at most {MAX_NAME_CHARACTERS} printable characters")
+        if role not in (USE, ADMINISTER):
+            raise InvalidRequest(f"{where}: the role must be {USE} or {ADMINISTER}")
+        if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or not token.isprintable():
+            raise InvalidRequest(
+                f"{where}: the token must have at least {MIN_TOKEN_CHARACTERS} ASCII characters; make one with: "
+                'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            )
+        if _digest(token) in holders:
+            raise InvalidRequest(f"{where}: the token is in an earlier line, too")
+        holders[_digest(token)] = Holder(name, role)
+    if not holders:
+        raise InvalidRequest(f"the token file {path} has no tokens: give a line with a name, a role and a token")
+    return holders
+
+
+def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
+    """Return the RPCs of a stream of calls. Each one checks the token of the stream first."""
+
+    def guard(method: str, rpc: Rpc) -> Rpc:
+        async def call(received: Received, context: Any) -> Any:
+            try:
+                tokens.check(context.invocation_metadata(), method)
+            except AccessDenied as error:
+                await abort(context, error)
+            return await rpc(received, context)
+
+        return call
+
+    return {method: guard(method, rpc) for method, rpc in rpcs.items()}
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """An interceptor that refuses calls without a valid token before it reads them.
+
+    A stream is refused at its next message if its token is no longer valid.
+    """
+
+    def __init__(self, tokens: Tokens, abort: Abort) -> None:
+        self._tokens = tokens
+        self._abort = abort
+        self._logged = float("-inf")
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Return the method's handler, or one that refuses the call."""
+        metadata = handler_call_details.invocation_metadata
+        method = handler_call_details.method.rpartition("/")[2]
+        if handler_call_details.method in OPEN_TO_ALL:
+            return await continuation(handler_call_details)
+        try:
+            self._tokens.check(metadata, method)
+        except AccessDenied as error:
+            return self._refusal(method, error)
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler.request_streaming:
+            return handler
+
+        async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            async def checked() -> AsyncIterator[Any]:
+                async for request in requests:
+                    self._tokens.check(metadata, method)
+                    yield request
+
+            async with aclosing(handler.stream_stream(checked(), context)) as answers:
+                async for answer in answers:
+                    yield answer
+
+        return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
+
+    def _refusal(self, method: str, error: AccessDenied) -> Any:
+        async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
+            now = time.monotonic()
+            if now - self._logged >= LOG_INTERVAL:
+                self._logged = now
+                logger.warning("refused a call of %s from %s: %s", method, context.peer(), error)
+            await self._abort(context, error)
+            yield  # makes this function a generator
+
+        # A handler for streams can refuse any call, and reads nothing of it.
+        return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,0 +1,68 @@
+"""The server's TLS: its certificate and key, and the CA of the certificates that clients must show."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nexum_engine.errors import InvalidRequest
+from nexum_engine.security import load_authorities, load_key_pair, read_file
+
+logger = logging.getLogger(__name__)
+
+
+class ServerTls:
+    """The TLS files of a server. They are read again when they change. Raises InvalidRequest if they can't be used.
+
+    With `client_ca`, a client must show a certificate that this CA has issued. If changed files are wrong, new
+    connections get the former ones, and the log says so.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+        self._certificate, self._key, self._client_ca = certificate, key, client_ca
+        self._stamp = self._look()
+        self._first = self._read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return the settings for a port of a gRPC server."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._first, self._changed, require_client_authentication=self._client_ca is not None
+        )
+
+    def _look(self) -> list[tuple[int, int]]:
+        stamp = []
+        for path in (self._certificate, self._key, self._client_ca):
+            try:
+                found = os.stat(path) if path is not None else None
+            except OSError:
+                found = None
+            stamp.append((0, 0) if found is None else (found.st_mtime_ns, found.st_ino))
+        return stamp
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        certificate = read_file(self._certificate, "the certificate")
+        key = read_file(self._key, "the key", secret=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        load_key_pair(context, self._certificate, self._key, "the certificate")
+        roots = None
+        if self._client_ca is not None:
+            roots = read_file(self._client_ca, "the client CA")
+            load_authorities(context, roots, "--tls-client-ca")
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], roots)
+
+    def _changed(self) -> Any:  # the stubs don't know that it may be None
+        """Return the files if they have changed. gRPC calls this for each new connection, in one of its threads."""
+        stamp = self._look()
+        if stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            return self._read()
+        except InvalidRequest as error:
+            logger.error("the former certificate stays in use: %s", error)
+            return None

@@ -1,0 +1,107 @@
+"""A server with as many tasks or calls as it may have refuses more, and says when to retry."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from nexum_wire import complete, connected, poll, register, start
+from server_thread import server_thread
+
+from nexum_engine import connection
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import MAX_PAUSE, RECONNECT_DELAY, pause_after
+from nexum_engine.errors import ServerNotReady, ServerUnavailable
+from nexum_engine.owner import Owner
+from nexum_engine.server import Limits
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.workflow import workflow
+
+ONE = workflow("one").effect("a").build()
+
+
+def full(call: Any) -> tuple[str, dict[str, Any]]:
+    """Return the details and the trailing metadata of a call that a full server must refuse."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return error.details(), dict(error.trailing_metadata())
+
+
+def test_full_queue_refuses_new_executions_only(tmp_path: Path) -> None:
+    with server_thread(tmp_path, limits=Limits(queue=3)) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        first = start(stub, idempotency_key="k0")
+        for number in (1, 2):
+            start(stub, idempotency_key=f"k{number}")
+        details, trailing = full(lambda: start(stub, idempotency_key="k3"))
+        assert details.startswith("3 tasks or more wait for workers, the limit of this server (--max-queue): retry")
+        assert (trailing["nexum-error"], trailing["grpc-retry-pushback-ms"]) == ("Overloaded", "1000")
+        # What exists is found, and what needs no worker is started.
+        assert start(stub, idempotency_key="k0") == first
+        request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="1", owner="me", idempotency_key="own")
+        assert stub.StartExecution(request, timeout=20).task.has_task
+
+
+async def test_client_waits_with_jitter_and_starts_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    has_paused_twice = asyncio.Event()
+
+    def note(error: Exception, refusals: int) -> float:
+        pauses.append(pause_after(error, refusals))
+        if len(pauses) == 2:
+            has_paused_twice.set()
+        return 0.05
+
+    monkeypatch.setattr(connection, "pause_after", note)
+    with server_thread(tmp_path, limits=Limits(queue=1)) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        async with NexumClient(server.address) as client:
+            await client.register_workflow(ONE)
+            await client.start_execution(ONE, {}, idempotency_key="first")
+            with pytest.raises(ServerNotReady, match="can't do this now: 1 tasks or more wait") as caught:
+                await client.start_execution(ONE, {}, idempotency_key="second")
+            assert caught.value.retry_after == 1.0
+            waiting = asyncio.create_task(client.start_execution(ONE, {}, idempotency_key="second", patience=60))
+            await asyncio.wait_for(has_paused_twice.wait(), 20)
+            assert not waiting.done()
+            task = await asyncio.to_thread(poll, stub, "worker", ONE.version_hash)
+            await asyncio.to_thread(complete, stub, task)
+            assert not (await asyncio.wait_for(waiting, 20)).existing
+            async with Owner(client) as owner:  # the server is not silent meanwhile
+                assert owner.is_holding
+    assert all(0.5 <= pause <= 1.5 * 2**number for number, pause in enumerate(pauses))
+
+
+def test_pauses_grow_differ_and_end_soon_enough() -> None:
+    refusal = ServerNotReady("full", 1.0)
+    assert pause_after(ServerUnavailable("gone"), 9) == pause_after(ServerNotReady("restarting"), 9) == RECONNECT_DELAY
+    for refusals in (0, 1, 4, 50):
+        pauses = {pause_after(refusal, refusals) for _ in range(100)}
+        expected = min(2.0**refusals, MAX_PAUSE)
+        assert len(pauses) > 50
+        assert 0.5 * expected <= min(pauses) < max(pauses) <= 1.5 * expected
+
+
+async def test_calls_of_all_streams_have_a_limit(tmp_path: Path) -> None:
+    with server_thread(tmp_path, limits=Limits(calls=4)) as server:
+        async with NexumClient(server.address) as one, NexumClient(server.address) as other:
+            clients = (one, other, one, other, one)
+            waits = [
+                asyncio.create_task(client.poll_task(f"w{n}", ["v1"], wait=20)) for n, client in enumerate(clients)
+            ]
+            done, waiting = await asyncio.wait(waits, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            (refusal,) = [wait.exception() for wait in done]
+            assert isinstance(refusal, ServerNotReady)
+            assert "as many calls as it may: retry" in str(refusal)
+            assert refusal.retry_after == 1.0
+            for wait in waiting:
+                wait.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await other.ping(patience=20)

@@ -1,0 +1,225 @@
+"""Tokens: what each may do, what is recorded of its holder, and the file with all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from certificates import ADMIN, FORMER, TOKENS, USE, authority, private_file
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from harness import logged
+from nexum_wire import connected, record, refused, register, start
+from server_thread import Secured, secured_server, server_thread
+
+from nexum_engine.__main__ import main
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest, RoleRefused, TokenRefused
+from nexum_engine.location import address_file
+from nexum_engine.records import ExecutionStatus
+from nexum_engine.server.access import Tokens
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+from nexum_engine.worker import Binding, TaskContext, Worker
+from nexum_engine.workflow import workflow
+
+PROMPT = 5.0  # seconds
+ONE = workflow("one").effect("a").build()
+ASKED = workflow("asked").human_approval("boss").build()
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    with secured_server(tmp_path_factory.mktemp("secured"), TOKENS) as running:
+        yield running
+
+
+def use(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> str:
+    """Set the environment variables of a client; return the server's address."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env["NEXUM_ADDRESS"]
+
+
+# ---- What a token may do ---------------------------------------------------------------------------------------------
+
+
+async def test_run_goes_through_with_a_token(secured: Secured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = use(monkeypatch, secured.env("", NEXUM_TOKEN_FILE=private_file(tmp_path / "mine", USE)))
+
+    async def work(task: TaskContext) -> int:
+        return 7
+
+    stop = asyncio.Event()
+    async with NexumClient(address) as client:
+        working = asyncio.create_task(Worker(client, [Binding(ONE, {"a": work})]).run(stop))
+        await client.register_workflow(ONE)
+        started = await client.start_execution(ONE, {"large": "x" * 20_000}, idempotency_key="large")
+        observed = await client.get_execution(started.execution_id, wait=20)
+        assert observed.execution.outputs() == {"a": "7"}
+        stop.set()
+        await working
+
+
+async def test_token_that_may_use_may_not_administer(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = use(monkeypatch, secured.env(USE))
+    async with NexumClient(address) as client:
+        await client.register_workflow(ASKED)
+        execution_id = (await client.start_execution(ASKED, {})).execution_id
+        began = time.monotonic()
+        for method, call in {
+            "ApproveTask": client.approve(execution_id, "boss"),
+            "RejectTask": client.reject(execution_id, "boss"),
+            "CancelExecution": client.cancel_execution(execution_id),
+            "Prune": client.prune(0.0),
+            "Backup": anext(client.backup(secured.certificates.folder / "copy.db")),
+        }.items():
+            with pytest.raises(RoleRefused) as caught:
+                await call
+            assert f"token 'ci' may not call {method}: this needs a token with the role 'administer'" in str(
+                caught.value
+            )
+        assert time.monotonic() - began < PROMPT
+        assert (await client.get_status(execution_id)) is ExecutionStatus.RUNNING
+    # A call that is an RPC of its own has no way around the check, either.
+    with contextlib.closing(Raw(secured, USE)) as stub:
+        code, _ = refused(lambda: stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=9))
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+
+
+class Raw:
+    """A plain stub, whose calls are RPCs of their own."""
+
+    def __init__(self, secured: Secured, token: str | None) -> None:
+        credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
+        if token is not None:
+            credentials = grpc.composite_channel_credentials(credentials, grpc.access_token_call_credentials(token))
+        self.channel = grpc.secure_channel(secured.address, credentials)
+        self._stub = NexumServiceStub(self.channel)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stub, name)
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+def test_every_rpc_but_the_health_check_needs_a_token(secured: Secured) -> None:
+    with contextlib.closing(Raw(secured, None)) as stub:
+        for method in pb.DESCRIPTOR.services_by_name["NexumService"].methods:
+            request = getattr(pb, method.input_type.name)()
+            if method.client_streaming:
+                code, _ = refused(lambda: next(getattr(stub, method.name)(iter([request]), timeout=9)))  # noqa: B023
+            else:
+                code, _ = refused(lambda: getattr(stub, method.name)(request, timeout=9))  # noqa: B023
+            assert code is grpc.StatusCode.UNAUTHENTICATED, method.name
+        health = health_pb2_grpc.HealthStub(stub.channel)
+        for service in ("", "nexum.NexumService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=9)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        code, _ = refused(lambda: next(health.Watch(health_pb2.HealthCheckRequest(), timeout=9)))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_decisions_and_cancels_record_the_holder_of_the_token_and_the_time(
+    secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = use(monkeypatch, secured.env(ADMIN))
+    before_ms = time.time() * 1000
+    async with NexumClient(address) as client:
+        await client.register_workflow(ASKED)
+        approved, rejected, cancelled = [(await client.start_execution(ASKED, {})).execution_id for _ in range(3)]
+        await client.approve(approved, "boss", approver="somebody else")
+        await client.reject(rejected, "boss", approver="somebody else", reason="too much")
+        await client.cancel_execution(cancelled, by="somebody else")
+        ends = [(await client.get_execution(one)).execution for one in (approved, rejected, cancelled)]
+    decision = json.loads(ends[0].outputs()["boss"])
+    assert decision["approver"] == "ann"
+    assert before_ms - 1 <= decision["decided_ms"] == ends[0].ended_ms
+    assert [one.error for one in ends[1:]] == ["boss: rejected by ann: too much", "cancelled by ann"]
+    assert all(one.ended_ms is not None and one.ended_ms >= before_ms - 1 for one in ends)
+
+
+async def never(task: TaskContext) -> None:
+    raise AssertionError("no task may come")
+
+
+def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with server_thread(tmp_path) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        assert main(["cancel", execution_id, "--by", "Bob", "--nexum", server.address]) == 0
+        assert record(stub, execution_id).error == "cancelled by Bob"
+        assert main(["show", execution_id, "--nexum", server.address]) == 0
+        assert "note       cancelled by Bob" in capsys.readouterr().out
+
+
+# ---- The token file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no tokens"),
+        ("# only a comment\n", "has no tokens"),
+        (f"ci {USE}\n", "line 1 of the token file {path} has 2 words"),
+        (f"\nci root {USE}\n", "line 2 of the token file {path}: the role must be use or administer"),
+        ("ci use short\n", "the token must have at least 32 ASCII characters; make one with: python -c"),
+        (f"ci use {USE}\nme use {USE}\n", "line 2 of the token file {path}: the token is in an earlier line, too"),
+        (f"{'n' * 101} use {USE}\n", "the name must have at most 100 printable characters"),
+        (f"ci use {USE[:-1]}é\n", "the token must have at least 32 ASCII characters"),
+    ],
+)
+def test_wrong_token_file_is_refused_without_showing_a_token(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    private_file(path, text)
+    with pytest.raises(InvalidRequest) as caught:
+        Tokens(path)
+    assert message.format(path=path) in str(caught.value)
+    assert USE[:-1] not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file modes")
+def test_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    private_file(path, TOKENS)
+    for mode in (0o644, 0o604, 0o620):
+        path.chmod(mode)
+        with pytest.raises(InvalidRequest, match=f"open to other users .mode {mode:04o}.: run chmod 600"):
+            Tokens(path)
+    path.chmod(0o440)
+    Tokens(path)
+
+
+async def test_changed_token_file_counts_at_once_also_for_open_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tmp_path / "tokens"
+    private_file(tokens, f"{TOKENS}ci use {FORMER}\n")
+    errors: list[str] = []
+    with server_thread(tmp_path, tokens=Tokens(tokens)) as server, logged(errors, "nexum_engine.server.access"):
+        monkeypatch.setenv("NEXUM_TOKEN", FORMER)
+        async with NexumClient(server.address) as former:
+            await former.register_workflow(ONE)
+            working = asyncio.create_task(Worker(former, [Binding(ONE, {"a": never})]).run(asyncio.Event()))
+            monkeypatch.setenv("NEXUM_TOKEN", USE)
+            async with NexumClient(server.address) as client:
+                await client.ping()
+                tokens.write_text("broken\n")
+                while not errors:
+                    await former.ping()
+                assert errors[0].startswith(f"the former tokens stay valid: line 1 of the token file {tokens}")
+                tokens.write_text(TOKENS)
+                with pytest.raises(TokenRefused):
+                    await asyncio.wait_for(working, 20)
+                with pytest.raises(TokenRefused):
+                    await former.ping()
+                await client.ping()
+        assert not address_file(tmp_path / "nexum.db").exists()
