@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             complain(f"error: {in_words(error)}")  # for example, the disk is full
-        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
+        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes standard output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

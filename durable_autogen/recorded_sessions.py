@@ -41,7 +41,7 @@ class SessionInfo:
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
-    """The number of recorded calls of each kind: reply, tool, input, code, event."""
+    """The number of recorded calls of each kind: reply, tool, input, console, code, event."""
     begun_ms: int
     waits: tuple[Event, ...] = ()
     """The beginnings of the waits that are not over; their content is a `Waiting`. Empty for a finished session."""

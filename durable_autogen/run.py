@@ -48,8 +48,8 @@ async def run_durable(
 
     `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
     calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
-    `task` out. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`, and the other arguments
-    those of DurableSession.
+    `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
+    mean the same as in DurableSession.
 
     `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 

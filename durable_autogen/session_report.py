@@ -26,7 +26,7 @@ from durable_autogen.record.log import at_time
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters of an event's content to show, at most
+EXCERPT = 100  # characters; an event's longer content is cut
 NAME_WIDTH = 32  # characters
 
 

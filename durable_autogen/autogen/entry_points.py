@@ -1,6 +1,6 @@
-"""Wrapping of AutoGen's recorded methods. Each class that defines one is wrapped while a session is open.
+"""Wrapping of AutoGen's recorded methods, in each class that defines such a method, while a session is open.
 
-The program's objects are neither searched nor replaced. Outside a session and inside a recorded call, a wrapped method
+So no object of the program has to be found or replaced. Outside a session and inside a recorded call, a wrapped method
 calls the original, so only the outermost call is recorded.
 """
 
@@ -72,7 +72,7 @@ arguments. It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Callable[..., Any]:
-    """Return a method's wrapper. It calls `recording` if a session records here, else the original method."""
+    """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         place = recording_place()
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return the wrapper of a method that returns a stream. The wrapper decides as that of `_recorded` does."""
+    """Return the wrapper of a method that returns a stream. As in `_recorded`, it calls `recording` or the method."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -199,7 +199,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the usage of replayed replies: a program may decide by the usage, and must decide alike in a replay.
+    # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
     return total(usage, state_of(place.session).replayed_usage_of(self))
 
 
@@ -268,7 +268,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
 
 _sent: dict[int, tuple[Any, Place]] = {}
 """Messages sent inside a session, each with its sender's place. The key is the message object's `id()`."""
-MAX_SENT = 10_000  # messages to keep: AutoGen doesn't tell when a message has reached all its receivers
+MAX_SENT = 10_000  # messages; the oldest are dropped: AutoGen doesn't tell when all receivers have a message
 
 
 def _place_of(message: Any) -> Place | None:

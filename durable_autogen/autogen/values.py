@@ -73,7 +73,7 @@ def _written(value: Any) -> Any:
         return _tagged(kind, {one.name: _written(getattr(value, one.name)) for one in dataclasses.fields(value)})
     if isinstance(value, Exception):
         raise ValueError(f"a {kind.__name__} can't be recorded as a value")
-    # Let pydantic write the value. Some classes, such as AutoGen's Image, define how.
+    # Let pydantic write the value. Some classes, such as AutoGen's Image, define how pydantic writes their values.
     return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
 
 
@@ -87,7 +87,7 @@ def unrecorded_value(value: Any) -> Any:
 
 
 def value_again(written: Any, declared: Any = None) -> Any:
-    """Return the value that `written_value` wrote. If its class isn't loaded, `declared` is used as its type.
+    """Return the value that `written_value` wrote. If its class isn't loaded, convert the value to the type `declared`.
 
     Raises NotDurable if the value could not be recorded.
     """

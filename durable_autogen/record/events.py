@@ -26,8 +26,8 @@ from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
-PAGE = 100  # executions in one answer, at most
-MAX_QUESTION = 200  # characters of the question in a summary
+PAGE = 100  # executions to ask the server for at a time
+MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -79,7 +79,7 @@ class Kind(str, Enum):
 
     @property
     def is_call(self) -> bool:
-        """Whether a call of this kind costs money or a person's time, acts on the outside world, or waits for it."""
+        """Whether a call of this kind costs money or a person's time, acts on the world, or waits for a sent event."""
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
 
     @property
@@ -124,7 +124,7 @@ class Raised(_Frozen):
 
 
 class GivenUp(_Frozen):
-    """The content of a call that the program cancelled, or whose stream it left."""
+    """The content of a call that the program cancelled, or whose stream the program left early."""
 
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
@@ -137,7 +137,7 @@ class Begun(_Frozen):
     task: list[str] = []
     """The task's texts; empty if the program runs its agents itself."""
     messages: list[dict[str, Any]] = []
-    """The task's messages, dumped; empty if the task is a text."""
+    """The task's messages as JSON; empty if the task is a text."""
 
 
 class Said(_Frozen):
@@ -159,7 +159,7 @@ class Revoked(_Frozen):
     def replaces(self, revoked: Event) -> bool:
         """Return whether a different call takes the place of a revoked event.
 
-        After a failure, the program makes the same call again. That call keeps its id, so that a service recognises it:
+        After a failure, the program makes the same call again. That call keeps its id, so that a service recognizes it:
         the first attempt may have done its work before it failed.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
@@ -190,7 +190,7 @@ class Received(_Frozen):
     event: str
     """The name of the sent event."""
     number: int
-    """The number of the sent event among those of its name in the session."""
+    """The number of the sent event. A session numbers the events of each name 1, 2, 3, ..."""
     payload: Any = None
     """The payload, as `encoded` writes it."""
 
@@ -266,7 +266,7 @@ class EventInput(Addressed, _Frozen):
 
 
 class Summary(_Frozen):
-    """A summary of a session for `nexum ps`. Each event stores one, over all events that count up to that event."""
+    """A summary of a session for `nexum ps`. Each event stores one; it covers all events so far that aren't revoked."""
 
     number: int = 0
     """The number of the event that stores the summary. `nexum ps` shows the summary with the highest number."""
@@ -296,7 +296,7 @@ class Summary(_Frozen):
 
 
 def tokens_of(event: Event) -> int:
-    """Return the tokens of a model's reply, of prompt and completion; 0 for other events."""
+    """Return how many prompt and completion tokens a model's reply took; 0 for other events."""
     match event.content:
         case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
             return prompt + completion
@@ -346,7 +346,7 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. With a `base`, it holds only what the fingerprint at the position `base` lacks."""
+    """The call's fingerprint. If it has a `base`, it holds only what is new since the fingerprint at that position."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -439,7 +439,7 @@ class Record:
     """A session's events, read from the server."""
 
     events: list[Event] = field(default_factory=list)
-    """The events that count, in order."""
+    """The events without revoked ones, in order."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls that an earlier run began without recording a result."""
     tried: set[str] = field(default_factory=set)

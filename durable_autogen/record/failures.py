@@ -16,7 +16,7 @@ from pydantic_core.core_schema import ErrorType
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters of a recorded failure's text
+MAX_TEXT = 20_000  # characters; a failure's longer text is cut, and its longer arguments and attributes are left out
 
 Plain = str | int | float | bool | None
 

@@ -27,13 +27,13 @@ class _Setback:
 
 
 class Setbacks:
-    """The failed and given-up calls of a run, until their agents finish their turns."""
+    """The failed and given-up calls of a run. When an agent finishes its turn, its calls are forgotten."""
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []
 
     def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
-        """Note that a recorded call failed with `error`, or that it was given up, if `error` is None."""
+        """Note that a recorded call failed with `error`. If `error` is None, the call was given up."""
         self._setbacks.append(_Setback(event, error, caller, continued))
 
     def called(self, call: Call, caller: Caller) -> None:
@@ -46,7 +46,10 @@ class Setbacks:
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
-        """Return the failure whose text is part of an error's text, or None. AutoGen's teams pass on only texts."""
+        """Return the latest failure whose text is part of the text of `error`, or None.
+
+        AutoGen's teams don't raise a failure itself. They raise another error, which holds only the failure's text.
+        """
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
@@ -55,7 +58,7 @@ class Setbacks:
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)  # `error` itself is the first one
         found = [one for one in failures if one.error in causes]
-        # If no cause is a recorded failure, look for a failure's text in the error: a team passes on only the text.
+        # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.continued]

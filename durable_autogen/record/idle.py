@@ -23,7 +23,7 @@ from durable_autogen.record.place import OpenSession, at, current
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
-LESS_BUSY_PATIENCE = 0.05  # seconds to wait, once the session was busy for BUSY_PATIENCE
+LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that was ever busy for BUSY_PATIENCE
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class _Watcher:
         self._watching: asyncio.Task[None] | None = None
 
     def is_idle_now(self, session: OpenSession) -> bool:
-        """Return whether a session is idle now and no earlier caller waits for it. If so, the caller need not wait."""
+        """Return whether a caller need not wait: the session is idle, and no earlier caller waits for this session."""
         ready = getattr(self._loop, "_ready", None)
         return (
             ready is not None
@@ -185,14 +185,14 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # The caller adds its own callback once this function returns. Add `tell_loop` one turn later, so that it runs
-        # after that callback.
+        # The caller adds its own callback after this function returns. Add `tell_loop` in the event loop's next turn,
+        # so that `tell_loop` runs after the caller's callback.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 
 
 def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
-    """Return whether the pool runs functions in other interpreters (Python 3.14). Those can't get a context."""
+    """Return whether the pool runs functions in other interpreters (Python 3.14), which can't get a context."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 
@@ -228,5 +228,5 @@ def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     try:
         return fn(*args, **kwargs)
     except StopIteration as error:
-        # Raise another exception: a future can't hold a StopIteration, so its caller would wait for ever.
+        # Raise another exception: a future can't hold a StopIteration, so a task that awaits it would wait for ever.
         raise RuntimeError("StopIteration was raised: next() found nothing") from error

@@ -54,7 +54,7 @@ class Journal:
         self.session = session
         self.log = log
         self.events: list[Event] = []
-        """The events that count, in order."""
+        """The events without revoked ones, in order."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self._client = client
@@ -70,7 +70,7 @@ class Journal:
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The events at the end of the record that were recorded after the last unfinished call began."""
+        """The events that were recorded after the last unfinished call began."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -112,7 +112,7 @@ class Journal:
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
         """Begin the session's next run, or take over the latest one.
 
-        Return the task of the run that this process now owns, and the latest run that was found on the server, or None.
+        Return the task of this process's run, and the latest run that the server had (None if the server had none).
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
@@ -350,7 +350,7 @@ class Journal:
             self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
-        """Record an accepted copy of another session's event: a replay doesn't compare it with the program."""
+        """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
         call = Call(event.kind, event.agent, event.position)
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
         await self._write(None, call, copy)
@@ -366,7 +366,7 @@ class Journal:
         await self.revoke(left, why, is_another_program=True)
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
-        """Record that `events` no longer count. The program's calls for them are made again."""
+        """Record that `events` no longer count. If the program makes the same calls again, they are made live."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
         for event in revoked:
@@ -415,7 +415,7 @@ class Journal:
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # Ignore a task that was recorded in the meantime, or that a replaced server doesn't know.
+            # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
             with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]

@@ -66,7 +66,7 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether AutoGen passes each message of this agent on only when the agent yields its next message."""
+    """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
     """The agent or team at work."""
 

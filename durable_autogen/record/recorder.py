@@ -98,7 +98,7 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The recorded run's stop reason, if that run is finished: then no further call may be made. Else None."""
+        """The recorded run's stop reason if that run is finished, else None. A finished run makes no further call."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0

@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds to wait instead, if an earlier run made those other calls, too
+TRIED_PATIENCE = 30.0  # seconds to wait for the next recorded call if an earlier run also made all the other calls
 
 
 class Compare(Protocol):
@@ -68,9 +68,9 @@ class Replay:
         self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
-        """The addresses of events whose positions `matching` gave to other calls."""
+        """The addresses of the events to whose positions `matching` moved a call."""
         self._waiting_live: dict[str, bool] = {}
-        """The calls that wait for the end of the replay. The value is True if an earlier run made the call, too."""
+        """For each call that waits for the end of the replay: whether an earlier run also made the call."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
@@ -127,7 +127,7 @@ class Replay:
             self._asked.pop(call.address, None)
 
     async def wait_until_over(self, call: Call) -> None:
-        """Wait until the replay is over. `call` has no recorded event, which may mean drift."""
+        """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
         if self._over.is_set():
             return
         self._waiting_live[str(call)] = self._journal.was_tried(call.address)

@@ -49,7 +49,7 @@ def check_event_name(name: str) -> str:
 
 
 async def expect(client: NexumClient, session: str, name: str, number: int, *, patience: float) -> Started:
-    """Start or find the execution of a sent event. It completes when the event is sent."""
+    """Start or find the execution of event `number` of this name. The execution completes when the event is sent."""
     input = SentEventInput(session=session, name=name, number=number)
 
     async def start() -> Started:
@@ -79,8 +79,8 @@ async def send(
     check_session_id(session)
     check_event_name(name)
     jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
-    # With a key, begin at the oldest event. If an earlier event was sent with this key, its execution acknowledges the
-    # call, and no second event is sent.
+    # With a key, begin at the oldest event. If an event was sent with this key before, the execution of that event
+    # accepts the key again, and no second event is sent.
     number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
     # A key lets the client retry the call if the server's answer is lost.
     key = idempotency_key or uuid.uuid4().hex
@@ -93,8 +93,8 @@ async def send(
         except IdempotencyConflict:
             raise
         except Conflict:
-            # The execution has ended. If it was COMPLETED already, it has its event: take the next number. If it was
-            # still running, try the same number again, because the execution may have been cancelled.
+            # The execution has ended. If it was COMPLETED when `expect` found it, it has another event: take the next
+            # number. If it was still running then, try this number again: the execution may have been cancelled.
             number += expected.status is ExecutionStatus.COMPLETED
         else:
             return
