@@ -81,7 +81,7 @@ class Report(_Record):
 
 
 def _pipeline(workflow_id: str) -> Workflow:
-    """Build the pipeline with this workflow id. The id is part of the version hash, by which workers poll."""
+    """Build the pipeline with this workflow id. Workers poll for a version hash, and the id is a part of that hash."""
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)

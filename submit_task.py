@@ -50,9 +50,9 @@ from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
-FIRST_NOTICE = 1.0  # seconds of waiting before the first line about a wait
-NOTICE_EVERY = 5.0  # seconds between two lines about a wait
-SHOWN_REASON = 200  # characters of a failure that a line about a wait shows
+FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
+NOTICE_EVERY = 5.0  # seconds after which a waiting call prints its next notice
+SHOWN_REASON = 200  # a notice shows at most this many characters of the last failure
 
 T = TypeVar("T")
 
@@ -150,8 +150,8 @@ class Session:
 
         Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
         fault of the server. Raises WaitTimeout after `timeout` seconds. The execution then continues, and the next
-        equal call attaches to the execution. Raises ExecutionNotFound if the server doesn't know the execution
-        at that time.
+        equal call attaches to the execution. If the server doesn't know the execution when the time is up, raises
+        ExecutionNotFound instead.
         """
         if math.isnan(timeout):
             raise InvalidRequest("timeout is not a number: give a number of seconds")
@@ -172,8 +172,8 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The session file is written while the tool runs. If StartExecution already reported the end, don't
-                    # wait for the file: only this project's server does so, and it also finds the call by its key.
+                    # The session file is written meanwhile. If StartExecution reported the execution's end, don't wait
+                    # for the file: only this project's server reports it, and that server finds calls by their keys.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -219,7 +219,7 @@ class Session:
             self._workflow,
             task,
             idempotency_key=f"{self.session_id}:{key}",
-            # Let the server wait briefly for the end: a short call then needs no GetExecution.
+            # Let the server wait briefly for the execution to end: a short call then needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
@@ -252,7 +252,7 @@ class Session:
                     self._client.get_execution,
                     execution_id,
                     wait=min(deadline.left, notice),
-                    with_attempts=True,  # the line about the wait shows the last failure
+                    with_attempts=True,  # the notice shows the last failure
                 ),
             )
             if observed.execution.status.ended:
@@ -362,10 +362,10 @@ def _client_here() -> NexumClient:
 async def submit_tool_call_async(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises what `Session.call` raises.
 
-    The sessions of an event loop share a connection. After the loop is closed, the next call on any loop closes the
-    connection.
+    All sessions of an event loop share one connection. When the loop has been closed, the next call from another loop
+    closes the connection.
     """
     async with Session(session_id, client=_client_here()) as session:
         session.file = _files.setdefault((os.getcwd(), session_id), session.file)
@@ -375,7 +375,7 @@ async def submit_tool_call_async(
 def submit_tool_call(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises what `Session.call` raises.
 
     The call blocks. Inside an event loop, await `submit_tool_call_async` instead.
     """

@@ -9,7 +9,7 @@ from support.options import add_nexum_option
 
 
 def build_parser(description: str, question: str) -> argparse.ArgumentParser:
-    """Return the parser of the demo's command line. `question` is the one that is asked by default."""
+    """Return the parser of the demo's command line. `question` is the default question."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY picks the vendor, NEXUM_MODEL the model; "

@@ -83,7 +83,8 @@ class SessionFile:
     def new_locks(self) -> None:
         """Make new locks. A forked process needs them: a lock that another thread held at the fork stays locked."""
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
-        # Keep the old locks: when a FileLock is freed, it unlocks the file, for the parent process, too.
+        # Keep the old locks: if Python deleted a FileLock, the FileLock would unlock the file, and that would also end
+        # the lock of the parent process.
         self._locks.append(
             (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
         )
@@ -104,7 +105,10 @@ class SessionFile:
         return self._locks[-1][1]
 
     def load(self) -> SessionRecord | None:
-        """Return the file's contents, or None if there is none. Rename a corrupt file. Raises SessionFileError."""
+        """Return the file's contents. If the file is corrupt, rename it. Return None if no valid file exists.
+
+        Raises SessionFileError if the file can't be read.
+        """
         try:
             if not self.path.exists():
                 return None
@@ -158,7 +162,7 @@ class SessionFile:
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write all unwritten entries, also those of other threads. With `new`, write even without entries."""
+        """Write all unwritten entries, also those of other threads. With `new`, write even if there are none."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

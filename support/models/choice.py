@@ -1,4 +1,4 @@
-"""Choose the model from the environment alone.
+"""Choose the model by environment variables only.
 
     GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
     NEXUM_MODEL                                           a model by name; needs the key of its vendor

@@ -32,7 +32,7 @@ from support.tools import SearchHit
 
 CONTEXT_WORDS = 1_000_000  # a nominal value: the offline model works by rules, and has no limit
 QUOTES_ALONE = 4  # quotes in an answer about one subject
-QUOTES_EACH = 2  # quotes for each subject, if there are several
+QUOTES_EACH = 2  # quotes for each subject in an answer about two or more subjects
 _HITS = TypeAdapter(list[SearchHit])
 
 

@@ -104,12 +104,12 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt once it is recorded, until the execution or the worker ends. Return the execution."""
+        """Print each attempt when its end is recorded. Return the execution when it or the worker has ended."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
         while True:
-            # Look first whether the worker has ended, and then read the record. If the worker has ended, this record
+            # First check whether the worker has ended, then read the record. So if the worker has ended, this record
             # holds all that the worker reported.
             child_ended = child.ended
             execution = await self._look()
@@ -128,7 +128,7 @@ class Drill:
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the recorded execution, the effects of its steps, and the source of its attempts, in words."""
+        """Return the recorded execution, the effects of its steps, and a phrase for the source of its attempts."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

@@ -18,7 +18,7 @@ from support.pipeline.effects import Effect
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """The point at which worker 1 is killed: after a step is recorded, or within it, after its effect."""
+    """When worker 1 is killed: after a step is recorded or, if `within`, between the step's effect and its record."""
 
     step: str
     within: bool = False
@@ -92,7 +92,7 @@ class PipelineRun:
     workers: Sequence[SeenWorker]
     effects: Sequence[Effect]
     source: str = "the server's records"
-    """Where the attempts were read, in words."""
+    """A phrase that names the source of the attempts."""
 
     @property
     def rows(self) -> list[Row]:
@@ -239,7 +239,7 @@ def _died_as_asked(run: PipelineRun) -> bool:
 
 
 def result_in_words(node: Node) -> str:
-    """Return a summary of a step's recorded output, for a line of progress."""
+    """Return a summary of a step's recorded output, for a progress line."""
     if node.output_json is None:
         return ""
     output: dict[str, Any] = json.loads(node.output_json)

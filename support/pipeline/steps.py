@@ -227,7 +227,7 @@ class PipelineSteps:
     async def _read(self, url: str, task: TaskContext) -> tuple[str, str]:
         """Return the page's text and "". If the page can't be read, return "" and the reason.
 
-        In the first attempts, raise StepFailed instead, if a retry may succeed in reading the page.
+        If a retry may succeed in reading the page, raise StepFailed instead in the first EAGER_ATTEMPTS attempts.
         """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""

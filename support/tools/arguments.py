@@ -37,7 +37,7 @@ def validate_leniently(model: type[M], text: bytes) -> M:
 
 
 def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool:
-    """Convert the value that the error names, in its place. Return whether that was possible."""
+    """Convert the value that the error names, and change it in `arguments`. Return whether that was possible."""
     *path, last = error["loc"] or ("",)
     try:
         for step in path:
@@ -48,7 +48,7 @@ def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool
         else:
             arguments[last] = _converted(value, error["type"])
     except (LookupError, TypeError, ValueError, RecursionError):
-        return False  # an error in a union names no path to the value, or the conversion would lose something
+        return False  # in a union, an error gives no path to the value; or the conversion would lose something
     return True
 
 

@@ -34,7 +34,7 @@ class ToolTimeout(TimeoutError):
 class ToolContext:
     """The values that a tool gets in addition to the arguments from the model."""
 
-    idempotency_key: str  # equal at every attempt, so that a target can recognise a retry
+    idempotency_key: str  # the same at every attempt, so that a target can recognize a retry
     attempt: int  # from 1
     web: Web
 

@@ -21,8 +21,8 @@ from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 
 MAX_CHILDREN = max(4, os.cpu_count() or 1)  # at least four, so that a few slow pages don't keep others waiting
-# Seconds. The largest page that is read takes 2 to 7. Tens of thousands of nested elements may take longer, because the
-# parser walks up the open elements at each tag.
+# The limit in seconds. The largest page that is read takes 2 to 7 s. Tens of thousands of nested elements may take
+# longer, because the parser walks through all open elements at each tag.
 CONVERSION_LIMIT = 30.0
 LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, because it would keep the memory
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
@@ -53,7 +53,7 @@ class Converters:
         self._idle: list[_Child] = []
 
     def convert(self, page: Page) -> str:
-        """Return the page's content as `page_to_markdown` does. Raises its errors, and FinalError at the time limit."""
+        """Return the result of `page_to_markdown`. Raises the same errors, and FinalError after the time limit."""
         if not self._slots.acquire(timeout=WAIT_LIMIT):
             raise WebError(f"{shortened(page.url)} could not be read: this worker is busy with other pages")
         try:
@@ -167,5 +167,5 @@ def _limit_memory(size: int) -> None:
     if sys.platform != "win32":
         import resource
 
-        with suppress(ValueError, OSError):  # a lower limit is in force, or the system has none
+        with suppress(ValueError, OSError):  # a lower limit is in force, or the system has no such limit
             resource.setrlimit(resource.RLIMIT_AS, (size, size))

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import webencodings
 
-REPLACEMENT = "replacement"  # the standard's name of all encodings that browsers refuse, because attacks use them
+REPLACEMENT = "replacement"  # the standard's name for all encodings that browsers refuse, because attacks use them
 
 _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
@@ -32,7 +32,7 @@ _UNITS = {
     "shift_jis": re.compile("[\x81-\x9f\xe0-\xfc][\x40-\xff]?|[\xa0-\xff]"),
 }
 
-# The parts of ISO-2022-JP text, each of which begins with an escape sequence.
+# ISO-2022-JP text consists of parts. Each part begins with an escape sequence.
 _ESCAPE = re.compile(r"(\x1b(?:\([BJI]|\$[@B]))")
 _ASCII, _ROMAN, _KATAKANA = "\x1b(B", "\x1b(J", "\x1b(I"
 _NOT_ASCII = re.compile("[\x0e\x0f\x1b\x80-\xff]")
@@ -43,7 +43,7 @@ _IN_EUC_JP = {byte: byte + 0x80 for byte in range(0x21, 0x7F)}
 
 
 def encoding_name(label: str) -> str | None:
-    """Return the standard's name of the encoding with this label, or None if the standard has no such label."""
+    """Return the standard's name for the encoding with this label, or None if the standard has no such label."""
     encoding = webencodings.lookup(label)
     return None if encoding is None else encoding.name
 
@@ -56,7 +56,7 @@ def decode(body: bytes, name: str) -> str:
     if name == "iso-2022-jp":
         return _iso_2022_jp(characters)
     if name == "gbk":
-        name = "gb18030"  # one decoder reads both encodings
+        name = "gb18030"  # the decoder for gb18030 also reads gbk
     return _UNITS.get(name, _ONE_BYTE).sub(lambda unit: _text(unit[0], name), characters)
 
 
@@ -70,7 +70,7 @@ def _text(unit: str, name: str) -> str:
 
 
 def _from_python(unit: bytes, name: str) -> str:
-    """Return the text of a unit by Python's decoders, or "" if they can't decode the unit."""
+    """Return the text that Python's decoders give for a unit, or "" if they can't decode the unit."""
     if name == "euc-jp" and len(unit) == 2:
         unit, name = _shift_jis(*unit), "shift_jis"
     decoders = [webencodings.lookup(name).codec_info, *([codecs.lookup("cp950")] if name == "big5" else [])]

@@ -1,4 +1,4 @@
-"""Read and decompress the body of a response, within a limit of size."""
+"""Read and decompress the body of a response, up to a size limit."""
 
 from __future__ import annotations
 

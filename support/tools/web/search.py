@@ -11,7 +11,7 @@ from typing import Any
 
 from ddgs.base import BaseSearchEngine
 
-# Don't import ddgs.DDGS: it is a proxy, and a subclass of the proxy creates the plain client.
+# Don't import ddgs.DDGS, which is a proxy: calling a subclass of the proxy creates a plain DDGS.
 from ddgs.ddgs import DDGS
 from ddgs.exceptions import DDGSException
 from pydantic import ValidationError

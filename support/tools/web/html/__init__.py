@@ -16,7 +16,7 @@ from support.tools.web.url import parse_url
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_ADDRESS = 2083  # characters of a page's base address or of a link
+MAX_ADDRESS = 2083  # the longest base address, in characters; pydantic's HttpUrl sets the same limit for a link
 
 _SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
 _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})

@@ -39,7 +39,7 @@ def names(text: str) -> frozenset[str]:
 
 
 def classes_of(element: Element) -> list[str]:
-    """Return the first classes of an element."""
+    """Return the classes of an element, MAX_CLASSES at most."""
     return element.attrs.get("class", "").split(maxsplit=MAX_CLASSES)[:MAX_CLASSES]
 
 

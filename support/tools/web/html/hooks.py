@@ -289,7 +289,8 @@ def _emphasized(el: Tag, text: str, mark: str) -> str:
 
 
 def _is_of_word(character: str) -> bool:
-    # Exclude the scripts from U+2E80 on: they put no blanks between words, so a mark may stand anywhere.
+    # Exclude Chinese and the other scripts from U+2E80 on. They put no blanks between words, so a Markdown mark may
+    # stand between any two characters.
     return character.isalnum() and character < "\u2e80"
 
 

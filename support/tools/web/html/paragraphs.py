@@ -16,7 +16,10 @@ _MARKUP_AT_START = re.compile(r"(?:#{1,6}|[-+*])(?: |$)|>|```|~~~")
 
 
 class Paragraphs:
-    """The open paragraph of a page. `new_element` makes an element from its name; `length` counts the characters."""
+    """The open paragraph of a page. `new_element` makes an element from its name.
+
+    `length` is the number of characters of the page's text so far.
+    """
 
     def __init__(self, new_element: Callable[[str], Tag]) -> None:
         self.length = 0
