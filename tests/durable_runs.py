@@ -176,9 +176,9 @@ class Bench:
         return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
 
     def length(self, shape: str) -> float:
-        """Return the seconds that a run of this shape takes without kills, to time its kills.
+        """Return how many seconds a run of this shape takes without kills. The times of the kills depend on this.
 
-        Take the shorter one of two runs: a kill after the end of a run tests nothing.
+        Measure two runs, and return the shorter time: a kill after the end of a run tests nothing.
         """
         if shape not in self._lengths:
             self._lengths[shape] = min(self._measured(shape, number) for number in (1, 2))
@@ -273,7 +273,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
     """Check that replies were recorded once and in order, and that calls in flight were retried unchanged."""
     recorded: dict[str, list[str]] = defaultdict(list)
     models: dict[str, str] = {}
-    """The model of each agent. Only the recorded event of an agent's first request names it."""
+    """The model of each agent. Only the recorded event of an agent's first request names the model."""
     for event in events:
         if event.kind is Kind.REPLY:
             assert isinstance(event.content, Returned)

@@ -76,7 +76,7 @@ def environment_of(python: str, folder: str) -> Path:
 
 
 def others() -> dict[str, str]:
-    """Return the oldest and the newest other Python of this machine; print which versions are not tested."""
+    """Return the oldest and the newest Python of this machine, without the running one; print which are not tested."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
     chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}

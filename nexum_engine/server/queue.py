@@ -23,15 +23,22 @@ class Queue:
         self._tasks = limit
         """The tasks at the last count, and those that were started since."""
         self._counted = float("-inf")
+        self._counting: asyncio.Task[None] | None = None
 
     async def is_full(self) -> bool:
         """Return whether the queue has no room. Count its tasks if it may have none."""
         if self._tasks >= self.limit:
             now = asyncio.get_running_loop().time()
-            if now - self._counted >= COUNT_INTERVAL:
+            is_under_way = self._counting is not None and not self._counting.done()
+            if not is_under_way and now - self._counted >= COUNT_INTERVAL:
                 self._counted = now
-                self._tasks = await self._store.run(reading.queued_tasks, self.limit)
+                self._counting = asyncio.create_task(self._count(), name="count the queue")
+            if self._counting is not None:
+                await asyncio.shield(self._counting)
         return self._tasks >= self.limit
+
+    async def _count(self) -> None:
+        self._tasks = await self._store.run(reading.queued_tasks, self.limit)
 
     def add(self) -> None:
         """Note that a task may have been added."""

@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def differences(counts: dict[str, list[float]], *, risen: bool) -> list[str]:
-    """Return a line for each count that has risen above its margin, or fallen twice as far below."""
+    """Return a line for each count that rose above its margin (`risen`), or fell by more than twice its margin."""
     found = []
     for name, (*limits, margin) in COSTS.items():
         for kind, limit, count in zip(KINDS, limits, counts[name], strict=True):

@@ -89,7 +89,7 @@ def children(stub: NexumServiceStub, execution_id: str) -> list[pb.GetExecutionR
 
 
 def check_timer(node: pb.NodeRecord, before: pb.NodeRecord) -> None:
-    """Check that a timer ended, and not early: it begins when the node before it ends."""
+    """Check that a timer ended, and not too early. The timer begins when the node before it ends."""
     waited_until = datetime.fromisoformat(json.loads(node.output_json)["waited_until"]).timestamp() * 1000
     assert round(waited_until) >= before.attempts[-1].ended_ms + TIMER_MS
 
@@ -177,8 +177,8 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         within = {node.node_id: node for node in child.nodes}
         check_timer(nodes["pause"], nodes["fetch"])
         check_timer(within["rest"], within["first"])
-        # No effect happened after its result was recorded, or twice in one attempt. A second attempt was made only if
-        # the first one was cut off or had failed.
+        # No effect happened after its result was recorded. No attempt had its effect twice. A second attempt was made
+        # only if the first one was cut off or had failed.
         of_tasks = [(one.execution_id, node.node_id, "-", node) for node in nodes.values() if node.attempts]
         of_tasks += [(one.execution_id, "each", str(item.child_index), item.nodes[0]) for item in items]
         of_tasks += [(child.execution_id, node.node_id, "-", node) for node in within.values() if node.attempts]

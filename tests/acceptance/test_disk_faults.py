@@ -57,22 +57,22 @@ class Told:
     started: dict[str, str] = field(default_factory=dict)
     """The ids of executions by key."""
     completed: dict[str, str] = field(default_factory=dict)
-    """The outputs of node `a` by execution."""
+    """The acknowledged outputs of node `a` by execution."""
     cancelled: set[str] = field(default_factory=set)
     timed: set[str] = field(default_factory=set)
-    """Executions whose timer was seen to have ended."""
+    """Executions whose record showed that the timer had ended."""
     approved: set[str] = field(default_factory=set)
     outputs: dict[str, str] = field(default_factory=dict)
-    """The output that node `a` of each execution may have."""
+    """The outputs that were reported for node `a` by execution, acknowledged or not."""
     prune_asked: bool = False
     pruned: bool = False
 
 
 @contextmanager
 def faulty_server(folder: Path, inject: str = "") -> Iterator[Process]:
-    """Run a server whose system calls strace logs to `folder`/calls; a fault is injected into one of them.
+    """Run a server under strace, which logs system calls to `folder`/calls and injects a fault into one of them.
 
-    strace is not the parent, so the process is the server itself.
+    strace is not the server's parent, so the yielded process is the server itself.
     """
     arguments = ["-D", "-f", "-qq", "-o", str(folder / "calls"), "-e", f"trace={','.join(CALLS)}"]
     if inject:
@@ -93,7 +93,7 @@ def attempt(call: Callable[..., T], request: object) -> T | None:
 
 
 def work(stub: NexumServiceStub, told: Told) -> None:
-    """Start, complete, time, decide, cancel and prune executions, as far as the server acknowledges each step."""
+    """Start executions, complete tasks, await timers, approve, cancel and prune. Note what the server acknowledges."""
     for name, ir in (("one", ONE), ("all", ALL)):
         workflow = pb.WorkflowIR(workflow_id=name, version_hash=name, ir_json=ir)
         if attempt(stub.RegisterWorkflow, workflow) is None:
@@ -134,7 +134,7 @@ def work(stub: NexumServiceStub, told: Told) -> None:
 
 
 def check(folder: Path, told: Told) -> None:
-    """Check a new server's records against what was acknowledged, then the database file."""
+    """Check that a new server has everything that was acknowledged. Then check the database file."""
     with nexum_server(folder) as server, connected(server.address) as stub:
         for key, execution_id in told.started.items():
             try:
@@ -178,14 +178,14 @@ def old_database(folder: Path) -> None:
     scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
     for script in (*scripts, ROOT / "tests" / "engine" / "version_2.sql"):
         connection.executescript(script.read_text(encoding="utf-8"))
-    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # its server closed it
+    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # as after a clean end of the server
     connection.commit()
     connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;")
     connection.close()
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """Return the largest number of each system call in one thread. strace counts the calls of each thread."""
+    """Return how often each system call was made by the thread that made it most. strace counts per thread."""
     found: dict[tuple[str, str], int] = defaultdict(int)
     for line in (folder / "calls").read_text(encoding="utf-8", errors="replace").splitlines():
         if match := re.match(r"(\d+)\s+(\w+)\(", line):
@@ -244,13 +244,13 @@ def test_acknowledged_changes_survive_a_failing_disk(
     is_migrated, totals = undisturbed
     for position, call in enumerate(CALLS):
         assert totals[call] > 0
-        # A migration makes the first calls of a run.
+        # If the database is migrated, begin with the first system calls of a run: the migration makes them.
         for number in chosen(totals[call], 0 if is_migrated else (position + 1) / 3):
             folder, told = tmp_path / f"{call}-{number}", Told()
             folder.mkdir()
             if is_migrated:
                 old_database(folder)
             fired = disturbed(folder, f"{call}:{KINDS[kind]}:when={number}", told)
-            # The last calls of a run may not come, as timing differs.
+            # This run may make slightly fewer system calls than the undisturbed run, because its timing differs.
             assert fired or number > totals[call] - 4, f"{call} {number} of {totals[call]} was not disturbed"
             check(folder, told)

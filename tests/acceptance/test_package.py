@@ -1,4 +1,4 @@
-"""The package: the wheel's contents, matching lists of requirements, and a run from the installed wheel alone."""
+"""The package: the wheel's contents, matching lists of requirements, and a run that needs only the installed wheel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLED_OTHERWISE = {
     "grpc_health": "grpcio-health-checking",
     "pydantic_core": "pydantic",
 }
-"""The distribution of each import whose name differs. For pydantic_core that is pydantic, which requires it."""
+"""The distributions of imports that have another name. For pydantic_core, the requirement of pydantic is enough."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -198,7 +198,7 @@ def test_backend_of_the_tests_is_the_one_that_pip_fetches() -> None:
 
 @pytest.fixture(scope="module")
 def commands(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The commands' folder of a virtual environment with the wheel. Dependencies come from this Python's packages."""
+    """The folder of commands in a virtual environment with the wheel. The dependencies are this Python's packages."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     found = folder / ("Scripts" if sys.platform == "win32" else "bin")

@@ -1,4 +1,4 @@
-"""Person's inputs, conditions that stop a run, and tasks."""
+"""The inputs of a person, the conditions that stop a run, and the tasks of runs."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ async def recorded(client: NexumClient, session: str, kind: Kind) -> list[Event]
 
 
 async def until_recorded(client: NexumClient, session: str, kind: Kind, count: int = 1) -> None:
-    """Wait until the session has recorded so many events of a kind."""
+    """Wait until the session has recorded `count` events of this kind."""
     give_up = time.monotonic() + 20
     while len(await recorded(client, session, kind)) < count:
         assert time.monotonic() < give_up, f"no {count} {kind.value} event(s) within 20 s"
@@ -337,7 +337,7 @@ async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Se
     await send(shared_server, name, payload="late")
     timeout = LONG
     for _ in range(2):
-        assert await inside(shared_server, program, name) == "late"  # the next wait of the name receives it
+        assert await inside(shared_server, program, name) == "late"  # the next wait for this name receives the event
     ends = [event.content for event in await recorded(client, name, Kind.EVENT)]
     assert isinstance(ends[0], TimedOut)
     assert ends[1] == Received(event="payment", number=1, payload="late")

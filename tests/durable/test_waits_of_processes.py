@@ -91,7 +91,7 @@ def test_sleep_of_killed_process_ends_at_recorded_time(server: Server, folder: P
 
 
 def test_interrupted_and_killed_program_gets_event_of_the_meantime(folder: Path) -> None:
-    if sys.platform != "win32":  # on Windows, a process can't be sent Ctrl+C alone
+    if sys.platform != "win32":  # on Windows, Ctrl+C can't be sent to only one process
         with program(folder, "event", 3600) as interrupted:
             interrupted.wait_for("waiting for event 'payment'")
             interrupted.interrupt()

@@ -106,7 +106,7 @@ async def test_store_serves_while_backup_is_made_and_backup_is_consistent(
     restored = await opened(tmp_path / "restored.db")
     found = await ids(restored)
     assert found >= before | during
-    # Of the executions that were recorded beside the backup, it holds the first ones: no number is missing.
+    # The backup also holds the first ones of the executions in `beside`: no number is missing.
     assert found <= before | during | beside
     assert {one.split("-")[1] for one in found} == {str(number) for number in range(1, len(found) + 1)}
     await restored.close()
@@ -241,7 +241,7 @@ def test_backup_command_with_and_without_server(tmp_path: Path, server: Server) 
         1,
         f"error: {tmp_path / 'b.db'} exists: give another name, or overwrite it with --overwrite",
     )
-    # A backup is a database: it is backed up without a server.
+    # A backup is itself a database, so it can be backed up without a server.
     code, output = nexum("c.db", "--database-url", f"sqlite:///{tmp_path / 'b.db'}")
     assert (code, output.startswith("c.db: ")) == (0, True)
     connection = sqlite3.connect(tmp_path / "c.db")

@@ -305,7 +305,7 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
         async with RawStream(server.address) as unread:
             await unread.send(request_frame(1, "GetExecution", request))
             await unread.stream.wait_for_connection()
-            # The unread answer has returned its share: this answer needs the whole budget.
+            # The unread answer has returned its share of the budget: this answer needs the whole budget.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
 
 

@@ -24,7 +24,7 @@ TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "depend
 
 
 async def fill(path: Path) -> SqliteStore:
-    """Make a database with an execution in each state. Each number below names one of them."""
+    """Make a database with an execution in each state. The comments below give the executions' numbers."""
     clock = ManualClock()
     store = await open_store(f"sqlite:///{path}", clock)
     assert isinstance(store, SqliteStore)

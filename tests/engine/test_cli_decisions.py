@@ -1,4 +1,4 @@
-"""`nexum approvals`, `approve`, `reject` and `send`, and what `show` says of nodes that wait or started executions."""
+"""`nexum approvals`, `approve`, `reject` and `send`, and what `show` says of waiting nodes and started executions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server that a client uses: the one with its database open, on any port, and never one of another folder."""
+"""A client uses the server that has the client's database open, on any port, and never a server of another folder."""
 
 from __future__ import annotations
 

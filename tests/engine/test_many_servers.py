@@ -92,7 +92,7 @@ def test_starting_server_leaves_the_workers_of_another_alone(servers: list[Serve
         with worker_stream(one, "w") as beat:
             task = poll(one, "w")
             with nexum_server(tmp_path, database_url=url, lease=LEASE) as third:
-                time.sleep(3)  # longer than the time that a restarted server gives workers
+                time.sleep(3)  # longer than the time that workers have to come back to a restarted server
                 with connected(third.address) as stub:
                     assert attempts(stub, execution_id) == [(1, "RUNNING")]
                 assert not beat(task.task_id).lost_task_ids
@@ -106,7 +106,7 @@ def test_worker_that_moves_to_the_other_server_keeps_its_task(servers: list[Serv
             task = poll(one, "w")
             servers[0].process.kill()
             with worker_stream(other, "w", task.task_id) as beat:
-                for _ in range(8):  # longer than a dead server's workers have
+                for _ in range(8):  # longer than the time that the workers of a dead server have to come back
                     time.sleep(1)
                     assert not beat(task.task_id).lost_task_ids
                 assert attempts(other, execution_id) == [(1, "RUNNING")]
@@ -195,7 +195,7 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
             assert outcomes.count("COMPLETED") == 1
             assert ran[f"tool-call:s:{number}:tool_call"] <= len(outcomes)
             repeated += len(outcomes) - 1
-        # Only the tasks that the killed processes' workers held ran again: each holds four at most.
+        # A task ran again only if the killed worker or a worker of the killed server held it. Each holds four at most.
         assert 0 < repeated <= 3 * 4
 
 

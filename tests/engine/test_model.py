@@ -223,7 +223,7 @@ class StoreEngine:
                 return
 
     def state(self, roots: list[str]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-        """Return the executions with their children, and the pending approvals. Check the changes of statuses."""
+        """Return executions with their children, and pending approvals. Check that all status changes are allowed."""
 
         def read(db: Db) -> tuple[dict[str, Any], set[tuple[str, str]]]:
             def one(execution_id: str) -> dict[str, Any]:
@@ -466,7 +466,7 @@ class BothEngines(RuleBasedStateMachine):
         return item == ("MAP_SUBTASK", node.run.parent.run.id, node.run.parent.name, node.run.index)
 
     def check_key(self, node: Node, key: str) -> None:
-        """Check that each node has a key of its own, which is the same for all attempts, and for a FAILED start."""
+        """Check that each node has its own key in all attempts, also in a new start after a FAILED execution."""
         run = node.run if node.run.parent is None or node.run.index is None else node.run.parent.run
         identity = (run.workflow, run.key, node.name) if run.key else (run.id, node.name)
         assert self.identity_of.setdefault(key, identity) == identity
@@ -495,7 +495,7 @@ class BothEngines(RuleBasedStateMachine):
         self.both(lambda: self.engine.complete(task_id, text), lambda: self.model.complete(task_id, text))
 
     def work(self) -> None:
-        """Take a task and report a result that fits."""
+        """Take a task and report a result that is valid for its node."""
         if (task := self.claim_task()) is not None:
             node = self.model.attempts[task.task_id].node
             self.complete_task(task.task_id, json.dumps(self.fitting(node)))
@@ -616,7 +616,7 @@ class BothEngines(RuleBasedStateMachine):
     # ---- The comparison
 
     def compare_all(self) -> None:
-        """Compare all executions, and give the model's new ones the ids of the engine's."""
+        """Compare all executions. Give each new execution of the model the id that the engine gave it."""
         roots = [run for run in self.model.runs if run.parent is None]
         found, pending = self.engine.state([run.id for run in roots])
         for run in roots:
@@ -755,7 +755,7 @@ class WithStore(BothEngines):
 
 
 class WithServer(BothEngines):
-    """A server process, which restarts kill. Its clock can't be moved: no rule waits for a time."""
+    """A server process. A restart kills it. Its clock can't be moved, so no rule waits for a time."""
 
     seconds = (10_000,)
     policies = ({"first_delay_seconds": 0}, {"first_delay_seconds": 0, "max_attempts": 2})

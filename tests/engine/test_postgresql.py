@@ -247,7 +247,7 @@ def parameters_of(name: str) -> dict[str, None]:
 
 @pytest.mark.parametrize("name", dialect())
 async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
-    """Even without rows, PostgreSQL then uses an index, if there is one for the query."""
+    """With `enable_seqscan` off, PostgreSQL uses an index even for empty tables, if there is one for the query."""
     booleans = dict.fromkeys(("streamed", "owned", "with_items", "grouped"), True)
     texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
     with psycopg.connect(store._url) as connection:
@@ -294,7 +294,7 @@ def test_clock_that_is_ahead_stands_still() -> None:
 
 
 def test_clock_within_the_uncertainty_of_the_answer_is_not_changed() -> None:
-    """Else a timer could be early by the time that the database takes to answer."""
+    """If the clock were changed, a timer could be early, by as much time as the database takes to answer."""
     clock = SystemClock()
     difference = time.time() * 1000 - clock.now_ms()
     for late in (5, 50, 500):

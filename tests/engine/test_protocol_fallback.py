@@ -1,4 +1,4 @@
-"""Our client and worker with only the published contract: a proxy before our server refuses all other calls."""
+"""Our client and worker with only the published contract: a proxy in front of our server refuses all other calls."""
 
 from __future__ import annotations
 

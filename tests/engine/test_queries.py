@@ -18,7 +18,7 @@ from nexum_engine.store.sqlite import SqliteStore
 
 QUERIES = load_queries()
 SCANS = {"workflow_ids": "SCAN workflow_versions USING COVERING INDEX sqlite_autoindex_workflow_versions_1"}
-"""Queries that may scan a table. This table has few rows."""
+"""The queries that may scan a table, and their plans. The table workflow_versions has few rows."""
 PAGE_BYTES, FRAME_HEADER_BYTES = 4096, 24
 
 

@@ -68,7 +68,7 @@ async def opened(path: Path, clock: ManualClock) -> SqliteStore:
 
 
 async def start(store: Store, key: str = "", *, input: str = "0", workflow_id: str = "one") -> str:
-    """Start an execution for workers."""
+    """Start an execution whose task a worker takes."""
     version = {"one": "v1", "two": "v2"}[workflow_id]
     started = await store.run(executions.start_execution, workflow_id, version, input, key)
     return started.execution_id
@@ -104,7 +104,7 @@ async def ids(store: Store) -> set[str]:
 
 
 def rows(store: Store) -> dict[str, int]:
-    """Return the number of rows of each table that has rows of executions."""
+    """Return the number of rows of each table with data of executions."""
     if not isinstance(store, SqliteStore):
         from postgres import rows_of  # psycopg may not be installed
 

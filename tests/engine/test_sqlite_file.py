@@ -103,7 +103,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""Where everything that was acknowledged can be found after each of these changes."""
+"""The file that still has everything that was acknowledged, for each of these changes."""
 
 
 @posix
@@ -252,7 +252,7 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
     with pytest.raises(StoreRefused, match="is not the log of"):
         await opened(database)
     assert contents(tmp_path) == before
-    # The refusal left the log intact: with its own file, all executions are there.
+    # The refusal left the log intact: when the log's own database file is back, all executions are there.
     shutil.copyfile(tmp_path / "newest.db", database)
     assert await stored(database) == acknowledged > saved
 
@@ -260,7 +260,7 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
 async def test_file_of_an_interrupted_checkpoint_is_read_with_its_log(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     acknowledged = kill_after(database, *range(200))
-    # A checkpoint copies the pages in order. The first one has the new size of the database.
+    # A checkpoint copies the pages in order. The first page has the new size of the database.
     shutil.copytree(tmp_path, tmp_path / "copied")
     with sqlite3.connect(tmp_path / "copied" / "nexum.db") as copied:
         copied.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -642,7 +642,7 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
         await sweep(store)
     await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
-    # If that attempt still counted as lost, this one would be the last.
+    # If the attempt that failed late still counted as lost, the next attempt would be the last one.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
@@ -928,7 +928,7 @@ async def test_childs_output_is_of_the_node_that_completed_last_within_a_millise
 async def test_timer_is_not_early_by_the_rounding_of_the_clock(store: Store, clock: ManualClock) -> None:
     await register_ir(store, "w", "v1", {"wait": {"type": "TIMER", "delay_seconds": 1}})
     started = await store.run(executions.start_execution, "w", "v1", "{}", "")
-    clock.advance(1)  # the clock cuts off less than 1 ms: less than a second may have passed
+    clock.advance(1)  # the clock drops fractions of 1 ms, so a little less than a second may have passed
     await store.run(leases.sweep, NO_RETRIES)
     assert await node_status(store, started.execution_id) == {"wait": NodeStatus.WAITING}
     clock.advance(0.001)

@@ -70,7 +70,7 @@ def on_uvloop(name: str, count: str) -> None:
 
 
 def threads(name: str) -> None:
-    """Record in three event loops of three threads, and in two tasks of the first loop, at the same time."""
+    """Record events at the same time in three threads, each with its own event loop. The first loop has two tasks."""
 
     async def two() -> None:
         async with EmbeddedNexum(None):  # keeps the server running between the other blocks
@@ -171,7 +171,7 @@ def main_ends(name: str) -> None:
 
 
 def ends(how: str) -> None:
-    """Record an event, and end the program in a certain way within the block."""
+    """Record an event, and end the program while its owner is still open. `how` is the way in which it ends."""
 
     async def main() -> None:
         async with owner() as found:

@@ -19,13 +19,13 @@ def compare(folder: Path, *options: str) -> Process:
 
 
 def left_behind(folder: Path) -> list[int]:
-    """Return the processes whose environment names the folder. Linux only: elsewhere, none."""
+    """Return the ids of the processes whose environment names the folder. They are found only on Linux."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             if b"COMPARE_FOLDER=" + bytes(folder) in environ.read_bytes():
                 found.append(int(environ.parent.name))
-        except OSError:  # it ended, or is another user's
+        except OSError:  # the process ended, or belongs to another user
             continue
     return found
 

@@ -184,7 +184,7 @@ def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: 
 
 @pytest.mark.every_python
 def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
-    # The reader closes the pipe after the first line, about the connection. Then the worker logs a line about a task.
+    # The worker logs that it is connected, and the reader closes the pipe. Then the worker logs a line about a task.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")
         with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:

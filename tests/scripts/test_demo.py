@@ -1,4 +1,4 @@
-"""demo.py as a process: without key and server, run again, and with every wrong argument."""
+"""demo.py as a process: without an API key or a server, in a second run, and with every wrong argument."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # The server had one call's result when the run died, but the session didn't: the new run finds that result cached.
+    # When the run died, one call's result was on the server and not in the session: the new run finds it cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 

@@ -1,4 +1,4 @@
-"""The remarks and the checks of a pipeline's run, on records made by hand."""
+"""The remarks, the problems and the timeline of a pipeline's run. The records are made by hand."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_stand_in_gives_one_task_to_two_polls_at_the_same_moment(address: str) -> None:
-    """Check the fault of a published server on which the tests below depend."""
+    """The tests below depend on this fault of a published server."""
 
     def two_polls_get_one_task() -> bool:
         start(stub)

@@ -141,7 +141,7 @@ def sqlite_url(folder: Path) -> str:
 
 
 url_of: Callable[[Path], str] = sqlite_url
-"""The function that names the database of the servers in a folder. POSTGRES_TESTS=all replaces it (conftest.py)."""
+"""The function that returns the URL of a folder's database. POSTGRES_TESTS=all replaces it (conftest.py)."""
 
 
 @contextmanager

@@ -38,9 +38,9 @@ def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Return the recorded offline pipelines, also of drills, with nodes and attempts, oldest first.
+    """Return the recorded offline pipelines, with nodes and attempts, oldest first. Include those of drills.
 
-    Read them from the server, or else from the demo's database.
+    Read them from the server at `address`. Without an address, read them from the demo's database.
     """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))

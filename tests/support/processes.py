@@ -113,7 +113,7 @@ def submitter(
 
 
 def children(pid: int) -> dict[str, int]:
-    """Return the id of a process's running worker by the name `worker`, if it has one."""
+    """Return the id of the worker that a process runs, under the key `worker`. Return {} if it runs none."""
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -162,7 +162,8 @@ def command_line(*arguments: str) -> argparse.Namespace:
 def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
     """Return the executions of all tool calls, with nodes and attempts, oldest first.
 
-    Read them from the server, or else from the demo's database. Executions of durable runs are left out.
+    Read them from the server at `address`. Without an address, read them from the demo's database. Executions of
+    durable runs are left out.
     """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))

@@ -82,11 +82,11 @@ def test_undecodable_bytes_leave_the_text_after_them(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "text"),
     [
-        # The byte order mark comes before all else
+        # A byte order mark overrides everything else
         (codecs.BOM_UTF8 + CYRILLIC.encode(), "text/html; charset=windows-1251", CYRILLIC),
         (codecs.BOM_UTF16_BE + CYRILLIC.encode("utf-16-be"), "text/html; charset=utf-8", CYRILLIC),
         (codecs.BOM_UTF16_LE + b"<\0", HTML, "<"),
-        # The header comes before the page
+        # The header overrides the page
         (b"<meta charset=koi8-r>" + CYRILLIC.encode("cp1251"), "text/html; charset=windows-1251", CYRILLIC),
         (b"<meta charset=koi8-r>" + CYRILLIC.encode("koi8-r"), "text/html; charset=no-such", CYRILLIC),
         (CYRILLIC.encode("cp1251"), "text/html; Charset = 'windows-1251'; x=y", CYRILLIC),

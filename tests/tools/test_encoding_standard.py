@@ -173,7 +173,7 @@ def test_every_byte_of_an_encoding_of_single_bytes_is_that_of_the_standard(
 # Bytes that are not text. "?" stands for U+FFFD.
 
 BYTES = {
-    # One U+FFFD stands for each longest part of a character
+    # One U+FFFD replaces the longest beginning of a character, or one byte that begins none
     "utf-8": [
         ("c0 af", "??"),
         ("e0 80 80", "???"),
@@ -373,7 +373,7 @@ FILL = b"<!-- " + b"x" * 900 + b" -->"  # keeps a declaration within the first 1
 @pytest.mark.parametrize(
     ("head", "text"),
     [
-        # A byte order mark comes before the header, the header before the page
+        # A byte order mark overrides the header. The header overrides the page.
         pytest.param((b"\xef\xbb\xbf", "koi8-r", b"<meta charset=koi8-r>", WORD.encode()), WORD, id="UTF-8 mark"),
         pytest.param((b"\xff\xfe", "koi8-r", b"", WORD.encode("utf-16-le")), WORD, id="UTF-16LE mark"),
         pytest.param((b"\xfe\xff", "utf-8", b"", WORD.encode("utf-16-be")), WORD, id="UTF-16BE mark"),

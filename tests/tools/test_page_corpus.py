@@ -20,7 +20,8 @@ URL = "https://example.org/dir/page"
 ODD_VALUES = ["½", "²", "-1", "9" * 5000, "1e9", "", " 7 ", "+3", "٣", "0"]
 ODD_VALUES += ["http://[", "//", "a\nb", "'", "<", "&#0;", "%"]
 
-# Elements whose words a person sees. Words beside a `main` or an `article` that holds most of a page are left out.
+# Elements whose words a person sees. `main` and `article` are missing: if one of them holds most of a page, the words
+# beside it are not read.
 SHOWN = names(
     "p div span b i em strong u s del ins sup sub code pre kbd samp tt a q h1 h3 h6 ul ol li dl dt dd blockquote"
     " table tr td th thead tbody tfoot caption section figure figcaption address center font big small label button"
@@ -112,7 +113,7 @@ def test_any_bytes_are_text_or_one_of_our_errors(body: bytes, content_type: str)
         assert read(body, content_type)
 
 
-# Random pages of any markup, against the tree that the HTML standard makes of them
+# Random pages of any markup, compared with the tree that the HTML standard makes of them
 
 RANDOM_PAGES = 1_000
 NAMES = sorted(
