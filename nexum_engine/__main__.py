@@ -31,7 +31,7 @@ import logging
 import os
 import sys
 
-# Turn grpc's log off, before grpc is imported and reads the variable. Our errors report the same failures.
+# Turn grpc's log off, before grpc is imported and reads the variable. This package's errors report the same failures.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from pathlib import Path
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, ServerUnavailable) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _complain(in_words(error))  # such as a full disk
+            _complain(in_words(error))  # for example, the disk is full
         # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
         # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,7 +25,7 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
-MAX_SERVER_WAIT = 25.0  # seconds, at most, of a wait that a call requests; the server allows more
+MAX_SERVER_WAIT = 25.0  # the longest wait, in seconds, that a call requests; the server allows more
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -45,7 +45,7 @@ class ServerInfo:
 
 
 class Connection:
-    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says."""
+    """A connection to the server at `address`. Without `address`, search as NexumClient describes."""
 
     def __init__(self, address: str | None) -> None:
         self._channels: list[Channel] = []
@@ -105,7 +105,7 @@ class Connection:
         return target or self._latest().target, self._metadata
 
     async def reach(self) -> None:
-        """Look up the server's address again if it may change. Raises ServerUnavailable, NotANexumServer."""
+        """Look up the server's address again, unless it is fixed. Raises ServerUnavailable, NotANexumServer."""
         if self._is_searching:
             await self._search()
         elif self._database is not None:

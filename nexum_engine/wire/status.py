@@ -46,7 +46,7 @@ CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in gr
 
 
 def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
-    """Return the status with which a server answers `error`, or None for an internal error."""
+    """Return the status that a server sends for `error`, or None for an internal error."""
     return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), None)
 
 
@@ -55,7 +55,7 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     code: grpc.StatusCode = rpc_error.code()
     details = rpc_error.details() or code.name
     kind = _ERROR_OF_STATUS.get(code, errors.ServerFault)
-    metadata: Any = rpc_error.trailing_metadata()  # pairs of key and value, in a type of grpc
+    metadata: Any = rpc_error.trailing_metadata()  # (key, value) pairs, in a type that grpc defines
     answered = dict(metadata or ()).get(ANSWERED)
     if (code is grpc.StatusCode.UNAVAILABLE and answered) or answered == errors.Overloaded.__name__:
         return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}")
