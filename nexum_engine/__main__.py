@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _complain(in_words(error))  # such as a full disk
+            _complain(in_words(error))  # for example, the disk is full
         # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
         # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -90,13 +90,13 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """The old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    """The old executions that are kept: they run, or an execution of their session runs or ended too recently."""
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
     given_back_bytes: int
-    """The database's size, its free space, and the space that was given back to the disk; known after the last part."""
+    """The bytes of the database, its free bytes, and the bytes given back to the disk. 0 before the last part."""
 
 
 class NexumClient:
@@ -253,7 +253,7 @@ class NexumClient:
             raise ExecutionNotFound(execution_id) from error
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
-        """Return the execution of an answer. Read the input and the outputs that the answer leaves out."""
+        """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""
         found = _execution(answer)
         if not found.input_bytes and not any(node.output_bytes for node in found.nodes):
             return found
@@ -330,8 +330,8 @@ class NexumClient:
         `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
         an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
         page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
-        1970. `attributes` selects those that have all of these attributes. With `group_sessions`, a durable session is
-        one item, its latest run. `parent` selects the executions that the nodes of this execution started.
+        1970. `attributes` selects executions that have all of them. With `group_sessions`, a durable session is
+        one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
         Raises ExecutionNotFound for an unknown `before`, and ServerError if the server knows only the published
         contract and can't select by time or attributes.
         """
@@ -453,8 +453,8 @@ class NexumClient:
     ) -> Pruned:
         """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
 
-        Call again with the answer's `after` until it is None. With `session`, only the executions of that session are
-        deleted, together. `compact` gives all free space of the file back to the disk after the last part. Raises
+        Call again with the answer's `after` until it is None. With `session`, only that session's executions are
+        deleted: all or none. `compact` gives all free space of the file back to the disk after the last part. Raises
         NotFound for an unknown session, and InvalidRequest.
         """
         request = pb.PruneRequest(
@@ -474,9 +474,9 @@ class NexumClient:
     async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:
         """Write a copy of the server's database to `file`, an absolute path on the server's machine.
 
-        Yields the copied bytes and the size of the database while the server copies. The file is complete when the
-        iteration ends; close the generator to stop the backup. Raises Conflict if the file exists and `overwrite` is
-        false, and InvalidRequest if the file can't be written.
+        While the server copies, yields pairs: the bytes copied so far, and the bytes of the whole database. The file is
+        complete when the iteration ends. Close the generator to stop the backup. Raises Conflict if the file exists and
+        `overwrite` is false, and InvalidRequest if the file can't be written.
         """
         await self.reach()
         # Open a separate channel: on the stream that calls share, a call has only one answer.
@@ -549,7 +549,7 @@ class NexumClient:
 
 
 def _milliseconds(wait: float) -> int:
-    """Return a wait for a request. Raises InvalidRequest for NaN."""
+    """Convert a wait in seconds to the milliseconds to request. Raises InvalidRequest for NaN."""
     if math.isnan(wait):
         raise InvalidRequest("wait is not a number: give a number of seconds")
     return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
@@ -563,7 +563,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # Use the only version of the poll: a published server sends no version and no attempt.
+        # A published server sends no version and no attempt. Its task has the only version that the poll asked for.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

@@ -13,12 +13,15 @@ class Clock(Protocol):
     def now_ms(self) -> int: ...
 
     def follow(self, earliest_ms: int, latest_ms: int) -> None:
-        """Take over the time of another clock, which all servers of a database share. It is between the two times."""
+        """Adjust this clock to the clock that all servers of a database share.
+
+        The shared clock's time is now between `earliest_ms` and `latest_ms`.
+        """
         ...
 
 
 class SystemClock:
-    """A clock that starts at the system's time and never jumps. A corrected system time expires no lease."""
+    """A clock that starts at the system's time and never jumps: a corrected system time makes no lease expire."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
@@ -30,7 +33,10 @@ class SystemClock:
         return self._last_ms
 
     def follow(self, earliest_ms: int, latest_ms: int) -> None:
-        """Take over the time of another clock, which all servers of a database share. It is between the two times."""
+        """Adjust this clock to the clock that all servers of a database share.
+
+        The shared clock's time is now between `earliest_ms` and `latest_ms`.
+        """
         now_ns = self._offset_ns + time.monotonic_ns()
         self._offset_ns += max(earliest_ms * 1_000_000 - now_ns, 0) + min(latest_ms * 1_000_000 - now_ns, 0)
 

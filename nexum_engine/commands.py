@@ -28,9 +28,9 @@ from nexum_engine.store import Store, database_exists, executions, listing, open
 from nexum_engine.store.retry import retry_execution
 
 WATCH_INTERVAL = 1.0  # seconds
-LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
+LOOK_PATIENCE = 3.0  # seconds to wait for an ending server to release the database
 PAGE = 1000
-"""The number of child executions to read at once. The nodes of an execution start its child executions."""
+"""The number of child executions to read at once: executions that the nodes of one execution started."""
 T = TypeVar("T")
 
 
@@ -202,7 +202,7 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
 
 
 class _Executions(Protocol):
-    """The operations of the commands, on a server or in a database."""
+    """The operations that the commands need. One class asks a server, and another one opens the database."""
 
     async def find(self, args: argparse.Namespace) -> list[Execution]: ...
 

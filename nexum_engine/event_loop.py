@@ -39,7 +39,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 class LoopThread(threading.Thread):
     """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
 
-    The constructor starts the thread, without the caller's context: the thread's connections are not the caller's work.
+    The constructor starts the thread without the caller's context variables, because the thread's connections are not
+    part of the caller's work.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -61,7 +62,7 @@ class LoopThread(threading.Thread):
         for task in left:
             task.cancel()
         if left:
-            # Pass a future. `durable_autogen run` would take a coroutine for the script's main coroutine.
+            # Pass a future. `durable_autogen run` would mistake a coroutine for the script's main coroutine.
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()

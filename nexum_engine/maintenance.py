@@ -22,7 +22,7 @@ from nexum_engine.report import WIDTH, printable, size
 from nexum_engine.store import Checked, Store, check_database, retention
 from nexum_engine.store.base import Space
 
-PROGRESS_INTERVAL = 2.0  # seconds between two lines about a command that takes long
+PROGRESS_INTERVAL = 2.0  # seconds between two progress lines of a long command
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:

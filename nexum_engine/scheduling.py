@@ -15,7 +15,7 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
     NodeStatus.PENDING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
     ),
-    # The node is handed out. Or its last attempt sends a late report, which is treated like a report from RUNNING.
+    # The node is handed out, or its latest attempt reports late. A late report counts as if the node were RUNNING.
     NodeStatus.READY: frozenset(
         {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
@@ -44,7 +44,7 @@ If the execution is CANCELLED or FAILED, its unfinished nodes are CANCELLED.
 """
 
 DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
-"""The statuses of a node that no longer holds up others."""
+"""The statuses in which a node no longer keeps other nodes waiting."""
 
 
 def settle(

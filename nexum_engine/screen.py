@@ -1,4 +1,4 @@
-"""A view that is refreshed: redrawn in place on a terminal. Elsewhere, only new lines are printed."""
+"""A view that is refreshed. On a terminal it is redrawn in place; elsewhere, only new lines are printed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Screen:
             self._keys.add(key)
 
     def note(self, text: str) -> None:
-        """Show a note about the view: below it if it is redrawn in place, else once on standard error."""
+        """Show a note: below a view that is redrawn in place, else once on standard error."""
         if self._in_place:
             self._draw([*self._lines, text])
         elif text not in self._notes:

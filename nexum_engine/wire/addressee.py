@@ -28,7 +28,7 @@ def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
 
 
 def is_meant_for(metadata: Iterable[Any], database: str) -> bool:
-    """Return whether a call names no database, or `database` by the same path."""
+    """Return whether a call names no database, or names exactly the path `database`."""
     wanted = dict(metadata).get(_DATABASE)
     return wanted is None or wanted == os.fsencode(database)
 
