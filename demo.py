@@ -79,7 +79,7 @@ class DurableCalls:
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
-            how = f"(--session-id {self.session.session_id} continues)"
+            how = f"(continue with --session-id {self.session.session_id})"
             say(f"[demo] step {self.crash_after} is recorded; crashing now, as requested {how}")
             kill_this_process()
         return result.text

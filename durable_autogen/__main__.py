@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     fork = commands.add_parser(
         "fork",
         parents=[server],
-        help="begin a session with the first events of another",
+        help="begin a session with the first events of another session",
         description="Begin the session NEW with the first N calls of SESSION. Run your program in NEW: it replays "
         "these events and continues live.",
     )

@@ -218,13 +218,17 @@ async def fork_session(
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
         if not is_same:
-            raise DriftError(f"session {session} has something else on record than {source}: use another id")
+            raise DriftError(
+                f"session {session} has recorded other events than {source}: give the new session another id"
+            )
         if not continued and not added:
             for event in kept[len(copied) :]:
                 await journal.add_copy(event)
         if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
             if continued or added:
-                raise DriftError(f"session {session} has already continued without this message: use another id")
+                raise DriftError(
+                    f"session {session} has already continued without this message: give the new session another id"
+                )
             await journal.add_message(message)
         await journal.release()
     return kept

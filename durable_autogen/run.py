@@ -222,7 +222,7 @@ def _check_new(runnable: Runnable) -> None:
     """Raise InvalidRequest for an agent or team that is running, or that has run before."""
     busy = _at_work.get(runnable)
     if busy is not None:
-        raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build another one")
+        raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build a new one")
     if getattr(runnable, "_initialized", False):
         raise InvalidRequest(
             f"{runnable.name} has run before, and its memory of that run isn't recorded: give run_durable a function "

@@ -43,7 +43,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "question, calls and tokens.",
     )
     ps.add_argument("--workflow", default="", help="only executions of this workflow, without grouping sessions")
-    ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
+    ps.add_argument(
+        "--status",
+        default="",
+        type=str.upper,
+        help="only executions with this status: RUNNING, COMPLETED, FAILED or CANCELLED",
+    )
     ps.add_argument(
         "--key",
         default="",
@@ -65,7 +70,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="only those with this attribute; repeat the option for several",
+        help="only those with this attribute; if you repeat the option, only those with all of them",
     )
     ps.add_argument("--all", action="store_true", help="list each execution of a session, too")
     ps.add_argument(
@@ -100,19 +105,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     approve = commands.add_parser(
         "approve",
-        help="complete a node that waits for approval",
+        help="approve a node that waits for approval: the node completes",
         description="Approve a HUMAN_APPROVAL node: it completes, and its execution continues.",
     )
     reject = commands.add_parser(
         "reject",
-        help="fail a node that waits for approval, and its execution",
+        help="reject a node that waits for approval: the node and its execution fail",
         description="Reject a HUMAN_APPROVAL node: the node and its execution fail.",
     )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
-        description="Send an event to an execution. It completes the node that waits for it. If none waits yet, the "
-        "event is kept.",
+        description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
+        "for the event yet, the event is kept.",
     )
     for command in (show, cancel, retry, approve, reject, send):
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")

@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="delete executions that ended long ago",
         description="Delete executions that ended long ago, with all that belongs to them. A RUNNING execution is "
         "never deleted. The executions of a session are deleted together, when all of them have ended long ago. "
-        "If the key of a deleted execution is started again, its work is done again.",
+        "If an execution is started again with the key of a deleted one, the work is done again.",
     )
     prune.add_argument(
         "--older-than",
@@ -50,8 +50,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prune.add_argument(
         "--compact",
         action="store_true",
-        help="release all free space of the file, also if there is little or if it takes long (a second for each "
-        "100 MB in use); meanwhile the server answers no calls",
+        help="release all free space of the file to the disk, even if it is little or if this takes long (a second for "
+        "each 100 MB in use); meanwhile the server answers no calls",
     )
     backup = commands.add_parser(
         "backup",
@@ -68,7 +68,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "code 1 if there is one.",
     )
     check.add_argument(
-        "file", type=Path, nargs="?", metavar="FILE", help="the database or backup (default: the database of ps)"
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="the database or backup (default: $DATABASE_URL, else this folder's database)",
     )
     for command in (prune, backup, check):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -151,7 +155,7 @@ def _pruned(args: argparse.Namespace, found: Pruned) -> str:
         text += f"; {found.kept:,} of that age kept: RUNNING, or in a session that is RUNNING or has a newer execution"
     lines = [text]
     if not args.dry_run:
-        back = f"; {size(found.given_back_bytes)} given back to the disk" if found.given_back_bytes else ""
+        back = f"; {size(found.given_back_bytes)} released to the disk" if found.given_back_bytes else ""
         lines.append(
             f"the database: {size(found.total_bytes)}, {size(found.free_bytes)} of it free for new executions{back}"
         )

@@ -150,7 +150,7 @@ class Worker:
                 if is_map != (node.node_type is NodeType.MAP):
                     raise InvalidRequest(
                         f"the handler of node {node.node_id!r} of workflow {binding.workflow.workflow_id!r} must be a "
-                        f"{'MapHandler' if not is_map else 'function'}: the node is a {node.node_type.value} node"
+                        f"{'MapHandler' if not is_map else 'function'}: the node's type is {node.node_type.value}"
                     )
         self.worker_id = worker_id or new_worker_id()
         self._client = client

@@ -389,7 +389,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
             raise InvalidRequest(f"node {node_id!r} depends on {dependency!r}, which is not a node of the workflow")
     is_router, is_event = node_type is NodeType.ROUTER, node_type is NodeType.EVENT
     if is_router and not node.routes:
-        raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes with a target each")
+        raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes, each with a target")
     if is_router:
         targets = [route.target for route in node.routes]
     else:

@@ -120,7 +120,7 @@ def _print_or_stop(text: str, stream: TextIO) -> None:
         if not _has_reported:
             _has_reported = True
             with suppress(OSError):
-                complain(f"error: {in_words(error)}; continuing without it")
+                complain(f"error: {in_words(error)}; continuing without this output")
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         signal.raise_signal(signal.SIGTERM)

@@ -1,7 +1,7 @@
 """LangGraph: nodes of a graph with a checkpointer on SQLite, in the caller's process.
 
 - https://docs.langchain.com/oss/python/langgraph/durable-execution: `durability="sync"` persists each step before the
-  next one starts; "async" persists it while the next one runs, and may lose it in a crash.
+  next step starts; "async" persists it while the next step runs, and may lose it in a crash.
 - https://reference.langchain.com/python/langgraph.checkpoint.sqlite: SqliteSaver for synchronous code (AsyncSqliteSaver
   for asynchronous code runs the same statements in a thread). "For local development, testing, or lightweight
   deployments".

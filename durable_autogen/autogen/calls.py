@@ -345,8 +345,8 @@ class Calls:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
             self._recorder.journal.log.warning(
-                "%s returned a %s, which can't be recorded: a replay will stop here. Return a model, a dataclass or "
-                "plain values",
+                "%s returned a %s, which can't be recorded: a replay will stop here. Return a Pydantic model, a "
+                "dataclass or plain values",
                 name,
                 type(value).__name__,
             )

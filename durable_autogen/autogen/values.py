@@ -94,8 +94,8 @@ def value_again(written: Any, declared: Any = None) -> Any:
     value = decoded(written)
     if isinstance(value, dict) and _UNRECORDED in value:
         raise NotDurable(
-            f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a model, a "
-            "dataclass or plain values, and use a new session"
+            f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a Pydantic "
+            "model, a dataclass or plain values, and use a new session"
         )
     found = _again(value)
     known = _without_unknown(found)

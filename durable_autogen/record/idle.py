@@ -95,7 +95,7 @@ class _Watcher:
             return False
         if not activity.is_never_idle:
             logger.warning(
-                "session %s was busy for %g s: its events are delivered without waiting until it is idle",
+                "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
                 waiting.session.session_id,
                 BUSY_PATIENCE,
             )

@@ -59,7 +59,7 @@ class Journal:
         """The summary of the session's last run, if the session is finished."""
         self._client = client
         self._owner = Owner(
-            client, on_lost=lambda error: self.log.warning("%s; trying for %g s", error, OWNER_PATIENCE)
+            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
         self._run: Task | None = None
         self.next_seq = 1
@@ -246,7 +246,8 @@ class Journal:
         self._run, _ = await self._take_session(await self._runs())
         if (await read_record(self._client, self.session)).events:
             raise SessionBusy(
-                f"the server was replaced, and the new one has another session {self.session}. Use another session"
+                f"the server was replaced, and the new server has recorded other events in session {self.session}. "
+                "Use another session"
             )
         for event in self.events:
             input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)

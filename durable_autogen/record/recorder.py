@@ -326,7 +326,7 @@ class Recorder:
         self._check_not_failed()
         await self.drift(
             event.seq - 1,
-            f"the recorded run gave {event} up after {waited_ms / 1000:g} s, and this run still waits for it",
+            f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it",
         )
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:

@@ -85,14 +85,14 @@ class Session:
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
         if self._recorder is None:
-            raise RuntimeError("a session is used inside `async with`")
+            raise RuntimeError("the session is not open: use it inside `async with`")
         return self._recorder
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
         if self._loop is None:
-            raise RuntimeError("a session is used inside `async with`")
+            raise RuntimeError("the session is not open: use it inside `async with`")
         return self._loop
 
     @contextmanager
@@ -180,7 +180,7 @@ class Session:
                     await recorder.end_with(error)
             except NexumError as ending:
                 self.log.warning(
-                    "session %s: the failure could not be revoked: %s",
+                    "session %s: the failure could not be dropped from the record: %s",
                     self.session_id,
                     ending,
                 )

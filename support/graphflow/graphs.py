@@ -67,7 +67,7 @@ def _is_content(message: Any) -> bool:
 
 
 IN_A_ROW = Graph(
-    name="a graph in a row",
+    name="a chain",
     agents=("researcher", "analyst", "editor", "publisher"),
     roles={
         "researcher": "List three facts on the question, briefly.",

@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--session", metavar="ID")
     parser.add_argument("--nexum", metavar="HOST:PORT")
-    parser.add_argument("--cyclic", action="store_true", help="run the loop instead of the row")
+    parser.add_argument("--cyclic", action="store_true", help="run the graph with a loop instead of the chain")
     parser.add_argument("--offline", action="store_true", help="run without a model key")
     add_until_stdin_closes_option(parser)
     return parser

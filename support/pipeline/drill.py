@@ -70,7 +70,7 @@ class Drill:
             say(f'[demo] Pipeline {self._execution_id}: "{self._query}"')
             while not await self._one_worker():
                 if len(self._workers) == MAX_WORKERS:
-                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see their ends above")
+                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see above how each died")
         except BaseException:
             await self._cancel()
             raise

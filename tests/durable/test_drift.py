@@ -128,9 +128,9 @@ async def test_added_message_reaches_agent_after_drift(server: Server) -> None:
 @pytest.mark.parametrize(
     ("source", "count", "message", "said"),
     [
-        ("s", 2, "", "session f has something else on record than s"),
-        ("s", 0, "", "session f has something else on record than s"),
-        ("r", 1, "", "session f has something else on record than r"),
+        ("s", 2, "", "session f has recorded other events than s"),
+        ("s", 0, "", "session f has recorded other events than s"),
+        ("r", 1, "", "session f has recorded other events than r"),
         ("s", 1, "Longer", "session f has already continued without this message"),
     ],
 )

@@ -140,7 +140,7 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
         team = agent(model, "one", [wait])
         running = asyncio.ensure_future(run(server, lambda: team))
         await asyncio.wait_for(begun.wait(), TIMEOUT)
-        with pytest.raises(InvalidRequest, match="one is already running in session s: build another one"):
+        with pytest.raises(InvalidRequest, match="one is already running in session s: build a new one"):
             await run(server, lambda: team, session="other")
         go_on.set()
         assert "end" in texts(await running)[-1]

@@ -545,7 +545,7 @@ async def test_waits_outside_a_session_are_refused(shared_server: Server) -> Non
     with pytest.raises(NotDurable, match="outside a session"):
         current_session()
     unopened = DurableSession(new_session(), nexum=shared_server.address)
-    with pytest.raises(RuntimeError, match="a session is used inside"):
+    with pytest.raises(RuntimeError, match="the session is not open: use it inside"):
         await unopened.sleep(1)
     async with unopened:
         pass

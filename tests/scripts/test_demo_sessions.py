@@ -197,7 +197,7 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
         (["--fork", "s", "--session-id", "t"], "'s' must be SESSION@N, for example demo1@2"),
         (["--fork", "s@8", "--session-id", "t"], "session 's' has 7 recorded call(s): give 0 to 7, not 8"),
         (["--fork", "none@1", "--session-id", "t"], "session 'none' has nothing on record here"),
-        (["--fork", "s@1", "--session-id", "s2"], "session s2 has something else on record than s"),
+        (["--fork", "s@1", "--session-id", "s2"], "session s2 has recorded other events than s"),
         (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
         (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
     ],
