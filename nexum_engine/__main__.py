@@ -148,7 +148,8 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--database-url",
         default=default,
         metavar="URL",
-        help=f"the database, as sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
+        help="the database, as sqlite:///path or postgresql://user@host/name "
+        f"(default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
 
 

@@ -34,7 +34,12 @@ POSTGRES_TESTS = os.environ.get("POSTGRES_TESTS") or "some"
 - all: also all others that start a server or open a store, except those that are marked `sqlite`.
 - none: no test.
 """
-assert POSTGRES_TESTS in ("none", "some", "all"), f"POSTGRES_TESTS={POSTGRES_TESTS}"
+DESELECTED = {
+    "some": "some tests ran on PostgreSQL, too; POSTGRES_TESTS=all runs all on it that don't need SQLite",
+    "all": "all tests that start a server ran on PostgreSQL; those that need SQLite didn't run",
+    "none": "no test ran on PostgreSQL",
+}
+assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +62,26 @@ def servers_on_postgresql(postgres: Databases) -> None:
     harness.url_of = postgres.of_folder
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests of SQLite's file if all tests run on PostgreSQL."""
-    if POSTGRES_TESTS == "all" and item.get_closest_marker("sqlite") is not None:
-        pytest.skip("POSTGRES_TESTS=all: this test needs SQLite")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what doesn't run with this POSTGRES_TESTS."""
+    deselected = [item for item in items if not is_selected(item)]
+    items[:] = [item for item in items if is_selected(item)]
+    config.hook.pytest_deselected(items=deselected)
+
+
+def is_selected(item: pytest.Item) -> bool:
+    """Return whether a test runs with this POSTGRES_TESTS."""
+    if POSTGRES_TESTS == "all":
+        return item.get_closest_marker("sqlite") is None
+    on_postgresql = isinstance(item, pytest.Function) and (
+        hasattr(item, "callspec") and item.callspec.params.get("new_database") == "postgresql"
+    )
+    return not on_postgresql or (POSTGRES_TESTS == "some" and item.get_closest_marker("both_stores") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were deselected: pytest doesn't, if several processes run them."""
+    terminalreporter.write_line(f"POSTGRES_TESTS={POSTGRES_TESTS}: {DESELECTED[POSTGRES_TESTS]}")
 
 
 @pytest.fixture
@@ -75,8 +96,6 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[],
     if request.param == "sqlite":
         numbers = itertools.count()
         return lambda: f"sqlite:///{tmp_path / f'nexum{next(numbers)}.db'}"
-    if POSTGRES_TESTS == "some" and request.node.get_closest_marker("both_stores") is None:
-        pytest.skip("POSTGRES_TESTS=all runs this test on PostgreSQL")
     empty: Callable[[], str] = request.getfixturevalue("empty_postgres_database")
     return empty
 

@@ -109,7 +109,7 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["--listen", "example.com:5000"], 1, "refusing to listen on example.com:5000"),
         (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),
         (["--listen", "localhost:99999"], 1, "is not an address"),
-        (["--database-url", "postgresql://localhost/x"], 1, "PostgreSQL is not supported yet: use sqlite:///path"),
+        (["--database-url", "postgresql://127.0.0.1:1/x"], 1, "can't open postgresql: dbname=x host=127.0.0.1 port=1"),
         (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not supported"),
         (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
         (["--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),

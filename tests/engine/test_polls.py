@@ -735,7 +735,7 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 # ---- All at once -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.both_stores), *range(1, 5)])
+@pytest.mark.parametrize("seed", range(5))
 async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
     """Leases and polls are longer than the test: a call that isn't woken fails the test."""
     chance = random.Random(seed)
