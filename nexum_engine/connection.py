@@ -110,12 +110,8 @@ class Connection:
         """Whether several servers are named."""
         return len(self._targets) > 1
 
-    @property
-    def stub(self) -> NexumServiceAsyncStub:
-        """The stub of the present server. Raises ServerUnavailable if the database has no running server."""
-        return self._latest().stub
-
     def _latest(self) -> Channel:
+        """Return the channel to the present server. Raises ServerUnavailable if the database has no running server."""
         if not self._channels:
             raise ServerUnavailable(
                 f"no running Nexum server has {self._database} open: start one with "
@@ -127,9 +123,8 @@ class Connection:
         self._metadata = metadata
         # Keep earlier channels open: closing one would cancel its calls. The present server's is the last one.
         known = next((channel for channel in self._channels if channel.target == target), None)
-        if known is not None:
-            self._channels.remove(known)
-        self._channels.append(known or Channel(target, metadata, self._security))
+        others = [channel for channel in self._channels if channel is not known]
+        self._channels = [*others, known or Channel(target, metadata, self._security)]
 
     def _follow(self) -> None:
         """Connect to the present address of the database's server."""
@@ -236,10 +231,11 @@ class Connection:
             try:
                 if self._is_lost or not self._channels:
                     await self.reach()
-                answer = await method(self.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
+                channel = self._latest()
+                answer = await method(channel.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
-                target = self._latest().target if self._targets else self.address
-                error = await explained(rpc_error, target, self._security)
+                address = channel.target if self._targets else self.address
+                error = await explained(rpc_error, address, self._security)
                 # A server that refuses the client has not made the call, so another one may.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
                 self._is_lost = is_refused or isinstance(error, ServerUnavailable)

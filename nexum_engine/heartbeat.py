@@ -192,12 +192,10 @@ class Heartbeat:
                 elif isinstance(lost, _NoWorkerStream):
                     await self._retry(self._prepare)
                     return
-                elif isinstance(lost, InvalidRequest):
+                elif isinstance(lost, InvalidRequest if self._client.has_choice else (InvalidRequest, AccessDenied)):
                     raise lost
                 else:
                     self.connected.clear()
-                    if isinstance(lost, AccessDenied) and not self._client.has_choice:
-                        raise lost
                     self._tell(lost)
                     await self._retry(self._client.reach)
         finally:
@@ -252,10 +250,8 @@ class Heartbeat:
                         # The server refused the stream, and grpcio lost the reason. Another stream may get the reason.
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
-                    if rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                        lost = _NoWorkerStream()
-                    else:
-                        lost = await explained(rpc_error, route.target, route.security)
+                    is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
+                    lost = _NoWorkerStream() if is_missing else await explained(rpc_error, route.target, route.security)
                 except ServerError as error:
                     lost = error
                 self._held_until = 0.0

@@ -61,7 +61,7 @@ class Security:
     """The TLS settings and the token of a client. The default is plaintext without a token."""
 
     tls: bool = False
-    ca: bytes | None = None
+    ca: bytes | None = field(default=None, repr=False)
     """The certificates of the authorities that the client trusts, in PEM. None for those that gRPC trusts."""
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
     """The client's key and its certificate chain, in PEM."""

@@ -18,6 +18,7 @@ from nexum_engine.errors import ServerNotReady, ServerUnavailable
 from nexum_engine.owner import Owner
 from nexum_engine.server import Limits
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.status import TOO_MANY_RPCS, error_of, rpc_error
 from nexum_engine.workflow import workflow
 
 ONE = workflow("one").effect("a").build()
@@ -105,3 +106,21 @@ async def test_calls_of_all_streams_have_a_limit(tmp_path: Path) -> None:
                 wait.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             await other.ping(patience=20)
+
+
+def test_refusal_by_grpc_itself_is_retried() -> None:
+    """gRPC refuses an RPC above the limit before our code sees it."""
+    error = error_of(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_RPCS), "here")
+    assert isinstance(error, ServerNotReady)
+    assert error.retry_after == 1.0
+
+
+async def test_server_with_too_many_rpcs_answers_in_these_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.server.run.MAX_CALLS", 1)
+    with server_thread(tmp_path) as server:
+        async with NexumClient(server.address) as client, NexumClient(server.address) as other:
+            await client.ping()  # opens a stream, which is an RPC
+            with pytest.raises(ServerNotReady, match="Concurrent RPC limit exceeded"):
+                await other.ping()

@@ -45,6 +45,7 @@ CLIENTS = {
 }
 OBSTACLES = {
     "wrong CA": "was refused (unable to get local issuer certificate): NEXUM_TLS_CA must name the file",
+    "only system CAs": "was refused (unable to get local issuer certificate): NEXUM_TLS_CA must name the file",
     "expired certificate": "was refused (certificate has expired): renew it",
     "another name": "certificate is not valid for '127.0.0.2'): connect to a name that is in it",
     "server without TLS": "does not speak TLS: start it with --tls-cert and --tls-key, or unset NEXUM_TLS_CA",
@@ -68,6 +69,8 @@ def obstacle(name: str, secured: Secured, others: dict[str, str]) -> dict[str, s
     env = secured.env(USE)
     if name == "wrong CA":
         env["NEXUM_TLS_CA"] = secured.certificates.other_ca
+    elif name == "only system CAs":
+        env["NEXUM_TLS_CA"] = "system"
     elif name == "expired certificate":
         env["NEXUM_ADDRESS"] = others["expired"]
     elif name == "another name":
@@ -83,6 +86,7 @@ def obstacle(name: str, secured: Secured, others: dict[str, str]) -> dict[str, s
     return env
 
 
+@pytest.mark.every_python
 @pytest.mark.parametrize("name", OBSTACLES)
 async def test_client_names_the_obstacle_and_the_next_step(
     name: str, secured: Secured, others: dict[str, str], monkeypatch: pytest.MonkeyPatch

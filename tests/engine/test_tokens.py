@@ -21,7 +21,8 @@ from server_thread import Secured, secured_server, server_thread
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import InvalidRequest, RoleRefused, TokenRefused
+from nexum_engine.embedded import EmbeddedNexum
+from nexum_engine.errors import InvalidRequest, RoleRefused, ServerUnavailable, TokenRefused
 from nexum_engine.location import address_file
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.server.access import Tokens
@@ -159,6 +160,23 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
         assert record(stub, execution_id).error == "cancelled by Bob"
         assert main(["show", execution_id, "--nexum", server.address]) == 0
         assert "note       cancelled by Bob" in capsys.readouterr().out
+
+
+async def test_client_that_searches_does_not_use_a_server_with_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's own server may start later, or the program opens the database itself."""
+    for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NEXUM_TOKEN", USE)
+    monkeypatch.chdir(tmp_path)
+    with server_thread(tmp_path, tokens=Tokens(Path(private_file(tmp_path / "tokens", TOKENS)))) as server:
+        monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", server.address)
+        async with NexumClient() as client:
+            with pytest.raises(ServerUnavailable, match="a server that needs a token listens on"):
+                await client.ping()
+        async with EmbeddedNexum(None) as nexum:
+            assert nexum.embedded
 
 
 # ---- The token file --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import httpcore2
 from nexum_engine.errors import FinalError
 from support.tools.web import WebError
 from support.tools.web.addresses import Address, literal_address
+from support.tools.web.hosts import AllowedHosts
 
 Resolver: TypeAlias = Callable[[str], Sequence[Address]]
 AddressPolicy: TypeAlias = Callable[[Address], bool]
@@ -48,9 +49,10 @@ class Deadline:
 
 
 class CheckedBackend(httpcore2.NetworkBackend):
-    """A network backend that resolves a host, checks every address and connects to one of them."""
+    """A network backend that checks a host, resolves it, checks every address, and connects to one of them."""
 
-    def __init__(self, resolver: Resolver, policy: AddressPolicy, deadline: Deadline) -> None:
+    def __init__(self, hosts: AllowedHosts, resolver: Resolver, policy: AddressPolicy, deadline: Deadline) -> None:
+        self._hosts = hosts
         self._resolver = resolver
         self._policy = policy
         self._deadline = deadline
@@ -79,6 +81,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
         raise failure
 
     def _checked_addresses(self, host: str) -> Sequence[Address]:
+        self._hosts.check(host)
         literal = literal_address(host)
         addresses = [literal] if literal is not None else self._resolved(host)
         if not addresses:

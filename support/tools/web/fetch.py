@@ -20,12 +20,14 @@ from support.tools.web.addresses import is_public
 from support.tools.web.charset import is_readable
 from support.tools.web.connector import AddressPolicy, CheckedBackend, Deadline, Resolver, system_resolver
 from support.tools.web.decompress import ACCEPTED_ENCODINGS, read_body
+from support.tools.web.hosts import AllowedHosts
 from support.tools.web.url import checked_url, parse_url
 
 DEADLINE = 30.0  # seconds from the first DNS look-up to the last byte
 MAX_BYTES = 2 * 1024 * 1024  # the limit of a body's size, both compressed and decompressed
 MAX_REDIRECTS = 5
 
+ALL_HOSTS = AllowedHosts()
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {
     "User-Agent": "Mozilla/5.0 (compatible; nexum-visit-webpage)",
@@ -37,11 +39,12 @@ _HEADERS = {
 
 
 class GuardedFetcher:
-    """A fetcher of public pages. Code can replace its resolver and its policy; no setting can."""
+    """A fetcher of public pages, on `hosts` only. Code can replace its resolver and its policy; no setting can."""
 
     def __init__(
         self,
         *,
+        hosts: AllowedHosts = ALL_HOSTS,
         resolver: Resolver = system_resolver,
         address_policy: AddressPolicy = is_public,
         ssl_context: ssl.SSLContext | None = None,
@@ -49,6 +52,7 @@ class GuardedFetcher:
         max_bytes: int = MAX_BYTES,
         max_redirects: int = MAX_REDIRECTS,
     ) -> None:
+        self._hosts = hosts
         self._resolver = resolver
         self._address_policy = address_policy
         self._given_ssl_context = ssl_context
@@ -74,7 +78,7 @@ class GuardedFetcher:
 
     def _request(self, url: str, deadline: Deadline) -> Page | bytes:
         """Return the page at the address, or the location to which the server redirects."""
-        backend = CheckedBackend(self._resolver, self._address_policy, deadline)
+        backend = CheckedBackend(self._hosts, self._resolver, self._address_policy, deadline)
         target = urldefrag(url).url
         with (
             httpcore2.ConnectionPool(ssl_context=self._ssl_context, network_backend=backend) as connections,

@@ -6,22 +6,27 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from support.tools.web import Page, SearchHit
+from support.tools.web.hosts import AllowedHosts
 
 if TYPE_CHECKING:
     from support.tools.web.fetch import GuardedFetcher
 
 
 class LiveWeb:
-    """The live web: ddgs searches, and GuardedFetcher reads public pages. Both libraries are imported at first use."""
+    """The live web: ddgs searches, and GuardedFetcher reads public pages. Both libraries are imported at first use.
+
+    NEXUM_ALLOWED_HOSTS limits the pages to those of some hosts. Raises InvalidRequest for a wrong list.
+    """
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:
         self._given_fetcher = fetcher
+        self._hosts = AllowedHosts.from_environment()
 
     @cached_property
     def _fetcher(self) -> GuardedFetcher:
         from support.tools.web.fetch import GuardedFetcher
 
-        return self._given_fetcher or GuardedFetcher()
+        return self._given_fetcher or GuardedFetcher(hosts=self._hosts)
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
         from support.tools.web.search import search
