@@ -217,17 +217,30 @@ def _close(url: str) -> None:
     asyncio.run(close())
 
 
+def size_of(url: str) -> int:
+    """Return the size of a closed database in bytes."""
+    if url.startswith("sqlite:///"):
+        return Path(url.removeprefix("sqlite:///")).stat().st_size
+    import psycopg
+
+    with psycopg.connect(url) as connection:
+        (size,) = connection.execute("SELECT pg_database_size(current_database())").fetchone() or (0,)
+    return int(size)
+
+
 async def measure_history(args: argparse.Namespace, folder: Path, postgres: Postgres) -> dict[str, Any]:
     """Measure calls on a database of each size. The databases take turns."""
     seconds: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     async with AsyncExitStack() as stack:
         callers: dict[tuple[str, int], Calls] = {}
+        sizes: dict[tuple[str, int], int] = {}
         for executions in args.executions:
             own = folder / f"history-{executions}"
             own.mkdir()
             for store, url in (("SQLite", f"sqlite:///{own / 'nexum.db'}"), ("PostgreSQL", postgres.new_database())):
                 print(f"{store}: recording {executions:,} executions", file=sys.stderr, flush=True)
                 await make_database(url, own, executions)
+                sizes[store, executions] = size_of(url)
                 one = await stack.enter_async_context(server(url, own))
                 await stack.enter_async_context(process([WORKER, "--work", one.address], cwd=own))
                 client = await stack.enter_async_context(NexumClient(one.address))
@@ -248,6 +261,7 @@ async def measure_history(args: argparse.Namespace, folder: Path, postgres: Post
                 "executions": executions,
                 "p50_ms": round(p50 * 1000, 2),
                 "of_fewest": round(p50 / fewest, 2),
+                "kb_an_execution": round(sizes[store, executions] / executions / 1000, 2),
             }
         )
     return {"rows": sorted(rows, key=lambda row: (row["store"], row["executions"]))}
@@ -340,11 +354,11 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"{row['store']:<12}{row['servers']:>8}{row['workers']:>8}{rate}")
         lines += [f"{IN_FLIGHT} in flight; {servers['echoes_per_second']:,} echoes/s", ""]
     if history := found.get("history"):
-        lines += [f"{'store':<12}{'recorded':>12}{'p50 ms':>9}{'of the fewest':>15}"]
+        lines += [f"{'store':<12}{'recorded':>12}{'p50 ms':>9}{'of the fewest':>15}{'kB an execution':>17}"]
         for row in history["rows"]:
             missed = "" if row["of_fewest"] <= GOAL else f"   missed: at most {GOAL}"
-            size = f"{row['executions']:>12,}{row['p50_ms']:>9.2f}{row['of_fewest']:>15.2f}{missed}"
-            lines.append(f"{row['store']:<12}{size}")
+            size = f"{row['executions']:>12,}{row['p50_ms']:>9.2f}{row['of_fewest']:>15.2f}"
+            lines.append(f"{row['store']:<12}{size}{row['kb_an_execution']:>17.2f}{missed}")
         lines.append("")
     if waiting := found.get("waiting"):
         lines += [f"{'store':<12}{'calls':>9}{'waited':>9}{'MB before':>11}{'MB waiting':>12}{'kB a call':>11}"]
