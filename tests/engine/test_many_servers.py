@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import time
 from collections import Counter
@@ -155,8 +156,11 @@ def test_result_is_seen_by_a_client_of_either_server(servers: list[Server]) -> N
 
 @pytest.mark.timeout(180)
 def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: list[Server], tmp_path: Path) -> None:
-    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle."""
-    log, calls = tmp_path / "log", 200
+    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle.
+
+    LOAD_CALLS=500 makes more calls than the usual 200.
+    """
+    log, calls = tmp_path / "log", int(os.environ.get("LOAD_CALLS") or 200)
     with ExitStack() as stack:
         workers = [stack.enter_context(counting_worker(tmp_path, one.address)) for one in servers for _ in range(2)]
         stub = stack.enter_context(connected(servers[1].address))
