@@ -12,7 +12,7 @@ the caller has its result.
 
 The columns:
 
-- `calls`: the number of calls in the time of a commit (ratios), or in a second, with 32 runs at the same time.
+- `calls`: how many calls are made in the time of a commit (ratios) or in a second, while 32 runs are in flight.
 - `replay`: the caller is killed after 20 recorded calls, and a new caller connects. The time is from the connection
   until the run continues (first table), or until the new caller has all 20 results (second table).
 - `recovery`: a worker is killed while it executes a call. The time is from the kill until the caller has the result,
@@ -59,7 +59,7 @@ from peers.processes import Child, PeerFailed, Processes, Trace, kill_pid  # noq
 
 from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 
-BLOCK = 10  # calls; as many commits follow
+BLOCK = 10  # calls; then the same number of commits is measured
 WARM_UP = 20  # calls
 TRACED = 20  # calls
 LONG_RECOVERY = 20.0  # seconds; a recovery that takes longer is measured only once
@@ -173,7 +173,7 @@ class Comparison:
         return caller
 
     async def _replay_calls(self, processes: Processes, caller: Child, row: Row, number: int) -> Child:
-        """Make calls, kill the caller, and make the same calls again in a new caller."""
+        """Make the calls of a run, kill the caller, and let a new caller make the calls of this run again."""
         name = f"recorded-{number}"
         await run(caller, name, RECORDED)
         await caller.kill()

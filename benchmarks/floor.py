@@ -1,4 +1,4 @@
-"""The floor under a call, and functions that the benchmarks share: for child processes, many calls, and the machine.
+"""The floor under a call. Functions that all benchmarks use: run processes, time calls, describe the machine.
 
 The **floor** is two committed transactions of two statements (plain sqlite3, one connection, synchronous=FULL) and two
 gRPC echo round trips between processes (raw bytes).

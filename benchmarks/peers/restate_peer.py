@@ -2,7 +2,7 @@
 
 - https://docs.restate.dev/develop/python/serving: Hypercorn with this page's settings.
 - https://docs.restate.dev/services/invocation/clients/python-sdk: the client, with an idempotency key for each call.
-- https://docs.restate.dev/references/server-config: the server's defaults, on loopback. It syncs its log
+- https://docs.restate.dev/references/server-config: the server's defaults, on loopback. The server syncs its log
   (`rocksdb-disable-wal-fsync = false`).
 
 The service is registered once. After the worker process is killed, a new one listens on the same address, and the

@@ -25,7 +25,7 @@ TRIES = 3
 COUNTED = str(ROOT / "tests" / "support" / "counted.py")
 KINDS = ("tool call", "owned call", "recorded reply")
 
-# The cost of a tool call, an owned call and a recorded reply, and the margin in percent.
+# For each count: its value for a tool call, for an owned call and for a recorded reply. Then its margin in percent.
 COSTS = {
     "RPCs": (0, 0, 0, 0),
     "messages": (5, 4, 2, 0),
@@ -70,7 +70,7 @@ def counted_server(folder: Path) -> Iterator[str]:
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """Return what one call of each kind costs, by the name of the count."""
+    """Return the counts of one call of each kind, by the name of the count."""
     folder.mkdir()
     programs = ROOT / "tests" / "programs"
     with counted_server(folder) as server, counting_proxy(server, Counts(folder / "wire.counts")) as address:

@@ -52,7 +52,7 @@ def effects(log: Path) -> list[Effect]:
 
 
 def insist(call: Callable[..., T], request: Any) -> T:
-    """Call the server until it answers. An answer may be lost, so a call may have been carried out before."""
+    """Call the server until it answers. If an answer is lost, the server gets a call again that it has carried out."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

@@ -55,15 +55,15 @@ class Told:
     """What the server has acknowledged, and what was asked of it."""
 
     started: dict[str, str] = field(default_factory=dict)
-    """The ids of executions by key."""
+    """For each key: the id of its execution."""
     completed: dict[str, str] = field(default_factory=dict)
-    """The acknowledged outputs of node `a` by execution."""
+    """For each execution: the acknowledged output of node `a`."""
     cancelled: set[str] = field(default_factory=set)
     timed: set[str] = field(default_factory=set)
     """Executions whose record showed that the timer had ended."""
     approved: set[str] = field(default_factory=set)
     outputs: dict[str, str] = field(default_factory=dict)
-    """The outputs that were reported for node `a` by execution, acknowledged or not."""
+    """For each execution: the output that was reported for node `a`, acknowledged or not."""
     prune_asked: bool = False
     pruned: bool = False
 
@@ -185,7 +185,7 @@ def old_database(folder: Path) -> None:
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """Return how often each system call was made by the thread that made it most. strace counts per thread."""
+    """Return, for each system call, its highest count in one thread: strace numbers each thread's calls separately."""
     found: dict[tuple[str, str], int] = defaultdict(int)
     for line in (folder / "calls").read_text(encoding="utf-8", errors="replace").splitlines():
         if match := re.match(r"(\d+)\s+(\w+)\(", line):
@@ -224,7 +224,7 @@ def disturbed(folder: Path, inject: str, told: Told) -> bool:
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[bool, dict[str, int]]:
-    """Run the work without a fault. Return whether its database is migrated, and the number of each system call."""
+    """Run the work without a fault. Return whether its database is migrated, and how often each system call is made."""
     is_migrated, folder, told = request.param == "migrated", tmp_path_factory.mktemp("undisturbed"), Told()
     if is_migrated:
         old_database(folder)

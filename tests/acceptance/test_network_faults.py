@@ -1,4 +1,4 @@
-"""Connections that break, stall in one direction or are slow, between every two parts: no call is lost or changed.
+"""No call is lost or changed, although connections break, are slow, or stall in one direction.
 
 A proxy stands between the caller and the server, between the worker and the server and, on PostgreSQL, between the
 server and the database. NETWORK_FAULTS=200 takes ten minutes.
@@ -70,7 +70,7 @@ def test_faults_of_connections_neither_lose_nor_change_nor_repeat_results(tmp_pa
                 gate.touch()
             time.sleep(choose.uniform(0, 0.06))
             KINDS[kind](proxy)
-            # Up to 2 s: shorter than most time limits, and longer than the server waits for a lost worker.
+            # Most time limits are longer than 2 s. The time that the server waits for a lost worker is shorter.
             time.sleep(choose.uniform(0.2, 2.0))
             proxy.release()
             fired[kind] += proxy.broken + proxy.held - before

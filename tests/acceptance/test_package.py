@@ -30,7 +30,7 @@ CALLED_OTHERWISE = {
     "grpc_health": "grpcio-health-checking",
     "pydantic_core": "pydantic",
 }
-"""The distributions of imports that have another name. For pydantic_core, the requirement of pydantic is enough."""
+"""For each import that isn't named like its distribution: the distribution. pydantic installs pydantic_core, too."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -70,7 +70,7 @@ def build(tree: Path, target: Path, *kinds: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The wheel and the sdist, built from a copy of this tree that also has files of a user."""
+    """The wheel and the sdist, built from a copy of this tree to which a user has added files."""
     tree = tmp_path_factory.mktemp("source") / "tree"
     unwanted = shutil.ignore_patterns(".git", ".venv", "venv", ".*_cache")
     shutil.copytree(ROOT, tree, ignore=unwanted, symlinks=True)
@@ -105,7 +105,7 @@ def test_wheel_holds_the_two_libraries_and_nothing_else(built: Built) -> None:
 
 
 def test_wheel_holds_sql_the_contract_and_typed_markers(built: Built) -> None:
-    """A change of the build most easily loses the files that aren't Python."""
+    """These files aren't Python sources, so a change of the build loses them most easily."""
     needed = {
         *(f"{library}/py.typed" for library in LIBRARIES),
         "nexum_engine/store/queries.sql",
@@ -164,7 +164,7 @@ def packaged(wheel: Path, extra: str) -> set[str]:
 
 
 def test_package_and_requirement_files_agree(built: Built) -> None:
-    """The package requires what the libraries need. Its extra `dev` requires the rest of both files."""
+    """The package requires what the libraries need. Its extra `dev` requires the rest of both requirements files."""
     scripts, tests = listed(ROOT / "requirements.txt"), listed(ROOT / "tests" / "requirements.txt")
     own, dev = packaged(built.wheel, ""), packaged(built.wheel, "dev")
     assert own - scripts == set(), "requirements.txt must list what the package needs, with the same range"
@@ -198,7 +198,7 @@ def test_backend_of_the_tests_is_the_one_that_pip_fetches() -> None:
 
 @pytest.fixture(scope="module")
 def commands(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands in a virtual environment with the wheel. The dependencies are this Python's packages."""
+    """The commands' folder in a virtual environment that has the wheel, and otherwise uses this Python's packages."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     found = folder / ("Scripts" if sys.platform == "win32" else "bin")

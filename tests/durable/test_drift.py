@@ -188,7 +188,7 @@ QUESTION = [UserMessage(content="Q", source="user")]
 async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The replay waits for the given-up call for longer than this. That wait must not count as drift.
+    # The replay waits for the given-up call for longer than DRIFT_PATIENCE. That wait must not count as drift.
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
 
     async def program(held: Held | None = None) -> str:

@@ -96,7 +96,7 @@ async def test_program_that_runs_agents_itself_continues_after_crash(server: Ser
     with OpenAIServer(reply) as model:
         with pytest.raises(LookupError):
             await program(dies=True)
-        assert sorted(done) == ["a", "a", "b"]  # the same call twice, on purpose
+        assert sorted(done) == ["a", "a", "b"]  # the reply requests two equal calls with "a", and both ran
         first = await program(dies=False)
         assert await program(dies=False) == first
         assert len(model.requests) == 3

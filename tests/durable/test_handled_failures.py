@@ -147,7 +147,7 @@ class Caused(Exception):
 
 
 class Listed(Exception):
-    """An error whose text comes from a value that is not plain."""
+    """An error whose text depends on an attribute that isn't recorded, because it isn't a plain value."""
 
     status = 0
 

@@ -1,4 +1,4 @@
-"""The recorded names of agents and calls, and added messages."""
+"""The names of agents and calls in the record, and the messages that a fork adds to a session."""
 
 from __future__ import annotations
 

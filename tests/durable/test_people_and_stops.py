@@ -1,4 +1,4 @@
-"""The inputs of a person, the conditions that stop a run, and the tasks of runs."""
+"""A person's answers and external stops are replayed. A run of a recorded session needs no task."""
 
 from __future__ import annotations
 

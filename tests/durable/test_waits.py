@@ -36,12 +36,12 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import IdempotencyConflict, InvalidRequest
 from nexum_engine.records import ExecutionStatus
 
-LONG = 3600.0  # seconds: a wait that no test lasts for
+LONG = 3600.0  # seconds: longer than any test takes
 SHORT = 0.3  # seconds
 
 
 class Died(Exception):
-    """The end of a run that leaves a session unfinished."""
+    """An error that ends a run, so that its session stays unfinished."""
 
 
 @pytest.fixture

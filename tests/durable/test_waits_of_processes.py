@@ -82,7 +82,7 @@ def test_sleep_of_killed_process_ends_at_recorded_time(server: Server, folder: P
     (wait,) = waits(server.address)
     assert (wait.event, wait.seconds) == ("", 2)
     assert wait.until_ms is not None
-    # The program asks for an hour now: it would not end in time if its sleep began again.
+    # This time, the program asks for an hour. The recorded sleep counts: a new sleep would not end in time.
     with program(folder, "sleep", 3600, server.address) as resumed:
         woke = float(resumed.wait_for("WOKE").split()[1])
         assert resumed.wait() == 0

@@ -1,4 +1,4 @@
-"""The console behaviour of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
+"""The console behavior of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
 
 from __future__ import annotations
 

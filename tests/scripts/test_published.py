@@ -1,4 +1,7 @@
-"""Our scripts on a published Nexum server. A stand-in process has that server's protocol and behaviour."""
+"""This project's scripts on a published Nexum server, which lacks this project's additions to the protocol.
+
+A stand-in process has the protocol and the behavior of a published server.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_stand_in_gives_one_task_to_two_polls_at_the_same_moment(address: str) -> None:
-    """The tests below depend on this fault of a published server."""
+    """A published server has this fault. The tests below show nothing if the stand-in lacks it."""
 
     def two_polls_get_one_task() -> bool:
         start(stub)

@@ -1,4 +1,4 @@
-"""Generated and odd pages: no error but ours, no visible word lost, and no hidden word read."""
+"""Generated and odd pages: only the project's errors are raised, no visible word is lost, no hidden word is read."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def random_page(random: Random) -> str:
 
 
 def shown_words(node: LexborNode, *, visible: bool = True, sized: bool = True, drawn: bool = False) -> Iterator[str]:
-    """Yield the words that a browser shows of a parsed page. Leave out selects, which show some of their options."""
+    """Yield the words that a browser shows of a parsed page, without those in `select` elements."""
     if node.is_text_node:
         yield from re.findall(r"w\d+w", node.text_content or "") if visible and sized and not drawn else ()
         return
