@@ -75,7 +75,8 @@ class DurableCalls:
         """Submit one tool call through submit_task.py; return its recorded result."""
         from durable_autogen import call_id
 
-        # Pass the call's id as scope, so that two equal calls are both executed. A re-run gives each call the same id.
+        # Pass the call's id as scope, so that two calls with equal arguments are both executed. If the run is repeated,
+        # each call gets the id that it had in the first run.
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
@@ -85,7 +86,7 @@ class DurableCalls:
         return result.text
 
     def tools(self) -> list[FunctionTool]:
-        """Return the tools as AutoGen's FunctionTools around plain functions."""
+        """Return AutoGen FunctionTools. Each calls a plain function that submits a tool call."""
         from autogen_core.tools import FunctionTool
 
         from support.tools import TOOLS

@@ -4,8 +4,8 @@
     text = submit_tool_call("web_search", {"query": "Tokyo"}, session_id="demo1")
     python submit_task.py web_search '{"query": "Tokyo"}' --session-id demo1
 
-Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). The same call in the same session
-returns the recorded result, also after a crash of any process.
+Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). Another call of the tool with the
+same arguments in the same session returns the recorded result, even if any of these processes has crashed meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
 FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
 NOTICE_EVERY = 5.0  # seconds after which a waiting call prints its next notice
-SHOWN_REASON = 200  # a notice shows at most this many characters of the last failure
+SHOWN_REASON = 200  # a notice shows at most this many characters of the reason why the latest attempt ended
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class Session:
         self._owns_client = client is None
         self._workflow = workflow
         self._writing: set[asyncio.Task[None]] = set()
-        """The entries of the session file that are being written."""
+        """The tasks that are writing entries to the session file."""
 
     async def __aenter__(self) -> Session:
         return self
@@ -146,7 +146,7 @@ class Session:
     async def call(
         self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
     ) -> ToolResult:
-        """Run the tool, or find its recorded result. Two equal calls run twice if their `scope` differs.
+        """Run the tool, or find its recorded result. To run the tool again with equal arguments, give another `scope`.
 
         Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
         fault of the server. Raises WaitTimeout after `timeout` seconds. The execution then continues, and the next
@@ -172,8 +172,9 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The session file is written meanwhile. If StartExecution reported the execution's end, don't wait
-                    # for the file: only this project's server reports it, and that server finds calls by their keys.
+                    # The session file is written in the background. If StartExecution reported the execution's end,
+                    # don't wait for the file: only this project's server reports the end, and this project's server
+                    # finds the call by its key, without the file.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -198,7 +199,7 @@ class Session:
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
-        """Return the result of an execution that the session file names, or None if it is FAILED or CANCELLED."""
+        """Return the result of an execution from the session file. Return None for a FAILED or CANCELLED execution."""
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
         if status is ExecutionStatus.COMPLETED:
@@ -252,14 +253,14 @@ class Session:
                     self._client.get_execution,
                     execution_id,
                     wait=min(deadline.left, notice),
-                    with_attempts=True,  # the notice shows the last failure
+                    with_attempts=True,  # the notice shows why the latest attempt ended
                 ),
             )
             if observed.execution.status.ended:
                 ended = observed.execution
                 break
             if not deadline.left:
-                # A published server can lose a task, for instance if the client died while it started the call.
+                # A published Nexum server can lose a task, for instance if a client dies during StartExecution.
                 lost = (
                     ". If the worker is idle, the server may have lost the task: then cancel the execution first, with "
                     f"python -m nexum_engine cancel {execution_id}"
@@ -298,7 +299,7 @@ class Session:
             )
         for node in nodes:
             if node.status is NodeStatus.RUNNING:
-                # The list may be empty: a published server reports no attempts.
+                # A node may have no attempts: a published Nexum server, unlike this project's, reports none.
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
         if observed.has_poller is None:
@@ -324,7 +325,7 @@ def _result(tool_name: str, execution: Execution) -> str:
 
 
 def _last_failure(execution: Execution) -> str:
-    """Return a phrase with the reason why the last attempt ended, or "" if no attempt has ended."""
+    """Return a phrase with the outcome of the latest ended attempt and its reason, or "" if no attempt has ended."""
     ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
     if not ended:
         return ""

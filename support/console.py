@@ -108,7 +108,11 @@ _has_reported = False
 
 
 def _print_or_stop(text: str, stream: TextIO) -> None:
-    """Print the text. If the stream was closed, stop this process: by its SIGTERM handler, or else as after Ctrl+C."""
+    """Print the text. If the stream was closed, stop this process.
+
+    If the process handles SIGTERM, raise that signal. Otherwise raise SIGINT, as Ctrl+C does. If the process ignores
+    SIGINT, exit at once.
+    """
     global _nobody_reads, _has_reported
     try:
         _print(text, stream)
@@ -148,7 +152,7 @@ def begin_script(name: str) -> None:
     if name != "__main__":
         return
     open_closed_streams()
-    # Replace only Python's default handler. If another one is set, the parent process wants Ctrl+C to be ignored.
+    # Replace only Python's default handler. Another handler means that the parent process wants Ctrl+C to be ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):

@@ -157,12 +157,13 @@ class SessionFile:
             self._known = self.load() or SessionRecord.new()
             self._seen = signature
         except SessionFileError as error:
-            # Remember this version of the file, so that its error is reported once. The next write tries to read again.
+            # Remember that this version of the file is unreadable, so that the error is reported only once. The next
+            # write tries to read the file again.
             self._unreadable = signature
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write all unwritten entries, also those of other threads. With `new`, write even if there are none."""
+        """Write all unwritten entries, also those of other threads. If `new`, write the file even without entries."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

@@ -1,8 +1,8 @@
-"""Interrupt and resume the same graph at the same point twice: in a plain half and in a durable half.
+"""Compare how an interrupted graph resumes in plain AutoGen and in a durable run.
 
-The plain half uses AutoGen's save_state and load_state. The durable half is a durable run. In each half, the part
-before the interruption and the part after it are separate processes. The printed lines report what happened with the
-installed AutoGen (see microsoft/autogen#7043).
+The comparison has two halves, with the same graph and the same point of interruption. The plain half uses AutoGen's
+save_state and load_state. The durable half is a durable run. In each half, one process runs until the interruption, and
+another process resumes. The printed lines report what happened with the installed AutoGen (see microsoft/autogen#7043).
 """
 
 from __future__ import annotations

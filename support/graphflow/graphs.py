@@ -1,4 +1,4 @@
-"""Two graphs of four agents for the comparison, a row and a loop. Each has a point of interruption."""
+"""The comparison's two graphs of four agents: a chain and a loop. Each graph has a point of interruption."""
 
 from __future__ import annotations
 

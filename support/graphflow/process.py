@@ -55,7 +55,7 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
         await save()
         kill_this_process()
 
-    # Interrupt the graph in a row by killing this process during a reply. Interrupt the loop between two rounds, by a
+    # Interrupt the chain during a reply, by killing this process. Interrupt the loop between two rounds, by a
     # termination condition.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def end_with_parent() -> None:
-    """End this process at once when standard input closes: standard input closes when the parent process ends."""
+    """End this process at once when the parent process ends. Standard input closes at that moment."""
 
     def wait() -> None:
         with suppress(OSError):

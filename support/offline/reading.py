@@ -108,7 +108,10 @@ def _subjects(question: str) -> list[str]:
 
 
 def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
-    """Add to each part the words that all parts share: "Tokyo, New York population" also gives "Tokyo population"."""
+    """Complete each part with the words that stand in only one part but belong to all.
+
+    For example, "Tokyo" and "New York population" become "Tokyo population" and "New York population".
+    """
     first, *others = parts
     if attribute and len(words(attribute[1])) > 0:
         prefix, first = attribute[1], attribute[2]

@@ -104,7 +104,7 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt when its end is recorded. Return the execution when it or the worker has ended."""
+        """Print each attempt when its end is recorded. Return the execution once it or the worker has ended."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
@@ -124,11 +124,11 @@ class Drill:
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """Return the execution as recorded."""
+        """Return the recorded execution."""
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the recorded execution, the effects of its steps, and a phrase for the source of its attempts."""
+        """Return the recorded execution, the effects of its steps, and a phrase that names the attempts' source."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

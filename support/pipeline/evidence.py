@@ -1,7 +1,8 @@
 """Hold and check the evidence of one run of the pipeline.
 
-There are three sources: the server's record, the log of the steps' effects, and what the demo saw of its workers: how
-each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a server.
+The evidence has three sources: the server's record, the log of the steps' effects, and the demo's notes on its workers.
+The notes tell how each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a
+server.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def _line(run: PipelineRun, row: Row) -> str:
 def _between(run: PipelineRun, worker: SeenWorker, step: str) -> list[str]:
     """Return the lines before the first attempt of `worker`: which workers died, and at which step `worker` resumes."""
     number = run.workers.index(worker)
-    # Leave out the deaths that are already shown in the lines before an earlier worker's first attempt.
+    # If another worker resumed earlier, the lines before that worker's first attempt already show some of the deaths.
+    # Leave those deaths out.
     earlier = [run.workers.index(other) for other, _ in run.resumptions]
     shown = max((index for index in earlier if index < number), default=0)
     deaths = [f"{one.name} died: {one.death}" for one in run.workers[shown:number] if one.death]

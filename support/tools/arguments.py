@@ -48,7 +48,8 @@ def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool
         else:
             arguments[last] = _converted(value, error["type"])
     except (LookupError, TypeError, ValueError, RecursionError):
-        return False  # in a union, an error gives no path to the value; or the conversion would lose something
+        # Either the conversion would lose something, or the error gives no path to the value, as in a union.
+        return False
     return True
 
 

@@ -34,7 +34,7 @@ class ToolTimeout(TimeoutError):
 class ToolContext:
     """The values that a tool gets in addition to the arguments from the model."""
 
-    idempotency_key: str  # the same at every attempt, so that a target can recognize a retry
+    idempotency_key: str  # the same at every attempt, so that a service that the tool calls can recognize a retry
     attempt: int  # from 1
     web: Web
 

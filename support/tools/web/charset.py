@@ -78,7 +78,10 @@ def decoded(body: bytes, content_type: str) -> str:
 
 
 def _utf_16(body: bytes) -> str:
-    """Return which kind of UTF-16 a body with NULs is in. Raises ValueError if the body is not Latin text in UTF-16."""
+    """Return "utf-16be" or "utf-16le" for a body that holds NULs.
+
+    Raises ValueError if the body is not Latin text in UTF-16.
+    """
     head = body[:_DECLARED_WITHIN]
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) > 0 or max(even, odd) * 4 < len(head):

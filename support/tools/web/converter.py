@@ -1,4 +1,4 @@
-"""Convert pages in child processes, so that a hostile page can't block or fill the worker.
+"""Convert pages in child processes, so that a hostile page can't block the worker or use up its memory.
 
 The deadline of a tool can't end a thread that is busy in a parser, but a process can be killed. A child is started when
 it is first needed, converts one page at a time, and ends with the process that started it.
@@ -21,15 +21,15 @@ from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 
 MAX_CHILDREN = max(4, os.cpu_count() or 1)  # at least four, so that a few slow pages don't keep others waiting
-# The limit in seconds. The largest page that is read takes 2 to 7 s. Tens of thousands of nested elements may take
-# longer, because the parser walks through all open elements at each tag.
+# The time limit of one conversion, in seconds. A page as large as a fetch allows takes 2 to 7 s. A page with tens
+# of thousands of nested elements may take longer, because the parser walks through all open elements at each tag.
 CONVERSION_LIMIT = 30.0
 LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, because it would keep the memory
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
-MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; the largest page that is read takes about 300 MB
+MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; a page as large as a fetch allows takes about 300 MB
 
-# Exit codes of a child that was killed from outside: SIGKILL, and TerminateProcess on Windows. Any other code is a
-# crash, which would happen again.
+# Exit codes of a child that was killed from outside: SIGKILL, and TerminateProcess on Windows. Any other code
+# means a crash, which the same page would cause again.
 _KILLED = (-9, 1)
 _ROOT = Path(__file__).resolve().parents[3]
 _PAGE = TypeAdapter(Page)
@@ -163,7 +163,7 @@ def _answer(page: Page) -> _Answer:
 
 
 def _limit_memory(size: int) -> None:
-    # Windows has no such limit. There, only the bounded size of a page bounds the memory.
+    # Python has no `resource` module on Windows. There, only the limit on a page's size limits the memory.
     if sys.platform != "win32":
         import resource
 

@@ -20,8 +20,8 @@ _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
-# Each pattern finds the units that are not a single ASCII character, and the bytes that begin no unit. The patterns are
-# applied to the bytes as Latin-1 text.
+# A match of a pattern is either one unit that is not a single ASCII character, or one byte that begins no unit. The
+# patterns are applied to the bytes as Latin-1 text.
 _ONE_BYTE = re.compile("[\x80-\xff]")
 _TWO_BYTES = re.compile("[\x81-\xfe][\x40-\xff]?|[\x80\xff]")
 _UNITS = {
@@ -123,7 +123,7 @@ def _text_of_pair(pair: re.Match[str]) -> str:
 
 
 def _runs(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each unit with its character. The run "a1f2⊕⊙" gives ⊕ to the unit a1f2, and ⊙ to the next unit."""
+    """Yield each unit with its character. In "a1f2⊕⊙", ⊕ belongs to the unit a1f2, and ⊙ to the unit after a1f2."""
     for run in text.split(" "):
         characters = run.lstrip("0123456789abcdef")
         unit = bytes.fromhex(run.removesuffix(characters))
@@ -132,7 +132,7 @@ def _runs(text: str) -> Iterator[tuple[str, str]]:
             unit = unit[:-1] + bytes((0xA1 if unit[-1] == 0x7E else unit[-1] + 1,))
 
 
-# Units that Python's decoders refuse, or decode to another character.
+# Units that Python's decoders refuse, or decode to another character than the standard does.
 _BIG5 = (
     "877a㡵𡵓𣚞𦀡㻬𥣞㫵竼龗𤅡𨤍𣇪𠪊𣉞䌊蒄龖鐯䤰蘓墖靊鈘秐稲晠権袝瑌篅枂稬剏遆㓦珄 "
     "87c0𥶹瓆鿇垳䤯呌䄱𣚎堘穲𧭥讏䚮𦺈䆁𥶙箮𢒼鿈𢓁𢓉𢓌鿉蔄𣖻䂴鿊䓡𪷿拁灮鿋 8e69箸 8e6f簆 8e7e糎 8eab緒 8eb4縝 "

@@ -21,7 +21,8 @@ from support.tools.web import SearchHit, WebError
 
 logger = logging.getLogger(__name__)
 
-# Name each back-end, because "auto" asks several in turn. DuckDuckGo uses Bing's index, and Brave has its own.
+# Name each back-end, because ddgs's "auto" asks more than one back-end. DuckDuckGo uses Bing's index, and Brave uses an
+# index of its own.
 BACKENDS = ("duckduckgo", "brave")
 TIMEOUT = 10  # seconds for each back-end
 _NO_RESULTS = "No results found."

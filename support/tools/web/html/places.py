@@ -45,7 +45,7 @@ class Place:
     keeps_lines: bool = False
     preformatted: bool = False
     drawn: bool = False  # in a drawing, but in none of the drawing's texts
-    whole: bool = False  # within an article
+    whole: bool = False  # within an element of WHOLES, such as an article
     around: tuple[str, ...] = ()  # "form" or "aside" for each outer element that may be dropped
     levels: int = 0
     tables: int = 0

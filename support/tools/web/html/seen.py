@@ -95,11 +95,11 @@ class SeenPage:
         self._absolute = absolute
         self._text = Paragraphs(new_element)
         self._code: list[str] | None = None  # the pieces of the open preformatted text
-        self._controls: list[tuple[Element, Sight]] = []  # controls, such as buttons, within that preformatted text
+        self._controls: list[tuple[Element, Sight]] = []  # controls, such as buttons, within the text `_code`
         self._quotes = 0
         self._around: list[_Span] = []  # the parts that may be dropped: forms, headers, footers and asides
         self._parts: dict[str, _Span] = {}
-        self._articles = 0  # articles that are not within another one
+        self._articles = 0  # the number of articles that are not within another element of WHOLES
         self._frames: list[_Frame] = []
         root = new_element("div")
         self._build(page, root)
@@ -119,7 +119,7 @@ class SeenPage:
         self._text.flush()
 
     def _choose(self, root: Tag) -> Tag:
-        """Return the main part of the page. Mark forms, headers and the like as dropped, unless they hold most text."""
+        """Return the page's main part. Mark the parts in `_around` as dropped, except a part with most of the text."""
         dropped: list[_Span] = []
         for span in self._around:  # in the page's order: an outer span comes before the spans in it
             share = MOST if span.element.name == "form" else NEARLY_ALL

@@ -47,7 +47,8 @@ class Sight:
 def parse_style(text: str) -> Style:
     """Return the declarations of a `style` attribute by property.
 
-    If a property is declared more than once, the last `!important` declaration wins, or else the last one.
+    If a property is declared more than once, its last `!important` declaration wins. If none of its declarations is
+    `!important`, the last declaration wins.
     """
     plain = "".join(part.partition("*/")[2] if index else part for index, part in enumerate(text.split("/*")))
     style: Style = {}

@@ -13,8 +13,8 @@ from support.tools.web.html.kinds import UNSEEN
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
 
-# The number of characters of a page that are read: characters of text and of tags, without attributes, scripts and the
-# like. markdownify takes about 5 s for a million characters.
+# At most this many characters of a page are read. Text and tags count. Attributes, scripts and the contents of other
+# elements that are never visible don't count. markdownify takes about 5 s for a million characters.
 MAX_SIZE = 512_000
 
 # An empty element of XHTML. The lookahead keeps the work linear.
