@@ -44,7 +44,7 @@ class SessionInfo:
     """The number of recorded calls of each kind: reply, tool, input, console, code, event."""
     begun_ms: int
     waits: tuple[Event, ...] = ()
-    """The beginnings of the waits that are not over; their content is a `Waiting`. Empty for a finished session."""
+    """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -160,9 +160,9 @@ async def send_event(
 ) -> None:
     """Send an event to a session: `wait_for_event(name)` in the session returns `payload`, a JSON value.
 
-    If the session does not wait for it now, or no process runs the session, the event is kept. With `idempotency_key`,
-    a second event of this name with this key changes nothing. `nexum` is the server's address, as for DurableSession.
-    Inside a session, call `send_event` in a tool: then a replay sends nothing.
+    If the session isn't waiting for the event now, or no process runs the session, the event is kept. If an event of
+    this name was sent with the same `idempotency_key` before, nothing is sent. `nexum` is the server's address, as for
+    DurableSession. Inside a session, call `send_event` in a tool: then a replay sends nothing.
 
     Raises InvalidRequest for a wrong argument, IdempotencyConflict if the key was used with another payload, and the
     server's errors.

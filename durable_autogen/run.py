@@ -231,7 +231,7 @@ def _check_new(runnable: Runnable) -> None:
 
 
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
-    """Compare the task and the team with the recorded ones, or record them; return the task to run."""
+    """Record the task and the team of a new session, or compare them with the recorded ones; return the task to run."""
     journal = recorder.journal
     task = _recordable(task)
     begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
@@ -288,7 +288,7 @@ def _texts(task: Task) -> list[str]:
 
 
 def _recordable(task: Task) -> Task:
-    """Return the task with half surrogate pairs replaced, so that the first run and a resumed run get equal tasks."""
+    """Return the task with lone surrogates replaced, so that the first run and a resumed run get equal tasks."""
     texts = _texts(task)
     if representable(texts) == texts:
         return task

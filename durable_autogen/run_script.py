@@ -133,8 +133,8 @@ class _Sessions:
 
     def _run_until_complete(self, original: Any) -> Any:
         def run_until_complete(loop: Any, future: Any) -> Any:
-            # A main coroutine is one that the script itself passes. asyncio also calls this method, with tasks and with
-            # its own shutdown coroutines. Exclude the shutdown coroutines by name.
+            # Only a coroutine that the script itself passes to this method is a main coroutine. asyncio also calls this
+            # method, with tasks and with its own shutdown coroutines. Exclude the shutdown coroutines by name.
             is_main = (
                 inspect.iscoroutine(future)
                 and not self._is_inside

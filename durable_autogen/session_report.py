@@ -50,7 +50,7 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 
 
 def details(shown: ShownSession, now: float) -> str:
-    """Return a text with a line for each event of a session. The number before a call is the N of `fork SESSION@N`."""
+    """Return a text with a line for each event of a session. A call's line begins with the N of `fork SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
     number = 0
     for event in shown.events:

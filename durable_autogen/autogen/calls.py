@@ -115,7 +115,7 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """Yield a reply's pieces, live or from the record. The last piece is held until the reply is recorded."""
+        """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
@@ -332,13 +332,13 @@ class Calls:
         return answer
 
     def _streams(self, stream: _Stream, item: Any) -> None:
-        # Set a message's lasting id and time before it is recorded or passed on.
+        # Set a message's lasting id and time before the message is recorded or passed on.
         self._session_state.transcript.settle(self._agent, item)
         stream.produced.append(item)
         stream.items.put_nowait(item)
 
     def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
-        """Return a tool's value in the form that is recorded. Raises ValueError if that is impossible."""
+        """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
@@ -448,7 +448,7 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Return the recorder's answer to `call`. The replay of a given-up call ends when `token` is cancelled."""
+        """Return the recorder's answer to `call`. The replay of a given-up call waits until `token` is cancelled."""
         loop = asyncio.get_running_loop()
 
         def give_up() -> None:

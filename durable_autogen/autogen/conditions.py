@@ -1,4 +1,7 @@
-"""Recording of termination conditions that depend on more than messages: a replay stops where the run stopped."""
+"""Recording of termination conditions that depend on more than messages.
+
+A replay stops where the recorded run stopped.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Wrapping of AutoGen's recorded methods, in each class that defines such a method, while a session is open.
+"""Wrapping of AutoGen's recorded methods while a session is open.
 
-So no object of the program has to be found or replaced. Outside a session and inside a recorded call, a wrapped method
-calls the original, so only the outermost call is recorded.
+A method is wrapped in each class that defines it. So no object of the program has to be found or replaced. Outside a
+session and inside a recorded call, a wrapped method calls the original, so only the outermost call is recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from durable_autogen.record.place import OpenSession, Place, at, closing, curren
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
-"""A class's original method, bound to its object."""
+"""The original of a wrapped method, bound to an object."""
 
 _states: weakref.WeakKeyDictionary[OpenSession, SessionState] = weakref.WeakKeyDictionary()
 
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return the wrapper of a method that returns a stream. As in `_recorded`, it calls `recording` or the method."""
+    """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -144,7 +144,7 @@ def _tool(stream: bool) -> Recording:
 
 
 def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-    # Record no tool list of a StaticWorkbench: the program itself defines these tools.
+    # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original(*given.args, **given.kwargs)
     return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
@@ -163,7 +163,7 @@ def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
 
 
 def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
-    # Record no query of a ListMemory: the program itself fills this memory.
+    # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original(*given.args, **given.kwargs)
     return calls.memory(
@@ -204,7 +204,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Start, stop or reset a workbench or executor, without recording it or reporting its connections."""
+    """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
@@ -222,7 +222,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
 
 
 def _whole(method: str) -> Callable[..., Any]:
-    """Return a wrapper for an agent's turn or run that isn't streamed. It calls the AtWork method named `method`."""
+    """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         working = _at_work(self, is_team=False)
@@ -235,7 +235,7 @@ def _whole(method: str) -> Callable[..., Any]:
 
 
 def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
-    """Return a wrapper for a streamed turn or run. It calls the AtWork method named `method`."""
+    """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
@@ -450,7 +450,7 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
-    """Wrap `methods` in each subclass of `base` that is defined later, such as by an import inside the session."""
+    """Wrap `methods` in each subclass of `base` that is defined later, for example by an import inside the session."""
     own = base.__dict__.get("__init_subclass__")
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:

@@ -85,7 +85,7 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Store `messages`. Return how many of them, from the first on, are unchanged since the last request."""
+        """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
         limit = min(len(messages), len(self._messages))
         # Check first whether the conversation only grew, as it usually does. `map` is faster than a loop.
         is_grown = (
@@ -117,7 +117,7 @@ class Conversation:
 
 
 class _Seen:
-    """A fingerprinted message, linked to the message before it. Its list of calls or results may still grow."""
+    """A fingerprinted message, with a link to the previous message. The content may be a list that still grows."""
 
     __slots__ = ("before", "chain", "content", "length", "message", "print")
 

@@ -91,7 +91,7 @@ class SessionState:
         self.transcript = Transcript(recorder)
         self.added = AddedMessages(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination: its adjusted start time, and the session's active time at its start."""
+        """For each TimeoutTermination: its adjusted start time, and the session's active time at the real start."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}
@@ -106,7 +106,10 @@ class SessionState:
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:
-        """Return whether the last reply of each agent with this source was replayed. Ignore agents without a reply."""
+        """Return whether the last replies of all agents that speak as `source` were replayed.
+
+        Ignore agents without a reply.
+        """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
         return any(one.replayed for one in agents) and all(one.replayed or not one.replies for one in agents)
 

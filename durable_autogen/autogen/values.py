@@ -197,7 +197,7 @@ def text_of_reply(result: CreateResult) -> str:
 
 
 def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
-    """Return a stream's pieces as JSON. If the pieces joined are the reply's text, return only their lengths."""
+    """Return a stream's pieces as JSON. If the joined pieces equal the reply's text, return only their lengths."""
     if "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
     found: list[Any] = representable(list(pieces))

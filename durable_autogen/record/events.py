@@ -1,9 +1,9 @@
 """The runs and events of a session, and functions that read them from the server.
 
-An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
-is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
-execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
-owns the run's execution may record events.
+An event is either the outcome of a call (a model's reply, a tool's result, a person's input, ...), or a mark that notes
+a fact (an agent's turn is over, the run was stopped). Each event is an execution with one node. The recording process
+owns the execution. The execution's key names session, agent and position. Each run of the session is an execution, too:
+only the process that owns the run's execution may record events.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Kind(str, Enum):
     MESSAGE = "message"
     """A user message added to a fork."""
     TURN = "turn"
-    """The end of an agent's turn, where agents work in parallel."""
+    """The end of an agent's turn, or the start of its streamed reply. It is recorded if agents work in parallel."""
     STOP = "stop"
     """A stop by a termination condition."""
     REVOKE = "revoke"
@@ -154,7 +154,7 @@ class Revoked(_Frozen):
     why: str
     seqs: list[int]
     is_another_program: bool = False
-    """Whether another program continues the session from here."""
+    """Whether the events are revoked because a changed program continues the session."""
 
     def replaces(self, revoked: Event) -> bool:
         """Return whether a different call takes the place of a revoked event.
@@ -172,7 +172,7 @@ class Mark(_Frozen):
 
 
 class Waiting(_Frozen):
-    """The content of the beginning of a sleep or of a wait for a sent event."""
+    """The content of a WAIT event, which begins a sleep or a wait for a sent event."""
 
     type: Literal["waiting"] = "waiting"
     event: str = ""
@@ -249,7 +249,7 @@ class Addressed:
 
     @property
     def address(self) -> str:
-        """The agent and the position. It is unique in a session."""
+        """The agent and the position. The address is unique in a session."""
         return f"{self.agent}/{self.position}"
 
     def __str__(self) -> str:
@@ -266,7 +266,7 @@ class EventInput(Addressed, _Frozen):
 
 
 class Summary(_Frozen):
-    """A summary of a session for `nexum ps`. Each event stores one; it covers all events so far that aren't revoked."""
+    """A summary of a session for `nexum ps`. Each event stores a summary of all events so far, without revoked ones."""
 
     number: int = 0
     """The number of the event that stores the summary. `nexum ps` shows the summary with the highest number."""
@@ -275,7 +275,7 @@ class Summary(_Frozen):
     tokens: int = 0
 
     def plus(self, event: Event) -> Summary:
-        """Return the summary with one event more."""
+        """Return the summary with `event` added."""
         question = self.question
         if isinstance(event.content, Begun):
             question = " / ".join(event.content.task)
@@ -289,7 +289,7 @@ class Summary(_Frozen):
         )
 
     def minus(self, event: Event) -> Summary:
-        """Return the summary without an event that no longer counts."""
+        """Return the summary without `event`, which no longer counts."""
         return self.model_copy(
             update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - tokens_of(event)}
         )
@@ -321,7 +321,7 @@ class Event(Addressed, _Frozen):
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time when the event was recorded: the length of all its runs, without the pauses."""
+    """The session's active time when the event was recorded: the total length of its runs, without the pauses."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
@@ -346,7 +346,7 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. If it has a `base`, it holds only what is new since the fingerprint at that position."""
+    """The call's fingerprint. If it has a `base`, it holds only what is new since the request at position `base`."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -421,7 +421,7 @@ def decoded(value: Any) -> Any:
 
 
 def representable(value: Any) -> Any:
-    """Return a JSON-like value without half surrogate pairs: each is replaced, because databases can't store them."""
+    """Return a JSON-like value with each lone surrogate replaced: databases can't store lone surrogates."""
     if isinstance(value, str):
         return _HALVES.sub("\ufffd", value) if not value.isascii() else value
     if isinstance(value, dict):

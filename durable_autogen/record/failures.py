@@ -1,4 +1,4 @@
-"""Conversion of a call's exceptions: into ordinary ones, into records, and back."""
+"""Conversion of a call's exceptions to JSON and back. SystemExit and the like become a RuntimeError."""
 
 from __future__ import annotations
 

@@ -70,8 +70,9 @@ class Setbacks:
 def continues(agent: str, caller: Caller, call: Call, next_caller: Caller) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    The setback is a failed call of `agent`, made by the task `caller`. A later call shows that the run continued if one
-    of these makes it: the same task, the same agent, a team or agent that contains the agent, or the program itself.
+    The setback is a failed or given-up call of `agent`, made by the task `caller`. The later call shows that the run
+    continued if one of these made it: the same task, the same agent, a team or agent that contains the agent, or the
+    program itself.
     """
     return caller is next_caller or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 

@@ -261,12 +261,12 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return a name for the call of an address. A call that is made again after its failure keeps the name."""
+        """Return the part of a call id that names the call at `address`. A retry after a failure has the same name."""
         again = self._times_replaced[address]
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often, before event number `seq`, a changed program continued the session live."""
+        """Return how often a changed program continued the session live before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
@@ -274,8 +274,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, a recorded beginning shows that the run continued. If another run may have
-        # taken over the session, let the server refuse the beginning before the call costs money.
+        # After a failure or a broken reply, the recorded beginning shows that the run continued. If another process has
+        # taken over the session, the server refuses to record the beginning, before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)
@@ -362,7 +362,7 @@ class Journal:
         await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke every event after the number `seq`. Keep added user messages: agents still get them."""
+        """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
         left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
         await self.revoke(left, why, is_another_program=True)
 
@@ -409,7 +409,7 @@ class Journal:
                 self._run = None
 
     async def release(self) -> None:
-        """Give up the ownership of the session. The run ends as failed, because no program ran: a fork only copies."""
+        """Give up the ownership of the session. The run ends as failed: a fork copies events, but runs no program."""
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None

@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds to wait for the next recorded call if an earlier run also made all the other calls
+TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run made all of these other calls, too
 
 
 class Compare(Protocol):
@@ -75,13 +75,14 @@ class Replay:
         self._over = asyncio.Event()
 
     def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address; None if there is none, or if it was delivered already."""
+        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._by_address[address] if address in self._addresses else None
 
     def matching(self, call: Call) -> Call:
-        """Return the call, moved to the position of a recorded event that has the same fingerprint.
+        """Return the call with the position at which the recorded run made it.
 
-        An agent may make simultaneous calls in another order than in the recorded run.
+        An agent may make simultaneous calls in a different order than in the recorded run. The call's fingerprint shows
+        which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`.
         """
         at_its_place = self.event_ahead(call.address)
         if at_its_place is None or at_its_place.accepted:
@@ -100,7 +101,7 @@ class Replay:
         return call
 
     def peek(self, call: Call) -> Event | None:
-        """Return a call's recorded event without waiting for its turn; None if the event differs from the call."""
+        """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
@@ -212,9 +213,9 @@ class Replay:
             )
 
     def _patience(self) -> float | None:
-        """Return the seconds to wait until the program makes the next recorded call; None for no limit.
+        """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
 
-        There is no limit while no call waits: the program is then at other work, and will make the call or end.
+        While no call waits, there is no limit: the program does other work, and will make the call or end.
         """
         if self._asked or not all(self._waiting_live.values()):
             return DRIFT_PATIENCE
@@ -234,6 +235,6 @@ def _deliver(asked: _Asked, event: Event | None) -> None:
 
 
 def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return one line if a recorded request and the current one differ, else none. The line doesn't say how."""
+    """Return one line if a recorded request and the current one differ, else none. The line names no difference."""
     requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
     return [] if requests[0] == requests[1] else ["the request differs"]

@@ -97,7 +97,7 @@ class Session:
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
-        """Record under `name` the calls that the program itself makes inside a `with`.
+        """Inside a `with`, record the program's own calls under `name`.
 
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
@@ -116,7 +116,7 @@ class Session:
         """Sleep for `seconds`. After a crash, the next run sleeps only for the remaining time.
 
         The time at which the sleep ends is recorded first. The sleep is over when the machine's clock shows that time,
-        never earlier. So the sleep goes on while no process runs. If a later run passes other `seconds`, the sleep
+        never earlier. So the sleep continues while no process runs. If a later run passes other `seconds`, the sleep
         still ends at the recorded time. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
         """
         with self._at_wait("sleep", "use asyncio.sleep in the tool") as place:
@@ -125,9 +125,9 @@ class Session:
     async def wait_for_event(self, name: str, timeout: float | None = None) -> Any:
         """Wait until an event `name` is sent to the session; return its payload, a JSON value.
 
-        Send an event with `send_event` or `python -m durable_autogen send SESSION NAME`. An event that is sent before
-        the program waits is kept. So is an event that is sent while no process runs. Two waits never return the same
-        event. Events of one name are returned in the order in which they were sent. A replay returns the same events.
+        Send an event with `send_event` or `python -m durable_autogen send SESSION NAME`. If an event is sent before the
+        program waits, or while no process runs, the event is kept. Two waits never return the same event. Events of one
+        name are returned in the order in which they were sent. A replay returns the same events.
 
         Raises TimeoutError if no event is sent within `timeout` seconds. A crash doesn't extend that time. A later
         event is kept for the next wait. Raises InvalidRequest for a wrong argument, and NotDurable inside a tool.

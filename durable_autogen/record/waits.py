@@ -44,7 +44,7 @@ CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machin
 class Waits:
     """The durable waits of one run. `send_command` is the beginning of the command that sends an event to the session.
 
-    Only one wait receives a sent event. Events of one name are received in the order of their numbers.
+    No two waits receive the same event. Events of one name are received in the order of their numbers.
     """
 
     def __init__(self, client: NexumClient, recorder: Recorder, send_command: str) -> None:
@@ -57,7 +57,7 @@ class Waits:
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
-        """Sleep for `seconds`, less the time that earlier runs have waited (`Session.sleep`)."""
+        """Sleep for `seconds`, or until the recorded end if an earlier run began the sleep (see `Session.sleep`)."""
         position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
@@ -73,7 +73,7 @@ class Waits:
         await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name` (`Session.wait_for_event`). Raises TimeoutError."""
+        """Return the payload of the next event `name` (see `Session.wait_for_event`). Raises TimeoutError."""
         check_event_name(name)
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
@@ -96,11 +96,11 @@ class Waits:
     async def end(self) -> None:
         """After a run without an error, cancel the executions of events that the session no longer waits for."""
         if any(what == "event" for _, what in self._counts):
-            with suppress(NexumError):  # no server answers: the next run without an error cancels them
+            with suppress(NexumError):  # if no server answers, the next run without an error cancels the executions
                 await cancel_expected(self._client, self._recorder.journal.session)
 
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
-        """Record the beginning of a wait, with the time of its end; return its position and the recorded content."""
+        """Record that a wait begins, and when it will end. Return the wait's position and the recorded content."""
         self._counts[agent, what] += 1
         # Leave the seconds out of the fingerprint: a program may compute them from the clock.
         request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
