@@ -44,7 +44,7 @@ assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Databases]:
-    """A real PostgreSQL. Skips the test if it is not wanted, or not installed."""
+    """A real PostgreSQL. If PostgreSQL is not wanted or not installed, the test is skipped."""
     if POSTGRES_TESTS == "none":
         pytest.skip("POSTGRES_TESTS=none: not on PostgreSQL")
     pytest.importorskip("psycopg", reason="psycopg isn't installed: there is none for this Python yet")
@@ -63,14 +63,14 @@ def servers_on_postgresql(postgres: Databases) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what doesn't run with this POSTGRES_TESTS."""
+    """Deselect the tests that don't run with this value of POSTGRES_TESTS."""
     deselected = [item for item in items if not is_selected(item)]
     items[:] = [item for item in items if is_selected(item)]
     config.hook.pytest_deselected(items=deselected)
 
 
 def is_selected(item: pytest.Item) -> bool:
-    """Return whether a test runs with this POSTGRES_TESTS."""
+    """Return whether a test runs with this value of POSTGRES_TESTS."""
     if POSTGRES_TESTS == "all":
         return item.get_closest_marker("sqlite") is None
     on_postgresql = isinstance(item, pytest.Function) and (
@@ -80,7 +80,7 @@ def is_selected(item: pytest.Item) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tests were deselected: pytest doesn't, if several processes run them."""
+    """Say which tests were deselected: pytest doesn't say it if several processes run the tests."""
     terminalreporter.write_line(f"POSTGRES_TESTS={POSTGRES_TESTS}: {DESELECTED[POSTGRES_TESTS]}")
 
 

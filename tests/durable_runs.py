@@ -197,7 +197,7 @@ class Bench:
 
 @contextmanager
 def bench(folder: Path, *, without_server: bool = False) -> Iterator[Bench]:
-    """Start a bench for the length of a `with`. The programs use one server, or open the database themselves."""
+    """Yield a bench for the length of a `with`. Its programs use one server, or open the database themselves."""
     model = RandomModel()
     with ExitStack() as stack:
         if without_server:
@@ -306,7 +306,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
 
 
 def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, transcript: str, check: Any) -> int:
-    """Check that only recorded tool calls were executed, each once, or again if it was in flight at a kill."""
+    """Check that exactly the recorded tool calls were executed: each once, or again if a kill interrupted it."""
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:

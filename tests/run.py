@@ -76,7 +76,7 @@ def environment_of(python: str, folder: str) -> Path:
 
 
 def others() -> dict[str, str]:
-    """Return the oldest and the newest Python of this machine, without the running one; print which are not tested."""
+    """Return the oldest and the newest Python of this machine, except the running one. Print which aren't tested."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
     chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}
@@ -98,7 +98,7 @@ def test_on(pythons: dict[str, Path]) -> None:
     for version, python in pythons.items():
         print(f"\nPython {version}: testing", flush=True)
         marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
-        # Use a separate cache: the tests of this Python run at the same time.
+        # Don't share pytest's cache: pytest runs on the current Python at the same time.
         command: list[str | Path] = [python, *marked, "-o", f"cache_dir={python.parent}/cache"]
         run_quietly(command, {"POSTGRES_TESTS": "none"})
 

@@ -222,7 +222,7 @@ async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monk
 
 
 async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
-    """Begin a poll, and return when the server has it."""
+    """Begin a poll; return when the server has received it."""
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     polling: asyncio.Task[Any] = asyncio.ensure_future(stub.PollTask(poll))
     await asyncio.sleep(0)  # send the poll first

@@ -44,7 +44,7 @@ def nexum(folder: Path, server: Server, *arguments: str) -> tuple[int, str]:
 
 
 def listed(server: Server, *arguments: str) -> list[str]:
-    """Return the ids that `ps` lists, and check that its table has the same. The command runs in this process."""
+    """Return the ids that `ps` lists, and check that its table has the same ids. Run `ps` in this process."""
     where = ("--nexum", server.address)
     ids = [
         one["execution_id"] for one in json.loads(asyncio.run(look(command_line("ps", *arguments, "--json", *where))))
@@ -130,7 +130,7 @@ def test_watch_prints_what_changes_and_ends_with_130(tmp_path: Path, server: Ser
 
 
 def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
-    """An embedded server ends with its run, and the next run's server has the database."""
+    """An embedded server ends with its run. Then the next run's server opens the same database."""
     where = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub, {"a": []})

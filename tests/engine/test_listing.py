@@ -163,7 +163,7 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     latest = await own(store, "run", "s1/10")
     began_first = await own(store, "event", "s1/agent/8")
     await own(store, "event", "s1/agent/9", {"summary": {**summary, "calls": 2, "number": 5}})
-    # This event began earlier, and is recorded later, in the same millisecond.
+    # In the same millisecond, the event `s1/agent/8` began before `s1/agent/9`, and is recorded after it.
     await own(store, "event", "s1/agent/8", {"summary": {**summary, "number": 6}})
     assert (await store.run(reading.get_execution, began_first)).status is ExecutionStatus.COMPLETED
     await own(store, "event", "s1/agent/10")  # begun, and not recorded

@@ -1,4 +1,4 @@
-"""A client uses the server that has the client's database open, on any port, and never a server of another folder."""
+"""A client uses the server that has the client's database open, whatever its port, and no server of another folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Server processes on one PostgreSQL, called over the wire: they hear from each other, and survive each other."""
+"""Server processes that share one PostgreSQL: they tell each other of changes, and go on if one of them dies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def servers(tmp_path: Path, url: str) -> Iterator[list[Server]]:
 
 @contextmanager
 def worker_stream(stub: NexumServiceStub, worker_id: str, *task_ids: str) -> Iterator[Callable[..., pb.WorkerBeatAck]]:
-    """Open a worker's stream with one heartbeat. Yield a function that sends another one, and returns the answer."""
+    """Open a worker's stream with one heartbeat. Yield a function that sends the next one and returns its answer."""
     beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
     answers = stub.WorkerStream(iter(beats.get, None))
 
@@ -65,7 +65,7 @@ def test_poll_on_one_server_gets_the_task_of_the_other_at_once(servers: list[Ser
         register(one, {"a": []})
         for _ in range(3):
             waiting = pool.submit(poll, other, wait_ms=20_000)
-            time.sleep(0.3)  # until the poll waits; without it, the poll's own claim would find the task
+            time.sleep(0.3)  # until the poll waits: if the task were ready earlier, the poll would simply take it
             begun = time.monotonic()
             execution_id = start(one)
             assert waiting.result().execution_id == execution_id
@@ -93,7 +93,7 @@ def test_starting_server_leaves_the_workers_of_another_alone(servers: list[Serve
         with worker_stream(one, "w") as beat:
             task = poll(one, "w")
             with nexum_server(tmp_path, database_url=url, lease=LEASE) as third:
-                time.sleep(3)  # longer than the time that workers have to come back to a restarted server
+                time.sleep(3)  # longer than the time within which workers must reconnect to a restarted server
                 with connected(third.address) as stub:
                     assert attempts(stub, execution_id) == [(1, "RUNNING")]
                 assert not beat(task.task_id).lost_task_ids
@@ -107,7 +107,7 @@ def test_worker_that_moves_to_the_other_server_keeps_its_task(servers: list[Serv
             task = poll(one, "w")
             servers[0].process.kill()
             with worker_stream(other, "w", task.task_id) as beat:
-                for _ in range(8):  # longer than the time that the workers of a dead server have to come back
+                for _ in range(8):  # longer than the time within which a dead server's workers must reconnect
                     time.sleep(1)
                     assert not beat(task.task_id).lost_task_ids
                 assert attempts(other, execution_id) == [(1, "RUNNING")]
@@ -199,7 +199,8 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
             assert outcomes.count("COMPLETED") == 1
             assert ran[f"tool-call:s:{number}:tool_call"] <= len(outcomes)
             repeated += len(outcomes) - 1
-        # A task ran again only if the killed worker or a worker of the killed server held it. Each holds four at most.
+        # A task ran again only if it was held by the killed worker or by one of the killed server's two workers. Each
+        # worker holds at most four tasks.
         assert 0 < repeated <= 3 * 4
 
 

@@ -1,7 +1,7 @@
 """Random operations on random workflows of all node types, on the engine and on a small model of it, side by side.
 
-By default this takes seconds. MODEL_MINUTES=10 runs it for that long, with new random operations each time. With
-MODEL_SHRINK=1, hypothesis looks for the shortest operations that fail, which takes minutes.
+By default this takes seconds. With MODEL_MINUTES=10, it takes ten minutes, and each run has new random operations. With
+MODEL_SHRINK=1, hypothesis looks for the shortest sequence of operations that fails. This takes minutes.
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ class BothEngines(RuleBasedStateMachine):
 
     @rule()
     def cancel(self) -> None:
-        # Seldom cancel an execution that runs: later operations would find less to do.
+        # Seldom cancel an execution that runs: otherwise, later operations would find less to do.
         ids = [run.id for run in self.model.runs if run.status != "RUNNING" or self.choose.random() < 0.05]
         execution_id = self.pick([*ids, "exec-1-000000000000000000000000"], "execution")
         self.both(lambda: self.engine.cancel(execution_id), lambda: self.model.cancel(execution_id))
@@ -466,7 +466,10 @@ class BothEngines(RuleBasedStateMachine):
         return item == ("MAP_SUBTASK", node.run.parent.run.id, node.run.parent.name, node.run.index)
 
     def check_key(self, node: Node, key: str) -> None:
-        """Check that each node has its own key in all attempts, also in a new start after a FAILED execution."""
+        """Check that all attempts of a node have the same key, and that no other node has this key.
+
+        If a FAILED execution is started again, its nodes keep their keys.
+        """
         run = node.run if node.run.parent is None or node.run.index is None else node.run.parent.run
         identity = (run.workflow, run.key, node.name) if run.key else (run.id, node.name)
         assert self.identity_of.setdefault(key, identity) == identity
@@ -520,7 +523,7 @@ class BothEngines(RuleBasedStateMachine):
         return useful
 
     def report_late(self) -> None:
-        """Report a valid result for an attempt that is over, while its node is not."""
+        """Report a valid result for an attempt that has ended, if its node has not ended."""
         over = [one for one in self.model.attempts.values() if one.outcome != "RUNNING" and one.node.status in LEFT]
         if over:
             attempt = self.pick(over, "attempt")
@@ -661,7 +664,7 @@ class BothEngines(RuleBasedStateMachine):
 
 
 class WithStore(BothEngines):
-    """The engine's transitions, on a clock that the rules move. A test's subclass names a new database."""
+    """The rules, run on the engine's transitions. They also move the clock. A test's subclass makes the databases."""
 
     seconds = (0.25, 2, 45)
     policies = ({}, {}, {"max_attempts": 2, "first_delay_seconds": 0.5}, {"first_delay_seconds": 3, "factor": 1.5})
@@ -741,7 +744,7 @@ class WithStore(BothEngines):
     @precondition(lambda self: self.held())
     @rule()
     def lose(self) -> None:
-        """Lose a task that never arrived."""
+        """Report a task as lost, as if it had never arrived at its worker."""
         old = [one for one in self.model.running() if one.started + 1000 <= self.model.now]
         if old:
             attempt = self.pick(old, "attempt")
@@ -755,7 +758,7 @@ class WithStore(BothEngines):
 
 
 class WithServer(BothEngines):
-    """A server process. A restart kills it. Its clock can't be moved, so no rule waits for a time."""
+    """The rules, run on a server process. A restart kills it. Its clock can't be moved, so no rule waits for a time."""
 
     seconds = (10_000,)
     policies = ({"first_delay_seconds": 0}, {"first_delay_seconds": 0, "max_attempts": 2})
@@ -769,7 +772,7 @@ class WithServer(BothEngines):
 
 
 def check(machine: type[BothEngines], examples: int, steps: int) -> None:
-    """Run random operations: `examples` times `steps` operations, or for MODEL_MINUTES."""
+    """Run `examples` sequences of up to `steps` random operations. Repeat this until MODEL_MINUTES are over."""
     deadline = time.monotonic() + 60 * MINUTES
     chosen = settings(
         max_examples=examples,

@@ -127,7 +127,7 @@ def test_timers_of_zero_end_an_execution_at_its_start(stub: NexumServiceStub) ->
 
 
 def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -> None:
-    # An earlier version needed a minute for these timers, and meanwhile answered no other call.
+    # An earlier version of the server needed a minute for these timers, and answered no other call during that minute.
     begun = time.time()
     execution_id = began(stub, {f"wait-{number:03}": node("TIMER", delay_seconds=0.5) for number in range(1000)})
     answer = ended(stub, execution_id)
@@ -587,7 +587,7 @@ def test_child_in_a_child_completes_both(stub: NexumServiceStub) -> None:
     register(stub, {"wait": node("TIMER", delay_seconds=0)}, workflow_id="child", version="c1")
     execution_id = began(stub, PARENT)
     run_task(stub, "sub", child_start("middle"))
-    run_task(stub, "sub", child_start(), version="m1")  # the innermost execution ends at its start
+    run_task(stub, "sub", child_start(), version="m1")  # this starts the innermost execution, which ends at once
     after = run_task(stub, "after", 1)
     assert json.loads(after.input_json)["deps"]["sub"]["delay_seconds"] == 0
     assert status(stub, execution_id)[0] == "COMPLETED"

@@ -298,7 +298,7 @@ async def test_large_waiting_poll_gets_task_too_large_for_another(engine: Engine
 
 
 async def test_task_too_large_only_with_its_frame_is_passed_on(engine: Engine) -> None:
-    """The start announces only the size of the input; the task is a little larger."""
+    """A start announces the size of its input. The task is a little larger, because it also has a frame."""
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
     await until_idle(engine, small, large)
@@ -687,7 +687,7 @@ async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> 
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
-    # Store a start directly, as if the server had reported its outcome as unknown.
+    # Store a start without waking the poll, as when the outcome of the start's transaction is unknown.
     await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
     engine.look_again()

@@ -128,7 +128,7 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
                 await store.run(reading.get_execution, started.execution_id)
             assert not store.failed.done()
             deadline = time.monotonic() + 20
-            while True:  # its former processes may still end
+            while True:  # the processes of the killed PostgreSQL may still be ending
                 try:
                     server.ensure_postgres_running()
                     break

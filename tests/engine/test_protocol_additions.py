@@ -1,4 +1,4 @@
-"""This project's additions to the wire: long polls, waits for an end, reports that take a task, and heartbeats."""
+"""This project's additions to the wire: long polls, calls that wait for the end of an execution, and heartbeats."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_worker_that_reconnects_in_time_keeps_its_task(server: Server, stub: Nex
     first.dies()
     again = Stream(server.address, "w1")
     again.beat(task.task_id)
-    assert not poll(stub, "other", wait_ms=2500).has_task  # longer than the time that a worker has to come back
+    assert not poll(stub, "other", wait_ms=2500).has_task  # longer than the time within which a worker must reconnect
     complete(stub, task)
     assert outcomes(stub, execution_id) == ["COMPLETED"]
     again.dies()
@@ -310,7 +310,7 @@ def test_workers_keep_their_tasks_when_server_is_killed(tmp_path: Path) -> None:
         back.beat(task.task_id)
         began = time.monotonic()
         again = poll(stub, "other", wait_ms=LONG_MS)
-        assert 0.7 < time.monotonic() - began < 5  # after a restart, a worker has 1.5 s to come back
+        assert 0.7 < time.monotonic() - began < 5  # after a restart, a worker must reconnect within 1.5 s
         assert again.execution_id == lost
         assert outcomes(stub, lost) == ["INTERRUPTED", "RUNNING"]
         complete(stub, task)

@@ -440,7 +440,7 @@ def test_input_that_no_worker_can_receive_is_refused(server: Server, stub: Nexum
         assert list(stub.ListExecutions(pb.ListRequest(), timeout=DEADLINE).executions) == []
         say_large(stub)
         execution_id = start(large, text_of(5 * MEGABYTE), idempotency_key="k")
-        # The worker that takes large tasks doesn't poll now, because it may be busy. Another large input is accepted.
+        # The worker that takes large tasks doesn't poll now, as if it were busy. A large input is still accepted.
         assert start(large, text_of(5 * MEGABYTE), idempotency_key="k2") != execution_id
 
 

@@ -87,7 +87,7 @@ async def test_tool_call_takes_12_statements_and_at_most_10_pages(store: SqliteS
     await store.run(executions.register_workflow, "tool-call", version, '{"nodes": {"tool_call": {"type": "EFFECT"}}}')
 
     async def call(number: int) -> None:
-        """Make a tool call of usual size, as the server does for a worker that waits."""
+        """Run the server's transitions for a tool call of usual size, when a worker waits for a task."""
         key, request = f"session:{number * 7919 % 10_007:064}", json.dumps({"tool": "t", "arguments": {"x": "y" * 280}})
         started = store.run(executions.start_execution, "tool-call", version, request, key)
         claim = await store.run(tasks.claim, "worker", (version,), 2**22, 30_000, True)

@@ -1,4 +1,4 @@
-"""Pruning: what is deleted, what is kept, in how large transactions, and what happens to the file."""
+"""Pruning: what is deleted, what is kept, how large the transactions are, and what happens to the file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def opened(path: Path, clock: ManualClock) -> SqliteStore:
 
 
 async def start(store: Store, key: str = "", *, input: str = "0", workflow_id: str = "one") -> str:
-    """Start an execution whose task a worker takes."""
+    """Start an execution that has no owner: its task is for workers."""
     version = {"one": "v1", "two": "v2"}[workflow_id]
     started = await store.run(executions.start_execution, workflow_id, version, input, key)
     return started.execution_id
@@ -89,7 +89,7 @@ async def record(store: Store, key: str, output: str = '"done"') -> str:
 
 
 async def prune(store: Store, days: float = 30, **options: Any) -> Pruned:
-    """Prune to the end; return the sum of all transactions."""
+    """Prune until nothing is left to prune; return the sum of all transactions' results."""
     total, after, verdicts = Pruned(), 0, dict[str, retention.Verdict]()
     while True:
         part = await store.run_alone(retention.prune, round(days * DAY_MS), after=after, verdicts=verdicts, **options)

@@ -159,7 +159,7 @@ def test_another_worker_takes_over_the_task_of_a_stopped_one(tmp_path: Path, ser
 
 
 class Twice(NexumClient):
-    """A client that returns each task a second time, to the next poll, as the given attempt."""
+    """A client that returns each task twice: the next poll gets the task again, as a task of the given attempt."""
 
     def __init__(self, address: str, attempt: int) -> None:
         super().__init__(address)

@@ -42,7 +42,7 @@ async def opened(path: Path) -> SqliteStore:
 
 
 def serve(path: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run a server that is expected to refuse and end."""
+    """Run a server that is expected to refuse the database and to end."""
     command = ["-m", "nexum_engine", "--listen", f"127.0.0.1:{free_port()}", "--database-url", f"sqlite:///{path}"]
     return subprocess.run(
         [*through, sys.executable, *command, *arguments],
@@ -320,7 +320,7 @@ def test_patient_server_starts_when_first_server_is_killed(tmp_path: Path) -> No
 
 @contextmanager
 def commits(store: SqliteStore) -> Iterator[list[str]]:
-    """Record the statements that end a transaction, as SQLite runs them."""
+    """Yield a list to which each statement that ends a transaction is added when SQLite runs it."""
     seen: list[str] = []
     store._database.connection.set_trace_callback(
         lambda sql: seen.append(sql) if sql in ("COMMIT", "ROLLBACK") else None

@@ -1,4 +1,4 @@
-"""The files under a running server, the log that belongs to a file, and restored backups."""
+"""Database files that change while a server has them open, logs of other database files, and restored backups."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file() and not one.name.endswith(".lock")}
 
 
-# ---- Files that change under the server ------------------------------------------------------------------------------
+# ---- Files that change while the server runs -------------------------------------------------------------------------
 
 
 def replace(database: Path) -> None:
@@ -103,7 +103,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""The file that still has everything that was acknowledged, for each of these changes."""
+"""For each of these changes: the file that still has everything that was acknowledged."""
 
 
 @posix
@@ -122,7 +122,7 @@ async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str
     if harm in SURVIVORS:
         assert await stored(tmp_path / SURVIVORS[harm]) == acknowledged
     else:
-        # Nothing was added to what the other program has left.
+        # The store has written nothing to the files that are left after the change.
         assert {path: path.read_bytes() for path in left if path.exists()} == left
 
 
@@ -227,7 +227,7 @@ def test_ending_server_leaves_the_address_of_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     with nexum_server(folder) as first:
-        first.process.popen.send_signal(signal.SIGSTOP)  # so that the first server notices the loss later
+        first.process.popen.send_signal(signal.SIGSTOP)  # so that it doesn't notice yet that its folder is lost
         shutil.rmtree(folder)
         folder.mkdir()
         with nexum_server(folder) as second:

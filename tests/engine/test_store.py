@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
-NO_RETRIES = 2**60  # a time after which no retry becomes due
+NO_RETRIES = 2**60  # a sweep for what became due after this time finds no retry
 ONE: dict[str, list[str]] = {"a": []}
 CHAIN: dict[str, list[str]] = {"a": [], "b": ["a"]}
 DIAMOND: dict[str, list[str]] = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -122,7 +122,7 @@ async def test_key_is_found_in_another_version_of_its_workflow(store: Store) -> 
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
     assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
-    # The version of the second start need not be registered: the caller's code may have changed since the first one.
+    # The version of the second start need not be registered: the caller's code may have changed since the first start.
     assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
@@ -160,7 +160,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
-    # The task has the same key as the failed one, so that a service can recognise the repeated call.
+    # The task has the same key as the failed one, so that a service can recognize the repeated call.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
@@ -401,7 +401,7 @@ async def test_failure_reported_twice_counts_once(store: Store, clock: ManualClo
 async def test_failure_reason_is_cut_and_never_empty(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
-    for _ in range(2):  # an equal second report changes nothing, also if its reason was cut
+    for _ in range(2):  # an equal second report changes nothing, even if its reason was cut
         await store.run(tasks.fail_task, task.task_id, "x" * 100_000, False)
     clock.advance(1)
     await store.run(tasks.fail_task, (await taken(store)).task_id, "", True)
@@ -642,7 +642,7 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
         await sweep(store)
     await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
-    # If the attempt that failed late still counted as lost, the next attempt would be the last one.
+    # One more loss doesn't end the execution: the attempt that failed late no longer counts as lost.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
@@ -876,7 +876,7 @@ async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen)
 
 
 async def test_failing_transition_raises_only_for_its_caller(store: Store) -> None:
-    """The other transitions of its transaction succeed."""
+    """The other transitions of the same transaction succeed."""
     await register(store, ONE)
     outcomes = await asyncio.gather(
         store.run(executions.start_execution, "w", "v1", "1", ""),

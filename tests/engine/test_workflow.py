@@ -1,4 +1,4 @@
-"""Workflows as data: refusals of the builder and the IR, versions, compatibility and scheduling."""
+"""Workflows as data: what the builder and the IR's parser refuse, versions, compatibility and scheduling."""
 
 from __future__ import annotations
 

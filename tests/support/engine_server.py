@@ -48,7 +48,7 @@ class EngineServer:
         """The number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the runs of a transition. Call each of `faults` once, in order, instead of the first runs."""
+        """Count the runs of a transition. The first runs call `faults` instead, one fault per run, in order."""
         self.calls[transition] = 0
 
         def counted(run: Run) -> Awaitable[Any]:
@@ -76,7 +76,7 @@ async def hangs() -> None:
 
 @asynccontextmanager
 async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> AsyncIterator[EngineServer]:
-    """Run a server on the folder's database, ready for calls. `lease` is in seconds."""
+    """Run a server on the folder's database; yield it when it is ready for calls. `lease` is in seconds."""
     clock = SystemClock()
     store = await open_store(harness.url_of(folder), clock)
     polls = Polls(store, clock, round(lease * 1000))

@@ -48,11 +48,11 @@ class FaultyProxy:
             self._loop.call_soon_threadsafe(self._open[direction].clear)
 
     def delay(self, seconds: float) -> None:
-        """Delay whatever is sent. Different connections are delayed apart, so their messages overtake each other."""
+        """Delay all data. Connections don't wait for each other, so data of one can overtake data of another."""
         self._delay = seconds
 
     def release(self) -> None:
-        """End holding back and delaying."""
+        """Undo `hold` and `delay`: pass on all data at once."""
         self._delay = 0.0
         for opened in self._open.values():
             self._loop.call_soon_threadsafe(opened.set)
@@ -123,7 +123,7 @@ class FaultyProxy:
 
 
 def postgres_proxy(url: str) -> tuple[FaultyProxy, str]:
-    """Return a proxy before the PostgreSQL that a URL names, and the same URL with {port} for the proxy's port."""
+    """Return a proxy for the PostgreSQL at `url`, and the URL of the proxy: it has {port} in place of the port."""
     import psycopg.conninfo
 
     given = psycopg.conninfo.conninfo_to_dict(url)

@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment with `changes`, without variables that select a model, server or database."""
+    """Return the environment with `changes`, without the variables that select a model, server or database."""
     base = {name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES}
     return {**base, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(changes or {})}
 
@@ -148,7 +148,7 @@ url_of: Callable[[Path], str] = sqlite_url
 def nexum_server(
     folder: Path, *, database_url: str = "", port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Run a server process, by default on the folder's database, ready for calls.
+    """Run a server process, by default on the folder's database; yield it when it is ready for calls.
 
     With port 0, the server takes a free port itself.
     """
@@ -175,7 +175,7 @@ class Server:
 
 @contextmanager
 def published_server(folder: Path, *, take_back_after: float = 60.0) -> Iterator[str]:
-    """Run a stand-in for the published Nexum server, with its files in `folder`; yield its address."""
+    """Run the stand-in for a published Nexum server (published_server.py) in `folder`; yield its address."""
     host = "[::1]" if _has_ipv6() else "127.0.0.1"
     program = str(ROOT / "tests" / "support" / "published_server.py")
     command = [program, "--listen", f"{host}:0", "--take-back-after", str(take_back_after)]

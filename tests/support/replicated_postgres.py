@@ -1,4 +1,4 @@
-"""A PostgreSQL with a streaming replica: a commit is acknowledged when both have it."""
+"""A PostgreSQL with a streaming replica: a commit is acknowledged when the primary and the replica have it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _run(name: str, *arguments: str | Path) -> None:
 @contextmanager
 def replicated_postgres() -> Iterator[tuple[Node, Node]]:
     """Run a primary and its replica for the length of a `with`."""
-    # Not in pytest's folder: the other user may not enter it.
+    # Don't use pytest's folder: if root runs the tests, PostgreSQL runs as another user, who may not enter that folder.
     folder = Path(tempfile.mkdtemp(prefix="nexum-replicated-"))
     primary, replica = Node(folder / "primary"), Node(folder / "replica")
     try:
@@ -99,7 +99,8 @@ def replicated_postgres() -> Iterator[tuple[Node, Node]]:
         primary.start()
         _run("pg_basebackup", "-d", primary.url, "-D", replica.folder, "-R", "-c", "fast", "--no-sync")
         replica.start()
-        # Set this after the replica was made: a replica that has become the primary waits for no other one.
+        # Set this only now, so that the replica doesn't copy it: when the replica becomes the primary, it must not wait
+        # for another replica.
         primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
         primary.execute("SELECT pg_reload_conf()")
         wait_until(
