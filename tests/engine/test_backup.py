@@ -212,6 +212,7 @@ async def test_backup_that_cannot_be_written_is_refused(
 # ---- A server --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, server: Server) -> None:
     async with NexumClient(server.address) as client:
         await client.register_workflow(ECHO)
@@ -227,6 +228,7 @@ async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, serv
     assert check_database(tmp_path / "b.db").executions == 1
 
 
+@pytest.mark.sqlite
 def test_backup_command_with_and_without_server(tmp_path: Path, server: Server) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "backup", *arguments], tmp_path, {})

@@ -266,6 +266,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
     assert contents(copies) == before
 
 
+@pytest.mark.sqlite
 def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: Server) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {})

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
@@ -129,6 +130,7 @@ def test_watch_prints_what_changes_and_ends_with_130(tmp_path: Path, server: Ser
     assert watching.lines[0].split() == ["EXECUTION", "STATUS", "STARTED", "WORKFLOW"]
 
 
+@pytest.mark.sqlite
 def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
     """An embedded server ends with its run. Then the next run's server opens the same database."""
     where = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
@@ -239,7 +241,7 @@ def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
         register(stub, {"a": []})
         execution_id = begin(stub)
         complete(stub, poll(stub))
-    where = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
+    where = {"DATABASE_URL": harness.url_of(tmp_path)}
     code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--follow"], tmp_path, where)
     assert (code, output.splitlines()[-1]) == (0, f"{execution_id} is COMPLETED")
 
@@ -261,7 +263,7 @@ def test_retry_with_and_without_server(tmp_path: Path) -> None:
         assert fail(stub) == "b"
         code, output = nexum(tmp_path, server, "retry", "exec-9")
         assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
-    where = ["--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"]
+    where = ["--database-url", harness.url_of(tmp_path)]
     retried = run_script(["-m", "nexum_engine", "retry", execution_id, *where], tmp_path, {})
     assert retried == (0, f"{execution_id} is RUNNING again")
     with nexum_server(tmp_path) as server, connected(server.address) as stub:

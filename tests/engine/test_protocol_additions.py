@@ -363,6 +363,7 @@ def test_server_with_waiting_calls_stops_at_once_without_log(
         stream.dies()
 
 
+@pytest.mark.sqlite
 def test_first_line_names_address_database_and_version(server: Server) -> None:
     (line,) = server.process.lines
     assert re.fullmatch(

@@ -502,7 +502,7 @@ async def test_server_prunes_while_calls_are_answered(server: Server) -> None:
         pruning = client.prune(0)
         started = client.start_execution(ECHO, {}, idempotency_key="beside")
         part, beside = await asyncio.gather(pruning, started)
-        assert (part.executions, part.kept >= 1, part.after) == (1, True, None)
+        assert (part.executions, part.kept >= 1) == (1, True)
         assert part.total_bytes > 0
         with pytest.raises(ExecutionNotFound):
             await client.get_status(pruned)
@@ -531,6 +531,7 @@ def nexum(folder: Path, *arguments: str) -> tuple[int, str]:
     return run_script(["-m", "nexum_engine", *arguments], folder, {})
 
 
+@pytest.mark.sqlite
 async def test_prune_command_with_and_without_server(tmp_path: Path) -> None:
     database = ("--database-url", f"sqlite:///{tmp_path / 'nexum.db'}")
     with nexum_server(tmp_path) as server:

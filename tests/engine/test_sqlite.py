@@ -28,7 +28,7 @@ from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_file import APPLICATION_ID
 from nexum_engine.workflow import workflow
 
-pytestmark = pytest.mark.every_python
+pytestmark = [pytest.mark.every_python, pytest.mark.sqlite]
 
 NOOP = workflow("noop").effect("a").build()
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'

@@ -21,6 +21,7 @@ from nexum_engine.location import address_file, read_address
 from nexum_engine.store import executions, listing, open_store, restore_database
 from nexum_engine.store.sqlite import SqliteStore
 
+pytestmark = pytest.mark.sqlite
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename an open file")
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'

