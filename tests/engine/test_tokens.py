@@ -223,7 +223,8 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
         monkeypatch.setenv("NEXUM_TOKEN", FORMER)
         async with NexumClient(server.address) as former, grpc.aio.insecure_channel(server.address) as channel:
             await former.ping()
-            beats: Any = NexumServiceStub(channel).WorkerStream(metadata=[("authorization", f"Bearer {FORMER}")])
+            stub: Any = NexumServiceStub(channel)
+            beats = stub.WorkerStream(metadata=[("authorization", f"Bearer {FORMER}")])
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
