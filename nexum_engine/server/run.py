@@ -131,6 +131,7 @@ async def run_server(
         address = f"{address.rpartition(':')[0]}:{port}"
         database = Path(store.opened_as)
         await liveness.start()
+        await servicer.queue.count()
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()
