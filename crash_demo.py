@@ -66,18 +66,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--crash-after", choices=CRASH_AFTER, help="kill worker 1 once this step is recorded (default: validate)"
+        "--crash-after",
+        choices=CRASH_AFTER,
+        metavar="STEP",
+        help=f"kill worker 1 once this step is recorded: {', '.join(CRASH_AFTER)} (default: validate)",
     )
     where.add_argument(
-        "--crash-during", choices=STEPS, help="kill worker 1 within this step, after its effect and before its record"
+        "--crash-during",
+        choices=STEPS,
+        metavar="STEP",
+        help=f"kill worker 1 within this step, after its effect and before its record: {', '.join(STEPS)}",
     )
     where.add_argument("--all", action="store_true", help="run every crash point, one after the other")
     where.add_argument(
         "--graphflow",
         action="store_true",
-        help="instead: interrupt an AutoGen GraphFlow and resume it, with save_state and as a durable run",
+        help="instead of the pipeline, interrupt an AutoGen GraphFlow and resume it: with save_state, and as a "
+        "durable run",
     )
-    where.add_argument("--cyclic", action="store_true", help="as --graphflow, for a GraphFlow with a loop")
+    where.add_argument("--cyclic", action="store_true", help="like --graphflow, with a GraphFlow that has a loop")
     parser.add_argument("--query", default=QUERY, metavar="TEXT", help="the topic of the report (default: %(default)s)")
     parser.add_argument("--offline", action="store_true", help="run without a model key and without the web")
     add_nexum_option(parser, embedded=True)
@@ -97,8 +104,8 @@ async def run(
             if nexum.is_published:
                 say_what_is_lost(
                     nexum.address,
-                    "it records each step's result, but not its attempts, times or reasons of failures. The timeline "
-                    "is from the workers' log. A dead worker's step comes back after 60 to 90 s",
+                    "it records each step's result, but no attempts, times or reasons of failures. So the timeline is "
+                    "from the workers' log. Another worker gets a dead worker's step after 60 to 90 s",
                 )
             for point in points:
                 if len(points) > 1:

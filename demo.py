@@ -75,17 +75,18 @@ class DurableCalls:
         """Submit one tool call through submit_task.py; return its recorded result."""
         from durable_autogen import call_id
 
-        # Pass the call's id as scope, so that two equal calls are both executed. A re-run has the same ids.
+        # Pass the call's id as scope, so that two calls with equal arguments are both executed. If the run is repeated,
+        # each call gets the id that it had in the first run.
         result = await self.session.call(tool_name, arguments, timeout=300, scope=call_id())
         self.count[result.origin] += 1
         if result.origin is Origin.EXECUTED and self.count[Origin.EXECUTED] == self.crash_after:
-            how = f"(--session-id {self.session.session_id} continues)"
+            how = f"(continue with --session-id {self.session.session_id})"
             say(f"[demo] step {self.crash_after} is recorded; crashing now, as requested {how}")
             kill_this_process()
         return result.text
 
     def tools(self) -> list[FunctionTool]:
-        """Return the tools as AutoGen's FunctionTools around plain functions."""
+        """Return AutoGen FunctionTools. Each calls a plain function that submits a tool call."""
         from autogen_core.tools import FunctionTool
 
         from support.tools import TOOLS
@@ -116,7 +117,7 @@ def build_agent(
         model.client(share=share),
         tools=[*calls.tools()],
         system_message=SYSTEM_MESSAGE + role,
-        max_tool_iterations=MAX_TOOL_ROUNDS,  # with AutoGen's default, 1, raw tool output would be the answer
+        max_tool_iterations=MAX_TOOL_ROUNDS,  # with AutoGen's default of 1, raw tool output would be the answer
         model_client_stream=stream,
     )
 
@@ -130,7 +131,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
     async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
-        from durable_autogen import run_durable_stream  # a slow import; the worker starts meanwhile
+        from durable_autogen import run_durable_stream  # imported here: it is slow, and the worker starts meanwhile
 
         if nexum.is_published:
             say_what_is_lost(

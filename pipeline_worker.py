@@ -106,7 +106,7 @@ class Acting:
         return run
 
     def after_report(self, task: Task) -> None:
-        """Crash, if requested, when the server has acknowledged a step's result. A reported failure doesn't count."""
+        """If requested, crash when the server has acknowledged a step's result. Don't crash if the step failed."""
         if task.node_id == self.crash_after and (task.execution_id, task.node_id, task.attempt) in self._done:
             say(f"[pipeline] {task.node_id} is recorded; crashing now, as requested")
             kill_this_process()

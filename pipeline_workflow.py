@@ -1,8 +1,9 @@
-"""The research pipeline: four EFFECT nodes, as data. `crash_demo.py` starts it, `pipeline_worker.py` runs the nodes.
+"""Define the research pipeline, a workflow of four EFFECT nodes.
 
     research -> validate -> summarize -> report
 
-Each node depends on all nodes before it, and gets their recorded outputs.
+Each node depends on all nodes before it, and gets their recorded outputs. `crash_demo.py` starts the pipeline, and
+`pipeline_worker.py` runs the nodes.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Report(_Record):
 
 
 def _pipeline(workflow_id: str) -> Workflow:
-    """Build the pipeline with this workflow id. The id is part of the version hash, by which workers poll."""
+    """Build the pipeline with this workflow id. The id changes the version hash, and workers poll by version hash."""
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)

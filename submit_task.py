@@ -4,8 +4,8 @@
     text = submit_tool_call("web_search", {"query": "Tokyo"}, session_id="demo1")
     python submit_task.py web_search '{"query": "Tokyo"}' --session-id demo1
 
-Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). The same call in the same session
-returns the recorded result, also after a crash of any process.
+Needs a Nexum server (`python -m nexum_engine`) and a worker (`python worker.py`). Another call of the tool with the
+same arguments in the same session returns the recorded result, even if any of these processes has crashed meanwhile.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from support.session_file import SessionFile
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
-FIRST_NOTICE = 1.0  # seconds of waiting before the first line about a wait
-NOTICE_EVERY = 5.0  # seconds between two lines about a wait
-SHOWN_REASON = 200  # characters of a failure that a line about a wait shows
+FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
+NOTICE_EVERY = 5.0  # seconds after which a waiting call prints its next notice
+SHOWN_REASON = 200  # a notice shows at most this many characters of the reason why the latest attempt ended
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class Session:
 
     `nexum` is the server's address, with the defaults of NexumClient. If `client` is given, the session uses that
     client and never closes it. `tell` is called with each line about progress, from the event loop or from the thread
-    of the session file.
+    that writes the session file.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Session:
         self._owns_client = client is None
         self._workflow = workflow
         self._writing: set[asyncio.Task[None]] = set()
-        """The entries of the session file that are being written."""
+        """The tasks that are writing entries to the session file."""
 
     async def __aenter__(self) -> Session:
         return self
@@ -146,12 +146,12 @@ class Session:
     async def call(
         self, tool_name: str, tool_args: Mapping[str, Any], *, timeout: float = 120, scope: str = ""
     ) -> ToolResult:
-        """Run the tool, or find its recorded result. Two equal calls run twice if their `scope` differs.
+        """Run the tool, or find its recorded result. To run the tool again with equal arguments, give another `scope`.
 
         Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
         fault of the server. Raises WaitTimeout after `timeout` seconds. The execution then continues, and the next
-        equal call attaches to the execution. Raises ExecutionNotFound if the server doesn't know the execution
-        at that time.
+        equal call attaches to the execution. If the server doesn't know the execution when the time is up, raises
+        ExecutionNotFound instead.
         """
         if math.isnan(timeout):
             raise InvalidRequest("timeout is not a number: give a number of seconds")
@@ -172,12 +172,13 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # Write the file while the call runs. If the call has ended already, don't wait for the file: only
-                    # this project's server reports that, and it also finds the call by its key.
+                    # The session file is written in the background. If StartExecution reported the execution's end,
+                    # don't wait for the file: only this project's server reports the end, and this project's server
+                    # finds the call by its key, without the file.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
-                # Start the call again: somebody replaced the server or its database, perhaps while this call waited.
+                # The server or its database was replaced, perhaps while this call waited. Start the call again.
                 if not deadline.left:
                     raise
                 lost = f"{_short(gone.execution_id)} ({tool_name})"
@@ -198,7 +199,7 @@ class Session:
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
-        """Return the result of an execution that the session file names, or None if it is FAILED or CANCELLED."""
+        """Return the result of an execution from the session file. Return None for a FAILED or CANCELLED execution."""
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
         if status is ExecutionStatus.COMPLETED:
@@ -219,7 +220,7 @@ class Session:
             self._workflow,
             task,
             idempotency_key=f"{self.session_id}:{key}",
-            # Wait briefly, so that an execution that ends soon, or has ended, needs no GetExecution.
+            # Let the server wait briefly for the execution to end: a short call then needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
@@ -252,15 +253,18 @@ class Session:
                     self._client.get_execution,
                     execution_id,
                     wait=min(deadline.left, notice),
-                    with_attempts=True,  # for the line about the wait
+                    with_attempts=True,  # the notice shows why the latest attempt ended
                 ),
             )
             if observed.execution.status.ended:
                 ended = observed.execution
                 break
             if not deadline.left:
-                # A published server can lose a task, for instance if the client died while it started the call.
-                lost = f", or, if its worker is idle, cancel it first: nexum cancel {execution_id}"
+                # A published Nexum server can lose a task, for instance if a client dies during StartExecution.
+                lost = (
+                    ". If the worker is idle, the server may have lost the task: then cancel the execution first, with "
+                    f"python -m nexum_engine cancel {execution_id}"
+                )
                 raise WaitTimeout(
                     f"{tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
@@ -286,8 +290,8 @@ class Session:
             if version != self._workflow.version_hash:
                 return (
                     f"no worker polls for {self._workflow.workflow_id} in this execution's version "
-                    f"({version[:19]}...); start a worker of that code, or cancel the execution: nexum cancel "
-                    f"{observed.execution.execution_id}"
+                    f"({version[:19]}...); start a worker with the code of that version, or cancel the execution: "
+                    f"python -m nexum_engine cancel {observed.execution.execution_id}"
                 )
             return (
                 f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
@@ -295,12 +299,12 @@ class Session:
             )
         for node in nodes:
             if node.status is NodeStatus.RUNNING:
-                # The list may be empty: a published server reports no attempts.
+                # A node may have no attempts: a published Nexum server, unlike this project's, reports none.
                 which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
                 return f"{which} was handed to a worker"
         if observed.has_poller is None:
-            return "the server doesn't show whether a worker polls; start one, unless one runs, with: python worker.py"
-        return "the task is queued, or its next attempt is not due yet"
+            return "the server doesn't show whether a worker polls; if none runs, start one with: python worker.py"
+        return "the task is queued, or the pause before its next attempt is not over"
 
 
 def _short(execution_id: str) -> str:
@@ -321,7 +325,7 @@ def _result(tool_name: str, execution: Execution) -> str:
 
 
 def _last_failure(execution: Execution) -> str:
-    """Return a phrase that tells why the last attempt ended, or "" if no attempt has ended."""
+    """Return a phrase with the outcome of the latest ended attempt and its reason, or "" if no attempt has ended."""
     ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
     if not ended:
         return ""
@@ -340,7 +344,7 @@ def _reason(execution: Execution) -> str:
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
 _clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
-# Hold each SessionFile weakly: it is needed only until the calls that use it are written to disk.
+# A SessionFile is needed only until the calls that use it are written to disk. So the dictionary holds it weakly.
 _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
 
 
@@ -362,10 +366,10 @@ def _client_here() -> NexumClient:
 async def submit_tool_call_async(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises what `Session.call` raises.
 
-    The sessions of an event loop share a connection. After the loop is closed, the next call on any loop closes the
-    connection.
+    All sessions of an event loop share one connection. When the loop has been closed, the next call from another loop
+    closes the connection.
     """
     async with Session(session_id, client=_client_here()) as session:
         session.file = _files.setdefault((os.getcwd(), session_id), session.file)
@@ -375,7 +379,7 @@ async def submit_tool_call_async(
 def submit_tool_call(
     tool_name: str, tool_args: Mapping[str, Any], session_id: str = "default", timeout: float = 120, scope: str = ""
 ) -> str:
-    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises as `Session.call` does.
+    """Make a durable tool call in the session `session_id`. Return the tool's text. Raises what `Session.call` raises.
 
     The call blocks. Inside an event loop, await `submit_tool_call_async` instead.
     """
@@ -393,7 +397,7 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """Drop the event loop after a fork: its thread runs in the parent only, and may have held the lock."""
+    """Forget the background loop after a fork. Its thread runs in the parent only, and may have held the lock."""
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
 

@@ -1,4 +1,7 @@
-"""The tool-call workflow: one EFFECT node, as data. `worker.py` runs the node, `submit_task.py` starts executions."""
+"""Define the tool-call workflow, which has one EFFECT node.
+
+`submit_task.py` starts executions of the workflow, and `worker.py` runs the node.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The bare limit of a call: the same three processes and two commits as a durable call, without an engine.
 
-The client and the worker each have one bidirectional stream to the server, with raw bytes. For each call, the server
-commits its start, passes it to the worker, commits the result, and passes the result to the client.
+The client and the worker each have one bidirectional stream to the server, with raw bytes. The server commits the start
+of each call, passes the call to the worker, commits the result, and passes the result to the client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from floor import ARGUMENT, RESULT, Plain, process, serve
 
 SCRIPT = str(Path(__file__).resolve())
 _CALLS, _WORK = "/benchmark.Bare/Calls", "/benchmark.Bare/Work"
-_NUMBER = 8  # bytes at the beginning of each message, which name the call
+_NUMBER = 8  # the first bytes of each message, which are the call's number
 _READY = b"ready"  # the worker's first message
 
 

@@ -1,4 +1,4 @@
-"""Measure this project beside its peers: the same tool call, in turns, each peer set up as its documentation says.
+"""Measure this project beside its peers: the same tool call, with each peer set up as its documentation says.
 
     python benchmarks/compare.py
     python benchmarks/compare.py --only nexum-worker --only procrastinate --json found.json --chart found.svg
@@ -7,15 +7,16 @@
 A call has 300 bytes of arguments, a tool that does nothing and 1 KB of result. The first table has calls that are
 executed in the caller's process, the second one has calls that another process executes. In each round, each peer
 starts its own processes on its own database, is measured, and ends. The unit of all ratios is a commit of plain SQLite
-(synchronous=FULL): ten calls and ten commits are made in turn. strace shows what each peer has written to disk when the
-caller has its result.
+(synchronous=FULL): ten commits are measured after every ten calls. strace shows what each peer has written to disk when
+the caller has its result.
 
 The columns:
 
-- `calls`: the number of calls in a second, or in the time of a commit, with 32 runs at the same time.
+- `calls`: how many calls are made in the time of a commit (ratios) or in a second, while 32 runs are in flight.
 - `replay`: the caller is killed after 20 recorded calls, and a new caller connects. The time is from the connection
   until the run continues (first table), or until the new caller has all 20 results (second table).
-- `recovery`: from the kill of the worker that executes a call until the caller has the result of another worker.
+- `recovery`: a worker is killed while it executes a call. The time is from the kill until the caller has the result,
+  which another worker produces.
 - `start`: from the start of all processes to the first result.
 - `MB`: memory of all processes; shared pages are counted once.
 """
@@ -58,7 +59,7 @@ from peers.processes import Child, PeerFailed, Processes, Trace, kill_pid  # noq
 
 from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 
-BLOCK = 10  # calls that take turns with as many commits
+BLOCK = 10  # calls; then the same number of commits is measured
 WARM_UP = 20  # calls
 TRACED = 20  # calls
 LONG_RECOVERY = 20.0  # seconds; a recovery that takes longer is measured only once
@@ -104,7 +105,7 @@ class Comparison:
         self._ports: dict[str, dict[str, int]] = {peer.name: {} for peer in peers}
 
     async def measure(self, rounds: int, *, set_up: bool) -> None:
-        """Let the peers take turns. A peer that fails once has no more turns."""
+        """Let the peers take turns. After a failure, a peer gets no more turns."""
         for number in range(0 if set_up else 1, rounds + 1):
             for peer, row in self.rows.items():
                 if row.failure is not None:
@@ -172,7 +173,7 @@ class Comparison:
         return caller
 
     async def _replay_calls(self, processes: Processes, caller: Child, row: Row, number: int) -> Child:
-        """Make calls, kill the caller, and make the same calls again in a new caller."""
+        """Make the calls of a run, kill the caller, and let a new caller make the calls of this run again."""
         name = f"recorded-{number}"
         await run(caller, name, RECORDED)
         await caller.kill()
@@ -184,7 +185,7 @@ class Comparison:
         return caller
 
     async def _recovery(self, peer: Peer, processes: Processes, caller: Child, number: int) -> float:
-        """Kill the worker that executes a call; return the seconds until the caller has its result."""
+        """Kill a worker while it executes a call; return the seconds until the caller has the call's result."""
         if not peer.restarts_worker:
             await (await processes.start_worker()).answer()
         name = f"{STOPPED}worker-{number}"
@@ -204,7 +205,7 @@ def tell(line: str) -> None:
 
 
 def is_in_memory(folder: Path) -> bool:
-    """Return whether a folder is known to be on a file system in memory."""
+    """Return whether a folder is on a file system in memory; False if the system doesn't tell."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:

@@ -5,22 +5,23 @@
     python benchmarks/durable_run.py --without-server
     python benchmarks/durable_run.py --json
 
-Each case runs three times, each time in a new process: plain, durable live, and replayed. The server is a separate
-process on loopback, on SQLite with synchronous=FULL. With --without-server, the process of the run opens the database.
+Each case runs three times, each time in a new process: without a durable session (plain), in one (live), and in the
+same one again (replay). The server is a separate process on loopback, on SQLite with synchronous=FULL. With
+--without-server, the process of the run opens the database.
 The model is a script in the program's process and answers at once, so the times are only those of AutoGen and
 durable_autogen. The cases:
 
 - agent: one AssistantAgent; every second reply calls a tool with a result of 1 KB.
 - team: a RoundRobinGroupChat of two such agents.
 - results: one agent with 40 replies; the first five call a tool with a result of 1 MB. The model reads no message.
-- requests: as the case `results`, but the model writes each request as JSON, as a real client does.
+- requests: like `results`, but the model writes each request as JSON, as a real client does.
 - sessions: 300 sessions in one event loop, each with two replies and a tool.
 - busy: 30 such sessions, while another task calls asyncio.sleep(0) for ever.
 - blocking: one reply with 20 calls of a tool that blocks for 0.3 s, on an executor of 32 threads.
 
 A step is a tool and the reply after it; a turn has two replies and a tool. The floor of a call is two commits and two
-gRPC echoes, or two commits alone with --without-server; it is measured between the runs. To compare machines, compare
-the ratios, not the times."""
+gRPC echoes; with --without-server, it is only two commits. It is measured between the runs. To compare machines,
+compare the ratios, not the times."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ THREADS = 32
 
 
 class Model(ChatCompletionClient):
-    """A model that answers at once. `script` returns the reply of a given number."""
+    """A model that answers at once. `script` returns the reply with a given number."""
 
     component_type = "model"
     component_config_schema = BaseModel
@@ -213,7 +214,7 @@ class Program:
             yield
 
     def saw(self, item: object) -> None:
-        """Note the time of a message: it ends a step or a turn, or shows that a tool is called."""
+        """Note the time of a message. A message ends a step or a turn, or shows that a tool is called."""
         now = time.perf_counter()
         if isinstance(item, ToolCallRequestEvent):
             self._tool_called = now
@@ -241,7 +242,7 @@ class Program:
                 self.saw(item)
 
     async def results(self, replies: int, *, writes_requests: bool = False) -> None:
-        """Run one agent with big tool results. Each later request contains all of them."""
+        """Run one agent with big tool results. Each later request contains all these results."""
 
         def script(number: int) -> str | list[FunctionCall]:
             return call("read_file", number) if number <= BIG_RESULTS else text(number)
@@ -291,7 +292,7 @@ def run_case(case: str, mode: str, session: str, nexum: str | None, replies: int
     """Run a case in this process."""
     program = Program(mode, session, nexum)
     if mode != "plain":
-        import durable_autogen  # noqa: F401 - imported before the time is taken; a plain run doesn't use it
+        import durable_autogen  # noqa: F401 - import it before the measurement; a plain run doesn't use it
     gc.collect()
     begun, cpu_begun = time.perf_counter(), time.process_time()
     asyncio.run(getattr(program, case)(replies))
@@ -362,7 +363,7 @@ async def run_child(case: str, mode: str, session: str, nexum: str, replies: int
 
 
 def figures(case: str, runs: dict[str, list[Measured]], floor_ms: float) -> dict[str, Any]:
-    """Compute a case's figures: medians over the rounds, and ratios to plain and to the floor."""
+    """Compute a case's figures: medians of the rounds, and their ratios to the plain run and to the floor."""
     found: dict[str, Any] = {}
     for mode in MODES:
         found[mode] = {

@@ -1,4 +1,4 @@
-"""The floor under a call, and functions that the benchmarks share: for child processes, many calls, and the machine.
+"""The floor under a call. Functions that all benchmarks use: run processes, time calls, describe the machine.
 
 The **floor** is two committed transactions of two statements (plain sqlite3, one connection, synchronous=FULL) and two
 gRPC echo round trips between processes (raw bytes).
@@ -26,7 +26,7 @@ SCRIPT = str(Path(__file__).resolve())
 ROOT = Path(SCRIPT).parent.parent
 
 IN_FLIGHT = 32
-ARGUMENT = "x" * 280  # 300 bytes of JSON, when the argument's name and the quotes are added
+ARGUMENT = "x" * 280  # the JSON has 300 bytes: it adds the argument's name and the quotes
 RESULT = "y" * 1024
 _ECHO = "/benchmark.Echo/Echo"
 
@@ -127,6 +127,11 @@ class Child:
         return found[0]
 
     @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
     def cpu_seconds(self) -> float:
         """The CPU time of the process so far; 0 on systems without /proc."""
         try:
@@ -148,7 +153,7 @@ class Child:
 
 @asynccontextmanager
 async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
-    """Run a Python process for the length of a `with`, from its first line of output on."""
+    """Run a Python process for the length of a `with`. Yield it after its first line of output."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -192,7 +197,7 @@ async def one_by_one(call: Call, times: int) -> list[float]:
 
 
 async def per_second(call: Call, times: int) -> float:
-    """Make the calls with 32 in flight; return the number of calls a second."""
+    """Make the calls, 32 at a time; return the number of calls per second."""
     left = iter(range(times))
 
     async def keep_calling() -> None:

@@ -1,12 +1,11 @@
-"""Measure what calls cost while a server prunes 10,000 executions, beside what they cost before.
+"""Measure how long calls take while a server prunes 10,000 executions, and how long without a pruning.
 
     python benchmarks/prune.py
     python benchmarks/prune.py --executions 50000 --json
 
-The executions are of usual size (300 bytes of arguments, 1 KB of result), half of them in sessions of 100. Calls go
-through a worker, as in tool_call.py: first one by one, then with 32 in flight. In each case they are measured without
-pruning, and from the beginning of a pruning to its end, in turns. The goal: the median while pruning is at most 1.5
-times that without.
+Each execution has 300 bytes of arguments and 1 KB of result. Half of the executions are in sessions of 100. Calls go
+through a worker, as in tool_call.py: first one by one, then with 32 in flight. In each case, calls are measured before
+a pruning and during it. The goal: the median during a pruning is at most 1.5 times the median before it.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ async def fill(database: Path, number: int, days: float) -> None:
     input_json, output_json = json.dumps(ARGUMENT), json.dumps(RESULT)
 
     async def record(one: int) -> None:
-        # Neighbours in the file are not neighbours in the index of keys.
+        # Choose the keys so that neighbors in the file are not neighbors in the index of keys.
         key = f"s{days:g}-{one // SESSION}/{one * 7919 % 1_000_003}" if one % 200 < SESSION else f"{days:g}-{one}"
         await store.run(
             tasks.start_owned, workflow_id, version, input_json, key, "owner", 30_000, False, "", output_json
@@ -80,7 +79,7 @@ async def call_until(done: asyncio.Event, calls: Calls, in_flight: int) -> list[
 
 
 async def prune(client: NexumClient, days: float, done: asyncio.Event) -> int:
-    """Prune what ended `days` days ago or earlier; return the number of executions."""
+    """Prune the executions that ended `days` days ago or earlier; return how many were pruned."""
     after, found = 0, 0
     try:
         while True:
@@ -120,7 +119,7 @@ async def measure(number: int, rounds: int) -> dict[str, Any]:
 async def measure_case(
     client: NexumClient, calls: Calls, in_flight: int, days: float, number: int, seconds: Seconds
 ) -> None:
-    """Measure calls alone, and while one set of executions is pruned."""
+    """Measure calls first without a pruning, and then while one set of executions is pruned."""
     for what, length in (("warm-up", 0.5), ("alone", 4.0)):
         done = asyncio.Event()
         asyncio.get_running_loop().call_later(length, done.set)

@@ -4,9 +4,9 @@
     python benchmarks/start_up.py --beside ../other-checkout      # interleaved with another version of this project
     python benchmarks/start_up.py --json
 
-Each run is a new process in a new folder, offline, so it starts its own server and workers. A moment is the time until
-a line of output; `end` is the end of the process. The CPU time counts all processes of the run. On a busy machine it is
-more reliable than the times. To compare machines, compare the ratios.
+Each run is a new process in a new folder, offline, so it starts its own server and workers. The table shows how long a
+run takes until certain lines of its output, and until its end. The CPU time counts all processes of the run. On a busy
+machine, the CPU time is more reliable than the other times. To compare machines, compare the ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nexum_engine.options import count
 END, CPU = "end", "CPU time"
 PASS = "python -c pass"
 CASES: dict[str, tuple[list[str], dict[str, str]]] = {
-    # The command of each case, and for each moment a text in its line of output.
+    # For each case: the command, and the moments to measure. A moment is a line of output that contains this text.
     "demo.py --help": (["demo.py", "--help"], {}),
     "demo.py": (["demo.py", "--offline", "--new-session"], {"first tool executed": " done ✓"}),
     "crash_demo.py": (["crash_demo.py", "--offline"], {"first step recorded": "research   recorded"}),
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[list[str], dict[str, str]]] = {
 
 
 def run(command: list[str], moments: dict[str, str]) -> dict[str, float]:
-    """Run Python with this command; return the seconds until each moment."""
+    """Run Python with this command; return the seconds until each moment, and until the end."""
     seconds: dict[str, float] = {}
     named = {name: value for name, value in os.environ.items() if name not in ("NEXUM_ADDRESS", "DATABASE_URL")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -76,7 +76,7 @@ def _cpu_of_children() -> float:
 
 
 def measure(rounds: int, versions: list[Path]) -> dict[str, Any]:
-    """Run each case of each version in turn; return the medians of the seconds."""
+    """Let the cases and the versions take turns; return the median of each time."""
     found: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)

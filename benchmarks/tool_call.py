@@ -6,17 +6,18 @@
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite with synchronous=FULL. The paths:
 
 - worker: submit_task with its session file, a server process and a worker process.
-- replay: the same call again. Its result is recorded.
-- owned: the caller executes the call itself, between the recorded start and the recorded result (nexum_engine.owner).
-- event: the result alone, recorded in one transaction by an Owner: through the server, and without a server, by the
-  benchmark's own process.
+- replay: a repetition of a call whose result is recorded.
+- owned: the caller records the start, executes the call itself, and records the result (nexum_engine.owner).
+- event: an Owner records only the result, in one transaction. This is measured twice: through the server, and without a
+  server. Without one, the benchmark's own process opens the database.
 - reply: a model reply in a DurableSession (durable_autogen), in a separate process. The model answers at once.
-- step: what a durable session adds to a tool call and a reply of an AutoGen agent, live and replayed. Each is a median
-  of durable_run.py's case `agent`, minus the median of the plain agent.
+- step: the time that a durable session adds to a step of an AutoGen agent, live and replayed. A step is a tool call and
+  the reply after it. The added time is the median of the steps in durable_run.py's case `agent`, minus the median of
+  the plain agent's steps.
 
 The floor (floor.py) is two commits and two gRPC echoes; the bare limit (bare_limit.py) has the three processes and two
-commits of a durable call over gRPC streams, without an engine. All take turns in blocks of ten calls, so that a slow
-moment of the machine affects all of them. To compare machines, compare the ratios, not the times.
+commits of a durable call over gRPC streams, without an engine. All paths take turns in blocks of ten calls, so that a
+slow moment of the machine affects all of them. To compare machines, compare the ratios, not the times.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ from support.tools.web.live import LiveWeb  # noqa: E402
 from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput  # noqa: E402
 
-BLOCK = 10  # calls of one measure before the next one's turn
-STEP_REPLIES = 60  # replies of each agent whose steps are measured
+BLOCK = 10  # calls of one path, before the next path has its turn
+STEP_REPLIES = 60  # replies of each agent
 STEP_MODES = ("plain", "live", "replay")
 PERCENTILES = (50, 95, 99)
 
@@ -96,7 +97,7 @@ async def work(address: str) -> None:
 
 
 async def reply(address: str) -> None:
-    """Run the process that records model replies. Read a number of replies; print the seconds of each reply."""
+    """Record model replies in this process. Each line of input is a number of replies. Print each reply's seconds."""
     from autogen_core.models import UserMessage
     from durable_run import Model
 
@@ -114,7 +115,7 @@ async def reply(address: str) -> None:
 
 
 class Calls:
-    """Durable calls: new ones, each with different arguments, and their replays, in the same order."""
+    """Makes durable calls: new ones, each with other arguments, and their replays in the same order."""
 
     def __init__(self, session: Session, owner: Owner) -> None:
         self._session = session
@@ -207,7 +208,7 @@ async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
 
 
 async def measure_steps(number: int, address: str, folder: Path, seconds: Seconds) -> None:
-    """Run an AutoGen agent plain, durable and replayed, each in a process; add the seconds of its steps."""
+    """Run an AutoGen agent plain, live and replayed, each time in a new process; add the seconds of its steps."""
     from durable_run import run_child
 
     for mode in STEP_MODES:
@@ -216,7 +217,7 @@ async def measure_steps(number: int, address: str, folder: Path, seconds: Second
 
 
 async def measure_rates(calls: int, durable: Calls, bare: BareLimit, floor: Floor, rates: Seconds) -> None:
-    """Make calls with 32 in flight; add the calls a second."""
+    """Make calls with 32 in flight; add the calls per second to `rates`."""
     rates["echo"].append(await per_second(floor.echo, calls * 10))
     rates["bare_limit"].append(await per_second(bare.call, calls * 3))
     rates["worker"].append(await per_second(durable.new, calls * 3))
@@ -226,7 +227,7 @@ async def measure_rates(calls: int, durable: Calls, bare: BareLimit, floor: Floo
 
 
 def figures(seconds: Seconds, rates: Seconds, cpu: dict[str, float]) -> dict[str, Any]:
-    """Return the measurements, in milliseconds and calls a second, and their ratios."""
+    """Return the measurements in milliseconds and in calls per second, and their ratios."""
     calls = len(seconds["worker"])
     ms = {name: spread(found) for name, found in seconds.items()}
     for mode in STEP_MODES[1:]:
@@ -255,7 +256,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def ratios(spread: dict[str, float], unit: float) -> dict[str, float]:
-    """Return the percentiles in units of another measure's median."""
+    """Return the percentiles, divided by `unit`."""
     return {p: round(value / unit, 2) for p, value in spread.items()}
 
 

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     fork = commands.add_parser(
         "fork",
         parents=[server],
-        help="begin a session with the first events of another",
+        help="begin a session with the first events of another session",
         description="Begin the session NEW with the first N calls of SESSION. Run your program in NEW: it replays "
         "these events and continues live.",
     )
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             complain(f"error: {in_words(error)}")  # for example, the disk is full
-        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes
+        with suppress(OSError):  # otherwise Python reports the error at exit, when it flushes standard output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

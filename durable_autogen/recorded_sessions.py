@@ -41,10 +41,10 @@ class SessionInfo:
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
-    """The number of recorded calls of each kind: reply, tool, input, code, event."""
+    """The number of recorded calls of each kind: reply, tool, input, console, code, event."""
     begun_ms: int
     waits: tuple[Event, ...] = ()
-    """The beginnings of the waits that are not over; their content is a `Waiting`. Empty for a finished session."""
+    """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -160,9 +160,9 @@ async def send_event(
 ) -> None:
     """Send an event to a session: `wait_for_event(name)` in the session returns `payload`, a JSON value.
 
-    If the session does not wait for it now, or no process runs the session, the event is kept. With `idempotency_key`,
-    a second event of this name with this key changes nothing. `nexum` is the server's address, as for DurableSession.
-    Inside a session, call `send_event` in a tool: then a replay sends nothing.
+    If the session isn't waiting for the event now, or no process runs the session, the event is kept. If an event of
+    this name was sent with the same `idempotency_key` before, nothing is sent. `nexum` is the server's address, as for
+    DurableSession. Inside a session, call `send_event` in a tool: then a replay sends nothing.
 
     Raises InvalidRequest for a wrong argument, IdempotencyConflict if the key was used with another payload, and the
     server's errors.
@@ -218,13 +218,17 @@ async def fork_session(
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
         if not is_same:
-            raise DriftError(f"session {session} has something else on record than {source}: use another id")
+            raise DriftError(
+                f"session {session} has recorded other events than {source}: give the new session another id"
+            )
         if not continued and not added:
             for event in kept[len(copied) :]:
                 await journal.add_copy(event)
         if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
             if continued or added:
-                raise DriftError(f"session {session} has already continued without this message: use another id")
+                raise DriftError(
+                    f"session {session} has already continued without this message: give the new session another id"
+                )
             await journal.add_message(message)
         await journal.release()
     return kept

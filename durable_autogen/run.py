@@ -48,8 +48,8 @@ async def run_durable(
 
     `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
     calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
-    `task` out. `cancellation_token` and `output_task_messages` are those of AutoGen's `run`, and the other arguments
-    those of DurableSession.
+    `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
+    mean the same as in DurableSession.
 
     `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
@@ -222,7 +222,7 @@ def _check_new(runnable: Runnable) -> None:
     """Raise InvalidRequest for an agent or team that is running, or that has run before."""
     busy = _at_work.get(runnable)
     if busy is not None:
-        raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build another one")
+        raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build a new one")
     if getattr(runnable, "_initialized", False):
         raise InvalidRequest(
             f"{runnable.name} has run before, and its memory of that run isn't recorded: give run_durable a function "
@@ -231,7 +231,7 @@ def _check_new(runnable: Runnable) -> None:
 
 
 async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
-    """Compare the task and the team with the recorded ones, or record them; return the task to run."""
+    """Record the task and the team of a new session, or compare them with the recorded ones; return the task to run."""
     journal = recorder.journal
     task = _recordable(task)
     begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
@@ -288,7 +288,7 @@ def _texts(task: Task) -> list[str]:
 
 
 def _recordable(task: Task) -> Task:
-    """Return the task with half surrogate pairs replaced, so that the first run and a resumed run get equal tasks."""
+    """Return the task with lone surrogates replaced, so that the first run and a resumed run get equal tasks."""
     texts = _texts(task)
     if representable(texts) == texts:
         return task

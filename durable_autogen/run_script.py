@@ -25,7 +25,7 @@ from nexum_engine.errors import NexumError
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MAX_STEM = 40  # characters of a script's name in a session id
+MAX_STEM = 40  # characters; a longer script name is cut in the session id
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ def complain(text: str) -> None:
 
 
 class _Sessions:
-    """A wrapper that runs each main coroutine of a script, as passed to `asyncio.run`, in its own session."""
+    """A wrapper that runs each main coroutine of a script (passed to `asyncio.run`, for example) in its own session."""
 
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
@@ -133,8 +133,8 @@ class _Sessions:
 
     def _run_until_complete(self, original: Any) -> Any:
         def run_until_complete(loop: Any, future: Any) -> Any:
-            # Only a coroutine that the script itself passes is a main coroutine. asyncio also passes tasks, and its own
-            # shutdown coroutines, which are excluded by name.
+            # Only a coroutine that the script itself passes to this method is a main coroutine. asyncio also calls this
+            # method, with tasks and with its own shutdown coroutines. Exclude the shutdown coroutines by name.
             is_main = (
                 inspect.iscoroutine(future)
                 and not self._is_inside

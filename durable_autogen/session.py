@@ -28,9 +28,10 @@ class DurableSession(Session):
     differ, and "continue" continues live from the first difference. `on_unrecorded` says what to do if the program
     starts a connection or a process outside a recorded call: "tell" reports it, and "stop" ends the run.
 
-    `nexum` is the server's address. It defaults to NEXUM_ADDRESS, then to the server of this folder's database, then to
-    localhost:50051. If neither of these two servers answers, this process opens the database itself. `tell` is called
-    with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
+    `nexum` is the server's address. It defaults to NEXUM_ADDRESS. If neither is set, the session uses the server of
+    this folder's database, or else the server on localhost:50051. If neither server answers, this process opens the
+    database itself. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
+    these lines.
 
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
     for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
@@ -64,7 +65,7 @@ class DurableSession(Session):
 
 
 def current_session() -> DurableSession:
-    """Return the session inside which the caller runs, such as that of `run_durable` for a custom agent.
+    """Return the session inside which the caller runs. For example, a custom agent gets the session of `run_durable`.
 
     Raises NotDurable outside a session.
     """

@@ -26,7 +26,7 @@ from durable_autogen.record.log import at_time
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters of an event's content to show, at most
+EXCERPT = 100  # characters; an event's longer content is cut
 NAME_WIDTH = 32  # characters
 
 
@@ -50,7 +50,7 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 
 
 def details(shown: ShownSession, now: float) -> str:
-    """Return a text with a line for each event of a session. The number before a call is the N of `fork SESSION@N`."""
+    """Return a text with a line for each event of a session. A call's line begins with the N of `fork SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
     number = 0
     for event in shown.events:

@@ -128,7 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
             f"else {DEFAULT_ADDRESS}; if none answers, the database is read directly)",
         )
         _add_database(command, argparse.SUPPRESS)
-    restore = commands.add_parser("restore", help="replace the database by a backup; stop its server first")
+    restore = commands.add_parser(
+        "restore",
+        help="replace the database by a backup; stop its server first",
+        description="Replace the database by a backup, and keep the former database beside it. Stop its server first.",
+    )
     restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
     _add_database(restore, argparse.SUPPRESS)
     return parser
@@ -144,14 +148,15 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         "--database-url",
         default=default,
         metavar="URL",
-        help=f"the database, as sqlite:///path (default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
+        help="the database, as sqlite:///path or postgresql://user@host/name "
+        f"(default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
 
 
 async def serve(args: argparse.Namespace) -> None:
     """Run the server until it is stopped."""
-    # Shorten the turns of threads, 5 ms by default. Each call switches several times between the event loop and the
-    # store's thread.
+    # Make threads take shorter turns than Python's 5 ms, because each call switches several times between the event
+    # loop and the store's thread.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event
@@ -162,8 +167,8 @@ async def serve(args: argparse.Namespace) -> None:
 
     def on_ready(address: str, database: str) -> None:
         say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
-        # Exclude the 60,000 objects of the imports from full garbage collections. One stops the event loop for about
-        # 1 ms for each 2,500 objects.
+        # A full garbage collection stops the event loop for about 1 ms for each 2,500 objects. Exclude the 60,000
+        # objects of the imports.
         gc.collect()
         gc.freeze()
 
@@ -202,7 +207,7 @@ async def maintain(args: argparse.Namespace) -> str:
 
 
 def _complain(error: str) -> None:
-    with contextlib.suppress(OSError):  # the stream may be what failed
+    with contextlib.suppress(OSError):  # standard error itself may have failed
         print(f"error: {report.printable(error)}", file=sys.stderr, flush=True)
 
 
@@ -240,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _complain(in_words(error))  # such as a full disk
+            _complain(in_words(error))  # for example, the disk is full
         # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
         # needs no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

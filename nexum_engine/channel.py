@@ -27,7 +27,7 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Reconnect before a restarted server stops waiting for its workers and owners.
     ("grpc.max_reconnect_backoff_ms", 200),
-    # Limit one attempt to connect (the option's name misleads). A busy or distant machine needs seconds.
+    # Despite its name, this option limits the time of one attempt to connect. A busy or distant machine needs seconds.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -109,11 +109,11 @@ class Channel:
 
 
 def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -> None:
-    """Free the channels of closed event loops, which closes them. While one is open, gRPC keeps all event loops.
+    """Close the channels of closed event loops by freeing them. While such a channel is open, gRPC keeps all loops.
 
-    Only a garbage collection frees them: `asyncio.run` cancels tasks at its end, and their exceptions form reference
-    cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left, collect
-    all objects.
+    Only a garbage collection frees the channels: `asyncio.run` cancels tasks at its end, and their exceptions form
+    reference cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left,
+    collect all objects.
     """
     gc.collect(1)
     if any(loop() is not None for loop in loops):

@@ -90,13 +90,13 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """The old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    """The old executions that are kept: they run, or an execution of their session runs or ended too recently."""
     after: int | None
-    """Where to continue; None if this was the last part."""
+    """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
     given_back_bytes: int
-    """After the last part: the database's size, its space for new executions, and what was given back to the disk."""
+    """The bytes of the database, its free bytes, and the bytes given back to the disk. 0 before the last part."""
 
 
 class NexumClient:
@@ -253,8 +253,10 @@ class NexumClient:
             raise ExecutionNotFound(execution_id) from error
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
-        """Return the execution of an answer. Read the input and the outputs that the answer leaves out."""
+        """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""
         found = _execution(answer)
+        if not found.input_bytes and not any(node.output_bytes for node in found.nodes):
+            return found
         if found.input_bytes:
             text = await self._payload(found.execution_id, "", found.input_bytes, patience)
             found = replace(found, input_json=text, input_bytes=0)
@@ -264,7 +266,7 @@ class NexumClient:
                 text = await self._payload(found.execution_id, node.node_id, node.output_bytes, patience)
                 node = replace(node, output_json=text, output_bytes=0)
             nodes.append(node)
-        return replace(found, nodes=tuple(nodes)) if nodes else found
+        return replace(found, nodes=tuple(nodes))
 
     async def _payload(self, execution_id: str, node_id: str, size: int, patience: float) -> str:
         """Read an output, or the input if `node_id` is empty, in parts."""
@@ -328,8 +330,8 @@ class NexumClient:
         `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
         an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
         page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
-        1970. `attributes` selects those that have all of these attributes. With `group_sessions`, a durable session is
-        one item, its latest run. `parent` selects the executions that the nodes of this execution started.
+        1970. `attributes` selects executions that have all of them. With `group_sessions`, a durable session is
+        one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
         Raises ExecutionNotFound for an unknown `before`, and ServerError if the server knows only the published
         contract and can't select by time or attributes.
         """
@@ -431,7 +433,7 @@ class NexumClient:
         idempotency_key: str = "",
         patience: float = 0.0,
     ) -> None:
-        """Send an event to an execution. It completes an EVENT node, now or when a node waits for it.
+        """Send an event to an execution. The event completes an EVENT node that waits for it, or that will wait later.
 
         With `idempotency_key`, a second event with this key changes nothing. Without it, the call is never retried.
         Raises NotFound for an unknown execution or event, IdempotencyConflict, and Conflict if the execution has ended.
@@ -451,8 +453,8 @@ class NexumClient:
     ) -> Pruned:
         """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
 
-        Call again with the answer's `after` until it is None. With `session`, only the executions of that session are
-        deleted, together. `compact` gives all free space of the file back to the disk after the last part. Raises
+        Call again with the answer's `after` until it is None. With `session`, only that session's executions are
+        deleted: all or none. `compact` gives all free space of the file back to the disk after the last part. Raises
         NotFound for an unknown session, and InvalidRequest.
         """
         request = pb.PruneRequest(
@@ -472,12 +474,12 @@ class NexumClient:
     async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:
         """Write a copy of the server's database to `file`, an absolute path on the server's machine.
 
-        Yields the copied bytes and the size of the database while the server copies. The file is complete when the
-        iteration ends; close the generator to stop the backup. Raises Conflict if the file exists and `overwrite` is
-        false, and InvalidRequest if the file can't be written.
+        While the server copies, yields pairs: the bytes copied so far, and the bytes of the whole database. The file is
+        complete when the iteration ends. Close the generator to stop the backup. Raises Conflict if the file exists and
+        `overwrite` is false, and InvalidRequest if the file can't be written.
         """
         await self.reach()
-        # A channel of its own: calls share a stream, and have no answers in parts.
+        # Open a separate channel: on the stream that calls share, a call has only one answer.
         channel = Channel(*self.route(), purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
@@ -547,7 +549,7 @@ class NexumClient:
 
 
 def _milliseconds(wait: float) -> int:
-    """Return a wait for a request. Raises InvalidRequest for NaN."""
+    """Convert a wait in seconds to the milliseconds to request. Raises InvalidRequest for NaN."""
     if math.isnan(wait):
         raise InvalidRequest("wait is not a number: give a number of seconds")
     return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
@@ -561,7 +563,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # Use the only version of the poll: a published server sends no version and no attempt.
+        # A published server sends no version and no attempt. Its task has the only version that the poll asked for.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

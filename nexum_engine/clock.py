@@ -12,15 +12,33 @@ class Clock(Protocol):
 
     def now_ms(self) -> int: ...
 
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
+        """Adjust this clock to the clock that all servers of a database share.
+
+        The shared clock's time is now between `earliest_ms` and `latest_ms`.
+        """
+        ...
+
 
 class SystemClock:
-    """A clock that starts at the system's time and never jumps. A corrected system time expires no lease."""
+    """A clock that starts at the system's time and never jumps: a corrected system time makes no lease expire."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
+        self._last_ms = 0
 
     def now_ms(self) -> int:
-        return (self._offset_ns + time.monotonic_ns()) // 1_000_000
+        # Stand still, rather than go back, while the followed clock is behind.
+        self._last_ms = max(self._last_ms, (self._offset_ns + time.monotonic_ns()) // 1_000_000)
+        return self._last_ms
+
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
+        """Adjust this clock to the clock that all servers of a database share.
+
+        The shared clock's time is now between `earliest_ms` and `latest_ms`.
+        """
+        now_ns = self._offset_ns + time.monotonic_ns()
+        self._offset_ns += max(earliest_ms * 1_000_000 - now_ns, 0) + min(latest_ms * 1_000_000 - now_ns, 0)
 
 
 class ManualClock:
@@ -31,6 +49,9 @@ class ManualClock:
 
     def now_ms(self) -> int:
         return self._now_ms
+
+    def follow(self, earliest_ms: int, latest_ms: int) -> None:
+        """Do nothing: only `advance` moves this clock."""
 
     def advance(self, seconds: float) -> None:
         """Move the time forward."""

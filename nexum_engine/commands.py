@@ -28,9 +28,9 @@ from nexum_engine.store import Store, database_exists, executions, listing, open
 from nexum_engine.store.retry import retry_execution
 
 WATCH_INTERVAL = 1.0  # seconds
-LOOK_PATIENCE = 3.0  # seconds to wait until an ending server releases the database
+LOOK_PATIENCE = 3.0  # seconds to wait for an ending server to release the database
 PAGE = 1000
-"""How many child executions are read at once: those that the nodes of an execution started."""
+"""The number of child executions to read at once: executions that the nodes of one execution started."""
 T = TypeVar("T")
 
 
@@ -43,7 +43,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "question, calls and tokens.",
     )
     ps.add_argument("--workflow", default="", help="only executions of this workflow, without grouping sessions")
-    ps.add_argument("--status", default="", type=str.upper, help="only RUNNING, COMPLETED, FAILED or CANCELLED ones")
+    ps.add_argument(
+        "--status",
+        default="",
+        type=str.upper,
+        help="only executions with this status: RUNNING, COMPLETED, FAILED or CANCELLED",
+    )
     ps.add_argument(
         "--key",
         default="",
@@ -55,17 +60,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=moment,
         default=0,
         metavar="TIME",
-        help="only those that were started since then: an age (30s, 15m, 2h, 7d) or a date (2026-01-31, "
+        help="only those that were started after TIME: an age (30s, 15m, 2h, 7d) or a date (2026-01-31, "
         "2026-01-31T12:00: local time, or with Z or +01:00)",
     )
-    ps.add_argument("--until", type=moment, default=0, metavar="TIME", help="only those that were started before then")
+    ps.add_argument("--until", type=moment, default=0, metavar="TIME", help="only those that were started before TIME")
     ps.add_argument(
         "--attr",
         type=attribute,
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="only those with this attribute; repeat the option for several",
+        help="only those with this attribute; if you repeat the option, only those with all of them",
     )
     ps.add_argument("--all", action="store_true", help="list each execution of a session, too")
     ps.add_argument(
@@ -76,27 +81,43 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="refresh the list each second until Ctrl+C; without a terminal, print what changes",
     )
-    show = commands.add_parser("show", help="show an execution with its nodes and attempts")
+    show = commands.add_parser(
+        "show",
+        help="show an execution with its nodes and attempts",
+        description="Show an execution with its nodes and attempts.",
+    )
     show.add_argument(
         "--follow",
         action="store_true",
         help="refresh until the execution ends; without a terminal, print what happens. The exit code is 0 if it "
         "COMPLETED, else 1",
     )
-    cancel = commands.add_parser("cancel", help="cancel an execution")
+    cancel = commands.add_parser("cancel", help="cancel an execution", description="Cancel an execution.")
     retry = commands.add_parser(
         "retry",
         help="continue a FAILED execution at its failed node",
         description="Continue a FAILED execution at its failed node, with fresh retries. Recorded results are kept.",
     )
-    approvals = commands.add_parser("approvals", help="list the nodes that wait for a person's approval")
-    approve = commands.add_parser("approve", help="complete a node that waits for approval")
-    reject = commands.add_parser("reject", help="fail a node that waits for approval, and its execution")
+    approvals = commands.add_parser(
+        "approvals",
+        help="list the nodes that wait for a person's approval",
+        description="List the HUMAN_APPROVAL nodes that wait for a person.",
+    )
+    approve = commands.add_parser(
+        "approve",
+        help="approve a node that waits for approval: the node completes",
+        description="Approve a HUMAN_APPROVAL node: it completes, and its execution continues.",
+    )
+    reject = commands.add_parser(
+        "reject",
+        help="reject a node that waits for approval: the node and its execution fail",
+        description="Reject a HUMAN_APPROVAL node: the node and its execution fail.",
+    )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
-        description="Send an event to an execution. It completes the node that waits for it. If none waits yet, the "
-        "event is kept.",
+        description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
+        "for the event yet, the event is kept.",
     )
     for command in (show, cancel, retry, approve, reject, send):
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
@@ -110,15 +131,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
         )
     approve.add_argument("--comment", default="", help="stored with the approval")
-    reject.add_argument("--reason", default="", help="the reason with which node and execution fail")
+    reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
     )
     send.add_argument("--key", default="", help="an idempotency key: a second event with this key changes nothing")
-    for command in (ps, show):
+    for command, option in ((ps, "--watch"), (show, "--follow")):
         command.add_argument(
-            "--json", action="store_true", help="print JSON; with --watch or --follow, a line for each change"
+            "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
         )
     approvals.add_argument("--json", action="store_true", help="print JSON")
     return [ps, show, cancel, retry, approvals, approve, reject, send]
@@ -186,7 +207,7 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
 
 
 class _Executions(Protocol):
-    """The operations of the commands, on a server or in a database."""
+    """The operations that the commands need. One class asks a server, and another one opens the database."""
 
     async def find(self, args: argparse.Namespace) -> list[Execution]: ...
 

@@ -37,7 +37,7 @@ FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first an
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
 MAX_PAUSE = 20.0  # seconds between two calls of an overloaded server, before the random factor
-MAX_SERVER_WAIT = 25.0  # seconds, at most, of a wait that a call requests; the server allows more
+MAX_SERVER_WAIT = 25.0  # the longest wait, in seconds, that a call requests; the server allows more
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")

@@ -1,4 +1,4 @@
-"""The server that a program uses: a running server, or one in this process. Its workers may be child processes.
+"""The server that a program uses: a running server, or one in this process, with its workers as child processes.
 
 A child ends when the pipe to its standard input closes. The operating system closes the pipe, even if the parent is
 killed.
@@ -81,7 +81,7 @@ class EmbeddedNexum:
     If `address` or NEXUM_ADDRESS names a server, that server must answer. Otherwise the program uses the server that
     has this folder's database open, else a server that a person started on the default port. If neither answers, this
     process opens the database, and serves in a thread of its own: on the default port or, if that port is taken, on a
-    free one. Programs in other folders never use this server. It ends when the last block of the process ends.
+    free one. Programs in other folders never use this server. The server ends when the process leaves its last block.
 
     A program that uses another program's server opens the database itself if that server has ended. After too many
     restarts, the block is cancelled, and the `async with` raises ServerError.

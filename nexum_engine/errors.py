@@ -3,7 +3,7 @@
     NexumError
     |-- InvalidRequest (ValueError)       the request is invalid: fix it, don't retry it
     |   `-- TooLarge                      the request is over a size limit
-    |-- Overloaded                        the server holds too much for other calls: retry
+    |-- Overloaded                        other calls use all the server's memory for calls: retry
     |-- NotFound (LookupError)            no such execution, task or workflow
     |   |-- ExecutionNotFound
     |   |-- TaskNotFound
@@ -15,7 +15,7 @@
     |-- StoreError                        the database
     |   |-- StoreUnavailable              the outcome of a transaction is unknown: retry
     |   |-- StoreLocked                   another server has the file open
-    |   `-- StoreRefused                  this version can't open the file or URL
+    |   `-- StoreRefused                  this version of the engine can't open the file or URL
     |-- ServerError                       the server, seen from a client
     |   |-- ServerUnavailable (ConnectionError)   no server answers
     |   |   `-- ServerNotReady                      the server can't answer the call now: retry
@@ -80,7 +80,7 @@ class TaskNotFound(NotFound):
 
 
 class WorkflowNotFound(NotFound):
-    """The version of the workflow, or any version of it, is not registered."""
+    """The requested version of the workflow is not registered, or no version of the workflow is registered."""
 
     def __init__(self, workflow_id: str, version_hash: str = "") -> None:
         version = f"version {version_hash!r} of " if version_hash else ""
@@ -118,7 +118,7 @@ class StoreLocked(StoreError):
 
 
 class StoreRefused(StoreError):
-    """This version can't open the URL or the file; the file was left untouched."""
+    """This version of the engine can't open the URL or the file. The file was left untouched."""
 
 
 class ServerError(NexumError):

@@ -1,4 +1,4 @@
-"""The event loop of a server or worker: uvloop's if it is installed, else asyncio's. It has a process or a thread."""
+"""The event loop of a server or worker, in a process or a thread: uvloop's if it is installed, else asyncio's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 class LoopThread(threading.Thread):
     """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
 
-    It is started at once, without the caller's context: its connections are not the caller's work.
+    The constructor starts the thread without the caller's context variables, because the thread's connections are not
+    part of the caller's work.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -52,7 +53,8 @@ class LoopThread(threading.Thread):
 
     def run(self) -> None:
         """Run the event loop."""
-        # Create the loop here. On Windows, a loop that is created in the main thread takes Ctrl+C from the program's.
+        # Create the loop in this thread. On Windows, a loop that is created in the main thread gets Ctrl+C in place of
+        # the program's own loop.
         self.loop = loop = _library().new_event_loop()
         self._is_ready.set()
         loop.run_forever()
@@ -60,7 +62,7 @@ class LoopThread(threading.Thread):
         for task in left:
             task.cancel()
         if left:
-            # Pass a future, not a coroutine: `durable_autogen run` takes a coroutine for the main one of a script.
+            # Pass a future. `durable_autogen run` would mistake a coroutine for the script's main coroutine.
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()

@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     StreamCall: TypeAlias = grpc.aio.StreamStreamCall[pb.WorkerBeat, pb.WorkerBeatAck]
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
-MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each later answer; a third of the lease if that is longer
+MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# Seconds, at most, until the second heartbeat of a stream, and until the one after a heartbeat that `beat` requests.
-# This is shorter than the time for which the server leaves a disconnected worker its tasks.
+# Seconds, at most, between two heartbeats at the start of a stream or after a call of `beat`. The server leaves a
+# disconnected worker its tasks for longer than this.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
-BLOCKED_AFTER = 1.0  # seconds, at least, until a blocked event loop is reported
-MAX_PROGRESS_AT_ONCE = 32  # in one heartbeat
+BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
+MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -72,8 +72,8 @@ class Heartbeat:
     called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
     server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called once each time that the event loop is blocked for BLOCKED_AFTER seconds or longer, with the
-    seconds so far. It is called from the heartbeat's thread.
+    `on_blocked` is called once each time that the event loop is blocked for BLOCKED_AFTER seconds or longer. It gets
+    the seconds since the block began. It is called from the heartbeat's thread.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._progress: dict[str, str] = {}
-        """The progress of tasks, as JSON, that no answered heartbeat has had."""
+        """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
@@ -113,7 +113,7 @@ class Heartbeat:
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The number of the last heartbeat, and of the last one after which the program's event loop has run."""
+        """The newest heartbeat has the number `_sent`. The program's event loop has run since heartbeat `_turned`."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -123,9 +123,9 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether the worker certainly still holds its tasks: it sent an answered heartbeat less than half a lease ago.
+        """Whether the worker certainly still holds its tasks. If False, only the server knows.
 
-        If False, only the server knows whether the worker still holds the tasks.
+        It certainly holds them until half a lease after it sent a heartbeat that the server has answered.
         """
         return time.monotonic() < self._held_until
 
@@ -141,14 +141,17 @@ class Heartbeat:
             self._progress.pop(task_id, None)
 
     def send_progress(self, task_id: str, progress_json: str) -> None:
-        """Send the progress of a held task with a heartbeat, now. Of several, only the newest is sent."""
+        """Send a heartbeat with a held task's progress now. A newer progress of the task replaces an unsent one."""
         with self._lock:
             if task_id in self._held:
                 self._progress[task_id] = progress_json
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def beat(self) -> None:
-        """Send a heartbeat now, and another one soon. If neither names a task, the server hands out that task again."""
+        """Send a heartbeat now, and another one soon.
+
+        If the server has handed this worker a task that neither heartbeat names, it hands the task out again.
+        """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
@@ -223,7 +226,7 @@ class Heartbeat:
     async def _send_until_cancelled(
         self, loop: asyncio.AbstractEventLoop, news: asyncio.Queue[NexumError | None], ended: asyncio.Event
     ) -> None:
-        """Send heartbeats. Put None into `news` at each connection, and the error at each loss. Finally set `ended`."""
+        """Send heartbeats. Put None into `news` when connected, the error when disconnected. Finally set `ended`."""
 
         def tell(lost: NexumError | None) -> None:
             self._call_soon(loop, news.put_nowait, lost)
@@ -244,7 +247,7 @@ class Heartbeat:
                     )
                 except grpc.RpcError as rpc_error:
                     if rpc_error.details() == CUT_OFF and not self.connected.is_set():
-                        # The server refused the stream. The next stream may get the reason.
+                        # The server refused the stream, and grpcio lost the reason. Another stream may get the reason.
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -353,7 +356,7 @@ class Heartbeat:
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
-            self._doubtful_until = time.monotonic()  # a later heartbeat was sent while the loop was blocked
+            self._doubtful_until = time.monotonic()  # the loop was blocked: another heartbeat was sent first
         self._turned = number
 
     def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:

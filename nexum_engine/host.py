@@ -34,10 +34,10 @@ _log = logging.getLogger(__name__)
 ANY_PORT = "127.0.0.1:0"
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between checks of a server of another process
-PATIENCE = 10.0  # seconds for which a new server waits until an ending server releases the database
+PATIENCE = 10.0  # seconds that a new server waits for an ending server to release the database
 SLOW_START = 3.0  # seconds until a log line explains why the database isn't open
-EXIT_PATIENCE = 10.0  # seconds, at the end of the interpreter, until the server has closed the database
-MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds; above the limit, another restart won't help
+EXIT_PATIENCE = 10.0  # seconds that an ending interpreter waits for the server to close the database
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds: if more are needed in that time, restarts don't help
 
 
 class Restarts:
@@ -57,7 +57,7 @@ class Restarts:
 class Host:
     """The server of a folder's runs. It is available from `ready` until the last user leaves.
 
-    It is the server that has the folder's database open, else a server that a person started on the default port. If
+    The server is the one that has the folder's database open, else one that a person started on the default port. If
     neither answers, a thread of this process opens the database and serves. If a server ends while it is in use, the
     thread opens the database in its place.
 
@@ -76,7 +76,7 @@ class Host:
         self.address = ""
         """The server's address for NexumClient or --nexum: HOST:PORT, or the path of its database."""
         self._database = database
-        # Read the variable now: the program may change it, or the working folder.
+        # Read DATABASE_URL now: the program may change it later, or change the working folder.
         self._url = default_database_url() if database is None else database_url(database)
         self._needs_owners = owners
         self._predecessor = predecessor
@@ -98,9 +98,9 @@ class Host:
 
     @classmethod
     def enter(cls, on_given_up: Callable[[Exception], None], *, owners: bool) -> Host:
-        """Return the host of this folder's runs. The caller then waits for `ready`, and calls `leave` at its end.
+        """Return the host of this folder's runs. The caller then waits for `ready`, and finally calls `leave`.
 
-        `on_given_up` is called in the host's thread when the host gives up: after too many restarts.
+        `on_given_up` is called in the host's thread if the host gives up after too many restarts.
         """
         database = own_database()
         key = None if database is None else os.path.realpath(database), owners
@@ -119,10 +119,10 @@ class Host:
                 return
         self._end()
         await asyncio.shield(asyncio.wrap_future(self.ended))
-        self._thread.join()  # it has little more to do
+        self._thread.join()  # takes little time: the host has ended
 
     def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the thread has ended
             self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:
@@ -186,7 +186,8 @@ class Host:
         except (ServerUnavailable, NotANexumServer):
             return False
         if info is None and self._needs_owners:
-            # Take a free port: the published server has the default port, and localhost leads to one server only.
+            # Take a free port, because the published server has the default port. Even if both servers could listen on
+            # that port, localhost would lead to only one of them.
             self._listen = ANY_PORT
             return False
         own, address = self._database, self._client.address

@@ -64,12 +64,12 @@ class InProcessChannel:
         self._server = server
 
     async def close(self) -> None:
-        """Do nothing: the calls of this channel share nothing."""
+        """Do nothing: a channel to a server in this process has no connection."""
 
     def unary_unary(
         self, path: str, *, request_serializer: Callable[[Any], bytes], **_: object
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
-        """Return a function that makes one call of the method."""
+        """Return a function that calls the RPC `path`."""
         server, method = self._server, path.rpartition("/")[2]
 
         async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> Any:
@@ -85,7 +85,7 @@ class InProcessChannel:
         return call
 
     def stream_stream(self, path: str, **_: object) -> Callable[..., InProcessStream]:
-        """Return a function that opens a stream of the method."""
+        """Return a function that opens a stream of the RPC `path`."""
         server, method = self._server, path.rpartition("/")[2]
 
         def call(*, metadata: Sequence[Any] = ()) -> InProcessStream:
@@ -148,7 +148,7 @@ class _Exchange:
         self._task: asyncio.Task[Any] | None = None
         self.outcome: asyncio.Future[Any] = self._loop.create_future()
         """The result of the coroutine, or grpc.aio.AioRpcError."""
-        # Use a new context: the server's work is not the caller's work.
+        # Run it without the caller's context variables: the server's work is not part of the caller's work.
         self._in_server_loop(lambda: self._begin(work))
 
     def _in_server_loop(self, callback: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
 MAX_VALUES = 200_000
-"""The limit for the number of values, and for that of strings and names, because the parser blocks all threads."""
+"""The most values in a text, and the most strings and names. A limit is needed: the parser blocks all threads."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
@@ -34,15 +34,15 @@ def _check_count(text: str, what: str) -> None:
     """Raise TooLarge if `text` has too many values. Takes little time and memory, unlike the parser."""
     if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
         return
-    # Count only the commas and brackets outside of strings. Once the escapes are removed, every second part between two
-    # quotes is a string.
+    # Count only the commas and brackets outside of strings. Without escapes, a quote begins or ends a string. So if the
+    # text is split at the quotes, every second part is a string.
     text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
         raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")
 
 
 def _structure(text: str) -> int:
-    """Return the number of commas and opening brackets. Outside of strings, it is about the number of values."""
+    """Return the number of commas and opening brackets. In a text without strings, there are about as many values."""
     return text.count(",") + text.count("[") + text.count("{")
 
 
@@ -59,7 +59,7 @@ def size_of(text: str) -> int:
 
 
 def dump(value: object, what: str) -> str:
-    """Return `value` as compact JSON text. Raises InvalidRequest if JSON can't hold it, such as NaN or a cycle."""
+    """Return `value` as compact JSON text. Raises InvalidRequest if it has, for example, NaN or a cycle."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode("utf-8")
@@ -75,7 +75,7 @@ def dump_model(model: BaseModel, what: str) -> str:
         text = to_json(value, inf_nan_mode="constants").decode()
     except ValueError as error:
         raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
-    # Let `dump` decide if the text contains NaN or Infinity: each may be part of a string, or an invalid number.
+    # If the text contains NaN or Infinity, use `dump`: it accepts the word in a string, and refuses the number.
     return dump(value, what) if "NaN" in text or "Infinity" in text else text
 
 
@@ -85,7 +85,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # Use a loop in Python, instead of `==`: it lets other threads run.
+    # Don't use `==`: it would block all other threads. A loop in Python lets them run.
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()

@@ -57,7 +57,7 @@ def own_database() -> Path | None:
 
 
 def is_same_database(one: str, other: str) -> bool:
-    """Return whether two paths name the same file, also through links."""
+    """Return whether two paths name the same file, even if they go through links."""
     with contextlib.suppress(ValueError, OSError):  # a path with a zero byte, or one that leads through too many links
         return one == other or os.path.realpath(one) == os.path.realpath(other)
     return False

@@ -22,7 +22,7 @@ from nexum_engine.report import WIDTH, printable, size
 from nexum_engine.store import Checked, Store, check_database, retention
 from nexum_engine.store.base import Space
 
-PROGRESS_INTERVAL = 2.0  # seconds between two lines about a command that takes long
+PROGRESS_INTERVAL = 2.0  # seconds between two progress lines of a long command
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="delete executions that ended long ago",
         description="Delete executions that ended long ago, with all that belongs to them. A RUNNING execution is "
         "never deleted. The executions of a session are deleted together, when all of them have ended long ago. "
-        "After that, a start with the key of a deleted execution runs again.",
+        "If an execution is started again with the key of a deleted one, the work is done again.",
     )
     prune.add_argument(
         "--older-than",
@@ -50,25 +50,29 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prune.add_argument(
         "--compact",
         action="store_true",
-        help="give all free space of the file back to the disk, also if it is little or takes long (a second for "
+        help="release all free space of the file to the disk, even if it is little or if this takes long (a second for "
         "each 100 MB in use); meanwhile the server answers no calls",
     )
     backup = commands.add_parser(
         "backup",
         help="write a copy of the database to a file",
-        description="Write a copy of the database to a file while the server serves. `restore` takes such a file.",
+        description="Write a copy of the database to a file, which `restore` can read. The server still answers calls.",
     )
     backup.add_argument("file", type=Path, metavar="FILE", help="the new file, on the machine of the server")
     backup.add_argument("--overwrite", action="store_true", help="replace FILE if it is a Nexum database")
     check = commands.add_parser(
         "check",
         help="check a database or a backup for damage",
-        description="Check a database, which may be in use, or a backup: the file, the references in it, and what the "
-        "engine relies on. The file is only read. The exit code is 1 if anything is wrong, with a line for each "
-        "finding.",
+        description="Check a database or a backup: the file, the references in it, and what the engine relies on. The "
+        "database may be in use. The command changes nothing. It prints a line for each finding, and ends with exit "
+        "code 1 if there is one.",
     )
     check.add_argument(
-        "file", type=Path, nargs="?", metavar="FILE", help="the database or backup (default: the database of ps)"
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="the database or backup (default: $DATABASE_URL, else this folder's database)",
     )
     for command in (prune, backup, check):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -151,7 +155,7 @@ def _pruned(args: argparse.Namespace, found: Pruned) -> str:
         text += f"; {found.kept:,} of that age kept: RUNNING, or in a session that is RUNNING or has a newer execution"
     lines = [text]
     if not args.dry_run:
-        back = f"; {size(found.given_back_bytes)} given back to the disk" if found.given_back_bytes else ""
+        back = f"; {size(found.given_back_bytes)} released to the disk" if found.given_back_bytes else ""
         lines.append(
             f"the database: {size(found.total_bytes)}, {size(found.free_bytes)} of it free for new executions{back}"
         )

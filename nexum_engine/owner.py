@@ -124,8 +124,8 @@ class Owner:
         if started.ended is not None:
             raise Conflict(f"{idempotency_key!r} already has a result (execution {started.execution_id})")
         if started.task is not None:
-            # Record the result in a second call. An older version of our server ignores `output_json`, and has only
-            # started the execution.
+            # Record the result in a second call. An older version of this project's server ignores `output_json`, and
+            # has only started the execution.
             await self._complete(started.task, text)
 
     async def _start(

@@ -1,6 +1,6 @@
 """Convert the answers of a published Nexum server to this package's records.
 
-That server stores no attempts, no reasons of failures, and no time except that of the start.
+That server stores no attempts, no reasons of failures, and no times except the start.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Pointer(BaseModel):
 
 
 def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    """Return the execution of an answer to GetStatus. Raises ServerError if this process can't read an output."""
+    """Return the execution that a GetStatus answer describes. Raises ServerError if an output can't be read here."""
     try:
         outputs = _OUTPUTS.validate_json(answer.completed_nodes_json or "{}")
     except ValidationError as error:
@@ -70,7 +70,7 @@ def _followed(execution_id: str, node_id: str, output: Any) -> str | None:
         return None
     name = f"{execution_id}-{node_id}"
     if pointer.blob_id != name:
-        return None  # a tool's output that looks like a pointer: it must not choose the file that is read
+        return None  # only looks like a pointer: a tool's output must not choose which file is read
     path = Path(".nexum", "blobs", f"{name}.json")
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def _followed(execution_id: str, node_id: str, output: Any) -> str | None:
 
 
 def milliseconds(created_at: str) -> int:
-    """Convert a published server's time, such as 2026-01-31 12:00:00 (UTC), to Unix milliseconds; 0 if it has none."""
+    """Convert a published server's time, such as 2026-01-31 12:00:00 (UTC), to Unix milliseconds; 0 if invalid."""
     try:
         return round(datetime.fromisoformat(created_at).replace(tzinfo=timezone.utc).timestamp() * 1000)
     except ValueError:

@@ -38,9 +38,9 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     SKIPPED = "SKIPPED"
-    """The node's routers chose other nodes, or all nodes that it depends on are SKIPPED. It has no output."""
+    """The node's routers chose other nodes, or all its dependencies are SKIPPED. A SKIPPED node has no output."""
     FAILED = "FAILED"
-    """The node failed and is not retried, unless its execution is."""
+    """The node failed. It is retried only if its execution is retried."""
     CANCELLED = "CANCELLED"
     """The execution ended before this node ended."""
 
@@ -67,7 +67,7 @@ class Outcome(str, Enum):
 
 
 class NodeType(str, Enum):
-    """What a node does. Workers run the tasks of nodes from EFFECT to SUBWORKFLOW. The other nodes need no worker."""
+    """What a node does. Workers run the tasks of the types from EFFECT to SUBWORKFLOW. Other types have no tasks."""
 
     EFFECT = "EFFECT"
     """The node acts on the outside world."""
@@ -76,13 +76,14 @@ class NodeType(str, Enum):
     ROUTER = "ROUTER"
     """The node's output names the target that runs. The other targets of its routes are skipped."""
     MAP = "MAP"
-    """The node's task returns a list. Each item becomes a task of its own, and the node's output is their results."""
+    """The node's task returns a list. Each item becomes a task. The node's output is the list of the tasks' results."""
     MAP_SUBTASK = "MAP_SUBTASK"
     """The task of one item of a MAP node. A workflow can't define such a node."""
     REDUCE = "REDUCE"
     """The node computes from the results of a MAP node."""
     SUBWORKFLOW = "SUBWORKFLOW"
-    """The node starts an execution of another workflow, and completes with the output of its last completed node."""
+    """The node starts an execution of another workflow. The node's output is the output of the node that completed last
+    in that execution."""
     TIMER = "TIMER"
     """The node completes after a delay."""
     HUMAN_APPROVAL = "HUMAN_APPROVAL"
@@ -136,11 +137,11 @@ class Node:
     """Why the node FAILED, why no worker gets a READY node, or why an EVENT node was SKIPPED."""
     attempts: tuple[Attempt, ...] = ()
     progress_json: str = ""
-    """The progress that an attempt sent last."""
+    """The last progress that any attempt sent."""
     due_ms: int | None = None
-    """When a WAITING node has waited as long as it may. None if it may wait for ever, or does not wait."""
+    """The time at which the wait of a WAITING node is over. None if the node may wait for ever, or does not wait."""
     output_bytes: int = 0
-    """The size of an output that is left out; else 0."""
+    """If the output is left out: its size in bytes. Otherwise 0."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class SessionSummary:
     """Whether a process runs the session now."""
     question: str
     calls: int
-    """The recorded calls of models, tools and people."""
+    """The number of recorded calls to models, tools and people."""
     tokens: int
 
 
@@ -174,11 +175,11 @@ class Execution:
     nodes: tuple[Node, ...] = ()
     """The nodes, dependencies first."""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """The names and values that were given at the start."""
+    """The names and values that the caller gave when it started the execution."""
     input_bytes: int = 0
-    """The size of an input that is left out; else 0."""
+    """If the input is left out: its size in bytes. Otherwise 0."""
     session: SessionSummary | None = None
-    """The session, if the execution is its latest run and stands for it in a list."""
+    """Set if the execution stands for its session in a list, because it is the session's latest run."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""
@@ -206,11 +207,11 @@ class Task:
     input_json: str
     """`{"input": the execution's input, "deps": {direct dependency: its output}}`"""
     input_bytes: int = 0
-    """The size of `input_json` in bytes, even while that text is only in the store. Only the server sets this."""
+    """The size of `input_json` in bytes. Only the server sets this: it needs the size before it reads the text."""
     timeout_ms: int | None = None
-    """How long the attempt may take until the server ends it. Only the server sets this."""
+    """How long the attempt may take before the server ends it. Only the server sets this."""
     progress_json: str = ""
-    """The progress that an earlier attempt sent last."""
+    """The last progress that an earlier attempt sent."""
     map_index: int = 0
     """The number of the item, from 0, in a task of type MAP_SUBTASK."""
     map_total: int = 0

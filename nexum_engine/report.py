@@ -57,7 +57,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return a line for each start and end in an execution so far. A later call returns these lines and more."""
+    """Return a line for each start and each end in `execution`. A later call returns these lines, and new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -115,7 +115,7 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
 
 
 def _children(started: Sequence[Execution]) -> list[str]:
-    """Return lines about the executions that a node started. Of a MAP node's items, show those without a result."""
+    """Return lines about the executions that a node started. For a MAP node, show only the items without a result."""
     lines = []
     items = [child for child in started if child.child_index is not None]
     if items:
@@ -138,7 +138,7 @@ def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
         return "nothing waits for approval"
     lines = []
     for one in pending:
-        # Don't cut these two: they are what `approve` and `reject` take.
+        # Don't cut the two ids: a person passes them to `approve` or `reject`.
         lines.append(f"{printable(one.execution_id)} {printable(one.node_id)}")
         since = age(now_ms - one.since_ms)
         lines.append(f"    of {_cut(one.workflow_id, WIDTH - 30)}, began to wait {since}")
@@ -167,7 +167,7 @@ def _field(name: str, value: str) -> list[str]:
 
 
 def _wrapped(value: str, indent: str) -> list[str]:
-    # Break long words, too: JSON has few spaces, and a terminal would break the line without the indent.
+    # Break long words, too: JSON has few spaces, and a terminal that breaks a line doesn't indent the rest.
     lines = textwrap.wrap(
         printable(value[: WIDTH * (_EXCERPT_LINES + 1)]), WIDTH - 1, initial_indent=indent, subsequent_indent=indent
     )

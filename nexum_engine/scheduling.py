@@ -11,11 +11,11 @@ MAX_LOST_ATTEMPTS = 10
 """The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
 
 TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
-    # The nodes that this node waits for have ended. It becomes a task, waits for something else, or is skipped.
+    # The nodes that this node waits for have ended. The node becomes a task, waits for something else, or is skipped.
     NodeStatus.PENDING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
     ),
-    # The node is handed out. Or its last attempt reports after its lease has run out: then as from RUNNING.
+    # The node is handed out, or its latest attempt reports late. A late report counts as if the node were RUNNING.
     NodeStatus.READY: frozenset(
         {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
@@ -44,7 +44,7 @@ If the execution is CANCELLED or FAILED, its unfinished nodes are CANCELLED.
 """
 
 DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
-"""The statuses of a node that no longer holds up others."""
+"""The statuses in which a node no longer keeps other nodes waiting."""
 
 
 def settle(

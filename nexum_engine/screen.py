@@ -1,4 +1,4 @@
-"""A view that is refreshed: redrawn in place on a terminal. Elsewhere, only new lines are printed."""
+"""A view that is refreshed. On a terminal it is redrawn in place; elsewhere, only new lines are printed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Screen:
             os.system("")  # makes the console obey escape sequences
 
     def show(self, lines: Sequence[str], news: Iterable[tuple[str, str]]) -> None:
-        """Show `lines` in place, or else print those texts of `news` whose keys are new: (key, text)."""
+        """Show `lines` in place. If that is impossible, print the new texts in `news`, which holds pairs (key, text).
+
+        A text is new if the previous call had no text with its key.
+        """
         self._lines = lines
         if self._in_place:
             self._draw(lines)
@@ -41,7 +44,7 @@ class Screen:
             self._keys.add(key)
 
     def note(self, text: str) -> None:
-        """Show a note about the view: below it if it is redrawn in place, else once on standard error."""
+        """Show a note: below a view that is redrawn in place, else once on standard error."""
         if self._in_place:
             self._draw([*self._lines, text])
         elif text not in self._notes:

@@ -1,4 +1,4 @@
-"""The standard streams: closed ones, and errors of writing to them."""
+"""Open standard streams that are closed, and explain errors of writing to them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 def open_closed_streams() -> None:
     """Open the null device in the place of each standard stream that the caller has closed, as with `>&-`.
 
-    Call this function before other files are opened. The next file would get the number of the closed stream, and
-    whatever a library prints would be written into that file.
+    Call this function before other files are opened. Otherwise the next file would get the number of the closed stream,
+    and whatever a library prints would be written into that file.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:

@@ -44,11 +44,11 @@ REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no serv
 STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
-PUBLISHED_RETRIES = 3  # the retries of a failed task by a published server
-MAX_REASON_CHARACTERS = 100_000  # characters of a failure's message to send; the server stores fewer
+PUBLISHED_RETRIES = 3  # how often a published server retries a failed task
+MAX_REASON_CHARACTERS = 100_000  # the most characters of a failure's message to send; the server stores fewer
 MAX_LOGGED_CHARACTERS = 500
 MAX_PROGRESS_BYTES = 4096
-"""The largest progress of a task, as JSON."""
+"""The size limit of a task's progress, as JSON text."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,9 +67,9 @@ class TaskContext:
     attempt: int
     """The number of the attempt, from 1."""
     idempotency_key: str
-    """The key is the same at every attempt. A target that honours the key executes the effect once."""
+    """The key is the same at every attempt. A target that honors the key executes the effect once."""
     progress: Any = None
-    """What an earlier attempt passed to `heartbeat` last."""
+    """The last value that an earlier attempt passed to `heartbeat`."""
     item: Any = None
     """The item, in a task of a MAP node."""
     index: int | None = None
@@ -77,7 +77,7 @@ class TaskContext:
     total: int = 0
     """The number of all items."""
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
-    """Send the progress of the task, a small JSON value. `show` shows it, and the next attempt gets it as `progress`.
+    """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
 
     Call it from any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
     """
@@ -87,7 +87,7 @@ Handler = Callable[[TaskContext], Awaitable[Any]]
 """A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
 is retried later, except after FinalError.
 
-The handler of a ROUTER node returns the name of the target. That of a SUBWORKFLOW node returns the input of the
+The handler of a ROUTER node returns the name of the target. The handler of a SUBWORKFLOW node returns the input of the
 execution to start."""
 
 
@@ -114,7 +114,7 @@ class _Work:
 
     def __init__(self, task: Task, requested: float) -> None:
         self.task = task
-        """The newest attempt at the node that was handed to this process."""
+        """The newest attempt at the node, of those that the server handed to this process."""
         self.requested = requested
         """The monotonic time of the request that the server answered with the task."""
 
@@ -150,7 +150,7 @@ class Worker:
                 if is_map != (node.node_type is NodeType.MAP):
                     raise InvalidRequest(
                         f"the handler of node {node.node_id!r} of workflow {binding.workflow.workflow_id!r} must be a "
-                        f"{'MapHandler' if not is_map else 'function'}: the node is a {node.node_type.value} node"
+                        f"{'MapHandler' if not is_map else 'function'}: the node's type is {node.node_type.value}"
                     )
         self.worker_id = worker_id or new_worker_id()
         self._client = client
@@ -175,10 +175,10 @@ class Worker:
         self._was_connected = False
         self._streams = True
         self._polling = asyncio.Lock()
-        """Held during a poll of a server without worker streams, which may give one task to two simultaneous polls."""
+        """Held while a server without worker streams is polled: it may give one task to two simultaneous polls."""
         self._turn = 0
         self._at_work: dict[tuple[str, str, int | None], _Work] = {}
-        """The work in this process, by execution, node, and the number of the item."""
+        """The work in this process, by execution id, node id and item number."""
         self._handlers: dict[asyncio.Task[Any], str] = {}
         """The running handlers, with the names of their tasks."""
         self._loop: tuple[asyncio.AbstractEventLoop, int] | None = None
@@ -293,8 +293,8 @@ class Worker:
                     work = await polling
                     refusals = 0
                 except ServerUnavailable as unavailable:
-                    # Send heartbeats: the lost answer may have held a task. Heartbeats without this task make the
-                    # server hand it out again soon.
+                    # The lost answer may have had a task. Send heartbeats now: they don't name this task, so the server
+                    # soon hands it out again.
                     self._heartbeat.beat()
                     await asyncio.sleep(pause_after(unavailable, refusals))
                     refusals += isinstance(unavailable, ServerNotReady)
@@ -326,9 +326,9 @@ class Worker:
             return await self._client.poll_task(self.worker_id, versions, wait=POLL_WAIT)
         async with self._polling:
             for _ in versions:
-                if self._told_to_stop.is_set():  # while this slot waited for its turn
+                if self._told_to_stop.is_set():  # the stop may have come while this slot waited for its turn
                     return None
-                # Poll for one version at a time: the server knows no other polls.
+                # Ask for only one version in each poll: this server accepts no more.
                 self._turn = (self._turn + 1) % len(versions)
                 task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
                 if task is not None:
@@ -353,7 +353,7 @@ class Worker:
             calling.cancel()
 
     async def _hold(self, work: _Work) -> asyncio.Task[_Work | None] | None:
-        """Run and report the task, unless this process runs its node already. Return the slot's next poll, if it began.
+        """Run and report the task, unless its node already runs here. Return the slot's next poll if it has begun.
 
         The next poll begins together with the report, so that one message has both.
         """
@@ -370,7 +370,7 @@ class Worker:
             self._heartbeat.release(work.task.task_id)
 
     def _adopt(self, running: _Work, work: _Work) -> None:
-        """Let the running work report as the new attempt. The server has counted the attempt it began as lost."""
+        """Let the running work report as the new attempt, because the old attempt counts as lost on the server."""
         old, new = running.task, work.task
         logger.info("execution %s was handed out again: it still runs here", old.execution_id)
         if new.attempt > old.attempt:
@@ -459,7 +459,7 @@ class Worker:
             del self._handlers[running]
         if node.node_type is NodeType.ROUTER and isinstance(result, str):
             result = {"routed_to": result}
-        # The output of these nodes is what the executions return that they start.
+        # Don't check the results of nodes that start executions: the node's output comes from these executions.
         is_output = node.node_type is not NodeType.SUBWORKFLOW and (
             node.node_type is not NodeType.MAP or _index_of(task) is not None
         )
@@ -483,13 +483,14 @@ class Worker:
             await self._failure(task, f"the server refused the result: {error}", final=True)
             raise
         except TaskNotFound as error:
-            # The same status says that a SUBWORKFLOW node's workflow is not registered. It may be soon.
+            # For a SUBWORKFLOW node, this error may mean that the workflow to start is not registered. That may change
+            # soon, so the failure is not final.
             if task.node_type != NodeType.SUBWORKFLOW:
                 raise
             await self._failure(task, f"the server refused the result: {error.__cause__}", final=False)
             raise
         except ServerFault:
-            # A published server answers INTERNAL to a second report: the first answer was lost.
+            # If the answer to an earlier report was lost, a published server answers this report with INTERNAL.
             if self._streams or not await self._is_recorded(task):
                 raise
 
@@ -516,7 +517,7 @@ class Worker:
         outcome: str,
         reason: str = "",
     ) -> asyncio.Task[_Work | None] | None:
-        """Report an attempt, and log its end in one line. Return the slot's next poll if it began with the report."""
+        """Report an attempt, and log its end in one line. Return the slot's next poll if it has begun."""
         task = work.task
         acknowledged = False
 
@@ -570,7 +571,7 @@ def _index_of(task: Task) -> int | None:
 
 
 def _plain(result: Any) -> Any:
-    """Return a handler's result as a JSON value, if it is a pydantic model or a list of some."""
+    """Convert each pydantic model in `result`, which may be a model or a list, to a JSON value."""
     if isinstance(result, BaseModel):
         return result.model_dump(mode="json")
     if isinstance(result, list):
@@ -579,8 +580,8 @@ def _plain(result: Any) -> Any:
 
 
 def _context(task: Task, heartbeat: Callable[[Any], None]) -> TaskContext:
-    # Don't use jsontext.parse: this document may be nested more deeply than that allows. The server has checked each
-    # payload in the document.
+    # Don't use jsontext.parse: this document may be nested more deeply than jsontext.parse allows. The server has
+    # checked each payload in the document.
     document = json.loads(task.input_json or "null")
     parts = document if isinstance(document, dict) else {}
     return TaskContext(

@@ -76,7 +76,7 @@ DEFAULT_RETRY_POLICY = RetryPolicy()
 
 @dataclass(frozen=True)
 class NodeDefinition:
-    """A node of a workflow. The worker checks the handler's result with `output`. The server never sees this model."""
+    """A node of a workflow. `output` is the model that the worker checks results with. The server never sees it."""
 
     node_id: str
     node_type: NodeType
@@ -200,7 +200,7 @@ class WorkflowBuilder:
     ) -> WorkflowBuilder:
         """Add a node that runs a task for each item of a list. Its output is the list of the tasks' results.
 
-        `output` is the model of one result. `timeout_seconds` and `retry` hold for each task.
+        `output` is the model of one result. `timeout_seconds` and `retry` apply to each task.
         """
         return self._add(node_id, NodeType.MAP, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
 
@@ -213,7 +213,7 @@ class WorkflowBuilder:
         timeout_seconds: float | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
-        """Add a node that computes from the results of a MAP node: the one added last, if `map_node_id` is empty."""
+        """Add a node that computes from the results of a MAP node: by default, of the MAP node that was added last."""
         maps = [node.node_id for node in self._nodes if node.node_type is NodeType.MAP]
         if not map_node_id and not maps:
             raise InvalidRequest(f"node {node_id!r} reduces nothing: add a MAP node before it")
@@ -256,8 +256,8 @@ class WorkflowBuilder:
     ) -> WorkflowBuilder:
         """Add a node that waits for the event `name`. Its output is the event's payload.
 
-        If no event comes within `timeout_seconds`, the node and its execution fail. With `on_timeout`, the execution
-        continues with that node instead; if the event comes in time, that node is skipped.
+        If no event comes within `timeout_seconds`, the node and its execution fail. If `on_timeout` names a node, the
+        execution continues with that node instead. If the event comes in time, the node `on_timeout` is skipped.
         """
         return self._add(
             node_id,
@@ -325,7 +325,7 @@ def check_attributes(attributes: Mapping[str, str]) -> None:
 
 
 class _NodeIr(BaseModel):
-    # Ignore unknown fields: published builders may add some.
+    # Ignore unknown fields: published builders may add fields.
     model_config = ConfigDict(extra="ignore")
 
     type: str
@@ -389,7 +389,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
             raise InvalidRequest(f"node {node_id!r} depends on {dependency!r}, which is not a node of the workflow")
     is_router, is_event = node_type is NodeType.ROUTER, node_type is NodeType.EVENT
     if is_router and not node.routes:
-        raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes with a target each")
+        raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes, each with a target")
     if is_router:
         targets = [route.target for route in node.routes]
     else:

@@ -108,7 +108,11 @@ _has_reported = False
 
 
 def _print_or_stop(text: str, stream: TextIO) -> None:
-    """Print the text. If the stream was closed, call the SIGTERM handler; without one, stop as after Ctrl+C."""
+    """Print the text. If the stream was closed, stop this process.
+
+    If the process handles SIGTERM, raise that signal. Otherwise raise SIGINT, as Ctrl+C does. If the process ignores
+    SIGINT, exit at once.
+    """
     global _nobody_reads, _has_reported
     try:
         _print(text, stream)
@@ -120,7 +124,7 @@ def _print_or_stop(text: str, stream: TextIO) -> None:
         if not _has_reported:
             _has_reported = True
             with suppress(OSError):
-                complain(f"error: {in_words(error)}; continuing without it")
+                complain(f"error: {in_words(error)}; continuing without this output")
         return
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         signal.raise_signal(signal.SIGTERM)
@@ -148,7 +152,7 @@ def begin_script(name: str) -> None:
     if name != "__main__":
         return
     open_closed_streams()
-    # Otherwise the parent process made this process ignore Ctrl+C: leave it so.
+    # Replace only Python's default handler. Another handler means that the parent process wants Ctrl+C to be ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     for stream in (sys.stdout, sys.stderr):
@@ -214,7 +218,8 @@ def _end_at_once(_number: int, _frame: FrameType | None) -> None:
 def let_ctrl_c_cancel() -> None:
     """Let Ctrl+C cancel the running task, as `asyncio.run` does since Python 3.11.
 
-    Python 3.10 cancels all tasks instead. It prints a traceback for each task that ends with another error.
+    Python 3.10 cancels all tasks instead. It prints a traceback for each task that then ends with an error other than
+    CancelledError.
     """
     if sys.version_info < (3, 11):
         import asyncio

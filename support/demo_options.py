@@ -9,11 +9,12 @@ from support.options import add_nexum_option
 
 
 def build_parser(description: str, question: str) -> argparse.ArgumentParser:
-    """Return the parser of the demo's command line. `question` is the one that is asked by default."""
+    """Return the parser of the demo's command line. `question` is the default question."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY picks the vendor, NEXUM_MODEL the model; "
-        "OPENAI_BASE_URL with NEXUM_MODEL is any OpenAI-compatible server. Without a key the demo answers offline.",
+        epilog="Models: GEMINI_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY chooses the vendor, and NEXUM_MODEL the "
+        "model. To use any OpenAI-compatible server, set OPENAI_BASE_URL and NEXUM_MODEL. Without a key, the demo "
+        "answers offline.",
     )
     parser.add_argument("question", nargs="?", help=f"default: {question}")
     parser.add_argument("--team", action="store_true", help="ask two researchers at once, and a writer after them")

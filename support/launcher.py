@@ -41,7 +41,7 @@ class NexumForRun(EmbeddedNexum):
 
 
 def say_what_is_lost(address: str, losses: str) -> None:
-    """Print one line about what a published Nexum server lacks for a script, in place of the client's own warning."""
+    """Print in one line what a script loses on a published Nexum server. Turn off the client's own warning."""
     say(f"[demo] {address} is a published Nexum server: {losses}")
     published.logger.setLevel(logging.ERROR)
 

@@ -81,9 +81,10 @@ class SessionFile:
         _files.add(self)
 
     def new_locks(self) -> None:
-        """Make new locks, also in a forked process. There, a lock that another thread held at the fork stays locked."""
+        """Make new locks. A forked process needs them: a lock that another thread held at the fork stays locked."""
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
-        # Keep the old locks: a FileLock that is freed unlocks the file, for the parent process, too.
+        # Keep the old locks: if Python deleted a FileLock, the FileLock would unlock the file, and that would also end
+        # the lock of the parent process.
         self._locks.append(
             (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
         )
@@ -104,7 +105,10 @@ class SessionFile:
         return self._locks[-1][1]
 
     def load(self) -> SessionRecord | None:
-        """Return the file's contents, or None if there is none. Rename a corrupt file. Raises SessionFileError."""
+        """Return the file's contents. If the file is corrupt, rename it. Return None if no valid file exists.
+
+        Raises SessionFileError if the file can't be read.
+        """
         try:
             if not self.path.exists():
                 return None
@@ -143,8 +147,8 @@ class SessionFile:
             why = error.errors()[0]["msg"]
         aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
         self.path.replace(aside)
-        kept = f"kept as {aside.name}, the server still has its results"
-        self._tell(f"[Nexum] {self.path.name} is corrupt ({why}); {kept}")
+        kept = f"it was renamed to {aside.name}, and the server still has the session's results"
+        self._tell(f"[Nexum] {self.path.name} is corrupt ({why}): {kept}")
         return None
 
     def _refresh(self) -> None:
@@ -153,12 +157,13 @@ class SessionFile:
             self._known = self.load() or SessionRecord.new()
             self._seen = signature
         except SessionFileError as error:
-            # Remember this version of the file, so that its error is reported once. The next write reads it again.
+            # Remember that this version of the file is unreadable, so that the error is reported only once. The next
+            # write tries to read the file again.
             self._unreadable = signature
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write all unwritten entries, also those of other threads. With `new`, write even without entries."""
+        """Write all unwritten entries, also those of other threads. If `new`, write the file even without entries."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
@@ -169,7 +174,7 @@ class SessionFile:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
     def _merge(self, entries: Iterable[tuple[str, str, str]]) -> None:
-        # Read the file only if another process has written to it since.
+        # Read the file again only if another process has written to it.
         if self._signature() != self._seen or self._seen is None:
             self._known = self._read() or SessionRecord.new()
         for workflow_id, key, execution_id in entries:

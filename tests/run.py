@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,10 +33,16 @@ def run(command: Sequence[str | Path]) -> None:
         sys.exit(code)
 
 
-def run_quietly(command: Sequence[str | Path]) -> None:
+def run_quietly(command: Sequence[str | Path], changes: Mapping[str, str] | None = None) -> None:
     """Run a step at the same time as others; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(changes or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     print(f"\n$ {' '.join(map(str, command))}\n{done.stdout.decode('utf-8', 'replace')}", flush=True)
     if done.returncode != 0:
@@ -63,14 +69,14 @@ def find_python(version: str) -> str | None:
 
 def environment_of(python: str, folder: str) -> Path:
     """Make an environment with the tests' requirements; return its interpreter."""
-    run([python, "-m", "venv", folder])
+    run_quietly([python, "-m", "venv", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    run([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
+    run_quietly([own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", "tests/requirements.txt"])
     return own
 
 
 def others() -> dict[str, str]:
-    """Return the oldest and the newest other Python of this machine; print which versions are not tested."""
+    """Return the oldest and the newest Python of this machine, except the running one. Print which aren't tested."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
     chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}
@@ -82,14 +88,19 @@ def others() -> dict[str, str]:
     return chosen
 
 
-def test_on(others: dict[str, str]) -> None:
+def environments_of(pythons: dict[str, str], folder: str) -> dict[str, Path]:
+    """Make an environment for each of these Pythons; return their interpreters."""
+    return {version: environment_of(python, f"{folder}/{version}") for version, python in pythons.items()}
+
+
+def test_on(pythons: dict[str, Path]) -> None:
     """Run the tests that are marked `every_python` on these Pythons."""
-    for version, python in others.items():
-        with tempfile.TemporaryDirectory() as folder:
-            print(f"\nPython {version}: testing with {python}", flush=True)
-            marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
-            # Use a separate cache: the tests of this Python run at the same time.
-            run_quietly([environment_of(python, folder), *marked, "-o", f"cache_dir={folder}/cache"])
+    for version, python in pythons.items():
+        print(f"\nPython {version}: testing", flush=True)
+        marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2"]
+        # Don't share pytest's cache: pytest runs on the current Python at the same time.
+        command: list[str | Path] = [python, *marked, "-o", f"cache_dir={python.parent}/cache"]
+        run_quietly(command, {"POSTGRES_TESTS": "none"})
 
 
 def main() -> int:
@@ -100,15 +111,16 @@ def main() -> int:
     )
     args = parser.parse_args()
     python = sys.executable
-    run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
-    run([python, "-m", "ruff", "check", "."])
-    run([python, "-m", "ruff", "format", "--check", "."])
-    run([python, "-m", "mypy", "."])
-    with ThreadPoolExecutor() as beside:
-        tested = beside.submit(test_on, others()) if args.every_python else None
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
+        # Installing takes a while, and mostly waits: do it during the checks.
+        environments = beside.submit(environments_of, others() if args.every_python else {}, folder)
+        run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
+        run([python, "-m", "ruff", "check", "."])
+        run([python, "-m", "ruff", "format", "--check", "."])
+        run([python, "-m", "mypy", "."])
+        tested = beside.submit(test_on, environments.result())
         run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
-        if tested is not None:
-            tested.result()
+        tested.result()
     return 0
 
 

@@ -1,11 +1,11 @@
-"""The child processes of benchmarks/compare.py: callers, workers, and guards of other programs.
+"""The child processes of benchmarks/compare.py: callers, workers, and guards. A guard runs and ends another program.
 
     python -m peers caller PEER SETTINGS        # answers commands on standard input
     python -m peers worker PEER SETTINGS
     python -m peers guard COMMAND...            # a program that knows nothing of the benchmark
     python -m peers postgres FOLDER
 
-Each process ends when its standard input closes. So none outlives the benchmark, even if that is killed.
+Each process ends when its standard input closes. So no process outlives the benchmark, even if someone kills it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class TaskCaller:
         self._free: list[Any] = []
 
     async def run(self, name: str, calls: int) -> list[Call]:
-        """Make the calls of a run. Each run in flight has a connection of its own."""
+        """Make the calls of a run. Each run in flight has its own connection."""
         from absurd_sdk import AsyncAbsurd
 
         app = self._free.pop() if self._free else AsyncAbsurd(self._url)

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 IN_FLIGHT = 32
-RECORDED = 20  # the calls of a run that are recorded when its process is killed
+RECORDED = 20  # so many calls are recorded before the caller is killed
 RESULT_BYTES = 1024
-ARGUMENT_BYTES = 280  # 300 bytes of JSON, when the argument's name and the quotes are added
-STOPPED = "stopped-"  # the last call of a run whose name begins with this never returns
+ARGUMENT_BYTES = 280  # the JSON has 300 bytes: it adds the argument's name and the quotes
+STOPPED = "stopped-"  # if a run's name begins with this, its last call never returns
 FOLDER = "COMPARE_FOLDER"  # the environment variable that names the peer's folder
 
 T = TypeVar("T")
@@ -44,13 +44,13 @@ class Group(str, Enum):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a run, in seconds of time.time()."""
+    """The moments of one call of a run, as time.time() gives them."""
 
     began: float
     executed: float
     """When the tool ran. For a replayed call, that was in an earlier process."""
     ended: float
-    """When the caller got the result, or when the next call began."""
+    """When the caller got the result. For LangGraph, when the next call began."""
 
 
 class Caller(Protocol):
@@ -61,7 +61,7 @@ class Caller(Protocol):
 
 
 class Host(Protocol):
-    """Starts the programs that a peer needs beside its caller and its workers."""
+    """Starts the other programs that a peer needs: its servers."""
 
     folder: Path
     """The peer's own folder, on a disk. It lasts for all rounds."""
@@ -96,9 +96,9 @@ class Peer(ABC):
     is_whole = True
     """Whether the benchmark starts all processes of the peer. If not, fsyncs and memory are not measured."""
     replays = True
-    """Whether a new process can get recorded results."""
+    """Whether a new process can get the results that an earlier process recorded."""
     restarts_worker = False
-    """Whether a killed worker is started again. If not, a second worker runs from the beginning."""
+    """Whether the benchmark restarts a killed worker. If not, a second worker runs already."""
 
     def missing(self) -> str | None:
         """Return how to install the missing modules, or None if none is missing."""
@@ -112,7 +112,7 @@ class Peer(ABC):
         return {package: version(package) for package in sorted(packages)}
 
     async def serve(self, host: Host) -> Settings:
-        """Start the peer's servers; return the settings of its other processes."""
+        """Start the peer's servers; return the settings for its other processes."""
         return {}
 
     @abstractmethod
@@ -162,8 +162,8 @@ def argument(run: str, number: int, calls: int) -> str:
 def tool(argument: str) -> str:
     """Return a text of one kilobyte that begins with the time.
 
-    The last call of a stopped run writes a file with the id of its process, and never returns. When that call is
-    executed again, it writes another file, and returns.
+    If the run's name begins with STOPPED, its last call writes the id of its process into a file, and never returns.
+    When that call is executed again, it writes another file, and returns.
     """
     executed = time.time()
     run, _, stop, _ = argument.split("/", 3)
@@ -177,19 +177,19 @@ def tool(argument: str) -> str:
 
 
 def executed_at(result: str) -> float:
-    """Return the time with which a tool's result begins."""
+    """Return the time at which the tool ran. Its result begins with this time."""
     if len(result) != RESULT_BYTES:
         raise ValueError(f"the result has {len(result)} characters instead of {RESULT_BYTES}")
     return float(result.split(" ", 1)[0])
 
 
 def stop_file(run: str) -> Path:
-    """Return the file that the stopped call of a run writes."""
+    """Return the file that the last call of a run writes before it stops."""
     return Path(os.environ[FOLDER]) / f"{run}.first"
 
 
 def again_file(run: str) -> Path:
-    """Return the file that the stopped call of a run writes when it is executed again."""
+    """Return the file that the stopped call writes when it is executed again."""
     return Path(os.environ[FOLDER]) / f"{run}.again"
 
 

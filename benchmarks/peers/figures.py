@@ -16,18 +16,20 @@ OURS = "nexum-"
 
 @dataclass
 class Durable:
-    """How many of the traced calls had an fsync before the tool ran, and between the tool and the caller's result."""
+    """What the traced calls wrote to disk."""
 
     calls: int
     request: int
+    """How many calls had an fsync before the tool ran."""
     result: int
+    """How many calls had an fsync after the tool ran and before the caller had the result."""
     syncs: float
-    """Completed fsyncs a call, of all processes."""
+    """How many fsyncs all processes completed, divided by the number of calls."""
     files: list[str]
 
     @staticmethod
     def of(calls: Sequence[Call], syncs: Sequence[tuple[float, float, str]]) -> Durable:
-        """Assign the fsyncs to the calls."""
+        """Count the fsyncs of each call."""
         request = result = total = 0
         files: dict[str, None] = {}
         for call in calls:
@@ -48,14 +50,14 @@ class Durable:
 
 @dataclass
 class Row:
-    """The measurements of one peer, in seconds, calls a second and MB."""
+    """The measurements of one peer, in seconds, calls per second and MB."""
 
     peer: Peer
     calls: list[float] = field(default_factory=list)
     commits: list[float] = field(default_factory=list)
-    """Plain SQLite commits, made in turn with the calls."""
+    """Plain SQLite commits. A block of commits follows each block of calls."""
     blocks: list[float] = field(default_factory=list)
-    """For each block of calls, the median of its calls divided by the median of its commits."""
+    """For each block, the median of the calls divided by the median of the commits."""
     rates: list[float] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
@@ -66,13 +68,13 @@ class Row:
     failure: str | None = None
 
     def add(self, calls: Sequence[float], commits: Sequence[float]) -> None:
-        """Add a block: the times of its calls, and of the commits that were made in turn with them."""
+        """Add the times of a block of calls, and of the block of commits after it."""
         self.calls += calls
         self.commits += commits
         self.blocks.append(median(calls) / median(commits))
 
     def figures(self) -> dict[str, Any]:
-        """Return the row as JSON: milliseconds, and ratios to the commit."""
+        """Return the row for JSON: times in milliseconds, and their ratios to a commit."""
         found: dict[str, Any] = {
             "name": self.peer.name,
             "title": self.peer.title,
@@ -201,7 +203,7 @@ INK, OUR_COLOUR, OTHER_COLOUR, GRID = "#1f2328", "#1a7f5a", "#8c959f", "#d8dee4"
 
 
 def chart(rows: Sequence[dict[str, Any]], note: str) -> str:
-    """Return the median latency of all rows as an SVG, in commits on a logarithmic scale, one panel a group."""
+    """Return a chart as SVG: each row's median latency in commits, on a logarithmic scale. Each group has a panel."""
     shown = [row for row in rows if row.get("p50_in_commits")]
     low = min([0.1, *(row["p50_in_commits"] for row in shown)])
     high = max([10.0, *(row["p50_in_commits"] for row in shown)])

@@ -1,10 +1,10 @@
 """LangGraph: nodes of a graph with a checkpointer on SQLite, in the caller's process.
 
 - https://docs.langchain.com/oss/python/langgraph/durable-execution: `durability="sync"` persists each step before the
-  next one starts; "async" persists it while the next one runs, and may lose it in a crash.
+  next step starts; "async" persists it while the next step runs, and may lose it in a crash.
 - https://reference.langchain.com/python/langgraph.checkpoint.sqlite: SqliteSaver for synchronous code (AsyncSqliteSaver
-  for asynchronous code runs the same statements in a thread). "For local development, testing, or lightweight
-  deployments".
+  for asynchronous code runs the same statements in a thread). The page says: "For local development, testing,
+  or lightweight deployments".
 
 A run is a thread, and a call is a step of a graph with one node. A call lasts from the start of its node to the start
 of the next one. The last call of a run ends when all checkpoints of the run are written.

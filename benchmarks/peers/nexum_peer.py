@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _WithoutServer(Peer):
-    """A row whose caller opens the database in its own process, as a program does that finds no server."""
+    """A row without a server: the caller opens the database in its own process."""
 
     group = Group.CALLER
 
@@ -73,7 +73,7 @@ class NexumSession(_WithoutServer):
 
 
 class OwnerCaller:
-    """Makes calls in this process, and records each with its result when it is done."""
+    """Makes calls in this process, and records each finished call with its result."""
 
     def __init__(self, client: NexumClient, owner: Owner) -> None:
         from nexum_engine.workflow import workflow
@@ -83,7 +83,7 @@ class OwnerCaller:
         self._workflow = workflow("compared-call").effect("call").build()
 
     async def run(self, name: str, calls: int) -> list[Call]:
-        """Read the record of the run, and make the calls that it lacks."""
+        """Read the recorded calls of the run, and make the missing calls."""
         recorded = {
             execution.idempotency_key: json.loads(execution.outputs()["call"])["result"]
             for execution in await self._client.list_executions(
@@ -103,7 +103,7 @@ class OwnerCaller:
 
 
 class NexumOwner(_WithoutServer):
-    """A call that its owner records when it is done, as a durable session records a model's reply."""
+    """A call that is recorded only after its end, as a durable session records a model's reply."""
 
     name = "nexum-owner"
     title = "this project: result recorded by nexum_engine.owner"
@@ -165,7 +165,7 @@ class NexumWorker(Peer):
             yield TaskCaller(client)
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
-        """Run the worker of worker.py, with the comparison's tool."""
+        """Run the worker of worker.py with the tool of the comparison."""
         from nexum_engine.client import NexumClient
         from nexum_engine.worker import Binding, Worker
         from support.tools import tool as declare
@@ -187,7 +187,7 @@ class NexumWorker(Peer):
 
 
 class PublishedNexum(NexumWorker):
-    """A published Nexum server that is already running."""
+    """A published Nexum server, which lacks this project's additions. The user has started it."""
 
     name = "published"
     title = "published Nexum server, this project's caller and worker"

@@ -21,14 +21,14 @@ from typing import Any
 from peers.base import FOLDER, Peer, Settings
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds for a process to become ready
-CALL_PATIENCE = 600.0  # seconds for one command
+PATIENCE = 60.0  # seconds that a process may take to start or to end
+CALL_PATIENCE = 600.0  # seconds that a caller may take for a command
 LOOK_INTERVAL = 0.002  # seconds
 LOG_BYTES = 4096
 
 
 class PeerFailed(Exception):
-    """A process of a peer failed. The message has the end of the process's log."""
+    """A process of a peer failed. The message ends with the last line of the process's log."""
 
 
 class Child:
@@ -39,7 +39,7 @@ class Child:
         self._what = what
         self._log = log
         self.roots = [] if is_guard else [process.pid]
-        """The processes whose memory and system calls count, with their children."""
+        """The processes whose memory and system calls are measured. Their children are measured, too."""
         self.guard = process.pid if is_guard else None
 
     async def answer(self, patience: float = PATIENCE) -> Any:
@@ -186,7 +186,7 @@ class Processes:
         return text
 
     def pids(self) -> list[int]:
-        """Return all processes of the peer, without the guards. Linux only: elsewhere, an empty list."""
+        """Return the ids of the peer's processes, without the guards. The list is empty if the system isn't Linux."""
         children: defaultdict[int, list[int]] = defaultdict(list)
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
@@ -194,7 +194,7 @@ class Processes:
                 children[int(parent)].append(int(stat.parent.name))
         found: list[int] = []
         left = [root for child in self._children for root in child.roots]
-        # A guard of PostgreSQL has no child: the server is a daemon, and its process is one of the roots.
+        # A guard's child is a program of the peer. PostgreSQL is a daemon and no child of its guard, so it is a root.
         left += [pid for child in self._children if child.guard for pid in children[child.guard]]
         while left:
             pid = left.pop()
@@ -225,7 +225,7 @@ def kill_pid(pid: int) -> None:
 
 
 class Trace:
-    """The fsyncs of some processes, seen by strace. It misses writes with O_DSYNC, and all of io_uring."""
+    """The fsyncs of some processes, as strace sees them. It misses writes with O_DSYNC, and all calls by io_uring."""
 
     CALLS = "fsync,fdatasync,msync,sync_file_range,syncfs"
     _WHOLE = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((\d+<([^>]*)>)?.* = 0 <(\d+\.\d+)>$")
@@ -262,11 +262,11 @@ class Trace:
 
     async def __aexit__(self, *_: object) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._process.terminate()  # strace detaches, and its processes continue
+            self._process.terminate()  # strace detaches, and the traced processes continue
             await self._process.wait()
 
     def syncs(self) -> list[tuple[float, float, str]]:
-        """Return the completed syncs: begin, end, and the file's name. Call it after the `async with` block."""
+        """Return the completed fsyncs: begin, end, and the file's name. Call this after the `async with` block."""
         found, begun = [], {}
         for line in self._output.read_text(encoding="utf-8", errors="replace").splitlines():
             if whole := self._WHOLE.match(line):

@@ -2,13 +2,13 @@
 
 The pages are below https://procrastinate.readthedocs.io/en/stable/howto/.
 
-- basics/worker.html: `concurrency`; a worker listens for new jobs (LISTEN/NOTIFY), and polls in addition.
+- basics/worker.html: `concurrency`. A worker listens for new jobs (LISTEN/NOTIFY), and also polls for them.
 - basics/connector.html: the asynchronous connector, with a connection for each run in flight.
 - production/retry_stalled_jobs.html: a periodic task retries the jobs of workers that have had no heartbeat for 30 s
   (the default). The page runs it every ten minutes; here it runs every minute.
 
-Procrastinate doesn't keep results. So the task writes its result into a table of its own, in one transaction with a
-NOTIFY, and the caller listens. A replay would only read that table, so replays are not measured.
+Procrastinate doesn't keep results. So the task writes its result into a table that this file creates, in one
+transaction with a NOTIFY, and the caller listens. A replay would only read that table, so replays are not measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Restate: a handler that its server invokes over HTTP, in a worker process.
 
-- https://docs.restate.dev/develop/python/serving: Hypercorn, with the settings of that page.
+- https://docs.restate.dev/develop/python/serving: Hypercorn with this page's settings.
 - https://docs.restate.dev/services/invocation/clients/python-sdk: the client, with an idempotency key for each call.
-- https://docs.restate.dev/references/server-config: the server's defaults, on loopback. It syncs its log
+- https://docs.restate.dev/references/server-config: the server's defaults, on loopback. The server syncs its log
   (`rocksdb-disable-wal-fsync = false`).
 
 The service is registered once. After the worker process is killed, a new one listens on the same address, and the
@@ -27,7 +27,7 @@ MODULES = Path(__file__).resolve().parent.parent / "node_modules"
 
 
 def server_program() -> Path | None:
-    """Return the path of the server's program, which is in an npm package: on PATH, or in benchmarks/node_modules."""
+    """Return the path of the server's program, which npm installs beside its command on PATH or in node_modules."""
     script = shutil.which("restate-server")
     roots = [MODULES / "@restatedev"]
     if script is not None:
@@ -117,7 +117,7 @@ class Restate(Peer):
 
     @asynccontextmanager
     async def caller(self, settings: Settings) -> AsyncIterator[ServiceCaller]:
-        """Register the service, once, and connect the client."""
+        """Register the service if no service is registered, and connect the client."""
         httpx: Any = importlib.import_module("httpx")
         restate: Any = importlib.import_module("restate")
         _, handler = make_service()

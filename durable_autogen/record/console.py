@@ -51,7 +51,7 @@ def _input(prompt: Any = "", /) -> str:
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:
-        # Print what the screen would show: the prompt and, on a terminal, the line, because a terminal echoes it.
+        # Print the prompt. On a terminal, print the line, too: a terminal echoes what a person types.
         sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
         sys.stdout.flush()
         return recorded

@@ -1,9 +1,9 @@
 """The runs and events of a session, and functions that read them from the server.
 
-An event is the outcome of a call (a model's reply, a tool's result, a person's input, ...) or a mark (an agent's turn
-is over, the run was stopped). Each event is an execution with one node. The recording process owns the execution. The
-execution's key names session, agent and position. Each run of the session is an execution, too: only the process that
-owns the run's execution may record events.
+An event is either the outcome of a call (a model's reply, a tool's result, a person's input, ...), or a mark that notes
+a fact (an agent's turn is over, the run was stopped). Each event is an execution with one node. The recording process
+owns the execution. The execution's key names session, agent and position. Each run of the session is an execution, too:
+only the process that owns the run's execution may record events.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
-PAGE = 100  # executions in one answer, at most
-MAX_QUESTION = 200  # characters of the question in a summary
+PAGE = 100  # executions to ask the server for at a time
+MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -71,7 +71,7 @@ class Kind(str, Enum):
     MESSAGE = "message"
     """A user message added to a fork."""
     TURN = "turn"
-    """The end of an agent's turn, where agents work in parallel."""
+    """The end of an agent's turn, or the start of its streamed reply. It is recorded if agents work in parallel."""
     STOP = "stop"
     """A stop by a termination condition."""
     REVOKE = "revoke"
@@ -79,7 +79,7 @@ class Kind(str, Enum):
 
     @property
     def is_call(self) -> bool:
-        """Whether a call of this kind costs money or a person's time, acts on the outside world, or waits for it."""
+        """Whether a call of this kind costs money or a person's time, acts on the world, or waits for a sent event."""
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
 
     @property
@@ -124,7 +124,7 @@ class Raised(_Frozen):
 
 
 class GivenUp(_Frozen):
-    """The content of a call that the program cancelled, or whose stream it left."""
+    """The content of a call that the program cancelled, or whose stream the program left early."""
 
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
@@ -137,7 +137,7 @@ class Begun(_Frozen):
     task: list[str] = []
     """The task's texts; empty if the program runs its agents itself."""
     messages: list[dict[str, Any]] = []
-    """The task's messages, dumped; empty if the task is a text."""
+    """The task's messages as JSON; empty if the task is a text."""
 
 
 class Said(_Frozen):
@@ -154,12 +154,12 @@ class Revoked(_Frozen):
     why: str
     seqs: list[int]
     is_another_program: bool = False
-    """Whether another program continues the session from here."""
+    """Whether the events are revoked because a changed program continues the session."""
 
     def replaces(self, revoked: Event) -> bool:
         """Return whether a different call takes the place of a revoked event.
 
-        After a failure, the program makes the same call again. That call keeps its id, so that a service recognises it:
+        After a failure, the program makes the same call again. That call keeps its id, so that a service recognizes it:
         the first attempt may have done its work before it failed.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
@@ -172,7 +172,7 @@ class Mark(_Frozen):
 
 
 class Waiting(_Frozen):
-    """The content of the beginning of a sleep or of a wait for a sent event."""
+    """The content of a WAIT event, which begins a sleep or a wait for a sent event."""
 
     type: Literal["waiting"] = "waiting"
     event: str = ""
@@ -190,7 +190,7 @@ class Received(_Frozen):
     event: str
     """The name of the sent event."""
     number: int
-    """The number of the sent event among those of its name in the session."""
+    """The number of the sent event. A session numbers the events of each name 1, 2, 3, ..."""
     payload: Any = None
     """The payload, as `encoded` writes it."""
 
@@ -249,7 +249,7 @@ class Addressed:
 
     @property
     def address(self) -> str:
-        """The agent and the position. It is unique in a session."""
+        """The agent and the position. The address is unique in a session."""
         return f"{self.agent}/{self.position}"
 
     def __str__(self) -> str:
@@ -266,16 +266,16 @@ class EventInput(Addressed, _Frozen):
 
 
 class Summary(_Frozen):
-    """What `nexum ps` says of a session: a summary of the events that count up to one event, in that event."""
+    """A summary of a session for `nexum ps`. Each event stores a summary of all events so far, without revoked ones."""
 
     number: int = 0
-    """The number of the event. `nexum ps` shows the summary with the highest one."""
+    """The number of the event that stores the summary. `nexum ps` shows the summary with the highest number."""
     question: str = ""
     calls: int = 0
     tokens: int = 0
 
     def plus(self, event: Event) -> Summary:
-        """Return the summary with one event more."""
+        """Return the summary with `event` added."""
         question = self.question
         if isinstance(event.content, Begun):
             question = " / ".join(event.content.task)
@@ -289,14 +289,14 @@ class Summary(_Frozen):
         )
 
     def minus(self, event: Event) -> Summary:
-        """Return the summary without an event that no longer counts."""
+        """Return the summary without `event`, which no longer counts."""
         return self.model_copy(
             update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - tokens_of(event)}
         )
 
 
 def tokens_of(event: Event) -> int:
-    """Return the tokens of a model's reply, of prompt and completion; 0 for other events."""
+    """Return how many prompt and completion tokens a model's reply took; 0 for other events."""
     match event.content:
         case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
             return prompt + completion
@@ -321,7 +321,7 @@ class Event(Addressed, _Frozen):
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time when the event was recorded: the length of all its runs, without the pauses."""
+    """The session's active time when the event was recorded: the total length of its runs, without the pauses."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
@@ -330,7 +330,7 @@ class Event(Addressed, _Frozen):
     Only calls without a recorded beginning are listed, and only those made since the previous event.
     """
     summary: Summary | None = None
-    """The summary of the session up to this event. `nexum ps` shows that of the newest event."""
+    """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
     def is_setback(self) -> bool:
@@ -346,7 +346,7 @@ class Call(Addressed):
     agent: str
     position: str
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The call's fingerprint. With a `base`, it holds only what the fingerprint at the position `base` lacks."""
+    """The call's fingerprint. If it has a `base`, it holds only what is new since the request at position `base`."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
@@ -354,7 +354,7 @@ class Call(Addressed):
 
 
 def end_of_wait(position: str) -> str:
-    """Return the position of a wait's end, by that of its beginning. It works for addresses, too."""
+    """Return the position (or address) of a wait's end from the position (or address) of the wait's beginning."""
     return f"{position}/end"
 
 
@@ -421,7 +421,7 @@ def decoded(value: Any) -> Any:
 
 
 def representable(value: Any) -> Any:
-    """Return a JSON-like value without half surrogate pairs: each is replaced, because databases can't store them."""
+    """Return a JSON-like value with each lone surrogate replaced: databases can't store lone surrogates."""
     if isinstance(value, str):
         return _HALVES.sub("\ufffd", value) if not value.isascii() else value
     if isinstance(value, dict):
@@ -439,7 +439,7 @@ class Record:
     """A session's events, read from the server."""
 
     events: list[Event] = field(default_factory=list)
-    """The events that count, in order."""
+    """The events without revoked ones, in order."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls that an earlier run began without recording a result."""
     tried: set[str] = field(default_factory=set)

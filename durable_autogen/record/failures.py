@@ -1,4 +1,4 @@
-"""Conversion of a call's exceptions: into ordinary ones, into records, and back."""
+"""Conversion of a call's exceptions to JSON and back. SystemExit and the like become a RuntimeError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic_core.core_schema import ErrorType
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters of a recorded failure's text
+MAX_TEXT = 20_000  # characters; a failure's longer text is cut, and its longer arguments and attributes are left out
 
 Plain = str | int | float | bool | None
 
@@ -56,8 +56,8 @@ class Failure(BaseModel):
     def again(self) -> Exception:
         """Return the recorded exception, with its class, text, plain arguments and plain attributes.
 
-        If the class can't be instantiated, return an instance of a new subclass of it. If it allows no subclass, use
-        its nearest base class that does.
+        If the class can't be instantiated, return an instance of a new subclass of it. If the class allows no subclass,
+        use the nearest base class that allows one.
         """
         kind = class_named(self.module, self.name, Exception)
         if self.validation is not None and (error := self._validation_error()) is not None:

@@ -27,26 +27,29 @@ class _Setback:
 
 
 class Setbacks:
-    """The failed and given-up calls of a run, until their agents finish their turns."""
+    """The failed and given-up calls of a run. When an agent finishes its turn, its calls are forgotten."""
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []
 
     def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
-        """Note that a recorded call failed with `error`, or that it was given up, if `error` is None."""
+        """Note that a recorded call failed with `error`. If `error` is None, the call was given up."""
         self._setbacks.append(_Setback(event, error, caller, continued))
 
     def called(self, call: Call, caller: Caller) -> None:
-        """Note that a task makes a call: it may show that the run continued after a setback (see `continues`)."""
+        """Note that a task makes a call. The call may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
             one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
 
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team, and of all agents inside it: its turn is over."""
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
         self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
-        """Return the failure whose text is part of an error's text, or None. AutoGen's teams pass on only texts."""
+        """Return the latest failure whose text is part of the text of `error`, or None.
+
+        AutoGen's teams don't raise a failure itself. They raise another error, which holds only the failure's text.
+        """
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
@@ -55,11 +58,11 @@ class Setbacks:
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)  # `error` itself is the first one
         found = [one for one in failures if one.error in causes]
-        # Otherwise look for a failure's text in the error: a team passes on only the text.
+        # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
-        # Otherwise the error is unrelated: take every failure after which the run did not continue.
+        # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.continued]
-        # Add the given-up calls after which the run did not continue: its end cancelled the calls of parallel agents.
+        # Add the given-up calls after which the run did not continue. The run's end cancelled these calls.
         found += [one for one in setbacks if one.error is None and not one.continued]
         return [one.event for one in found]
 
@@ -67,8 +70,9 @@ class Setbacks:
 def continues(agent: str, caller: Caller, call: Call, next_caller: Caller) -> bool:
     """Return whether a later call shows that the run continued after a setback.
 
-    The setback is a failed call of `agent`, made by the task `caller`. A later call shows that the run continued if one
-    of these makes it: the same task, the same agent, a team or agent that contains the agent, or the program itself.
+    The setback is a failed or given-up call of `agent`, made by the task `caller`. The later call shows that the run
+    continued if one of these made it: the same task, the same agent, a team or agent that contains the agent, or the
+    program itself.
     """
     return caller is next_caller or not call.agent or f"{agent}/".startswith(f"{call.agent}/")
 

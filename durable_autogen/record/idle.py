@@ -1,8 +1,8 @@
-"""Waiting until a session is idle: nothing of the session is ready to run, so the program has handled the last event.
+"""Waiting until a session is idle.
 
-A session delivers its events one at a time, and each event only when the session is idle. So the program handles an
-event in a replay as it did in the recorded run. Other sessions and other tasks of the event loop are neither waited for
-nor delayed.
+A session is idle when none of its code is ready to run. The program has then handled the last event. A session delivers
+its events one at a time, and each event only when the session is idle. So the program handles an event in a replay as
+it did in the recorded run. The wait neither depends on other sessions or other tasks of the event loop nor delays them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from durable_autogen.record.place import OpenSession, at, current
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
-LESS_BUSY_PATIENCE = 0.05  # seconds to wait, once the session was busy for BUSY_PATIENCE
+LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that has been busy for BUSY_PATIENCE before
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class _Waiting:
 
 
 class _Watcher:
-    """A watcher of one event loop's queue. While any session waits, it reads the queue at every turn of the loop."""
+    """The watcher of one event loop's queue. It reads the queue at every turn of the loop while a session waits."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -46,7 +46,7 @@ class _Watcher:
         self._watching: asyncio.Task[None] | None = None
 
     def is_idle_now(self, session: OpenSession) -> bool:
-        """Return whether a session is idle now and no earlier caller waits for it. If so, the caller need not wait."""
+        """Return whether the session is idle and no earlier caller waits for it. If so, a new caller need not wait."""
         ready = getattr(self._loop, "_ready", None)
         return (
             ready is not None
@@ -95,7 +95,7 @@ class _Watcher:
             return False
         if not activity.is_never_idle:
             logger.warning(
-                "session %s was busy for %g s: its events are delivered without waiting until it is idle",
+                "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
                 waiting.session.session_id,
                 BUSY_PATIENCE,
             )
@@ -117,7 +117,7 @@ _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, _Watcher] = WeakKeyDicti
 
 
 async def idle(session: OpenSession) -> None:
-    """Wait until nothing of a session is ready to run.
+    """Wait until no code of a session is ready to run.
 
     Call `idle` from a task of that session. The calling task isn't counted.
     """
@@ -185,14 +185,14 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
             if not loop.is_closed():
                 loop.call_soon_threadsafe(done)
 
-        # The caller adds its own callback once this function returns. Add `tell_loop` one turn later, so that it runs
-        # after that callback.
+        # The caller adds its own callback after this function returns. Add `tell_loop` in the event loop's next turn,
+        # so that `tell_loop` runs after the caller's callback.
         loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
     return future
 
 
 def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
-    """Return whether the pool runs functions in other interpreters (Python 3.14). Those can't get a context."""
+    """Return whether the pool runs functions in other interpreters (Python 3.14), which can't get a context."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 
@@ -204,9 +204,9 @@ def _start(self: threading.Thread) -> None:
         return
     target: Any = getattr(self, "_target", None)
     if getattr(target, "__module__", "") == "concurrent.futures.thread":
-        # Start a pool's thread outside any session: it outlives the session, and each function brings its own context.
-        # Otherwise Python 3.14 may copy the current context into the thread (with -X thread_inherit_context, or if
-        # free-threaded).
+        # Start a pool's thread without a place: the thread outlives the session, and each function that the thread runs
+        # brings its own context. If the place were set here, Python 3.14 could copy it into the thread (with -X
+        # thread_inherit_context, or in a free-threaded build).
         with at(None):
             _original_start(self)
         return
@@ -228,5 +228,5 @@ def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     try:
         return fn(*args, **kwargs)
     except StopIteration as error:
-        # Raise another exception: a future can't hold a StopIteration, so its caller would wait for ever.
+        # Raise another exception: a future can't hold a StopIteration, so a task that awaits it would wait for ever.
         raise RuntimeError("StopIteration was raised: next() found nothing") from error

@@ -54,12 +54,12 @@ class Journal:
         self.session = session
         self.log = log
         self.events: list[Event] = []
-        """The events that count, in order."""
+        """The events without revoked ones, in order."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self._client = client
         self._owner = Owner(
-            client, on_lost=lambda error: self.log.warning("%s; trying for %g s", error, OWNER_PATIENCE)
+            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
         self._run: Task | None = None
         self.next_seq = 1
@@ -70,7 +70,7 @@ class Journal:
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
         self._trailing: list[Event] = []
-        """The events at the end of the record that were recorded after the last unfinished call began."""
+        """The events that were recorded after the last unfinished call began."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -112,7 +112,7 @@ class Journal:
     async def _take_session(self, latest: Execution | None) -> tuple[Task, Execution | None]:
         """Begin the session's next run, or take over the latest one.
 
-        Return the task of the run that this process now owns, and the latest run that was found on the server, or None.
+        Return the task of this process's run, and the latest run that the server had (None if the server had none).
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
@@ -174,7 +174,7 @@ class Journal:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
                 # Take only events recorded after the last unfinished call began. An earlier failure didn't end the run:
-                # the run went on and made that call.
+                # the run continued, and made that call.
                 self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
                 return
 
@@ -246,7 +246,8 @@ class Journal:
         self._run, _ = await self._take_session(await self._runs())
         if (await read_record(self._client, self.session)).events:
             raise SessionBusy(
-                f"the server was replaced, and the new one has another session {self.session}. Use another session"
+                f"the server was replaced, and the new server has recorded other events in session {self.session}. "
+                "Use another session"
             )
         for event in self.events:
             input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
@@ -256,16 +257,16 @@ class Journal:
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address, and no result of the call counts."""
+        """Return whether an earlier run made the call of this address, but left no result that counts."""
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return a name for the call of an address. A call that is made again after its failure keeps the name."""
+        """Return the part of a call id that names the call at `address`. A retry after a failure has the same name."""
         again = self._times_replaced[address]
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often, before event number `seq`, a changed program continued the session live."""
+        """Return how often a changed program continued the session live before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:
@@ -273,8 +274,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, a recorded beginning shows that the run continued. If another run may have
-        # taken over the session, let the server refuse the beginning before the call costs money.
+        # After a failure or a broken reply, the recorded beginning shows that the run continued. If another process has
+        # taken over the session, the server refuses to record the beginning, before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)
@@ -350,7 +351,7 @@ class Journal:
             self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
-        """Record an accepted copy of another session's event: a replay doesn't compare it with the program."""
+        """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
         call = Call(event.kind, event.agent, event.position)
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
         await self._write(None, call, copy)
@@ -361,12 +362,12 @@ class Journal:
         await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke every event after the number `seq`. Keep added user messages: agents still get those."""
+        """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
         left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
         await self.revoke(left, why, is_another_program=True)
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
-        """Record that `events` no longer count. The program's calls for them are made again."""
+        """Record that `events` no longer count. If the program makes the same calls again, they are made live."""
         revoked = list(events)
         content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
         for event in revoked:
@@ -408,14 +409,14 @@ class Journal:
                 self._run = None
 
     async def release(self) -> None:
-        """Give up the ownership of the session. Its run ends as failed, because no program ran: a fork only copies."""
+        """Give up the ownership of the session. The run ends as failed: a fork copies events, but runs no program."""
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # Ignore a task that was recorded in the meantime, or that a replaced server doesn't know.
+            # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
             with contextlib.suppress(StaleTask, TaskNotFound):
                 await self._owner.fail(task, reason, patience=patience)
             del self._open[task.task_id]

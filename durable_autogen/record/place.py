@@ -66,7 +66,7 @@ class Place:
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
-    """Whether AutoGen passes each message of this agent on only when the agent yields its next message."""
+    """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
     """The agent or team at work."""
 
@@ -82,7 +82,7 @@ recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
 def call_id() -> str:
     """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
-    The id is unique over all sessions. It stays the same if a later run makes the call again, after a crash or a
+    The id is unique across all sessions. It stays the same if a later run makes the call again, after a crash or a
     failure, so use it as an idempotency key. After drift, the changed program's call gets a new id.
     """
     return recorded_call.get()

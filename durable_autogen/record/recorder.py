@@ -98,7 +98,7 @@ class Recorder:
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
-        """The recorded run's stop reason, if that run is finished: then no further call may be made. Else None."""
+        """The recorded run's stop reason if that run is finished, else None. A finished run makes no further call."""
         self.last_recorded_ms = 0
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.last_seq = 0
@@ -147,7 +147,7 @@ class Recorder:
             running.cancel()
 
     def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address; None if there is none, or if it was delivered already."""
+        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._replay.event_ahead(address)
 
     def _delivered(self, event: Event) -> None:
@@ -164,23 +164,23 @@ class Recorder:
         return self._replay.over_since is not None
 
     def was_checked(self, condition: str, look: int) -> bool:
-        """Return whether the recorded run is finished and checked a termination condition at least `look` times."""
+        """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
         ended = self.journal.ended
         return ended is not None and look <= ended.looks.get(condition, 0)
 
     @property
     def is_replaying(self) -> bool:
-        """Whether any recorded event is not delivered yet."""
+        """Whether there are recorded events that are not delivered yet."""
         return bool(self._replay.ahead)
 
     @property
     def active_now_ms(self) -> int:
-        """The session's active time until now: the length of all its runs, without the pauses."""
+        """The session's active time until now: the total length of its runs, without the pauses between them."""
         since = self._replay.over_since
         return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
-        """Record the beginning of a new session, or the beginning of a changed program that continues the session."""
+        """Record that a new session begins, or that a changed program continues the session."""
         async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = "begin"
@@ -196,7 +196,7 @@ class Recorder:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
         if self._replay.ahead:
             event = self._replay.ahead[0]
-            await self.drift(event.seq - 1, f"the run ended before anybody asked for {event}")
+            await self.drift(event.seq - 1, f"the run ended without asking for {event}")
         if self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
             # them either.
@@ -230,7 +230,7 @@ class Recorder:
         )
 
     async def end_with(self, error: BaseException) -> None:
-        """Revoke the failures that led to the run's error, so that the next run makes those calls again."""
+        """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
         async with self._record_lock:
             await self._record_typed()
             if ended_it := self.setbacks.ended_by(error, self.journal.events):
@@ -326,7 +326,7 @@ class Recorder:
         self._check_not_failed()
         await self.drift(
             event.seq - 1,
-            f"the recorded run gave {event} up after {waited_ms / 1000:g} s, and this run still waits for it",
+            f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it",
         )
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
@@ -427,7 +427,7 @@ class Recorder:
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
-        """Keep a line that was typed at the console until it can be recorded."""
+        """Keep a typed console line until the line can be recorded."""
         self.live["inputs"] += 1
         self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
 

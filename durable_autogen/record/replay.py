@@ -14,12 +14,12 @@ from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
 from nexum_engine.clock import wait_until_set
 
-DRIFT_PATIENCE = 10.0  # seconds until drift is reported, if the program makes other calls than the next recorded one
+DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded call while the program makes other calls
 CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds until then, if an earlier run also made those other calls
+TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run made all of these other calls, too
 
 
 class Compare(Protocol):
@@ -68,20 +68,21 @@ class Replay:
         self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
-        """The addresses of events whose positions `matching` gave to other calls."""
+        """The addresses of the events to whose positions `matching` moved a call."""
         self._waiting_live: dict[str, bool] = {}
-        """The calls that wait for the end of the replay. The value is True if an earlier run made the call, too."""
+        """For each call that waits for the end of the replay: whether an earlier run also made the call."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
 
     def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address; None if there is none, or if it was delivered already."""
+        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._by_address[address] if address in self._addresses else None
 
     def matching(self, call: Call) -> Call:
-        """Return the call, moved to the position of a recorded event that has the same fingerprint.
+        """Return the call with the position at which the recorded run made it.
 
-        An agent may make simultaneous calls in another order than in the recorded run.
+        An agent may make simultaneous calls in a different order than in the recorded run. The call's fingerprint shows
+        which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`.
         """
         at_its_place = self.event_ahead(call.address)
         if at_its_place is None or at_its_place.accepted:
@@ -100,7 +101,7 @@ class Replay:
         return call
 
     def peek(self, call: Call) -> Event | None:
-        """Return a call's recorded event without waiting for its turn; None if the event differs from the call."""
+        """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
@@ -127,7 +128,7 @@ class Replay:
             self._asked.pop(call.address, None)
 
     async def wait_until_over(self, call: Call) -> None:
-        """Wait until the replay is over. `call` has no recorded event, which may mean drift."""
+        """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
         if self._over.is_set():
             return
         self._waiting_live[str(call)] = self._journal.was_tried(call.address)
@@ -166,8 +167,7 @@ class Replay:
                     waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
                     await self._on_drift(
                         event.seq - 1,
-                        f"{event} is next on record, and nobody asked for it; the run asks for "
-                        f"{', '.join(sorted(waiting))}. {CHOICE_HINT}",
+                        f"{event} is next on record, but this run asks for {', '.join(sorted(waiting))}. {CHOICE_HINT}",
                     )
                 continue
             differing = self.differences(event, asked.call)
@@ -213,9 +213,9 @@ class Replay:
             )
 
     def _patience(self) -> float | None:
-        """Return the seconds to wait until the program makes the next recorded call; None for no limit.
+        """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
 
-        There is no limit while no call waits: the program is then at other work, and will make the call or end.
+        While no call waits, there is no limit: the program does other work, and will make the call or end.
         """
         if self._asked or not all(self._waiting_live.values()):
             return DRIFT_PATIENCE
@@ -235,6 +235,6 @@ def _deliver(asked: _Asked, event: Event | None) -> None:
 
 
 def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return one line if a recorded request and the current one differ, else none. The line doesn't say how."""
+    """Return one line if a recorded request and the current one differ, else none. The line names no difference."""
     requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
     return [] if requests[0] == requests[1] else ["the request differs"]

@@ -1,7 +1,8 @@
 """Events that are sent to a session from outside, and kept on the server until the session waits for them.
 
 In a session, the sent events of one name have the numbers 1, 2, 3, ... Each sent event is an execution with one EVENT
-node. Its key is made of session, name and number. The sender or the waiting session starts it, whichever comes first.
+node. The execution's key is made of session, name and number. The sender or the waiting session starts the execution,
+whichever comes first.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def check_event_name(name: str) -> str:
 
 
 async def expect(client: NexumClient, session: str, name: str, number: int, *, patience: float) -> Started:
-    """Start or find the execution of a sent event. It completes when the event is sent."""
+    """Start or find the execution of event `name` with this number. The execution completes when the event is sent."""
     input = SentEventInput(session=session, name=name, number=number)
 
     async def start() -> Started:
@@ -71,15 +72,16 @@ async def send(
     *,
     idempotency_key: str = "",
 ) -> None:
-    """Send an event to a session: its next wait for an event of this name receives the payload.
+    """Send an event to a session. The session's next wait for an event of this name receives the payload.
 
-    With `idempotency_key`, a second event of this name with this key changes nothing. Raises InvalidRequest for a wrong
-    name or payload, and IdempotencyConflict if the key was used with another payload.
+    If an event of this name was sent with the same `idempotency_key` before, nothing is sent. Raises InvalidRequest for
+    a wrong name or payload, and IdempotencyConflict if the key was used with another payload.
     """
     check_session_id(session)
     check_event_name(name)
     jsontext.check_size(jsontext.dump(payload, "the payload"), "the payload", max_bytes=MAX_EVENT_BYTES)
-    # With a key, begin at the oldest event: an ended one may have this key. Its execution then acknowledges the call.
+    # With a key, begin at the oldest event. If an event was sent with this key before, the execution of that event
+    # accepts the key again, and no second event is sent.
     number = await _first_number(client, session, name, is_oldest=bool(idempotency_key))
     # A key lets the client retry the call if the server's answer is lost.
     key = idempotency_key or uuid.uuid4().hex
@@ -92,7 +94,9 @@ async def send(
         except IdempotencyConflict:
             raise
         except Conflict:
-            # The execution has ended. If it was still running above, look again: it may have been cancelled.
+            # The execution has ended. If it was COMPLETED when `expect` found it, another event has this number: take
+            # the next number. If it was still running then, try this number again: the execution may have been
+            # cancelled since.
             number += expected.status is ExecutionStatus.COMPLETED
         else:
             return
@@ -116,7 +120,7 @@ async def cancel_expected(client: NexumClient, session: str) -> None:
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
-    """Return the number of the oldest or newest sent event of a name on the server. Return 1 if there is none."""
+    """Return the number of the session's oldest or newest event `name` on the server; 1 if the server has none."""
     number, before = 1, ""
     while page := await client.list_executions(
         workflow_id=SENT_EVENT.workflow_id,

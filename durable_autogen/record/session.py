@@ -61,7 +61,7 @@ class Session:
         self._waits: Waits
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
-        """How often each connection or process was started outside the record."""
+        """How often each connection or process was started outside a recorded call."""
 
     def _send_command(self) -> str:
         """Return the beginning of the command that sends an event to this session."""
@@ -85,19 +85,19 @@ class Session:
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
         if self._recorder is None:
-            raise RuntimeError("a session is used inside `async with`")
+            raise RuntimeError("the session is not open: use it inside `async with`")
         return self._recorder
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
         if self._loop is None:
-            raise RuntimeError("a session is used inside `async with`")
+            raise RuntimeError("the session is not open: use it inside `async with`")
         return self._loop
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
-        """Record under `name` the calls that the program itself makes inside a `with`.
+        """Inside a `with`, record the program's own calls under `name`.
 
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
@@ -113,11 +113,11 @@ class Session:
     # ---- Waits -------------------------------------------------------------------------------------------------------
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep for `seconds`. After a crash, the next run sleeps only what is left.
+        """Sleep for `seconds`. After a crash, the next run sleeps only for the remaining time.
 
         The time at which the sleep ends is recorded first. The sleep is over when the machine's clock shows that time,
-        never earlier. Time in which no process runs counts, too. If a later run passes other `seconds`, the recorded
-        time still counts. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
+        never earlier. So the sleep continues while no process runs. If a later run passes other `seconds`, the sleep
+        still ends at the recorded time. Raises InvalidRequest for a wrong number, and NotDurable inside a tool.
         """
         with self._at_wait("sleep", "use asyncio.sleep in the tool") as place:
             await self._waits.sleep(place.agent, seconds)
@@ -125,9 +125,9 @@ class Session:
     async def wait_for_event(self, name: str, timeout: float | None = None) -> Any:
         """Wait until an event `name` is sent to the session; return its payload, a JSON value.
 
-        Send it with `send_event` or `python -m durable_autogen send SESSION NAME`. An event that is sent before the
-        program waits is kept. So is an event that is sent while no process runs. Each event is returned by one wait, in
-        the order in which the events of its name were sent, and a replay returns it again.
+        Send an event with `send_event` or `python -m durable_autogen send SESSION NAME`. If an event is sent before the
+        program waits, or while no process runs, the event is kept. Two waits never return the same event. Events of one
+        name are returned in the order in which they were sent. A replay returns the same events.
 
         Raises TimeoutError if no event is sent within `timeout` seconds. A crash doesn't extend that time. A later
         event is kept for the next wait. Raises InvalidRequest for a wrong argument, and NotDurable inside a tool.
@@ -180,7 +180,7 @@ class Session:
                     await recorder.end_with(error)
             except NexumError as ending:
                 self.log.warning(
-                    "session %s: the failure could not be revoked: %s",
+                    "session %s: the failure could not be dropped from the record: %s",
                     self.session_id,
                     ending,
                 )
@@ -189,7 +189,7 @@ class Session:
             return
         async with self._stack:
             if failure is not None:
-                raise failure from error  # AutoGen's teams pass on only the text of the failure
+                raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
             await self._waits.end()
 
@@ -201,7 +201,7 @@ class Session:
     # ---- Outside the record ------------------------------------------------------------------------------------------
 
     def left_the_record(self, agent: str, what: str) -> None:
-        """Report a connection or process outside the record. With `on_unrecorded="stop"`, raise NotDurable."""
+        """Report a connection or process that isn't recorded. With `on_unrecorded="stop"`, raise NotDurable."""
         who = agent or "the program"
         line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
         self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1

@@ -1,4 +1,4 @@
-"""Detection of connections and processes outside the record, by Python's audit events.
+"""Detection of unrecorded connections and processes, by Python's audit events.
 
 If a program starts a connection or a process in a session, but outside a recorded call, every later run starts it
 again. Python raises no audit event for a connection that a library makes without Python's socket module (uvloop, gRPC),

@@ -1,8 +1,8 @@
 """Durable waits: sleeps, and waits for events that are sent to the session.
 
-A wait is recorded by two events. The first one (WAIT) is recorded before the wait, with the time at which the wait ends
-at the latest: so a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
-wait: so a replay continues the program in the recorded order.
+A wait is recorded by two events. The first one (WAIT) is recorded before the wait begins, and holds the latest time at
+which the wait ends. So a crash doesn't extend the wait. The second one (SLEEP or EVENT) is recorded at the end of the
+wait. So a replay continues the program in the recorded order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machin
 class Waits:
     """The durable waits of one run. `send_command` is the beginning of the command that sends an event to the session.
 
-    A sent event is received by one wait. Events of one name are received in the order of their numbers.
+    No two waits receive the same event. Events of one name are received in the order of their numbers.
     """
 
     def __init__(self, client: NexumClient, recorder: Recorder, send_command: str) -> None:
@@ -54,10 +54,10 @@ class Waits:
         self._send_command = send_command
         self._counts: Counter[tuple[str, str]] = Counter()
         self._receiving: dict[object, tuple[str, int] | None] = {}
-        """The waits for sent events that are not over, and the event that each has received and not yet recorded."""
+        """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
-        """Sleep for `seconds`, less the time that earlier runs have waited (`Session.sleep`)."""
+        """Sleep for `seconds`, or until the recorded end if an earlier run began the sleep (see `Session.sleep`)."""
         position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
@@ -73,7 +73,7 @@ class Waits:
         await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name` (`Session.wait_for_event`). Raises TimeoutError."""
+        """Return the payload of the next event `name` (see `Session.wait_for_event`). Raises TimeoutError."""
         check_event_name(name)
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
@@ -94,13 +94,13 @@ class Waits:
         raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
 
     async def end(self) -> None:
-        """After a run that came to its end, cancel the executions of events that the session no longer waits for."""
+        """After a run without an error, cancel the executions of events that the session no longer waits for."""
         if any(what == "event" for _, what in self._counts):
-            with suppress(NexumError):  # no server answers: the next run that comes to its end cleans up
+            with suppress(NexumError):  # if no server answers, the next run without an error cancels the executions
                 await cancel_expected(self._client, self._recorder.journal.session)
 
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
-        """Record the beginning of a wait, with the time of its end; return its position and the recorded content."""
+        """Record that a wait begins, and when it will end. Return the wait's position and the recorded content."""
         self._counts[agent, what] += 1
         # Leave the seconds out of the fingerprint: a program may compute them from the clock.
         request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
@@ -143,7 +143,7 @@ class Waits:
             execution = observed.execution
             if execution.status is ExecutionStatus.COMPLETED and number == self._next_number(name):
                 if until_ms is not None and (execution.ended_ms or 0) > until_ms:
-                    return TimedOut()  # it was sent too late, and is kept for the next wait
+                    return TimedOut()  # the event was sent too late: leave it to the next wait
                 if wait in self._receiving:
                     self._receiving[wait] = (name, number)
                 payload = jsontext.parse(execution.outputs()["event"], "the payload")
@@ -160,7 +160,7 @@ class Waits:
         """Return the number of the first event `name` that no wait of the session has received."""
         taken = {one[1] for one in self._receiving.values() if one is not None and one[0] == name}
         for event in self._recorder.journal.events:
-            # Leave out a fork's copies: their numbers are those of the original session's events.
+            # Leave out the events that a fork copied: they keep their numbers from the original session.
             if isinstance(event.content, Received) and event.content.event == name and not event.accepted:
                 taken.add(event.content.number)
         return next(number for number in range(1, len(taken) + 2) if number not in taken)

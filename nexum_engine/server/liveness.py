@@ -11,7 +11,7 @@ from nexum_engine.errors import InvalidRequest, StoreUnavailable
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases
-from nexum_engine.store.results import Changed
+from nexum_engine.store.results import Changed, News, ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
@@ -45,6 +45,7 @@ class Liveness:
 
     async def start(self) -> None:
         """Reset the leases, so that workers have time to reconnect after a restart, and start the sweep."""
+        self._store.join(self.hear)
         await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
@@ -143,6 +144,18 @@ class Liveness:
             self._waiters.execution_ended(execution)
         if changed.due_ms is not None:
             self.due_at(changed.due_ms)
+
+    def hear(self, news: News) -> None:
+        """Act on what another server on the same database has changed."""
+        for version_hash in news.ready:
+            self._polls.task_ready(ReadyTask(version_hash, 0))
+        for execution_id in news.ended:
+            self._waiters.ended_elsewhere(execution_id)
+        if news.due_ms is not None:
+            self.due_at(news.due_ms)
+        if news.anything:
+            self._polls.offer_all()
+            self._waiters.forget_running()
 
     def due_at(self, due_ms: int) -> None:
         """Make the sweep run no later than `due_ms`, when a lease runs out, a retry is due, or a wait is over."""

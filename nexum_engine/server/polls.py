@@ -196,6 +196,11 @@ class Polls:
                 poll.wake()
                 return
 
+    def offer_all(self) -> None:
+        """Offer a task of each version that workers wait for: another server may have made one due without a word."""
+        for version_hash in list(self._polls):
+            self.task_ready(ReadyTask(version_hash, 0))
+
     def has_poller(self, version_hash: str) -> bool:
         """Return whether a worker polls for the version, or polled within the last two seconds."""
         last = self._last_poll_ms.get(version_hash)

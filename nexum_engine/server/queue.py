@@ -23,6 +23,7 @@ class Queue:
         self._tasks = 0
         """The tasks at the last count, and those that were started since."""
         self._counted = float("-inf")
+        self._counting: asyncio.Task[None] | None = None
 
     @property
     def may_be_full(self) -> bool:
@@ -30,11 +31,14 @@ class Queue:
         return self._tasks >= self.limit
 
     async def is_full(self) -> bool:
-        """Return whether the queue has no room. Count its tasks, unless they were counted within the last second."""
+        """Return whether the queue has no room. Count its tasks, unless the last count is less than a second old."""
         now = asyncio.get_running_loop().time()
-        if now - self._counted >= COUNT_INTERVAL:
+        is_under_way = self._counting is not None and not self._counting.done()
+        if not is_under_way and now - self._counted >= COUNT_INTERVAL:
             self._counted = now
-            await self.count()
+            self._counting = asyncio.create_task(self.count(), name="count the queue")
+        if self._counting is not None:
+            await asyncio.shield(self._counting)
         return self.may_be_full
 
     async def count(self) -> None:

@@ -8,7 +8,6 @@ import logging
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import grpc
 from grpc_health.v1.health import aio as health_checks
@@ -129,14 +128,14 @@ async def run_server(
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
-        database = Path(store.opened_as)
         await liveness.start()
         await servicer.queue.count()
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()
         try:
-            if is_found_by_file:
+            # The clients on this machine find the server by a file beside the database's file.
+            if is_found_by_file and (database := store.file) is not None:
                 try:
                     write_address(database, address)
                 except OSError as error:
@@ -149,8 +148,8 @@ async def run_server(
                 await stop.wait()
         finally:
             # Remove the address first, so that no new client connects to the ending server.
-            if is_found_by_file:
-                remove_address(database, address)
+            if is_found_by_file and store.file is not None:
+                remove_address(store.file, address)
             await health.enter_graceful_shutdown()
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             waiters.stop()

@@ -56,6 +56,17 @@ class Waiters:
             if not future.done():
                 future.set_result(execution if execution.nodes else None)
 
+    def ended_elsewhere(self, execution_id: str) -> None:
+        """Make the callers that wait for the execution query the store: another server has ended it."""
+        self._running.discard(execution_id)
+        for future in self._waiting.get(execution_id, ()):
+            if not future.done():
+                future.set_result(None)
+
+    def forget_running(self) -> None:
+        """Let the next callers query the store: another server may have ended an execution without a word."""
+        self._running.clear()
+
     def look_again(self) -> None:
         """Make every waiting caller query the store: it is unknown whether earlier transactions were stored."""
         self._running.clear()

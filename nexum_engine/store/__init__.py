@@ -18,7 +18,7 @@ __all__ = ["Checked", "Store", "check_database", "database_exists", "open_store"
 
 
 async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
-    """Open (or create) the database that the URL names: `sqlite:///path`.
+    """Open (or create) the database that the URL names: `sqlite:///path`, or `postgresql://user@host/database`.
 
     Waits up to `lock_timeout` seconds until another server releases the file. Raises StoreRefused for a URL or a file
     that this version can't open, and StoreLocked if another server still has the file open.
@@ -29,10 +29,14 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
 
         return await SqliteStore.open(database_url, clock, lock_timeout=lock_timeout)
     if scheme in ("postgresql", "postgres"):
-        raise StoreRefused(
-            "PostgreSQL is not supported yet: use sqlite:///path, and one server for all workers on all machines"
-        )
-    raise StoreRefused(f"database URL {database_url!r} is not supported: use sqlite:///path")
+        try:
+            from nexum_engine.store.postgresql import PostgresStore
+        except ImportError as error:
+            raise StoreRefused(
+                "PostgreSQL needs the package psycopg: pip install 'nexum-durable-autogen[postgres]'"
+            ) from error
+        return await PostgresStore.open(database_url, clock)
+    raise StoreRefused(f"database URL {database_url!r} is not supported: use sqlite:///path, or postgresql://…")
 
 
 def database_exists(database_url: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.store.db import Db
+from nexum_engine.store.results import News
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,6 +48,11 @@ class Store(ABC):
 
     @property
     @abstractmethod
+    def file(self) -> Path | None:
+        """The database's file on this machine; None if it is a database of another server."""
+
+    @property
+    @abstractmethod
     def failed(self) -> asyncio.Future[str]:
         """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
 
@@ -57,6 +63,12 @@ class Store(ABC):
 
     on_unknown: Sequence[Callable[[], None]] = ()
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
+
+    def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
+        """Begin to tell the other servers on this database that this one is alive, and to call `on_news` on the loop.
+
+        `on_news` is called soon after another server's transaction, and from time to time in case one was missed.
+        """
 
     @abstractmethod
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:

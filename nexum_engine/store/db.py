@@ -26,8 +26,19 @@ class Db(Protocol):
         """Run the query that is called `query` in queries.sql, and return its first row, or None."""
         ...
 
-    def run(self, query: str, **parameters: object) -> int:
+    def run(self, query: str, **parameters: object) -> None:
+        """Run the statement that is called `query` in queries.sql. It may be sent together with the next one."""
+        ...
+
+    def changes(self, query: str, **parameters: object) -> int:
         """Run the statement that is called `query` in queries.sql, and return how many rows it changed."""
+        ...
+
+    def lock(self, execution: int) -> None:
+        """Wait until no other server changes the execution with this number, and let none until the commit.
+
+        Call this before the reads that decide what to change.
+        """
         ...
 
 

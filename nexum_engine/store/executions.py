@@ -189,7 +189,7 @@ def _add_owned_node(
         "dependencies": "[]",
         "version_hash": version_hash,
         "task_bytes": jsontext.size_of(input_json) + TASK_FRAME_BYTES,
-        "owned": 1,
+        "owned": True,
     }
     if result is None:
         db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
@@ -199,7 +199,7 @@ def _add_owned_node(
             **fields,
             task_id=new_task_id(number),
             worker_id=result.owner,
-            streamed=int(result.streamed),
+            streamed=result.streamed,
             now=db.now_ms,
             output_json=result.output_json,
         )
@@ -212,7 +212,7 @@ def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
     """
     if by:
         check_id(by, "cancelled_by")
-    row = find_execution(db, execution_id)
+    row = find_execution(db, execution_id, lock=True)
     if row["status"] == ExecutionStatus.CANCELLED:
         return Changed()
     if row["status"] != ExecutionStatus.RUNNING:

@@ -54,7 +54,7 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: s
             status=(NodeStatus.READY if is_task else NodeStatus.PENDING).value,
             due_ms=db.now_ms if is_task else None,
             task_bytes=task_bytes if is_task else None,
-            owned=0,
+            owned=False,
             **policy_of(node),
         )
         if is_task:
@@ -133,7 +133,7 @@ def _begin_waiting(db: Db, number: int, node: NodeDefinition, changes: Changes) 
     due_ms = None if seconds is None else db.now_ms + 1 + milliseconds(seconds)
     db.run("begin_waiting", node=number, due_ms=due_ms, event=node.event or None, now=db.now_ms)
     if node.node_type is NodeType.TIMER and not node.delay_seconds:
-        return db.run("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
+        return db.changes("complete_waiting", node=number, output_json=timer_output(db, node), now=db.now_ms) > 0
     if node.node_type is NodeType.EVENT and use_event(db, number, node.event):
         return True
     if due_ms is not None:
@@ -154,12 +154,12 @@ def use_event(db: Db, number: int, name: str) -> bool:
     if event is None:
         return False
     db.run("use_event", execution=execution, number=event["number"], node=number)
-    return db.run("complete_waiting", node=number, output_json=event["payload_json"], now=db.now_ms) > 0
+    return db.changes("complete_waiting", node=number, output_json=event["payload_json"], now=db.now_ms) > 0
 
 
 def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> bool:
     """Record the output of a WAITING node, and advance its execution. Return False if the node no longer waits."""
-    if not db.run("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
+    if not db.changes("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
         return False
     advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
     return True
@@ -167,7 +167,7 @@ def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> b
 
 def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
     """Fail a WAITING node and its execution. Return False if the node no longer waits."""
-    if not db.run("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
+    if not db.changes("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
         return False
     end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
     return True
@@ -194,7 +194,7 @@ def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> Non
             status=NodeStatus.READY.value,
             due_ms=db.now_ms,
             task_bytes=task_bytes,
-            owned=0,
+            owned=False,
             timeout_ms=node["timeout_ms"],
             retry=node["retry"],
         )
@@ -235,6 +235,7 @@ def _add_child(
 
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
     """Complete or fail the node that started an execution, once all executions that the node started have ended."""
+    db.lock(child["parent_node"] // 1000)
     parent = db.one("node_at", node=child["parent_node"])
     if parent is None or parent["status"] != NodeStatus.WAITING:
         return  # the parent has ended first, and has cancelled this execution

@@ -49,11 +49,11 @@ def renew(
 
 def _renewed(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     task = {"node": number_of(db, task_id), "task_id": task_id, "worker_id": worker_id}
-    return bool(db.run("renew_lease", **task, lease_expires_ms=until_ms))
+    return bool(db.changes("renew_lease", **task, lease_expires_ms=until_ms))
 
 
 def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
-    row = find_attempt(db, task_id)
+    row = find_attempt(db, task_id, lock=True)
     if (
         row is None
         or row["worker_id"] != worker_id
@@ -63,8 +63,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     ):
         return False
     lost = _counted_losses(Outcome(row["outcome"]), row)
-    db.run("resume_node", node=row["node"], lease_expires_ms=until_ms, lost=lost)
-    return True
+    resumed = db.changes("resume_node", node=row["node"], attempt=row["attempt"], lease_expires_ms=until_ms, lost=lost)
+    return resumed > 0  # a claim of another server may have been first
 
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
@@ -76,6 +76,8 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
     reason = f"the task did not reach worker {worker_id}: two heartbeats in a row did not name it"
+    for row in _handed_out(db, worker_id):
+        db.lock(row["execution"])
     for row in _handed_out(db, worker_id):
         if row["task_id"] in task_ids:
             _lose(db, row, Outcome.LOST, reason, changes)
@@ -96,8 +98,8 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
 
     `unstreamed_ms` is the new lease of workers that had no worker stream.
     """
-    db.run("restart_leases", streamed=1, lease_expires_ms=db.now_ms + grace_ms)
-    db.run("restart_leases", streamed=0, lease_expires_ms=db.now_ms + unstreamed_ms)
+    db.run("restart_leases", streamed=True, lease_expires_ms=db.now_ms + grace_ms)
+    db.run("restart_leases", streamed=False, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
     # Let no task wait longer than the longest retry delay: the clock may have been set back while no server ran.
     longest = DEFAULT_RETRY_POLICY.delay_ms(DEFAULT_RETRY_POLICY.max_attempts - 1) or 0
@@ -113,8 +115,11 @@ def sweep(db: Db, since_ms: int) -> Swept:
     # query would announce these nodes a second time.
     retries = db.all("due_retries", since=since_ms, now=db.now_ms)
     changes = Changes([ReadyTask(row["version_hash"], row["task_bytes"]) for row in retries])
-    for row in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
-        _expire(db, row, changes)
+    for found in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
+        db.lock(found["execution"])
+        row = db.one("expired_lease", node=found["node"], now=db.now_ms)
+        if row is not None:  # else another server was first, or an earlier one of this loop has ended the execution
+            _expire(db, row, changes)
     end_waits(db, changes)
     due = [
         row["due"]

@@ -30,7 +30,9 @@ _CANDIDATES = 1000
 """How many candidates one query reads."""
 _RARE = 50_000
 """A workflow or attribute with fewer executions gives the candidates. One with more soon matches among the newest."""
-_END = 2**60  # above every number of an execution
+_OUT_OF_ORDER_MS = 10_000
+"""How much earlier an execution may have begun than one with a smaller number, if several servers start executions."""
+_END = 2**53  # above every number of an execution; 1000 times it is still a 64-bit number
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,16 @@ def list_executions(
 
 def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
     candidates, is_exact = _candidates(db, wanted)
-    first = _first_since(db, wanted.since_ms)
-    before = min(before, _first_since(db, wanted.until_ms) if wanted.until_ms else before)
+    first = _first_since(db, wanted.since_ms - _OUT_OF_ORDER_MS) if wanted.since_ms else 1
+    before = min(before, _first_since(db, wanted.until_ms + _OUT_OF_ORDER_MS) if wanted.until_ms else before)
     narrow = {
         "workflow_id": wanted.workflow_id,
         "status": wanted.status,
         "since_ms": wanted.since_ms,
         "until_ms": wanted.until_ms,
         "attributes": json.dumps(dict(wanted.attributes)),
-        "grouped": int(wanted.group_sessions),
-        "with_items": int(bool(wanted.parent)),
+        "grouped": wanted.group_sessions,
+        "with_items": bool(wanted.parent),
     }
     size = limit if is_exact else max(limit, _CANDIDATES)
     found: list[Row] = []
@@ -163,8 +165,6 @@ def _first_since(db: Db, ms: int) -> int:
     Executions are numbered in the order of their starts, so bisect. If the clock was set back, the times pass `ms`
     several times: the number is that of one of these places.
     """
-    if not ms:
-        return 1
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1
     while low < high:

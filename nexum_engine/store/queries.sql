@@ -24,7 +24,7 @@ LEFT JOIN (SELECT executions.version_hash AS of_version, count(*) AS running
            FROM (SELECT execution FROM nodes WHERE queue >= ''
                  UNION SELECT execution FROM nodes WHERE status = 'WAITING' AND node_type > '')
            CROSS JOIN executions ON sequence = execution
-           WHERE workflow_id = :workflow_id AND child_index IS NULL GROUP BY of_version) ON of_version = version_hash
+           WHERE workflow_id = :workflow_id AND child_index IS NULL GROUP BY of_version) AS counted ON of_version = version_hash
 WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 
 -- name: former_id
@@ -118,7 +118,7 @@ SELECT sequence FROM (
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
     UNION ALL
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NULL
-) WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
+) AS found WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_without_result
 -- The FAILED or the CANCELLED executions.
@@ -130,7 +130,7 @@ ORDER BY sequence DESC LIMIT :limit;
 -- The RUNNING executions: each has a READY, RUNNING or WAITING node.
 SELECT execution AS sequence FROM (SELECT node, execution FROM nodes WHERE queue IS NOT NULL
                                    UNION ALL
-                                   SELECT node, execution FROM nodes WHERE status = 'WAITING' AND node_type > '')
+                                   SELECT node, execution FROM nodes WHERE status = 'WAITING' AND node_type > '') AS running
 WHERE node >= 1000 * :first AND node < 1000 * :before
 GROUP BY sequence ORDER BY sequence DESC LIMIT :limit;
 
@@ -148,7 +148,7 @@ ORDER BY execution DESC LIMIT :limit;
 
 -- name: how_many_with_attribute
 -- How many executions have an attribute. The count ends at :limit.
-SELECT count(*) AS number FROM (SELECT 1 FROM attributes WHERE name = :name AND value = :value LIMIT :limit);
+SELECT count(*) AS number FROM (SELECT 1 FROM attributes WHERE name = :name AND value = :value LIMIT :limit) AS found;
 
 -- name: how_many_of_workflow
 -- How many executions a workflow has. The count ends at :limit.
@@ -157,7 +157,7 @@ SELECT count(*) AS number FROM (
     UNION ALL
     SELECT 1 FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NULL
     LIMIT :limit
-);
+) AS found;
 
 -- name: started_up_to
 -- When the execution with a number was started. If there is none, the one before it.
@@ -241,7 +241,7 @@ SELECT substr(CAST(payload AS BLOB), :offset + 1, :length) AS data, length(CAST(
 FROM (SELECT input_json AS payload FROM executions WHERE sequence = :execution AND :node_id = ''
       UNION ALL
       SELECT output_json FROM nodes
-      WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id);
+      WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id) AS payloads;
 
 -- name: output_bytes
 -- An upper bound of the size of an execution's outputs as one JSON object: each character of a name may be escaped.
@@ -422,11 +422,15 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now
 ORDER BY due_ms, node LIMIT :limit;
 
+-- name: due_wait
+-- A node, if it has waited as long as it may.
+SELECT node FROM nodes WHERE node = :node AND status = 'WAITING' AND due_ms <= :now;
+
 -- name: next_wait
 -- When the next node will have waited as long as it may.
 SELECT min(due_ms) AS due
 FROM (SELECT min(due_ms) AS due_ms FROM nodes WHERE status = 'WAITING' AND node_type = 'TIMER'
-      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT');
+      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT') AS kinds;
 
 -- name: depth
 -- How deep an execution is nested: 1 if a client started it, 2 if a node of such an execution did, and so on.
@@ -567,8 +571,9 @@ RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms,
 
 -- name: renew_lease
 -- Extend the lease of a task that a heartbeat names.
-UPDATE nodes SET due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms)),
-                 lease_loss = 'EXPIRED', streamed = 1
+UPDATE nodes SET due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
+                              THEN started_ms + timeout_ms ELSE :lease_expires_ms END,
+                 lease_loss = 'EXPIRED', streamed = TRUE
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: store_progress
@@ -579,12 +584,13 @@ WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status 
 -- name: resume_node
 -- Give a node's newest attempt, whose lease ran out, a new lease: its worker is back.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
-                 attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = 1,
-                 due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms))
-WHERE node = :node AND status = 'READY';
+                 attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE,
+                 due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
+                              THEN started_ms + timeout_ms ELSE :lease_expires_ms END
+WHERE node = :node AND status = 'READY' AND attempts = :attempt;
 
 -- name: handed_out
--- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_leases.
+-- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_lease.
 -- Without owned nodes: an owner whose answer was lost starts the key again and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
@@ -593,18 +599,19 @@ WHERE queue = '' AND worker_id = :worker_id AND NOT owned AND started_ms + task_
 
 -- name: shorten_leases
 -- A worker's connection broke: it loses its tasks unless it reconnects in time.
-UPDATE nodes SET due_ms = min(due_ms, :lease_expires_ms), lease_loss = 'LOST'
-WHERE queue = '' AND worker_id = :worker_id AND streamed = 1;
+UPDATE nodes SET due_ms = CASE WHEN due_ms < :lease_expires_ms THEN due_ms ELSE :lease_expires_ms END, lease_loss = 'LOST'
+WHERE queue = '' AND worker_id = :worker_id AND streamed;
 
 -- name: restart_leases
 -- The server was restarted: attempts are interrupted unless their workers reconnect in time.
-UPDATE nodes SET due_ms = min(:lease_expires_ms, coalesce(started_ms + timeout_ms, :lease_expires_ms)),
+UPDATE nodes SET due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
+                              THEN started_ms + timeout_ms ELSE :lease_expires_ms END,
                  lease_loss = 'INTERRUPTED'
 WHERE queue = '' AND streamed = :streamed;
 
 -- name: restart_owned_leases
 -- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
-UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed = 1 AND owned;
+UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed AND owned;
 
 -- name: restart_tasks
 -- The clock may have been set back. Of the tasks that are due after :latest, make a retry due at :latest, and a first
@@ -613,10 +620,14 @@ UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
 WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
 
 -- name: expired_leases
--- Attempts whose lease has run out, the earliest first.
+-- The nodes whose lease has run out, the earliest first.
+SELECT node, execution FROM nodes WHERE queue = '' AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
+
+-- name: expired_lease
+-- The attempt at a node, if its lease has run out.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
-FROM nodes WHERE queue = '' AND due_ms <= :now ORDER BY due_ms LIMIT :limit;
+FROM nodes WHERE node = :node AND status = 'RUNNING' AND due_ms <= :now;
 
 -- name: next_lease
 -- When the next lease runs out.

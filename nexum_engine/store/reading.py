@@ -36,9 +36,15 @@ def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
     )
 
 
-def find_execution(db: Db, execution_id: str) -> Row:
-    """Return the row of an execution, without its input. Raises ExecutionNotFound for an unknown id."""
-    row = db.one("execution_without_input", execution=number_of(db, execution_id), execution_id=execution_id)
+def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
+    """Return the row of an execution, without its input. Raises ExecutionNotFound for an unknown id.
+
+    With `lock`, no other server changes the execution before the commit.
+    """
+    number = number_of(db, execution_id)
+    if lock:
+        db.lock(number)
+    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
     if row is None:
         raise ExecutionNotFound(execution_id)
     return row

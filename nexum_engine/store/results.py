@@ -67,6 +67,20 @@ class Swept:
     """When the next lease runs out, the next retry is due, or the next wait has lasted as long as it may."""
 
 
+@dataclass(frozen=True)
+class News:
+    """What another server on the same database may have changed, as far as this server must act on it."""
+
+    ready: tuple[str, ...] = ()
+    """The versions of which a task became due."""
+    ended: tuple[str, ...] = ()
+    """The ids of the executions that ended."""
+    due_ms: int | None = None
+    """The time at which a lease may run out, a retry may be due, or a node may have waited as long as it may."""
+    anything: bool = False
+    """Whether more may have changed than is named here."""
+
+
 @dataclass
 class Changes:
     """A mutable `Changed` that a transition fills while it runs."""

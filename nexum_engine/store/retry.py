@@ -22,7 +22,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
     ExecutionNotFound for an unknown id, and Conflict if the execution has not failed, if its key has a newer execution,
     if it is owned, or if a node of another execution started it.
     """
-    row = find_execution(db, execution_id)
+    row = find_execution(db, execution_id, lock=True)
     if row["status"] != ExecutionStatus.FAILED:
         raise Conflict(f"execution {execution_id} is {row['status']}: only a FAILED one can be retried")
     if (key := row["idempotency_key"]) is not None:

@@ -1,4 +1,4 @@
-"""The store in SQLite: one process, one connection, and one writer thread that commits waiting transitions together."""
+"""The store in SQLite: one process, one connection, and one writer thread."""
 
 from __future__ import annotations
 
@@ -8,65 +8,45 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store.base import Space, Store
-from nexum_engine.store.db import Db, Row, load_queries
+from nexum_engine.store.base import Space
+from nexum_engine.store.db import Row, load_queries
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
 
-P = ParamSpec("P")
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
-MAX_BATCH = 256  # transitions in one transaction
 WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
 BACKUP_STEP_PAGES = 256
 
 
-@dataclass
-class _Submission:
-    transition: Callable[[Db], Any]
-    future: asyncio.Future[Any]
-    alone: bool = False
-
-
-class SqliteStore(Store):
+class SqliteStore(GroupCommitStore):
     """A Nexum database in one SQLite file.
-
-    Group commit: transitions share a transaction if they are submitted in one turn of the event loop, or while the
-    previous transaction is being written. If one transition fails, the others are still committed.
 
     SQLite before 3.51.3 has a bug when several connections write (WAL reset). The bug can't occur here, because the
     store has one connection.
     """
 
     def __init__(self, path: Path, clock: Clock, lock: FileLock, database: DatabaseFile) -> None:
+        super().__init__()
         self._path = path
         self._clock = clock
         self._lock = lock
         self._database = database
         self._queries = load_queries()
-        self._loop = asyncio.get_running_loop()
-        self._failed: asyncio.Future[str] = self._loop.create_future()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
-        self._waiting: list[_Submission] = []
-        self._submitted = 0
-        self._pump: asyncio.Task[None] | None = None
         self._turn = threading.RLock()
         """Held by the writer thread during a transaction, and by a backup's thread while it reads."""
         self._backup: _Backup | None = None
         self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
-        self._closed = False
 
     @classmethod
     async def open(cls, database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> SqliteStore:
@@ -99,33 +79,12 @@ class SqliteStore(Store):
         return str(self._path)
 
     @property
-    def failed(self) -> asyncio.Future[str]:
-        return self._failed
-
-    @property
-    def submitted(self) -> int:
-        return self._submitted
-
-    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return self._submit(lambda db: transition(db, *args, **kwargs), alone=False)
-
-    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return self._submit(lambda db: transition(db, *args, **kwargs), alone=True)
-
-    def _submit(self, transition: Callable[[Db], T], *, alone: bool) -> Awaitable[T]:
-        future: asyncio.Future[T] = self._loop.create_future()
-        if self._closed or self._failed.done():
-            future.set_exception(_stopping())
-            return future
-        self._waiting.append(_Submission(transition, future, alone))
-        self._submitted += 1
-        if self._pump is None:
-            self._pump = self._loop.create_task(self._write_waiting())
-        return future
+    def file(self) -> Path | None:
+        return self._path
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         if self._closed or self._failed.done():
-            raise _stopping()
+            raise stopping()
         return await self._loop.run_in_executor(self._writer, self._compact, max_bytes, always)
 
     def _compact(self, max_bytes: int | None, always: bool) -> Space:
@@ -149,7 +108,7 @@ class SqliteStore(Store):
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         if self._closed or self._failed.done():
-            raise _stopping()
+            raise stopping()
         if self._backup is not None:
             raise Conflict("another backup of this database is being made: wait until it is complete")
         self._backup = backup = _Backup(self._turn, self._database.connection, progress)
@@ -180,8 +139,7 @@ class SqliteStore(Store):
         self._closed = True
         self._watcher.cancel()
         await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._pump is not None:
-            await self._pump
+        await self._end_waiting()
         await asyncio.to_thread(self._stop_backup)
         close = self._database.abandon if self._failed.done() else self._database.close
         await self._loop.run_in_executor(self._writer, close)
@@ -195,40 +153,12 @@ class SqliteStore(Store):
             try:
                 await self._loop.run_in_executor(self._writer, self._database.check)
             except FilesLost as error:
-                await self._recover(_CommitFailed(error))
+                await self._recover(CommitFailed(error))
 
-    async def _write_waiting(self) -> None:
-        try:
-            while self._waiting:
-                batch = self._next_batch()
-                transitions = [submission.transition for submission in batch]
-                run = self._run_without_references if batch[0].alone else self._run_batch
-                try:
-                    outcomes = await self._loop.run_in_executor(self._writer, run, transitions)
-                except _CommitFailed as error:
-                    outcomes = [error.for_caller()] * len(batch)
-                    await self._recover(error)
-                for submission, outcome in zip(batch, outcomes, strict=True):
-                    if submission.future.cancelled():
-                        continue
-                    if isinstance(outcome, BaseException):
-                        submission.future.set_exception(outcome)
-                    else:
-                        submission.future.set_result(outcome)
-        finally:
-            self._pump = None
+    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+        return (self._run_without_references if alone else self._run_together)(transitions)
 
-    def _next_batch(self) -> list[_Submission]:
-        """Remove the submissions of the next transaction from those that wait, and return them."""
-        count = 1
-        if not self._waiting[0].alone:
-            alone = (number for number, one in enumerate(self._waiting[:MAX_BATCH]) if one.alone)
-            count = next(alone, MAX_BATCH)
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        return batch
-
-    def _run_batch(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
-        """Run transitions in the writer thread. Return a list with each transition's result or exception."""
+    def _run_together(self, transitions: list[Transition]) -> list[Any]:
         try:
             with self._turn:
                 try:
@@ -244,18 +174,18 @@ class SqliteStore(Store):
                 return self._transaction(transitions, savepoints=True)
         except Exception as error:
             # Catch more than sqlite3.Error, so that every caller gets an answer: SQLite can raise MemoryError.
-            raise _CommitFailed(error) from error
+            raise CommitFailed(error) from error
 
-    def _run_without_references(self, transitions: list[Callable[[Db], Any]]) -> list[Any]:
+    def _run_without_references(self, transitions: list[Transition]) -> list[Any]:
         with self._turn:
             self._database.connection.execute("PRAGMA foreign_keys = OFF")
             try:
-                return self._run_batch(transitions)
+                return self._run_together(transitions)
             finally:
                 with contextlib.suppress(sqlite3.Error):  # the transaction has failed: its connection is opened again
                     self._database.connection.execute("PRAGMA foreign_keys = ON")
 
-    def _transaction(self, transitions: list[Callable[[Db], Any]], *, savepoints: bool) -> list[Any]:
+    def _transaction(self, transitions: list[Transition], *, savepoints: bool) -> list[Any]:
         """Run transitions in one transaction, and return their results.
 
         With `savepoints`, a failed transition is undone alone, and the list has its exception in place of a result.
@@ -269,7 +199,7 @@ class SqliteStore(Store):
         self._database.commit()
         return outcomes
 
-    def _in_savepoint(self, transition: Callable[[Db], Any], db: _SqliteDb) -> Any:
+    def _in_savepoint(self, transition: Transition, db: _SqliteDb) -> Any:
         connection = self._database.connection
         connection.execute("SAVEPOINT transition")
         try:
@@ -286,11 +216,10 @@ class SqliteStore(Store):
         connection.execute("RELEASE transition")
         return outcome
 
-    async def _recover(self, error: _CommitFailed) -> None:
-        """Reopen the database after a failed transaction, or mark the store as failed."""
+    async def _recover(self, error: CommitFailed) -> None:
         # Don't reopen after a disk error: after a failed fsync, a read may return data that is not on the disk.
         reason: Exception | None = error
-        if error.is_temporary:
+        if _is_temporary(error.cause):
             try:
                 await asyncio.to_thread(self._stop_backup)
                 await self._loop.run_in_executor(self._writer, self._database.reopen)
@@ -299,15 +228,9 @@ class SqliteStore(Store):
             except (sqlite3.Error, OSError, NexumError) as failure:
                 reason = failure
         if reason is not None:
-            if not self._failed.done():
-                names_database = isinstance(error.cause, FilesLost)
-                self._failed.set_result(
-                    str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
-                )
-            for submission in self._waiting:
-                if not submission.future.done():
-                    submission.future.set_exception(error.for_caller())
-            self._waiting = []
+            names_database = isinstance(error.cause, FilesLost)
+            told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
+            self._refuse_waiting(told, error)
         for look_again in self.on_unknown:
             look_again()
 
@@ -351,25 +274,10 @@ class _Backup:
             self._source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
 
 
-def _stopping() -> StoreUnavailable:
-    return StoreUnavailable("the server is stopping: retry when it is running again")
-
-
-class _CommitFailed(Exception):
-    """The failure of a whole transaction, with all its transitions."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause) or type(cause).__name__)
-        self.cause = cause
-
-    @property
-    def is_temporary(self) -> bool:
-        """Whether the file is sound, and only the disk is full or another program has locked the file."""
-        # Compare the message, because Python 3.10 has no sqlite3.Error.sqlite_errorcode.
-        return isinstance(self.cause, sqlite3.Error) and any(word in str(self.cause) for word in ("full", "locked"))
-
-    def for_caller(self) -> StoreUnavailable:
-        return StoreUnavailable("the database could not confirm the transaction, so it may or may not be stored: retry")
+def _is_temporary(error: Exception) -> bool:
+    """Return whether the file is sound, and only the disk is full or another program has locked the file."""
+    # Compare the message, because Python 3.10 has no sqlite3.Error.sqlite_errorcode.
+    return isinstance(error, sqlite3.Error) and any(word in str(error) for word in ("full", "locked"))
 
 
 class _SqliteDb:
@@ -385,5 +293,11 @@ class _SqliteDb:
         row: Row | None = self._connection.execute(self._queries[query], parameters).fetchone()
         return row
 
-    def run(self, query: str, **parameters: object) -> int:
+    def run(self, query: str, **parameters: object) -> None:
+        self._connection.execute(self._queries[query], parameters)
+
+    def changes(self, query: str, **parameters: object) -> int:
         return self._connection.execute(self._queries[query], parameters).rowcount
+
+    def lock(self, execution: int) -> None:
+        """Do nothing: one process has the database, and its transitions run one after the other."""

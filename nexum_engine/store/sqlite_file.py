@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -110,13 +109,14 @@ class DatabaseFile:
         connection: sqlite3.Connection | None = None
         try:
             check_file(path)
-            _check_log(path)
+            if path.exists():
+                # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
+                os.close(os.open(path, os.O_RDWR))
             was_open = _size(log_of(path)) > 0
+            _check_log(path, timeout)
             _remove_leftovers(path)
             if not path.exists():
                 _create(path)
-            # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
-            os.close(os.open(path, os.O_RDWR))
             connection = _connect(path, timeout)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
             _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
@@ -379,7 +379,7 @@ def _check_version(path: Path, version: int) -> None:
         )
 
 
-def _check_log(path: Path) -> None:
+def _check_log(path: Path, timeout: float) -> None:
     """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy such a log into it."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
@@ -393,20 +393,40 @@ def _check_log(path: Path) -> None:
             f"database {path} is gone, but its log {log} is still there: put the file back, restore a backup with "
             "`nexum restore FILE`, or move the log away"
         )
-    # Read the file without its log.
-    connection = sqlite3.connect(f"file:{quote(os.path.realpath(path))}?immutable=1", uri=True)
-    try:
-        if connection.execute("PRAGMA user_version").fetchone()[0] < 2:
-            return  # before schema version 2, logs have no stamps
-        layout = _layout(connection)
-        stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
-    finally:
-        connection.close()
-    if not _belongs(log, layout, stamp.own):
+    if not _has_own_log(path, timeout):
         raise StoreRefused(
             f"{log} is not the log of {path}: one of the two was replaced, for instance by a backup. Both were left "
             f"untouched. To use a backup, run `nexum restore FILE`; {path} itself may be the FILE"
         )
+
+
+def _has_own_log(path: Path, timeout: float) -> bool:
+    """Return whether the log beside the file belongs to it. Raises sqlite3.OperationalError.
+
+    Nothing is changed, but SQLite may delete a log without a transaction.
+    """
+    with path.open("rb") as file:
+        version = int.from_bytes(file.read(100)[60:64], "big")
+    try:
+        # Read the file together with the log. A server that is killed during a checkpoint leaves a file with some pages
+        # from before the checkpoint and others from after it. SQLite can't read such a file without its log.
+        connection = _connect(path, timeout)
+        try:
+            if max(version, connection.execute("PRAGMA user_version").fetchone()[0]) < 2:
+                return True  # before schema version 2, logs have no stamps
+            layout = _layout(connection)
+        finally:
+            _leave(connection)
+    except sqlite3.OperationalError:
+        raise
+    except (sqlite3.DatabaseError, KeyError):
+        return False  # the log's pages don't match those of the file
+    if not _size(log_of(path)):
+        return True  # SQLite has found no transaction in the log, and deleted it
+    with path.open("rb") as file:
+        file.seek((layout.stamp_page - 1) * layout.page_size)
+        own = _Stamp.decode(_blob(file.read(layout.page_size))).own
+    return _belongs(log_of(path), layout, own)
 
 
 def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
@@ -738,12 +758,10 @@ def _copy_backup(backup: Path, new: Path) -> None:
     shutil.copyfile(backup, new)
     new.chmod(0o600)
     if _size(log_of(backup)):
-        try:
-            _check_log(backup)
-        except StoreRefused:
+        shutil.copyfile(log_of(backup), log_of(new))
+        if not _has_own_log(new, 0.0):
             logger.warning("%s is not the log of %s: it is not used", log_of(backup), backup)
-        else:
-            shutil.copyfile(log_of(backup), log_of(new))
+            log_of(new).unlink()
 
 
 def _set_aside(path: Path) -> Path | None:

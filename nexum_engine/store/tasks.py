@@ -87,7 +87,7 @@ def start_owned(
     if output_json:
         jsontext.parse(output_json, "output_json")
     if held_task_id:
-        held = find_attempt(db, held_task_id)
+        held = find_attempt(db, held_task_id, lock=True)
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
@@ -99,7 +99,9 @@ def start_owned(
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
             raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
         return started
-    node = db.one("owned_node", execution=number_of(db, started.execution_id))
+    number = number_of(db, started.execution_id)
+    db.lock(number)
+    node = db.one("owned_node", execution=number)
     if node is None or not node["owned"]:
         raise Conflict(f"execution {started.execution_id} was started for workers: it can't have an owner")
     if node["status"] == NodeStatus.READY:
@@ -132,7 +134,7 @@ def _hand_out(db: Db, row: Row, worker_id: str, lease_ms: int, streamed: bool) -
         node=node,
         task_id=task_id,
         worker_id=worker_id,
-        streamed=int(streamed),
+        streamed=streamed,
         now=db.now_ms,
         lease_expires_ms=db.now_ms + min(lease_ms, row["timeout_ms"] or lease_ms),
     )
@@ -224,14 +226,17 @@ def _task_input(db: Db, node: Row) -> str:
     return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
-def find_attempt(db: Db, task_id: str) -> Row | None:
-    """Return an attempt with its node and execution, or None if the task is unknown."""
-    return db.one("attempt", node=number_of(db, task_id), task_id=task_id)
+def find_attempt(db: Db, task_id: str, *, lock: bool = False) -> Row | None:
+    """Return an attempt with its node and execution, or None if the task is unknown. Lock the execution if asked to."""
+    node = number_of(db, task_id)
+    if lock:
+        db.lock(node // 1000)
+    return db.one("attempt", node=node, task_id=task_id)
 
 
 def _reported_attempt(db: Db, task_id: str) -> Row:
     check_id(task_id, "task_id")
-    row = find_attempt(db, task_id)
+    row = find_attempt(db, task_id, lock=True)
     if row is None:
         raise TaskNotFound(task_id)
     return row
@@ -409,7 +414,7 @@ class AttemptEnd:
 def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
     return bool(
-        db.run(
+        db.changes(
             "retry_node",
             node=row["node"],
             attempt=row["attempt"],
@@ -425,7 +430,7 @@ def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd) -> bool:
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
     """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
-    failed = db.run(
+    failed = db.changes(
         "fail_node",
         node=row["node"],
         attempt=row["attempt"],
@@ -448,7 +453,7 @@ def _shortened(error: str) -> str:
 
 def release(db: Db, task_id: str, reason: str) -> Changed:
     """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
-    row = find_attempt(db, task_id)
+    row = find_attempt(db, task_id, lock=True)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changed()
     retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason))

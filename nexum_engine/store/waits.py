@@ -70,7 +70,7 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
     if len(comment) > MAX_COMMENT_CHARACTERS:
         raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
     check_id(execution_id, "execution_id")
-    execution = find_execution(db, execution_id)
+    execution = find_execution(db, execution_id, lock=True)
     node = db.one("node_by_name", execution=execution["sequence"], node_id=node_id)
     if node is None:
         raise NotFound(f"execution {execution_id} has no node {node_id!r}")
@@ -95,7 +95,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     payload_json = payload_json or "null"
     jsontext.parse(payload_json, "payload_json")
     check_id(execution_id, "execution_id")
-    row = find_execution(db, execution_id)
+    row = find_execution(db, execution_id, lock=True)
     execution = row["sequence"]
     if idempotency_key:
         check_id(idempotency_key, "idempotency_key")
@@ -145,7 +145,9 @@ def end_waits(db: Db, changes: Changes) -> None:
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
     # Advance an execution once for all its waits that end at the same time: `advance` reads all its nodes.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
-        ended = [node for node in together if _end_wait(db, node, changes)]
+        nodes = list(together)
+        db.lock(nodes[0]["execution"])
+        ended = [node for node in nodes if _end_wait(db, node, changes)]
         if ended:
             one = ended[0]
             flow.advance(db, one["execution"], one["workflow_id"], one["version_hash"], changes)
@@ -154,14 +156,17 @@ def end_waits(db: Db, changes: Changes) -> None:
 def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
     """End the wait of a node. Return True if its execution must be advanced.
 
-    Nothing happens if the execution has ended: the end of an earlier wait in this transaction may have failed it.
+    Nothing happens if the node no longer waits: the end of an earlier wait in this transaction may have failed its
+    execution, or another server may have ended the wait.
     """
+    if db.one("due_wait", node=node["node"], now=db.now_ms) is None:
+        return False
     definition = definition_of(db, node["workflow_id"], node["version_hash"])[node["node_id"]]
     if definition.node_type is NodeType.TIMER:
         output = flow.timer_output(db, definition)
-        return db.run("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
+        return db.changes("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
     reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
     if definition.on_timeout:
-        return db.run("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
+        return db.changes("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
     flow.fail_waiting(db, node, reason, changes)
     return False

@@ -28,7 +28,7 @@ def metadata_for(database: str, *, embedded_only: bool = False) -> Metadata:
 
 
 def is_meant_for(metadata: Iterable[Any], database: str) -> bool:
-    """Return whether a call names no database, or `database` by the same path."""
+    """Return whether a call names no database, or names exactly the path `database`."""
     wanted = dict(metadata).get(_DATABASE)
     return wanted is None or wanted == os.fsencode(database)
 
@@ -36,7 +36,7 @@ def is_meant_for(metadata: Iterable[Any], database: str) -> bool:
 def refusal(metadata: Iterable[Any], database: str, *, embedded: bool) -> str | None:
     """Return why a server that has `database` open must refuse a call with `metadata`, or None if it may answer.
 
-    This asks the file system where links lead, which can take long.
+    The check follows links in the file system, which can take long.
     """
     found = dict(metadata)
     wanted = found.get(_DATABASE)

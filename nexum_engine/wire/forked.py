@@ -60,7 +60,7 @@ class ForkedChannel:
     def unary_unary(
         self, path: str, *, request_serializer: Serialize, response_deserializer: Deserialize, **_: object
     ) -> Callable[..., Coroutine[Any, Any, Any]]:
-        """Return a function that makes one call of the method."""
+        """Return a function that calls the RPC `path`."""
         method = grpclib.client.UnaryUnaryMethod[bytes, bytes](self._connection, path, bytes, bytes)
 
         async def exchange(stream: _Stream, request: bytes) -> Any:
@@ -81,7 +81,7 @@ class ForkedChannel:
     def stream_stream(
         self, path: str, *, request_serializer: Serialize, response_deserializer: Deserialize, **_: object
     ) -> Callable[..., ForkedStream]:
-        """Return a function that opens a stream of the method."""
+        """Return a function that opens a stream of the RPC `path`."""
         method = grpclib.client.StreamStreamMethod[bytes, bytes](self._connection, path, bytes, bytes)
 
         def call(*, metadata: Sequence[Any] = ()) -> ForkedStream:
@@ -99,7 +99,7 @@ class ForkedStream:
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._is_open = asyncio.Event()
         self._reading = _in_own_context(self._read_all())
-        # Mark its error as retrieved: nobody reads any more if the stream is closed by this process.
+        # Mark the error of `_read_all` as retrieved: if this process closes the stream, nobody reads the error.
         self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())
 
     async def _read_all(self) -> None:
@@ -145,7 +145,7 @@ class ForkedStream:
 
 
 def _in_own_context(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Run `work` in a task without the caller's context: a connection that it opens is not the caller's work."""
+    """Run `work` in a task without the caller's context variables: its connection is not part of the caller's work."""
     return contextvars.Context().run(asyncio.create_task, work)
 
 

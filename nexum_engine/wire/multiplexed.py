@@ -61,7 +61,7 @@ class MultiplexedChannel:
         response_deserializer: Callable[[bytes], T],
         **options: Any,
     ) -> Callable[..., Coroutine[Any, Any, T]]:
-        """Return a function that makes one call of the method."""
+        """Return a function that calls the RPC `path`."""
         alone = self._channel.unary_unary(
             path, request_serializer=lambda data: data, response_deserializer=response_deserializer, **options
         )
@@ -77,7 +77,7 @@ class MultiplexedChannel:
                 except DecodeError as error:
                     raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
                 except _NotOpened as error:
-                    # Make the call as an RPC of its own. If that fails too, its error has the reason.
+                    # Make the call as an RPC of its own. If that RPC fails too, its error says why.
                     self._has_calls = error.code is not grpc.StatusCode.UNIMPLEMENTED
             answer: T = await alone(data, timeout=timeout, metadata=metadata)
             return answer
@@ -91,7 +91,7 @@ class _Stream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._calls: dict[int, tuple[asyncio.Future[bytes], list[bytes]]] = {}
-        """The calls that wait for their answers, with the parts that have arrived."""
+        """The calls that wait for their answers, with the parts of the answers that have arrived."""
         self._last = 0
         self._unsent: list[pb.CallFrame] = []
         self._has_unsent = asyncio.Event()
@@ -99,7 +99,7 @@ class _Stream:
         self.is_over = False
         self._is_closing = False
         self._is_writing = True
-        # Give the tasks a context of their own: the stream outlives the call that opens it.
+        # Run the tasks without the caller's context variables: the stream outlives the call that opens it.
         context = contextvars.Context()
         self._writing = context.run(asyncio.create_task, self._write(), name="write calls")
         self._reading = context.run(asyncio.create_task, self._read(), name="read answers of calls")
@@ -115,7 +115,7 @@ class _Stream:
             await asyncio.wait({self._reading}, timeout=END_REPORT)
         if not self.is_over:
             await self._cancel_stream()
-        # Wait for the end of each operation, also of those that grpcio reports after the end of the stream.
+        # Wait for the end of each operation, even of those that grpcio reports after the end of the stream.
         await asyncio.gather(*ending, return_exceptions=True)
 
     def _end_writing(self) -> None:
@@ -128,7 +128,8 @@ class _Stream:
     async def _cancel_stream(self) -> None:
         """Cancel the stream, and keep the event loop running until grpcio has reported the stream's end.
 
-        The report sets no event. If the loop is closed before the report, grpcio prints a traceback in another loop.
+        Wait for a short time, because nothing tells this process that the report has come. If the loop were closed
+        before the report, grpcio would print a traceback in another event loop.
         """
         self._stream.cancel()
         await asyncio.sleep(END_REPORT)
@@ -201,7 +202,7 @@ class _Stream:
 
     def _receive(self, frame: pb.CallFrame) -> None:
         if frame.call not in self._calls:
-            return  # the caller was cancelled, or its time is over
+            return  # the caller was cancelled, or has reached its time limit
         answer, parts = self._calls[frame.call]
         parts.append(frame.message)
         if frame.more:

@@ -95,15 +95,15 @@ class StartRequest(google.protobuf.message.Message):
     version_hash: builtins.str
     input_json: builtins.str
     idempotency_key: builtins.str
-    """Addition: a key has at most one RUNNING or COMPLETED execution in its workflow. A second start of the key answers
-    with that execution.
+    """Addition: a key has at most one RUNNING or COMPLETED execution in its workflow. A second start with the key returns
+    that execution.
     """
     wait_ms: builtins.int
     """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest."""
     owner: builtins.str
     """Addition: the id of the owner, which must have a WorkerStream. The execution's only node is handed to the caller in
     the answer, and never to a poll. While the owner lives, another owner is refused. After its death, the next owner
-    that starts the key takes over the node.
+    that starts with the key takes over the node.
     """
     held_task_id: builtins.str
     """Addition: with `owner`, a task that the caller must still hold. If another owner has taken it over, the start is
@@ -111,13 +111,13 @@ class StartRequest(google.protobuf.message.Message):
     """
     output_json: builtins.str
     """Addition: with `owner`, the node's result. It is recorded in the transaction that starts the execution. The answer
-    has the status COMPLETED, and neither `task` nor `ended`. A second, equal start is acknowledged; a start with another
-    result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
+    has the status COMPLETED, and neither `task` nor `ended`. A second, equal start is acknowledged; a start with
+    another result is refused (FAILED_PRECONDITION). A server that doesn't know this field answers with `task`.
     """
     @property
     def attributes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Addition: names and values by which ListExecutions finds the execution: at most 10, names of up to 64 characters,
-        values of up to 200. If the key already has an execution, that one keeps its own.
+        values of up to 200. If the key already has an execution, that execution keeps its attributes.
         """
 
     def __init__(
@@ -245,7 +245,7 @@ class PollResponse(google.protobuf.message.Message):
     version_hash: builtins.str
     """Addition: the version that the task belongs to."""
     progress_json: builtins.str
-    """Addition: the progress that an earlier attempt at the node sent last."""
+    """Addition: the last progress that an earlier attempt at the node sent."""
     def __init__(
         self,
         *,
@@ -386,16 +386,18 @@ class ListRequest(google.protobuf.message.Message):
     status: builtins.str
     limit: builtins.int
     idempotency_key_prefix: builtins.str
-    """Addition: only executions whose idempotency key begins with this; needs workflow_id."""
+    """Addition: only executions whose idempotency key begins with this text. Needs workflow_id."""
     before_execution_id: builtins.str
-    """Addition: only executions older than this one, to continue after the last one of an earlier answer."""
+    """Addition: only executions that are older than the execution with this id. To continue a list, give the id of the
+    last execution in the previous answer.
+    """
     with_nodes: builtins.bool
-    """Addition: also return inputs, and nodes with their outputs. Such an answer ends early, after 16 MB of them. Only an
-    empty answer means that there are no older executions.
+    """Addition: also return inputs, and nodes with their outputs. Such an answer ends early, after 16 MB of inputs and
+    nodes. Only an empty answer means that there are no older executions.
     """
     parent_execution_id: builtins.str
-    """Addition: only the executions that the nodes of this execution started: those of SUBWORKFLOW nodes, and one for
-    each item of a MAP node. The executions of items are in no other list.
+    """Addition: only the executions that the nodes of this execution started. A SUBWORKFLOW node starts one, and a MAP
+    node starts one for each item. The executions of items are listed only if this field is set.
     """
     since_ms: builtins.int
     """Additions: only executions that were started at or after since_ms, and before until_ms, in milliseconds since 1970,
@@ -783,7 +785,7 @@ class GetExecutionResponse(google.protobuf.message.Message):
     error: builtins.str
     """Why the execution FAILED, or who cancelled it."""
     has_poller: builtins.bool
-    """Whether any worker polled, within the last 2 s, for this execution's version."""
+    """Whether a worker polled for this execution's version within the last 2 s."""
     parent_execution_id: builtins.str
     """The node that started this execution, and the execution of that node. Empty if a client started this execution."""
     parent_node_id: builtins.str
@@ -846,9 +848,9 @@ class NodeRecord(google.protobuf.message.Message):
     error: builtins.str
     """Why the node FAILED, why no worker gets a READY node, or why an EVENT node was SKIPPED."""
     progress_json: builtins.str
-    """The progress that an attempt sent last."""
+    """The last progress that any attempt sent."""
     due_ms: builtins.int
-    """When a WAITING node has waited as long as it may, in milliseconds since 1970; 0 if it may wait for ever."""
+    """The time at which the wait of a WAITING node is over, in milliseconds since 1970; 0 if it may wait for ever."""
     output_bytes: builtins.int
     """The size of the output, if output_json is left out, as in GetExecutionResponse.input_bytes."""
     @property
@@ -916,7 +918,7 @@ class GetOutputRequest(google.protobuf.message.Message):
     offset: builtins.int
     """The first byte of the part, from 0."""
     length: builtins.int
-    """The size of the part in bytes: at most what a default client can receive. 0 means that size."""
+    """The size of the part in bytes. 0: the largest part that a default client can receive. That is also the limit."""
     def __init__(
         self,
         *,
@@ -938,7 +940,7 @@ class GetOutputResponse(google.protobuf.message.Message):
     data: builtins.bytes
     """A part of the JSON text in UTF-8; a character may be divided. Empty at the end."""
     total_bytes: builtins.int
-    """The size of the whole."""
+    """The size of the whole text."""
     def __init__(
         self,
         *,
@@ -982,8 +984,8 @@ class SessionSummary(google.protobuf.message.Message):
     is_running: builtins.bool
     """Whether a process runs the session now."""
     question: builtins.str
-    """The question; the number of calls of models, tools and people; the tokens of the models' replies. They come from the
-    field `summary` in the output of the last recorded event, if there is one.
+    """The question, the number of calls to models, tools and people, and the tokens of the models' replies. The server
+    reads them from the field `summary` in the output of the last recorded event, if that output has the field.
     """
     calls: builtins.int
     tokens: builtins.int
@@ -1014,14 +1016,14 @@ class WorkerBeat(google.protobuf.message.Message):
     """True if the worker takes no more tasks: the server answers its waiting polls."""
     @property
     def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Every task that the worker holds. If two heartbeats in a row don't name a task that was handed to the worker, the
-        task never reached the worker, and is handed out again. If a heartbeat names a task whose lease has run out, the
-        worker holds the task again, unless a newer attempt was handed out.
+        """Every task that the worker holds. If the server has handed the worker a task, and two heartbeats in a row don't
+        name it, the task never reached the worker: the server hands it out again. If a heartbeat names a task whose lease
+        has run out, the worker holds the task again, unless a newer attempt was handed out.
         """
 
     @property
     def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TaskProgress]:
-        """The progress of tasks that sent some since the last heartbeat."""
+        """For each task that has sent progress since the previous heartbeat, the newest progress."""
 
     def __init__(
         self,
@@ -1124,7 +1126,7 @@ global___ServerInfo = ServerInfo
 
 @typing.final
 class CallFrames(google.protobuf.message.Message):
-    """The frames that the client or the server has ready. They are sent together."""
+    """A message of a Calls stream: all frames that the client or the server has ready."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1166,8 +1168,8 @@ class CallFrame(google.protobuf.message.Message):
     cancel: builtins.bool
     """From the client: cancel the call. The server sends no answer."""
     status: builtins.int
-    """In an answer with an error: the gRPC status, its details, and the error's name, which an RPC has in its trailing
-    metadata (nexum-error).
+    """In an answer with an error: the gRPC status, its details, and the error's name. Outside of a Calls stream, the name
+    is in the trailing metadata, under the key nexum-error.
     """
     details: builtins.str
     error: builtins.str
@@ -1202,16 +1204,17 @@ class PruneRequest(google.protobuf.message.Message):
     AFTER_FIELD_NUMBER: builtins.int
     COMPACT_FIELD_NUMBER: builtins.int
     older_than_ms: builtins.int
-    """Executions that ended at least this long ago are deleted, in milliseconds."""
+    """Delete executions that ended at least this many milliseconds ago."""
     session: builtins.str
-    """Only this session: the executions whose keys begin with it, followed by / or :. They are deleted together."""
+    """Only this session: the executions whose keys begin with it, followed by / or :. All or none are deleted."""
     dry_run: builtins.bool
     """Only count what would be deleted."""
     after: builtins.int
     """The `after` of the previous answer; 0 in the first call."""
     compact: builtins.bool
     """After the last part, give the free space of the file back to the disk if at most 1 GB is in use. Meanwhile the
-    server answers no calls. Without `compact`, it does so only if a quarter is free and at most 32 MB are in use.
+    server answers no calls. Without `compact`, the server gives free space back only if a quarter of the file is free
+    and at most 32 MB are in use.
     """
     def __init__(
         self,
@@ -1242,12 +1245,12 @@ class PruneResponse(google.protobuf.message.Message):
     """What this call has deleted, or would delete."""
     sessions: builtins.int
     kept: builtins.int
-    """Old executions that are kept: they run, or their session has an execution that runs or is newer."""
+    """The old executions that are kept: they run, or an execution of their session runs or ended too recently."""
     more: builtins.bool
     """True if work is left: call again with `after`."""
     after: builtins.int
     total_bytes: builtins.int
-    """After the last part: the bytes of the database, those of them that are free for new executions, and those that were
+    """After the last part: the size of the database in bytes, the free bytes in the database, and the bytes that were
     given back to the disk.
     """
     free_bytes: builtins.int

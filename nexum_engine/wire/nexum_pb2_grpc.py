@@ -274,8 +274,8 @@ class NexumServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Backup(self, request_iterator, context):
-        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
-        progress until the copy is complete. If the call is cancelled, no file is left.
+        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
+        the progress until the copy is complete. If the call is cancelled, no file is left.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

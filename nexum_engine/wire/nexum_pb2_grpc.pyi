@@ -141,8 +141,8 @@ class NexumServiceStub:
         nexum_pb2.BackupRequest,
         nexum_pb2.BackupProgress,
     ]
-    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
-    progress until the copy is complete. If the call is cancelled, no file is left.
+    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
+    the progress until the copy is complete. If the call is cancelled, no file is left.
     """
 
 class NexumServiceAsyncStub:
@@ -260,8 +260,8 @@ class NexumServiceAsyncStub:
         nexum_pb2.BackupRequest,
         nexum_pb2.BackupProgress,
     ]
-    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
-    progress until the copy is complete. If the call is cancelled, no file is left.
+    """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
+    the progress until the copy is complete. If the call is cancelled, no file is left.
     """
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
@@ -421,8 +421,8 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[nexum_pb2.BackupRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[nexum_pb2.BackupProgress], collections.abc.AsyncIterator[nexum_pb2.BackupProgress]]:
-        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets the
-        progress until the copy is complete. If the call is cancelled, no file is left.
+        """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
+        the progress until the copy is complete. If the call is cancelled, no file is left.
         """
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

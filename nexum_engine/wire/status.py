@@ -57,7 +57,7 @@ CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in gr
 
 
 def status_of(error: errors.NexumError) -> grpc.StatusCode | None:
-    """Return the status with which a server answers `error`, or None for an internal error."""
+    """Return the status that a server sends for `error`, or None for an internal error."""
     return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), None)
 
 

@@ -1,1 +1,1 @@
-"""The comparison of `crash_demo.py --graphflow`: an interrupted AutoGen GraphFlow, without and with a record."""
+"""The comparison of `crash_demo.py --graphflow`: how an interrupted GraphFlow resumes without and with a record."""

@@ -1,7 +1,8 @@
-"""Interrupt the same graph at the same point twice: with AutoGen's save_state and load_state, and as a durable run.
+"""Compare how an interrupted graph resumes in plain AutoGen and in a durable run.
 
-The part before an interruption and the part after it are separate processes. The printed lines report what happened
-with the installed AutoGen (see microsoft/autogen#7043).
+The comparison has two halves, with the same graph and the same point of interruption. The plain half uses AutoGen's
+save_state and load_state. The durable half is a durable run. In each half, one process runs until the interruption, and
+another process resumes. The printed lines report what happened with the installed AutoGen (see microsoft/autogen#7043).
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
 @dataclass(frozen=True)
 class Part:
-    """A process of the comparison that has ended."""
+    """A process of the comparison, after the process has ended."""
 
     pid: int
     code: int
     report: Mapping[str, Any]
     asked: tuple[str, ...]
-    """The agents that called a model in this process, in order."""
+    """The agents that called a model in this process, in the order of the calls."""
 
 
 class Stage:
@@ -77,21 +78,21 @@ class Stage:
 
 
 async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Run AutoGen alone and then the durable run. Return the exit code: 0 if the durable run passed every check."""
+    """Run the plain half and then the durable half. Return the exit code: 0 if the durable half passed every check."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
     say(f"[demo] AutoGen {version('autogen-agentchat')}")
     say(f"[demo] {graph.name} of four agents ({', '.join(graph.agents)}), interrupted {graph.how}")
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
-        # Connect to the server before the first half: if it can't record runs, this ends at once.
+        # Connect to the server before the plain half: if the server can't record runs, the comparison ends at once.
         async with NexumForRun(nexum, workers=(), owners=True) as server:
             await show_plain(stage)
             return await show_durable(stage, server.address)
 
 
 async def show_plain(stage: Stage) -> bool:
-    """Run and print the half with AutoGen's own save_state and load_state. Return whether AutoGen resumed the graph."""
+    """Run the plain half and print it. Return whether AutoGen resumed the graph."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")

@@ -1,4 +1,4 @@
-"""Two graphs of four agents for the comparison, a row and a loop. Each has a point of interruption."""
+"""The comparison's two graphs of four agents: a chain and a loop. Each graph has a point of interruption."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _is_content(message: Any) -> bool:
 
 
 IN_A_ROW = Graph(
-    name="a graph in a row",
+    name="a chain",
     agents=("researcher", "analyst", "editor", "publisher"),
     roles={
         "researcher": "List three facts on the question, briefly.",

@@ -36,7 +36,7 @@ from support.options import add_until_stdin_closes_option
 if TYPE_CHECKING:
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # the two halves; each logs its model calls in a file of this name
+PLAIN, DURABLE = "plain", "durable"  # the comparison's halves; each half logs its model calls in a file of this name
 STATE = "state.json"
 REPORT = "REPORT "
 RESUME_TIMEOUT = 60.0  # seconds for a resumed team
@@ -55,7 +55,8 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
         await save()
         kill_this_process()
 
-    # Interrupt the row by a kill within a reply. Interrupt the loop by a termination condition, between two rounds.
+    # Interrupt the chain during a reply, by killing this process. Interrupt the loop between two rounds, by a
+    # termination condition.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
     team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)
@@ -98,7 +99,7 @@ async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, 
 def _clients(
     graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
 ) -> Callable[[str], ChatCompletionClient]:
-    """Return a function that makes an agent's model. The model awaits `interruption` before the reply to interrupt."""
+    """Return a function that makes an agent's model. At the interruption point, that model awaits `interruption`."""
     from support.graphflow.watched_model import WatchedModel
 
     def client(agent: str) -> ChatCompletionClient:
@@ -125,14 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--session", metavar="ID")
     parser.add_argument("--nexum", metavar="HOST:PORT")
-    parser.add_argument("--cyclic", action="store_true", help="run the loop instead of the row")
+    parser.add_argument("--cyclic", action="store_true", help="run the graph with a loop instead of the chain")
     parser.add_argument("--offline", action="store_true", help="run without a model key")
     add_until_stdin_closes_option(parser)
     return parser
 
 
 def end_with_parent() -> None:
-    """End this process at once when standard input closes, because the parent process has ended then."""
+    """End this process at once when the parent process ends. Standard input closes at that moment."""
 
     def wait() -> None:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Choose the model from the environment alone.
+"""Choose the model by environment variables only.
 
     GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
     NEXUM_MODEL                                           a model by name; needs the key of its vendor
@@ -143,7 +143,7 @@ def _at(vendor: Vendor, model: str, key: SecretStr) -> ModelChoice:
 
 
 def _setting(env: Mapping[str, str], variable: str) -> str | None:
-    """Return a variable's value without surrounding blanks, or None if nothing is left."""
+    """Return a variable's value without surrounding blanks, or None if the variable is unset or blank."""
     value = env.get(variable, "").strip()
     if not value.isprintable():
         raise ModelChoiceError(f"{variable} holds a control character or a line break")

@@ -18,7 +18,7 @@ from support.tools.clean_text import one_line
 # Without any signature, Gemini 3 and later answer 400. Google documents the value for calls that have no signature.
 UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}
 
-ERROR_LENGTH = 400  # characters of a vendor's error message
+ERROR_LENGTH = 400  # ModelFailed shows at most this many characters of a vendor's error message
 
 HEADERS_SENT = (
     *("host", "accept", "accept-encoding", "connection", "user-agent"),
@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, str] = {
 
 
 class LiveModel(OpenAIChatCompletionClient):
-    """A client for one model at one address with one key. It reads no other setting from the environment."""
+    """A client for one model at one address with one key. The client takes none of the three from the environment."""
 
     def __init__(self, *, vendor: str, model: str, base_url: str, api_key: str) -> None:
         self._who = f"{vendor}, {model}"
@@ -121,7 +121,7 @@ def model_info(vendor: str) -> ModelInfo:
 
 
 def refuses_tools_while_reasoning(model: str) -> bool:
-    """Return whether the model takes function tools only with reasoning_effort "none": GPT-5.4 and later."""
+    """Return whether the model takes function tools only with reasoning_effort "none", as GPT-5.4 and later do."""
     version = re.match(r"gpt-(\d+)(?:\.(\d+))?", model)
     return version is not None and (int(version[1]), int(version[2] or 0)) >= (5, 4)
 

@@ -31,8 +31,8 @@ from support.offline.reading import choose_sentences, plan_searches, quoted
 from support.tools import SearchHit
 
 CONTEXT_WORDS = 1_000_000  # a nominal value: the offline model works by rules, and has no limit
-QUOTES_ALONE = 4  # quotes in an answer about one subject
-QUOTES_EACH = 2  # quotes for each subject, if there are several
+QUOTES_ALONE = 4  # at most this many quotes in an answer about one subject
+QUOTES_EACH = 2  # at most this many quotes for each subject in an answer about two or more subjects
 _HITS = TypeAdapter(list[SearchHit])
 
 
@@ -51,7 +51,7 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    When no page covers a question, the model calls `topics`, and lists what it returns. `share` is the part of a
+    When no page covers a question, the model lists the topics that `topics` returns. `share` is the part of a
     question's searches that the model makes: (1, 2) is the first of two parts.
     """
 
@@ -236,7 +236,7 @@ def _take(turn: Turn, arguments: Mapping[str, Any], result: FunctionExecutionRes
 
 
 def _pages_to_visit(turn: Turn) -> list[str]:
-    """Return the addresses to visit: the best hit of each search, or the two best hits if there was one search."""
+    """Return the addresses to visit: the best hit of each search, or the two best hits if there was only one search."""
     each = 2 if len(turn.hits) == 1 else 1
     return list(dict.fromkeys(hit.href for hits in turn.hits.values() for hit in hits[:each]))
 

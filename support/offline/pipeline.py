@@ -14,8 +14,8 @@ from autogen_core.models import LLMMessage, UserMessage
 from support.offline.model import OfflineModel, Turn
 from support.offline.reading import best_passage, choose_sentences, coverage
 
-QUOTES_EACH = 3  # the most quotes from one page
-PASSAGE_LENGTH = 300  # characters of the passage to quote if no sentence of a page matches the query
+QUOTES_EACH = 3  # quote at most this many sentences of one page
+PASSAGE_LENGTH = 300  # if no sentence of a page matches the query, quote at most this many characters of the page
 SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
 
 

@@ -16,7 +16,8 @@ STOPWORDS = frozenset(
     """.split()  # noqa: SIM905 - a list of a hundred strings would be harder to read
 )
 
-# Pairs of an ending and its replacement give all forms of a word one stem. Longer endings come first.
+# Endings of words, each with its replacement. The replacements give all forms of a word the same stem. Longer endings
+# come first.
 _ENDINGS = (
     ("ability", "abl"),
     ("ibility", "ibl"),
@@ -98,7 +99,8 @@ def _subjects(question: str) -> list[str]:
     if len(parts) < 2:
         return [core]
     attribute = _ATTRIBUTE.match(parts[0])
-    # Treat "A and B" as two subjects only if the question compares, or asks for one attribute of several names.
+    # Treat "A and B" as two subjects only if the question compares A with B, or if A and B are names and the question
+    # asks for the same attribute of both.
     names = all(re.match(r"(?:of |in |for )?(?:the )?[A-Z0-9]", part) for part in parts[1:])
     if not (_COMPARES.search(question) or (names and (attribute or parts[0][:1].isupper()))):
         return [core]
@@ -106,7 +108,10 @@ def _subjects(question: str) -> list[str]:
 
 
 def _complete(parts: list[str], attribute: re.Match[str] | None) -> list[str]:
-    """Complete the parts: "population" in "Tokyo, New York population" is added to "Tokyo", too."""
+    """Complete each part with the words that stand in only one part but belong to all.
+
+    For example, "Tokyo" and "New York population" become "Tokyo population" and "New York population".
+    """
     first, *others = parts
     if attribute and len(words(attribute[1])) > 0:
         prefix, first = attribute[1], attribute[2]

@@ -70,7 +70,7 @@ class Drill:
             say(f'[demo] Pipeline {self._execution_id}: "{self._query}"')
             while not await self._one_worker():
                 if len(self._workers) == MAX_WORKERS:
-                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see their ends above")
+                    raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see above how each died")
         except BaseException:
             await self._cancel()
             raise
@@ -104,12 +104,13 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt once it is recorded, until the execution or the worker ends. Return the execution."""
+        """Print each attempt when its end is recorded. Return the execution once it or the worker has ended."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
         while True:
-            # Check for the worker's end before reading the record: the record then holds all that the worker reported.
+            # First check whether the worker has ended, then read the record. So if the worker has ended, this record
+            # holds all that the worker reported.
             child_ended = child.ended
             execution = await self._look()
             if self._tell(execution):
@@ -123,11 +124,11 @@ class Drill:
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
 
     async def _look(self) -> Execution:
-        """Return the execution as recorded."""
+        """Return the recorded execution."""
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the recorded execution, the effects of its steps, and the source of its attempts, in words."""
+        """Return the recorded execution, the effects of its steps, and a phrase that names the attempts' source."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

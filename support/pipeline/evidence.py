@@ -1,7 +1,8 @@
 """Hold and check the evidence of one run of the pipeline.
 
-There are three sources: the server's record, the log of the steps' effects, and what the demo saw of its workers: how
-each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a server.
+The evidence has three sources: the server's record, the log of the steps' effects, and the demo's notes on its workers.
+The notes tell how each worker ended, and which outputs were recorded at that time. Nothing in this module talks to a
+server.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from support.pipeline.effects import Effect
 
 @dataclass(frozen=True)
 class CrashPoint:
-    """The point at which worker 1 is killed: after a step is recorded, or within it, after its effect."""
+    """When worker 1 is killed: after a step is recorded or, if `within`, between the step's effect and its record."""
 
     step: str
     within: bool = False
@@ -92,7 +93,7 @@ class PipelineRun:
     workers: Sequence[SeenWorker]
     effects: Sequence[Effect]
     source: str = "the server's records"
-    """What the attempts are known from."""
+    """A phrase that names the source of the attempts."""
 
     @property
     def rows(self) -> list[Row]:
@@ -170,7 +171,7 @@ def _recorded_steps_run_again(run: PipelineRun) -> list[str]:
                 found.append(f"the output of {step} changed after it was recorded")
             again = [row for row in run.rows if row.node.node_id == step and row.worker in run.workers[number + 1 :]]
             if again:
-                found.append(f"{step} was recorded when {dead.name} died, and ran again all the same")
+                found.append(f"{step} was recorded when {dead.name} died, but ran again")
     return found
 
 
@@ -239,7 +240,7 @@ def _died_as_asked(run: PipelineRun) -> bool:
 
 
 def result_in_words(node: Node) -> str:
-    """Return a summary of a step's recorded output, for a line of progress."""
+    """Return a summary of a step's recorded output, for a progress line."""
     if node.output_json is None:
         return ""
     output: dict[str, Any] = json.loads(node.output_json)

@@ -1,4 +1,4 @@
-"""The attempts of a run on a published Nexum server, which records the results of steps but no attempts."""
+"""Derive the attempts of a run from the effect log. A published Nexum server records no attempts, only results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from support.pipeline.effects import Effect
 
 
 def attempts_of_effects(execution: Execution, effects: Sequence[Effect]) -> tuple[Execution, list[Effect]]:
-    """Return the execution with an attempt for each logged effect, and the effects with their attempts' numbers."""
+    """Make an attempt from each logged effect.
+
+    Return the execution with these attempts, and the effects with the attempts' numbers.
+    """
     nodes: list[Node] = []
     numbered: list[Effect] = []
     for step in STEPS:

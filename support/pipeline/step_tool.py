@@ -37,7 +37,7 @@ class StepTool(BaseTool[BaseModel, BaseModel]):
         except FinalError:
             raise
         except asyncio.CancelledError as error:
-            # Raise another error than CancelledError: AutoGen 0.7.5 would wait forever for a cancelled tool.
+            # Raise an error other than CancelledError: AutoGen 0.7.5 would wait forever for a cancelled tool.
             raise RuntimeError(f"{self.name} was cancelled") from error
         except Exception as error:
             self._transient_failures.append(f"{self.name}: {error}")

@@ -38,7 +38,7 @@ from support.tools.clean_text import one_line
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
 MAX_TITLE = 200  # characters
-# The number of attempts that fail if a page can't be read. Later attempts drop the page's claims instead.
+# If a page can't be read, attempts 1 to EAGER_ATTEMPTS fail. Later attempts drop the page's claims instead.
 EAGER_ATTEMPTS = 2
 _FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP statuses for a wrong key, model or request
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -142,7 +142,7 @@ class PipelineSteps:
         return Validation(sources=sources, kept=kept, dropped=dropped)
 
     async def summarize(self, task: TaskContext) -> Summary:
-        """Write prose from the claims that were kept."""
+        """Write prose from the claims that `validate` kept."""
         query = PipelineInput.model_validate(task.input).query
         validation = Validation.model_validate(task.deps["validate"])
         if not validation.kept:
@@ -227,7 +227,7 @@ class PipelineSteps:
     async def _read(self, url: str, task: TaskContext) -> tuple[str, str]:
         """Return the page's text and "". If the page can't be read, return "" and the reason.
 
-        In the first attempts, raise StepFailed instead, if a retry may succeed in reading the page.
+        In the first EAGER_ATTEMPTS attempts, raise StepFailed instead if a retry may be able to read the page.
         """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""

@@ -1,4 +1,4 @@
-"""Show a run of the pipeline as a text table, 80 columns wide, of its attempts and of its workers' deaths."""
+"""Show the attempts and the workers' deaths of a pipeline run as a text table, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def _line(run: PipelineRun, row: Row) -> str:
 
 
 def _between(run: PipelineRun, worker: SeenWorker, step: str) -> list[str]:
-    """Return the lines about deaths and the resumption that come before the first attempt of `worker`."""
+    """Return the lines before the first attempt of `worker`: which workers died, and at which step `worker` resumes."""
     number = run.workers.index(worker)
-    # Leave out the deaths before an earlier resumption: they are shown with that resumption.
+    # If another worker resumed earlier, the lines before that worker's first attempt already show some of the deaths.
+    # Leave those deaths out.
     earlier = [run.workers.index(other) for other, _ in run.resumptions]
     shown = max((index for index in earlier if index < number), default=0)
     deaths = [f"{one.name} died: {one.death}" for one in run.workers[shown:number] if one.death]

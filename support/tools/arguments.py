@@ -37,7 +37,7 @@ def validate_leniently(model: type[M], text: bytes) -> M:
 
 
 def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool:
-    """Convert the value that the error names, in its place. Return whether that was possible."""
+    """Convert the value that the error names, and change it in `arguments`. Return whether that was possible."""
     *path, last = error["loc"] or ("",)
     try:
         for step in path:
@@ -48,7 +48,8 @@ def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool
         else:
             arguments[last] = _converted(value, error["type"])
     except (LookupError, TypeError, ValueError, RecursionError):
-        return False  # an error in a union names no path to the value, or the conversion would lose something
+        # Either the conversion would lose something, or the error gives no path to the value, as in a union.
+        return False
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-SHOWN_LENGTH = 120  # the number of characters of a value from outside that a message shows
+SHOWN_LENGTH = 120  # a message shows at most this many characters of a value from outside
 
 # Remove control, zero-width and bidirectional characters, variation selectors, tags and lone surrogates. A person can't
 # see these characters, but a model reads text that is hidden in them. The list is explicit, so that all versions of

@@ -32,9 +32,9 @@ class ToolTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class ToolContext:
-    """What a tool gets in addition to the arguments from the model."""
+    """The values that a tool gets in addition to the arguments from the model."""
 
-    idempotency_key: str  # equal at every attempt, so that a target can recognise a retry
+    idempotency_key: str  # the same at every attempt, so that a service that the tool calls can recognize a retry
     attempt: int  # from 1
     web: Web
 

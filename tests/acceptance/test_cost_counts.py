@@ -25,7 +25,7 @@ TRIES = 3
 COUNTED = str(ROOT / "tests" / "support" / "counted.py")
 KINDS = ("tool call", "owned call", "recorded reply")
 
-# The cost of a tool call, an owned call and a recorded reply, and the margin in percent.
+# For each count: its value for a tool call, for an owned call and for a recorded reply. Then its margin in percent.
 COSTS = {
     "RPCs": (0, 0, 0, 0),
     "messages": (5, 4, 2, 0),
@@ -70,7 +70,7 @@ def counted_server(folder: Path) -> Iterator[str]:
 
 
 def measure(folder: Path) -> dict[str, list[float]]:
-    """Return what one call of each kind costs, by the name of the count."""
+    """Return the counts of one call of each kind, by the name of the count."""
     folder.mkdir()
     programs = ROOT / "tests" / "programs"
     with counted_server(folder) as server, counting_proxy(server, Counts(folder / "wire.counts")) as address:
@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def differences(counts: dict[str, list[float]], *, risen: bool) -> list[str]:
-    """Return a line for each count that has risen above its margin, or fallen twice as far below."""
+    """Return a line for each count that rose above its margin (`risen`), or fell by more than twice its margin."""
     found = []
     for name, (*limits, margin) in COSTS.items():
         for kind, limit, count in zip(KINDS, limits, counts[name], strict=True):

@@ -52,7 +52,7 @@ def effects(log: Path) -> list[Effect]:
 
 
 def insist(call: Callable[..., T], request: Any) -> T:
-    """Call the server until it answers. An answer may be lost, so a call may have been carried out before."""
+    """Call the server until it answers. If an answer is lost, the server gets a call again that it has carried out."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -89,7 +89,7 @@ def children(stub: NexumServiceStub, execution_id: str) -> list[pb.GetExecutionR
 
 
 def check_timer(node: pb.NodeRecord, before: pb.NodeRecord) -> None:
-    """Check that a timer ended, and not early: it begins when the node before it ends."""
+    """Check that a timer ended, and not too early. The timer begins when the node before it ends."""
     waited_until = datetime.fromisoformat(json.loads(node.output_json)["waited_until"]).timestamp() * 1000
     assert round(waited_until) >= before.attempts[-1].ended_ms + TIMER_MS
 
@@ -160,7 +160,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
     done = effects(log)
     cut_off = 0
     for key, one in records.items():
-        # All end, with the results that an undisturbed run has.
+        # Every execution has ended with the results of an undisturbed run.
         assert one.status == "COMPLETED", one
         nodes = {node.node_id: node for node in one.nodes}
         outputs = {name: json.loads(node.output_json) for name, node in nodes.items() if node.output_json}
@@ -169,7 +169,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         assert (outputs["sum"], outputs["paid"], outputs["sub"]) == (sum(outputs["each"]), key, "the child's end")
         assert outputs["report"] == ["boss", "paid", "sub"]
         assert one.execution_id in approved
-        # Each item and the child was started once.
+        # The MAP node's items and the child execution were started once each.
         family = families[one.execution_id]
         items = [child for child in family if child.HasField("child_index")]
         assert sorted(child.child_index for child in items) == list(range(ITEMS))
@@ -177,8 +177,8 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         within = {node.node_id: node for node in child.nodes}
         check_timer(nodes["pause"], nodes["fetch"])
         check_timer(within["rest"], within["first"])
-        # No effect happened after its result was recorded, or twice in one attempt. Only a cut off or failed attempt
-        # led to another one.
+        # No effect happened after its result was recorded. No attempt had its effect twice. A second attempt was made
+        # only if the first one was cut off or had failed.
         of_tasks = [(one.execution_id, node.node_id, "-", node) for node in nodes.values() if node.attempts]
         of_tasks += [(one.execution_id, "each", str(item.child_index), item.nodes[0]) for item in items]
         of_tasks += [(child.execution_id, node.node_id, "-", node) for node in within.values() if node.attempts]

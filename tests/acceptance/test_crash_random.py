@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs of server, worker and caller at random moments of a run of forty calls."""
+"""SIGKILLs of server, worker and caller at random moments of calls. CRASH_KILLS=500 takes ten minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from processes import attempts, call_of, counting_worker, effects, recorded, res
 from submit_task import call_key
 
 SEED = int(os.environ.get("CRASH_SEED") or 8672)
-KILLS = 20
+KILLS = int(os.environ.get("CRASH_KILLS") or 20)
 CALLS = 2 * KILLS
 RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
 
@@ -36,7 +36,7 @@ class Acknowledged:
                 assert self.results.setdefault(number, result) == result
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(120 + 5 * KILLS)
 @pytest.mark.usefixtures("loop_of_processes")
 def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
@@ -90,7 +90,7 @@ def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_pa
     by_number = {call_of(one)[1]["number"]: one for one in records}
     assert len(records) == len(by_number) == CALLS
     assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect happened after its result was recorded, and only lost attempts led to another attempt.
+    # No effect happened after its result was recorded. A call had another attempt only after a lost attempt.
     log_of = defaultdict(list)
     for effect in effects(log):
         log_of[effect.key].append(effect)

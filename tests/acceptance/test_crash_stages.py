@@ -56,7 +56,7 @@ class Scene:
         return [one["outcome"] for one in attempts(execution)]
 
     def assert_done(self, caller: Process, outcomes: list[str], effects_seen: int) -> None:
-        """Check the caller's result, the attempts' outcomes and the number of effects, which must have one key."""
+        """Check the caller's result, the attempts' outcomes and the number of effects. All effects have one key."""
         assert caller.wait(TIMEOUT) == 0, caller.output
         assert self.outcomes() == outcomes
         assert caller.lines[-1] == f"RESULT attempt {len(outcomes)}"

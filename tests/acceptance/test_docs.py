@@ -15,8 +15,6 @@ from harness import ROOT, Process, Server, running
 
 from durable_autogen.__main__ import build_parser
 
-pytestmark = pytest.mark.every_python
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_AGENT = (ROOT / "docs" / "your-own-agent.md").read_text(encoding="utf-8")
 DURABLE_RUNS = (ROOT / "docs" / "durable-runs.md").read_text(encoding="utf-8")
@@ -139,6 +137,7 @@ def build_team():
 """
 
 
+@pytest.mark.every_python
 def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
     one_line, with_result, branches, _ = programs(DURABLE_RUNS)
     (tmp_path / "program.py").write_text(
@@ -163,6 +162,7 @@ def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path)
     assert (tmp_path / "charged").read_text() == "c-17" * 2  # in two sessions
 
 
+@pytest.mark.every_python
 def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_path: Path) -> None:
     command = next(one for one in durable_commands() if one[:2] == ["run", "--session"])
     script = f"{MODEL}\n{TEAM}".replace("from durable_autogen import DurableSession, run_durable\n", "")

@@ -1,4 +1,4 @@
-"""The package: the wheel's contents, matching lists of requirements, and a run from the installed wheel alone."""
+"""The package: the wheel's contents, matching lists of requirements, and a run that needs only the installed wheel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLED_OTHERWISE = {
     "grpc_health": "grpcio-health-checking",
     "pydantic_core": "pydantic",
 }
-"""The distribution of each import whose name differs. For pydantic_core that is pydantic, which requires it."""
+"""For each import that isn't named like its distribution: the distribution. pydantic installs pydantic_core, too."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -70,7 +70,7 @@ def build(tree: Path, target: Path, *kinds: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The wheel and the sdist, built from a copy of this tree that also has files of a user."""
+    """The wheel and the sdist, built from a copy of this tree to which a user has added files."""
     tree = tmp_path_factory.mktemp("source") / "tree"
     unwanted = shutil.ignore_patterns(".git", ".venv", "venv", ".*_cache")
     shutil.copytree(ROOT, tree, ignore=unwanted, symlinks=True)
@@ -105,7 +105,7 @@ def test_wheel_holds_the_two_libraries_and_nothing_else(built: Built) -> None:
 
 
 def test_wheel_holds_sql_the_contract_and_typed_markers(built: Built) -> None:
-    """A change of the build most easily loses the files that aren't Python."""
+    """These files aren't Python sources, so a change of the build loses them most easily."""
     needed = {
         *(f"{library}/py.typed" for library in LIBRARIES),
         "nexum_engine/store/queries.sql",
@@ -135,7 +135,7 @@ def test_metadata_names_version_license_and_python(built: Built) -> None:
     metadata = metadata_of(built.wheel)
     assert (metadata["Name"], metadata["Version"]) == ("nexum-durable-autogen", VERSION)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("MIT", ">=3.10")
-    assert metadata.get_all("Provides-Extra") == ["dev", "uvloop"]
+    assert metadata.get_all("Provides-Extra") == ["dev", "postgres", "uvloop"]
     assert metadata.get_all("Project-URL") is None
 
 
@@ -164,7 +164,7 @@ def packaged(wheel: Path, extra: str) -> set[str]:
 
 
 def test_package_and_requirement_files_agree(built: Built) -> None:
-    """The package requires what the libraries need. Its extra `dev` requires the rest of both files."""
+    """The package requires what the libraries need. Its extra `dev` requires the rest of both requirements files."""
     scripts, tests = listed(ROOT / "requirements.txt"), listed(ROOT / "tests" / "requirements.txt")
     own, dev = packaged(built.wheel, ""), packaged(built.wheel, "dev")
     assert own - scripts == set(), "requirements.txt must list what the package needs, with the same range"
@@ -183,7 +183,7 @@ def test_package_requires_what_its_libraries_import_and_nothing_else(built: Buil
                 imported.add(str(node.module).partition(".")[0])
     others = imported - {*sys.stdlib_module_names, *LIBRARIES}
     needed = {CALLED_OTHERWISE.get(name, name.replace("_", "-")) for name in others}
-    optional = {Requirement(text).name for text in packaged(built.wheel, "uvloop")}
+    optional = {Requirement(text).name for extra in ("postgres", "uvloop") for text in packaged(built.wheel, extra)}
     assert needed - optional == {Requirement(text).name for text in packaged(built.wheel, "")}
 
 
@@ -198,7 +198,7 @@ def test_backend_of_the_tests_is_the_one_that_pip_fetches() -> None:
 
 @pytest.fixture(scope="module")
 def commands(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The commands' folder of a virtual environment with the wheel. Dependencies come from this Python's packages."""
+    """The commands' folder in a virtual environment that has the wheel, and otherwise uses this Python's packages."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     found = folder / ("Scripts" if sys.platform == "win32" else "bin")

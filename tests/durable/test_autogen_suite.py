@@ -1,6 +1,6 @@
 """AutoGen's own tests have the same outcomes without a session, in a live durable session, and in its replay.
 
-They are downloaded with AutoGen's source distribution. If the package index can't be reached, the test is skipped.
+AutoGen's tests are downloaded with its source distribution. If the package index can't be reached, the test is skipped.
 """
 
 from __future__ import annotations

@@ -49,5 +49,5 @@ async def test_live_and_replayed_calls_are_counted_separately(server: Server) ->
         did_not = "0 model call(s) (0 tokens), 0 tool call(s)"
         assert line == f"session s: {did} live, {did_not} replayed from the record"
         again, line = await whole(program)
-        assert again == [paid, total]  # a program may decide by its usage: a replay returns the same
+        assert again == [paid, total]  # a program may decide by its usage, so a replay returns the same usage
         assert line == f"session s: {did_not} live, {did} replayed from the record"

@@ -23,12 +23,10 @@ from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from support.models import ModelFailed
 
-pytestmark = pytest.mark.every_python
-
-
 # ---- Drift -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_python
 async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +57,7 @@ async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         hold.set()
-        with pytest.raises(DriftError, match=r"nobody asked for it; the run asks for reply 1 of b"):
+        with pytest.raises(DriftError, match=r"is next on record, but this run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), TIMEOUT)
         assert any(line.startswith("reply 1 of a is next on record: waiting up to ") for line in lines)
         said = await asyncio.wait_for(program("b", on_drift="continue"), TIMEOUT)
@@ -130,9 +128,9 @@ async def test_added_message_reaches_agent_after_drift(server: Server) -> None:
 @pytest.mark.parametrize(
     ("source", "count", "message", "said"),
     [
-        ("s", 2, "", "session f has something else on record than s"),
-        ("s", 0, "", "session f has something else on record than s"),
-        ("r", 1, "", "session f has something else on record than r"),
+        ("s", 2, "", "session f has recorded other events than s"),
+        ("s", 0, "", "session f has recorded other events than s"),
+        ("r", 1, "", "session f has recorded other events than r"),
         ("s", 1, "Longer", "session f has already continued without this message"),
     ],
 )
@@ -190,9 +188,8 @@ QUESTION = [UserMessage(content="Q", source="user")]
 async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "durable_autogen.record.replay.DRIFT_PATIENCE", 0.1
-    )  # shorter than the wait for the given-up call, which must not count as drift
+    # The replay waits for the given-up call for longer than DRIFT_PATIENCE. That wait must not count as drift.
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
 
     async def program(held: Held | None = None) -> str:
         async with DurableSession("s", nexum=server.address):
@@ -255,7 +252,7 @@ async def test_duration_of_call_does_not_extend_drift_patience(server: Server, m
     with OpenAIServer(reply) as model:
         await program("a")  # the call takes 3 s
         hold.set()
-        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+        with pytest.raises(DriftError, match="is next on record, but this run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), 2)
 
 
@@ -275,6 +272,7 @@ async def test_fork_keeps_external_stop(server: Server) -> None:
         assert len(model.requests) == asked
 
 
+@pytest.mark.every_python
 @pytest.mark.parametrize("is_team", [False, True])
 async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Server, is_team: bool) -> None:
     answers = threading.Event()
@@ -306,6 +304,7 @@ async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Ser
         assert len(model.requests) == 2
 
 
+@pytest.mark.every_python
 async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> None:
     begun: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
     runs = 0
@@ -340,6 +339,7 @@ async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> Non
         assert runs == 2
 
 
+@pytest.mark.every_python
 def test_token_can_be_cancelled_after_run(server: Server) -> None:
     token = CancellationToken()
     with OpenAIServer(lambda _: answer("yes")) as model:

@@ -63,7 +63,7 @@ async def test_new_call_gets_short_drift_patience(server: Server, monkeypatch: p
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         await whole(lambda: program("a"))
-        with pytest.raises(DriftError, match="nobody asked for it; the run asks for reply 1 of b"):
+        with pytest.raises(DriftError, match="is next on record, but this run asks for reply 1 of b"):
             await whole(lambda: program("b"))
         assert len(model.requests) == 1
 

@@ -96,7 +96,7 @@ async def test_program_that_runs_agents_itself_continues_after_crash(server: Ser
     with OpenAIServer(reply) as model:
         with pytest.raises(LookupError):
             await program(dies=True)
-        assert sorted(done) == ["a", "a", "b"]  # the same call twice, on purpose
+        assert sorted(done) == ["a", "a", "b"]  # the reply requests two equal calls with "a", and both ran
         first = await program(dies=False)
         assert await program(dies=False) == first
         assert len(model.requests) == 3
@@ -113,7 +113,7 @@ async def test_drift_error_names_the_difference(server: Server) -> None:
         await program("Q")
         with pytest.raises(DriftError, match=r"it was 'Q' .*, now it is 'R'"):
             await program("R")
-        with pytest.raises(DriftError, match="ended before anybody asked for reply 1 of one"):
+        with pytest.raises(DriftError, match="ended without asking for reply 1 of one"):
             await program("Q", ask=False)
         await program("Q")
         assert len(model.requests) == 1

@@ -1,4 +1,4 @@
-"""Failures: recorded at once, raised again by a replay, and revoked if the run ended with them."""
+"""Failures are recorded at once and raised again by a replay. Failures that ended a run are revoked."""
 
 from __future__ import annotations
 

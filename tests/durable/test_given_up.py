@@ -1,4 +1,4 @@
-"""Given-up calls are recorded with the pieces that the program got, and given up again in a replay."""
+"""A call that the program gave up is recorded with the streamed pieces so far, and a replay gives it up again."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def said_until(stop: str, client: ChatCompletionClient) -> str:
 
 
 def by(act: Callable[[], Awaitable[str]], happened: list[str], turns: int = 2) -> RoundRobinGroupChat:
-    """Return a team of an agent that calls `act`, and an agent that then asks a model."""
+    """Return a team of two agents. The first agent calls `act`, and then the second agent asks a model."""
     return RoundRobinGroupChat(
         [Own("hasty", lambda _: act()), AssistantAgent("next", Scripted(happened, name="next"))], max_turns=turns
     )
@@ -195,7 +195,7 @@ async def test_retried_stream_has_same_message_ids_in_replay(shared_server: Serv
 
     found = await twice(shared_server, program, happened)
     assert len(happened) == 5
-    # One id for the task, one for each of the first turn's three attempts with pieces, and one for the second turn.
+    # The ids: one of the task, three of the first turn (its attempts that streamed pieces), and one of the second turn.
     assert len({message for _, message in found}) == 5
     assert [said for said, _ in found if said in ("one ", "three ")] == ["one ", "three "]
 
@@ -206,7 +206,7 @@ async def test_call_left_running_at_session_end_is_given_up(shared_server: Serve
     async def program() -> str:
         left.append(asyncio.create_task(asked(Scripted(happened, hangs, name="left"))))
         said = await asked(Scripted(happened, name="last"))
-        await asyncio.sleep(0.1)  # time for a replay to make the call again, if it were not given up
+        await asyncio.sleep(0.1)  # if the first call were not given up, a replay would have time to make it again
         return said
 
     await asyncio.wait_for(twice(shared_server, program, happened), TIMEOUT)
@@ -232,7 +232,7 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
         return f"{first} {await asked(Scripted(happened, answers, name='second'))}"
 
     async def program() -> Any:
-        # Don't call the team's own `run`: when it is cancelled, it waits for ever for its agent.
+        # Don't call the team's own `run`: when `run` is cancelled, it waits for its agent for ever.
         return plain(await run(shared_server, lambda: by(act, happened), session=session)) if is_team else await alone()
 
     async def alone() -> Any:

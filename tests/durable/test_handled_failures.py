@@ -147,7 +147,7 @@ class Caused(Exception):
 
 
 class Listed(Exception):
-    """An error whose text comes from a value that is not plain."""
+    """An error whose text depends on an attribute that isn't recorded, because it isn't a plain value."""
 
     status = 0
 
@@ -235,7 +235,8 @@ def test_failure_of_unloaded_class_has_its_name_and_text() -> None:
         pass
 
     found = again(Hidden("no"))
-    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))  # found, though a local class
+    # The class was found, although a function defines it.
+    assert (type(found), str(found), found.args) == (Hidden, "no", ("no",))
     for module, name in (("builtins", "print"), ("builtins", "int"), ("builtins", "SystemExit"), ("not.there", "Gone")):
         found = Failure(module=module, name=name, text="no", attributes={"status": 1}).again()
         assert isinstance(found, RecordedFailure)

@@ -20,7 +20,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.records import Execution
 
-TOKENS = 50  # of one reply of the local server
+TOKENS = 50  # the model server reports so many for each reply
 WIDTH = 80
 
 
@@ -34,7 +34,7 @@ async def listed(server: Server, *arguments: str) -> list[Execution]:
 
 
 async def tokens(server: Server, session: str) -> int:
-    """Count the tokens of all replies that count, as the models have reported them."""
+    """Return the number of tokens that the models reported for all replies that were not revoked."""
     async with NexumClient(server.address) as nexum:
         values: list[Any] = [
             getattr(event.content, "value", None) for event in (await read_record(nexum, session)).events
@@ -46,7 +46,7 @@ async def tokens(server: Server, session: str) -> int:
 async def test_session_is_listed_with_question_calls_and_tokens(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: team(model), task="How many\n people?")
-        await run(server, lambda: team(model), task="How many\n people?")  # a replay: its run is the latest
+        await run(server, lambda: team(model), task="How many\n people?")  # a replay, which is the session's latest run
         async with NexumClient(server.address) as nexum:
             await fork_session(nexum, "s", 2, "f", "Shorter")
         await run(server, lambda: team(model), task="How many\n people?", session="f")

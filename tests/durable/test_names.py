@@ -1,4 +1,4 @@
-"""The recorded names of agents and calls, and added messages."""
+"""The names of agents and calls in the record, and the messages that a fork adds to a session."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ async def test_second_run_of_running_team_is_refused(server: Server) -> None:
         team = agent(model, "one", [wait])
         running = asyncio.ensure_future(run(server, lambda: team))
         await asyncio.wait_for(begun.wait(), TIMEOUT)
-        with pytest.raises(InvalidRequest, match="one is already running in session s: build another one"):
+        with pytest.raises(InvalidRequest, match="one is already running in session s: build a new one"):
             await run(server, lambda: team, session="other")
         go_on.set()
         assert "end" in texts(await running)[-1]

@@ -1,4 +1,4 @@
-"""A session's events are delivered when the session is idle, whatever else runs; on asyncio and uvloop."""
+"""On asyncio and uvloop, a session's events are delivered when the session is idle, whatever else runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
             await asyncio.sleep(0)
 
     async def neighbour() -> None:
-        await asyncio.create_task(tick())  # this task belongs to the neighbour's session
+        await asyncio.create_task(tick())  # this task belongs to the session of `neighbour`
 
     async def program() -> list[str]:
         return [await asked(Scripted(happened)) for _ in range(10)]
@@ -129,7 +129,7 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
     together = threading.Barrier(6, timeout=10)
 
     def block() -> str:
-        """Block until six run at once."""
+        """Block until six calls of this function run at once."""
         together.wait()
         happened.append(threading.current_thread().name.partition("_")[0])
         return str(held.connection)

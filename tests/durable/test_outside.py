@@ -1,4 +1,4 @@
-"""Connections and processes outside the record are reported with agent and target, or stopped."""
+"""Connections and processes that are not recorded are reported with their agent and target, or prevented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Person's inputs, conditions that stop a run, and tasks."""
+"""A person's answers and external stops are replayed. A run of a recorded session needs no task."""
 
 from __future__ import annotations
 

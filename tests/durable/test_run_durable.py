@@ -67,7 +67,7 @@ async def test_finished_session_is_replayed_without_live_call(server: Server) ->
         again = await run(server, lambda: agent(model, [note]), logs=lines)
     assert texts(again) == texts(first)
     assert len(model.requests) == 2
-    assert done == ["x", "x"]  # the same call twice, on purpose
+    assert done == ["x", "x"]  # the model's reply requests two equal calls, and both ran
     assert "reply 1 of writer: replayed from the record ✓" in lines
     assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in lines[-1]
 
@@ -338,7 +338,7 @@ def settings(model: OpenAIServer, **more: Any) -> OpenAIChatCompletionClient:
 async def test_run_with_fewer_calls_raises_drift_error(server: Server) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
-        with pytest.raises(DriftError, match="the run ended before anybody asked for reply 2 of writer"):
+        with pytest.raises(DriftError, match="the run ended without asking for reply 2 of writer"):
             await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
 
 

@@ -1,4 +1,4 @@
-"""`python -m durable_autogen run SCRIPT` in real processes: the script runs as under Python, and survives crashes."""
+"""`python -m durable_autogen run SCRIPT` in real processes: it runs as `python SCRIPT` does, and survives crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durable sessions on a server with tokens."""
+"""Durable sessions on a server that requires an access token."""
 
 from __future__ import annotations
 

@@ -36,12 +36,12 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import IdempotencyConflict, InvalidRequest
 from nexum_engine.records import ExecutionStatus
 
-LONG = 3600.0  # seconds: a wait that no test lasts for
+LONG = 3600.0  # seconds: longer than any test takes
 SHORT = 0.3  # seconds
 
 
 class Died(Exception):
-    """The end of a run that leaves a session unfinished."""
+    """An error that ends a run, so that its session stays unfinished."""
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def recorded(client: NexumClient, session: str, kind: Kind) -> list[Event]
 
 
 async def until_recorded(client: NexumClient, session: str, kind: Kind, count: int = 1) -> None:
-    """Wait until the session has recorded so many events of a kind."""
+    """Wait until the session has recorded `count` events of this kind."""
     give_up = time.monotonic() + 20
     while len(await recorded(client, session, kind)) < count:
         assert time.monotonic() < give_up, f"no {count} {kind.value} event(s) within 20 s"
@@ -254,7 +254,7 @@ async def test_sleeping_branch_blocks_no_other_branch(shared_server: Server, cli
 
     with pytest.raises(Died):
         await inside(shared_server, lambda: program(2), name)
-    # The sleep is still on record as not over: the next run replays the other branch, and continues it live.
+    # The sleep is not over, so its end is not recorded. The next run replays the other branch, and continues live.
     said = await inside(shared_server, lambda: program(4), name)
     assert happened == ["model"] * 4
     assert await inside(shared_server, lambda: program(4), name) == said
@@ -337,7 +337,7 @@ async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Se
     await send(shared_server, name, payload="late")
     timeout = LONG
     for _ in range(2):
-        assert await inside(shared_server, program, name) == "late"  # the next wait of the name receives it
+        assert await inside(shared_server, program, name) == "late"  # the next wait for this name receives the event
     ends = [event.content for event in await recorded(client, name, Kind.EVENT)]
     assert isinstance(ends[0], TimedOut)
     assert ends[1] == Received(event="payment", number=1, payload="late")
@@ -509,7 +509,7 @@ async def test_program_that_does_not_sleep_any_more_is_drift(
 
     await inside(shared_server, lambda: program(sleeps=True), name)
     monkeypatch.setattr(replay, "DRIFT_PATIENCE", 0.1)
-    with pytest.raises(DriftError, match="sleep 1 of the program is next on record, and nobody asked for it"):
+    with pytest.raises(DriftError, match="sleep 1 of the program is next on record, but this run asks for"):
         await inside(shared_server, lambda: program(sleeps=False), name)
 
 
@@ -545,7 +545,7 @@ async def test_waits_outside_a_session_are_refused(shared_server: Server) -> Non
     with pytest.raises(NotDurable, match="outside a session"):
         current_session()
     unopened = DurableSession(new_session(), nexum=shared_server.address)
-    with pytest.raises(RuntimeError, match="a session is used inside"):
+    with pytest.raises(RuntimeError, match="the session is not open: use it inside"):
         await unopened.sleep(1)
     async with unopened:
         pass

@@ -82,7 +82,7 @@ def test_sleep_of_killed_process_ends_at_recorded_time(server: Server, folder: P
     (wait,) = waits(server.address)
     assert (wait.event, wait.seconds) == ("", 2)
     assert wait.until_ms is not None
-    # The program asks for an hour now: it would not end in time if its sleep began again.
+    # This time, the program asks for an hour. The recorded sleep counts: a new sleep would not end in time.
     with program(folder, "sleep", 3600, server.address) as resumed:
         woke = float(resumed.wait_for("WOKE").split()[1])
         assert resumed.wait() == 0
@@ -91,7 +91,7 @@ def test_sleep_of_killed_process_ends_at_recorded_time(server: Server, folder: P
 
 
 def test_interrupted_and_killed_program_gets_event_of_the_meantime(folder: Path) -> None:
-    if sys.platform != "win32":  # on Windows, a process can't be sent Ctrl+C alone
+    if sys.platform != "win32":  # on Windows, Ctrl+C can't be sent to only one process
         with program(folder, "event", 3600) as interrupted:
             interrupted.wait_for("waiting for event 'payment'")
             interrupted.interrupt()

@@ -59,7 +59,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 class Gate:
-    """A progress callback that stops the copying after its first step until it is opened."""
+    """A progress callback that stops the backup after its first step, until the test sets `open`."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -106,7 +106,7 @@ async def test_store_serves_while_backup_is_made_and_backup_is_consistent(
     restored = await opened(tmp_path / "restored.db")
     found = await ids(restored)
     assert found >= before | during
-    # The rest is a beginning of what was recorded beside it: the newest execution of the backup has all older ones.
+    # The backup may also hold the earliest executions of `beside`. It never holds one without all earlier ones.
     assert found <= before | during | beside
     assert {one.split("-")[1] for one in found} == {str(number) for number in range(1, len(found) + 1)}
     await restored.close()
@@ -212,6 +212,7 @@ async def test_backup_that_cannot_be_written_is_refused(
 # ---- A server --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, server: Server) -> None:
     async with NexumClient(server.address) as client:
         await client.register_workflow(ECHO)
@@ -227,6 +228,7 @@ async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, serv
     assert check_database(tmp_path / "b.db").executions == 1
 
 
+@pytest.mark.sqlite
 def test_backup_command_with_and_without_server(tmp_path: Path, server: Server) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "backup", *arguments], tmp_path, {})
@@ -241,7 +243,7 @@ def test_backup_command_with_and_without_server(tmp_path: Path, server: Server) 
         1,
         f"error: {tmp_path / 'b.db'} exists: give another name, or overwrite it with --overwrite",
     )
-    # A backup is a database: it is backed up without a server.
+    # A backup is itself a database, so it can be backed up without a server.
     code, output = nexum("c.db", "--database-url", f"sqlite:///{tmp_path / 'b.db'}")
     assert (code, output.startswith("c.db: ")) == (0, True)
     connection = sqlite3.connect(tmp_path / "c.db")

@@ -1,4 +1,4 @@
-"""The bounds of the server: sizes and numbers that are refused before the work, and memory that calls share."""
+"""The server's limits: requests that are too large are refused before they are handled, and calls share its memory."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_clients_that_do_not_read_take_bounded_memory(server: Server, stub: Nexu
                 "/nexum.NexumService/ListExecutions", request_serializer=pb.ListRequest.SerializeToString
             )
             calls.append(method(request))
-        # A few answers are sent, which nobody reads. The other calls are refused.
+        # The server sends a few answers, and nobody reads them. It refuses the other calls.
         wait_until(lambda: sum(not call.is_active() for call in calls) >= 30, "the server refuses", timeout=60)
         assert start(stub)  # small calls are still answered
         assert peak_memory(server) < MEMORY_LIMIT

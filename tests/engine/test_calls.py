@@ -225,7 +225,7 @@ async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monk
 
 
 async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
-    """Begin a poll, and return when the server has it."""
+    """Begin a poll; return when the server has received it."""
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     polling: asyncio.Task[Any] = asyncio.ensure_future(stub.PollTask(poll))
     await asyncio.sleep(0)  # send the poll first
@@ -279,7 +279,7 @@ async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: 
 
 
 async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
-    """Otherwise a thousand clients that don't read would fill the server's memory."""
+    """If it didn't count, a thousand clients that don't read would fill the server's memory."""
     ended = asyncio.Event()
 
     async def large(_: object, context: calls.CallContext) -> pb.ServerInfo:
@@ -308,7 +308,7 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
         async with RawStream(server.address) as unread:
             await unread.send(request_frame(1, "GetExecution", request))
             await unread.stream.wait_for_connection()
-            # The unread answer has returned its share: this answer needs the whole budget.
+            # The unread answer has returned its share of the budget: this answer needs the whole budget.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
 
 

@@ -24,7 +24,7 @@ TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "depend
 
 
 async def fill(path: Path) -> SqliteStore:
-    """Make a database with an execution in each state. Each number below names one of them."""
+    """Make a database with an execution in each state. The comments below give the executions' numbers."""
     clock = ManualClock()
     store = await open_store(f"sqlite:///{path}", clock)
     assert isinstance(store, SqliteStore)
@@ -266,6 +266,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
     assert contents(copies) == before
 
 
+@pytest.mark.sqlite
 def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: Server) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {})

@@ -93,6 +93,7 @@ def test_second_server_on_port_is_refused_in_one_line(tmp_path: Path, server: Se
     )
 
 
+@pytest.mark.sqlite
 @pytest.mark.usefixtures("server")
 def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> None:
     code, output = nexum(tmp_path, "--listen", f"127.0.0.1:{free_port()}", *database(tmp_path))
@@ -109,7 +110,7 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["--listen", "example.com:5000"], 1, "refusing to listen on example.com:5000"),
         (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),
         (["--listen", "localhost:99999"], 1, "is not an address"),
-        (["--database-url", "postgresql://localhost/x"], 1, "PostgreSQL is not supported yet: use sqlite:///path"),
+        (["--database-url", "postgresql://127.0.0.1:1/x"], 1, "can't open postgresql: dbname=x host=127.0.0.1 port=1"),
         (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not supported"),
         (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
         (["--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),
@@ -154,6 +155,7 @@ def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
 # ---- ps and show -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 def test_ps_and_show_print_the_same_with_and_without_server(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server:
         execution_id = run_one_call(tmp_path, server)
@@ -225,6 +227,7 @@ def test_database_url_is_opened_without_asking_a_server(
     assert nexum(tmp_path, *command_line, NEXUM_ADDRESS=server.address) == there
 
 
+@pytest.mark.sqlite
 def test_database_open_in_a_server_is_not_opened(tmp_path: Path, server: Server) -> None:
     code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
     url = database(tmp_path)[1]
@@ -325,6 +328,7 @@ def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path) -> None
         assert output == f"error: execution {done['execution_id']} is COMPLETED and can't be cancelled any more"
 
 
+@pytest.mark.sqlite
 def test_cancel_works_after_server_has_ended(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server:
         with submitter(tmp_path, server.address, "web_search", {"query": "x"}) as process:

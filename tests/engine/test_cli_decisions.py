@@ -1,4 +1,4 @@
-"""`nexum approvals`, `approve`, `reject` and `send`, and what `show` says of nodes that wait or started executions."""
+"""`nexum approvals`, `approve`, `reject` and `send`, and what `show` says of waiting nodes and started executions."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def test_person_approves_and_sends_events_in_a_terminal(tmp_path: Path, server: 
     assert outputs == {"boss": {"approved": True, "approver": "Ann", "comment": "fine"}, "paid": {"cents": 5}}
 
 
+@pytest.mark.sqlite
 def test_person_rejects_without_a_server(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
@@ -44,7 +45,7 @@ def nexum(folder: Path, server: Server, *arguments: str) -> tuple[int, str]:
 
 
 def listed(server: Server, *arguments: str) -> list[str]:
-    """Return the ids that `ps` lists, and check that its table has the same. The command runs in this process."""
+    """Return the ids that `ps` lists, and check that its table has the same ids. Run `ps` in this process."""
     where = ("--nexum", server.address)
     ids = [
         one["execution_id"] for one in json.loads(asyncio.run(look(command_line("ps", *arguments, "--json", *where))))
@@ -129,8 +130,9 @@ def test_watch_prints_what_changes_and_ends_with_130(tmp_path: Path, server: Ser
     assert watching.lines[0].split() == ["EXECUTION", "STATUS", "STARTED", "WORKFLOW"]
 
 
+@pytest.mark.sqlite
 def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
-    """An embedded server ends with its run, and the next run's server has the database."""
+    """An embedded server ends with its run. Then the next run's server opens the same database."""
     where = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub, {"a": []})
@@ -193,7 +195,7 @@ def test_terminal_is_redrawn_in_place(tmp_path: Path, server: Server, stub: Nexu
             process.send_signal(2)
         assert process.wait(20) == (130 if command == "ps" else 1)
     os.close(ours)
-    # Each redrawing begins where the former one began, and leaves wrapping on and the cursor below.
+    # Each redrawing begins where the previous one began. It ends with wrapping on, and with the cursor below the text.
     drawn = seen.decode().split("\x1b[?7l")
     height = [one.count("\n") for one in drawn[1:]]
     for before, (one, following) in zip(height, itertools.pairwise(drawn[1:]), strict=False):
@@ -239,7 +241,7 @@ def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
         register(stub, {"a": []})
         execution_id = begin(stub)
         complete(stub, poll(stub))
-    where = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
+    where = {"DATABASE_URL": harness.url_of(tmp_path)}
     code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--follow"], tmp_path, where)
     assert (code, output.splitlines()[-1]) == (0, f"{execution_id} is COMPLETED")
 
@@ -261,7 +263,7 @@ def test_retry_with_and_without_server(tmp_path: Path) -> None:
         assert fail(stub) == "b"
         code, output = nexum(tmp_path, server, "retry", "exec-9")
         assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
-    where = ["--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"]
+    where = ["--database-url", harness.url_of(tmp_path)]
     retried = run_script(["-m", "nexum_engine", "retry", execution_id, *where], tmp_path, {})
     assert retried == (0, f"{execution_id} is RUNNING again")
     with nexum_server(tmp_path) as server, connected(server.address) as stub:

@@ -267,7 +267,7 @@ async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
 
 
 async def test_client_reaches_server_that_accepts_connections_slowly(server: EngineServer) -> None:
-    """Connect through a line that is a second late, as to a busy machine or through a tunnel."""
+    """Receive all data of the server a second late, as from a busy machine or through a tunnel."""
     async with slow_line(int(server.address.rpartition(":")[2]), 1.0) as address, NexumClient(address) as client:
         await client.ping(patience=SOON)
 

@@ -1,4 +1,4 @@
-"""A program that starts no server: it opens the database itself, serves others, and survives what a server survives."""
+"""A program that opens the database itself, without a server. It serves others, and survives what a server survives."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +24,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
+    store = await open_store(database_url, clock)
     for workflow_id in ("w", "v", "run", "event"):
         await store.run(executions.register_workflow, workflow_id, workflow_id, ONE_NODE)
     yield store
@@ -39,7 +38,7 @@ async def start(store: Store, workflow_id: str = "w", key: str = "", attributes:
 
 
 async def end(store: Store, workflow_id: str, status: str) -> None:
-    """End the execution that was started last, unless it shall be RUNNING."""
+    """End the execution that was started last, unless `status` is RUNNING."""
     task = (await store.run(tasks.claim, "worker", (workflow_id,), 2**40, 30_000, True)).task
     assert task is not None
     if status == "COMPLETED":
@@ -50,7 +49,9 @@ async def end(store: Store, workflow_id: str, status: str) -> None:
         await store.run(executions.cancel_execution, task.execution_id)
 
 
-@pytest.mark.parametrize("rare", [0, 1000], ids=["common", "rare"])
+@pytest.mark.parametrize(
+    "rare", [pytest.param(0, id="common"), pytest.param(1000, id="rare", marks=pytest.mark.both_stores)]
+)
 async def test_each_combination_of_filters_finds_what_matches(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, rare: int
 ) -> None:
@@ -98,6 +99,7 @@ async def test_each_combination_of_filters_finds_what_matches(
             assert [one.execution_id for one in found] == [one for one in expected if one in keyed]
 
 
+@pytest.mark.both_stores
 async def test_time_filter_finds_newest_after_clock_was_put_back(store: Store, clock: ManualClock) -> None:
     await start(store)
     clock.advance(3600)
@@ -125,6 +127,7 @@ async def test_wrong_attributes_are_refused(store: Store, attributes: dict[str, 
     assert await store.run(listing.list_executions, "", "", 10) == []
 
 
+@pytest.mark.both_stores
 async def test_key_keeps_the_attributes_of_its_first_start(store: Store) -> None:
     first = await start(store, key="k", attributes={"customer": "c-1", "empty": ""})
     assert await start(store, key="k", attributes={"customer": "c-2"}) == first
@@ -149,6 +152,7 @@ async def grouped(store: Store, status: str = "") -> list[tuple[str, SessionSumm
     return [(one.execution_id, one.session) for one in found]
 
 
+@pytest.mark.both_stores
 async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "_CANDIDATES", 3)
     summary = {"question": "Why?", "calls": 3, "tokens": 50}
@@ -159,7 +163,7 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     latest = await own(store, "run", "s1/10")
     began_first = await own(store, "event", "s1/agent/8")
     await own(store, "event", "s1/agent/9", {"summary": {**summary, "calls": 2, "number": 5}})
-    # This event began earlier, and is recorded later, in the same millisecond.
+    # In the same millisecond, the event `s1/agent/8` began before `s1/agent/9`, and is recorded after it.
     await own(store, "event", "s1/agent/8", {"summary": {**summary, "number": 6}})
     assert (await store.run(reading.get_execution, began_first)).status is ExecutionStatus.COMPLETED
     await own(store, "event", "s1/agent/10")  # begun, and not recorded

@@ -1,4 +1,4 @@
-"""A server with as many tasks or calls as it may have refuses more, and says when to retry."""
+"""When a server has reached its limit of waiting tasks or of calls, it refuses more, and says when to retry."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_full_queue_refuses_new_executions_only(tmp_path: Path) -> None:
         details, trailing = full(lambda: start(stub, idempotency_key="k3"))
         assert details.startswith("3 tasks or more wait for workers, the limit of this server (--max-queue): retry")
         assert (trailing["nexum-error"], trailing["grpc-retry-pushback-ms"]) == ("Overloaded", "1000")
-        # What exists is found, and what needs no worker is started.
+        # A start still finds an execution that exists. An execution that needs no worker is still started.
         assert start(stub, idempotency_key="k0") == first
         request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="1", owner="me", idempotency_key="own")
         assert stub.StartExecution(request, timeout=20).task.has_task
@@ -109,7 +109,7 @@ async def test_calls_of_all_streams_have_a_limit(tmp_path: Path) -> None:
 
 
 def test_refusal_by_grpc_itself_is_retried() -> None:
-    """gRPC refuses an RPC above the limit before our code sees it."""
+    """gRPC refuses an RPC above the limit before the server's own code sees it."""
     error = error_of(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_RPCS), "here")
     assert isinstance(error, ServerNotReady)
     assert error.retry_after == 1.0

@@ -1,4 +1,4 @@
-"""The server that a client uses: the one with its database open, on any port, and never one of another folder."""
+"""A client uses the server that has the client's database open, whatever its port, and no server of another folder."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ async def test_server_leaves_taken_port_only_with_else_free_port(tmp_path: Path)
 # ---- A client of a database ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     async with NexumClient(str(database)) as client:

@@ -21,7 +21,7 @@ from nexum_engine.store.sqlite_file import APPLICATION_ID
 
 pytestmark = pytest.mark.every_python
 
-WRITTEN_UNTIL = 1_700_000_003_150  # the last time in version_2.sql
+WRITTEN_UNTIL = 1_700_000_003_150  # the latest time that version_2.sql contains
 LEASE_MS = 30_000
 OLD_NODES = """
 SELECT execution_id, node_id, node_type, status, output_json, error FROM nodes ORDER BY execution_id, position
@@ -40,7 +40,7 @@ def old(tmp_path: Path) -> Path:
     scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
     for script in (*scripts, ROOT / "tests" / "engine" / "version_2.sql"):
         connection.executescript(script.read_text(encoding="utf-8"))
-    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # its server closed it
+    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # as after a clean end of the server
     connection.commit()
     connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;")
     connection.close()
@@ -162,14 +162,14 @@ async def test_leases_and_retries_continue(old: Path) -> None:
     while (task := await take(store, "w2")) is not None:
         due[task.execution_id] = task
     assert set(due) == {(await execution_of(store, key)).execution_id for key in ("waiting", "lost")}
-    # The retry is due 2 s after its second failure.
+    # Two attempts of `retried` failed before the update. The third attempt is due 2 s after the second failure.
     clock.advance(1.98)
     assert await take(store, "w2") is None
     clock.advance(0.01)
     retried = await take(store, "w2")
     assert retried is not None
     assert (retried.attempt, retried.execution_id) == (3, (await execution_of(store, "retried")).execution_id)
-    # A lease that began before the update runs out.
+    # The lease of `running-unstreamed` began before the update of the database. It runs out now.
     clock.advance(LEASE_MS / 1000)
     await store.run(leases.sweep, clock.now_ms())
     (attempt,) = (await execution_of(store, "running-unstreamed")).nodes[0].attempts

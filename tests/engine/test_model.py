@@ -1,7 +1,7 @@
 """Random operations on random workflows of all node types, on the engine and on a small model of it, side by side.
 
-By default this takes seconds. MODEL_MINUTES=10 runs it for that long, with new random operations each time. With
-MODEL_SHRINK=1, hypothesis looks for the shortest operations that fail, which takes minutes.
+By default this takes seconds. With MODEL_MINUTES=10, it takes ten minutes, and each run has new random operations. With
+MODEL_SHRINK=1, hypothesis looks for the shortest sequence of operations that fails. This takes minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,8 +37,9 @@ from nexum_engine import scheduling
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import NodeStatus
-from nexum_engine.store import Store, executions, leases, listing, open_store, reading, retry, tasks, waits
+from nexum_engine.store import executions, leases, listing, open_store, reading, retry, tasks, waits
 from nexum_engine.store.db import Db
+from nexum_engine.store.group_commit import GroupCommitStore
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -135,22 +135,24 @@ class Engine(Protocol):
 class StoreEngine:
     """The transitions of a store, on a clock that stands still until the test moves it."""
 
-    def __init__(self, folder: Path, clock: ManualClock) -> None:
+    def __init__(self, url: str, clock: ManualClock) -> None:
         self._clock = clock
-        self._url = f"sqlite:///{folder / 'nexum.db'}"
+        self._url = url
         self._loop = asyncio.new_event_loop()
         self.swept_until = clock.now_ms()
         self.next_ms: int | None = None
         self._open()
 
     def _open(self) -> None:
-        self._store: Store = self._loop.run_until_complete(open_store(self._url, self._clock))
-        assert isinstance(self._store, SqliteStore)
-        self._run_batch = self._store._run_batch
-        # Don't wait for the disk: no test here cuts the power.
-        self._store._database.connection.execute("PRAGMA synchronous = OFF")
+        store = self._loop.run_until_complete(open_store(self._url, self._clock))
+        assert isinstance(store, GroupCommitStore)
+        self._store = store
         self.run(leases.restart, 1500, 60_000)
-        self.run(self._record_changes)
+        self._records_changes = isinstance(store, SqliteStore)
+        if isinstance(store, SqliteStore):
+            # Don't wait for the disk: no test here cuts the power.
+            store._database.connection.execute("PRAGMA synchronous = OFF")
+            self.run(self._record_changes)
 
     @staticmethod
     def _record_changes(db: Db) -> None:
@@ -164,7 +166,7 @@ class StoreEngine:
 
     def run(self, transition: Callable[..., T], *args: Any, **options: Any) -> T:
         """Run a transition in this thread: a hand-over to the store's thread takes longer than most transitions."""
-        (outcome,) = self._run_batch([lambda db: transition(db, *args, **options)])
+        (outcome,) = self._store._run_batch([lambda db: transition(db, *args, **options)], alone=False)
         if isinstance(outcome, BaseException):
             raise outcome
         answer: T = outcome
@@ -221,7 +223,7 @@ class StoreEngine:
                 return
 
     def state(self, roots: list[str]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-        """Return the executions with their children, and the pending approvals. Check the changes of statuses."""
+        """Return executions with their children, and pending approvals. Check that all status changes are allowed."""
 
         def read(db: Db) -> tuple[dict[str, Any], set[tuple[str, str]]]:
             def one(execution_id: str) -> dict[str, Any]:
@@ -229,12 +231,15 @@ class StoreEngine:
                 execution = reading.get_execution(db, execution_id, True)
                 return {"execution": execution, "children": [one(child.execution_id) for child in reversed(children)]}
 
+            pending = {(found.execution_id, found.node_id) for found in waits.pending_approvals(db)}
+            found = {root: one(root) for root in roots}, pending
+            if not self._records_changes:
+                return found
             connection = db._connection  # type: ignore[attr-defined]
             for old, new in connection.execute("SELECT old, new FROM changes"):
                 assert NodeStatus(new) in scheduling.TRANSITIONS[NodeStatus(old)], f"{old} -> {new}"
             connection.execute("DELETE FROM changes")
-            pending = {(found.execution_id, found.node_id) for found in waits.pending_approvals(db)}
-            return {root: one(root) for root in roots}, pending
+            return found
 
         return self.run(read)
 
@@ -415,7 +420,7 @@ class BothEngines(RuleBasedStateMachine):
 
     @rule()
     def cancel(self) -> None:
-        # Seldom an execution that runs: the operations after it would find less to do.
+        # Seldom cancel an execution that runs: otherwise, later operations would find less to do.
         ids = [run.id for run in self.model.runs if run.status != "RUNNING" or self.choose.random() < 0.05]
         execution_id = self.pick([*ids, "exec-1-000000000000000000000000"], "execution")
         self.both(lambda: self.engine.cancel(execution_id), lambda: self.model.cancel(execution_id))
@@ -461,7 +466,10 @@ class BothEngines(RuleBasedStateMachine):
         return item == ("MAP_SUBTASK", node.run.parent.run.id, node.run.parent.name, node.run.index)
 
     def check_key(self, node: Node, key: str) -> None:
-        """Check that each node has a key of its own, which is the same for all attempts, and for a FAILED start."""
+        """Check that all attempts of a node have the same key, and that no other node has this key.
+
+        If a FAILED execution is started again, its nodes keep their keys.
+        """
         run = node.run if node.run.parent is None or node.run.index is None else node.run.parent.run
         identity = (run.workflow, run.key, node.name) if run.key else (run.id, node.name)
         assert self.identity_of.setdefault(key, identity) == identity
@@ -490,21 +498,21 @@ class BothEngines(RuleBasedStateMachine):
         self.both(lambda: self.engine.complete(task_id, text), lambda: self.model.complete(task_id, text))
 
     def work(self) -> None:
-        """Take a task and report a result that fits."""
+        """Take a task and report a result that is valid for its node."""
         if (task := self.claim_task()) is not None:
             node = self.model.attempts[task.task_id].node
             self.complete_task(task.task_id, json.dumps(self.fitting(node)))
 
     @invariant()
     def carry_on(self) -> None:
-        """Do what lets executions go on, between any two rules: most single operations of the rules are refused."""
+        """Let executions continue between any two rules, because most operations of the rules are refused."""
         for _ in range(self.choose.randint(0, 5)):
             self.compare_all()
             self.choose.choice(self.useful())()
         self.compare_all()
 
     def useful(self) -> list[Callable[[], None]]:
-        """Return what lets executions go on."""
+        """Return the operations that let executions continue."""
         useful = [self.work, self.work, self.work, self.work, self.claim, self.send, self.report_late]
         if self.held():
             useful += [self.complete, self.fail_held]
@@ -515,7 +523,7 @@ class BothEngines(RuleBasedStateMachine):
         return useful
 
     def report_late(self) -> None:
-        """Report a fitting result of an attempt that is over, although its node is not."""
+        """Report a valid result for an attempt that has ended, if its node has not ended."""
         over = [one for one in self.model.attempts.values() if one.outcome != "RUNNING" and one.node.status in LEFT]
         if over:
             attempt = self.pick(over, "attempt")
@@ -611,7 +619,7 @@ class BothEngines(RuleBasedStateMachine):
     # ---- The comparison
 
     def compare_all(self) -> None:
-        """Compare all executions, and give the model's new ones the ids of the engine's."""
+        """Compare all executions. Give each new execution of the model the id that the engine gave it."""
         roots = [run for run in self.model.runs if run.parent is None]
         found, pending = self.engine.state([run.id for run in roots])
         for run in roots:
@@ -656,7 +664,7 @@ class BothEngines(RuleBasedStateMachine):
 
 
 class WithStore(BothEngines):
-    """The engine's transitions, on a clock that the rules move."""
+    """The rules, run on the engine's transitions. They also move the clock. A test's subclass makes the databases."""
 
     seconds = (0.25, 2, 45)
     policies = ({}, {}, {"max_attempts": 2, "first_delay_seconds": 0.5}, {"first_delay_seconds": 3, "factor": 1.5})
@@ -664,14 +672,15 @@ class WithStore(BothEngines):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
         self.clock = ManualClock()
-        self.engine = StoreEngine(Path(self.folder.name), self.clock)
+        self.engine = StoreEngine(self.new_database(), self.clock)
         self.model = Model(self.clock.now_ms())
+
+    def new_database(self) -> str:
+        raise NotImplementedError
 
     def teardown(self) -> None:
         self.engine.close()
-        self.folder.cleanup()
 
     def useful(self) -> list[Callable[[], None]]:
         return [*super().useful(), self.wait, self.sweep, self.lose_worker]
@@ -735,7 +744,7 @@ class WithStore(BothEngines):
     @precondition(lambda self: self.held())
     @rule()
     def lose(self) -> None:
-        """Lose a task that never arrived."""
+        """Report a task as lost, as if it had never arrived at its worker."""
         old = [one for one in self.model.running() if one.started + 1000 <= self.model.now]
         if old:
             attempt = self.pick(old, "attempt")
@@ -749,7 +758,7 @@ class WithStore(BothEngines):
 
 
 class WithServer(BothEngines):
-    """A server process, which restarts kill. Its clock can't be moved: no rule waits for a time."""
+    """The rules, run on a server process. A restart kills it. Its clock can't be moved, so no rule waits for a time."""
 
     seconds = (10_000,)
     policies = ({"first_delay_seconds": 0}, {"first_delay_seconds": 0, "max_attempts": 2})
@@ -763,7 +772,7 @@ class WithServer(BothEngines):
 
 
 def check(machine: type[BothEngines], examples: int, steps: int) -> None:
-    """Run random operations: `examples` times `steps` operations, or for MODEL_MINUTES."""
+    """Run `examples` sequences of up to `steps` random operations. Repeat this until MODEL_MINUTES are over."""
     deadline = time.monotonic() + 60 * MINUTES
     chosen = settings(
         max_examples=examples,
@@ -782,9 +791,15 @@ def check(machine: type[BothEngines], examples: int, steps: int) -> None:
             return
 
 
+@pytest.mark.both_stores
 @pytest.mark.timeout(120 + 90 * MINUTES)
-def test_store_does_what_the_model_does() -> None:
-    check(WithStore, examples=60, steps=20)
+def test_store_does_what_the_model_does(new_database: Callable[[], str]) -> None:
+    class WithThisStore(WithStore):
+        def new_database(self) -> str:
+            return new_database()
+
+    # Each operation takes longer on PostgreSQL.
+    check(WithThisStore, examples=60 if new_database().startswith("sqlite") else 10, steps=20)
 
 
 @pytest.mark.timeout(120 + 90 * MINUTES)

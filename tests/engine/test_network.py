@@ -1,4 +1,4 @@
-"""TLS between clients and servers: who gets through, and what the others are told, over real sockets."""
+"""TLS between clients and servers, over real sockets: which clients get through, and what the others are told."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 def obstacle(name: str, secured: Secured, others: dict[str, str]) -> dict[str, str]:
-    """Return the settings of a client that doesn't get through."""
+    """Return settings with which this obstacle keeps a client from the server."""
     env = secured.env(USE)
     if name == "wrong CA":
         env["NEXUM_TLS_CA"] = secured.certificates.other_ca

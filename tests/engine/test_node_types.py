@@ -23,6 +23,12 @@ Nodes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
+def server(tmp_path: Path, database_url: str) -> Iterator[Server]:
+    with nexum_server(tmp_path, database_url=database_url) as running:
+        yield running
+
+
+@pytest.fixture
 def stub(server: Server) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         yield connection
@@ -96,6 +102,7 @@ def children(stub: NexumServiceStub, execution_id: str) -> list[pb.ExecutionSumm
 # ---- TIMER -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_timer_completes_without_a_poll_and_not_early(stub: NexumServiceStub) -> None:
     begun = time.time()
     execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.25), "after": node("EFFECT", "wait")})
@@ -120,7 +127,7 @@ def test_timers_of_zero_end_an_execution_at_its_start(stub: NexumServiceStub) ->
 
 
 def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -> None:
-    # They once took a minute, in which the server answered no other call.
+    # An earlier version of the server needed a minute for these timers, and answered no other call during that minute.
     begun = time.time()
     execution_id = began(stub, {f"wait-{number:03}": node("TIMER", delay_seconds=0.5) for number in range(1000)})
     answer = ended(stub, execution_id)
@@ -158,7 +165,7 @@ def test_cancelled_timer_does_not_complete(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.5)})
     stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
     later = start(stub)
-    assert ended(stub, later).status == "COMPLETED"  # its timer began later, so the other one is over, too
+    assert ended(stub, later).status == "COMPLETED"  # its timer began later, so the first timer's time is over
     assert status(stub, execution_id) == ("CANCELLED", {})
     assert statuses(stub, execution_id) == {"wait": "CANCELLED"}
 
@@ -198,6 +205,7 @@ def test_rejection_fails_the_execution_with_its_reason(stub: NexumServiceStub) -
     assert code is Code.FAILED_PRECONDITION
 
 
+@pytest.mark.both_stores
 def test_one_of_many_decisions_counts(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"boss": node("HUMAN_APPROVAL")})
 
@@ -229,6 +237,7 @@ def test_decision_about_something_else_is_refused(stub: NexumServiceStub) -> Non
 # ---- ROUTER ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_router_runs_the_chosen_target_and_skips_the_others(stub: NexumServiceStub) -> None:
     nodes = {
         "decide": node("ROUTER", routes=routes("left", "right")),
@@ -344,6 +353,7 @@ def test_skipped_router_chooses_nothing(stub: NexumServiceStub) -> None:
 # ---- MAP and REDUCE --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 def test_map_runs_a_task_for_each_item_and_keeps_their_order(stub: NexumServiceStub) -> None:
     nodes = {
         "list": node("EFFECT"),
@@ -443,7 +453,7 @@ def test_map_of_300_items_over_300_kb_reported_twelve_at_once(stub: NexumService
 
     with ThreadPoolExecutor(12) as many:
         assert sum(many.map(work, range(12))) == 300
-    if (task := poll(stub)).has_task:  # its turn came after all of them had stopped
+    if (task := poll(stub)).has_task:  # the task `sum` may become ready after all threads have stopped
         complete(stub, task, "300")
     state, outputs = status(stub, execution_id)
     assert (state, outputs["each"], outputs["sum"]) == ("COMPLETED", [str(n) for n in range(300)], 300)
@@ -545,6 +555,7 @@ def test_failed_child_fails_its_parent(stub: NexumServiceStub) -> None:
     assert answer.error == f"sub: execution {task.execution_id} failed: a: broke"
 
 
+@pytest.mark.both_stores
 def test_cancelled_parent_cancels_its_child_and_the_childs_child(stub: NexumServiceStub) -> None:
     register(stub, {"sub": node("SUBWORKFLOW"), "x": node("EFFECT")}, workflow_id="middle", version="m1")
     register(stub, CHILD, workflow_id="child", version="c1")
@@ -570,12 +581,13 @@ def test_cancelled_child_fails_its_parent(stub: NexumServiceStub) -> None:
     assert record(stub, execution_id).error == f"sub: execution {child.execution_id} was cancelled"
 
 
+@pytest.mark.both_stores
 def test_child_in_a_child_completes_both(stub: NexumServiceStub) -> None:
     register(stub, {"sub": node("SUBWORKFLOW")}, workflow_id="middle", version="m1")
     register(stub, {"wait": node("TIMER", delay_seconds=0)}, workflow_id="child", version="c1")
     execution_id = began(stub, PARENT)
     run_task(stub, "sub", child_start("middle"))
-    run_task(stub, "sub", child_start(), version="m1")  # the innermost execution ends at its start
+    run_task(stub, "sub", child_start(), version="m1")  # this starts the innermost execution, which ends at once
     after = run_task(stub, "after", 1)
     assert json.loads(after.input_json)["deps"]["sub"]["delay_seconds"] == 0
     assert status(stub, execution_id)[0] == "COMPLETED"
@@ -629,6 +641,7 @@ def test_event_completes_the_node_that_waits_for_it(stub: NexumServiceStub) -> N
     assert refused(lambda: send(stub, execution_id, "payment", 1))[0] is Code.FAILED_PRECONDITION
 
 
+@pytest.mark.both_stores
 def test_early_event_is_kept_and_each_event_is_used_once(stub: NexumServiceStub) -> None:
     nodes = {"a": node("EFFECT"), "one": node("EVENT", "a", event="e"), "two": node("EVENT", "one", event="e")}
     execution_id = began(stub, nodes)
@@ -761,6 +774,7 @@ def fail(stub: NexumServiceStub, task: pb.PollResponse) -> None:
     stub.FailTask(pb.FailRequest(task_id=task.task_id, error_message="broke", final=True), timeout=DEADLINE)
 
 
+@pytest.mark.both_stores
 def test_retried_map_runs_only_the_items_without_a_result(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"each": node("MAP"), "sum": node("REDUCE", "each")})
     run_task(stub, "each", ["good", "bad", "unfinished"])

@@ -1,4 +1,4 @@
-"""Owned executions: the node goes to the owner, to no poll, and to another owner only after the owner's death."""
+"""Owned executions: the task goes to the owner, and never to a poll. If the owner dies, another owner can get it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import harness
 import pytest
 from harness import Server, running
 
@@ -36,7 +37,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    opened = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+    opened = await open_store(harness.url_of(tmp_path), clock)
     await opened.run(
         executions.register_workflow, "w", "v1", json.dumps({"nodes": {"a": {"type": "EFFECT", "dependencies": []}}})
     )
@@ -77,7 +78,7 @@ async def test_second_start_by_same_owner_gets_the_same_task(store: Store) -> No
 
 
 async def test_owner_keeps_a_task_that_its_heartbeats_do_not_name(store: Store) -> None:
-    """The answer to the start may be lost: then the owner starts the key again, and gets the same task."""
+    """If the answer to a start is lost, the owner starts the same key again, and gets the same task."""
     started = await own(store, "one")
     assert started.task is not None
     assert (await store.run(leases.renew, "one", (), LEASE_MS)).unnamed == set()
@@ -129,7 +130,7 @@ async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: 
     first = await own(store, "one", "run")
     assert (await under(first, "one", "e/1")).task is not None
     await lose(store, clock, "one")
-    # No other owner has started the key, so the first owner still has its task.
+    # No other owner has taken the run over, so the first owner still has its task.
     assert (await under(first, "one", "e/2")).task is not None
     second = await own(store, "two", "run")
     with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
@@ -185,7 +186,7 @@ async def test_refused_start_with_result_stores_nothing(store: Store, clock: Man
     run = await own(store, "one", "run")
     assert run.task is not None
     await lose(store, clock, "one")
-    await record(store, "1", key="e/1", held=run.task.task_id)  # no other owner has started the key
+    await record(store, "1", key="e/1", held=run.task.task_id)  # no other owner has taken the run over
     await own(store, "two", "run")
     with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
         await record(store, "1", key="e/2", held=run.task.task_id)

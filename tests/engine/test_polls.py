@@ -10,7 +10,6 @@ import gc
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -116,11 +115,11 @@ Make = Callable[[Clock], Awaitable[Engine]]
 
 
 @pytest.fixture
-async def make(tmp_path: Path) -> AsyncIterator[Make]:
+async def make(database_url: str) -> AsyncIterator[Make]:
     engines: list[Engine] = []
 
     async def engine_on(clock: Clock) -> Engine:
-        engine = Engine(await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock), clock)
+        engine = Engine(await open_store(database_url, clock), clock)
         engines.append(engine)
         await engine.liveness.start()
         return engine
@@ -176,6 +175,7 @@ async def test_later_polls_find_every_root_of_a_workflow(engine: Engine) -> None
     assert {(await engine.task(engine.poll(wait_ms=0))).node_id for _ in range(2)} == {"a", "b"}
 
 
+@pytest.mark.both_stores
 async def test_each_node_that_becomes_ready_wakes_a_poll(engine: Engine) -> None:
     await engine.register({"a": [], "b": ["a"], "c": ["a"]})
     await engine.start()
@@ -217,6 +217,7 @@ async def test_cancel_by_dying_caller_still_wakes_waiting_callers(engine: Engine
     assert (await asyncio.wait_for(waiting, SOON)).status == "CANCELLED"
 
 
+@pytest.mark.both_stores
 async def test_start_by_dying_caller_still_hands_out_the_task(engine: Engine) -> None:
     await engine.register({"a": [], "b": []})
     polls = [engine.poll(f"w{n}") for n in range(2)]
@@ -228,6 +229,7 @@ async def test_start_by_dying_caller_still_hands_out_the_task(engine: Engine) ->
     assert {(await engine.task(poll)).node_id for poll in polls} == {"a", "b"}
 
 
+@pytest.mark.both_stores
 async def test_due_retry_reaches_a_waiting_poll(engine: Engine) -> None:
     await engine.register({"a": []})
     await engine.start()
@@ -296,7 +298,7 @@ async def test_large_waiting_poll_gets_task_too_large_for_another(engine: Engine
 
 
 async def test_task_too_large_only_with_its_frame_is_passed_on(engine: Engine) -> None:
-    """The start announces only the size of the input; the task is a little larger."""
+    """A start announces the size of its input. The task is a little larger, because it also has a frame."""
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
     await until_idle(engine, small, large)
@@ -435,7 +437,7 @@ async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Mak
     clock.advance(RECONNECT_GRACE_MS / 1000)
     assert await swept(engine) == 0
     clock.advance((LEASE_MS - RECONNECT_GRACE_MS) / 1000)
-    assert await swept(engine) == 1  # no heartbeat since
+    assert await swept(engine) == 1  # no heartbeat has come for the length of the lease
 
 
 async def test_end_of_old_stream_takes_no_task_from_reconnected_worker(make: Make) -> None:
@@ -647,6 +649,7 @@ async def test_new_stream_answers_earlier_polls_of_its_worker(engine: Engine) ->
 # ---- The end ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_stores
 async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()
@@ -684,13 +687,14 @@ async def test_unknown_outcome_makes_every_waiter_look_again(engine: Engine) -> 
     await engine.register({"a": []})
     poll = engine.poll()
     await until_idle(engine, poll)
-    # Store a start directly, as if the server had reported its outcome as unknown.
+    # Store a start without waking the poll, as when the outcome of the start's transaction is unknown.
     await engine.store.run(executions.start_execution, "w", "v1", "{}", "")
     await until_idle(engine, poll)
     engine.look_again()
     await engine.task(poll)
 
 
+@pytest.mark.both_stores
 async def test_waiting_caller_sees_end_stored_despite_unknown_outcome(engine: Engine) -> None:
     await engine.register({"a": []})
     execution_id = await engine.start()

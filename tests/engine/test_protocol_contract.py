@@ -1,4 +1,4 @@
-"""The contract: proto/nexum.proto generates our code, and contains the whole published contract."""
+"""The contract: the wire code is generated from proto/nexum.proto, which contains the whole published contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our client and worker with only the published contract: our server runs behind a proxy that speaks no more."""
+"""The client and worker with only the published contract: a proxy at the server refuses all other calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOON = 20.0  # seconds
 
 
 class Proxy:
-    """A proxy that passes on the published calls; every other call is UNIMPLEMENTED."""
+    """A proxy that passes on the calls of the published contract, and answers all others with UNIMPLEMENTED."""
 
     def __init__(self, behind: str) -> None:
         self.calls: Counter[str] = Counter()

@@ -367,7 +367,7 @@ def test_default_client_reads_an_execution_with_large_outputs(server: Server, st
     assert (answer.status, found.status) == ("FAILED", "FAILED")
     assert reason in answer.error
     assert reason in found.error
-    # The largest are left out until the rest fits.
+    # The largest outputs are left out until the answer has at most 4 MB.
     last = next(node.node_id for node in found.nodes if node.status == "FAILED")
     fits, room = set(), 4 * MEGABYTE - 40_000
     for name, size in sorted([*sizes.items(), ("", MEGABYTE)], key=lambda one: one[1]):
@@ -393,7 +393,7 @@ def test_get_status_answers_what_a_default_client_can_receive(stub: NexumService
 
 
 def test_size_of_an_answer_counts_node_names(stub: NexumServiceStub) -> None:
-    """Without the names in the count, gRPC would refuse the answer in the client, and its error names no next step."""
+    """If the names didn't count, the client's gRPC would refuse the answer, and gRPC's error names no next step."""
     names = [f"{n}{'é' * 199}" for n in range(9)]
     register(stub, {name: [] for name in names})
     execution_id = start(stub)
@@ -440,7 +440,7 @@ def test_input_that_no_worker_can_receive_is_refused(server: Server, stub: Nexum
         assert list(stub.ListExecutions(pb.ListRequest(), timeout=DEADLINE).executions) == []
         say_large(stub)
         execution_id = start(large, text_of(5 * MEGABYTE), idempotency_key="k")
-        # The worker may be busy: later inputs are accepted, too. An input of a known key is, whoever polls.
+        # The worker that takes large tasks doesn't poll now, as if it were busy. A large input is still accepted.
         assert start(large, text_of(5 * MEGABYTE), idempotency_key="k2") != execution_id
 
 

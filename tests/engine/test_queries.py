@@ -18,7 +18,7 @@ from nexum_engine.store.sqlite import SqliteStore
 
 QUERIES = load_queries()
 SCANS = {"workflow_ids": "SCAN workflow_versions USING COVERING INDEX sqlite_autoindex_workflow_versions_1"}
-"""Queries that may scan a table. This table has few rows."""
+"""The queries that may scan a table, and their plans. The table workflow_versions has few rows."""
 PAGE_BYTES, FRAME_HEADER_BYTES = 4096, 24
 
 
@@ -87,7 +87,7 @@ async def test_tool_call_takes_12_statements_and_at_most_10_pages(store: SqliteS
     await store.run(executions.register_workflow, "tool-call", version, '{"nodes": {"tool_call": {"type": "EFFECT"}}}')
 
     async def call(number: int) -> None:
-        """Make a tool call of usual size, as the server does for a worker that waits."""
+        """Run the server's transitions for a tool call of usual size, when a worker waits for a task."""
         key, request = f"session:{number * 7919 % 10_007:064}", json.dumps({"tool": "t", "arguments": {"x": "y" * 280}})
         started = store.run(executions.start_execution, "tool-call", version, request, key)
         claim = await store.run(tasks.claim, "worker", (version,), 2**22, 30_000, True)

@@ -21,6 +21,8 @@ from nexum_engine.store.retry import retry_execution
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
+pytestmark = pytest.mark.both_stores
+
 CHAIN = {"a": [], "b": ["a"], "c": ["b"]}
 FAN = {"root": [], "left": ["root"], "right": ["root"], "end": ["left", "right"], "late": ["right"]}
 
@@ -31,8 +33,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", clock)
+async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
+    store = await open_store(database_url, clock)
     yield store
     await store.close()
 
@@ -72,7 +74,7 @@ async def test_retry_continues_at_the_failed_node(store: Store) -> None:
     execution = await store.run(reading.get_execution, execution_id)
     assert (execution.status.value, execution.error, execution.ended_ms) == ("RUNNING", "", None)
     assert await states(store, execution_id) == {"a": "COMPLETED", "b": "READY", "c": "PENDING"}
-    # A start with the key finds it, as it is running.
+    # A start with the key finds the execution, because it is RUNNING again.
     assert await begin(store, CHAIN, "k") == execution_id
     task = await take(store, "b")
     assert json.loads(task.input_json) == {"input": {"q": 1}, "deps": {"a": "of a"}}
@@ -186,7 +188,7 @@ def stub(server: Server) -> Iterator[NexumServiceStub]:
 def test_retry_wakes_a_waiting_worker(stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     register(stub, {"a": []}, version="v2")
-    probe = start(stub, version="v2")  # it says whether the worker below polls
+    probe = start(stub, version="v2")  # its `has_poller` says whether the worker below polls
     stub.CancelExecution(pb.CancelRequest(execution_id=probe), timeout=DEADLINE)
     execution_id = start(stub)
     failed = poll(stub)

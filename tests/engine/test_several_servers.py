@@ -41,7 +41,7 @@ async def test_clients_use_all_servers_and_stay_with_one(tmp_path: Path) -> None
         used = set()
         for _ in range(20):
             async with NexumClient(address) as client:
-                await client.ping()  # never the one that doesn't answer
+                await client.ping()  # the client never chooses the third address, where no server answers
                 first = client.address
                 await client.ping()
                 assert client.address == first
@@ -61,7 +61,7 @@ async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> 
             worker = Worker(client, [Binding(ONE, {"a": work})])
             working = asyncio.create_task(worker.run(stop))
             await worker._heartbeat.connected.wait()
-            while other.address != client.address:  # each client has chosen one by itself
+            while other.address != client.address:  # each client chooses a server by itself
                 other = await stack_client(address)
             await other.register_workflow(ONE)
             first = servers.pop(client.address)

@@ -159,7 +159,7 @@ def test_another_worker_takes_over_the_task_of_a_stopped_one(tmp_path: Path, ser
 
 
 class Twice(NexumClient):
-    """A client that returns each task a second time, to the next poll, as the given attempt."""
+    """A client that returns each task twice: the next poll gets the task again, as a task of the given attempt."""
 
     def __init__(self, address: str, attempt: int) -> None:
         super().__init__(address)
@@ -260,6 +260,7 @@ async def test_owner_with_blocked_event_loop_keeps_its_task(server: Server) -> N
         assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
 
 
+@pytest.mark.sqlite  # the client finds the server by its file
 async def test_blocked_event_loop_does_not_delay_reconnection(tmp_path: Path, server: Server) -> None:
     async with NexumClient(str(tmp_path / "nexum.db")) as client, Owner(client) as owner:
         owned = await owner.start(ONE, {}, idempotency_key="k")

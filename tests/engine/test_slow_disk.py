@@ -24,7 +24,7 @@ def slow_commit(file):
 DatabaseFile.commit = slow_commit
 runpy.run_module("nexum_engine", run_name="__main__", alter_sys=True)
 """
-"""The program of a server that waits 200 ms before each commit, in the thread that commits, as for a slow fsync."""
+"""A server program whose committing thread sleeps 200 ms before each commit, as it would wait for a slow fsync."""
 LEASE = 1.0  # seconds
 CALLERS, STARTS = 4, 12
 LONG = workflow("long").effect("a").build()
@@ -73,7 +73,7 @@ async def test_slow_disk_delays_no_reading_call_and_loses_no_lease(tmp_path: Pat
         server.wait()
     commits = sum("slow commit" in line for line in server.lines)
     assert commits * 0.2 > 2 * LEASE
-    # An event loop that waits for each commit would answer once or twice during it.
+    # If the event loop waited for each commit, the server would give only one or two answers per commit.
     assert answers > 4 * commits
     assert ended is not None
     assert ended.execution.status is ExecutionStatus.COMPLETED

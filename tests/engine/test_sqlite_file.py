@@ -1,4 +1,4 @@
-"""The files under a running server, the log that belongs to a file, and restored backups."""
+"""Database files that change while a server has them open, logs of other database files, and restored backups."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from nexum_engine.location import address_file, read_address
 from nexum_engine.store import executions, listing, open_store, restore_database
 from nexum_engine.store.sqlite import SqliteStore
 
+pytestmark = pytest.mark.sqlite
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename an open file")
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
@@ -75,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in folder.iterdir() if one.is_file() and not one.name.endswith(".lock")}
 
 
-# ---- Files that change under the server ------------------------------------------------------------------------------
+# ---- Files that change while the server runs -------------------------------------------------------------------------
 
 
 def replace(database: Path) -> None:
@@ -103,7 +104,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""Where everything that was acknowledged can be found after each of these changes."""
+"""For each of these changes: the file that still has everything that was acknowledged."""
 
 
 @posix
@@ -122,7 +123,7 @@ async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str
     if harm in SURVIVORS:
         assert await stored(tmp_path / SURVIVORS[harm]) == acknowledged
     else:
-        # Nothing was added to what the other program has left.
+        # The store has written nothing to the files that are left after the change.
         assert {path: path.read_bytes() for path in left if path.exists()} == left
 
 
@@ -227,7 +228,7 @@ def test_ending_server_leaves_the_address_of_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     with nexum_server(folder) as first:
-        first.process.popen.send_signal(signal.SIGSTOP)  # so that the first server notices the loss later
+        first.process.popen.send_signal(signal.SIGSTOP)  # so that it doesn't notice yet that its folder is lost
         shutil.rmtree(folder)
         folder.mkdir()
         with nexum_server(folder) as second:
@@ -252,9 +253,29 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
     with pytest.raises(StoreRefused, match="is not the log of"):
         await opened(database)
     assert contents(tmp_path) == before
-    # The log still belongs to its own file.
+    # The refusal left the log intact: when the log's own database file is back, all executions are there.
     shutil.copyfile(tmp_path / "newest.db", database)
     assert await stored(database) == acknowledged > saved
+
+
+async def test_file_of_an_interrupted_checkpoint_is_read_with_its_log(tmp_path: Path) -> None:
+    database = tmp_path / "nexum.db"
+    acknowledged = kill_after(database, *range(200))
+    # A checkpoint copies the pages in order. The first page has the new size of the database.
+    shutil.copytree(tmp_path, tmp_path / "copied")
+    with sqlite3.connect(tmp_path / "copied" / "nexum.db") as copied:
+        copied.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    first_page = (tmp_path / "copied" / "nexum.db").read_bytes()[:4096]
+    assert int.from_bytes(first_page[28:32], "big") * 4096 > database.stat().st_size
+    with database.open("r+b") as file:
+        file.write(first_page)
+    before = contents(tmp_path)
+    shutil.copyfile(database, tmp_path / "backup.db")
+    shutil.copyfile(log_of(database), tmp_path / "backup.db-wal")
+    assert restore_database(f"sqlite:///{tmp_path / 'restored.db'}", tmp_path / "backup.db") is None
+    assert await stored(tmp_path / "restored.db") == acknowledged
+    assert contents(tmp_path).items() >= before.items()
+    assert await stored(database) == acknowledged
 
 
 async def test_log_of_a_deleted_file_is_not_copied_into_a_new_one(tmp_path: Path) -> None:

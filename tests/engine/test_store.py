@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,12 +25,12 @@ from nexum_engine.store import Store, executions, leases, listing, open_store, r
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
-pytestmark = pytest.mark.every_python
+pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
-NO_RETRIES = 2**60  # a time after which no retry becomes due
+NO_RETRIES = 2**60  # a sweep for what became due after this time finds no retry
 ONE: dict[str, list[str]] = {"a": []}
 CHAIN: dict[str, list[str]] = {"a": [], "b": ["a"]}
 DIAMOND: dict[str, list[str]] = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -42,12 +41,6 @@ Reopen = Callable[[], Awaitable[Store]]
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
-
-
-@pytest.fixture(params=["sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of a new database, for each kind of store."""
-    return {"sqlite": f"sqlite:///{tmp_path / 'nexum.db'}"}[request.param]
 
 
 @pytest.fixture
@@ -129,7 +122,7 @@ async def test_key_is_found_in_another_version_of_its_workflow(store: Store) -> 
     first = await start(store, key="k")
     await register(store, CHAIN, version="v2")
     assert (await store.run(executions.start_execution, "w", "v2", "{}", "k")).execution_id == first.execution_id
-    # Even in a version that was never registered: a caller's code may have changed since the first start.
+    # The version of the second start need not be registered: the caller's code may have changed since the first start.
     assert (await store.run(executions.start_execution, "w", "v3", "{}", "k")).execution_id == first.execution_id
 
 
@@ -167,7 +160,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
-    # The task has the same key as the failed one, so that a service can recognise the repeated call.
+    # The task has the same key as the failed one, so that a service can recognize the repeated call.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
@@ -408,7 +401,7 @@ async def test_failure_reported_twice_counts_once(store: Store, clock: ManualClo
 async def test_failure_reason_is_cut_and_never_empty(store: Store, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
-    for _ in range(2):  # an equal second report changes nothing, also if its reason was cut
+    for _ in range(2):  # an equal second report changes nothing, even if its reason was cut
         await store.run(tasks.fail_task, task.task_id, "x" * 100_000, False)
     clock.advance(1)
     await store.run(tasks.fail_task, (await taken(store)).task_id, "", True)
@@ -649,7 +642,7 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
         await sweep(store)
     await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
-    # If that attempt still counted as lost, this one would be the last.
+    # One more loss doesn't end the execution: the attempt that failed late no longer counts as lost.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])
@@ -883,7 +876,7 @@ async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen)
 
 
 async def test_failing_transition_raises_only_for_its_caller(store: Store) -> None:
-    """The other transitions of its transaction succeed."""
+    """The other transitions of the same transaction succeed."""
     await register(store, ONE)
     outcomes = await asyncio.gather(
         store.run(executions.start_execution, "w", "v1", "1", ""),
@@ -935,7 +928,7 @@ async def test_childs_output_is_of_the_node_that_completed_last_within_a_millise
 async def test_timer_is_not_early_by_the_rounding_of_the_clock(store: Store, clock: ManualClock) -> None:
     await register_ir(store, "w", "v1", {"wait": {"type": "TIMER", "delay_seconds": 1}})
     started = await store.run(executions.start_execution, "w", "v1", "{}", "")
-    clock.advance(1)  # the start may have been 0.9 ms later
+    clock.advance(1)  # the clock drops fractions of 1 ms, so a little less than a second may have passed
     await store.run(leases.sweep, NO_RETRIES)
     assert await node_status(store, started.execution_id) == {"wait": NodeStatus.WAITING}
     clock.advance(0.001)

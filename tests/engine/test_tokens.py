@@ -1,4 +1,4 @@
-"""Tokens: what each may do, what is recorded of its holder, and the file with all of them."""
+"""Tokens: what a token allows, what the server records about its holder, and the file with all tokens."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ async def test_token_that_may_use_may_not_administer(secured: Secured, monkeypat
             )
         assert time.monotonic() - began < PROMPT
         assert (await client.get_status(execution_id)) is ExecutionStatus.RUNNING
-    # A call that is an RPC of its own has no way around the check, either.
+    # A call that is a separate RPC is checked, too.
     with contextlib.closing(Raw(secured, USE)) as stub:
         code, _ = refused(lambda: stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=9))
         assert code is grpc.StatusCode.PERMISSION_DENIED
 
 
 class Raw:
-    """A plain stub, whose calls are RPCs of their own."""
+    """A plain stub. Each of its calls is a separate RPC, while a NexumClient sends its calls through one stream."""
 
     def __init__(self, secured: Secured, token: str | None) -> None:
         credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
@@ -161,7 +161,7 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
 async def test_client_that_searches_does_not_use_a_server_with_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder's own server may start later, or the program opens the database itself."""
+    """Such a client needs its folder's own server, which may start later. A run opens the database itself."""
     for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEXUM_TOKEN", USE)

@@ -279,7 +279,7 @@ async def test_progress_of_a_killed_worker_reaches_the_next_one(
 @pytest.mark.parametrize(
     ("built", "handlers", "problem"),
     [
-        (workflow("w").map("m").build(), {"m": nothing}, "must be a MapHandler: the node is a MAP node"),
+        (workflow("w").map("m").build(), {"m": nothing}, "must be a MapHandler: the node's type is MAP"),
         (workflow("w").effect("e").build(), {"e": MapHandler(nothing, nothing)}, "must be a function"),
         (workflow("w").effect("e").timer("t", 1).build(), {"e": nothing, "t": nothing}, "one handler for each node"),
         (workflow("w").effect("e").timer("t", 1).build(), {}, "one handler for each node"),

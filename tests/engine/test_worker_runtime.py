@@ -1,4 +1,4 @@
-"""The worker runtime with bad handlers, ending servers, and signals at bad moments."""
+"""The worker runtime with bad handlers, servers that end, and signals at bad moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workflows as data: refusals of the builder and the IR, versions, compatibility and scheduling."""
+"""Workflows as data: what the builder and the IR's parser refuse, versions, compatibility and scheduling."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_version_is_the_same_in_every_process() -> None:
     )
     here = workflow("w").effect("a").effect("é").build().version_hash
     assert run.stdout.strip() == here
-    # A constant: if the canonical form changed, no worker would poll for running executions.
+    # Compare with a constant: if the canonical form changed, no worker would take the tasks of older executions.
     assert here == "sha256:2bb89341dfd079141b2a7bf7e4470ad8c9227a33f0d68aa4bb3415612e29d5a4"
 
 

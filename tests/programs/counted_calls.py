@@ -1,7 +1,7 @@
 """Make durable calls of each kind, and print the counts of one call: `counted_calls.py ADDRESS FOLDER ROUNDS CALLS`.
 
-The calls are made one after the other, in rounds. A count is the lowest one of all rounds: on a busy machine, some
-rounds do additional work, for instance when a poll's wait runs out. The output is one line of JSON.
+The calls are made one after the other, in rounds. Each printed count is the lowest count of all rounds: on a busy
+machine, some rounds do additional work, for instance when a poll's wait runs out. The output is one line of JSON.
 
 The folder has the counts of all processes (`counted.py`), the server's database, and strace's list of the server's
 fsyncs, if strace runs.
@@ -26,7 +26,7 @@ from nexum_engine.owner import Owner
 from submit_task import Session
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput
 
-REST = 0.03  # seconds without a new count, after which all processes are idle
+REST = 0.03  # seconds; if no count changes for so long, all processes are idle
 PATIENCE = 2.0  # seconds to wait until all processes are idle
 LOOP = ("loop turns", "loop callbacks")
 
@@ -42,7 +42,7 @@ class Watch:
         self._fsyncs = folder / "server.fsyncs"
 
     async def cost(self, call: Call, calls: int) -> dict[str, float]:
-        """Make the calls one after the other; return the counts of one call, by name."""
+        """Make the calls one after the other; return the average counts of one call, by name."""
         before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()

@@ -256,7 +256,8 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     random.seed()
-    channel._is_forked = False  # no call was made before the fork: use grpcio, as a program that isn't forked does
+    # Use grpcio, as in a program that isn't forked. This is safe, because the parent has made no gRPC call.
+    channel._is_forked = False
     code = 70
     try:
         code = run_on_loop(argv)

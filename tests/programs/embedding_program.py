@@ -21,7 +21,7 @@ from nexum_engine.workflow import workflow
 from submit_task import submit_tool_call
 from support.session_file import SessionFile
 
-SOON = 20.0  # a child that runs for more seconds than this hangs
+SOON = 20.0  # seconds; a child that takes longer is considered hung
 OWNED = workflow("owned").effect("a").build()
 
 
@@ -153,7 +153,7 @@ def durable(url: str, session: str) -> Any:
 
 
 def fork_durable(_log: str, url: str) -> None:
-    """Run sessions before a fork, in the child, and after it. The child replays what the parent has recorded."""
+    """Run sessions before a fork, in the child, and then in the parent. Each process replays the other's sessions."""
     print("RUN", durable(url, "before"))
 
     def child() -> None:

@@ -31,7 +31,7 @@ async def owner() -> AsyncIterator[Owner]:
 
 
 def say(line: str) -> None:
-    """Print a line by one write, so that lines of several threads don't mix."""
+    """Print a line with one write, so that lines of several threads don't mix."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -70,10 +70,10 @@ def on_uvloop(name: str, count: str) -> None:
 
 
 def threads(name: str) -> None:
-    """Record in three event loops of three threads, and in two tasks of the first loop, at the same time."""
+    """Record events at the same time in three threads, each with its own event loop. The first loop has two tasks."""
 
     async def two() -> None:
-        async with EmbeddedNexum(None):  # keeps the server running between the other blocks
+        async with EmbeddedNexum(None):  # keeps the server running until all threads have ended
             others = [threading.Thread(target=several, args=(f"{name}-{number}", "20")) for number in (1, 2)]
             for other in others:
                 other.start()
@@ -126,7 +126,7 @@ def forks(name: str) -> None:
 
 
 def orphan(name: str) -> None:
-    """Leave a forked child behind that waits."""
+    """Fork a child that outlives this process, which a test kills."""
 
     async def main() -> None:
         async with owner() as found:
@@ -171,7 +171,7 @@ def main_ends(name: str) -> None:
 
 
 def ends(how: str) -> None:
-    """Record an event, and end the program in a certain way within the block."""
+    """Record an event, and end the program while its owner is still open. `how` is the way in which it ends."""
 
     async def main() -> None:
         async with owner() as found:

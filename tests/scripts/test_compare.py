@@ -1,4 +1,4 @@
-"""benchmarks/compare.py on this project's own rows, without the peers, and what it leaves behind."""
+"""benchmarks/compare.py measures this project and plain AutoGen without the peers, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def compare(folder: Path, *options: str) -> Process:
 
 
 def left_behind(folder: Path) -> list[int]:
-    """Return the processes whose environment names the folder. Linux only: elsewhere, none."""
+    """Return the ids of the processes whose environment names the folder. They are found only on Linux."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             if b"COMPARE_FOLDER=" + bytes(folder) in environ.read_bytes():
                 found.append(int(environ.parent.name))
-        except OSError:  # it ended, or is another user's
+        except OSError:  # the process ended, or belongs to another user
             continue
     return found
 
@@ -46,7 +46,7 @@ def test_own_rows_are_measured_and_missing_peers_are_named(tmp_path: Path, monke
     for name, row in rows.items():
         assert row["p50_in_commits"] > 0, row
         assert row["calls_per_second"] > 0, row
-        # Strace is not on every machine, and may not be allowed.
+        # Not every machine has strace, and some machines don't allow it.
         expected = {"autogen": "nothing", "nexum-owner": "result"}.get(name, "request, result")
         assert row["on_disk"] in (expected, "not checked"), row
         assert row["replayed"] == (None if name == "autogen" else 20), row

@@ -1,4 +1,4 @@
-"""The console behaviour of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
+"""The console behavior of every script: safe output, Ctrl+C at any moment, a closed output pipe."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from openai_server import OpenAIServer, Reply
 from processes import answer, read_one_line, run_demo, run_script, submitter
 
 from support.console import printable, say
-
-pytestmark = pytest.mark.every_python
 
 CLEAR = "\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
 SHOWN = r"\x1b[2J\x1b]0;title\x07\x9b31m\x08\x7f"
@@ -65,6 +63,7 @@ def test_tool_name_cannot_control_the_terminal_of_caller_or_worker(server: Serve
     assert CONTROLS.findall((caller.output + worker.output).replace("\n", "")) == []
 
 
+@pytest.mark.every_python
 def test_log_records_and_warnings_cannot_control_the_terminal(tmp_path: Path) -> None:
     program = (
         "import logging, sys, warnings; from support.console import log_to; log_to(sys.stderr, logging.WARNING)\n"
@@ -124,6 +123,7 @@ def test_ctrl_c_during_imports_ends_a_script_silently(tmp_path: Path, script: st
     assert interrupt(script, moment, tmp_path) == (130, "PRESSED")
 
 
+@pytest.mark.every_python
 @pytest.mark.parametrize("moment", ["durable_autogen", "autogen_core", "autogen_agentchat.agents"])
 def test_ctrl_c_while_autogen_loads_ends_the_demo_with_a_message(tmp_path: Path, moment: str) -> None:
     code, output = interrupt("demo.py", moment, tmp_path)
@@ -131,6 +131,7 @@ def test_ctrl_c_while_autogen_loads_ends_the_demo_with_a_message(tmp_path: Path,
     assert output.splitlines()[-1] == "interrupted; the same command continues from what is recorded"
 
 
+@pytest.mark.every_python
 def test_ctrl_c_while_tools_load_ends_the_worker(tmp_path: Path) -> None:
     assert interrupt("worker.py", "support.offline.web", tmp_path) == (130, "PRESSED")
 
@@ -156,6 +157,7 @@ def test_script_started_with_ignored_sigint_ignores_ctrl_c(tmp_path: Path) -> No
 # ---- A closed pipe, a full disk --------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_python
 def test_closed_pipe_on_windows_raises_broken_pipe_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed:
         encoding = "cp1252"
@@ -180,8 +182,9 @@ def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: 
     assert (run.returncode, run.stderr) == (1, b"error: the output can't be written: No space left on device\n")
 
 
+@pytest.mark.every_python
 def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
-    # The reader closes the pipe after the first line, about the connection. Then the worker logs a line about a task.
+    # The worker logs that it is connected, and the reader closes the pipe. Then the worker logs a line about a task.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")
         with submitter(tmp_path, server.address, "no_such_tool", {"x": 1}) as caller:

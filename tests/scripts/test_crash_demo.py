@@ -256,7 +256,7 @@ def test_drill_fails_after_too_many_killed_workers(server: Server, tmp_path: Pat
         wait_until(kill_and_look, "it gives up", timeout=60)
         assert demo.wait() == 1
     assert len(killed) == 12
-    assert "error: 12 workers died one after the other; see their ends above" in demo.output
+    assert "error: 12 workers died one after the other; see above how each died" in demo.output
     (execution,) = pipelines(tmp_path, server.address)
     assert execution["status"] == "CANCELLED"
 

@@ -1,4 +1,4 @@
-"""demo.py as a process: without key and server, run again, and with every wrong argument."""
+"""demo.py as a process: without an API key or a server, in a second run, and with every wrong argument."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ def test_a_question_that_no_page_covers_is_answered_with_the_topics(tmp_path: Pa
 def test_a_run_after_a_crash_repeats_nothing_that_was_recorded(tmp_path: Path) -> None:
     code, crashed = run_demo(tmp_path, QUESTION, "--crash-after-step", "1")
     assert code not in (0, 1, 2)
-    # The demo's last line; its children may print one more.
+    # This is the last line of the demo itself. After it, a child process of the demo may print another line.
     assert crashed.rpartition("[demo] ")[2].startswith("step 1 is recorded; crashing now")
     (done,) = re.findall(r"(exec-\S+)\.\.\. \(\w+\) done ✓", crashed)
 
-    # Run again at once: the dying server still holds its port and its lock.
+    # Run the demo again at once: the crashed run's server is still ending, and holds its port and its lock.
     code, output = run_demo(tmp_path, QUESTION)
     assert code == 0
     assert re.search(rf"{done}\S* \(web_search\) already COMPLETED \(cached\) ✓", output)
@@ -235,7 +235,7 @@ def web_server(port: int) -> Iterator[None]:
 
 @contextmanager
 def silent_server(port: int) -> Iterator[None]:
-    """Run a server on the port that accepts connections and sends nothing."""
+    """Run a server on the port. It accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         yield
         listener.setblocking(False)

@@ -94,7 +94,7 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # The server had one call's result when the run died, but the session didn't: the new run finds that result cached.
+    # When the run died, one call's result was on the server and not in the session: the new run finds it cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 
@@ -197,7 +197,7 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
         (["--fork", "s", "--session-id", "t"], "'s' must be SESSION@N, for example demo1@2"),
         (["--fork", "s@8", "--session-id", "t"], "session 's' has 7 recorded call(s): give 0 to 7, not 8"),
         (["--fork", "none@1", "--session-id", "t"], "session 'none' has nothing on record here"),
-        (["--fork", "s@1", "--session-id", "s2"], "session s2 has something else on record than s"),
+        (["--fork", "s@1", "--session-id", "s2"], "session s2 has recorded other events than s"),
         (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
         (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
     ],

@@ -1,4 +1,4 @@
-"""crash_demo.py --graphflow and --cyclic with the installed AutoGen, and with a fixed copy of it."""
+"""crash_demo.py --graphflow and --cyclic with the installed AutoGen, and with a repaired copy of AutoGen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REPAIRS = (
 
 @pytest.fixture
 def fixed(tmp_path: Path) -> Path:
-    """A folder with a fixed copy of AutoGen, to be put on PYTHONPATH."""
+    """A folder for PYTHONPATH, with a repaired copy of AutoGen."""
     folder = tmp_path / "fixed"
     package = Path(autogen_agentchat.__file__).parent
     shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The offline twins: the search, the pages as visit_webpage reads them, and the model's answers."""
+"""The offline stand-ins for the web and the model: the search, the pages as visit_webpage reads them, the answers."""
 
 import json
 import re
@@ -78,7 +78,7 @@ class Run:
 
 
 def assert_grounded(answer: str, run: Run) -> None:
-    """Check that every quote is in the text that a visit of its source returned, and that every source is quoted."""
+    """Check that each quote is in its source's text, as the agent has read it. Check that every source is quoted."""
     sources = {int(number): url for number, url in re.findall(r"^\[(\d+)\] .* - (\S+)$", answer, re.MULTILINE)}
     cited = re.findall(r'"([^"]+)" \[(\d+)\]', answer)
     assert cited

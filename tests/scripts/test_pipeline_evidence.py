@@ -1,4 +1,4 @@
-"""The remarks and the checks of a pipeline's run, on records made by hand."""
+"""The remarks, the problems and the timeline of a pipeline's run. The records are made by hand."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_repeated_recorded_step_is_a_problem() -> None:
     again = [*PLANNED[:2], Try("validate", "worker-2", 1900, 1950), *PLANNED[2:]]
     run = made_run(again, [DEAD, TWO], AFTER_VALIDATE)
     assert "validate was recorded 2 times in 2 attempts" in problems(run)
-    assert "validate was recorded when worker-1 died, and ran again all the same" in problems(run)
+    assert "validate was recorded when worker-1 died, but ran again" in problems(run)
     assert "No recorded step ran again." not in remarks(run)
 
 

@@ -175,7 +175,7 @@ document.body.dataset.measured = JSON.stringify({
 
 
 def measured(folder: Path, document: str, *, width: int = 1100, dark: bool = False) -> dict[str, Any]:
-    """Return the measurements of the page in Chromium. The page's policy is removed: it would forbid our script."""
+    """Measure the page in Chromium. First remove the page's security policy, which forbids the measuring script."""
     document = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", document).replace("</body>", MEASURE)
     path = folder / "measured.html"
     path.write_text(document, encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Our scripts on a published Nexum server. A stand-in process has that server's protocol and behaviour."""
+"""This project's scripts on a published Nexum server, which lacks this project's additions to the protocol.
+
+A stand-in process has the protocol and the behavior of a published server.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_stand_in_gives_one_task_to_two_polls_at_the_same_moment(address: str) -> None:
-    """Check the fault of a published server on which the tests below depend."""
+    """A published server has this fault. The tests below show nothing if the stand-in lacks it."""
 
     def two_polls_get_one_task() -> bool:
         start(stub)
@@ -67,7 +70,7 @@ def test_worker_runs_every_call_once(tmp_path: Path, address: str) -> None:
 def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: Path, address: str) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
     with submitter(tmp_path, address, "count_effect", arguments) as caller:
-        assert caller.wait_for("waiting:").endswith("start one, unless one runs, with: python worker.py")
+        assert caller.wait_for("waiting:").endswith("if none runs, start one with: python worker.py")
         with counting_worker(tmp_path, address):
             assert caller.wait() == 0
 
@@ -264,8 +267,9 @@ def test_crash_demo_resumes_the_pipeline(tmp_path: Path, options: list[str], res
         code, output = run_script([CRASH_DEMO, "--offline", *options, "--nexum", address], tmp_path)
     assert code == 0, output
     assert lines_about_the_server(output) == [
-        f"[demo] {address} is a published Nexum server: it records each step's result, but not its attempts, times or "
-        "reasons of failures. The timeline is from the workers' log. A dead worker's step comes back after 60 to 90 s"
+        f"[demo] {address} is a published Nexum server: it records each step's result, but no attempts, times or "
+        "reasons of failures. So the timeline is from the workers' log. Another worker gets a dead worker's step after "
+        "60 to 90 s"
     ]
     assert "(from the workers' own log)" in output
     assert resumed in output
@@ -332,7 +336,7 @@ def test_command_line_call_prefixes_every_line_and_names_the_way_out_of_a_lost_t
     *lines, last = output.splitlines()
     assert code == 1
     assert all(line.startswith("[Nexum] ") for line in lines), output
-    assert re.search(r"attach to it, or, if its worker is idle, cancel it first: nexum cancel exec-\S+$", last), last
+    assert re.search(r"may have lost the task: then cancel .* with python -m nexum_engine cancel exec-\S+$", last), last
 
 
 def test_show_leaves_out_what_the_server_does_not_show(tmp_path: Path, address: str) -> None:

@@ -31,8 +31,6 @@ from nexum_engine.records import Execution, ExecutionStatus
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
 from workflow import OFFLINE_TOOL_CALL
 
-pytestmark = pytest.mark.every_python
-
 MANY_LOOPS = """
 import asyncio, sys, weakref
 from submit_task import submit_tool_call_async
@@ -98,6 +96,7 @@ def test_arguments_that_are_not_json_are_refused(value: object) -> None:
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_python
 @pytest.mark.usefixtures("address")
 def test_repeated_synchronous_call_returns_the_recorded_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -114,6 +113,7 @@ def test_repeated_synchronous_call_returns_the_recorded_result(
     assert len(effects(tmp_path / "log")) == 1
 
 
+@pytest.mark.every_python
 @pytest.mark.usefixtures("address")
 def test_threads_that_make_the_same_call_share_one_execution(tmp_path: Path) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
@@ -123,6 +123,7 @@ def test_threads_that_make_the_same_call_share_one_execution(tmp_path: Path) -> 
     assert len(effects(tmp_path / "log")) == 1
 
 
+@pytest.mark.every_python
 async def test_async_code_makes_calls_at_the_same_time(tmp_path: Path, address: str) -> None:
     log = str(tmp_path / "log")
     results = await asyncio.gather(
@@ -131,6 +132,7 @@ async def test_async_code_makes_calls_at_the_same_time(tmp_path: Path, address: 
     assert [number_of(one) for one in results] == list(range(6))
 
 
+@pytest.mark.every_python
 @pytest.mark.usefixtures("address")
 def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     log = str(tmp_path / "log")
@@ -141,6 +143,7 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
 
 
 # Run these programs in separate processes: gRPC keeps every event loop alive while any loop has a connection.
+@pytest.mark.every_python
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
 )
@@ -267,6 +270,7 @@ async def test_server_that_forgets_executions_is_asked_until_the_timeout(
     assert len(client.waits) == 1
 
 
+@pytest.mark.every_python
 def test_interrupted_caller_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, ended = threading.Event(), threading.Event()
 
@@ -461,6 +465,7 @@ def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, s
         assert "(fail_until) done ?" in process.output
 
 
+@pytest.mark.every_python
 def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
     command = ["submit_task.py", "web_search", '{"query": "population of Tokyo"}', "--offline", "--session-id", "s"]
     with tool_worker(tmp_path, server.address):

@@ -22,9 +22,6 @@ from processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.every_python
-
-
 WORKER = str(ROOT / "worker.py")
 HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
 
@@ -99,6 +96,7 @@ def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callab
         assert "Traceback" not in worker.output
 
 
+@pytest.mark.every_python
 @pytest.mark.usefixtures("loop_of_processes")
 def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: Server) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
@@ -121,6 +119,7 @@ def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: 
     assert len(effects(log)) == 1
 
 
+@pytest.mark.every_python
 def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, server: Server) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as process:
@@ -138,6 +137,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
     assert [one["outcome"] for one in attempts(execution)] == ["LOST", "COMPLETED"]
 
 
+@pytest.mark.every_python
 def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
     # A parent process starts the worker and is then killed.
     parent = (
@@ -155,6 +155,7 @@ def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Pa
 # ---- Failures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_python
 def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: Path, server: Server) -> None:
     log = tmp_path / "log"
     with counting_worker(tmp_path, server.address) as worker:

@@ -23,7 +23,7 @@ def authority(name: str) -> trustme.CA:
 
 
 class Certificates:
-    """Files of certificates in a folder."""
+    """A folder with certificate files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

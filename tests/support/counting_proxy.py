@@ -55,7 +55,7 @@ class _Direction:
 
 @contextmanager
 def counting_proxy(address: str, counts: Counts) -> Iterator[str]:
-    """Run a proxy before the server at `address`, in a thread; yield the proxy's own address."""
+    """Run a proxy in front of the server at `address`, in a thread; yield the proxy's own address."""
     host, _, port = address.rpartition(":")
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: _Direction) -> None:

@@ -1,6 +1,7 @@
 """A small model of the engine in memory, written from docs/workflows.md, docs/architecture.md and docs/wire.md.
 
-It has no database, and no ids of its own. A test runs the same operations on the engine and on the model, and compares.
+It has no database, and no ids of its own. A test runs the same operations on the engine and on the model, and compares
+their states.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SERVER_SIDE = ("TIMER", "HUMAN_APPROVAL", "EVENT")
 
 
 class Anything:
-    """Equal to every value: what the model can't know."""
+    """A stand-in for a value that the model can't know. `same` finds it equal to every value."""
 
 
 def same(expected: object, found: object) -> bool:
@@ -83,7 +84,7 @@ class Node:
     failed: int = 0
     lost: int = 0
     due: int | None = None
-    """When a READY node becomes a task, a RUNNING node's lease ends, or a WAITING node has waited long enough."""
+    """The time at which a READY node becomes a task, a RUNNING node's lease ends, or a WAITING node's wait ends."""
     lease_loss: str = ""
     progress: Any = None
     timed_out: bool = False
@@ -166,7 +167,7 @@ class Model:
         self.definitions[version] = dict(nodes)
 
     def start(self, workflow: str, version: str, given: object, key: str) -> tuple[Run, bool]:
-        """Return the execution, and whether there was one."""
+        """Return the execution, and whether it existed before this start."""
         if key:
             runs = [run for run in self.runs if (run.workflow, run.key) == (workflow, key)]
             if runs and not same(runs[-1].input, given):
@@ -319,7 +320,7 @@ class Model:
             grace = RESTART_MS if attempt.streamed else UNSTREAMED_LEASE_MS
             attempt.node.due = attempt.node.until(attempt.started, self.now + grace)
             attempt.node.lease_loss = "INTERRUPTED"
-        # If the clock was set back, no task waits for longer than a retry does.
+        # If the clock was set back, a task could wait for too long. Limit the wait to the longest pause before a retry.
         for node in self.nodes():
             is_late = node.status == "READY" and (node.due or 0) > self.now + LONGEST_DELAY_MS
             if is_late and (not node.attempts or not node.spec.get("retry_policy")):
@@ -343,7 +344,7 @@ class Model:
         expired = [attempt for attempt in self.running() if (attempt.node.due or 0) <= self.now]
         for attempt in sorted(expired, key=lambda one: one.node.due or 0):
             if attempt.outcome != "RUNNING":
-                continue  # the end of an execution has cancelled it
+                continue  # meanwhile, the end of an execution has cancelled this attempt
             limit = attempt.node.limit_ms()
             if limit is not None and attempt.started + limit <= self.now:
                 self._count_failure(attempt, "TIMED_OUT", final=False)
@@ -354,7 +355,7 @@ class Model:
         for (_, run), together in groupby(waiting, key=lambda one: (one.due, one.run)):
             for node in together:
                 if node.status != "WAITING":
-                    continue  # the end of an execution has cancelled it
+                    continue  # meanwhile, the end of an execution has cancelled this node
                 if node.kind == "TIMER":
                     self._complete(node, self._timer_output(node))
                 elif node.spec.get("on_timeout"):
@@ -400,7 +401,7 @@ class Model:
         return run
 
     def _advance(self, run: Run) -> None:
-        """Let the nodes begin that wait for no other node, again and again; end the execution if all are done."""
+        """Begin the nodes that wait for no other node, until none is left. End the execution if all nodes are done."""
         while True:
             fates = self._fates(run)
             if not fates:
@@ -542,7 +543,7 @@ class Model:
 
 
 def kind_of(error: NexumError) -> type[NexumError]:
-    """Return what a caller can tell about an error."""
+    """Return the class by which a caller can distinguish an error from others."""
     for kind in (IdempotencyConflict, Conflict, NotFound, InvalidRequest):
         if isinstance(error, kind):
             return kind

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import harness
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
@@ -47,7 +48,7 @@ class EngineServer:
         """The number of runs of each watched transition."""
 
     def watch(self, transition: Transition, *faults: Callable[[], Awaitable[Any]]) -> None:
-        """Count the runs of a transition. Call each of `faults` once, in order, instead of the first runs."""
+        """Count the runs of a transition. The first runs call `faults` instead, one fault per run, in order."""
         self.calls[transition] = 0
 
         def counted(run: Run) -> Awaitable[Any]:
@@ -75,9 +76,9 @@ async def hangs() -> None:
 
 @asynccontextmanager
 async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> AsyncIterator[EngineServer]:
-    """Run a server on `folder`/nexum.db, ready for calls. `lease` is in seconds."""
+    """Run a server on the folder's database; yield it when it is ready for calls. `lease` is in seconds."""
     clock = SystemClock()
-    store = await open_store(f"sqlite:///{folder / 'nexum.db'}", clock)
+    store = await open_store(harness.url_of(folder), clock)
     polls = Polls(store, clock, round(lease * 1000))
     waiters = Waiters()
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return this process's environment with `changes`, without variables that select a model, server or database."""
+    """Return the environment with `changes`, without the variables that select a model, server or database."""
     base = {name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES}
     return {**base, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(changes or {})}
 
@@ -135,14 +135,26 @@ def running(
         process.end()
 
 
+def sqlite_url(folder: Path) -> str:
+    """Return the URL of a folder's database."""
+    return f"sqlite:///{folder / 'nexum.db'}"
+
+
+url_of: Callable[[Path], str] = sqlite_url
+"""The function that returns the URL of a folder's database. POSTGRES_TESTS=all replaces it (conftest.py)."""
+
+
 @contextmanager
 def nexum_server(
-    folder: Path, *, port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
+    folder: Path, *, database_url: str = "", port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Run a server process on `folder`/nexum.db, ready for calls. With port 0, the server takes a free port itself."""
+    """Run a server process, by default on the folder's database; yield it when it is ready for calls.
+
+    With port 0, the server takes a free port itself.
+    """
     command = [
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
-        *("--database-url", f"sqlite:///{folder / 'nexum.db'}", *arguments),
+        *("--database-url", database_url or url_of(folder), *arguments),
     ]
     with running(command, cwd=folder) as process:
         line = process.wait_for("Nexum engine")
@@ -163,7 +175,7 @@ class Server:
 
 @contextmanager
 def published_server(folder: Path, *, take_back_after: float = 60.0) -> Iterator[str]:
-    """Run a stand-in for the published Nexum server, with its files in `folder`; yield its address."""
+    """Run the stand-in for a published Nexum server (published_server.py) in `folder`; yield its address."""
     host = "[::1]" if _has_ipv6() else "127.0.0.1"
     program = str(ROOT / "tests" / "support" / "published_server.py")
     command = [program, "--listen", f"{host}:0", "--take-back-after", str(take_back_after)]

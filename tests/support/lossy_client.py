@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 class LossyClient(NexumClient):
-    """A client that loses the first answer to a request of type `kind`. It never loses an answer without a task."""
+    """A client that loses the first answer to a request of type `kind`. A poll's answer without a task is not lost."""
 
     def __init__(self, address: str, kind: type[Message]) -> None:
         super().__init__(address)

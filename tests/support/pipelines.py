@@ -38,9 +38,9 @@ def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Return the recorded offline pipelines, also of drills, with nodes and attempts, oldest first.
+    """Return the recorded offline pipelines, with nodes and attempts, oldest first. Include those of drills.
 
-    Read them from the server, or else from the demo's database.
+    Read them from the server at `address`. Without an address, read them from the demo's database.
     """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
@@ -69,7 +69,7 @@ def output_of(execution: Mapping[str, Any], step: str) -> dict[str, Any]:
 
 
 def assert_no_worker_is_left(output: str) -> None:
-    """Check that none of the workers whose start the demo has printed is alive."""
+    """Check that all workers have ended. The demo's output has a line with the pid of each worker that it started."""
     pids = [int(pid) for pid in re.findall(r"started \(pid (\d+)\)", output)]
     assert pids
     assert [pid for pid in pids if is_alive(pid)] == []
@@ -87,7 +87,7 @@ def start_pipeline(address: str, query: str = QUERY) -> str:
 
 
 def record_research(address: str, execution_id: str, claims: Sequence[Mapping[str, str]]) -> None:
-    """Poll for the research step as a worker, and record these claims as its result."""
+    """Take the research step's task as a worker, and complete it with these claims."""
 
     async def record() -> None:
         async with NexumClient(address) as client:

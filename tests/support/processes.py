@@ -70,7 +70,7 @@ def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None
 
 @contextmanager
 def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """Run the demo for the length of a `with`; then continue its stopped children, so that they can end."""
+    """Run the demo for the length of a `with`. Then continue its worker, which may be stopped, so that it can end."""
     with running([DEMO, *arguments], cwd=folder, env=env) as process:
         try:
             yield process
@@ -113,7 +113,7 @@ def submitter(
 
 
 def children(pid: int) -> dict[str, int]:
-    """Return the id of a process's running worker by the name `worker`, if it has one."""
+    """Return the id of the worker that a process runs, under the key `worker`. Return {} if it runs none."""
     found: dict[str, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -162,7 +162,8 @@ def command_line(*arguments: str) -> argparse.Namespace:
 def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
     """Return the executions of all tool calls, with nodes and attempts, oldest first.
 
-    Read them from the server, or else from the demo's database. Executions of durable runs are left out.
+    Read them from the server at `address`. Without an address, read them from the demo's database. Executions of
+    durable runs are left out.
     """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
@@ -188,7 +189,7 @@ def result_of(execution: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Effect:
-    """One line of a tool's log: an attempt that had its effect."""
+    """One line of a tool's log. Each attempt that had its effect wrote one."""
 
     at_ms: int
     attempt: int

@@ -81,7 +81,7 @@ PUBLISHED_RPCS = {
 
 
 def published(message: Message) -> Message:
-    """Return the message without this project's additions, also in the messages that it has a list of."""
+    """Return the message without this project's additions. Do the same for the messages in its lists."""
     for field, value in message.ListFields():
         if field.number >= FIRST_ADDED_NUMBER:
             message.ClearField(field.name)

@@ -1,11 +1,12 @@
-"""A stand-in for the published Nexum server: its protocol, and the behaviour that its clients notice.
+"""A stand-in for a published Nexum server: its protocol, and the behavior that its clients notice.
 
     published_server.py [--listen HOST:PORT] [--take-back-after SECONDS]
 
 It answers a poll in two steps, so that two polls at the same moment get the same task. It keeps an output above 100 kB
-in a file of its folder, and returns a pointer. It sorts the keys of stored JSON, gives no reason for a failure, answers
-a second report with INTERNAL, and takes a silent worker's task back, which counts as a retry. It refuses messages above
-4 MiB, cancels ended executions, and accepts the cancellation of an unknown one. Its data is in memory.
+in a file of its folder, and returns a pointer to the file. It sorts the keys of stored JSON, gives no reason for a
+failure, and answers a second report with INTERNAL. It takes a silent worker's task back, and counts this as a retry. It
+refuses messages above 4 MiB. It also cancels ended executions, and reports success if an execution to cancel is
+unknown. Its data is in memory.
 """
 
 from __future__ import annotations

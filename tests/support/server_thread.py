@@ -75,7 +75,7 @@ def server_thread(
 
 
 class Secured:
-    """A server with TLS and tokens on all addresses of this machine, and the settings of its clients."""
+    """A server that uses TLS and tokens and listens on all addresses, with the settings of its clients."""
 
     def __init__(self, server: ServerThread, certificates: Certificates) -> None:
         self.server = server

@@ -1,4 +1,4 @@
-"""The encoding of a page: labels and decoders of the WHATWG Encoding standard, sniffing of the HTML standard."""
+"""The encoding of a page is found as the HTML standard says, and decoded as the WHATWG Encoding standard says."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CYRILLIC = "Привет"
         ("us-ascii", b"\x93caf\xe9\x94", "“café”"),
         ("iso-8859-9", b"\x80 \xfd", "€ ı"),
         (" UTF-8 ", CYRILLIC.encode(), CYRILLIC),
-        # Bytes of the supersets that browsers read
+        # For these labels, browsers decode a superset of the named encoding. These bytes are only in the superset.
         ("shift_jis", b"\x87\x40\xfa\x40\xb1", "①ⅰｱ"),
         ("euc-jp", b"\xad\xa1\xfc\xa1 \xb0\xa1", "①釗 亜"),
         ("iso-2022-jp", KANJI_JIS, KANJI),
@@ -82,11 +82,11 @@ def test_undecodable_bytes_leave_the_text_after_them(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "content_type", "text"),
     [
-        # The byte order mark comes before all else
+        # A byte order mark overrides everything else
         (codecs.BOM_UTF8 + CYRILLIC.encode(), "text/html; charset=windows-1251", CYRILLIC),
         (codecs.BOM_UTF16_BE + CYRILLIC.encode("utf-16-be"), "text/html; charset=utf-8", CYRILLIC),
         (codecs.BOM_UTF16_LE + b"<\0", HTML, "<"),
-        # The header comes before the page
+        # The header overrides the page
         (b"<meta charset=koi8-r>" + CYRILLIC.encode("cp1251"), "text/html; charset=windows-1251", CYRILLIC),
         (b"<meta charset=koi8-r>" + CYRILLIC.encode("koi8-r"), "text/html; charset=no-such", CYRILLIC),
         (CYRILLIC.encode("cp1251"), "text/html; Charset = 'windows-1251'; x=y", CYRILLIC),

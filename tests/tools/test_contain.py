@@ -75,7 +75,8 @@ async def test_hung_tool_ends_at_its_limit_and_blocks_no_other_tool() -> None:
 
     hung = Tool.from_function(hang, time_limit=0.2)
     try:
-        calls = [asyncio.create_task(hung.run({}, context())) for _ in range(100)]  # more than any pool's threads
+        # Make more calls than any thread pool has threads.
+        calls = [asyncio.create_task(hung.run({}, context())) for _ in range(100)]
         assert await returning("quick").run({}, context()) == "quick"
         errors = await asyncio.gather(*calls, return_exceptions=True)
         assert all(started.acquire(timeout=30) for _ in calls)

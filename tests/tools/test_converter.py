@@ -38,7 +38,7 @@ def children_of(pid: int) -> set[int]:
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdecimal() and int(stat(int(folder.name))[1]) == pid:
-                # A child has its parent's command line until its exec.
+                # Between fork and exec, a child still has the command line of its parent. Don't count it yet.
                 found |= {int(folder.name)} if b"converter" in (folder / "cmdline").read_bytes() else set()
         except (OSError, IndexError):
             continue

@@ -173,7 +173,7 @@ def test_every_byte_of_an_encoding_of_single_bytes_is_that_of_the_standard(
 # Bytes that are not text. "?" stands for U+FFFD.
 
 BYTES = {
-    # One U+FFFD stands for each longest part of a character
+    # One U+FFFD replaces an incomplete character, as far as its bytes are valid, or a byte that begins no character
     "utf-8": [
         ("c0 af", "??"),
         ("e0 80 80", "???"),
@@ -367,13 +367,13 @@ def test_half_a_character_before_markup_hides_no_words(charset: str, attack: byt
 
 WORD = "Привет"
 KOI8, CP1251 = WORD.encode("koi8-r"), WORD.encode("cp1251")
-FILL = b"<!-- " + b"x" * 900 + b" -->"  # keeps a declaration within the first 1024 bytes
+FILL = b"<!-- " + b"x" * 900 + b" -->"  # a short declaration after it is still within the first 1024 bytes
 
 
 @pytest.mark.parametrize(
     ("head", "text"),
     [
-        # A byte order mark comes before the header, the header before the page
+        # A byte order mark overrides the header. The header overrides the page.
         pytest.param((b"\xef\xbb\xbf", "koi8-r", b"<meta charset=koi8-r>", WORD.encode()), WORD, id="UTF-8 mark"),
         pytest.param((b"\xff\xfe", "koi8-r", b"", WORD.encode("utf-16-le")), WORD, id="UTF-16LE mark"),
         pytest.param((b"\xfe\xff", "utf-8", b"", WORD.encode("utf-16-be")), WORD, id="UTF-16BE mark"),
@@ -422,7 +422,7 @@ FILL = b"<!-- " + b"x" * 900 + b" -->"  # keeps a declaration within the first 1
                 b"<?xml encoding='gbk'?><meta charset=koi8-r>",
             )
         ),
-        # Declarations that can't be true, or that mean another encoding
+        # Declarations that are not valid, or that can't be true: the text is read as UTF-8
         *(
             pytest.param((b"", "", head, WORD.encode()), WORD, id=head.decode())
             for head in (

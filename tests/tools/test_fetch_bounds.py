@@ -139,7 +139,7 @@ def test_broken_compressed_data_may_be_retried(server: LoopbackServer, body: byt
 
 def test_a_binary_body_is_not_read(server: LoopbackServer) -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-type: video/mp4\r\n\r\n"
-    server.answers["/"] = endless(head, b"", pause=0.05)  # reading it would end at the deadline
+    server.answers["/"] = endless(head, b"", pause=0.05)  # reading this endless body would end at the deadline
     found = fetcher(deadline=5.0).fetch(f"http://public.test:{server.port}/")
     assert (found.content_type, found.body) == ("video/mp4", b"")
 

@@ -57,7 +57,7 @@ ATTACKS = [
     "http://public.test.:{port}/",
     "http://bücher.test:{port}/",
     "http://intranet:{port}/",
-    # private, link-local and clouds' own addresses
+    # private and link-local addresses, and internal addresses of clouds
     "http://10.0.0.1/",
     "http://172.16.0.1/",
     "http://172.31.255.255/",

@@ -1,4 +1,4 @@
-"""Generated and odd pages: no error but ours, no visible word lost, and no hidden word read."""
+"""Generated and odd pages: only the project's errors are raised, no visible word is lost, no hidden word is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ URL = "https://example.org/dir/page"
 ODD_VALUES = ["½", "²", "-1", "9" * 5000, "1e9", "", " 7 ", "+3", "٣", "0"]
 ODD_VALUES += ["http://[", "//", "a\nb", "'", "<", "&#0;", "%"]
 
-# Elements whose words a person sees. Words beside a `main` or an `article` that holds most of a page are left out.
+# Elements whose words a person sees. `main` and `article` are missing: if one of them holds most of a page, the words
+# beside it are not read.
 SHOWN = names(
     "p div span b i em strong u s del ins sup sub code pre kbd samp tt a q h1 h3 h6 ul ol li dl dt dd blockquote"
     " table tr td th thead tbody tfoot caption section figure figcaption address center font big small label button"
@@ -112,7 +113,7 @@ def test_any_bytes_are_text_or_one_of_our_errors(body: bytes, content_type: str)
         assert read(body, content_type)
 
 
-# Random pages of any markup, against the tree that the HTML standard makes of them
+# Random pages of any markup, compared with the tree that the HTML standard makes of them
 
 RANDOM_PAGES = 1_000
 NAMES = sorted(
@@ -159,7 +160,7 @@ def random_page(random: Random) -> str:
 
 
 def shown_words(node: LexborNode, *, visible: bool = True, sized: bool = True, drawn: bool = False) -> Iterator[str]:
-    """Yield the words that a browser shows of a parsed page. Leave out selects, which show some of their options."""
+    """Yield the words that a browser shows of a parsed page, without those in `select` elements."""
     if node.is_text_node:
         yield from re.findall(r"w\d+w", node.text_content or "") if visible and sized and not drawn else ()
         return

@@ -1,4 +1,4 @@
-"""What a page's own style sheets hide from a person is not read; words that may be shown are read."""
+"""Words that a page's own style sheets hide are not read. Words that may be shown are read."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ CASES = {
         ("<svg><text>one</text></SVG>two<p>three", "one two\n\nthree"),
         ("<svg><table><tr><td>one</table></svg>two", "one\n\ntwo"),
     ],
-    # Elements of plain characters, and readings
+    # Elements whose content is plain text, and the readings of a `ruby`
     "raw": [
         ("<svg><style>no</svg>two<style>no</style>three", "twothree"),
         ("<svg><script>no</svg>two", "two"),
@@ -484,7 +484,7 @@ CASES = {
         ("<p>one\u3000two", "one\u3000two"),
         ("<p>one\x1btwo", "onetwo"),
     ],
-    # The end of the page within something, and stray ends
+    # Pages that end inside an element, and stray end tags
     "eof": [
         ("<div hidden/>no</div>yes", "yes"),
         ("<div hidden/>no<p>no</p></div><p>yes", "yes"),

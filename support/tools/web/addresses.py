@@ -1,6 +1,6 @@
 """Test whether an IP address is public.
 
-`ipaddress.is_global` alone is not enough: it accepts internal addresses of clouds, and addresses that wrap another one.
+`ipaddress.is_global` is not enough: it accepts internal addresses of clouds, and addresses that wrap another address.
 """
 
 from __future__ import annotations

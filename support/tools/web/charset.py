@@ -11,7 +11,7 @@ from itertools import chain
 from support.tools.web.decoders import REPLACEMENT, decode, encoding_name
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16le"), (codecs.BOM_UTF16_BE, "utf-16be"))
-_DECLARED_WITHIN = 4096  # bytes; the HTML standard looks at the first 1024, and browsers also later
+_DECLARED_WITHIN = 4096  # bytes to search for a declaration; the HTML standard searches 1024, but browsers search more
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
 _XML = re.compile(r"\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
 
@@ -78,7 +78,10 @@ def decoded(body: bytes, content_type: str) -> str:
 
 
 def _utf_16(body: bytes) -> str:
-    """Return the name of the UTF-16 encoding of a body of Latin text. Raises ValueError for other bodies with NULs."""
+    """Return "utf-16be" or "utf-16le" for a body that holds NULs.
+
+    Raises ValueError if the body is not Latin text in UTF-16.
+    """
     head = body[:_DECLARED_WITHIN]
     even, odd = head[::2].count(0), head[1::2].count(0)
     if min(even, odd) > 0 or max(even, odd) * 4 < len(head):

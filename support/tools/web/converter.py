@@ -1,4 +1,4 @@
-"""Convert pages in child processes, so that a hostile page can't block or fill the worker.
+"""Convert pages in child processes, so that a hostile page can't block the worker or use up its memory.
 
 The deadline of a tool can't end a thread that is busy in a parser, but a process can be killed. A child is started when
 it is first needed, converts one page at a time, and ends with the process that started it.
@@ -21,15 +21,15 @@ from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 
 MAX_CHILDREN = max(4, os.cpu_count() or 1)  # at least four, so that a few slow pages don't keep others waiting
-# Seconds. The largest page that is read takes 2 to 7. Tens of thousands of nested elements may take longer, because the
-# parser walks up the open elements at each tag.
+# The time limit of one conversion, in seconds. A page as large as a fetch allows takes 2 to 7 s. A page with tens
+# of thousands of nested elements may take longer, because the parser walks through all open elements at each tag.
 CONVERSION_LIMIT = 30.0
 LARGE_PAGE = 200_000  # bytes; a child that converted a larger page is ended, because it would keep the memory
 WAIT_LIMIT = 20.0  # seconds to wait for a free child
-MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; the largest page that is read takes about 300 MB
+MEMORY_LIMIT = 1024 * 1024 * 1024  # bytes of address space; a page as large as a fetch allows takes about 300 MB
 
-# Exit codes of a child that was killed from outside: SIGKILL, and TerminateProcess on Windows. Any other code is a
-# crash, which would happen again.
+# Exit codes of a child that was killed from outside: SIGKILL, and TerminateProcess on Windows. Any other code
+# means a crash, which the same page would cause again.
 _KILLED = (-9, 1)
 _ROOT = Path(__file__).resolve().parents[3]
 _PAGE = TypeAdapter(Page)
@@ -53,7 +53,7 @@ class Converters:
         self._idle: list[_Child] = []
 
     def convert(self, page: Page) -> str:
-        """Return the page's content as `page_to_markdown` does. Raises its errors, and FinalError at the time limit."""
+        """Return the result of `page_to_markdown`. Raises the same errors, and FinalError after the time limit."""
         if not self._slots.acquire(timeout=WAIT_LIMIT):
             raise WebError(f"{shortened(page.url)} could not be read: this worker is busy with other pages")
         try:
@@ -150,7 +150,7 @@ def _read_pages(pages: queue.SimpleQueue[bytes]) -> None:
 
 
 def _answer(page: Page) -> _Answer:
-    from support.tools.web.page import page_to_markdown  # here: the process that starts a child needs no parsers
+    from support.tools.web.page import page_to_markdown  # imported here: only a child process needs the parsers
 
     try:
         return _Answer(text=page_to_markdown(page))
@@ -163,9 +163,9 @@ def _answer(page: Page) -> _Answer:
 
 
 def _limit_memory(size: int) -> None:
-    # Windows has no such limit. There, only the bounded size of a page bounds the memory.
+    # Python has no `resource` module on Windows. There, only the limit on a page's size limits the memory.
     if sys.platform != "win32":
         import resource
 
-        with suppress(ValueError, OSError):  # a lower limit is in force, or the system has none
+        with suppress(ValueError, OSError):  # a lower limit is in force, or the system has no such limit
             resource.setrlimit(resource.RLIMIT_AS, (size, size))

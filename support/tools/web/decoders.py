@@ -14,14 +14,14 @@ from functools import lru_cache
 
 import webencodings
 
-REPLACEMENT = "replacement"  # the standard's name of all encodings that browsers refuse, because attacks use them
+REPLACEMENT = "replacement"  # the standard's name for all encodings that browsers refuse, because attacks use them
 
 _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
-# A pattern finds each unit that is not one ASCII character, and each byte that begins no unit. It reads the bytes as
-# the characters of Latin-1.
+# A match of a pattern is either one unit that is not a single ASCII character, or one byte that begins no unit. The
+# patterns are applied to the bytes as Latin-1 text.
 _ONE_BYTE = re.compile("[\x80-\xff]")
 _TWO_BYTES = re.compile("[\x81-\xfe][\x40-\xff]?|[\x80\xff]")
 _UNITS = {
@@ -32,7 +32,7 @@ _UNITS = {
     "shift_jis": re.compile("[\x81-\x9f\xe0-\xfc][\x40-\xff]?|[\xa0-\xff]"),
 }
 
-# The parts of ISO-2022-JP text, each of which begins with an escape sequence.
+# ISO-2022-JP text consists of parts. Each part begins with an escape sequence.
 _ESCAPE = re.compile(r"(\x1b(?:\([BJI]|\$[@B]))")
 _ASCII, _ROMAN, _KATAKANA = "\x1b(B", "\x1b(J", "\x1b(I"
 _NOT_ASCII = re.compile("[\x0e\x0f\x1b\x80-\xff]")
@@ -43,7 +43,7 @@ _IN_EUC_JP = {byte: byte + 0x80 for byte in range(0x21, 0x7F)}
 
 
 def encoding_name(label: str) -> str | None:
-    """Return the standard's name of the encoding with this label, or None if the standard has no such label."""
+    """Return the standard's name for the encoding with this label, or None if the standard has no such label."""
     encoding = webencodings.lookup(label)
     return None if encoding is None else encoding.name
 
@@ -56,7 +56,7 @@ def decode(body: bytes, name: str) -> str:
     if name == "iso-2022-jp":
         return _iso_2022_jp(characters)
     if name == "gbk":
-        name = "gb18030"  # the decoder of both
+        name = "gb18030"  # the decoder for gb18030 also reads gbk
     return _UNITS.get(name, _ONE_BYTE).sub(lambda unit: _text(unit[0], name), characters)
 
 
@@ -70,7 +70,7 @@ def _text(unit: str, name: str) -> str:
 
 
 def _from_python(unit: bytes, name: str) -> str:
-    """Return the text of a unit by Python's decoders, or "" if they can't decode the unit."""
+    """Return the text that Python's decoders give for a unit, or "" if they can't decode the unit."""
     if name == "euc-jp" and len(unit) == 2:
         unit, name = _shift_jis(*unit), "shift_jis"
     decoders = [webencodings.lookup(name).codec_info, *([codecs.lookup("cp950")] if name == "big5" else [])]
@@ -123,7 +123,7 @@ def _text_of_pair(pair: re.Match[str]) -> str:
 
 
 def _runs(text: str) -> Iterator[tuple[str, str]]:
-    """Yield each unit with its character. The run "a1f2⊕⊙" gives ⊕ to the unit a1f2, and ⊙ to the next unit."""
+    """Yield each unit with its character. In "a1f2⊕⊙", ⊕ belongs to the unit a1f2, and ⊙ to the unit after a1f2."""
     for run in text.split(" "):
         characters = run.lstrip("0123456789abcdef")
         unit = bytes.fromhex(run.removesuffix(characters))
@@ -132,7 +132,7 @@ def _runs(text: str) -> Iterator[tuple[str, str]]:
             unit = unit[:-1] + bytes((0xA1 if unit[-1] == 0x7E else unit[-1] + 1,))
 
 
-# Units that Python's decoders refuse, or decode to another character.
+# Units that Python's decoders refuse, or decode to another character than the standard does.
 _BIG5 = (
     "877a㡵𡵓𣚞𦀡㻬𥣞㫵竼龗𤅡𨤍𣇪𠪊𣉞䌊蒄龖鐯䤰蘓墖靊鈘秐稲晠権袝瑌篅枂稬剏遆㓦珄 "
     "87c0𥶹瓆鿇垳䤯呌䄱𣚎堘穲𧭥讏䚮𦺈䆁𥶙箮𢒼鿈𢓁𢓉𢓌鿉蔄𣖻䂴鿊䓡𪷿拁灮鿋 8e69箸 8e6f簆 8e7e糎 8eab緒 8eb4縝 "

@@ -1,4 +1,4 @@
-"""Read and decompress the body of a response, within a limit of size."""
+"""Read and decompress the body of a response, up to a size limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from nexum_engine.errors import FinalError
 from support.tools.web import WebError
 
 ACCEPTED_ENCODINGS = "gzip, deflate"
-BOMB_RATIO = 250  # most pages compress to a tenth, few to a hundredth; zlib's maximum is about 1030 to 1
+# If a body exceeds the size limit and is more than this many times as large as its compressed form, it is refused as a
+# compression bomb. Most pages compress to a tenth, and few to a hundredth. zlib's maximum is about 1030 to 1.
+BOMB_RATIO = 250
 _GZIP_MAGIC = b"\x1f\x8b"
 
 

@@ -39,7 +39,10 @@ _HEADERS = {
 
 
 class GuardedFetcher:
-    """A fetcher of public pages, on `hosts` only. Code can replace its resolver and its policy; no setting can."""
+    """A fetcher of public pages on `hosts` only.
+
+    Only code can replace the resolver and the address policy. No environment variable and no option does that.
+    """
 
     def __init__(
         self,

@@ -14,14 +14,17 @@ VARIABLE = "NEXUM_ALLOWED_HOSTS"
 
 @dataclass(frozen=True)
 class AllowedHosts:
-    """The hosts whose pages can be visited. The default allows all public ones."""
+    """The hosts whose pages can be visited. The default allows all public hosts."""
 
     names: frozenset[str] | None = None
     """Lower-case ASCII names. A name that begins with a dot stands for all hosts below it."""
 
     @classmethod
     def from_environment(cls) -> AllowedHosts:
-        """Read a list such as `example.org, *.wikipedia.org`. Raises InvalidRequest for a wrong one."""
+        """Read the hosts from the environment variable, for example from `example.org, *.wikipedia.org`.
+
+        Raises InvalidRequest if the variable is not a list of hosts.
+        """
         text = os.environ.get(VARIABLE, "")
         return cls(frozenset(map(_name, text.split(",")))) if text else cls()
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class LiveWeb:
-    """The live web: ddgs searches, and GuardedFetcher reads public pages. Both libraries are imported at first use.
+    """The live web: ddgs searches, and GuardedFetcher reads public pages. Both are imported at first use.
 
-    NEXUM_ALLOWED_HOSTS limits the pages to those of some hosts. Raises InvalidRequest for a wrong list.
+    NEXUM_ALLOWED_HOSTS can list the only hosts whose pages may be read. Raises InvalidRequest if that list is wrong.
     """
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ddgs.base import BaseSearchEngine
 
-# Don't import ddgs.DDGS: it is a proxy, and a subclass of the proxy creates the plain client.
+# Don't import ddgs.DDGS, which is a proxy: calling a subclass of the proxy creates a plain DDGS.
 from ddgs.ddgs import DDGS
 from ddgs.exceptions import DDGSException
 from pydantic import ValidationError
@@ -21,7 +21,8 @@ from support.tools.web import SearchHit, WebError
 
 logger = logging.getLogger(__name__)
 
-# Name each back-end, because "auto" asks several in turn. DuckDuckGo uses Bing's index, and Brave has its own.
+# Name each back-end, because ddgs's "auto" asks more than one back-end. DuckDuckGo uses Bing's index, and Brave uses an
+# index of its own.
 BACKENDS = ("duckduckgo", "brave")
 TIMEOUT = 10  # seconds for each back-end
 _NO_RESULTS = "No results found."

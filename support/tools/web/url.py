@@ -41,7 +41,7 @@ def parse_url(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """Return the address that a model gave, as `parse_url` does. Raises FinalError, because a retry can't fix it.
+    """Return an address from a model, rewritten by `parse_url`. Raises FinalError, as a retry can't fix the address.
 
     Accept `<https://example.org>`, and `example.org/path` as an https address.
     """

@@ -16,7 +16,7 @@ from support.tools.web.url import parse_url
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_ADDRESS = 2083  # characters of a page's base address or of a link
+MAX_ADDRESS = 2083  # the longest base address, in characters; pydantic's HttpUrl sets the same limit for a link
 
 _SPACE = re.compile("[ \t\r\n\f\u00a0\u2007\u202f]+")
 _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
@@ -30,7 +30,8 @@ def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bo
         content = SeenPage(page.root, rules, lambda address: _absolute(base_url, address), _element_maker()).content
         markdown, complete = _markdown(content)
         if markdown.strip():
-            break  # otherwise, the style sheets hide everything until a script runs: read the page without the sheets
+            break
+        # The style sheets hide everything until a script runs. Convert the page again, without the sheets.
     title = _SPACE.sub(" ", page.title).strip()
     if title and markdown.strip() and content.find("h1") is None:
         markdown = f"# {title}\n\n{markdown}"

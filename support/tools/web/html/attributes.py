@@ -39,12 +39,12 @@ def names(text: str) -> frozenset[str]:
 
 
 def classes_of(element: Element) -> list[str]:
-    """Return the first classes of an element."""
+    """Return the classes of an element, MAX_CLASSES at most."""
     return element.attrs.get("class", "").split(maxsplit=MAX_CLASSES)[:MAX_CLASSES]
 
 
 def number(value: object) -> int | None:
-    """Return the number at the start of an attribute's value by the rules of HTML, or None if there is none."""
+    """Read the number at the start of an attribute's value, as HTML specifies. Return None if there is no number."""
     found = _NUMBER.match(str(value)) if value is not None else None
     return int(found[1]) if found else None
 

@@ -60,7 +60,8 @@ class SeenPageHooks:
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.complete = True  # False if a table's spans were too large to be written out
-        self._texts: dict[int, str] = {}  # the texts of cells and captions, by element id, until their table is written
+        # The texts of cells and captions, by `id(element)`. They are kept until their table is written.
+        self._texts: dict[int, str] = {}
         self._spare = SPANNED_TEXT
 
     # Inline elements
@@ -280,7 +281,10 @@ def _chomped(text: str) -> tuple[str, str, str]:
 
 
 def _emphasized(el: Tag, text: str, mark: str) -> str:
-    """Put the mark around the text, unless the mark would split a word or a number: 10**6** would read as a power."""
+    """Put the mark around the text, unless the text is a part of a word or of a number.
+
+    For example, a 106 whose 6 is bold stays 106, because 10**6** would read as a power.
+    """
     before, words, after = _chomped(text)
     if not words:
         return text
@@ -289,7 +293,8 @@ def _emphasized(el: Tag, text: str, mark: str) -> str:
 
 
 def _is_of_word(character: str) -> bool:
-    # Exclude the scripts from U+2E80 on: they put no blanks between words, so a mark may stand anywhere.
+    # Exclude Chinese and the other scripts from U+2E80 on. They put no blanks between words, so a Markdown mark may
+    # stand between any two characters.
     return character.isalnum() and character < "\u2e80"
 
 

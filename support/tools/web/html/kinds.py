@@ -20,7 +20,7 @@ UNSEEN = names(
     " noframes noembed embed rp annotation annotation-xml mphantom base link meta"
 )
 UNDRAWN = names("defs symbol clippath mask marker pattern desc metadata")  # unseen parts of a drawing
-AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an article
+AROUND = frozenset({"header", "footer", "aside"})  # around the page's content, unless within an element of WHOLES
 WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"
@@ -32,7 +32,7 @@ LISTS = {"ul": "ul", "menu": "ul", "dir": "ul", "ol": "ol"}
 PREFORMATTED = frozenset({"pre", "listing", "xmp", "plaintext", "textarea"})
 MARKS = {"b": "strong", "strong": "strong", "i": "em", "em": "em", "sup": "sup", "sub": "sub"}
 MARKS |= {"del": "del", "s": "del", "strike": "del", "code": "code", "kbd": "code", "samp": "code", "tt": "code"}
-NESTING = frozenset({"sup", "sub"})  # such an element may be within another one, such as a power of a power
+NESTING = frozenset({"sup", "sub"})  # may be within an element of the same kind, as in a power of a power
 SECTIONS = {"thead": "head", "tbody": "body", "tfoot": "foot"}
 BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow-root", "table-row"})
 KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
@@ -40,7 +40,7 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 def is_unseen(element: Element, name: str, style: Style) -> bool:
     if name == "template" and "shadowrootmode" in element.attrs:
-        return False  # browsers show this template's content instead of the other content of its parent
+        return False  # a shadow root: browsers show its content in place of its parent's other content
     if name in UNSEEN or name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
         return True
     if name == "dialog" and "open" not in element.attrs:

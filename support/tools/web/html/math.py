@@ -30,7 +30,7 @@ def formula(element: Element, name: str) -> Sequence[object]:
     nodes: Sequence[object] = element.contents
     parts = element.elements
     if any(node.strip() for node in element.contents if isinstance(node, str)):
-        return nodes  # not MathML, but browsers show the words
+        return nodes  # words outside a token element are not valid MathML, but browsers show them
     if name in _SCRIPTS and len(parts) == 1 + len(_SCRIPTS[name]):
         return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=True))]
     match name, len(parts):

@@ -16,13 +16,16 @@ _MARKUP_AT_START = re.compile(r"(?:#{1,6}|[-+*])(?: |$)|>|```|~~~")
 
 
 class Paragraphs:
-    """The open paragraph of a page. `new_element` makes an element from its name; `length` counts the characters."""
+    """The open paragraph of a page. `new_element` makes an element from its name.
+
+    `length` is the number of characters of the page's text so far.
+    """
 
     def __init__(self, new_element: Callable[[str], Tag]) -> None:
         self.length = 0
         self._new_element = new_element
         self._run: Tag | None = None  # the paragraph to which text is added
-        self._open: list[tuple[Mark, Tag]] = []  # the open inline elements of that paragraph
+        self._open: list[tuple[Mark, Tag]] = []  # the open inline elements of the paragraph `_run`
         self._linked: set[Mark] = set()  # the links that have words
         self._text: list[str] = []
         self._text_place: Place | None = None
@@ -56,7 +59,10 @@ class Paragraphs:
         target.append(text)
 
     def target(self, place: Place, text: str) -> Tag:
-        """Return the element that gets the next text or inline element. Open its paragraph and its marks if needed."""
+        """Return the element to which the next text or inline element is added.
+
+        If needed, open a paragraph and the inline elements of the place first.
+        """
         if self._run is None:
             self._run = place.container
             bare = place.in_line or (place.container.name in ("li", "dd", "cell") and not place.container.contents)

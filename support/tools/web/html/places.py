@@ -1,4 +1,4 @@
-"""The place in the tree of a seen page for the children of an open element."""
+"""Describe the place in a seen page's tree to which the children of an open element are added."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.tools.web.html.tree import Element
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MAX_MARKS = 12  # levels of nested emphasis, links and raised text; deeper text is plain
+MAX_MARKS = 12  # levels of nested emphasis, links, superscripts and the like; text at deeper levels gets no more marks
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,20 +36,20 @@ class OpenTable:
 
 @dataclass(frozen=True)
 class Place:
-    """The place in the tree for the children of an open element, with the look that the children inherit."""
+    """The place in the tree to which an open element's children are added, and the look that the children inherit."""
 
     container: Tag
     sight: Sight = Sight()  # noqa: RUF009  (frozen)
     marks: tuple[Mark, ...] = ()
-    in_line: bool = False  # on one line, such as a heading, a term or a caption
+    in_line: bool = False  # in a heading, a term, a caption or another element that is written on one line
     keeps_lines: bool = False
     preformatted: bool = False
-    drawn: bool = False  # in a drawing, outside its texts
-    whole: bool = False  # within an article
-    around: tuple[str, ...] = ()  # the kinds of the outer elements that may be dropped
+    drawn: bool = False  # in a drawing, but in none of the drawing's texts
+    whole: bool = False  # within an element of WHOLES, such as an article
+    around: tuple[str, ...] = ()  # "form" or "aside" for each outer element that may be dropped
     levels: int = 0
     tables: int = 0
-    items: ItemMarks | None = None  # the bullets or numbers of the list's next items
+    items: ItemMarks | None = None  # the bullets or numbers for the next items of the open list
     table: OpenTable | None = None
     section: str = "body"
     group: int = 0
@@ -86,7 +86,7 @@ def mark_of(element: Element, name: str, style: Style, absolute: Callable[[str],
 
 
 def marked(place: Place, mark: Mark | None) -> Place:
-    """Return the place within an inline element with this mark. Drop a repeated mark, and any above MAX_MARKS."""
+    """Return the place within an inline element with this mark. Leave out a repeated mark, or one beyond MAX_MARKS."""
     if mark is None or len(place.marks) >= MAX_MARKS:
         return place
     if mark.name not in NESTING and any(other.name == mark.name for other in place.marks):

@@ -51,10 +51,10 @@ MOST = 0.5  # an element that holds more than this share of a page's text is con
 NEARLY_ALL = 2 / 3  # a header that holds more than this share is content; other headers are dropped
 MAX_LEVELS = 24  # levels of nested lists and quotes; a deeper list or quote counts as the last level
 MAX_TABLES = 4  # levels of nested tables; a row of a deeper table is a paragraph
-MAX_SPAN = 1_000  # columns, as in browsers
+MAX_SPAN = 1_000  # columns that one cell may span, as in browsers
 
 
-_Node = object  # an Element or a text of the parsed page, or Raised
+_Node = object  # an Element or a text of the parsed page, or a Raised part of a formula
 
 
 @dataclass
@@ -81,7 +81,7 @@ class SeenPage:
     """The visible content of a page.
 
     `content` is the root of the tree that `hooks.py` converts. `absolute` returns the full address of a link or a
-    picture, or None if that is no web address. `new_element` makes an element from its name.
+    picture, or None if the full address is no web address. `new_element` makes an element from its name.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class SeenPage:
         self._absolute = absolute
         self._text = Paragraphs(new_element)
         self._code: list[str] | None = None  # the pieces of the open preformatted text
-        self._controls: list[tuple[Element, Sight]] = []  # controls, such as buttons, within that preformatted text
+        self._controls: list[tuple[Element, Sight]] = []  # controls, such as buttons, within the text `_code`
         self._quotes = 0
         self._around: list[_Span] = []  # the parts that may be dropped: forms, headers, footers and asides
         self._parts: dict[str, _Span] = {}
-        self._articles = 0  # articles that are not within another one
+        self._articles = 0  # the number of articles that are not within another element of WHOLES
         self._frames: list[_Frame] = []
         root = new_element("div")
         self._build(page, root)
@@ -119,9 +119,9 @@ class SeenPage:
         self._text.flush()
 
     def _choose(self, root: Tag) -> Tag:
-        """Return the main part of the page. Mark forms, headers and the like as dropped, unless they hold most text."""
+        """Return the page's main part. Mark the parts in `_around` as dropped, except a part with most of the text."""
         dropped: list[_Span] = []
-        for span in self._around:  # in the order of the page, in which outer spans precede inner spans
+        for span in self._around:  # in the page's order: an outer span comes before the spans in it
             share = MOST if span.element.name == "form" else NEARLY_ALL
             if span.length <= share * self._text.length:
                 span.element["data-dropped"] = "yes"

@@ -1,8 +1,8 @@
 """Find out what a page's own style sheets hide.
 
-Only simple selectors count: a name, an id and classes of one element, as in `p.note`. A rule with any other selector
-may apply, or not: its properties are then unknown, and an unknown property hides nothing. So the work for an element is
-one look-up for each of its classes, and no visible word is lost.
+Only simple selectors are evaluated: a name, an id and classes of one element, as in `p.note`. If a rule has another
+selector, it is unknown whether the rule applies. The properties that the rule sets are then unknown, too, and an
+unknown property hides nothing. So no visible word is lost, and an element needs only one look-up for each class.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from support.tools.web.html.style import Style
 
 MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no rule is read
 MAX_NESTING = 4  # levels of rules within rules, such as `@media`
-MAX_CHECKS = 500_000  # comparisons of an element with a rule; after that, elements get no rules
+MAX_CHECKS = 500_000  # comparisons of elements with rules; once they are used up, no rule is applied
 
-# The properties of a sheet that may hide an element. An opacity of 0 and the sizes of boxes are left out: scripts and
+# The CSS properties that may hide an element. An opacity of 0 and the sizes of boxes are left out: scripts and
 # animations use both to show content later.
 _PROPERTIES = names(
     "display visibility content-visibility font font-size text-indent position left top right bottom inset clip"
@@ -35,7 +35,7 @@ _COMBINATORS = (">", "+", "~")
 
 
 class _Selector(NamedTuple):
-    """A selector by name, id and classes, where "" matches any. If not `exact`, some matches may not be selected."""
+    """A selector by name, id and classes; "" is any name or id. If not `exact`, it may match too many elements."""
 
     name: str
     id: str
@@ -52,7 +52,7 @@ class _Selector(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """A rule with its values by property. `applies` is False if nobody can tell whether it applies to its elements."""
+    """A rule with its values by property. `applies` is False if it is unknown whether the rule applies."""
 
     selector: _Selector
     applies: bool
@@ -82,7 +82,7 @@ class Sheets:
         return {**normal, **inline, **important} if normal or important else inline
 
     def _cascade(self, name: str, id_: str, classes: frozenset[str]) -> tuple[Style, Style]:
-        """Return two styles: all values that certainly apply to the element, and only the `!important` ones."""
+        """Return two styles of values that certainly apply to the element: normal values, and `!important` values."""
         keys = ("", name, f"#{id_}", *(f".{one}" for one in classes))
         candidates = [entry for key in keys for entry in self._rules.get(key, ())]
         self._checks += len(candidates)
@@ -111,7 +111,7 @@ def _read(sheet: str) -> Iterator[_Rule]:
 
 
 def _rules(nodes: Iterable[Any], *, exact: bool, level: int) -> Iterator[_Rule]:
-    """Return the rules with simple selectors, in the order of the sheet. A rule within a rule may apply, or not."""
+    """Return the sheet's rules, in the sheet's order. If `exact` is false, it is unknown whether the rules apply."""
     import tinycss2
 
     for node in nodes:
@@ -147,7 +147,10 @@ def _selectors(prelude: Iterable[Any]) -> Iterator[_Selector]:
 
 
 def _selector(tokens: list[Any]) -> _Selector | None:
-    """Return the part of a selector about the selected element, or None if it selects no visible element."""
+    """Return the condition that a selector sets for the selected element itself.
+
+    Return None if the selector selects only pseudo-elements, or only elements in a state that needs a person's input.
+    """
     while tokens and tokens[-1].type == "whitespace":
         tokens.pop()
     while tokens and tokens[0].type == "whitespace":
@@ -181,7 +184,10 @@ def _selector(tokens: list[Any]) -> _Selector | None:
 
 
 def _specificity(tokens: list[Any]) -> tuple[int, int, int]:
-    """Return the numbers of ids, of classes and the like, and of names. A nested selector ranks above all others."""
+    """Return the number of ids, the number of classes and similar conditions, and the number of names.
+
+    A selector with "&" ranks above all others.
+    """
     if "&" in tokens:
         return (len(tokens), 0, 0)
     ids = sum(token.type == "hash" for token in tokens)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 Style = dict[str, str]
 
 SMALLEST_LETTERS = 2.0  # pixels; a person can't read smaller letters
-LEAST_OPACITY = 0.05  # a lower opacity is invisible
-OFF_SCREEN = 900.0  # pixels to the left or upwards that move an element off the page
+LEAST_OPACITY = 0.05  # an element with a lower opacity is invisible
+OFF_SCREEN = 900.0  # an element that is moved this many pixels to the left or upwards is off the page
 _A_PIXEL = 1.0
 
-# Pixels per unit. Units relative to the window assume 1000 pixels.
+# Pixels per unit. The units that are relative to the window assume a window of 1000 by 1000 pixels.
 _ABSOLUTE = {"": 1.0, "px": 1.0, "pt": 1.33, "pc": 16.0, "in": 96.0, "cm": 37.8, "mm": 3.78, "q": 0.94, "rem": 16.0}
 _ABSOLUTE |= {"vw": 10.0, "vh": 10.0, "vmin": 10.0, "vmax": 10.0}
 _RELATIVE = {"em": 16.0, "ex": 8.0, "ch": 8.0, "%": 10.0}
@@ -45,7 +45,11 @@ class Sight:
 
 
 def parse_style(text: str) -> Style:
-    """Return the declarations of a `style` attribute by property. `!important` ones win, then the last one."""
+    """Return the declarations of a `style` attribute by property.
+
+    If a property is declared more than once, its last `!important` declaration wins. If none of its declarations is
+    `!important`, the last declaration wins.
+    """
     plain = "".join(part.partition("*/")[2] if index else part for index, part in enumerate(text.split("/*")))
     style: Style = {}
     important: set[str] = set()

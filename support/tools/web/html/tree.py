@@ -13,8 +13,8 @@ from support.tools.web.html.kinds import UNSEEN
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
 
-# Characters of a page's text and tags, without attributes, scripts and the like. markdownify takes about 5 s for a
-# million.
+# At most this many characters of a page are read. Text and tags count. Attributes, scripts and the contents of other
+# elements that are never visible don't count. markdownify takes about 5 s for a million characters.
 MAX_SIZE = 512_000
 
 # An empty element of XHTML. The lookahead keeps the work linear.
@@ -55,7 +55,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed page. If it is not `complete`, its elements end at MAX_SIZE."""
+    """A parsed page. If `complete` is false, the page is longer than MAX_SIZE, and the rest is left out."""
 
     root: Element
     complete: bool
@@ -71,7 +71,7 @@ def parse(html: str, *, xml: bool = False) -> Document:
     if xml:
         html = _html_of_xhtml(html)
     # `scripting`: browsers run scripts, so they read a `noscript` as plain characters.
-    # WO_EVENTS: don't copy the selected option into a `selectedcontent`, because each option is read where it is.
+    # WO_EVENTS: don't copy the selected option into a `selectedcontent` element: the option is read in its own place.
     try:
         page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
     except SelectolaxError as error:
@@ -90,7 +90,7 @@ def parse(html: str, *, xml: bool = False) -> Document:
 
 
 def _tree(root: LexborNode) -> tuple[Element, bool]:
-    """Return the root as an element, and whether the whole page is in it. The elements in UNSEEN are empty."""
+    """Return the root as an element, and whether it holds the whole page. Elements of the kinds in UNSEEN are empty."""
     top = Element("", {})
     size = 0
     open_nodes: list[tuple[Element, Iterator[LexborNode]]] = [(top, iter([root]))]
@@ -115,7 +115,7 @@ def _tree(root: LexborNode) -> tuple[Element, bool]:
 
 
 def _html_of_xhtml(text: str) -> str:
-    """Write XHTML as HTML, which has no sections of plain characters and no empty elements."""
+    """Rewrite XHTML as HTML, which has no CDATA sections and no empty elements such as `<a/>`."""
     first, *sections = text.split("<![CDATA[")
     parts = (section.partition("]]>") for section in sections)
     return _EMPTY.sub(r"<\1\2></\1>", first + "".join(escape(plain) + rest for plain, _, rest in parts))

@@ -1,0 +1,141 @@
+"""The queue of a store: one thread runs the transitions, and commits those that wait together."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from nexum_engine.errors import StoreUnavailable
+from nexum_engine.store.base import Store
+from nexum_engine.store.db import Db
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Transition = Callable[[Db], Any]
+
+MAX_BATCH = 256  # transitions in one transaction
+
+
+@dataclass
+class _Submission:
+    transition: Transition
+    future: asyncio.Future[Any]
+    alone: bool = False
+
+
+class CommitFailed(Exception):
+    """The failure of a whole transaction, with all its transitions."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause) or type(cause).__name__)
+        self.cause = cause
+
+    def for_caller(self) -> StoreUnavailable:
+        return StoreUnavailable("the database could not confirm the transaction, so it may or may not be stored: retry")
+
+
+class GroupCommitStore(Store):
+    """A store whose transitions share a transaction if they were submitted in one turn of the event loop, or while the
+    previous transaction was being written. If one transition fails, the others are still committed.
+
+    A dialect supplies the abstract methods.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[str] = self._loop.create_future()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
+        self._waiting: list[_Submission] = []
+        self._submitted = 0
+        self._pump: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @abstractmethod
+    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+        """Run transitions in the writer thread. Return a list with each transition's result or exception.
+
+        Raises CommitFailed if it is unknown whether they are stored.
+        """
+
+    @abstractmethod
+    async def _recover(self, error: CommitFailed) -> None:
+        """Connect to the database again after a failed transaction, or mark the store as failed."""
+
+    @property
+    def failed(self) -> asyncio.Future[str]:
+        return self._failed
+
+    @property
+    def submitted(self) -> int:
+        return self._submitted
+
+    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return self._submit(lambda db: transition(db, *args, **kwargs), alone=False)
+
+    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        return self._submit(lambda db: transition(db, *args, **kwargs), alone=True)
+
+    def _submit(self, transition: Callable[[Db], T], *, alone: bool) -> Awaitable[T]:
+        future: asyncio.Future[T] = self._loop.create_future()
+        if self._closed or self._failed.done():
+            future.set_exception(stopping())
+            return future
+        self._waiting.append(_Submission(transition, future, alone))
+        self._submitted += 1
+        if self._pump is None:
+            self._pump = self._loop.create_task(self._write_waiting())
+        return future
+
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._next_batch()
+                run = partial(self._run_batch, [one.transition for one in batch], alone=batch[0].alone)
+                try:
+                    outcomes = await self._loop.run_in_executor(self._writer, run)
+                except CommitFailed as error:
+                    outcomes = [error.for_caller()] * len(batch)
+                    await self._recover(error)
+                for submission, outcome in zip(batch, outcomes, strict=True):
+                    if submission.future.cancelled():
+                        continue
+                    if isinstance(outcome, BaseException):
+                        submission.future.set_exception(outcome)
+                    else:
+                        submission.future.set_result(outcome)
+        finally:
+            self._pump = None
+
+    def _next_batch(self) -> list[_Submission]:
+        """Remove the submissions of the next transaction from those that wait, and return them."""
+        count = 1
+        if not self._waiting[0].alone:
+            alone = (number for number, one in enumerate(self._waiting[:MAX_BATCH]) if one.alone)
+            count = next(alone, MAX_BATCH)
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    async def _end_waiting(self) -> None:
+        """Accept no further transitions, and finish those that were submitted."""
+        self._closed = True
+        if self._pump is not None:
+            await self._pump
+
+    def _refuse_waiting(self, reason: str, error: CommitFailed) -> None:
+        """Mark the store as failed, and answer the transitions that wait."""
+        if not self._failed.done():
+            self._failed.set_result(reason)
+        for submission in self._waiting:
+            if not submission.future.done():
+                submission.future.set_exception(error.for_caller())
+        self._waiting = []
+
+
+def stopping() -> StoreUnavailable:
+    """Return the error of a call that comes while the server stops."""
+    return StoreUnavailable("the server is stopping: retry when it is running again")

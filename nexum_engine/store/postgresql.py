@@ -1,0 +1,298 @@
+"""The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
+
+Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
+execution one after the other. Executions that nodes started are locked by the first one, from which all others come: so
+no transition of a child waits for one of its parent that waits for the child.
+
+The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
+committed. A claim locks the task alone, and passes over what others have locked.
+
+The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from nexum_engine.clock import Clock
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.store.base import Space
+from nexum_engine.store.db import Row
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.postgresql_connection import (
+    Connection,
+    connect,
+    database_ms,
+    is_conflict,
+    is_lost,
+    line_of,
+    open_database,
+    without_password,
+)
+from nexum_engine.store.postgresql_queries import dialect
+from nexum_engine.store.postgresql_servers import NEWS_SECONDS, OtherServers, channel_of, news_of, send
+from nexum_engine.store.results import News
+
+RECONNECT_SECONDS = 10.0
+"""How long a transaction that was not stored is tried again while the database can't be reached."""
+CONFLICT_SECONDS = 20.0
+"""How long a transition is tried again if it can't get its locks."""
+TOGETHER_LOCK_MS = 200
+"""How long transitions that share a transaction wait for a lock. They lock executions in any order, so two servers may
+wait for each other: then each transition gets a transaction of its own."""
+CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's clock
+
+logger = logging.getLogger(__name__)
+
+
+class _Unknown(Exception):
+    """The connection was lost after the commit was sent."""
+
+
+class _Unreachable(Exception):
+    """The database could not be reached, and nothing of the transaction is stored."""
+
+
+class PostgresStore(GroupCommitStore):
+    """A Nexum database in PostgreSQL. Any number of servers may have it open."""
+
+    def __init__(self, url: str, clock: Clock, connection: Connection) -> None:
+        super().__init__()
+        self._url = url
+        self._clock = clock
+        self._queries = dialect()
+        self._writes = frozenset(
+            name for name, text in self._queries.items() if not text.startswith(("SELECT", "WITH"))
+        )
+        self._connection: Connection | None = connection
+        self._opened_as = without_password(url)
+        self._next_comparison = 0.0
+        self._server = secrets.randbits(62)
+        self._channel = channel_of(connection)
+        self._news_until = time.monotonic() + NEWS_SECONDS
+        """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
+        self._others: OtherServers | None = None
+
+    @classmethod
+    async def open(cls, database_url: str, clock: Clock) -> PostgresStore:
+        """Open the database, and create or update its tables. Raises StoreRefused."""
+        try:
+            connection = await asyncio.to_thread(open_database, database_url)
+        except psycopg.Error as error:
+            raise StoreRefused(f"can't open {without_password(database_url)}: {line_of(error)}") from error
+        return cls(database_url, clock, connection)
+
+    @property
+    def opened_as(self) -> str:
+        return self._opened_as
+
+    @property
+    def file(self) -> Path | None:
+        return None
+
+    async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
+        """Return the size of the database. PostgreSQL itself uses free space again (autovacuum)."""
+        if self._closed:
+            raise stopping()
+        (outcome,) = await self._loop.run_in_executor(
+            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], alone=False)
+        )
+        if isinstance(outcome, Exception):
+            raise outcome
+        return Space(outcome["bytes"], 0)
+
+    async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
+        raise InvalidRequest(f"a backup of {self._opened_as} is PostgreSQL's own work: use pg_dump, or its archiving")
+
+    def join(self, on_news: Callable[[News], None]) -> None:
+        self._others = OtherServers(
+            self._url,
+            self._server,
+            self._channel,
+            self._clock,
+            on_news=on_news,
+            on_alive=self._note_other,
+            on_gap=self._look_again,
+        )
+
+    def _note_other(self) -> None:
+        """Send news for a time: another server is alive."""
+        self._news_until = time.monotonic() + NEWS_SECONDS
+
+    async def close(self) -> None:
+        if self._others is not None:
+            await asyncio.to_thread(self._others.leave)
+        await self._end_waiting()
+        await self._loop.run_in_executor(self._writer, self._disconnect)
+        self._writer.shutdown()
+
+    async def _recover(self, error: CommitFailed) -> None:
+        logger.error("database %s: %s; nothing that was acknowledged is lost", self._opened_as, error)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Make the calls that wait query the store."""
+        for look_again in self.on_unknown:
+            look_again()
+
+    # ---- In the writer thread ----------------------------------------------------------------------------------------
+
+    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+        try:
+            if len(transitions) > 1:
+                try:
+                    return self._transaction(transitions, alone=alone)
+                except (_Unknown, _Unreachable):
+                    raise
+                except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
+                    logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
+            return [self._outcome(transition, alone=alone) for transition in transitions]
+        except Exception as error:
+            raise CommitFailed(error) from error
+
+    def _outcome(self, transition: Transition, *, alone: bool) -> Any:
+        """Run one transition in a transaction of its own. Return its result or exception."""
+        end = time.monotonic() + CONFLICT_SECONDS
+        while True:
+            try:
+                return self._transaction([transition], alone=alone)[0]
+            except (_Unknown, _Unreachable):
+                raise
+            except psycopg.Error as error:
+                if not is_conflict(error) or time.monotonic() > end:
+                    return error
+                time.sleep(random.uniform(0.001, 0.02))
+            except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
+                return error
+
+    def _transaction(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+        """Run transitions in one transaction. If it was not stored because the connection was lost, try again."""
+        end = time.monotonic() + RECONNECT_SECONDS
+        while True:
+            connection = self._connected(end)
+            is_sent = False
+            try:
+                with connection.pipeline() as pipeline:
+                    connection.execute("BEGIN")
+                    if len(transitions) > 1:
+                        connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
+                    if alone:
+                        # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
+                        connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
+                    db = _PostgresDb(
+                        connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
+                    )
+                    outcomes = [_outcome_of(transition, db) for transition in transitions]
+                    if time.monotonic() < self._news_until and (news := news_of(outcomes)):
+                        send(connection, self._channel, self._server, news)
+                    pipeline.sync()  # so that an error of a statement is not taken for one of the commit
+                    is_sent = True
+                    connection.execute("COMMIT")
+                    pipeline.sync()
+                return outcomes
+            except psycopg.Error as error:
+                if is_lost(error, connection):
+                    self._disconnect()
+                    if is_sent:
+                        raise _Unknown(f"the connection was lost: {line_of(error)}") from error
+                    logger.warning("database %s: %s; connecting again", self._opened_as, line_of(error))
+                    continue
+                self._roll_back(connection)
+                raise
+            except BaseException:
+                self._roll_back(connection)
+                raise
+
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            if connection.info.transaction_status != TransactionStatus.IDLE:
+                connection.execute("ROLLBACK")
+        except psycopg.Error:
+            self._disconnect()
+
+    def _connected(self, end: float) -> Connection:
+        """Return the connection, and open it again if it was lost. Raises _Unreachable."""
+        while self._connection is None:
+            try:
+                self._connection = connect(self._url)
+                self._next_comparison = 0.0
+            except psycopg.Error as error:
+                if time.monotonic() > end:
+                    raise _Unreachable(f"the database can't be reached: {line_of(error)}") from error
+                time.sleep(0.1)
+        if time.monotonic() >= self._next_comparison:
+            with contextlib.suppress(psycopg.Error):
+                self._clock.follow(*database_ms(self._connection))
+            self._next_comparison = time.monotonic() + CLOCK_INTERVAL
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                connection.close()
+
+
+def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
+    """Return a transition's result, or its error if it has written nothing that the error must undo."""
+    written = db.written
+    try:
+        return transition(db)
+    except NexumError as error:
+        if db.written != written:
+            raise
+        return error
+
+
+class _PostgresDb:
+    def __init__(
+        self,
+        connection: Connection,
+        pipeline: psycopg.Pipeline,
+        queries: Mapping[str, str],
+        writes: frozenset[str],
+        now_ms: int,
+        server: int,
+    ) -> None:
+        self._connection = connection
+        self._pipeline = pipeline
+        self._queries = queries
+        self._writes = writes
+        self._locked: set[int] = set()
+        self._given = {"server": server}
+        self.now_ms = now_ms
+        self.written = 0
+
+    def _execute(self, query: str, parameters: Mapping[str, object]) -> psycopg.Cursor[dict[str, Any]]:
+        self.written += query in self._writes
+        return self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
+
+    def all(self, query: str, **parameters: object) -> list[Row]:
+        return [*self._execute(query, parameters).fetchall()]
+
+    def one(self, query: str, **parameters: object) -> Row | None:
+        return self._execute(query, parameters).fetchone()
+
+    def run(self, query: str, **parameters: object) -> None:
+        self._execute(query, parameters)
+
+    def changes(self, query: str, **parameters: object) -> int:
+        cursor = self._execute(query, parameters)
+        self._pipeline.sync()
+        return cursor.rowcount
+
+    def lock(self, execution: int) -> None:
+        if execution not in self._locked:
+            self._locked.add(execution)
+            self._connection.execute(self._queries["lock"], {"execution": execution}, prepare=True)

@@ -1,0 +1,157 @@
+"""Connections to PostgreSQL: their settings and errors, and the tables that a server finds or creates."""
+
+from __future__ import annotations
+
+import math
+import time
+from importlib.resources import files
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import dict_row
+from psycopg.types.numeric import Int8Dumper
+from psycopg.types.string import StrDumperUnknown
+
+from nexum_engine.errors import StoreRefused
+
+MINIMUM_VERSION = 14
+CONNECT_SECONDS = 5
+MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+class _TextDumper(StrDumperUnknown):
+    """Writes text without the character NUL, which PostgreSQL can't store: error messages of workers may have it."""
+
+    def dump(self, obj: str) -> Any:
+        return super().dump(obj.replace("\0", "\N{REPLACEMENT CHARACTER}"))
+
+
+def connect(url: str) -> Connection:
+    """Open a connection whose rows are dictionaries."""
+    connection = psycopg.connect(url, autocommit=True, row_factory=dict_row, **_settings(url))
+    set_types(connection)
+    return connection
+
+
+def set_types(connection: psycopg.Connection[Any]) -> None:
+    """Set how values are sent."""
+    connection.adapters.register_dumper(int, Int8Dumper)  # by default the type follows the value, and overflows
+    connection.adapters.register_dumper(str, _TextDumper)
+
+
+def _settings(url: str) -> dict[str, Any]:
+    """Return the settings of a connection that the URL leaves open. They notice a network that has gone away."""
+    defaults = {
+        "application_name": "nexum",
+        "connect_timeout": CONNECT_SECONDS,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
+        "target_session_attrs": "read-write",
+    }
+    given = conninfo_to_dict(url)
+    return {name: value for name, value in defaults.items() if name not in given}
+
+
+def without_password(url: str) -> str:
+    """Return the URL as a person may see it."""
+    try:
+        given = conninfo_to_dict(url, password="", sslpassword="")
+    except psycopg.ProgrammingError:
+        return "the given postgresql:// URL"
+    return f"postgresql: {make_conninfo('', **{name: str(value) for name, value in given.items() if value})}"
+
+
+def open_database(url: str) -> Connection:
+    """Connect to a database, and create or update its tables. Raises StoreRefused, and psycopg.Error."""
+    connection = connect(url)
+    try:
+        version = connection.info.server_version // 10_000
+        if version < MINIMUM_VERSION:
+            raise StoreRefused(
+                f"{without_password(url)} is PostgreSQL {version}; Nexum needs {MINIMUM_VERSION} or newer"
+            )
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StoreRefused(
+                f"{without_password(url)} has the encoding {encoding}: create a database with ENCODING 'UTF8' "
+                "TEMPLATE template0"
+            )
+        _migrate(url, connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrate(url: str, connection: Connection) -> None:
+    """Create or update the tables. One server does, and the others wait."""
+    folder = files("nexum_engine.store") / "postgresql_migrations"
+    scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
+    with connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
+        found = connection.execute("SELECT to_regclass('nexum_schema') AS name").fetchone()
+        version = 0
+        if found is not None and found["name"] is not None:
+            row = connection.execute("SELECT version FROM nexum_schema").fetchone()
+            version = 0 if row is None else row["version"]
+        else:
+            others = connection.execute("SELECT to_regclass('executions') AS name").fetchone()
+            if others is not None and others["name"] is not None:
+                raise StoreRefused(
+                    f"{without_password(url)} has a table `executions` of another program: name another database, or "
+                    "another schema (?options=-csearch_path%3DNAME)"
+                )
+            connection.execute("CREATE TABLE nexum_schema (version bigint NOT NULL)")
+            connection.execute("INSERT INTO nexum_schema VALUES (0)")
+        if version > len(scripts):
+            raise StoreRefused(
+                f"{without_password(url)} was written by a newer Nexum (schema {version}; this one knows "
+                f"{len(scripts)}): update this server with pip install -U nexum-durable-autogen"
+            )
+        for script in scripts[version:]:
+            connection.execute(script.read_text(encoding="utf-8").encode())
+        connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
+
+
+def database_ms(connection: Connection) -> tuple[int, int]:
+    """Return two times between which the database's time is now. They differ by the time that the query took."""
+    begun = time.monotonic()
+    row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
+    assert row is not None
+    return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+
+def is_conflict(error: psycopg.Error) -> bool:
+    """Return whether another server was in the way, so that a second try can succeed."""
+    return isinstance(
+        error,
+        (
+            psycopg.errors.SerializationFailure,
+            psycopg.errors.DeadlockDetected,
+            psycopg.errors.LockNotAvailable,
+            psycopg.errors.UniqueViolation,
+        ),
+    )
+
+
+def is_lost(error: psycopg.Error, connection: Connection) -> bool:
+    """Return whether the connection is of no use any more: it is broken, or leads to a standby after a failover."""
+    return (
+        connection.broken
+        or connection.closed
+        or isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
+        or (error.sqlstate or "").startswith(("08", "57P"))
+    )
+
+
+def line_of(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

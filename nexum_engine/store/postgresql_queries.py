@@ -1,0 +1,33 @@
+"""The queries of the store as PostgreSQL needs them."""
+
+from __future__ import annotations
+
+import re
+
+from nexum_engine.store.db import load_queries
+
+_LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
+"""What is added to a query of queries.sql so that it locks the rows that it finds."""
+_BY_SERVER = ("take_task", "renew_lease", "resume_node")
+"""The statements after which the attempt's worker is known to be connected to this server."""
+_OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
+_NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
+"""What is added to the statements that shorten leases, so that they leave alone the workers of another server."""
+
+
+def dialect() -> dict[str, str]:
+    """Return the queries by name: those of postgresql.sql, and the others of queries.sql, translated."""
+    queries = {**load_queries(), **load_queries("postgresql.sql")}
+    for name in _BY_SERVER:
+        queries[name] = queries[name].replace("UPDATE nodes SET ", "UPDATE nodes SET server = :server, ", 1)
+    for name in _OF_NO_OTHER:
+        queries[name] = queries[name].replace(";", f" AND {_NO_OTHER};")
+    return {name: _translated(text, _LOCKS.get(name, "")) for name, text in queries.items()}
+
+
+def _translated(text: str, lock: str) -> str:
+    text = re.sub(r"^--.*\n", "", text, flags=re.MULTILINE).strip().removesuffix(";")
+    text = re.sub(r"length\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)", text)
+    text = text.replace("json_group_object(name, value)", "coalesce(json_object_agg(name, value), '{}')::text")
+    text = re.sub(r"(?<!:):(\w+)", r"%(\1)s", text.replace("%", "%%"))
+    return f"{text} {lock}" if lock else text

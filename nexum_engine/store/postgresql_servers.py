@@ -1,0 +1,145 @@
+"""The other servers on a database in PostgreSQL: who is alive, and the news that they send each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from nexum_engine.clock import Clock
+from nexum_engine.store.postgresql_connection import Connection, connect, line_of
+from nexum_engine.store.postgresql_queries import dialect
+from nexum_engine.store.results import Changed, News
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
+"""How often a server says that it is alive, and how long it counts as alive after that."""
+NEWS_SECONDS = 60.0
+"""How long news are sent after another server was last known to be alive."""
+SLOW_SECONDS = 5.0
+"""How often a server looks for what it may have missed."""
+TAKEN_OVER_GRACE_MS = 1500
+"""How long the workers of a dead server have to connect to another one."""
+MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
+
+
+class OtherServers:
+    """A thread with its own connection. It keeps this server alive for the others, and receives their news."""
+
+    def __init__(
+        self,
+        url: str,
+        server: int,
+        channel: str,
+        clock: Clock,
+        *,
+        on_news: Callable[[News], object],
+        on_alive: Callable[[], object],
+        on_gap: Callable[[], object],
+    ) -> None:
+        """Call `on_news` on the event loop, and `on_gap` if news may have been missed before.
+
+        `on_alive` is called in the thread whenever another server is known to be alive.
+        """
+        self._url, self._server, self._channel, self._clock = url, server, channel, clock
+        self._on_news, self._on_alive, self._on_gap = on_news, on_alive, on_gap
+        self._queries = dialect()
+        self._loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="nexum-news", daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Tell the other servers that this one ends, and end the thread."""
+        self._stopping.set()
+        with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
+            send(connection, self._channel, self._server, News())  # it wakes the thread
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with connect(self._url) as connection:
+                    self._listen(connection)
+            except psycopg.Error as error:
+                logger.debug("no news from other servers: %s", line_of(error))
+                self._stopping.wait(BEAT_SECONDS / 2)
+
+    def _listen(self, connection: Connection) -> None:
+        queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}
+        connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
+        connection.execute(queries["beat"], me)
+        # From now on the others send news, although they have not counted this server yet.
+        send(connection, self._channel, self._server, News())
+        self._call(self._on_gap)
+        looked, beaten = time.monotonic(), 0.0
+        while not self._stopping.is_set():
+            if time.monotonic() >= beaten + BEAT_SECONDS:
+                beaten = time.monotonic()
+                row = connection.execute(queries["beat"], me).fetchone()
+                if row is not None and row["others"]:
+                    self._on_alive()
+                now_ms = self._clock.now_ms()
+                connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
+                is_slow = beaten >= looked + SLOW_SECONDS
+                if is_slow:
+                    looked = beaten
+                    connection.execute(queries["forget_dead"])
+                self._call(self._on_news, News(due_ms=now_ms, anything=is_slow))
+            for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
+                if (news := _news_from(self._server, note.payload)) is not None:
+                    self._on_alive()
+                    self._call(self._on_news, news)
+        connection.execute(queries["leave"], me)
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        """Call a function on the event loop, unless the loop is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
+
+
+def channel_of(connection: Connection) -> str:
+    """Return the name under which the servers of this schema send news."""
+    row = connection.execute("SELECT current_schema() AS name").fetchone()
+    return f"nexum_{'' if row is None else row['name']}"[:60]
+
+
+def news_of(outcomes: list[Any]) -> News | None:
+    """Return what the other servers must know of a transaction; None if it is nothing."""
+    changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
+    found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
+    if not found:
+        return None
+    due = [one.due_ms for one in found if one.due_ms is not None]
+    return News(
+        tuple(ready.version_hash for one in found for ready in one.ready),
+        tuple(ended.execution_id for one in found for ended in one.ended),
+        min(due, default=None),
+    )
+
+
+def send(connection: Connection, channel: str, server: int, news: News) -> None:
+    """Send news to the servers that listen, once the transaction is committed."""
+    connection.execute("SELECT pg_notify(%s, %s)", (channel, _payload(server, news)))
+
+
+def _payload(server: int, news: News) -> str:
+    text = json.dumps([server, news.ready, news.ended, news.due_ms])
+    return text if len(text) <= MAX_PAYLOAD else json.dumps([server, [], [], None])
+
+
+def _news_from(server: int, payload: str) -> News | None:
+    """Return the news that another server sent; None if this server sent them."""
+    sender, ready, ended, due_ms = json.loads(payload)
+    if sender == server:
+        return None
+    return News(tuple(ready), tuple(ended), due_ms, anything=not ready and not ended and due_ms is None)

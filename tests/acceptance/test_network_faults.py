@@ -1,0 +1,97 @@
+"""No call is lost or changed, although connections break, are slow, or stall in one direction.
+
+A proxy stands between the caller and the server, between the worker and the server and, on PostgreSQL, between the
+server and the database. NETWORK_FAULTS=200 takes ten minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from faulty_proxy import DIRECTIONS, FaultyProxy, postgres_proxy
+from harness import nexum_server
+from processes import attempts, call_of, counting_worker, effects, recorded, result_of, submitter, wait_until
+
+from submit_task import call_key
+
+SEED = int(os.environ.get("NETWORK_SEED") or 4519)
+FAULTS = int(os.environ.get("NETWORK_FAULTS") or 8)
+CALLS_PER_FAULT = 3
+RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
+KINDS: dict[str, Callable[[FaultyProxy], None]] = {
+    "break": FaultyProxy.break_connections,
+    "hold to the server": lambda proxy: proxy.hold(DIRECTIONS[0]),
+    "hold to the client": lambda proxy: proxy.hold(DIRECTIONS[1]),
+    "partition": lambda proxy: proxy.hold(*DIRECTIONS),
+    "delay": lambda proxy: proxy.delay(0.2),
+}
+
+
+@pytest.mark.both_stores
+@pytest.mark.timeout(120 + 10 * FAULTS)
+def test_faults_of_connections_neither_lose_nor_change_nor_repeat_results(tmp_path: Path, database_url: str) -> None:
+    print(f"NETWORK_SEED={SEED}")
+    choose = random.Random(SEED)
+    log, count = tmp_path / "log", FAULTS * CALLS_PER_FAULT
+    gates = [tmp_path / f"gate-{number}" for number in range(count)]
+    calls = [{"log": str(log), "gate": str(gate), "number": number} for number, gate in enumerate(gates)]
+    fired: dict[str, int] = defaultdict(int)
+
+    with ExitStack() as stack:
+        proxies = {}
+        if database_url.startswith("postgresql"):
+            proxies["database"], url = postgres_proxy(database_url)
+            stack.enter_context(proxies["database"].running())
+            database_url = url.format(port=proxies["database"].port)
+        server = stack.enter_context(nexum_server(tmp_path, database_url=database_url))
+        for name in ("caller", "worker"):
+            proxies[name] = stack.enter_context(FaultyProxy(server.address).running())
+        stack.enter_context(counting_worker(tmp_path, f"127.0.0.1:{proxies['worker'].port}"))
+        caller = stack.enter_context(
+            submitter(tmp_path, f"127.0.0.1:{proxies['caller'].port}", "count_behind_gate", *calls, timeout=120)
+        )
+        wait_until(lambda: all(proxy.is_used for proxy in proxies.values()), "all parts are connected")
+        # Each kind of fault hits each connection in turn.
+        faults = [(name, kind) for kind in KINDS for name in proxies]
+        choose.shuffle(faults)
+        for number in range(FAULTS):
+            name, kind = faults[number % len(faults)]
+            proxy = proxies[name]
+            before = proxy.broken + proxy.held
+            for gate in gates[number * CALLS_PER_FAULT : (number + 1) * CALLS_PER_FAULT]:
+                gate.touch()
+            time.sleep(choose.uniform(0, 0.06))
+            KINDS[kind](proxy)
+            # Most time limits are longer than 2 s. The time that the server waits for a lost worker is shorter.
+            time.sleep(choose.uniform(0.2, 2.0))
+            proxy.release()
+            fired[kind] += proxy.broken + proxy.held - before
+        assert caller.wait(120) == 0, caller.output
+        records = recorded(tmp_path, server.address)
+
+    assert sum(fired.values()) > 0
+    assert all(fired.values()), f"a kind of fault hit nothing: {dict(fired)}"
+    got = {int(match[2]): match[1] for line in caller.lines if (match := RESULT.fullmatch(line))}
+    by_number = {call_of(one)[1]["number"]: one for one in records}
+    assert {one["status"] for one in records} == {"COMPLETED"}
+    assert len(records) == len(by_number) == count
+    assert got == {number: result_of(one) for number, one in by_number.items()}
+    log_of = defaultdict(list)
+    for effect in effects(log):
+        log_of[effect.key].append(effect)
+    assert len(log_of) == count
+    for one in records:
+        (key,) = [key for key in log_of if call_key(*call_of(one)) in key]
+        outcomes = [attempt["outcome"] for attempt in attempts(one)]
+        assert outcomes[-1] == "COMPLETED"
+        assert set(outcomes[:-1]) <= {"LOST", "INTERRUPTED", "EXPIRED"}
+        assert len({effect.attempt for effect in log_of[key]}) == len(log_of[key])
+        assert max(effect.at_ms for effect in log_of[key]) <= one["ended_ms"] + 1000

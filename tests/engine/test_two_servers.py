@@ -1,0 +1,311 @@
+"""Two servers on one PostgreSQL: what both do at the same time happens once. Each test races them many times."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from nexum_engine.clock import ManualClock
+from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, StaleTask
+from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, retention, tasks, waits
+
+LEASE_MS = 30_000
+RACES = 30
+NO_RETRIES = 2**50
+DIAMOND = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
+PAIR: dict[str, list[str]] = {"a": [], "b": []}
+ONE: dict[str, list[str]] = {"a": []}
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def stores(empty_postgres_database: Callable[[], str], clock: ManualClock) -> AsyncIterator[tuple[Store, Store]]:
+    url = empty_postgres_database()
+    stores = [await open_store(url, clock), await open_store(url, clock)]
+    yield stores[0], stores[1]
+    for store in stores:
+        await store.close()
+
+
+async def register(store: Store, nodes: dict[str, list[str]], workflow_id: str = "w", version: str = "v1") -> None:
+    ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
+    await store.run(executions.register_workflow, workflow_id, version, json.dumps(ir))
+
+
+async def start(store: Store, key: str = "") -> str:
+    return (await store.run(executions.start_execution, "w", "v1", "{}", key)).execution_id
+
+
+async def take(store: Store, worker_id: str = "w1") -> Task | None:
+    return (await store.run(tasks.claim, worker_id, ("v1",), 2**40, LEASE_MS, True)).task
+
+
+async def taken(store: Store, worker_id: str = "w1") -> Task:
+    task = await take(store, worker_id)
+    assert task is not None
+    return task
+
+
+async def both(*awaitables: object) -> list[object]:
+    """Return what each gives: its result or its error."""
+    return list(await asyncio.gather(*awaitables, return_exceptions=True))  # type: ignore[call-overload]
+
+
+def errors(outcomes: list[object]) -> list[object]:
+    return [one for one in outcomes if isinstance(one, BaseException)]
+
+
+async def test_key_started_on_both_gets_one_execution(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], ONE)
+    for number in range(RACES):
+        found = await asyncio.gather(*(start(store, f"k{number}") for store in stores for _ in range(3)))
+        assert len(set(found)) == 1
+    assert len(await stores[0].run(listing.list_executions, "w", "", 1000)) == RACES
+
+
+async def test_key_started_on_both_with_different_inputs_is_refused_on_one(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], ONE)
+    for number in range(RACES):
+        outcomes = await both(
+            *(
+                store.run(executions.start_execution, "w", "v1", json.dumps(which), f"k{number}")
+                for which, store in enumerate(stores)
+            )
+        )
+        assert [type(one) for one in errors(outcomes)] == [IdempotencyConflict]
+
+
+async def test_version_registered_on_both_is_stored_once(stores: tuple[Store, Store]) -> None:
+    for number in range(RACES):
+        await asyncio.gather(*(register(store, ONE, "w", f"v{number}") for store in stores))
+    assert len(await stores[0].run(executions.workflow_versions, "w")) == RACES
+
+
+async def test_each_task_is_handed_out_once(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], ONE)
+    await asyncio.gather(*(start(store) for store in stores for _ in range(100)))
+
+    async def claimer(store: Store, worker_id: str) -> list[str]:
+        mine = []
+        while task := await take(store, worker_id):
+            mine.append(task.execution_id)
+        return mine
+
+    found = await asyncio.gather(*(claimer(store, f"w{n}") for n in range(10) for store in stores))
+    every = [one for mine in found for one in mine]
+    assert len(every) == len(set(every)) == 200
+    assert len([mine for mine in found if mine]) > 1
+
+
+async def test_last_two_nodes_reported_on_both_end_the_execution_once(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], PAIR)
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        held = [await taken(stores[0]), await taken(stores[1])]
+        changed = await asyncio.gather(
+            *(store.run(tasks.complete_task, task.task_id, "1") for store, task in zip(stores, held, strict=True))
+        )
+        assert [one.execution_id for change in changed for one in change.ended] == [execution_id]
+
+
+async def test_next_node_of_two_reported_on_both_is_ready_once(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], DIAMOND)
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        await stores[0].run(tasks.complete_task, (await taken(stores[0])).task_id, "1")
+        held = [await taken(stores[0]), await taken(stores[1])]
+        changed = await asyncio.gather(
+            *(store.run(tasks.complete_task, task.task_id, "1") for store, task in zip(stores, held, strict=True))
+        )
+        assert len([one for change in changed for one in change.ready]) == 1
+        await stores[1].run(tasks.complete_task, (await taken(stores[1])).task_id, "1")
+        execution = await stores[0].run(reading.get_execution, execution_id)
+        assert execution.status is ExecutionStatus.COMPLETED
+
+
+async def test_items_reported_on_both_complete_the_map_once(stores: tuple[Store, Store]) -> None:
+    await stores[0].run(executions.register_workflow, "w", "v1", '{"nodes": {"each": {"type": "MAP"}}}')
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        await stores[0].run(tasks.complete_task, (await taken(stores[0])).task_id, "[0, 1, 2, 3]")
+        held = [await taken(stores[number % 2]) for number in range(4)]
+        changed = await asyncio.gather(
+            *(stores[number % 2].run(tasks.complete_task, task.task_id, "1") for number, task in enumerate(held))
+        )
+        assert [one.execution_id for change in changed for one in change.ended] == [execution_id]
+        execution = await stores[0].run(reading.get_execution, execution_id)
+        assert execution.outputs() == {"each": "[1,1,1,1]"}
+
+
+async def test_report_and_cancel_on_both_have_one_winner(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], ONE)
+    ends: Counter[str] = Counter()
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        task = await taken(stores[0])
+        outcomes = await both(
+            stores[0].run(tasks.complete_task, task.task_id, "1"),
+            stores[1].run(executions.cancel_execution, execution_id),
+        )
+        (error,) = errors(outcomes)
+        execution = await stores[0].run(reading.get_execution, execution_id)
+        assert (type(error), execution.status) in (
+            (Conflict, ExecutionStatus.COMPLETED),
+            (StaleTask, ExecutionStatus.CANCELLED),
+        )
+        ends[execution.status] += 1
+    assert sum(ends.values()) == RACES
+
+
+async def test_child_that_ends_while_its_parent_is_cancelled(stores: tuple[Store, Store]) -> None:
+    await stores[0].run(executions.register_workflow, "w", "v1", '{"nodes": {"each": {"type": "MAP"}}}')
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        await stores[0].run(tasks.complete_task, (await taken(stores[0])).task_id, "[1]")
+        item = await taken(stores[0])
+        outcomes = await both(
+            stores[0].run(tasks.complete_task, item.task_id, "1"),
+            stores[1].run(executions.cancel_execution, execution_id),
+        )
+        assert len(errors(outcomes)) == 1
+        assert all(isinstance(one, NexumError) for one in errors(outcomes)), outcomes
+        execution = await stores[0].run(reading.get_execution, execution_id)
+        (child,) = await stores[0].run(listing.list_executions, "", "", 10, parent=execution_id)
+        assert execution.status == child.status != ExecutionStatus.RUNNING
+
+
+async def test_worker_that_disconnects_keeps_what_it_holds_at_another_server(
+    stores: tuple[Store, Store], clock: ManualClock
+) -> None:
+    await register(stores[0], ONE)
+    ids = [await start(stores[0]) for _ in stores]
+    for store in stores:
+        await store.run(lambda db: db.one("beat", seconds=60))
+        await taken(store)
+
+    async def disconnected() -> list[Outcome]:
+        await stores[1].run(leases.disconnect, "w1", 1000)
+        clock.advance(2)
+        await stores[1].run(leases.sweep, NO_RETRIES)
+        found = [await stores[0].run(reading.get_execution, one, True) for one in ids]
+        return [one.nodes[0].attempts[0].outcome for one in found]
+
+    assert await disconnected() == [Outcome.RUNNING, Outcome.LOST]
+    await stores[0].run(lambda db: db.run("leave"))
+    assert await disconnected() == [Outcome.LOST, Outcome.LOST]
+
+
+async def test_loss_found_by_both_is_counted_once(stores: tuple[Store, Store], clock: ManualClock) -> None:
+    await register(stores[0], ONE)
+    ids = [await start(stores[0]) for _ in range(RACES)]
+    for _ in ids:
+        await taken(stores[0])
+    clock.advance(31)
+    swept = await asyncio.gather(*(store.run(leases.sweep, NO_RETRIES) for store in stores))
+    assert sum(len(one.changed.ready) for one in swept) == RACES
+    for _ in ids:
+        await taken(stores[1])
+    for execution_id in ids:
+        (node,) = (await stores[0].run(reading.get_execution, execution_id, True)).nodes
+        assert [one.outcome for one in node.attempts] == [Outcome.EXPIRED, Outcome.RUNNING]
+
+
+async def test_lease_that_runs_out_while_its_task_is_reported(stores: tuple[Store, Store], clock: ManualClock) -> None:
+    await register(stores[0], ONE)
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        task = await taken(stores[0])
+        clock.advance(31)
+        await asyncio.gather(
+            stores[0].run(tasks.complete_task, task.task_id, "1"), stores[1].run(leases.sweep, NO_RETRIES)
+        )
+        execution = await stores[0].run(reading.get_execution, execution_id, True)
+        assert execution.status is ExecutionStatus.COMPLETED
+        assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.COMPLETED]
+
+
+async def test_node_decided_on_both_has_one_decision(stores: tuple[Store, Store]) -> None:
+    await stores[0].run(executions.register_workflow, "w", "v1", '{"nodes": {"ok": {"type": "HUMAN_APPROVAL"}}}')
+    for _ in range(RACES):
+        execution_id = await start(stores[0])
+        outcomes = await both(
+            stores[0].run(waits.approve, execution_id, "ok", "a", ""),
+            stores[1].run(waits.reject, execution_id, "ok", "b", ""),
+        )
+        assert [type(one) for one in errors(outcomes)] == [Conflict]
+
+
+async def test_session_taken_over_on_both_has_one_owner(stores: tuple[Store, Store]) -> None:
+    await register(stores[0], ONE)
+    for number in range(RACES):
+        outcomes = await both(
+            *(
+                store.run(tasks.start_owned, "w", "v1", "0", f"s{number}", f"owner{which}", LEASE_MS, True)
+                for which, store in enumerate(stores)
+            )
+        )
+        assert [type(one) for one in errors(outcomes)] == [Conflict]
+
+
+async def test_session_that_begins_again_is_not_pruned_in_part(stores: tuple[Store, Store], clock: ManualClock) -> None:
+    await register(stores[0], ONE)
+    for number in range(RACES):
+        for event in range(3):
+            one = ("w", "v1", "0", f"s{number}/a/{event}", "owner", LEASE_MS, True, "", "1")
+            await stores[0].run(tasks.start_owned, *one)
+        clock.advance(10)
+        begin = ("w", "v1", "0", f"s{number}/2", "owner", LEASE_MS, True)
+        await asyncio.gather(stores[0].run_alone(retention.prune, 5000), stores[1].run(tasks.start_owned, *begin))
+        left = await stores[0].run(listing.list_executions, "w", "", 100, key_prefix=f"s{number}/")
+        assert len(left) in (1, 4)
+
+
+async def test_random_transitions_on_both_leave_a_sound_database(
+    stores: tuple[Store, Store], clock: ManualClock
+) -> None:
+    """Workers on both servers report, fail and lose tasks of shared executions, in any order and all at once."""
+    await register(stores[0], DIAMOND)
+    ids = [await start(store) for store in stores for _ in range(20)]
+    done = asyncio.Event()
+
+    async def work(store: Store, name: str) -> None:
+        while not done.is_set():
+            task = await take(store, name)
+            if task is None:
+                await asyncio.sleep(0.005)
+                continue
+            if hash(task.task_id) % 7 == 0:
+                await store.run(tasks.fail_task, task.task_id, "no", False)
+            elif hash(task.task_id) % 7 == 1:
+                await store.run(tasks.release, task.task_id, "lost")
+            else:
+                await store.run(tasks.complete_task, task.task_id, json.dumps(task.node_id))
+
+    async def sweep(store: Store) -> None:
+        while not done.is_set():
+            clock.advance(0.5)
+            await store.run(leases.sweep, 0)
+
+    async def watch() -> None:
+        while not done.is_set():
+            await asyncio.sleep(0.02)
+            if not await stores[0].run(listing.list_executions, "w", "RUNNING", 1):
+                done.set()
+
+    workers = [work(store, f"{number}-{n}") for number, store in enumerate(stores) for n in range(4)]
+    await asyncio.wait_for(asyncio.gather(watch(), *workers, *(sweep(store) for store in stores)), 60)
+    for execution_id in ids:
+        execution = await stores[0].run(reading.get_execution, execution_id, True)
+        if execution.status is ExecutionStatus.COMPLETED:
+            assert execution.outputs() == {name: json.dumps(name) for name in DIAMOND}
+        for node in execution.nodes:
+            assert [one.attempt for one in node.attempts] == list(range(1, len(node.attempts) + 1))
