@@ -260,7 +260,10 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
         async with NexumClient(server.address) as former, grpc.aio.insecure_channel(server.address) as channel:
             await former.ping()
             stub: Any = NexumServiceStub(channel)
-            beats = stub.WorkerStream(metadata=[("authorization", f"Bearer {FORMER}")])
+            metadata = [("authorization", f"Bearer {FORMER}")]
+            waiting = asyncio.create_task(former.poll_task("y", ["v1"], wait=25))
+            alone = stub.PollTask(pb.PollRequest(worker_id="x", version_hash="v1", wait_ms=25_000), metadata=metadata)
+            beats = stub.WorkerStream(metadata=metadata)
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
@@ -269,6 +272,10 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             tokens.write_text(TOKENS)
             with pytest.raises(TokenRefused):
                 await former.ping()
+            # Calls that wait are refused, too: they could still get a task.
+            with pytest.raises(TokenRefused):
+                await asyncio.wait_for(waiting, PROMPT)
+            assert await asyncio.wait_for(alone.code(), PROMPT) is grpc.StatusCode.UNAUTHENTICATED
             await beats.write(pb.WorkerBeat(worker_id="w"))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await beats.read()
