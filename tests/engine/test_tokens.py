@@ -134,20 +134,19 @@ def test_every_rpc_but_the_health_check_needs_a_token(secured: Secured) -> None:
 async def test_slow_health_checks_of_strangers_block_nobody(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
 
-    async def silent_checks(channel: Any) -> list[Any]:
-        """Open health checks, and send no request."""
-        return [channel.stream_stream("/grpc.health.v1.Health/Check")() for _ in range(2 * bounds.READERS)]
-
     async with grpc.aio.secure_channel(secured.address, credentials) as channel:
+        check: Any = channel.stream_stream("/grpc.health.v1.Health/Check")  # sends no request unless it gets one
         monkeypatch.setattr(bounds, "READ_PATIENCE", 60.0)
-        for check in await silent_checks(channel):
-            await check.wait_for_connection()
+        for silent in [check() for _ in range(2 * bounds.READERS)]:
+            await silent.wait_for_connection()
         stub: Any = NexumServiceStub(channel)
         await stub.GetServerInfo(pb.EmptyRequest(), metadata=[("authorization", f"Bearer {USE}")], timeout=PROMPT)
         monkeypatch.setattr(bounds, "READ_PATIENCE", 0.1)
-        for check in await silent_checks(channel):
+        for silent in [check() for _ in range(2 * bounds.READERS)]:
             # The server has ended the call: it no longer counts as one of the calls that the server accepts.
-            assert await asyncio.wait_for(check.code(), PROMPT) is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await asyncio.wait_for(silent.code(), PROMPT) is grpc.StatusCode.DEADLINE_EXCEEDED
+        for messages in ([], [b"\xff"]):
+            assert await asyncio.wait_for(check(iter(messages)).code(), PROMPT) is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_refused_call_can_not_write_lines_of_its_own_to_the_log(
