@@ -21,12 +21,12 @@ class Queue:
         self.limit = limit
         self._store = store
         self._tasks = limit
-        """The tasks at the last count, and those that were started since."""
+        """The number of tasks at the last count, plus the number that may have been added since."""
         self._counted = float("-inf")
         self._counting: asyncio.Task[None] | None = None
 
     async def is_full(self) -> bool:
-        """Return whether the queue has no room. Count its tasks if it may have none."""
+        """Return whether the queue is full. If it may be full, count its tasks first."""
         if self._tasks >= self.limit:
             now = asyncio.get_running_loop().time()
             is_under_way = self._counting is not None and not self._counting.done()
