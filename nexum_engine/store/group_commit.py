@@ -1,4 +1,4 @@
-"""The queue of a store: one thread runs the transitions, and commits those that wait together."""
+"""The queue of a store: one thread runs the transitions, and commits all that wait in one transaction."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Submission:
 
 
 class CommitFailed(Exception):
-    """The failure of a whole transaction, with all its transitions."""
+    """A whole transaction has failed, with all its transitions."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause) or type(cause).__name__)
@@ -59,7 +59,7 @@ class GroupCommitStore(Store):
     def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
         """Run transitions in the writer thread. Return a list with each transition's result or exception.
 
-        Raises CommitFailed if it is unknown whether they are stored.
+        Raises CommitFailed if it is unknown whether the transitions are stored.
         """
 
     @abstractmethod
@@ -112,7 +112,7 @@ class GroupCommitStore(Store):
             self._pump = None
 
     def _next_batch(self) -> list[_Submission]:
-        """Remove the submissions of the next transaction from those that wait, and return them."""
+        """Take the submissions of the next transaction out of the queue, and return them."""
         count = 1
         if not self._waiting[0].alone:
             alone = (number for number, one in enumerate(self._waiting[:MAX_BATCH]) if one.alone)
@@ -127,7 +127,7 @@ class GroupCommitStore(Store):
             await self._pump
 
     def _refuse_waiting(self, reason: str, error: CommitFailed) -> None:
-        """Mark the store as failed, and answer the transitions that wait."""
+        """Mark the store as failed, and raise an error to the callers of the waiting transitions."""
         if not self._failed.done():
             self._failed.set_result(reason)
         for submission in self._waiting:

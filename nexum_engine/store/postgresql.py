@@ -1,13 +1,14 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. Executions that nodes started are locked by the first one, from which all others come: so
-no transition of a child waits for one of its parent that waits for the child.
+execution one after the other. An execution that a node started has no lock of its own. Its lock is that of the topmost
+execution, which a client started. So a transition of a child never waits for a transition of its parent that waits for
+the child.
 
 The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
-committed. A claim locks the task alone, and passes over what others have locked.
+committed. A claim locks only the task, and skips the tasks that other servers have locked.
 
-The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
+A statement whose result is not needed yet is sent together with the next statement (pipeline mode).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Unknown(Exception):
-    """The connection was lost after the commit was sent."""
+    """The connection was lost after the commit was sent: it is unknown whether the transaction is stored."""
 
 
 class _Unreachable(Exception):
@@ -81,7 +82,7 @@ class PostgresStore(GroupCommitStore):
         self._server = secrets.randbits(62)
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
-        """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
+        """News are sent until this time. While no other server is alive, none are sent, because they delay commits."""
         self._others: OtherServers | None = None
 
     @classmethod
@@ -102,7 +103,7 @@ class PostgresStore(GroupCommitStore):
         return None
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Return the size of the database. PostgreSQL itself uses free space again (autovacuum)."""
+        """Return the size of the database. PostgreSQL reuses free space on its own (autovacuum)."""
         if self._closed:
             raise stopping()
         (outcome,) = await self._loop.run_in_executor(
@@ -113,7 +114,7 @@ class PostgresStore(GroupCommitStore):
         return Space(outcome["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(f"a backup of {self._opened_as} is PostgreSQL's own work: use pg_dump, or its archiving")
+        raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
         self._others = OtherServers(
@@ -127,7 +128,7 @@ class PostgresStore(GroupCommitStore):
         )
 
     def _note_other(self) -> None:
-        """Send news for a time: another server is alive."""
+        """Send news for another NEWS_SECONDS: another server is alive."""
         self._news_until = time.monotonic() + NEWS_SECONDS
 
     async def close(self) -> None:
@@ -155,7 +156,7 @@ class PostgresStore(GroupCommitStore):
                     return self._transaction(transitions, alone=alone)
                 except (_Unknown, _Unreachable):
                     raise
-                except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
+                except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
             return [self._outcome(transition, alone=alone) for transition in transitions]
         except Exception as error:
@@ -188,7 +189,8 @@ class PostgresStore(GroupCommitStore):
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
                     if alone:
-                        # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
+                        # Other executions decide whether an execution may be deleted. Let no other server add or change
+                        # executions meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
@@ -196,7 +198,7 @@ class PostgresStore(GroupCommitStore):
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, news)
-                    pipeline.sync()  # so that an error of a statement is not taken for one of the commit
+                    pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
                     is_sent = True
                     connection.execute("COMMIT")
                     pipeline.sync()
@@ -245,7 +247,7 @@ class PostgresStore(GroupCommitStore):
 
 
 def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
-    """Return a transition's result, or its error if it has written nothing that the error must undo."""
+    """Return a transition's result. Return its error if the transition has written nothing, else raise the error."""
     written = db.written
     try:
         return transition(db)

@@ -1,4 +1,4 @@
-"""The other servers on a database in PostgreSQL: who is alive, and the news that they send each other."""
+"""The other servers on a PostgreSQL database: which of them are alive, and the news that servers send each other."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
 NEWS_SECONDS = 60.0
 """How long news are sent after another server was last known to be alive."""
 SLOW_SECONDS = 5.0
-"""How often a server looks for what it may have missed."""
+"""How often a server looks for changes whose news it may have missed."""
 TAKEN_OVER_GRACE_MS = 1500
 """How long the workers of a dead server have to connect to another one."""
 MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
 class OtherServers:
-    """A thread with its own connection. It keeps this server alive for the others, and receives their news."""
+    """A thread with its own connection. It tells the other servers that this one is alive, and receives their news."""
 
     def __init__(
         self,
@@ -46,9 +46,10 @@ class OtherServers:
         on_alive: Callable[[], object],
         on_gap: Callable[[], object],
     ) -> None:
-        """Call `on_news` on the event loop, and `on_gap` if news may have been missed before.
+        """Start the thread.
 
-        `on_alive` is called in the thread whenever another server is known to be alive.
+        On the event loop, the thread calls `on_news` with news, and `on_gap` if news may have been missed before. In
+        the thread itself, it calls `on_alive` whenever another server is known to be alive.
         """
         self._url, self._server, self._channel, self._clock = url, server, channel, clock
         self._on_news, self._on_alive, self._on_gap = on_news, on_alive, on_gap
@@ -62,7 +63,7 @@ class OtherServers:
         """Tell the other servers that this one ends, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
-            send(connection, self._channel, self._server, News())  # it wakes the thread
+            send(connection, self._channel, self._server, News())  # this wakes the thread
         self._thread.join()
 
     def _run(self) -> None:
@@ -78,7 +79,7 @@ class OtherServers:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
         connection.execute(queries["beat"], me)
-        # From now on the others send news, although they have not counted this server yet.
+        # Send empty news: from now on the other servers send their news, even before they next count the live servers.
         send(connection, self._channel, self._server, News())
         self._call(self._on_gap)
         looked, beaten = time.monotonic(), 0.0
@@ -114,7 +115,7 @@ def channel_of(connection: Connection) -> str:
 
 
 def news_of(outcomes: list[Any]) -> News | None:
-    """Return what the other servers must know of a transaction; None if it is nothing."""
+    """Return what the other servers must know of a transaction, or None if they need to know nothing."""
     changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
     found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
     if not found:
@@ -138,7 +139,7 @@ def _payload(server: int, news: News) -> str:
 
 
 def _news_from(server: int, payload: str) -> News | None:
-    """Return the news that another server sent; None if this server sent them."""
+    """Return the news that another server sent, or None if this server sent them."""
     sender, ready, ended, due_ms = json.loads(payload)
     if sender == server:
         return None
