@@ -229,7 +229,8 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
             await former.ping()
-            assert errors[0].startswith(
+            start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
+            assert errors[0].startswith(f"{start} {tokens}")
                 f"the former tokens stay valid, because the changed file is wrong: line 1 of the token file {tokens}"
             )
             tokens.write_text(TOKENS)
