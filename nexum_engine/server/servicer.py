@@ -172,8 +172,8 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
-        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here: a start is
-        # submitted even if its caller is cancelled at once.
+        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here: the
+        # server submits a start even if the caller is cancelled at once.
         is_full = self.queue.may_be_full and await self.queue.is_full()
         self.queue.add()
         starting = asyncio.ensure_future(

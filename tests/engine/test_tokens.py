@@ -231,8 +231,6 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             await former.ping()
             start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
             assert errors[0].startswith(f"{start} {tokens}")
-                f"the former tokens stay valid, because the changed file is wrong: line 1 of the token file {tokens}"
-            )
             tokens.write_text(TOKENS)
             with pytest.raises(TokenRefused):
                 await former.ping()
