@@ -195,7 +195,7 @@ class PostgresStore(GroupCommitStore):
                     )
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
-                        send(connection, self._channel, self._server, news)
+                        send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not taken for one of the commit
                     is_sent = True
                     connection.execute("COMMIT")

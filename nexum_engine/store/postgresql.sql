@@ -53,6 +53,15 @@ WHERE sequence IN (SELECT CAST(value AS bigint) FROM json_array_elements_text(CA
                            AND later.sequence > executions.sequence)))
 ORDER BY sequence DESC;
 
+-- name: versions_with_task
+SELECT value AS version_hash FROM json_array_elements_text(CAST(:version_hashes AS json)) AS value
+WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = value AND due_ms <= :now);
+
+-- name: ended_of
+SELECT sequence FROM executions
+WHERE sequence IN (SELECT CAST(value AS bigint) FROM json_array_elements_text(CAST(:sequences AS json)) AS value)
+  AND status <> 'RUNNING';
+
 -- name: session_events
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key

@@ -279,6 +279,16 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
 ORDER BY due_ms, node LIMIT 1;
 
+-- name: versions_with_task
+-- Those of some versions that have a due task.
+SELECT value AS version_hash FROM json_each(:version_hashes) AS versions
+WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = versions.value AND due_ms <= :now);
+
+-- name: ended_of
+-- Those of some executions that have ended.
+SELECT sequence FROM executions
+WHERE sequence IN (SELECT value FROM json_each(:sequences)) AND status <> 'RUNNING';
+
 -- name: oversized_task
 -- A due task of a version that is too large for the worker.
 SELECT node, task_bytes FROM nodes
