@@ -109,11 +109,11 @@ class Channel:
 
 
 def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -> None:
-    """Close the channels of closed event loops by freeing them. While such a channel is open, gRPC keeps all loops.
+    """Close the channels of closed event loops by freeing them.
 
-    Only a garbage collection frees the channels: `asyncio.run` cancels tasks at its end, and their exceptions form
-    reference cycles with the channels. Collect young objects first, which takes little time. If one of `loops` is left,
-    collect all objects.
+    While such a channel is open, gRPC keeps all event loops in memory. Only a garbage collection frees the channels:
+    `asyncio.run` cancels tasks at its end, and their exceptions form reference cycles with the channels. Collect young
+    objects first, which takes little time. If one of `loops` is left, collect all objects.
     """
     gc.collect(1)
     if any(loop() is not None for loop in loops):

@@ -90,19 +90,19 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """The old executions that are kept: they run, or an execution of their session runs or ended too recently."""
+    """How many old executions are kept: they run, or their session has an execution that runs or ended too recently."""
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
     given_back_bytes: int
-    """The bytes of the database, its free bytes, and the bytes given back to the disk. 0 before the last part."""
+    """The database's size, its free space, and the space given back to the disk. All are 0 before the last part."""
 
 
 class NexumClient:
     """A client of one server. Use it as an async context manager, or call `close`.
 
-    `address` is HOST:PORT, several of them separated by commas, or the path of a database. Of several servers, the
+    `address` is HOST:PORT, a list of them separated by commas, or the path of a database. Of several servers, the
     client uses one that answers, until that server is lost. For a server that is named by HOST:PORT, TLS and the token
     come from the environment: NEXUM_TLS_CA, NEXUM_TLS_CERT, NEXUM_TLS_KEY, and NEXUM_TOKEN_FILE or NEXUM_TOKEN.
 
@@ -136,7 +136,7 @@ class NexumClient:
         await self._connection.close()
 
     async def reach(self) -> None:
-        """Look up the server's address again if it may change.
+        """If the server's address may change, look it up again.
 
         Raises ServerUnavailable, NotANexumServer, AccessDenied.
         """
@@ -144,18 +144,18 @@ class NexumClient:
 
     @property
     def has_choice(self) -> bool:
-        """Whether several servers are named: if one refuses the client, another may not."""
+        """Whether several servers are named. If one of them refuses the client, another one may accept it."""
         return self._connection.has_choice
 
     def route(self) -> Route:
         """Return what a channel to the present server needs.
 
-        Another thread can use them for its own connection. Call `reach` once before. Raises ServerUnavailable.
+        Another thread can use it for a connection of its own. Call `reach` once before. Raises ServerUnavailable.
         """
         return self._connection.route()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
-        """Return the server's database and kind; None if the server knows only the published contract."""
+        """Return the server's database and kind; None for a published server, which lacks this project's additions."""
         try:
             answer = await self._call(lambda stub: stub.GetServerInfo, pb.EmptyRequest(), patience=patience)
         except NotANexumServer:
@@ -193,7 +193,7 @@ class NexumClient:
         """Start an execution, or find the execution that has the idempotency key.
 
         With `wait`, return when the execution ends, or after `wait` seconds. `owner` is the id of a connected worker:
-        the execution's only node is handed to the caller, and to no poll. With `held_task_id`, the server refuses the
+        the caller gets the execution's only node, and no poll gets it. With `held_task_id`, the server refuses the
         start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
         that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
         `attributes` are names and values by which `list_executions` finds the execution.
@@ -280,7 +280,7 @@ class NexumClient:
         return data.decode("utf-8", "surrogatepass")
 
     def _fall_back(self) -> None:
-        # Log the warning only once: several calls in parallel may fall back.
+        # Log the warning only once: several calls in parallel may find that GetExecution is missing.
         if self._has_get_execution:
             published.logger.warning(
                 "the server on %s has no GetExecution: it shows results, but no attempts, times or reasons of failures",
@@ -330,10 +330,10 @@ class NexumClient:
         `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
         an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
         page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
-        1970. `attributes` selects executions that have all of them. With `group_sessions`, a durable session is
-        one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
-        Raises ExecutionNotFound for an unknown `before`, and ServerError if the server knows only the published
-        contract and can't select by time or attributes.
+        1970. `attributes` selects executions that have all these attributes. With `group_sessions`, a durable session
+        is one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
+        Raises ExecutionNotFound for an unknown `before`, and ServerError if a published server would have to select by
+        time or attributes, which it can't do.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,
@@ -378,7 +378,7 @@ class NexumClient:
     async def cancel_execution(self, execution_id: str, *, by: str = "") -> None:
         """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed.
 
-        `by` is recorded, but a server with tokens records the name of this client's token instead.
+        `by` is recorded as the name of the person who cancels. A server with tokens records the token's name instead.
         """
         # Check the status here, too: a published server cancels ended executions, and accepts unknown ids.
         status = await self.get_status(execution_id)
@@ -563,7 +563,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # A published server sends no version and no attempt. Its task has the only version that the poll asked for.
+        # A published server sends no version and no attempt number. The poll asked for one version: the task has it.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

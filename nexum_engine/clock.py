@@ -21,14 +21,14 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """A clock that starts at the system's time and never jumps: a corrected system time makes no lease expire."""
+    """A clock that starts at the system's time and never jumps, so no correction of that time makes a lease expire."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
         self._last_ms = 0
 
     def now_ms(self) -> int:
-        # Stand still, rather than go back, while the followed clock is behind.
+        # If this clock is ahead of the clock that it follows, stand still: the time must not go back.
         self._last_ms = max(self._last_ms, (self._offset_ns + time.monotonic_ns()) // 1_000_000)
         return self._last_ms
 

@@ -1,6 +1,6 @@
 """The commands about executions: ps, show, cancel, retry, approvals, approve, reject, send.
 
-They ask a server. If none was named and none answers, they open the database themselves.
+They ask a server. If no server is named, and no server answers, they open the database themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nexum_engine.store.retry import retry_execution
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait for an ending server to release the database
 PAGE = 1000
-"""The number of child executions to read at once: executions that the nodes of one execution started."""
+"""How many child executions to read in one call. A child execution is one that a node started."""
 T = TypeVar("T")
 
 
@@ -171,9 +171,10 @@ async def look(args: argparse.Namespace) -> str:
 async def on_server_or_database(
     args: argparse.Namespace, ask: Callable[[NexumClient], Awaitable[T]], read: Callable[[Store], Awaitable[T]]
 ) -> T:
-    """Ask a server. If none was named and none answers, or a database was named, open the database.
+    """Open the database that --database-url names. Without --database-url, ask a server.
 
-    Raises InvalidRequest if both a server and a database are named.
+    If no server is named, and no server answers, open the default database instead. Raises InvalidRequest if both a
+    server and a database are named.
     """
     if args.database_url is not None:
         if args.nexum is not None:

@@ -36,7 +36,7 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
-MAX_PAUSE = 20.0  # seconds between two calls of an overloaded server, before the random factor
+MAX_PAUSE = 20.0  # the longest pause, in seconds, between two calls to an overloaded server; a random factor changes it
 MAX_SERVER_WAIT = 25.0  # the longest wait, in seconds, that a call requests; the server allows more
 
 Request = TypeVar("Request")
@@ -63,15 +63,15 @@ class Route(NamedTuple):
     """HOST:PORT."""
     metadata: Metadata
     security: Security | None
-    """None for a server that was not named but found."""
+    """None unless the server is named by HOST:PORT."""
 
 
 class Connection:
     """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says.
 
-    Of several addresses, it uses the first one that answers, in a random order: so the processes that start together
-    spread over the servers, and those of a dead server over the others, without knowing of each other. It stays with
-    that server until the server is lost.
+    If there are several addresses, it tries them in a random order. It uses the first server that answers, until that
+    server is lost. Because the order is random, processes that start together spread over the servers. If a server
+    dies, its clients spread over the other servers.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -98,7 +98,7 @@ class Connection:
                 security.check(target)
             random.shuffle(self._targets)
             self._connect(self._targets[0], ())
-            self._is_lost = self.has_choice  # look for a server that answers before the first call
+            self._is_lost = self.has_choice  # before the first call, look for a server that answers
 
     async def close(self) -> None:
         """Close the channels of the running event loop."""
@@ -121,7 +121,7 @@ class Connection:
 
     def _connect(self, target: str, metadata: Metadata) -> None:
         self._metadata = metadata
-        # Keep earlier channels open: closing one would cancel its calls. The present server's is the last one.
+        # Keep earlier channels open: closing a channel would cancel its calls. The last one is for the present server.
         known = next((channel for channel in self._channels if channel.target == target), None)
         others = [channel for channel in self._channels if channel is not known]
         self._channels = [*others, known or Channel(target, metadata, self._security)]
@@ -139,7 +139,7 @@ class Connection:
         return Route(target or self._latest().target, self._metadata, self._security)
 
     async def reach(self) -> None:
-        """Look up the server's address again if it may change.
+        """If the server's address may change, look it up again.
 
         Raises ServerUnavailable, NotANexumServer, AccessDenied.
         """
@@ -203,7 +203,7 @@ class Connection:
             except grpc.RpcError as rpc_error:
                 if rpc_error.code() is not grpc.StatusCode.UNIMPLEMENTED:
                     raise
-            # Try ListExecutions: the published server has no GetServerInfo.
+            # Try ListExecutions: a published server has no GetServerInfo.
             await stub.ListExecutions(pb.ListRequest(limit=1), timeout=FIRST_ANSWER)
         except grpc.RpcError as rpc_error:
             error = await explained(rpc_error, target, self._security)
@@ -222,7 +222,7 @@ class Connection:
     ) -> Answer:
         """Make one call. While no server answers, retry for `patience` seconds. Raises the engine's errors.
 
-        `wait` is how long the server may hold the call, in addition to CALL_DEADLINE.
+        `wait` is how many seconds the server may hold the call. The client gives up CALL_DEADLINE seconds later.
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + patience
@@ -236,7 +236,7 @@ class Connection:
             except grpc.RpcError as rpc_error:
                 address = channel.target if self._targets else self.address
                 error = await explained(rpc_error, address, self._security)
-                # A server that refuses the client has not made the call, so another one may.
+                # A server that refuses the client has not made the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
                 self._is_lost = is_refused or isinstance(error, ServerUnavailable)
                 if not is_refused and (not self._is_lost or loop.time() >= give_up):
@@ -262,7 +262,7 @@ def pause_after(error: Exception, refusals: int) -> float:
 
 
 async def explained(rpc_error: grpc.RpcError, address: str, security: Security | None) -> NexumError:
-    """Return the error of a failed call to `address`. Find out whether TLS is the reason if `security` is given."""
+    """Return the error of a failed call to `address`. If `security` is given, find out whether TLS is the reason."""
     error = error_of(rpc_error, address)
     if security is not None and type(error) is ServerUnavailable and rpc_error.code() is grpc.StatusCode.UNAVAILABLE:
         return await tls_obstacle(address, security) or error

@@ -101,7 +101,7 @@ class EmbeddedNexum:
         self.address = address or os.environ.get("NEXUM_ADDRESS") or ""
         """The server's address for NexumClient or --nexum: HOST:PORT, or the path of the server's database."""
         self.is_published = False
-        """Whether the server is a published Nexum server, which knows only the published contract."""
+        """Whether the server is a published Nexum server: one that isn't this project's, and lacks its additions."""
         self._needs_owners = owners
         self._worker_scripts = workers
         self._workers: dict[Path, Child] = {}
@@ -190,7 +190,7 @@ async def _first_answer(client: NexumClient) -> None:
     error in both cases.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + FIRST_ANSWER * (1 + client.address.count(","))  # each server that is named has this time
+    give_up = loop.time() + FIRST_ANSWER * (1 + client.address.count(","))  # every named server gets this time
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
         refusal, somebody_listens = await asyncio.gather(

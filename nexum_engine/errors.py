@@ -22,7 +22,7 @@
     |   |-- NotANexumServer               a server of another kind answers
     |   |-- AccessDenied                  TLS or the token: a retry can't fix it
     |   |   |-- TokenRefused                      no token, or one that the server doesn't know
-    |   |   `-- RoleRefused                       the token may not make this call
+    |   |   `-- RoleRefused                       the token doesn't permit this call
     |   |-- NoOwnedExecutions             the server can't record runs
     |   `-- ServerFault                   the server had an internal error, which is in its log
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
@@ -51,12 +51,12 @@ class TooLarge(InvalidRequest):
 
 
 class Overloaded(NexumError):
-    """The server holds as much for other calls as it may, or its queue is full: retry after some time."""
+    """Other calls use all the server's memory for calls, or too many tasks wait for workers: retry after some time."""
 
     def __init__(self, message: str, retry_after: float = 0.1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """When to retry, in seconds. Clients vary it, so that they don't all come back at the same time."""
+        """How many seconds to wait before a retry. Clients vary it, so that they don't all come back at once."""
 
 
 class NotFound(NexumError, LookupError):
@@ -135,7 +135,7 @@ class ServerNotReady(ServerUnavailable):
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """When to retry, in seconds; 0 if the server didn't say."""
+        """How many seconds to wait before a retry; 0 if the server didn't say."""
 
 
 class NotANexumServer(ServerError):
@@ -151,11 +151,11 @@ class TokenRefused(AccessDenied):
 
 
 class RoleRefused(AccessDenied):
-    """The token is valid, but it may not make this call."""
+    """The token is valid, but it doesn't permit this call."""
 
 
 class NoOwnedExecutions(ServerError):
-    """The server knows no owned executions, so it can't record runs."""
+    """The server doesn't support owned executions, so it can't record runs."""
 
     def __init__(self, address: str) -> None:
         super().__init__(

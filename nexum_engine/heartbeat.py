@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# Seconds, at most, between two heartbeats at the start of a stream or after a call of `beat`. The server leaves a
-# disconnected worker its tasks for longer than this.
+# At the start of a stream, and after a call of `beat`, at most this many seconds pass between two heartbeats. If a
+# worker disconnects, the server waits for longer than this before it reassigns the worker's tasks.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
@@ -123,9 +123,9 @@ class Heartbeat:
 
     @property
     def is_holding(self) -> bool:
-        """Whether the worker certainly still holds its tasks. If False, only the server knows.
+        """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        It certainly holds them until half a lease after it sent a heartbeat that the server has answered.
+        After the worker has sent a heartbeat that the server answers, this is certain for half a lease.
         """
         return time.monotonic() < self._held_until
 
@@ -150,7 +150,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
 
-        If the server has handed this worker a task that neither heartbeat names, it hands the task out again.
+        If neither heartbeat names a task that the server has handed to this worker, the server hands it out again.
         """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
@@ -330,8 +330,8 @@ class Heartbeat:
 
         exchanging = asyncio.ensure_future(exchange())
         try:
-            # Wait in two halves. If this process is suspended during one of them, that half is over as soon as the
-            # process resumes, even if the answer has come. The other half then reads the answer.
+            # Wait twice, for half of the timeout each. If this process is suspended during the first wait, that wait
+            # times out when the process resumes, even if the answer has come. The second wait then reads the answer.
             for _ in range(2):
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
@@ -356,7 +356,7 @@ class Heartbeat:
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
-            self._doubtful_until = time.monotonic()  # the loop was blocked: another heartbeat was sent first
+            self._doubtful_until = time.monotonic()  # the loop was blocked: a newer heartbeat has been sent
         self._turned = number
 
     def _answer(self, loop: asyncio.AbstractEventLoop, count: int, lost: frozenset[str]) -> None:

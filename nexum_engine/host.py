@@ -37,17 +37,17 @@ WATCH_INTERVAL = 0.3  # seconds between checks of a server of another process
 PATIENCE = 10.0  # seconds that a new server waits for an ending server to release the database
 SLOW_START = 3.0  # seconds until a log line explains why the database isn't open
 EXIT_PATIENCE = 10.0  # seconds that an ending interpreter waits for the server to close the database
-MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # count and seconds: if more are needed in that time, restarts don't help
+MAX_RESTARTS, RESTART_WINDOW = 5, 60.0  # give up if more than MAX_RESTARTS are needed within RESTART_WINDOW seconds
 
 
 class Restarts:
-    """The restarts of the last minute."""
+    """The times of the restarts in the last RESTART_WINDOW seconds."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
 
     def count(self, what: str) -> None:
-        """Count a restart of `what`. Raises ServerError after too many."""
+        """Count a restart of `what`. Raises ServerError if there were too many."""
         now = asyncio.get_running_loop().time()
         self._times = [*(at for at in self._times if now - at < RESTART_WINDOW), now]
         if len(self._times) > MAX_RESTARTS:
@@ -70,7 +70,7 @@ class Host:
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.is_published = False
-        """Whether the server is a published Nexum server, which knows only the published contract."""
+        """Whether the server is a published Nexum server: one that isn't this project's, and lacks its additions."""
         self.is_here = False
         """Whether the server runs in this process."""
         self.address = ""
@@ -85,7 +85,7 @@ class Host:
         self._listen = DEFAULT_LISTEN
         """The address that this process's server tries first."""
         self._uses_default_port = False
-        """Whether the client uses the server on the default port, and not the server with the folder's database."""
+        """Whether the client uses the server on the default port, whichever database that server has open."""
         self._stop = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
         self._restarts = Restarts()
@@ -126,7 +126,7 @@ class Host:
             self._thread.loop.call_soon_threadsafe(self._cancel)
 
     def end_at_exit(self) -> None:
-        """Wait for the users' threads, as the interpreter does at its end. Then end the host and its thread."""
+        """Wait for the threads that use the host, as the interpreter does at its end. Then end the host's thread."""
         for thread in list(self._users.values()):
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
@@ -186,7 +186,7 @@ class Host:
         except (ServerUnavailable, NotANexumServer):
             return False
         if info is None and self._needs_owners:
-            # Take a free port, because the published server has the default port. Even if both servers could listen on
+            # Take a free port, because a published server has the default port. Even if both servers could listen on
             # that port, localhost would lead to only one of them.
             self._listen = ANY_PORT
             return False
@@ -206,7 +206,7 @@ class Host:
             self._client = NexumClient(str(self._database))
 
     async def _open(self, why: str) -> None:
-        """Open the database in this process, unless another process opens it first. `why` names the ended server."""
+        """Open the database in this process, unless another process opens it first. `why` is the reason for the log."""
         if is_forked():
             raise ServerUnavailable(
                 "no Nexum server answers, and a forked process can't open the database itself: start a server with "
@@ -220,7 +220,7 @@ class Host:
                 await self._serve(why)
                 return
             except (StoreLocked, ServerError):
-                # The server that holds the database or the port may be ending, or another process may be starting one.
+                # A server that holds the database or the port may be ending, or another process may start a server.
                 if loop.time() - begun > PATIENCE:
                     raise
                 if loop.time() - begun > SLOW_START and not is_explained:

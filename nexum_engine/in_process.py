@@ -57,7 +57,7 @@ def listed(target: str, server: LocalServer) -> Iterator[None]:
 class InProcessChannel:
     """A channel with the methods of `grpc.aio.Channel` that this project's calls need.
 
-    Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do.
+    Its calls raise `grpc.aio.AioRpcError`, as calls of `grpc.aio` do.
     """
 
     def __init__(self, server: LocalServer) -> None:
@@ -193,7 +193,7 @@ class _Exchange:
 
 
 def _after_fork() -> None:
-    """Forget the servers: a forked process doesn't have their threads. It reaches them over TCP."""
+    """Forget the servers: a forked process doesn't have their threads. It reaches the servers over TCP."""
     global _servers
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_servers))
     _servers = {}

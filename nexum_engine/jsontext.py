@@ -13,7 +13,7 @@ from nexum_engine.errors import InvalidRequest, TooLarge
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """The size limit of an input or output, in bytes."""
 MAX_VALUES = 200_000
-"""The most values in a text, and the most strings and names. A limit is needed: the parser blocks all threads."""
+"""A text with more values, or more strings and names, is refused: parsing it would block all other threads."""
 
 
 def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:

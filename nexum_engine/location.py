@@ -1,8 +1,8 @@
 """The path of the database that a URL names, and the address of the server that has the database open.
 
 A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
-killed server leaves the file behind, and another server may then listen on the address. So a client asks the server at
-the address which database it has open.
+killed server leaves the file behind, and another server may then listen on the address. So a client checks which
+database is open in the server that listens there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def default_database_url() -> str:
 
 def database_path(database_url: str) -> Path:
     """Return the absolute path that a SQLite URL names: `sqlite:///relative`, `sqlite:////absolute`,
-    `sqlite:///C:/path`, or the published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for other URLs."""
+    `sqlite:///C:/path`, or a published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for other URLs."""
     rest, _, query = database_url.removeprefix("sqlite:").partition("?")
     unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
     name = unquote(rest.removeprefix("//"))
@@ -64,7 +64,10 @@ def is_same_database(one: str, other: str) -> bool:
 
 
 def address_file(database: Path) -> Path:
-    """Return the path of the file with the address of the database's server. For a link, it is beside the target."""
+    """Return the path of the database's address file, which contains the address of the database's server.
+
+    If `database` is a link, the file is beside the link's target.
+    """
     return Path(f"{os.path.realpath(database)}.address")
 
 
@@ -97,7 +100,7 @@ def write_address(database: Path, address: str) -> None:
 
 
 def remove_address(database: Path, address: str) -> None:
-    """Remove the database's address file if possible, unless another server has written its address into it."""
+    """Remove the database's address file if it still contains `address`. Ignore an error of the file system."""
     if read_address(database) == address:
         with contextlib.suppress(OSError):
             address_file(database).unlink()

@@ -26,7 +26,7 @@ PROGRESS_INTERVAL = 2.0  # seconds between two progress lines of a long command
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
-    """Add the commands to the parser of the command line. Return those that ask a server."""
+    """Add the commands to the parser of the command line. Return the commands that ask a server."""
     prune = commands.add_parser(
         "prune",
         help="delete executions that ended long ago",
@@ -244,7 +244,7 @@ class _Progress:
         self._next = time.monotonic() + PROGRESS_INTERVAL
 
     def say(self, text: str) -> None:
-        """Print a line, if the last one was printed a while ago."""
+        """Print `text`, but at most one line in PROGRESS_INTERVAL seconds."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + PROGRESS_INTERVAL
             print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Owned executions. The process that starts an owned execution does the work, and no worker gets the node.
+"""Owned executions: the process that starts such an execution does its work, and no worker gets a task of it.
 
     async with Owner(client) as owner:
         owned = await owner.start(WORKFLOW, {"n": 1}, idempotency_key="n-1")
@@ -88,7 +88,7 @@ class Owner:
 
     @property
     def is_holding(self) -> bool:
-        """Whether this owner certainly still holds its tasks. If False, another owner may have taken over."""
+        """Whether it is certain that this owner still holds its tasks. If False, another owner may have taken over."""
         return self._heartbeat.is_holding
 
     async def start(

@@ -1,6 +1,7 @@
 """Convert the answers of a published Nexum server to this package's records.
 
-That server stores no attempts, no reasons of failures, and no times except the start.
+A published Nexum server is one that isn't this project's. It stores no attempts, no reasons of failures, and no times
+except the start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Pointer(BaseModel):
 
 
 def execution(execution_id: str, answer: pb.StatusResponse) -> Execution:
-    """Return the execution that a GetStatus answer describes. Raises ServerError if an output can't be read here."""
+    """Return the execution that a GetStatus answer describes. Raises ServerError if an output can't be read."""
     try:
         outputs = _OUTPUTS.validate_json(answer.completed_nodes_json or "{}")
     except ValidationError as error:
@@ -70,7 +71,7 @@ def _followed(execution_id: str, node_id: str, output: Any) -> str | None:
         return None
     name = f"{execution_id}-{node_id}"
     if pointer.blob_id != name:
-        return None  # only looks like a pointer: a tool's output must not choose which file is read
+        return None  # a tool's output that looks like a pointer must not choose which file is read
     path = Path(".nexum", "blobs", f"{name}.json")
     try:
         text = path.read_text(encoding="utf-8")

@@ -146,7 +146,7 @@ class Node:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A session in a list of executions. Question, calls and tokens are empty if its events have no summary."""
+    """A session in a list of executions. If its events have no summary, question, calls and tokens are empty."""
 
     session: str
     events: int

@@ -57,7 +57,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return a line for each start and each end in `execution`. A later call returns these lines, and new ones."""
+    """Return lines that say what has started and ended in `execution`. A later call returns these and new lines."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -85,7 +85,7 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
-        # A published server shows neither this time nor the nodes' types.
+        # A published server sends neither this time nor the nodes' types.
         *([f"started    {_moment(execution.created_ms)}{took}"] if execution.created_ms else []),
     ]
     if execution.parent_execution_id:
@@ -189,7 +189,7 @@ def _cut(text: str, width: int) -> str:
 def _moment(ms: int) -> str:
     try:
         moment = datetime.fromtimestamp(ms / 1000, tz=timezone.utc)
-    except (ValueError, OverflowError, OSError):  # another server may send any number
+    except (ValueError, OverflowError, OSError):  # some servers may send a number that is not a time
         return f"at {ms} ms since 1970"
     return moment.isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
 

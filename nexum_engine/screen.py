@@ -12,10 +12,10 @@ _END_OF_LINE, _END_OF_SCREEN = "\x1b[K", "\x1b[J"
 
 
 class Screen:
-    """The view on standard output, redrawn `in_place` or not. `say` prints a text and flushes it.
+    """The view on standard output. With `in_place`, a new view is drawn over the old one. `say` prints and flushes.
 
-    Each redrawing leaves the terminal as it was, with the cursor below the view. So the program may be killed at any
-    time.
+    After each drawing, the terminal wraps long lines again, and the cursor is below the view. So a program that is
+    killed leaves a usable terminal.
     """
 
     def __init__(self, say: Callable[[str], None], *, in_place: bool) -> None:

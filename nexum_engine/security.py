@@ -32,7 +32,7 @@ _EXPIRED, _NOT_YET_VALID, _OTHER_NAME, _OTHER_ADDRESS = 10, 9, 62, 64  # OpenSSL
 
 
 def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
-    """Read a file of certificates, or with `secret`, one with a key or tokens. Raises InvalidRequest, which says why.
+    """Read a file with certificates; with `secret`, a file with a key or tokens. Raises InvalidRequest.
 
     A secret file is refused if other users may read it, or its group may change it. Windows has no such modes.
     """
@@ -49,7 +49,7 @@ def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host, a name or an IP address, is this machine."""
+    """Return whether `host`, which is a name or an IP address, is this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -62,7 +62,7 @@ class Security:
 
     tls: bool = False
     ca: bytes | None = field(default=None, repr=False)
-    """The certificates of the authorities that the client trusts, in PEM. None for those that gRPC trusts."""
+    """The certificates of the authorities that the client trusts, in PEM. If None, it trusts gRPC's defaults."""
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
     """The client's key and its certificate chain, in PEM."""
     certificate_files: tuple[Path, Path] | None = None
@@ -92,7 +92,7 @@ class Security:
         return security
 
     def context(self) -> ssl.SSLContext | None:
-        """Return the same TLS settings for Python's own TLS, or None for plaintext. Raises InvalidRequest."""
+        """Return the TLS settings for Python's module `ssl`, or None for plaintext. Raises InvalidRequest."""
         if not self.tls:
             return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -163,7 +163,7 @@ def load_key_pair(context: ssl.SSLContext, certificate: Path, key: Path, what: s
 async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:
     """Return why client and server don't agree about TLS, or None if something else is wrong.
 
-    gRPC reports every such failure as UNAVAILABLE, like that of a server that is restarting.
+    gRPC reports UNAVAILABLE in both cases, and also while a server restarts.
     """
     finding = asyncio.ensure_future(_tls_obstacle(target, security))
     try:
@@ -191,8 +191,9 @@ async def _tls_obstacle(target: str, security: Security) -> AccessDenied | None:
             f"{_next_step(failure.verify_code)}"
         )
     if isinstance(failure, EOFError):
-        # gRPC closes the connection without a reason if it doesn't accept the client's certificate: in TLS 1.3 after
-        # the handshake, in TLS 1.2 during the handshake. A proxy whose server is down closes it after both.
+        # A gRPC server that doesn't accept the client's certificate closes the connection without a reason: in TLS 1.3
+        # after the handshake, in TLS 1.2 during the handshake. A proxy whose server is down closes the connection after
+        # the handshake in both versions.
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         if isinstance(await _shake_hands(target, context), (ConnectionError, ssl.SSLError)):
             own = "refuses this client's certificate" if security.certificate else "wants a client certificate"
@@ -218,7 +219,10 @@ def _next_step(code: int) -> str:
 
 
 async def _shake_hands(target: str, context: ssl.SSLContext) -> OSError | EOFError | None:
-    """Connect with TLS, and wait for the server's first byte. Return the error, EOFError if no byte came, or None."""
+    """Connect with TLS, and wait for the server's first byte. Return None if it came, otherwise the error.
+
+    The error is EOFError if the server closed the connection after the handshake without sending a byte.
+    """
     host, _, port = target.rpartition(":")
     try:
         reader, writer = await asyncio.open_connection(

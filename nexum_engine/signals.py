@@ -16,8 +16,8 @@ ORPHAN_GRACE = 1.5  # seconds to stop cleanly after the parent process has ended
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     """Return an event that Ctrl+C or SIGTERM sets. A second signal ends the process at once.
 
-    With `until_stdin_closes`, the event is also set when standard input closes, however the parent process dies.
-    Ctrl+C is then ignored, and left to the parent. Call this function in the main thread.
+    With `until_stdin_closes`, Ctrl+C is ignored, because the parent process handles it. The event is also set when
+    standard input closes, which happens however the parent process ends. Call this function in the main thread.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

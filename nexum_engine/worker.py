@@ -41,11 +41,11 @@ from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
 REPORT_PATIENCE = 300.0  # seconds to retry the report of a result while no server answers
-STOP_PATIENCE = 3.0  # seconds for which a stopping worker waits for an answer
+STOP_PATIENCE = 3.0  # seconds that a stopping worker waits for the server's answer
 FAULT_DELAY = 5.0  # seconds until the next poll of a server that had an internal error
 SHORT_POLL_INTERVAL = 0.1  # seconds between polls of a server without long polls
-PUBLISHED_RETRIES = 3  # how often a published server retries a failed task
-MAX_REASON_CHARACTERS = 100_000  # the most characters of a failure's message to send; the server stores fewer
+PUBLISHED_RETRIES = 3  # how often a published Nexum server (one that isn't this project's) retries a failed task
+MAX_REASON_CHARACTERS = 100_000  # a failure's message is cut to this length; the server stores even less
 MAX_LOGGED_CHARACTERS = 500
 MAX_PROGRESS_BYTES = 4096
 """The size limit of a task's progress, as JSON text."""
@@ -67,15 +67,15 @@ class TaskContext:
     attempt: int
     """The number of the attempt, from 1."""
     idempotency_key: str
-    """The key is the same at every attempt. A target that honors the key executes the effect once."""
+    """The key is the same at every attempt. An outside service that honors the key does the work only once."""
     progress: Any = None
     """The last value that an earlier attempt passed to `heartbeat`."""
     item: Any = None
-    """The item, in a task of a MAP node."""
+    """The item, if the task is for one item of a MAP node."""
     index: int | None = None
-    """The number of the item, from 0. None if the task is not one of a MAP node's items."""
+    """The number of the item, from 0. None if the task is not for an item of a MAP node."""
     total: int = 0
-    """The number of all items."""
+    """How many items the MAP node has."""
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
     """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
 
@@ -114,7 +114,7 @@ class _Work:
 
     def __init__(self, task: Task, requested: float) -> None:
         self.task = task
-        """The newest attempt at the node, of those that the server handed to this process."""
+        """The newest attempt at the node that this process has received."""
         self.requested = requested
         """The monotonic time of the request that the server answered with the task."""
 
@@ -175,7 +175,7 @@ class Worker:
         self._was_connected = False
         self._streams = True
         self._polling = asyncio.Lock()
-        """Held while a server without worker streams is polled: it may give one task to two simultaneous polls."""
+        """The lock for polls of a published server. Such a server may give one task to two simultaneous polls."""
         self._turn = 0
         self._at_work: dict[tuple[str, str, int | None], _Work] = {}
         """The work in this process, by execution id, node id and item number."""
@@ -316,7 +316,7 @@ class Worker:
         task = await self._answer(self._poll())
         if task is None:
             return None
-        # Heartbeats name the task from now on, even while the slot waits for the answer to its last report.
+        # Heartbeats name the task from now on, even while the slot waits for the answer to its previous report.
         self._heartbeat.hold(task.task_id)
         return _Work(task, requested)
 
@@ -328,7 +328,7 @@ class Worker:
             for _ in versions:
                 if self._told_to_stop.is_set():  # the stop may have come while this slot waited for its turn
                     return None
-                # Ask for only one version in each poll: this server accepts no more.
+                # Ask for one version in each poll: a published server accepts only one.
                 self._turn = (self._turn + 1) % len(versions)
                 task = await self._client.poll_task(self.worker_id, [versions[self._turn]], wait=0.0)
                 if task is not None:
@@ -397,7 +397,7 @@ class Worker:
         start = time.monotonic()
         context = _context(task, partial(self._send_progress, work))
         name = self._describe(context)
-        attempt = f", attempt {task.attempt}" if self._streams else ""  # a published server sends no number
+        attempt = f", attempt {task.attempt}" if self._streams else ""  # a published server sends no attempt number
         what = f"{name}, execution {task.execution_id}{attempt}"
         logger.info("started  %s", what)
         try:
@@ -459,7 +459,7 @@ class Worker:
             del self._handlers[running]
         if node.node_type is NodeType.ROUTER and isinstance(result, str):
             result = {"routed_to": result}
-        # Don't check the results of nodes that start executions: the node's output comes from these executions.
+        # Don't check the result of a task that starts executions: the node's output comes from these executions.
         is_output = node.node_type is not NodeType.SUBWORKFLOW and (
             node.node_type is not NodeType.MAP or _index_of(task) is not None
         )
@@ -566,7 +566,7 @@ def _reason(error: Exception) -> str:
 
 
 def _index_of(task: Task) -> int | None:
-    """Return the number of the item, if the task is one of a MAP node's items."""
+    """Return the number of the item, or None if the task is not for an item of a MAP node."""
     return task.map_index if task.node_type == NodeType.MAP_SUBTASK else None
 
 

@@ -7,7 +7,7 @@
         .build()
     )
 
-The IR has the published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...], ...}}}`. The
+The IR has a published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...], ...}}}`. The
 fields `event`, `on_timeout`, `timeout_seconds` and `retry_policy` are additions of this project.
 """
 
@@ -49,7 +49,7 @@ class Route(BaseModel):
 
 
 class RetryPolicy(BaseModel):
-    """When a node is retried after a reported failure. The defaults are the published server's."""
+    """When a node is retried after a reported failure. A published server has the same defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -325,7 +325,7 @@ def check_attributes(attributes: Mapping[str, str]) -> None:
 
 
 class _NodeIr(BaseModel):
-    # Ignore unknown fields: published builders may add fields.
+    # Ignore unknown fields: the SDKs of published Nexum servers may add fields.
     model_config = ConfigDict(extra="ignore")
 
     type: str

@@ -129,6 +129,7 @@ async def run_server(
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
         await liveness.start()
+        await servicer.queue.count()
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()

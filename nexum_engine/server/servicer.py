@@ -113,7 +113,7 @@ class NexumServicer(NexumServiceServicer):
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self._tokens = tokens
-        self._queue = Queue(store, limits.queue)
+        self.queue = Queue(store, limits.queue)
         self._answers = answers
         self._embedded = embedded
         self._store = store
@@ -172,9 +172,10 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
-        # If the queue is full, only a start that finds its execution succeeds.
-        full_at = self._queue.limit if await self._queue.is_full() else None
-        self._queue.add()
+        # If the queue is full, only a start that finds its execution succeeds. Await nothing else here: a start is
+        # submitted even if its caller is cancelled at once.
+        is_full = self.queue.may_be_full and await self.queue.is_full()
+        self.queue.add()
         starting = asyncio.ensure_future(
             self._store.run(
                 executions.start_execution,
@@ -184,7 +185,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
                 attributes=dict(request.attributes),
                 max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
-                full_at=full_at,
+                full_at=self.queue.limit if is_full else None,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.

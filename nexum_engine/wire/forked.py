@@ -46,7 +46,7 @@ class _Connection(grpclib.client.Channel):
 class ForkedChannel:
     """A channel with the methods of `grpc.aio.Channel` that this project's calls need.
 
-    Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do. Create it in an event loop.
+    Its calls raise `grpc.aio.AioRpcError`, as calls of `grpc.aio` do. Create it in an event loop.
     """
 
     def __init__(self, target: str, tls: ssl.SSLContext | None) -> None:

@@ -8,11 +8,11 @@ CALLS = f"/{pb.DESCRIPTOR.services_by_name['NexumService'].full_name}/Calls"
 OPENED = ("nexum-calls", "open")
 """The initial metadata of a stream that the server has opened. A server without `Calls` sends none."""
 BATCH_BYTES = 64 * 1024
-"""The size at which no further frame is added to a message."""
+"""When the frames of a message have this size, no further frame is added."""
 
 
 def take_batch(unsent: list[pb.CallFrame]) -> list[pb.CallFrame]:
-    """Remove the frames of the next message from the beginning of `unsent`, and return them."""
+    """Remove from the beginning of `unsent` the frames for the next message, and return them."""
     size = count = 0
     while count < len(unsent) and size < BATCH_BYTES:
         size += len(unsent[count].message)

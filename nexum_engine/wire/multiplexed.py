@@ -35,7 +35,7 @@ class _NotOpened(Exception):
 class MultiplexedChannel:
     """A channel with the methods of `grpc.aio.Channel` that this project's calls need. It takes over `channel`.
 
-    Its calls raise `grpc.aio.AioRpcError`, as those of `grpc.aio` do. Create and use it in one event loop.
+    Its calls raise `grpc.aio.AioRpcError`, as calls of `grpc.aio` do. Create and use it in one event loop.
     """
 
     def __init__(self, channel: Any) -> None:

@@ -143,7 +143,9 @@ async def test_a_small_answer_does_not_wait_for_a_large_one(server: EngineServer
     assert [frame.call for frame in frames].index(2) < len(frames) - 1
 
 
-async def test_an_error_is_answered_as_by_an_rpc(server: EngineServer, stub: Any) -> None:
+async def test_an_error_is_answered_as_by_an_rpc(
+    server: EngineServer, stub: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     request = pb.GetExecutionRequest(execution_id="exec-nowhere")
     async with grpc.aio.insecure_channel(server.address) as channel:
         alone: Any = NexumServiceStub(channel)
@@ -155,6 +157,7 @@ async def test_an_error_is_answered_as_by_an_rpc(server: EngineServer, stub: Any
         assert error.code() is grpc.StatusCode.NOT_FOUND
         assert ("nexum-error", "ExecutionNotFound") in tuple(error.trailing_metadata())
     assert of_call.value.details() == of_rpc.value.details()
+    assert "fault" not in caplog.text
 
 
 async def test_a_fault_is_an_internal_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:

@@ -92,6 +92,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_server_that_refuses_the_client_is_left_for_another_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nexum_engine.server.access.LOOK_INTERVAL", 0.0)
     monkeypatch.setenv("NEXUM_TOKEN", USE)
     with ExitStack() as stack:
         servers = []
@@ -103,6 +104,12 @@ async def test_server_that_refuses_the_client_is_left_for_another_one(
             async with Owner(client):
                 await client.ping()
             assert client.address == servers[1].address
+            # Swap their tokens: the server that the client uses begins to refuse it.
+            private_file(tmp_path / "one" / "tokens", f"ci use {USE}\n")
+            private_file(tmp_path / "two" / "tokens", f"ci use {FORMER}\n")
+            await client.ping()
+            assert client.address == servers[0].address
+        servers.reverse()
         async with NexumClient(f"{servers[0].address},{servers[0].address}") as client:
             with pytest.raises(TokenRefused):
                 await client.ping(patience=60)
