@@ -5,7 +5,8 @@ execution one after the other. Executions that nodes started are locked by the f
 no transition of a child waits for one of its parent that waits for the child.
 
 The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
-committed. A claim locks the task alone, and passes over what others have locked.
+committed. Transitions that only read an execution or a list have REPEATABLE READ: they read one state. A claim locks
+the task alone, and passes over what others have locked.
 
 The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
 """
@@ -29,7 +30,7 @@ from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -66,6 +67,8 @@ class _Unreachable(Exception):
 
 class PostgresStore(GroupCommitStore):
     """A Nexum database in PostgreSQL. Any number of servers may have it open."""
+
+    _reads_snapshots = True
 
     def __init__(self, url: str, clock: Clock, connection: Connection) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class PostgresStore(GroupCommitStore):
         if self._closed:
             raise stopping()
         (outcome,) = await self._loop.run_in_executor(
-            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], alone=False)
+            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
         )
         if isinstance(outcome, Exception):
             raise outcome
@@ -148,25 +151,25 @@ class PostgresStore(GroupCommitStore):
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
 
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         try:
             if len(transitions) > 1:
                 try:
-                    return self._transaction(transitions, alone=alone)
+                    return self._transaction(transitions, kind)
                 except (_Unknown, _Unreachable):
                     raise
                 except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
-            return [self._outcome(transition, alone=alone) for transition in transitions]
+            return [self._outcome(transition, kind) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
 
-    def _outcome(self, transition: Transition, *, alone: bool) -> Any:
+    def _outcome(self, transition: Transition, kind: Kind) -> Any:
         """Run one transition in a transaction of its own. Return its result or exception."""
         end = time.monotonic() + CONFLICT_SECONDS
         while True:
             try:
-                return self._transaction([transition], alone=alone)[0]
+                return self._transaction([transition], kind)[0]
             except (_Unknown, _Unreachable):
                 raise
             except psycopg.Error as error:
@@ -176,7 +179,7 @@ class PostgresStore(GroupCommitStore):
             except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
                 return error
 
-    def _transaction(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _transaction(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         """Run transitions in one transaction. If it was not stored because the connection was lost, try again."""
         end = time.monotonic() + RECONNECT_SECONDS
         while True:
@@ -184,10 +187,12 @@ class PostgresStore(GroupCommitStore):
             is_sent = False
             try:
                 with connection.pipeline() as pipeline:
-                    connection.execute("BEGIN")
+                    connection.execute(
+                        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if kind is Kind.SNAPSHOT else "BEGIN"
+                    )
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
-                    if alone:
+                    if kind is Kind.ALONE:
                         # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
                     db = _PostgresDb(
@@ -197,7 +202,7 @@ class PostgresStore(GroupCommitStore):
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not taken for one of the commit
-                    is_sent = True
+                    is_sent = kind is not Kind.SNAPSHOT  # a reading may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
                 return outcomes

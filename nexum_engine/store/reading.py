@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import News
 
@@ -52,6 +52,7 @@ def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
     return row
 
 
+@of_one_snapshot
 def get_execution(
     db: Db,
     execution_id: str,

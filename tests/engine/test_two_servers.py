@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, StaleTask
-from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, retention, tasks, waits
+from nexum_engine.store.db import Db
 
 LEASE_MS = 30_000
 RACES = 30
@@ -309,3 +311,32 @@ async def test_random_transitions_on_both_leave_a_sound_database(
             assert execution.outputs() == {name: json.dumps(name) for name in DIAMOND}
         for node in execution.nodes:
             assert [one.attempt for one in node.attempts] == list(range(1, len(node.attempts) + 1))
+
+
+async def test_execution_is_read_as_it_was_at_one_time(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other server completes the execution between two statements of the reading."""
+    await register(stores[0], ONE)
+    execution_id = await start(stores[0])
+    task = await taken(stores[0])
+    loop = asyncio.get_running_loop()
+    payload_bytes, completed = reading.payload_bytes, []
+
+    def slow(db: Db, *args: Any) -> int:
+        found = payload_bytes(db, *args)
+        if not completed:
+            report = stores[1].run(tasks.complete_task, task.task_id, "1")
+            completed.append(asyncio.run_coroutine_threadsafe(wait_for(report), loop).result(10))
+        return found
+
+    async def wait_for(report: Awaitable[object]) -> object:
+        return await report
+
+    monkeypatch.setattr(reading, "payload_bytes", slow)
+    execution = await stores[0].run(reading.get_execution, execution_id, max_bytes=2**20)
+    assert completed
+    (node,) = execution.nodes
+    assert (execution.status, node.status) == (ExecutionStatus.RUNNING, NodeStatus.RUNNING)
+    execution = await stores[0].run(reading.get_execution, execution_id, max_bytes=2**20)
+    assert execution.status is ExecutionStatus.COMPLETED
