@@ -93,7 +93,10 @@ class PostgresStore(GroupCommitStore):
         try:
             connection = await asyncio.to_thread(open_database, database_url)
         except psycopg.Error as error:
-            raise StoreRefused(f"can't open {without_password(database_url)}: {line_of(error)}") from error
+            why = line_of(error)
+            if "unsupported startup parameter" in why:
+                why += "; let the pool's role have the setting instead: ALTER ROLE … SET search_path = …"
+            raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
         return cls(database_url, clock, connection)
 
     @property

@@ -321,7 +321,7 @@ async def test_execution_is_read_as_it_was_at_one_time(
     execution_id = await start(stores[0])
     task = await taken(stores[0])
     loop = asyncio.get_running_loop()
-    payload_bytes, completed = reading.payload_bytes, []
+    payload_bytes, completed = reading.payload_bytes, list[object]()
 
     def slow(db: Db, *args: Any) -> int:
         found = payload_bytes(db, *args)
