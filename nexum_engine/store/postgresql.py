@@ -27,7 +27,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row
 from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
@@ -39,6 +39,7 @@ from nexum_engine.store.postgresql_connection import (
     is_lost,
     line_of,
     open_database,
+    vacuum,
     without_password,
 )
 from nexum_engine.store.postgresql_queries import dialect
@@ -108,9 +109,17 @@ class PostgresStore(GroupCommitStore):
         return None
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Return the size of the database. PostgreSQL itself uses free space again (autovacuum)."""
+        """Return the size of the database. With `always`, free the space of deleted rows for new ones first.
+
+        PostgreSQL frees it on its own, too (autovacuum).
+        """
         if self._closed:
             raise stopping()
+        if always:
+            try:
+                await asyncio.to_thread(vacuum, self._url)
+            except psycopg.Error as error:
+                raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
         (outcome,) = await self._loop.run_in_executor(
             self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
         )
@@ -119,7 +128,9 @@ class PostgresStore(GroupCommitStore):
         return Space(outcome["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(f"a backup of {self._opened_as} is PostgreSQL's own work: use pg_dump, or its archiving")
+        raise InvalidRequest(
+            f"the database ({self._opened_as}) is backed up by PostgreSQL's own programs: use pg_dump --format=custom"
+        )
 
     def join(self, on_news: Callable[[News], None]) -> None:
         self._others = OtherServers(

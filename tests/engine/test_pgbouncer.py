@@ -23,6 +23,8 @@ psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
 from postgres import in_schema  # noqa: E402
 
+from nexum_engine.store import postgresql_connection  # noqa: E402
+
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
 Pool = Callable[[str], AbstractContextManager[str]]
 
@@ -69,23 +71,31 @@ def answers(url: str) -> bool:
 
 
 def test_server_behind_a_pool_in_session_mode_works(tmp_path: Path, pool: Pool) -> None:
-    with pool("session") as url, nexum_server(tmp_path, database_url=url) as server:
-        with connected(server.address) as stub:
-            register(stub, {"a": []})
-            execution_id = start(stub)
-            complete(stub, poll(stub))
-            assert record(stub, execution_id).status == "COMPLETED"
+    with (
+        pool("session") as url,
+        nexum_server(tmp_path, database_url=url) as server,
+        connected(server.address) as stub,
+    ):
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        complete(stub, poll(stub))
+        assert record(stub, execution_id).status == "COMPLETED"
 
 
 @pytest.mark.parametrize("mode", ["transaction", "statement"])
-async def test_pool_that_shares_sessions_is_refused(pool: Pool, mode: str) -> None:
-    with pool(mode) as url:
-        with pytest.raises(StoreRefused, match="give the URL of PostgreSQL itself, or of a pool in session mode"):
-            await open_store(url, SystemClock())
+async def test_pool_that_shares_sessions_is_refused(pool: Pool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql_connection, "NOTIFICATION_SECONDS", 0.5)
+    with (
+        pool(mode) as url,
+        pytest.raises(StoreRefused, match="or of a pool in session mode"),
+    ):
+        await open_store(url, SystemClock())
 
 
 async def test_setting_that_the_pool_does_not_know_is_refused_in_one_line(pool: Pool) -> None:
-    with pool("session") as url:
-        with pytest.raises(StoreRefused, match="unsupported startup parameter.*ALTER ROLE") as caught:
-            await open_store(in_schema(url, "mine"), SystemClock())
+    with (
+        pool("session") as url,
+        pytest.raises(StoreRefused, match=r"startup parameter.*ALTER ROLE") as caught,
+    ):
+        await open_store(in_schema(url, "mine"), SystemClock())
     assert "\n" not in str(caught.value)
