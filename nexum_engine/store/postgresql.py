@@ -43,7 +43,15 @@ from nexum_engine.store.postgresql_connection import (
     without_password,
 )
 from nexum_engine.store.postgresql_queries import dialect
-from nexum_engine.store.postgresql_servers import NEWS_SECONDS, OtherServers, channel_of, news_of, send
+from nexum_engine.store.postgresql_servers import (
+    ALIVE_SECONDS,
+    NEWS_SECONDS,
+    OtherServers,
+    channel_of,
+    hold_server,
+    news_of,
+    send,
+)
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
@@ -71,7 +79,7 @@ class PostgresStore(GroupCommitStore):
 
     _reads_snapshots = True
 
-    def __init__(self, url: str, clock: Clock, connection: Connection) -> None:
+    def __init__(self, url: str, clock: Clock, connection: Connection, server: int) -> None:
         super().__init__()
         self._url = url
         self._clock = clock
@@ -82,7 +90,7 @@ class PostgresStore(GroupCommitStore):
         self._connection: Connection | None = connection
         self._opened_as = without_password(url)
         self._next_comparison = 0.0
-        self._server = secrets.randbits(62)
+        self._server = server
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
         """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
@@ -93,12 +101,14 @@ class PostgresStore(GroupCommitStore):
         """Open the database, and create or update its tables. Raises StoreRefused."""
         try:
             connection = await asyncio.to_thread(open_database, database_url)
+            server = secrets.randbits(62)
+            await asyncio.to_thread(hold_server, connection, server)
         except psycopg.Error as error:
             why = line_of(error)
             if "unsupported startup parameter" in why:
                 why += "; let the pool's role have the setting instead: ALTER ROLE … SET search_path = …"
             raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
-        return cls(database_url, clock, connection)
+        return cls(database_url, clock, connection, server)
 
     @property
     def opened_as(self) -> str:
@@ -133,6 +143,9 @@ class PostgresStore(GroupCommitStore):
         )
 
     def join(self, on_news: Callable[[News], None]) -> None:
+        # This server may follow a killed one, whose workers then need not wait until it counts as dead.
+        forgetting = self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
+        asyncio.ensure_future(forgetting).add_done_callback(lambda done: done.cancelled() or done.exception())
         self._others = OtherServers(
             self._url,
             self._server,
@@ -245,6 +258,7 @@ class PostgresStore(GroupCommitStore):
         while self._connection is None:
             try:
                 self._connection = connect(self._url)
+                hold_server(self._connection, self._server)
                 self._next_comparison = 0.0
             except psycopg.Error as error:
                 if time.monotonic() > end:

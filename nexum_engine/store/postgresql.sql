@@ -116,6 +116,17 @@ SELECT count(*) AS others FROM servers WHERE id <> :server AND alive_until > now
 -- name: forget_dead
 DELETE FROM servers WHERE alive_until < now() - interval '1 hour';
 
+-- name: hold_server
+-- Show to the others that this session's server has not ended.
+SELECT pg_advisory_lock_shared(:server);
+
+-- name: forget_ended
+-- Forget the servers whose process has ended: none of their sessions is left. If PostgreSQL has just started, the
+-- sessions of living servers may be missing, too.
+DELETE FROM servers
+WHERE id <> :server AND pg_postmaster_start_time() < now() - make_interval(secs => :seconds)
+  AND pg_try_advisory_xact_lock(id);
+
 -- name: leave
 DELETE FROM servers WHERE id = :server;
 

@@ -74,6 +74,7 @@ class OtherServers:
 
     def _listen(self, connection: Connection) -> None:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}
+        hold_server(connection, self._server)
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
         connection.execute(queries["beat"], me)
         # From now on the others send news, although they have not counted this server yet.
@@ -103,6 +104,11 @@ class OtherServers:
         """Call a function on the event loop, unless the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
+
+
+def hold_server(connection: Connection, server: int) -> None:
+    """Show to the other servers, for as long as the connection is open, that this server's process has not ended."""
+    connection.execute(dialect()["hold_server"], {"server": server})
 
 
 def channel_of(connection: Connection) -> str:

@@ -258,7 +258,7 @@ def test_password_is_not_shown() -> None:
 # ---- Queries and values ----------------------------------------------------------------------------------------------
 
 
-OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over"}
+OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over", "hold_server", "forget_ended"}
 """The queries of postgresql.sql that SQLite has no need of."""
 
 

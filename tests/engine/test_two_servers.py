@@ -17,6 +17,10 @@ from nexum_engine.store import Store, executions, leases, listing, open_store, r
 from nexum_engine.store.db import Db
 
 LEASE_MS = 30_000
+psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
+
+from nexum_engine.store.postgresql_servers import ALIVE_SECONDS  # noqa: E402
+
 RACES = 30
 NO_RETRIES = 2**50
 DIAMOND = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -204,6 +208,30 @@ async def test_worker_that_disconnects_keeps_what_it_holds_at_another_server(
     assert await disconnected() == [Outcome.RUNNING, Outcome.LOST]
     await stores[0].run(lambda db: db.run("leave"))
     assert await disconnected() == [Outcome.LOST, Outcome.LOST]
+
+
+async def test_server_that_follows_a_killed_one_takes_its_workers_at_once(
+    empty_postgres_database: Callable[[], str], clock: ManualClock
+) -> None:
+    url = empty_postgres_database()
+    killed, living = [await open_store(url, clock) for _ in range(2)]
+    await register(killed, ONE)
+    ids = [await start(killed) for _ in range(2)]
+    for store in (killed, living):
+        await store.run(lambda db: db.one("beat", seconds=60))
+        await taken(store)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"SELECT pg_sleep(extract(epoch FROM pg_postmaster_start_time() - now()) + {ALIVE_SECONDS})")
+    await killed.close()  # its row in `servers` stays, as after a kill
+    follower = await open_store(url, clock)
+    follower.join(lambda news: None)
+    await follower.run(leases.restart, 1500, 60_000)
+    clock.advance(2)
+    await follower.run(leases.sweep, NO_RETRIES)
+    found = [(await follower.run(reading.get_execution, one, True)).nodes[0].attempts for one in ids]
+    assert [[one.outcome for one in attempts] for attempts in found] == [[Outcome.INTERRUPTED], [Outcome.RUNNING]]
+    for store in (follower, living):
+        await store.close()
 
 
 async def test_loss_found_by_both_is_counted_once(stores: tuple[Store, Store], clock: ManualClock) -> None:
