@@ -22,12 +22,19 @@ RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
                                    WHERE workflow_id = :workflow_id AND version_hash = :version_hash) AS ir_json;
 
 -- name: add_child
-INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
-                        child_index)
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
-       :parent_node, CAST(:child_index AS bigint)
+       :parent_node
 FROM (SELECT nextval('execution_numbers') AS number) AS new
 RETURNING sequence, execution_id;
+
+-- name: add_items
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
+                        child_index)
+SELECT number, 'exec-' || number || '-' || (item ->> 0), :workflow_id, :version_hash, 'RUNNING', item ->> 1, :now,
+       :parent_node, index - 1
+FROM (SELECT nextval('execution_numbers') AS number, item, index
+      FROM json_array_elements(CAST(:items AS json)) WITH ORDINALITY AS items (item, index)) AS numbered;
 
 -- name: matching
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
