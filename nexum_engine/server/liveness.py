@@ -116,8 +116,8 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submit the shorter leases at once. Later, they could follow the first heartbeat on the worker's next stream,
-        # and shorten the leases of a worker that has reconnected.
+        # Submit the shorter leases at once. If they were submitted later, they could come after the first heartbeat on
+        # the worker's next stream, and shorten the leases of a worker that has reconnected.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
@@ -171,13 +171,13 @@ class Liveness:
         self.hear(missed)
 
     def due_at(self, due_ms: int) -> None:
-        """Make the sweep run no later than `due_ms`, when a lease runs out, a retry is due, or a wait is over."""
+        """Make the sweep run no later than `due_ms`: then a lease runs out, a retry is due, or a wait is over."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()
 
     def task_handed_out(self, timeout_ms: int | None = None) -> None:
-        """Schedule a sweep for the end of a lease that begins now, or for the end of the task's time limit."""
+        """Schedule a sweep for the end of a lease that begins now, or for the end of a shorter time limit."""
         lease_ms = self._lease_ms if timeout_ms is None else min(self._lease_ms, timeout_ms)
         self.due_at(self._clock.now_ms() + lease_ms)
 
@@ -192,7 +192,7 @@ class Liveness:
                 if self._store.failed.done():
                     return  # the server stops, and says why
                 fault = None if isinstance(error, StoreUnavailable) else error
-                logger.warning("could not sweep the leases; retrying in 1 s", exc_info=fault)
+                logger.warning("could not end the attempts whose lease has run out; retrying in 1 s", exc_info=fault)
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
                 self._swept_until_ms = now_ms

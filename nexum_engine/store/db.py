@@ -30,7 +30,7 @@ class Db(Protocol):
         ...
 
     def run(self, query: str, **parameters: object) -> None:
-        """Run the statement that is called `query` in queries.sql. It may be sent together with the next one."""
+        """Run the statement that is called `query` in queries.sql. It may be sent together with the next statement."""
         ...
 
     def changes(self, query: str, **parameters: object) -> int:
@@ -38,7 +38,7 @@ class Db(Protocol):
         ...
 
     def lock(self, execution: int) -> None:
-        """Wait until no other server changes the execution with this number, and let none until the commit.
+        """Wait until no other server changes the execution with this number, and let no other server until the commit.
 
         Call this before the reads that decide what to change.
         """
@@ -52,7 +52,7 @@ def of_one_snapshot(reading: Reading) -> Reading:
 
 
 def load_queries(file: str = "queries.sql") -> dict[str, str]:
-    """Return the statements of a file of this package by name."""
+    """Return the statements of an SQL file in this package, by name."""
     text = (files("nexum_engine.store") / file).read_text(encoding="utf-8")
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""The queue of a store: one thread runs the transitions, and commits those that wait together."""
+"""The queue of a store: one thread runs the transitions, and commits all that wait in one transaction."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Submission:
 
 
 class CommitFailed(Exception):
-    """The failure of a whole transaction, with all its transitions."""
+    """A whole transaction has failed, with all its transitions."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause) or type(cause).__name__)
@@ -72,7 +72,7 @@ class GroupCommitStore(Store):
     def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         """Run transitions of one kind in the writer thread. Return a list with each transition's result or exception.
 
-        Raises CommitFailed if it is unknown whether they are stored.
+        Raises CommitFailed if it is unknown whether the transitions are stored.
         """
 
     @abstractmethod
@@ -127,7 +127,7 @@ class GroupCommitStore(Store):
             self._pump = None
 
     def _next_batch(self) -> list[_Submission]:
-        """Remove the submissions of the next transaction from those that wait, and return them."""
+        """Take the submissions of the next transaction out of the queue, and return them."""
         kind = self._waiting[0].kind
         # A reading that waits may let later changes pass, but no change lets a later reading pass.
         passed = (Kind.TOGETHER, Kind.SNAPSHOT) if kind is Kind.TOGETHER else (kind,)
@@ -143,7 +143,7 @@ class GroupCommitStore(Store):
             await self._pump
 
     def _refuse_waiting(self, reason: str, error: CommitFailed) -> None:
-        """Mark the store as failed, and answer the transitions that wait."""
+        """Mark the store as failed, and raise an error to the callers of the waiting transitions."""
         if not self._failed.done():
             self._failed.set_result(reason)
         for submission in self._waiting:

@@ -1,14 +1,15 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. Executions that nodes started are locked by the first one, from which all others come: so
-no transition of a child waits for one of its parent that waits for the child.
+execution one after the other. An execution that a node started has no lock of its own. Its lock is that of the topmost
+execution, which a client started. So a transition of a child never waits for a transition of its parent that waits for
+the child.
 
 The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
 committed. Transitions that only read an execution or a list have REPEATABLE READ: they read one state. A claim locks
-the task alone, and passes over what others have locked.
+only the task, and skips the tasks that other servers have locked.
 
-The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
+A statement whose result is not needed yet is sent together with the next statement (pipeline mode).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Unknown(Exception):
-    """The connection was lost after the commit was sent."""
+    """The connection was lost after the commit was sent: it is unknown whether the transaction is stored."""
 
 
 class _Unreachable(Exception):
@@ -93,7 +94,7 @@ class PostgresStore(GroupCommitStore):
         self._server = server
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
-        """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
+        """News are sent until this time. While no other server is alive, none are sent, because they delay commits."""
         self._others: OtherServers | None = None
 
     @classmethod
@@ -138,9 +139,7 @@ class PostgresStore(GroupCommitStore):
         return Space(outcome["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(
-            f"the database ({self._opened_as}) is backed up by PostgreSQL's own programs: use pg_dump --format=custom"
-        )
+        raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
         # This server may follow a killed one, whose workers then need not wait until it counts as dead.
@@ -157,7 +156,7 @@ class PostgresStore(GroupCommitStore):
         )
 
     def _note_other(self) -> None:
-        """Send news for a time: another server is alive."""
+        """Send news for another NEWS_SECONDS: another server is alive."""
         self._news_until = time.monotonic() + NEWS_SECONDS
 
     async def close(self) -> None:
@@ -185,7 +184,7 @@ class PostgresStore(GroupCommitStore):
                     return self._transaction(transitions, kind)
                 except (_Unknown, _Unreachable):
                     raise
-                except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
+                except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
             return [self._outcome(transition, kind) for transition in transitions]
         except Exception as error:
@@ -220,7 +219,8 @@ class PostgresStore(GroupCommitStore):
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
                     if kind is Kind.ALONE:
-                        # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
+                        # Other executions decide whether an execution may be deleted. Let no other server add or change
+                        # executions meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
@@ -228,7 +228,7 @@ class PostgresStore(GroupCommitStore):
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
-                    pipeline.sync()  # so that an error of a statement is not taken for one of the commit
+                    pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
                     is_sent = kind is not Kind.SNAPSHOT  # a reading may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
@@ -278,7 +278,7 @@ class PostgresStore(GroupCommitStore):
 
 
 def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
-    """Return a transition's result, or its error if it has written nothing that the error must undo."""
+    """Return a transition's result. Return its error if the transition has written nothing, else raise the error."""
     written = db.written
     try:
         return transition(db)

@@ -1,4 +1,4 @@
--- The queries of queries.sql that PostgreSQL needs in another form, by name. See dialect() in postgresql.py.
+-- The queries of queries.sql that PostgreSQL needs in another form, by name. See dialect() in postgresql_queries.py.
 
 -- name: versions
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
@@ -138,7 +138,7 @@ WHERE id <> :server AND pg_postmaster_start_time() < now() - make_interval(secs 
 DELETE FROM servers WHERE id = :server;
 
 -- name: take_over
--- The server of some workers died: the workers lose their tasks unless they connect to another server in time.
+-- If the server of a worker has died, the worker loses its tasks unless it connects to another server in time.
 UPDATE nodes SET due_ms = least(due_ms, :lease_expires_ms), lease_loss = 'INTERRUPTED', server = NULL
 WHERE queue = '' AND streamed AND server IS NOT NULL
   AND NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now());

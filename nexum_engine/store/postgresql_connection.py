@@ -27,7 +27,7 @@ Connection = psycopg.Connection[dict[str, Any]]
 
 
 class _TextDumper(StrDumperUnknown):
-    """Writes text without the character NUL, which PostgreSQL can't store: error messages of workers may have it."""
+    """Writes text without the character NUL, which PostgreSQL can't store. Error messages of workers may contain it."""
 
     def dump(self, obj: str) -> Any:
         return super().dump(obj.replace("\0", "\N{REPLACEMENT CHARACTER}"))
@@ -42,12 +42,13 @@ def connect(url: str) -> Connection:
 
 def set_types(connection: psycopg.Connection[Any]) -> None:
     """Set how values are sent."""
-    connection.adapters.register_dumper(int, Int8Dumper)  # by default the type follows the value, and overflows
+    # By default, psycopg sends a small number as a small type, in which PostgreSQL's arithmetic overflows.
+    connection.adapters.register_dumper(int, Int8Dumper)
     connection.adapters.register_dumper(str, _TextDumper)
 
 
 def _settings(url: str) -> dict[str, Any]:
-    """Return the settings of a connection that the URL leaves open. They notice a network that has gone away."""
+    """Return the settings of a connection, except those that the URL sets. With them, a lost network is noticed."""
     defaults = {
         "application_name": "nexum",
         "connect_timeout": CONNECT_SECONDS,
@@ -62,7 +63,7 @@ def _settings(url: str) -> dict[str, Any]:
 
 
 def without_password(url: str) -> str:
-    """Return the URL as a person may see it."""
+    """Return the URL without its passwords, for messages."""
     try:
         given = conninfo_to_dict(url, password="", sslpassword="")
     except psycopg.ProgrammingError:
@@ -112,7 +113,7 @@ def _check_session(url: str, connection: Connection) -> None:
 
 
 def _migrate(url: str, connection: Connection) -> None:
-    """Create or update the tables. One server does, and the others wait."""
+    """Create or update the tables. If several servers start, one of them does this, and the others wait."""
     folder = files("nexum_engine.store") / "postgresql_migrations"
     scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
     with connection.transaction():
@@ -148,7 +149,7 @@ def vacuum(url: str) -> None:
 
 
 def database_ms(connection: Connection) -> tuple[int, int]:
-    """Return two times between which the database's time is now. They differ by the time that the query took."""
+    """Return a lower and an upper bound of the database's time now. They differ by the time that the query took."""
     begun = time.monotonic()
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None

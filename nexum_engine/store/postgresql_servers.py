@@ -1,4 +1,4 @@
-"""The other servers on a database in PostgreSQL: who is alive, and the news that they send each other."""
+"""The other servers on a PostgreSQL database: which of them are alive, and the news that servers send each other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
 class OtherServers:
-    """A thread with its own connection. It keeps this server alive for the others, and receives their news."""
+    """A thread with its own connection. It tells the other servers that this one is alive, and receives their news."""
 
     def __init__(
         self,
@@ -44,9 +44,10 @@ class OtherServers:
         on_alive: Callable[[], object],
         on_gap: Callable[[], object],
     ) -> None:
-        """Call `on_news` on the event loop, and `on_gap` if news may have been missed before.
+        """Start the thread.
 
-        `on_alive` is called in the thread whenever another server is known to be alive.
+        On the event loop, the thread calls `on_news` with news, and `on_gap` if news may have been missed before. In
+        the thread itself, it calls `on_alive` whenever another server is known to be alive.
         """
         self._url, self._server, self._channel, self._clock = url, server, channel, clock
         self._on_news, self._on_alive, self._on_gap = on_news, on_alive, on_gap
@@ -60,7 +61,7 @@ class OtherServers:
         """Tell the other servers that this one ends, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
-            send(connection, self._channel, self._server, self._clock.now_ms(), News())  # it wakes the thread
+            send(connection, self._channel, self._server, self._clock.now_ms(), News())  # this wakes the thread
         self._thread.join()
 
     def _run(self) -> None:
@@ -77,7 +78,7 @@ class OtherServers:
         hold_server(connection, self._server)
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
         connection.execute(queries["beat"], me)
-        # From now on the others send news, although they have not counted this server yet.
+        # Send empty news: from now on the other servers send their news, even before they next count the live servers.
         send(connection, self._channel, self._server, self._clock.now_ms(), News())
         self._call(self._on_gap)
         beaten = 0.0
@@ -118,7 +119,7 @@ def channel_of(connection: Connection) -> str:
 
 
 def news_of(outcomes: list[Any]) -> News | None:
-    """Return what the other servers must know of a transaction; None if it is nothing."""
+    """Return what the other servers must know of a transaction, or None if they need to know nothing."""
     changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
     found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
     if not found:
