@@ -200,13 +200,9 @@ class Polls:
                 poll.wake()
                 return
 
-    def offer_all(self) -> None:
-        """Offer a task of each version that workers wait for.
-
-        Another server may have made a task due, and its news may have been lost.
-        """
-        for version_hash in list(self._polls):
-            self.task_ready(ReadyTask(version_hash, 0))
+    def waited_for(self) -> list[str]:
+        """Return the versions whose tasks are waited for."""
+        return list(self._polls)
 
     def has_poller(self, version_hash: str) -> bool:
         """Return whether a worker polls for the version, or polled within the last two seconds."""

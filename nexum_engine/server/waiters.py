@@ -63,6 +63,10 @@ class Waiters:
             if not future.done():
                 future.set_result(None)
 
+    def waited_for(self) -> list[str]:
+        """Return the ids of the executions whose end is waited for."""
+        return list(self._waiting)
+
     def forget_running(self) -> None:
         """Let the next callers query the store.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 Row = Mapping[str, Any]
+Reading = TypeVar("Reading", bound=Callable[..., Any])
+SNAPSHOTS: set[Callable[..., Any]] = set()
+"""The transitions whose statements all read one state of the database."""
 
 
 class Db(Protocol):
@@ -40,6 +43,12 @@ class Db(Protocol):
         Call this before the reads that decide what to change.
         """
         ...
+
+
+def of_one_snapshot(reading: Reading) -> Reading:
+    """Let the statements of a transition that only reads find one state, whatever other servers change meanwhile."""
+    SNAPSHOTS.add(reading)
+    return reading
 
 
 def load_queries(file: str = "queries.sql") -> dict[str, str]:

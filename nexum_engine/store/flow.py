@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, WorkflowNotFound
@@ -189,25 +188,25 @@ def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> Non
         raise InvalidRequest(
             f"the result of MAP node {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}"
         )
-    for index, item in enumerate(items):
-        item_json = jsontext.dump(item, "an item")
-        child = _add_child(db, node, node["workflow_id"], node["version_hash"], item_json, index)
-        task_bytes = node["task_bytes"] + jsontext.size_of(item_json)
-        db.run(
-            "add_node",
-            node=node_number(child["sequence"], 0),
-            node_id=f"{node['node_id']}__{index}",
-            node_type=NodeType.MAP_SUBTASK.value,
-            dependencies="[]",
-            version_hash=node["version_hash"],
-            status=NodeStatus.READY.value,
-            due_ms=db.now_ms,
-            task_bytes=task_bytes,
-            owned=False,
-            timeout_ms=node["timeout_ms"],
-            retry=node["retry"],
-        )
-        changes.ready.append(ReadyTask(node["version_hash"], task_bytes))
+    texts = [jsontext.dump(item, "an item") for item in items]
+    db.run(
+        "add_items",
+        items=json.dumps([[random_part(), text] for text in texts], ensure_ascii=False),
+        workflow_id=node["workflow_id"],
+        version_hash=node["version_hash"],
+        now=db.now_ms,
+        parent_node=node["node"],
+    )
+    db.run(
+        "add_item_nodes",
+        node_id=node["node_id"],
+        now=db.now_ms,
+        parent_node=node["node"],
+        task_bytes=node["task_bytes"],
+        timeout_ms=node["timeout_ms"],
+        retry=node["retry"],
+    )
+    changes.ready += [ReadyTask(node["version_hash"], node["task_bytes"] + jsontext.size_of(text)) for text in texts]
 
 
 def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: Changes) -> None:
@@ -221,26 +220,18 @@ def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: C
             f"node {node['node_id']!r} can't start {workflow_id!r}: the execution is already nested {MAX_DEPTH} deep, "
             "which is the limit"
         )
-    added = _add_child(db, node, workflow_id, latest["version_hash"], input_json, None)
-    child = {**added, "ir_json": latest["ir_json"]}
-    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
-
-
-def _add_child(
-    db: Db, node: Row, workflow_id: str, version_hash: str, input_json: str, index: int | None
-) -> dict[str, Any]:
     added = db.one(
         "add_child",
         random=random_part(),
         workflow_id=workflow_id,
-        version_hash=version_hash,
+        version_hash=latest["version_hash"],
         input_json=input_json,
         now=db.now_ms,
         parent_node=node["node"],
-        child_index=index,
     )
     assert added is not None
-    return {"sequence": added["sequence"], "execution_id": added["execution_id"]}
+    child = {**added, "ir_json": latest["ir_json"]}
+    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
 
 
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
@@ -309,6 +300,8 @@ def end_execution(
     assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution=execution, now=db.now_ms)
+        db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
+        db.run("cancel_items", execution=execution, now=db.now_ms)
         for child in db.all("running_children", execution=execution):
             end_execution(db, child["sequence"], ExecutionStatus.CANCELLED, "", changes)
     if row["child_index"] is None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, SessionSummary
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.reading import execution_of, get_execution, payload_bytes
 from nexum_engine.workflow import MAX_ATTRIBUTES
@@ -65,6 +65,7 @@ class _Filter:
             )
 
 
+@of_one_snapshot
 def list_executions(
     db: Db,
     workflow_id: str,

@@ -6,7 +6,8 @@ execution, which a client started. So a transition of a child never waits for a 
 the child.
 
 The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
-committed. A claim locks only the task, and skips the tasks that other servers have locked.
+committed. Transitions that only read an execution or a list have REPEATABLE READ: they read one state. A claim locks
+only the task, and skips the tasks that other servers have locked.
 
 A statement whose result is not needed yet is sent together with the next statement (pipeline mode).
 """
@@ -27,10 +28,10 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -39,10 +40,19 @@ from nexum_engine.store.postgresql_connection import (
     is_lost,
     line_of,
     open_database,
+    vacuum,
     without_password,
 )
 from nexum_engine.store.postgresql_queries import dialect
-from nexum_engine.store.postgresql_servers import NEWS_SECONDS, OtherServers, channel_of, news_of, send
+from nexum_engine.store.postgresql_servers import (
+    ALIVE_SECONDS,
+    NEWS_SECONDS,
+    OtherServers,
+    channel_of,
+    hold_server,
+    news_of,
+    send,
+)
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
@@ -68,7 +78,9 @@ class _Unreachable(Exception):
 class PostgresStore(GroupCommitStore):
     """A Nexum database in PostgreSQL. Any number of servers may have it open."""
 
-    def __init__(self, url: str, clock: Clock, connection: Connection) -> None:
+    _reads_snapshots = True
+
+    def __init__(self, url: str, clock: Clock, connection: Connection, server: int) -> None:
         super().__init__()
         self._url = url
         self._clock = clock
@@ -79,7 +91,7 @@ class PostgresStore(GroupCommitStore):
         self._connection: Connection | None = connection
         self._opened_as = without_password(url)
         self._next_comparison = 0.0
-        self._server = secrets.randbits(62)
+        self._server = server
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
         """News are sent until this time. While no other server is alive, none are sent, because they delay commits."""
@@ -90,9 +102,14 @@ class PostgresStore(GroupCommitStore):
         """Open the database, and create or update its tables. Raises StoreRefused."""
         try:
             connection = await asyncio.to_thread(open_database, database_url)
+            server = secrets.randbits(62)
+            await asyncio.to_thread(hold_server, connection, server)
         except psycopg.Error as error:
-            raise StoreRefused(f"can't open {without_password(database_url)}: {line_of(error)}") from error
-        return cls(database_url, clock, connection)
+            why = line_of(error)
+            if "unsupported startup parameter" in why:
+                why += "; let the pool's role have the setting instead: ALTER ROLE … SET search_path = …"
+            raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
+        return cls(database_url, clock, connection, server)
 
     @property
     def opened_as(self) -> str:
@@ -103,11 +120,19 @@ class PostgresStore(GroupCommitStore):
         return None
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Return the size of the database. PostgreSQL reuses free space on its own (autovacuum)."""
+        """Return the size of the database. With `always`, free the space of deleted rows for new ones first.
+
+        PostgreSQL frees it on its own, too (autovacuum).
+        """
         if self._closed:
             raise stopping()
+        if always:
+            try:
+                await asyncio.to_thread(vacuum, self._url)
+            except psycopg.Error as error:
+                raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
         (outcome,) = await self._loop.run_in_executor(
-            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], alone=False)
+            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
         )
         if isinstance(outcome, Exception):
             raise outcome
@@ -117,6 +142,9 @@ class PostgresStore(GroupCommitStore):
         raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
+        # This server may follow a killed one, whose workers then need not wait until it counts as dead.
+        forgetting = self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
+        asyncio.ensure_future(forgetting).add_done_callback(lambda done: done.cancelled() or done.exception())
         self._others = OtherServers(
             self._url,
             self._server,
@@ -149,25 +177,25 @@ class PostgresStore(GroupCommitStore):
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
 
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         try:
             if len(transitions) > 1:
                 try:
-                    return self._transaction(transitions, alone=alone)
+                    return self._transaction(transitions, kind)
                 except (_Unknown, _Unreachable):
                     raise
                 except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
-            return [self._outcome(transition, alone=alone) for transition in transitions]
+            return [self._outcome(transition, kind) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
 
-    def _outcome(self, transition: Transition, *, alone: bool) -> Any:
+    def _outcome(self, transition: Transition, kind: Kind) -> Any:
         """Run one transition in a transaction of its own. Return its result or exception."""
         end = time.monotonic() + CONFLICT_SECONDS
         while True:
             try:
-                return self._transaction([transition], alone=alone)[0]
+                return self._transaction([transition], kind)[0]
             except (_Unknown, _Unreachable):
                 raise
             except psycopg.Error as error:
@@ -177,7 +205,7 @@ class PostgresStore(GroupCommitStore):
             except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
                 return error
 
-    def _transaction(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _transaction(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         """Run transitions in one transaction. If it was not stored because the connection was lost, try again."""
         end = time.monotonic() + RECONNECT_SECONDS
         while True:
@@ -185,10 +213,12 @@ class PostgresStore(GroupCommitStore):
             is_sent = False
             try:
                 with connection.pipeline() as pipeline:
-                    connection.execute("BEGIN")
+                    connection.execute(
+                        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if kind is Kind.SNAPSHOT else "BEGIN"
+                    )
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
-                    if alone:
+                    if kind is Kind.ALONE:
                         # Other executions decide whether an execution may be deleted. Let no other server add or change
                         # executions meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
@@ -197,9 +227,9 @@ class PostgresStore(GroupCommitStore):
                     )
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
-                        send(connection, self._channel, self._server, news)
+                        send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
-                    is_sent = True
+                    is_sent = kind is not Kind.SNAPSHOT  # a reading may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
                 return outcomes
@@ -228,6 +258,7 @@ class PostgresStore(GroupCommitStore):
         while self._connection is None:
             try:
                 self._connection = connect(self._url)
+                hold_server(self._connection, self._server)
                 self._next_comparison = 0.0
             except psycopg.Error as error:
                 if time.monotonic() > end:

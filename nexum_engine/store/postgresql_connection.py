@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from importlib.resources import files
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.numeric import Int8Dumper
@@ -17,6 +19,8 @@ from nexum_engine.errors import StoreRefused
 
 MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
+NOTIFICATION_SECONDS = 5.0
+"""How long a notification may take to arrive when a database is opened."""
 MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -82,11 +86,30 @@ def open_database(url: str) -> Connection:
                 f"{without_password(url)} has the encoding {encoding}: create a database with ENCODING 'UTF8' "
                 "TEMPLATE template0"
             )
+        _check_session(url, connection)
         _migrate(url, connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check_session(url: str, connection: Connection) -> None:
+    """Raise StoreRefused if the connection is not a session of its own, in which notifications arrive.
+
+    Some poolers lend the sessions of PostgreSQL for one transaction at a time. Then settings, prepared statements and
+    notifications get to the wrong client.
+    """
+    channel = sql.Identifier(f"nexum_{secrets.token_hex(8)}")
+    connection.execute(sql.SQL("LISTEN {}").format(channel))
+    with connect(url) as other:
+        other.execute(sql.SQL("NOTIFY {}").format(channel))
+    if not any(connection.notifies(timeout=NOTIFICATION_SECONDS, stop_after=1)):
+        raise StoreRefused(
+            f"{without_password(url)}: a notification did not arrive, probably because of a pooler in transaction "
+            "mode, such as PgBouncer: give the URL of PostgreSQL itself, or of a pool in session mode"
+        )
+    connection.execute(sql.SQL("UNLISTEN {}").format(channel))
 
 
 def _migrate(url: str, connection: Connection) -> None:
@@ -117,6 +140,12 @@ def _migrate(url: str, connection: Connection) -> None:
         for script in scripts[version:]:
             connection.execute(script.read_text(encoding="utf-8").encode())
         connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
+
+
+def vacuum(url: str) -> None:
+    """Free the space of deleted rows for new ones. The transactions of servers run meanwhile."""
+    with connect(url) as connection:
+        connection.execute("VACUUM executions, nodes, attempts, events, attributes")
 
 
 def database_ms(connection: Connection) -> tuple[int, int]:

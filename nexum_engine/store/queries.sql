@@ -62,14 +62,30 @@ VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due
         :timeout_ms, :retry);
 
 -- name: add_child
--- Store an execution that a node started.
-INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
-                        child_index)
+-- Store an execution that a SUBWORKFLOW node started.
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
-       :parent_node, :child_index
+       :parent_node
 FROM (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
                  (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 RETURNING sequence, execution_id;
+
+-- name: add_items
+-- Store an execution for each item of a MAP node. An item is given as the random part of the id, and its JSON.
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
+                        child_index)
+SELECT highest + 1 + key, 'exec-' || (highest + 1 + key) || '-' || json_extract(value, '$[0]'), :workflow_id,
+       :version_hash, 'RUNNING', json_extract(value, '$[1]'), :now, :parent_node, key
+FROM json_each(:items), (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                                    (SELECT highest FROM pruned WHERE one = 1)) AS highest);
+
+-- name: add_item_nodes
+-- Add the nodes of the executions of a MAP node's items. They are due.
+INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
+                   timeout_ms, retry)
+SELECT 1000 * sequence, :node_id || '__' || child_index, 'MAP_SUBTASK', '[]', version_hash, 'READY', :now,
+       :task_bytes + length(CAST(input_json AS BLOB)), FALSE, :timeout_ms, :retry
+FROM executions WHERE parent_node = :parent_node;
 
 -- name: add_recorded_node
 -- Add a node to a new execution together with its only attempt, which has a result.
@@ -282,6 +298,16 @@ SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts
 FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
 ORDER BY due_ms, node LIMIT 1;
+
+-- name: versions_with_task
+-- Those of some versions that have a due task.
+SELECT value AS version_hash FROM json_each(:version_hashes) AS versions
+WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = versions.value AND due_ms <= :now);
+
+-- name: ended_of
+-- Those of some executions that have ended.
+SELECT sequence FROM executions
+WHERE sequence IN (SELECT value FROM json_each(:sequences)) AND status <> 'RUNNING';
 
 -- name: oversized_task
 -- Of a version's tasks that are too large for the worker, the one that has been due the longest.
@@ -529,6 +555,21 @@ UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THE
                  ended_ms = CASE outcome WHEN 'RUNNING' THEN :now ELSE ended_ms END
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
   AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING');
+
+-- name: cancel_item_nodes
+-- End the unfinished nodes of the items of an execution's MAP nodes, and their running attempts.
+UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THEN 'CANCELLED' ELSE outcome END,
+                 ended_ms = CASE outcome WHEN 'RUNNING' THEN :now ELSE ended_ms END
+WHERE node IN (SELECT 1000 * sequence FROM executions
+               WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
+                 AND status = 'RUNNING')
+  AND status IN ('READY', 'RUNNING');
+
+-- name: cancel_items
+-- End the running executions of the items of an execution's MAP nodes.
+UPDATE executions SET status = 'CANCELLED', ended_ms = :now
+WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
+  AND status = 'RUNNING';
 
 -- name: reopen_execution
 -- Make an execution without a result run again.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
+from nexum_engine.store.results import News
 
 MAX_INLINE_BYTES = 64 * 1024
 """The size up to which a transition returns payloads with its result. Larger ones are read separately when needed."""
@@ -50,6 +52,7 @@ def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
     return row
 
 
+@of_one_snapshot
 def get_execution(
     db: Db,
     execution_id: str,
@@ -111,6 +114,14 @@ def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> di
         total -= sizes[name]
         left_out[name] = sizes[name]
     return left_out
+
+
+def missed(db: Db, version_hashes: Sequence[str], execution_ids: Sequence[str]) -> News:
+    """Return which of the versions have a due task, and which of the executions have ended."""
+    due = db.all("versions_with_task", version_hashes=json.dumps(version_hashes), now=db.now_ms)
+    numbers = {number_of(db, execution_id): execution_id for execution_id in execution_ids}
+    ended = db.all("ended_of", sequences=json.dumps(list(numbers)))
+    return News(tuple(row["version_hash"] for row in due), tuple(numbers[row["sequence"]] for row in ended))
 
 
 def queued_tasks(db: Db, limit: int) -> int:

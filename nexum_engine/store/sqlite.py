@@ -19,7 +19,7 @@ from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavail
 from nexum_engine.location import database_path
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row, load_queries
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,8 @@ class SqliteStore(GroupCommitStore):
             except FilesLost as error:
                 await self._recover(CommitFailed(error))
 
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
-        return (self._run_without_references if alone else self._run_together)(transitions)
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
+        return (self._run_without_references if kind is Kind.ALONE else self._run_together)(transitions)
 
     def _run_together(self, transitions: list[Transition]) -> list[Any]:
         try:
