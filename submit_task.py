@@ -37,6 +37,7 @@ from nexum_engine.errors import (
     ExecutionNotFound,
     InvalidRequest,
     NexumError,
+    ServerNotReady,
     ServerUnavailable,
     WaitTimeout,
     WorkflowNotFound,
@@ -191,11 +192,12 @@ class Session:
         while True:
             try:
                 return await ask(patience=min(deadline.left, patience))
-            except ServerUnavailable:
+            except ServerUnavailable as error:
                 if not deadline.left:
                     raise
-            nobody = f"no Nexum server answers on {self._client.address}"
-            self._tell(f"[Nexum] {nobody}: trying for {deadline.left:.0f} s more")
+                is_busy = isinstance(error, ServerNotReady)
+                why = str(error) if is_busy else f"no Nexum server answers on {self._client.address}"
+            self._tell(f"[Nexum] {why}: trying for {deadline.left:.0f} s more")
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:

@@ -20,13 +20,14 @@ from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file
 from nexum_engine.server.bounds import Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
-ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "Prune", "Backup"})
-"""The RPCs that need a token with the role `administer`."""
+ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "RetryExecution", "Prune", "Backup"})
+"""The RPCs that need a token with the role `administer`. A retry undoes a rejection, so it is one of them."""
 OPEN_TO_ALL = frozenset({"/grpc.health.v1.Health/Check"})
 MIN_TOKEN_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 100
 LOOK_INTERVAL = 1.0  # seconds between two looks at the file
 LOG_INTERVAL = 10.0  # seconds between two log lines about refused calls
+MAX_LOGGED_METHOD = 100  # characters
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,9 @@ class Gate(grpc.aio.ServerInterceptor):
             now = time.monotonic()
             if now - self._logged >= LOG_INTERVAL:
                 self._logged = now
-                logger.warning("refused a call of %s from %s: %s", method, context.peer(), error)
+                # The method can be any text. `ascii` escapes what would control a terminal or begin a line of its own.
+                shown = ascii(method[:MAX_LOGGED_METHOD])
+                logger.warning("refused a call of %s from %s: %s", shown, context.peer(), error)
             await self._abort(context, error)
             yield  # makes this function a generator
 

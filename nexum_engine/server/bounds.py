@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -191,7 +191,11 @@ class _Slots:
 
 
 class Reading(grpc.aio.ServerInterceptor):
-    """An interceptor that limits how many requests are read at once. Requests with payloads don't block the others."""
+    """An interceptor that limits how many requests are read at once. Requests with payloads don't block the others.
+
+    The request of a health check must arrive within READ_PATIENCE. It needs no token, so it takes no slot: slow health
+    checks of strangers must not block the clients.
+    """
 
     def __init__(self) -> None:
         self._with_payload, self._without = _Slots(PAYLOAD_READERS), _Slots(READERS)
@@ -203,7 +207,9 @@ class Reading(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.response_streaming:
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
+        service, _, method = handler_call_details.method.rpartition("/")
+        if service != f"/{SERVICE_NAME}":
+            return _prompt(handler)
         slots = self._with_payload if method in _WITH_PAYLOAD else self._without
         await slots.take()
 
@@ -212,6 +218,21 @@ class Reading(grpc.aio.ServerInterceptor):
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(read, handler.request_deserializer, handler.response_serializer)
+
+
+def _prompt(handler: Any) -> Any:
+    """Return a handler of the same unary RPC that refuses a call whose request doesn't arrive within READ_PATIENCE."""
+
+    async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        reading = asyncio.ensure_future(anext(requests))
+        await asyncio.wait({reading}, timeout=READ_PATIENCE)
+        if not reading.done():
+            reading.cancel()
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
+        yield await handler.unary_unary(reading.result(), context)
+
+    # Only a handler for streams can answer before the request has arrived.
+    return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
 
 def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:

@@ -19,6 +19,9 @@ PART_BYTES = 64 * 1024
 RETRY_AFTER_MS = 1000
 UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
+FRAME_BYTES = 256
+"""The memory that a frame takes in addition to its content."""
+MAX_SHOWN_METHOD = 100  # characters
 
 
 class Refused(Exception):
@@ -125,8 +128,13 @@ class _Stream:
                 for frame in frames.frames:
                     if frame.cancel:
                         self._cancel(frame.call)
-                    elif not self._is_finishing:
+                    elif self._is_finishing:
+                        continue
+                    elif len(self._calls) < MAX_CALLS and self._places.free > 0:
                         self._begin(frame)
+                    else:
+                        # Wait here until the client reads: refusals that nobody reads must not pile up.
+                        await self._send(_refusal(frame.call, _TOO_MANY_CALLS))
         except Exception:
             self.cancel_all()
             raise
@@ -137,9 +145,8 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
-        has_room = len(self._calls) < MAX_CALLS and self._places.free > 0
         self._places.free -= 1
-        answering = asyncio.create_task(self._answer(frame, context, has_room))
+        answering = asyncio.create_task(self._answer(frame, context))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(lambda _: self._ended(frame.call))
 
@@ -172,40 +179,46 @@ class _Stream:
             self._has_news.clear()
             await self._has_news.wait()
         frames = take_batch(self._unsent)
-        self._room.give(sum(len(frame.message) for frame in frames))
+        self._room.give(sum(map(_held_bytes, frames)))
         return frames
 
     async def _send(self, frame: pb.CallFrame) -> None:
-        await self._room.take(len(frame.message))
+        await self._room.take(_held_bytes(frame))
         self._unsent.append(frame)
         self._has_news.set()
 
-    async def _answer(self, frame: pb.CallFrame, context: CallContext, has_room: bool) -> None:
+    async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
         try:
-            if not has_room:
-                raise Refused(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    "the stream or the server has reached its limit of calls: retry",
-                    Overloaded.__name__,
-                    RETRY_AFTER_MS,
-                )
             rpc = self._rpcs.get(frame.method)
             if rpc is None:
-                raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method!r}", "")
+                raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
             answer = await rpc(Received(frame.message), context)
         except Refused as refused:
-            status = refused.code.value[0]
-            await self._send(
-                pb.CallFrame(
-                    call=frame.call,
-                    status=status,
-                    details=refused.details,
-                    error=refused.error,
-                    retry_after_ms=refused.retry_after_ms,
-                )
-            )
+            await self._send(_refusal(frame.call, refused))
             return
         message = answer.SerializeToString()
         for begin in range(0, len(message) or 1, PART_BYTES):
             end = begin + PART_BYTES
             await self._send(pb.CallFrame(call=frame.call, message=message[begin:end], more=end < len(message)))
+
+
+_TOO_MANY_CALLS = Refused(
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "the stream, or the server, has as many calls as it may: retry",
+    Overloaded.__name__,
+    RETRY_AFTER_MS,
+)
+
+
+def _refusal(call: int, refused: Refused) -> pb.CallFrame:
+    return pb.CallFrame(
+        call=call,
+        status=refused.code.value[0],
+        details=refused.details,
+        error=refused.error,
+        retry_after_ms=refused.retry_after_ms,
+    )
+
+
+def _held_bytes(frame: pb.CallFrame) -> int:
+    return FRAME_BYTES + frame.ByteSize()

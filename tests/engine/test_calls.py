@@ -299,6 +299,36 @@ async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
     assert [frame.more for frame in parts] == [True] * (len(parts) - 1) + [False]
 
 
+async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -> None:
+    """If it did, a client that doesn't read could fill the server's memory."""
+    count, sent = 3000, 0
+    may_end = asyncio.Event()
+
+    async def waits(_: object, context: calls.CallContext) -> pb.ServerInfo:
+        await may_end.wait()
+        return pb.ServerInfo()
+
+    async def requests() -> AsyncIterator[pb.CallFrames]:
+        nonlocal sent
+        for sent in range(1, count + 1):
+            method = "GetServerInfo" if sent == 1 else "x" * 200
+            yield pb.CallFrames(frames=[pb.CallFrame(call=sent, method=method)])
+
+    # The first call takes a place of two, or the only one: all other calls are unknown, or one too many.
+    for places in (2, 1):
+        may_end.clear()
+        answers = calls.CallStreams({"GetServerInfo": waits}, places).serve(requests(), ())
+        frames = list((await anext(answers)).frames)
+        for _ in range(2 * count):
+            await asyncio.sleep(0)
+        assert 1 < sent < count / 2
+        may_end.set()
+        frames += [frame async for more in answers for frame in more.frames]
+        assert sorted(frame.call for frame in frames) == list(range(1, count + 1))
+        assert [frame.call for frame in frames if not frame.status] == [1]
+        assert max(len(frame.details) for frame in frames) < 200
+
+
 async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
     monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 0.5)

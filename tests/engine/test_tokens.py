@@ -25,6 +25,7 @@ from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, RoleRefused, ServerUnavailable, TokenRefused
 from nexum_engine.location import address_file
 from nexum_engine.records import ExecutionStatus
+from nexum_engine.server import bounds
 from nexum_engine.server.access import Tokens
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -79,6 +80,7 @@ async def test_token_that_may_use_may_not_administer(secured: Secured, monkeypat
             "ApproveTask": client.approve(execution_id, "boss"),
             "RejectTask": client.reject(execution_id, "boss"),
             "CancelExecution": client.cancel_execution(execution_id),
+            "RetryExecution": client.retry_execution(execution_id),
             "Prune": client.prune(0.0),
             "Backup": anext(client.backup(secured.certificates.folder / "copy.db")),
         }.items():
@@ -127,6 +129,40 @@ def test_every_rpc_but_the_health_check_needs_a_token(secured: Secured) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         code, _ = refused(lambda: next(health.Watch(health_pb2.HealthCheckRequest(), timeout=9)))
         assert code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_slow_health_checks_of_strangers_block_nobody(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
+
+    async def silent_checks(channel: Any) -> list[Any]:
+        """Open health checks, and send no request."""
+        return [channel.stream_stream("/grpc.health.v1.Health/Check")() for _ in range(2 * bounds.READERS)]
+
+    async with grpc.aio.secure_channel(secured.address, credentials) as channel:
+        monkeypatch.setattr(bounds, "READ_PATIENCE", 60.0)
+        for check in await silent_checks(channel):
+            await check.wait_for_connection()
+        stub: Any = NexumServiceStub(channel)
+        await stub.GetServerInfo(pb.EmptyRequest(), metadata=[("authorization", f"Bearer {USE}")], timeout=PROMPT)
+        monkeypatch.setattr(bounds, "READ_PATIENCE", 0.1)
+        for check in await silent_checks(channel):
+            # The server has ended the call: it no longer counts as one of the calls that the server accepts.
+            assert await asyncio.wait_for(check.code(), PROMPT) is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_refused_call_can_not_write_lines_of_its_own_to_the_log(
+    secured: Secured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.server.access.LOG_INTERVAL", 0.0)
+    lines: list[str] = []
+    with contextlib.closing(Raw(secured, None)) as stub, logged(lines, "nexum_engine.server.access"):
+        call: Any = stub.channel.unary_unary(f"/x/\x1b[31mred\nforged{'x' * 1000}")
+        code, _ = refused(lambda: call(b"", timeout=9))
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    (line,) = lines
+    assert line.startswith(r"refused a call of '\x1b[31mred\nforged")
+    assert len(line) < 300
+    assert line.isprintable()
 
 
 async def test_decisions_and_cancels_record_the_holder_of_the_token_and_the_time(

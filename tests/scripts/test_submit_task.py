@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, Process, Server, nexum_server, running, tool_worker
+from nexum_wire import connected, register, start
 from processes import (
     attempts,
     call_of,
@@ -23,11 +24,13 @@ from processes import (
     submitter,
     wait_until,
 )
+from server_thread import server_thread
 
 import submit_task
 from nexum_engine.client import NexumClient, Observed, Started
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest, ServerUnavailable, WaitTimeout
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest, ServerNotReady, ServerUnavailable, WaitTimeout
 from nexum_engine.records import Execution, ExecutionStatus
+from nexum_engine.server import Limits
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
 from workflow import OFFLINE_TOOL_CALL
 
@@ -362,6 +365,22 @@ def test_call_without_a_server_prints_the_wait_and_raises(
     with pytest.raises(ServerUnavailable, match=r"no Nexum server answers on 127\.0\.0\.1:1"):
         submit_tool_call("web_search", {"query": "x"}, timeout=0.5)
     assert "[Nexum] no Nexum server answers on 127.0.0.1:1: trying for 0 s more" in capsys.readouterr().out
+
+
+def test_call_to_a_server_with_a_full_queue_names_the_full_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit_task, "FIRST_NOTICE", 0.1)
+    with server_thread(tmp_path, limits=Limits(queue=1)) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        start(stub)
+        monkeypatch.setenv("NEXUM_ADDRESS", server.address)
+        with pytest.raises(ServerNotReady, match="1 tasks or more wait for workers"):
+            submit_tool_call("web_search", {"query": "x"}, timeout=0.5)
+    output = capsys.readouterr().out
+    assert "can't do this now: 1 tasks or more wait for workers" in output
+    assert "no Nexum server answers" not in output
 
 
 # ---- Servers and workers that come and go ----------------------------------------------------------------------------
