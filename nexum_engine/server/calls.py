@@ -204,7 +204,7 @@ class _Stream:
 
 _TOO_MANY_CALLS = Refused(
     grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "the stream, or the server, has as many calls as it may: retry",
+    "the stream or the server has reached its limit of calls: retry",
     Overloaded.__name__,
     RETRY_AFTER_MS,
 )
