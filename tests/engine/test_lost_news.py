@@ -17,7 +17,7 @@ from nexum_engine.store import Store, executions, open_store, tasks
 
 postgresql = pytest.importorskip("nexum_engine.store.postgresql", reason="psycopg isn't installed")
 
-SOON = 4.0  # seconds: servers look each second
+SOON = 10.0  # seconds: servers look each second, and the calls wait for much longer
 LONG_MS = 25_000
 
 
