@@ -200,7 +200,7 @@ class PostgresStore(GroupCommitStore):
                 raise
             except psycopg.Error as error:
                 if not is_conflict(error) or time.monotonic() > end:
-                    return error
+                    return _for_caller(error)
                 time.sleep(random.uniform(0.001, 0.02))
             except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
                 return error
@@ -275,6 +275,13 @@ class PostgresStore(GroupCommitStore):
         if connection is not None:
             with contextlib.suppress(psycopg.Error):
                 connection.close()
+
+
+def _for_caller(error: psycopg.Error) -> Exception:
+    """Return the error of a transition that PostgreSQL refused. Other errors than the named ones are bugs."""
+    if isinstance(error, (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege)):
+        return StoreUnavailable(f"PostgreSQL refused the change, and nothing was stored: {line_of(error)}")
+    return error
 
 
 def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:

@@ -184,6 +184,21 @@ async def test_failed_transition_leaves_the_others_of_its_transaction(store: Pos
 # ---- The schema ------------------------------------------------------------------------------------------------------
 
 
+async def test_full_disk_of_postgresql_is_an_error_for_the_caller(store: PostgresStore, url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+        )
+        other.execute("CREATE TRIGGER refuse BEFORE INSERT ON executions EXECUTE FUNCTION refuse()")
+        try:
+            with pytest.raises(StoreUnavailable, match="nothing was stored: could not extend file"):
+                await store.run(executions.start_execution, "w", "v1", "{}", "k")
+        finally:
+            other.execute("DROP TRIGGER refuse ON executions; DROP FUNCTION refuse()")
+    assert not (await store.run(executions.start_execution, "w", "v1", "{}", "k")).existing
+
+
 async def test_many_servers_create_the_tables_once(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS fresh CASCADE")
