@@ -37,15 +37,12 @@ from floor import Child, machine, machine_text, one_by_one, open_floor, process
 SCRIPT = str(Path(__file__).resolve())
 sys.path.insert(0, str(Path(SCRIPT).parent.parent))
 
-import grpc  # noqa: E402
 from tool_call import SCRIPT as WORKER  # noqa: E402
 from tool_call import Calls  # noqa: E402
 
 from nexum_engine.client import NexumClient  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
 from nexum_engine.owner import Owner  # noqa: E402
-from nexum_engine.wire import nexum_pb2 as pb  # noqa: E402
-from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub  # noqa: E402
 from submit_task import Session  # noqa: E402
 from workflow import TOOL_CALL  # noqa: E402
 
@@ -53,7 +50,8 @@ PARTS = ("servers", "history", "waiting")
 IN_FLIGHT = 64
 BLOCK = 10  # calls on one database, before the next database has its turn
 GOAL = 1.5
-WAIT_MS = 30_000
+CLIENTS = 10  # clients, with one connection each, whose calls wait
+WAIT = 25.0  # seconds
 FILL = {
     "executions": (
         "sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms",
@@ -295,16 +293,18 @@ async def measure_waiting(args: argparse.Namespace, folder: Path, postgres: Post
             left = iter(range(args.waiting))
             await asyncio.gather(*(start(left) for _ in range(IN_FLIGHT)))
             before = memory(one)
-            async with grpc.aio.insecure_channel(one.address) as channel:
-                stub = NexumServiceStub(channel)
-                calls = [stub.GetExecution(pb.GetExecutionRequest(execution_id=i, wait_ms=WAIT_MS)) for i in ids]
-                waits = [asyncio.ensure_future(_answer(call)) for call in calls]
+            async with AsyncExitStack() as stack:
+                callers = [await stack.enter_async_context(NexumClient(one.address)) for _ in range(CLIENTS)]
+                waits = [
+                    asyncio.ensure_future(callers[number % CLIENTS].get_execution(execution_id, wait=WAIT))
+                    for number, execution_id in enumerate(ids)
+                ]
                 highest = before
                 while not all(wait.done() for wait in waits):
                     highest = max(highest, memory(one))
                     await asyncio.sleep(0.1)
                 answers = await asyncio.gather(*waits)
-            waited = sum(answer.status == "RUNNING" for answer in answers)
+            waited = sum(not answer.execution.status.ended for answer in answers)
             rows.append(
                 {
                     "store": store,
@@ -316,11 +316,6 @@ async def measure_waiting(args: argparse.Namespace, folder: Path, postgres: Post
                 }
             )
     return {"rows": rows}
-
-
-async def _answer(call: Any) -> pb.GetExecutionResponse:
-    found: pb.GetExecutionResponse = await call
-    return found
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------

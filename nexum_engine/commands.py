@@ -256,7 +256,9 @@ class _InDatabase:
         found = await self._store.run(
             listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
         )
-        # No server has the database open, so no process runs a session, whatever is recorded.
+        if self._store.file is None:
+            return found
+        # No server has the file open, so no process runs a session, whatever is recorded.
         return [
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found

@@ -29,6 +29,11 @@ def default_database_url() -> str:
 def database_path(database_url: str) -> Path:
     """Return the absolute path that a SQLite URL names: `sqlite:///relative`, `sqlite:////absolute`,
     `sqlite:///C:/path`, or a published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for other URLs."""
+    if database_url.startswith(("postgresql:", "postgres:")):
+        raise StoreRefused(
+            "the database is in PostgreSQL, and this command is for database files: use pg_dump for a backup, "
+            "pg_restore to restore one, and pg_amcheck for a check"
+        )
     rest, _, query = database_url.removeprefix("sqlite:").partition("?")
     unknown = [name for name, value in parse_qsl(query, keep_blank_values=True) if (name, value) != ("mode", "rwc")]
     name = unquote(rest.removeprefix("//"))

@@ -1,4 +1,4 @@
-"""The tokens that clients must send, what each may do, and the refusal of calls without a valid token."""
+"""The tokens that clients must send, the calls that each token allows, and the refusal of all other calls."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Holder:
     role: str
 
 
-_UNKNOWN = f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one of its tokens"
+_UNKNOWN = f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one that it knows"
 
 
 class Tokens:
     """The tokens of a file. The file is read again when it changes. Raises InvalidRequest if the file is wrong.
 
-    Each line has a name, a role and a token. A name may have several tokens, so that one can replace another. If the
-    changed file is wrong, the former tokens stay valid, and the log says so.
+    Each line has a name, a role and a token. Several lines may have the same name, so that a new token can replace an
+    old one. If a changed file is wrong, the former tokens stay valid, and the log says so.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,10 @@ class Tokens:
             self._running.pop(call, None)
 
     def check(self, metadata: Iterable[Any], method: str) -> Holder:
-        """Return the holder of the token in a call's metadata. Raises TokenRefused, and RoleRefused for the method."""
+        """Return the holder of the token in a call's metadata.
+
+        Raises TokenRefused without a valid token, and RoleRefused if the holder may not call `method`.
+        """
         holder = self._holder(metadata)
         if method in ADMINISTRATION and holder.role != ADMINISTER:
             raise RoleRefused(
@@ -89,7 +92,7 @@ class Tokens:
         if not token:
             raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
         digest, found = _digest(token), None
-        # Compare with every token, so that the time tells nothing about them.
+        # Compare with every token, so that the time of a call tells the caller nothing about the tokens.
         for known, holder in self._holders.items():
             if hmac.compare_digest(known, digest):
                 found = holder
@@ -110,7 +113,7 @@ class Tokens:
         try:
             self._holders = _parsed(read_file(self._path, "the token file", secret=True), self._path)
         except InvalidRequest as error:
-            logger.error("the former tokens stay valid: %s", error)
+            logger.error("the former tokens stay valid, because the changed file is wrong: %s", error)
             return
         # Without this, a poll that waits could still get a task.
         for call in [call for call, digest in self._running.items() if digest not in self._holders]:
@@ -119,7 +122,7 @@ class Tokens:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return a value that changes with the file, or None if there is none."""
+    """Return a value that changes with the file, or None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -139,7 +142,7 @@ def _digest(token: str) -> bytes:
 
 
 def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
-    """Return the holders by the digests of their tokens. No error shows a token."""
+    """Return the holders by the digests of their tokens. No error message contains a token."""
     holders: dict[bytes, Holder] = {}
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
         words = line.split()
@@ -159,7 +162,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
                 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
             )
         if _digest(token) in holders:
-            raise InvalidRequest(f"{where}: the token is in an earlier line, too")
+            raise InvalidRequest(f"{where}: an earlier line has the same token")
         holders[_digest(token)] = Holder(name, role)
     if not holders:
         raise InvalidRequest(f"the token file {path} has no tokens: give a line with a name, a role and a token")
@@ -167,7 +170,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Return the RPCs of a stream of calls. Each one checks the token of the stream first."""
+    """Wrap the RPCs of a `Calls` stream: each call then first checks the stream's token."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
@@ -246,5 +249,5 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._abort(context, error)
             yield  # makes this function a generator
 
-        # A handler for streams can refuse any call, and reads nothing of it.
+        # Use a handler for streams: it can refuse calls of every kind, and refuses them before it reads a request.
         return grpc.stream_stream_rpc_method_handler(refuse)

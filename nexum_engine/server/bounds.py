@@ -1,4 +1,4 @@
-"""Bounds on what calls hold in memory: the size of each request, and the total of requests and of unread answers.
+"""Limits on the memory that calls use: the size of each request, and the total size of requests and unread answers.
 
 Only a few requests are read at the same time, because gRPC holds each of them in memory. Each request or answer above
 SMALL_BYTES takes a share of a budget. If the budget is used up, calls wait for their shares in order.
@@ -22,17 +22,17 @@ from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.wire import nexum_pb2 as pb
 
 MAX_CALLS = 10_000
-"""The largest number of RPCs at the same time, and of calls on one stream, including those that wait."""
+"""The largest number of RPCs at the same time, and the largest number of calls on one stream. Waiting calls count."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a server that are options."""
+    """The limits that are options of a server."""
 
     calls: int = DEFAULT_MAX_CALLS
-    """The largest number of calls on all streams at the same time, including those that wait."""
+    """The largest number of calls on all streams at the same time, including the calls that wait."""
     queue: int = DEFAULT_MAX_QUEUE
-    """The largest number of tasks that wait for workers. More executions are not started."""
+    """The largest number of tasks that wait for workers. When it is reached, no new execution is started."""
 
 
 DEFAULT_LIMITS = Limits()
@@ -40,15 +40,21 @@ SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
 MAX_SMALL_REQUEST_BYTES = 256 * 1024
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
-"""The largest request with a payload. The check of the payload has a lower limit and a clearer error."""
+"""The largest request with a payload.
+
+It is above the limit of a payload, so that a slightly too large payload gets the clearer error of the payload's check.
+"""
 PAYLOAD_READERS, READERS = 12, 24
-"""The numbers of requests, with and without a payload, that are read at the same time."""
-READ_PATIENCE = 1.0  # seconds for a request to arrive, if others wait
+"""How many requests are read at the same time: first the number with a payload, then the number without a payload."""
+READ_PATIENCE = 1.0  # seconds that a request may take to arrive while other requests wait
 REQUEST_BUDGET = 192 * 1024 * 1024
 REQUEST_COPIES = 6
-"""How many times its size a request takes in memory: as a message, as text, parsed, and as a parameter of SQL."""
+"""A request takes this many times its size in memory: as a message, as text, parsed, and as a parameter of SQL."""
 MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
-"""How much of the budget all waiting requests may want together: a waiting request is already in memory."""
+"""How much of the budget all waiting requests together may want.
+
+There is a limit, because a waiting request is already in memory.
+"""
 ANSWER_BUDGET = 256 * 1024 * 1024
 ANSWER_COPIES = 3
 ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
@@ -59,7 +65,7 @@ SERVICE_NAME = _SERVICE.full_name
 _WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask", "SendEvent"}
 
 _OVERLOADED = (
-    "the server already holds as much for other calls as it may: retry, and end clients that don't read answers"
+    "other calls use all the memory that the server may use for calls: retry, and end clients that don't read answers"
 )
 Context = grpc.aio.ServicerContext[Any, Any]
 Abort = Callable[[Context, Exception], Awaitable[Any]]
@@ -68,9 +74,9 @@ Rpc = Callable[["Received", Any], Awaitable[Message]]
 
 
 class Budget:
-    """A number of units that calls share. A call waits, in order, until enough units are free.
+    """A number of units that calls share. If too few units are free, calls wait in the order in which they came.
 
-    Together, waiting calls may want up to `max_waiting` units.
+    All waiting calls together may want up to `max_waiting` units.
     """
 
     def __init__(self, total: int, max_waiting: int | None = None) -> None:
@@ -80,7 +86,10 @@ class Budget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, units: int, patience: float | None = None) -> int:
-        """Take `units`, or the whole budget if that is less. Return the number to pass to `give`. Raises Overloaded."""
+        """Take `units`, or the whole budget if it is smaller. Return the number to pass to `give`.
+
+        Raises Overloaded if the waiting calls want too many units, and after a wait of `patience` seconds.
+        """
         units = min(units, self._total)
         if not self._waiting and units <= self._free:
             self._free -= units
@@ -121,17 +130,17 @@ class Answers:
         self._budget = Budget(ANSWER_BUDGET)
 
     async def reserve(self, context: Context, size: int) -> None:
-        """Take a share for an answer of `size` bytes until the call has ended. Raises Overloaded.
+        """Take a share for an answer of `size` bytes, and keep it until the call has ended. Raises Overloaded.
 
-        Reserve before the answer is read from the store. The call is cancelled if the client hasn't read the answer
-        within ANSWER_TIMEOUT.
+        Call this before the answer is read from the store. If the client hasn't read the answer within ANSWER_TIMEOUT,
+        the call is cancelled.
         """
         if size <= SMALL_BYTES:
             return
         units = await self._budget.take(size * ANSWER_COPIES, ANSWER_PATIENCE)
         call = asyncio.current_task()
         assert call is not None
-        # Cancelling the call's task is the only way to make gRPC drop the answer.
+        # Cancel the call's task: nothing else makes gRPC drop the answer.
         timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, call.cancel)
 
         def ended(_: Context) -> None:
@@ -154,7 +163,7 @@ class Received:
 
 
 class _Slots:
-    """The slots of calls whose requests are being read. If others wait, slow requests are cancelled."""
+    """The slots of calls whose requests are being read. If other calls wait for a slot, slow requests are cancelled."""
 
     def __init__(self, count: int) -> None:
         self._free = Budget(count)
@@ -182,7 +191,7 @@ class _Slots:
 
 
 class Reading(grpc.aio.ServerInterceptor):
-    """An interceptor that limits how many requests are read at once. Those with payloads don't block the others.
+    """An interceptor that limits how many requests are read at once. Requests with payloads don't block the others.
 
     The request of a health check must arrive within READ_PATIENCE. It needs no token, so it takes no slot: slow health
     checks of strangers must not block the clients.
@@ -246,7 +255,10 @@ def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
 
 
 def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
-    """Register the unary RPCs in `servicer.rpcs`, and the servicer's streams. The size of each message is checked."""
+    """Add the servicer's RPCs to the server: the unary ones of `servicer.rpcs`, and the streams.
+
+    The size of each message is checked.
+    """
     handlers: dict[str, Any] = {}
     for method in _SERVICE.methods:
         name = method.name

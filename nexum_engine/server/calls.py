@@ -18,7 +18,7 @@ PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
 RETRY_AFTER_MS = 1000
 UNSENT_BYTES = 128 * 1024
-"""The bytes of answers that a stream holds for its client. Further answers wait until the client has read some."""
+"""How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
 MAX_SHOWN_METHOD = 100  # characters
@@ -37,7 +37,7 @@ class Refused(Exception):
 
 
 class CallContext:
-    """The part of gRPC's context that the RPCs use."""
+    """The context of a call on a stream. It has the methods of gRPC's context that the RPCs use."""
 
     def __init__(self, metadata: Any) -> None:
         self._metadata = metadata
@@ -103,7 +103,7 @@ class CallStreams:
 
 
 class _Places:
-    """The places for calls on all streams of a server."""
+    """How many more calls all streams of a server together may run."""
 
     def __init__(self, free: int) -> None:
         self.free = free
@@ -143,7 +143,7 @@ class _Stream:
 
     def _begin(self, frame: pb.CallFrame) -> None:
         if frame.call in self._calls:
-            raise InvalidRequest(f"the stream has a call {frame.call} already")
+            raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
         self._places.free -= 1
         answering = asyncio.create_task(self._answer(frame, context))
@@ -174,7 +174,7 @@ class _Stream:
         self._has_news.set()
 
     async def next_answers(self) -> list[pb.CallFrame]:
-        """Wait for answers, and return the next message's. Return an empty list when the stream is over."""
+        """Wait for answers, and return those for the next message. Return an empty list when the stream is over."""
         while not self._unsent and not (self._is_finishing and not self._calls):
             self._has_news.clear()
             await self._has_news.wait()
@@ -204,7 +204,7 @@ class _Stream:
 
 _TOO_MANY_CALLS = Refused(
     grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "the stream, or the server, has as many calls as it may: retry",
+    "the stream or the server has reached its limit of calls: retry",
     Overloaded.__name__,
     RETRY_AFTER_MS,
 )

@@ -16,7 +16,7 @@ from nexum_engine.wire.status import rpc_error, trailing_metadata
 
 
 class DirectServer:
-    """A servicer as a LocalServer of nexum_engine/in_process.py. Create it in the servicer's event loop."""
+    """A LocalServer (see nexum_engine/in_process.py) that calls a servicer. Create it in the servicer's event loop."""
 
     def __init__(self, servicer: NexumServicer) -> None:
         self.loop = asyncio.get_running_loop()

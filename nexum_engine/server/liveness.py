@@ -10,7 +10,7 @@ from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import InvalidRequest, StoreUnavailable
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
-from nexum_engine.store import Store, leases
+from nexum_engine.store import Store, leases, reading
 from nexum_engine.store.results import Changed, News, ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
@@ -41,6 +41,7 @@ class Liveness:
         self._due_changed = asyncio.Event()
         self._swept_until_ms = clock.now_ms()
         self._sweeper: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
@@ -52,9 +53,10 @@ class Liveness:
     async def stop(self) -> None:
         """End the worker streams and the sweep. The workers keep their tasks."""
         self._stopping.set()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+        tasks = [task for task in (self._sweeper, self._looking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         """Acknowledge the heartbeats of one worker until its stream breaks or the server stops."""
@@ -114,8 +116,8 @@ class Liveness:
             stopping.cancel()
 
     def _disconnected(self, worker_id: str) -> None:
-        # Submit the shorter leases at once. Later, they could follow the first heartbeat on the worker's next stream,
-        # and shorten the leases of a worker that has reconnected.
+        # Submit the shorter leases at once. If they were submitted later, they could come after the first heartbeat on
+        # the worker's next stream, and shorten the leases of a worker that has reconnected.
         stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
         stored.add_done_callback(self._count_grace)
 
@@ -153,18 +155,29 @@ class Liveness:
             self._waiters.ended_elsewhere(execution_id)
         if news.due_ms is not None:
             self.due_at(news.due_ms)
-        if news.anything:
-            self._polls.offer_all()
-            self._waiters.forget_running()
+        if news.anything and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look_again(), name="look again")
+
+    async def _look_again(self) -> None:
+        """Look for what calls wait for: another server may have changed it without a word."""
+        versions, running = self._polls.waited_for(), self._waiters.waited_for()
+        self._waiters.forget_running()
+        if not versions and not running:
+            return
+        try:
+            missed = await self._store.run(reading.missed, versions, running)
+        except StoreUnavailable:
+            return  # the next look is soon
+        self.hear(missed)
 
     def due_at(self, due_ms: int) -> None:
-        """Make the sweep run no later than `due_ms`, when a lease runs out, a retry is due, or a wait is over."""
+        """Make the sweep run no later than `due_ms`: then a lease runs out, a retry is due, or a wait is over."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()
 
     def task_handed_out(self, timeout_ms: int | None = None) -> None:
-        """Schedule a sweep for the end of a lease that begins now, or for the end of the task's time limit."""
+        """Schedule a sweep for the end of a lease that begins now, or for the end of a shorter time limit."""
         lease_ms = self._lease_ms if timeout_ms is None else min(self._lease_ms, timeout_ms)
         self.due_at(self._clock.now_ms() + lease_ms)
 
@@ -179,7 +192,7 @@ class Liveness:
                 if self._store.failed.done():
                     return  # the server stops, and says why
                 fault = None if isinstance(error, StoreUnavailable) else error
-                logger.warning("could not sweep the leases; retrying in 1 s", exc_info=fault)
+                logger.warning("could not end the attempts whose lease has run out; retrying in 1 s", exc_info=fault)
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
                 self._swept_until_ms = now_ms

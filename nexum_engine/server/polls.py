@@ -20,11 +20,14 @@ from nexum_engine.store.results import Claim, ReadyTask
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
 MAX_REMEMBERED_VERSIONS = 1000
-"""Above this number of versions, the server forgets the versions without a recent poll: clients can invent versions."""
+"""Above this number of versions, the server forgets the versions without a recent poll.
+
+There is a limit, because clients can invent versions.
+"""
 
 
 class _WaitingPoll:
-    """One poll of a worker. The call waits for a due task, or for the result of a claim that it submitted."""
+    """One poll of a worker. The poll waits for a due task, or for the result of a claim that it submitted."""
 
     def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
         self.worker_id = worker_id
@@ -63,12 +66,12 @@ class Polls:
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
         self._largest_task: dict[str, int] = {}
-        """The size of the largest task that a worker said it can receive, by version."""
+        """By version: the size of the largest task that a worker can receive, as the workers' polls say."""
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
-        """An upper bound of the number of due tasks, by version. For a version that is missing here, it is unknown.
+        """By version: an upper bound of the number of due tasks. If a version is missing here, its number is unknown.
 
-        At 0, no claim is submitted, because the claim would find nothing.
+        If the number is 0, no claim is submitted, because the claim would find nothing.
         """
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -133,10 +136,11 @@ class Polls:
         self._last_poll_ms[version_hash] = now_ms
         if len(self._last_poll_ms) > self._forget_above:
             self._last_poll_ms = {v: ms for v, ms in self._last_poll_ms.items() if now_ms - ms <= POLL_COUNTS_FOR_MS}
-            # Forget their numbers of due tasks, too. The next poll for such a version then submits a claim.
+            # Also forget the numbers of due tasks of the forgotten versions: the next poll for such a version then
+            # submits a claim.
             self._due = {v: due for v, due in self._due.items() if v in self._last_poll_ms}
             self._largest_task = {v: size for v, size in self._largest_task.items() if v in self._last_poll_ms}
-            # Scan the versions again only when their number has doubled: a scan takes time in proportion to it.
+            # Scan the versions again only when their number has doubled: the time of a scan grows with their number.
             self._forget_above = max(MAX_REMEMBERED_VERSIONS, 2 * len(self._last_poll_ms))
 
     async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
@@ -180,7 +184,7 @@ class Polls:
         """Offer a task to a waiting poll. The task is due now, or once the submitted transitions are stored.
 
         The poll's claim is submitted at once. If the transition that makes the task was submitted just before, both
-        share a transaction. The worker then gets the task as early as the caller gets its acknowledgement.
+        share a transaction. The worker then gets the task at the time at which the transition's caller gets an answer.
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
@@ -196,10 +200,9 @@ class Polls:
                 poll.wake()
                 return
 
-    def offer_all(self) -> None:
-        """Offer a task of each version that workers wait for: another server may have made one due without a word."""
-        for version_hash in list(self._polls):
-            self.task_ready(ReadyTask(version_hash, 0))
+    def waited_for(self) -> list[str]:
+        """Return the versions whose tasks are waited for."""
+        return list(self._polls)
 
     def has_poller(self, version_hash: str) -> bool:
         """Return whether a worker polls for the version, or polled within the last two seconds."""
@@ -209,10 +212,10 @@ class Polls:
         )
 
     def largest_task(self, version_hash: str) -> int | None:
-        """Return the size of the largest task that a worker of the version said it can receive.
+        """Return the size of the largest task that a worker of the version can receive, as the workers' polls say.
 
-        None if no worker has polled for the version since the server's start. A worker that is busy or away still
-        counts: it may come back for the task.
+        Return None if no worker has polled for the version since the server's start. A worker that is busy or away
+        still counts, because it may come back for the task.
         """
         return self._largest_task.get(version_hash)
 
@@ -225,7 +228,7 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def worker_beats(self, worker_id: str, came_ms: int) -> None:
-        """Note a heartbeat that came at `came_ms`, after the leases of the tasks that it names were renewed."""
+        """Note a heartbeat that came at `came_ms`. Call this when the leases of the tasks that it names are renewed."""
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms
         if was_silent:
@@ -234,14 +237,14 @@ class Polls:
     def _is_silent(self, worker_id: str) -> bool:
         """Return whether the worker's leases have run out although its stream is open.
 
-        A silent worker gets no task: the worker is probably stopped, and it may still be at work on the very task that
-        it has lost.
+        A silent worker gets no task: its process is probably suspended, and may later continue the very task that the
+        worker has lost.
         """
         last_ms = self._last_beat_ms.get(worker_id)
         return last_ms is not None and self._clock.now_ms() - last_ms >= self._lease_ms
 
     def worker_disconnected(self, worker_id: str) -> None:
-        """Note that the worker's stream ended. Its polls are answered: it polls again when it has reconnected."""
+        """Note that the worker's stream ended. Answer its polls without a task: it polls again after a reconnection."""
         self._last_beat_ms.pop(worker_id, None)
         self._draining_workers.discard(worker_id)
         self._answer_waiting(worker_id)
@@ -268,7 +271,7 @@ class Polls:
     async def _release_claimed(self, claim: Awaitable[Claim]) -> None:
         try:
             task = (await claim).task
-        except Exception:  # noqa: BLE001 - it took no task, or the task's lease will run out
+        except Exception:  # noqa: BLE001 - the claim took no task, or the task's lease will run out
             return
         if task is not None:
             await self._release(task)
@@ -276,15 +279,15 @@ class Polls:
     async def _release(self, task: Task) -> None:
         try:
             changed = await self._store.run(
-                tasks.release, task.task_id, "the worker's call was cancelled before the task reached it"
+                tasks.release, task.task_id, "the worker's poll was cancelled before the task reached the worker"
             )
         except NexumError:
-            return  # the task may still be handed out: its lease will run out
+            return  # if the task is still handed out, its lease will run out
         for ready in changed.ready:
             self.task_ready(ready)
 
     def look_again(self) -> None:
-        """Make every waiting poll claim again: it is unknown whether earlier transactions were stored."""
+        """Make every waiting poll claim again. Call this when it is unknown whether a transaction was stored."""
         self._due.clear()
         self._claim_again(lambda _: True)
 

@@ -21,17 +21,17 @@ class Queue:
         self.limit = limit
         self._store = store
         self._tasks = 0
-        """The tasks at the last count, and those that were started since."""
+        """The number of tasks at the last count, plus the number that may have been added since."""
         self._counted = float("-inf")
         self._counting: asyncio.Task[None] | None = None
 
     @property
     def may_be_full(self) -> bool:
-        """Whether the queue may have no room. If so, `is_full` tells."""
+        """Whether the queue may be full. Call `is_full` to find out."""
         return self._tasks >= self.limit
 
     async def is_full(self) -> bool:
-        """Return whether the queue has no room. Count its tasks, unless the last count is less than a second old."""
+        """Return whether the queue is full. Count its tasks, unless the last count is less than a second old."""
         now = asyncio.get_running_loop().time()
         is_under_way = self._counting is not None and not self._counting.done()
         if not is_under_way and now - self._counted >= COUNT_INTERVAL:

@@ -12,22 +12,26 @@ from nexum_engine.store.base import Space
 from nexum_engine.store.retention import Pruned, Verdict
 
 REST, IDLE_REST = 9, 1
-"""How long pruning rests after a transaction, as multiples of its duration: with other calls, and without any."""
-PART_SECONDS = 1.0
-"""How long one call of Prune works. Clients wait 10 s for an answer."""
-INTERVAL = 3600.0
-"""The longest time in seconds between two prunings of `--keep`."""
-QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
-"""Up to how many bytes in use the database is compacted: on the server's own, and with `--compact`.
+"""How long pruning rests after a transaction, as a multiple of the transaction's duration.
 
-Meanwhile the server answers no calls, for about a second for each 100 MB."""
+The first number is for a server that gets other calls meanwhile, the second for a server that gets none.
+"""
+PART_SECONDS = 1.0
+"""How long one call of Prune works. It must be short, because clients wait only 10 s for an answer."""
+INTERVAL = 3600.0
+"""With `--keep`, the longest time in seconds between two prunings."""
+QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
+"""The database is compacted if at most this many bytes are in use: by the server on its own, and with `--compact`.
+
+During a compaction, the server answers no calls: for about a second for each 100 MB.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one call of `Retention.prune` has done. The last call that is needed returns the database's space, too."""
+    """What one call of `Retention.prune` has done. The call that leaves nothing to prune also returns the space."""
 
     pruned: Pruned
     space: Space | None = None
@@ -96,5 +100,5 @@ class Retention:
                 if self._store.failed.done():
                     return  # the server stops, and says why
                 fault = None if isinstance(error, StoreUnavailable) else error
-                logger.warning("could not prune; retrying later", exc_info=fault)
+                logger.warning("could not delete old executions (--keep); retrying later", exc_info=fault)
             await asyncio.sleep(min(INTERVAL, max(keep_ms / 1000 / 10, 1)))

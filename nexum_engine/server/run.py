@@ -45,26 +45,27 @@ _BIND_RETRY = 0.1  # seconds
 _OPTIONS = (
     # Don't share the port: a second server on the same port would get half of the calls.
     ("grpc.so_reuseport", 0),
-    # Receive more than the engine's own limit, so that a slightly too large payload gets the engine's clear error.
+    # Let gRPC receive more than the engine's own limit: the engine then refuses a slightly too large payload with a
+    # clearer error than gRPC's.
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024 * 1024),
-    # Wait for calls that arrive faster than they are read: by default, gRPC cancels some of them.
+    # If calls arrive faster than they are read, let all of them wait: by default, gRPC cancels some.
     ("grpc.server.max_pending_requests", MAX_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
-    # Don't let gRPC widen its windows, so that it holds little of a request that is not read yet.
+    # Don't let gRPC widen its flow-control windows: it then buffers little of a request that is not read yet.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Return False for the traceback that gRPC logs when a client leaves before it has read its answer."""
+    """Return False for the traceback that gRPC logs when a client disconnects before it has read its answer."""
     return "ExecuteBatchError" not in record.getMessage()
 
 
 def listen_address(listen: str, *, is_protected: bool) -> str:
     """Return `listen` as HOST:PORT with a numeric host. Raises InvalidRequest.
 
-    Unless the server `is_protected` by TLS and tokens, every host but a loopback address is refused.
+    If the server is not protected by TLS and tokens (`is_protected`), only loopback addresses are allowed.
     """
     host, colon, port = listen.rpartition(":")
     if not colon or not (port.isascii() and port.isdecimal()) or len(port) > 5 or int(port) > 65535 or not host:
@@ -80,7 +81,7 @@ def listen_address(listen: str, *, is_protected: bool) -> str:
         ipaddress.ip_address(host)
     except ValueError:
         raise InvalidRequest(
-            f"refusing to listen on {listen}: give an IP address, or 0.0.0.0 for all of this machine's"
+            f"refusing to listen on {listen}: give an IP address of this machine, or 0.0.0.0 for all its addresses"
         ) from None
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -103,17 +104,17 @@ async def run_server(
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
 
     A silent worker keeps its tasks for `lease` seconds. Executions that ended more than `keep` seconds ago are deleted.
-    The server waits up to `patience` seconds until an ending server releases the port and the database. With
-    `else_free_port`, the server does not wait for a taken port: it takes a free one. An `embedded` server serves one
-    folder's runs, and refuses every client that names another database. The clients in its own process call it without
-    gRPC. A server with `tls` or `tokens` is found by its address only, and not by its database.
+    If an ending server still holds the port or the database, the new server waits up to `patience` seconds for them.
+    With `else_free_port`, it does not wait for a taken port, and takes a free one instead. An `embedded` server serves
+    one folder's runs, and refuses every client that names another database. The clients in its own process call it
+    without gRPC. Clients find a server with `tls` or `tokens` only by its address, and not by its database.
 
     Raises InvalidRequest for a bad address, StoreError for a database that can't be used, ServerError for a port that
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = listen_address(listen, is_protected=tls is not None and tokens is not None)
     is_found_by_file = tls is None and tokens is None
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # adds it once
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # a second call adds nothing
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
@@ -134,7 +135,7 @@ async def run_server(
             servicer.retention.start(round(keep * 1000))
         await server.start()
         try:
-            # The clients on this machine find the server by a file beside the database's file.
+            # Write the address to a file beside the database's file, where clients on this machine look for a server.
             if is_found_by_file and (database := store.file) is not None:
                 try:
                     write_address(database, address)
@@ -147,7 +148,7 @@ async def run_server(
                 on_ready(address, store.opened_as)
                 await stop.wait()
         finally:
-            # Remove the address first, so that no new client connects to the ending server.
+            # Remove the address file first, so that no new client connects to the ending server.
             if is_found_by_file and store.file is not None:
                 remove_address(store.file, address)
             await health.enter_graceful_shutdown()
@@ -165,7 +166,7 @@ async def run_server(
 
 
 def _is_free(address: str) -> bool:
-    """Return whether a server can listen on the address. gRPC would print an error if it can't."""
+    """Return whether a server can listen on the address. Try a socket, because gRPC prints an error if it can't."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:

@@ -47,7 +47,7 @@ ANSWER_BYTES = 4 * 1024 * 1024
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
 MAX_VERSIONS = 100
-"""The number of versions that one poll may name."""
+"""The largest number of versions that one poll may name."""
 SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 """Estimates of the size of a long item in a list of executions, and in a list of versions."""
 MAX_ITEMS_AT_ONCE = 1000
@@ -61,7 +61,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:
-    """Answer a call with the status of an error. The details of an internal error are only logged."""
+    """Answer a call with the gRPC status of an error. The details of an internal error are only logged."""
     if isinstance(error, (grpc.aio.AbortError, Refused)):
         raise error  # the call is answered already
     status = status_of(error) if isinstance(error, NexumError) else None
@@ -79,7 +79,7 @@ def _cut(message: str) -> str:
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Answer the errors of an RPC's handler with a gRPC status. The details of an internal error are only logged."""
+    """Turn the errors of an RPC's handler into gRPC statuses. The details of an internal error are only logged."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
@@ -122,7 +122,7 @@ class NexumServicer(NexumServiceServicer):
         self._liveness = liveness
         self.retention = Retention(store)
         self.rpcs = rpcs_of(self, abort)
-        """The unary RPCs by name, with the checks of their requests."""
+        """The unary RPCs by name. Each one first checks the size of its request."""
         self._streams = CallStreams(self.rpcs if tokens is None else guarded(self.rpcs, tokens, abort), limits.calls)
 
     def stop(self) -> None:
@@ -172,8 +172,8 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
-        # If the queue is full, only a start that finds its execution succeeds. Await nothing else here: a start is
-        # submitted even if its caller is cancelled at once.
+        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here: the
+        # server submits a start even if the caller is cancelled at once.
         is_full = self.queue.may_be_full and await self.queue.is_full()
         self.queue.add()
         starting = asyncio.ensure_future(
@@ -192,7 +192,7 @@ class NexumServicer(NexumServiceServicer):
         self._polls.task_ready(task)
         starting.add_done_callback(self._started)
         started = await asyncio.shield(starting)
-        # Don't hold a call with a large input: its request would stay in memory.
+        # Don't let a call with a large input wait for the end: its request would stay in memory.
         ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,
@@ -332,7 +332,7 @@ class NexumServicer(NexumServiceServicer):
     async def _whole(self, execution: Execution, context: Context, with_attempts: bool = False) -> Execution:
         """Return the execution with its payloads. Read them from the store if `execution` is without them.
 
-        If a default client could not receive the answer, the largest payloads are left out.
+        If a client with gRPC's default settings could not receive the answer, the largest payloads are left out.
         """
         if execution.nodes:
             await self._answers.reserve(context, _size_of(execution))
@@ -560,7 +560,7 @@ def _wait_seconds(wait_ms: int) -> float:
 
 
 def _checked_poll(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
-    """Return a poll's worker id, its versions, and the largest task in bytes that the worker can receive."""
+    """Return a poll's worker id, its versions, and the size in bytes of the largest task that it can receive."""
     check_id(request.worker_id, "worker_id")
     if len(request.more_version_hashes) >= MAX_VERSIONS:
         raise InvalidRequest(

@@ -20,7 +20,7 @@ class ServerTls:
     """The TLS files of a server. They are read again when they change. Raises InvalidRequest if they can't be used.
 
     With `client_ca`, a client must show a certificate that this CA has issued. If changed files are wrong, new
-    connections get the former ones, and the log says so.
+    connections get the former files, and the log says so.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
@@ -55,7 +55,7 @@ class ServerTls:
             load_authorities(context, roots, "--tls-client-ca")
         return grpc.ssl_server_certificate_configuration([(key, certificate)], roots)
 
-    def _changed(self) -> Any:  # the stubs don't know that it may be None
+    def _changed(self) -> Any:  # the stubs don't know that the result may be None
         """Return the files if they have changed. gRPC calls this for each new connection, in one of its threads."""
         stamp = self._look()
         if stamp == self._stamp:
@@ -64,5 +64,5 @@ class ServerTls:
         try:
             return self._read()
         except InvalidRequest as error:
-            logger.error("the former certificate stays in use: %s", error)
+            logger.error("the former certificate stays in use, because the changed files are wrong: %s", error)
             return None

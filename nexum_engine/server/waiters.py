@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from nexum_engine.records import Execution
 
 MAX_REMEMBERED_EXECUTIONS = 100_000
-"""Above this number of running executions, the server forgets which ones run. The next caller queries the store."""
+"""Above this number of running executions, the server forgets which ones run. The next callers query the store."""
 
 
 class Waiters:
@@ -50,7 +50,7 @@ class Waiters:
                 del self._waiting[execution_id]
 
     def execution_ended(self, execution: Execution) -> None:
-        """Answer the callers that wait for the execution. They query the store for an execution with large payloads."""
+        """Answer the callers that wait for the execution. If its payloads are large, the callers query the store."""
         self._running.discard(execution.execution_id)
         for future in self._waiting.get(execution.execution_id, ()):
             if not future.done():
@@ -63,12 +63,19 @@ class Waiters:
             if not future.done():
                 future.set_result(None)
 
+    def waited_for(self) -> list[str]:
+        """Return the ids of the executions whose end is waited for."""
+        return list(self._waiting)
+
     def forget_running(self) -> None:
-        """Let the next callers query the store: another server may have ended an execution without a word."""
+        """Let the next callers query the store.
+
+        Another server may have ended an execution, and its news may have been lost.
+        """
         self._running.clear()
 
     def look_again(self) -> None:
-        """Make every waiting caller query the store: it is unknown whether earlier transactions were stored."""
+        """Make every waiting caller query the store. Call this when it is unknown whether a transaction was stored."""
         self._running.clear()
         for waiting in self._waiting.values():
             for future in waiting:

@@ -40,14 +40,14 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
 
 
 def database_exists(database_url: str) -> bool:
-    """Return whether the database exists. Check this before you only read: `open_store` would create the database."""
+    """Return whether the database exists. Check this before a mere read, because `open_store` creates the database."""
     if not database_url.startswith("sqlite:"):
         return True
     return database_path(database_url).exists()
 
 
 def restore_database(database_url: str, backup: Path) -> Path | None:
-    """Replace the database that the URL names by a copy of `backup`. Return where the former database is kept, if any.
+    """Replace the database that the URL names with a copy of `backup`. Return the former database's new path, if any.
 
     Raises StoreRefused for a URL or a backup that can't be used, and StoreLocked if a server has the database open.
     """

@@ -22,7 +22,7 @@ class Space:
 
     total: int
     free: int
-    """The part that holds nothing. New executions use it."""
+    """The part of `total` that is not in use. New executions are stored in it."""
     given_back: int = 0
     """The bytes that `compact` has just given back to the disk."""
 
@@ -44,17 +44,17 @@ class Store(ABC):
     @property
     @abstractmethod
     def opened_as(self) -> str:
-        """The database's name for a person: an absolute path, or a URL without its password."""
+        """The database's name in messages for people: an absolute path, or a URL without its password."""
 
     @property
     @abstractmethod
     def file(self) -> Path | None:
-        """The database's file on this machine; None if it is a database of another server."""
+        """The database's file on this machine, or None if the database is not a file (PostgreSQL)."""
 
     @property
     @abstractmethod
     def failed(self) -> asyncio.Future[str]:
-        """A future for the reason why the database can't be trusted any more. When it resolves, stop the server."""
+        """A future that resolves with the reason when the database can't be trusted any more. Then stop the server."""
 
     @property
     @abstractmethod
@@ -65,9 +65,10 @@ class Store(ABC):
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
 
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
-        """Begin to tell the other servers on this database that this one is alive, and to call `on_news` on the loop.
+        """Begin to tell the other servers on this database that this one is alive, and to hear what they change.
 
-        `on_news` is called soon after another server's transaction, and from time to time in case one was missed.
+        `on_news` is called on the event loop: soon after a transaction of another server, and also from time to time,
+        in case the news of a transaction were lost.
         """
 
     @abstractmethod
@@ -82,24 +83,25 @@ class Store(ABC):
     def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.
 
-        For deletions: to check that no row refers to a deleted row, SQLite reads whole tables.
+        Use this for deletions: to check that no row refers to a deleted row, SQLite would read whole tables.
         """
 
     @abstractmethod
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         """Give the database's free space back to the disk, unless more than `max_bytes` are in use.
 
-        Without `always`, do so only if a quarter of the database is free. No transition runs meanwhile: this takes
-        about a second for each 100 MB in use. Return the space after it.
+        Without `always`, do so only if at least a quarter of the database is free. The compaction takes about a second
+        for each 100 MB in use, and no transition runs meanwhile. Return the database's space at the end.
         """
 
     @abstractmethod
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        """Write a copy of the database to `file`, as it is at the end of the copying. Return the copy's size in bytes.
+        """Write a copy of the database to `file`. Return the copy's size in bytes.
 
-        Transitions run meanwhile. The file has its name only when it is complete. `progress(copied, total)` is called,
-        in another thread, with the bytes copied so far. Raises InvalidRequest if the file can't be written, and
-        Conflict if the file exists and `overwrite` is false, or if another backup is being made.
+        Transitions run meanwhile, and the copy has the database's state at the end of the copying. The copy gets the
+        name `file` only when it is complete. `progress(copied, total)` is called, in another thread, with the bytes
+        copied so far. Raises InvalidRequest if the file can't be written, and Conflict if the file exists and
+        `overwrite` is false, or if another backup is being made.
         """
 
     @abstractmethod

@@ -1,13 +1,13 @@
--- The engine's invariants. Each query returns a row for each violation, with its description as `what`.
--- What SQLite checks itself (types, references, indexes) is not repeated here.
+-- The engine's invariants. Each query returns a row for each violation. The column `what` describes the violation.
+-- SQLite itself checks types, references and indexes, so no query here repeats these checks.
 
 -- name: execution_id
-SELECT 'execution ' || execution_id || ' has another number: ' || sequence AS what FROM executions
+SELECT 'execution ' || execution_id || ' has the wrong number: ' || sequence AS what FROM executions
 WHERE execution_id NOT GLOB 'exec-' || sequence || '-*'
   AND NOT EXISTS (SELECT 1 FROM former_ids WHERE id = execution_id AND number = sequence);
 
 -- name: task_id
-SELECT 'task ' || task_id || ' has the number of another node: ' || node AS what
+SELECT 'task ' || task_id || ' belongs to the wrong node: ' || node AS what
 FROM (SELECT node, task_id FROM nodes WHERE task_id IS NOT NULL UNION ALL SELECT node, task_id FROM attempts)
 WHERE task_id NOT GLOB 'task-' || node || '-*'
   AND NOT EXISTS (SELECT 1 FROM former_ids WHERE id = task_id AND number = node);
@@ -26,7 +26,7 @@ GROUP BY workflow_id, idempotency_key HAVING count(*) > 1;
 
 -- name: end_of_execution
 SELECT 'execution ' || execution_id || ' is ' || status
-       || CASE WHEN ended_ms IS NULL THEN ', but has no time of its end' ELSE ', but has ended' END AS what
+       || CASE WHEN ended_ms IS NULL THEN ', but has no end time' ELSE ', but has an end time' END AS what
 FROM executions WHERE (status = 'RUNNING') <> (ended_ms IS NULL);
 
 -- name: ended_with_unfinished_nodes
@@ -57,7 +57,7 @@ SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes
 FROM nodes JOIN executions ON sequence = node / 1000 WHERE (nodes.status = 'COMPLETED') <> (output_json IS NOT NULL);
 
 -- name: version_of_node
-SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has the version of another workflow: '
+SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has another version than its execution: '
        || nodes.version_hash AS what
 FROM nodes JOIN executions ON sequence = node / 1000 WHERE nodes.version_hash <> executions.version_hash;
 
@@ -65,7 +65,7 @@ FROM nodes JOIN executions ON sequence = node / 1000 WHERE nodes.version_hash <>
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes.status
        || CASE nodes.status WHEN 'READY' THEN ', but is never handed out' WHEN 'WAITING' THEN ', but never ends'
                             ELSE ', but its lease never ends' END
-       || ': it has no time' AS what
+       || ': it has no due time' AS what
 FROM nodes JOIN executions ON sequence = node / 1000
 WHERE due_ms IS NULL AND (nodes.status = 'RUNNING' OR (nodes.status = 'READY' AND NOT owned)
                           OR (nodes.status = 'WAITING' AND node_type = 'TIMER'));
@@ -100,7 +100,8 @@ WHERE (nodes.status = 'RUNNING') <> (coalesce(outcome, '') = 'RUNNING')
 
 -- name: earlier_attempts
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has ' || attempts || ' attempts, but '
-       || (SELECT count(*) FROM attempts AS earlier WHERE earlier.node = nodes.node) || ' earlier ones are stored' AS what
+       || (SELECT count(*) FROM attempts AS earlier WHERE earlier.node = nodes.node)
+       || ' earlier attempts are stored' AS what
 FROM nodes JOIN executions ON sequence = node / 1000
 WHERE (SELECT count(*) FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt BETWEEN 1 AND attempts - 1)
       <> max(attempts - 1, 0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 Row = Mapping[str, Any]
+Reading = TypeVar("Reading", bound=Callable[..., Any])
+SNAPSHOTS: set[Callable[..., Any]] = set()
+"""The transitions whose statements all read one state of the database."""
 
 
 class Db(Protocol):
@@ -27,7 +30,7 @@ class Db(Protocol):
         ...
 
     def run(self, query: str, **parameters: object) -> None:
-        """Run the statement that is called `query` in queries.sql. It may be sent together with the next one."""
+        """Run the statement that is called `query` in queries.sql. It may be sent together with the next statement."""
         ...
 
     def changes(self, query: str, **parameters: object) -> int:
@@ -35,15 +38,21 @@ class Db(Protocol):
         ...
 
     def lock(self, execution: int) -> None:
-        """Wait until no other server changes the execution with this number, and let none until the commit.
+        """Wait until no other server changes the execution with this number, and let no other server until the commit.
 
         Call this before the reads that decide what to change.
         """
         ...
 
 
+def of_one_snapshot(reading: Reading) -> Reading:
+    """Let the statements of a transition that only reads find one state, whatever other servers change meanwhile."""
+    SNAPSHOTS.add(reading)
+    return reading
+
+
 def load_queries(file: str = "queries.sql") -> dict[str, str]:
-    """Return the statements of a file of this package by name."""
+    """Return the statements of an SQL file in this package, by name."""
     text = (files("nexum_engine.store") / file).read_text(encoding="utf-8")
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))

@@ -12,7 +12,7 @@ from nexum_engine.store.reading import MAX_INLINE_BYTES
 from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
 
 TIMEOUT_GRACE_MS = 1000
-"""How long the server waits beyond a node's time limit. This project's worker reports the timeout before that."""
+"""How long the server waits beyond a node's time limit, so that the worker can report the timeout first."""
 
 # Remember only a few long definitions: the memory must stay small whatever clients register.
 _parse_short = lru_cache(maxsize=256)(parse_ir)
@@ -20,7 +20,7 @@ _parse_long = lru_cache(maxsize=4)(parse_ir)
 
 
 def parsed(ir_json: str) -> Mapping[str, NodeDefinition]:
-    """Return the nodes of an IR, in an order in which each node follows those that it waits for."""
+    """Return the nodes of an IR in an order in which each node comes after the nodes that it waits for."""
     return _parse_short(ir_json) if len(ir_json) <= MAX_INLINE_BYTES else _parse_long(ir_json)
 
 
@@ -33,7 +33,7 @@ def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, N
 
 
 def policy_of(node: NodeDefinition) -> dict[str, object]:
-    """Return the columns of a node that hold its time limit and its rule for retries."""
+    """Return the columns of a node that hold its time limit and its retry policy."""
     limited = node.timeout_seconds is not None and node.node_type.has_task
     return {
         "timeout_ms": milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,
@@ -42,7 +42,7 @@ def policy_of(node: NodeDefinition) -> dict[str, object]:
 
 
 def retry_of(row: Row) -> RetryPolicy:
-    """Return a node's rule for retries."""
+    """Return a node's retry policy."""
     return DEFAULT_RETRY_POLICY if row["retry"] is None else RetryPolicy.model_validate_json(row["retry"])
 
 

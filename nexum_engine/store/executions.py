@@ -109,7 +109,7 @@ def start_execution(
 
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
     COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
-    the queue if the queue is full.
+    the queue if the queue is full, else None.
 
     Raises WorkflowNotFound for an unknown version, Overloaded for a new execution if the queue is full, InvalidRequest
     for an input that isn't JSON and for wrong attributes, TooLarge for an input that no worker can receive, and
@@ -135,16 +135,16 @@ def start_execution(
                 return Started(latest["execution_id"], status, existing=True)
     if full_at is not None:
         raise Overloaded(
-            f"{full_at:,} tasks or more wait for workers, the limit of this server (--max-queue): retry, or start more "
-            "workers",
+            f"at least {full_at:,} tasks wait for workers, which is the limit of this server (--max-queue): retry, or "
+            "start more workers",
             QUEUE_RETRY_AFTER,
         )
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     if max_task_bytes is not None and task_bytes > max_task_bytes:
         raise TooLarge(
-            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, more than any known worker of version "
-            f"{version_hash} can receive ({max_task_bytes - TASK_FRAME_BYTES:,}): put the data into a file, or start a "
-            "worker with a larger limit (max_task_bytes), and then this execution"
+            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, but no known worker of version {version_hash} can "
+            f"receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a file, or start a worker "
+            "with a larger limit (max_task_bytes) before this execution"
         )
     status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
     added = db.one(
@@ -167,7 +167,7 @@ def start_execution(
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
     begin(db, added, workflow_id, version_hash, input_json, changes)
-    # The execution has ended if all its nodes complete at once, such as timers without a delay.
+    # If all nodes complete at once (for instance timers without a delay), the execution has already ended.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
     return Started(added["execution_id"], status, existing=False, changed=changes.freeze())
 
@@ -177,7 +177,9 @@ def _add_owned_node(
 ) -> None:
     definition = parsed(added["ir_json"])
     if len(definition) != 1:
-        raise InvalidRequest(f"workflow {workflow_id!r} has {len(definition)} nodes: an owned execution has one")
+        raise InvalidRequest(
+            f"workflow {workflow_id!r} has {len(definition)} nodes, but an owned execution can have only one"
+        )
     (node,) = definition.values()
     if node.node_type not in (NodeType.EFFECT, NodeType.COMPUTE):
         raise InvalidRequest(f"node {node.node_id!r} is a {node.node_type.value} node: it can't have an owner")

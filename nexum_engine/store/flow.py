@@ -1,6 +1,6 @@
 """The flow of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
 
-Each function is a part of a transition, and runs inside the transition's transaction. It adds what it did to `changes`.
+Each function is a part of a transition, and runs inside the transition's transaction. It adds its effects to `changes`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Any
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, WorkflowNotFound
@@ -25,7 +24,10 @@ TASK_FRAME_BYTES = 64
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 """The largest total size of an execution's outputs. Each reader of the execution holds them all in memory."""
 MAX_ITEMS = 10_000
-"""The largest number of items of a MAP node. The transaction that starts their tasks holds up all others."""
+"""The largest number of items of a MAP node.
+
+There is a limit, because one transaction starts all the items' tasks, and all other transactions wait for it.
+"""
 MAX_DEPTH = 100
 """How deep SUBWORKFLOW nodes may be nested: a workflow that starts itself must not do so for ever."""
 
@@ -33,9 +35,10 @@ MAX_DEPTH = 100
 
 
 def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: str, changes: Changes) -> None:
-    """Add the nodes of a new execution. Those that wait for no other node become tasks, or begin to wait.
+    """Add the nodes of a new execution.
 
-    `added` is the row of the execution, with the IR of its version.
+    A node that depends on no other node becomes a task, or begins to wait for a time, a person or an event. `added` is
+    the row of the execution, with the IR of its version.
     """
     definitions = parsed(added["ir_json"])
     settled = scheduling.settle(definitions, dict.fromkeys(definitions, NodeStatus.PENDING), {})
@@ -67,13 +70,13 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: s
 
 
 def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes: Changes) -> None:
-    """Make each PENDING node whose turn has come a task, let it begin to wait, or skip it.
+    """Turn the PENDING nodes whose turn has come into tasks, let them begin to wait, or skip them.
 
     End the execution if all its nodes are done.
     """
     definitions = definition_of(db, workflow_id, version_hash)
     again = True
-    while again:  # a node that completes at once may let others begin
+    while again:  # after a node that completes at once, other nodes may begin
         rows = {row["node_id"]: row for row in db.all("node_states", execution=execution)}
         statuses = {node_id: NodeStatus(rows[node_id]["status"]) for node_id in definitions}
         settled = scheduling.settle(definitions, statuses, _choices(db, execution, definitions, rows))
@@ -99,7 +102,10 @@ def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes
 def _choices(
     db: Db, execution: int, definitions: Mapping[str, NodeDefinition], rows: Mapping[str, Row]
 ) -> dict[str, str]:
-    """Return the target that each router has chosen. An EVENT node without its event has chosen `on_timeout`."""
+    """Return the target that each router has chosen.
+
+    An EVENT node whose event did not come in time counts as a router that has chosen `on_timeout`.
+    """
     chosen: dict[str, str] = {}
     if any(node.routes for node in definitions.values()):
         for row in db.all("choices", execution=execution):
@@ -148,7 +154,7 @@ def timer_output(db: Db, node: NodeDefinition) -> str:
 
 
 def use_event(db: Db, number: int, name: str) -> bool:
-    """Complete a WAITING node with the first event of its name that no node has used. Return False if there is none."""
+    """Complete a WAITING node with the first unused event of this name. Return False if there is no such event."""
     execution = number // 1000
     event = db.one("unused_event", execution=execution, name=name)
     if event is None:
@@ -177,68 +183,66 @@ def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
 
 
 def start_items(db: Db, node: Row, items: list[object], changes: Changes) -> None:
-    """Start an execution for each item of a MAP node. Its only node is a task."""
+    """Start an execution for each item of a MAP node. Each of these executions has one node, which is a task."""
     if len(items) > MAX_ITEMS:
-        raise InvalidRequest(f"the list of {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}")
-    for index, item in enumerate(items):
-        item_json = jsontext.dump(item, "an item")
-        child = _add_child(db, node, node["workflow_id"], node["version_hash"], item_json, index)
-        task_bytes = node["task_bytes"] + jsontext.size_of(item_json)
-        db.run(
-            "add_node",
-            node=node_number(child["sequence"], 0),
-            node_id=f"{node['node_id']}__{index}",
-            node_type=NodeType.MAP_SUBTASK.value,
-            dependencies="[]",
-            version_hash=node["version_hash"],
-            status=NodeStatus.READY.value,
-            due_ms=db.now_ms,
-            task_bytes=task_bytes,
-            owned=False,
-            timeout_ms=node["timeout_ms"],
-            retry=node["retry"],
+        raise InvalidRequest(
+            f"the result of MAP node {node['node_id']!r} has {len(items):,} items; the limit is {MAX_ITEMS:,}"
         )
-        changes.ready.append(ReadyTask(node["version_hash"], task_bytes))
+    texts = [jsontext.dump(item, "an item") for item in items]
+    db.run(
+        "add_items",
+        items=json.dumps([[random_part(), text] for text in texts], ensure_ascii=False),
+        workflow_id=node["workflow_id"],
+        version_hash=node["version_hash"],
+        now=db.now_ms,
+        parent_node=node["node"],
+    )
+    db.run(
+        "add_item_nodes",
+        node_id=node["node_id"],
+        now=db.now_ms,
+        parent_node=node["node"],
+        task_bytes=node["task_bytes"],
+        timeout_ms=node["timeout_ms"],
+        retry=node["retry"],
+    )
+    changes.ready += [ReadyTask(node["version_hash"], node["task_bytes"] + jsontext.size_of(text)) for text in texts]
 
 
 def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: Changes) -> None:
-    """Start an execution of a workflow's latest version for a SUBWORKFLOW node. Raises WorkflowNotFound."""
+    """Start an execution of the latest version of `workflow_id` for a SUBWORKFLOW node. Raises WorkflowNotFound."""
     latest = db.one("latest_version", workflow_id=workflow_id)
     if latest is None:
         raise WorkflowNotFound(workflow_id)
     depth = db.one("depth", execution=node["execution"])
     if depth is not None and depth["depth"] >= MAX_DEPTH:
         raise InvalidRequest(
-            f"node {node['node_id']!r} can't start {workflow_id!r}: executions are nested {MAX_DEPTH} deep, the limit"
+            f"node {node['node_id']!r} can't start {workflow_id!r}: the execution is already nested {MAX_DEPTH} deep, "
+            "which is the limit"
         )
-    added = _add_child(db, node, workflow_id, latest["version_hash"], input_json, None)
-    child = {**added, "ir_json": latest["ir_json"]}
-    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
-
-
-def _add_child(
-    db: Db, node: Row, workflow_id: str, version_hash: str, input_json: str, index: int | None
-) -> dict[str, Any]:
     added = db.one(
         "add_child",
         random=random_part(),
         workflow_id=workflow_id,
-        version_hash=version_hash,
+        version_hash=latest["version_hash"],
         input_json=input_json,
         now=db.now_ms,
         parent_node=node["node"],
-        child_index=index,
     )
     assert added is not None
-    return {"sequence": added["sequence"], "execution_id": added["execution_id"]}
+    child = {**added, "ir_json": latest["ir_json"]}
+    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
 
 
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
-    """Complete or fail the node that started an execution, once all executions that the node started have ended."""
+    """Complete the node that started `child` if all executions that the node started have completed.
+
+    Fail the node if `child` has failed or was cancelled.
+    """
     db.lock(child["parent_node"] // 1000)
     parent = db.one("node_at", node=child["parent_node"])
     if parent is None or parent["status"] != NodeStatus.WAITING:
-        return  # the parent has ended first, and has cancelled this execution
+        return  # the parent has ended before, and its end has cancelled this execution
     status = ExecutionStatus(child["status"])
     if status is not ExecutionStatus.COMPLETED:
         end = f"failed: {child['error']}" if status is ExecutionStatus.FAILED else "was cancelled"
@@ -260,7 +264,7 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
 def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
     """Return whether an execution's outputs, with `size` bytes more, are within MAX_OUTPUT_BYTES.
 
-    To save a query, up to MAX_INLINE_BYTES always fit.
+    To save a query, a `size` up to MAX_INLINE_BYTES always counts as fitting.
     """
     return size <= MAX_INLINE_BYTES or output_bytes(db, execution_id) + size <= MAX_OUTPUT_BYTES
 
@@ -279,11 +283,11 @@ def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:
 def end_execution(
     db: Db, execution: int, status: ExecutionStatus, error: str, changes: Changes, only_node: Node | None = None
 ) -> None:
-    """End the running execution with the number `execution`, and its unfinished nodes and their executions.
+    """End the running execution with the number `execution`, its unfinished nodes, and the executions they started.
 
     An execution with large payloads is added to `changes` without its input and nodes. Callers that wait for the
-    execution then read them from the store.
-    Give the only node of an execution, unless its output is large, as `only_node`: this saves three queries.
+    execution then read the payloads from the store. If the execution has only one node, and the node's output is not
+    large, give the node as `only_node`: this saves three queries.
     """
     row = db.one(
         "end_execution",
@@ -296,6 +300,8 @@ def end_execution(
     assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
         db.run("cancel_nodes", execution=execution, now=db.now_ms)
+        db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
+        db.run("cancel_items", execution=execution, now=db.now_ms)
         for child in db.all("running_children", execution=execution):
             end_execution(db, child["sequence"], ExecutionStatus.CANCELLED, "", changes)
     if row["child_index"] is None:

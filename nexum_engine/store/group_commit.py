@@ -1,4 +1,4 @@
-"""The queue of a store: one thread runs the transitions, and commits those that wait together."""
+"""The queue of a store: one thread runs the transitions, and commits all that wait in one transaction."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
+from itertools import takewhile
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.store.base import Store
-from nexum_engine.store.db import Db
+from nexum_engine.store.db import SNAPSHOTS, Db
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,15 +23,23 @@ Transition = Callable[[Db], Any]
 MAX_BATCH = 256  # transitions in one transaction
 
 
+class Kind(Enum):
+    """Which transitions may share a transaction."""
+
+    TOGETHER = "with others of this kind"
+    SNAPSHOT = "with others that read one snapshot"
+    ALONE = "with no other"
+
+
 @dataclass
 class _Submission:
     transition: Transition
     future: asyncio.Future[Any]
-    alone: bool = False
+    kind: Kind
 
 
 class CommitFailed(Exception):
-    """The failure of a whole transaction, with all its transitions."""
+    """A whole transaction has failed, with all its transitions."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause) or type(cause).__name__)
@@ -46,6 +56,9 @@ class GroupCommitStore(Store):
     A dialect supplies the abstract methods.
     """
 
+    _reads_snapshots = False
+    """Whether another server can change the database between two statements of a transaction."""
+
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[str] = self._loop.create_future()
@@ -56,10 +69,10 @@ class GroupCommitStore(Store):
         self._closed = False
 
     @abstractmethod
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
-        """Run transitions in the writer thread. Return a list with each transition's result or exception.
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
+        """Run transitions of one kind in the writer thread. Return a list with each transition's result or exception.
 
-        Raises CommitFailed if it is unknown whether they are stored.
+        Raises CommitFailed if it is unknown whether the transitions are stored.
         """
 
     @abstractmethod
@@ -75,17 +88,19 @@ class GroupCommitStore(Store):
         return self._submitted
 
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return self._submit(lambda db: transition(db, *args, **kwargs), alone=False)
+        is_snapshot = self._reads_snapshots and transition in SNAPSHOTS
+        kind = Kind.SNAPSHOT if is_snapshot else Kind.TOGETHER
+        return self._submit(lambda db: transition(db, *args, **kwargs), kind)
 
     def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        return self._submit(lambda db: transition(db, *args, **kwargs), alone=True)
+        return self._submit(lambda db: transition(db, *args, **kwargs), Kind.ALONE)
 
-    def _submit(self, transition: Callable[[Db], T], *, alone: bool) -> Awaitable[T]:
+    def _submit(self, transition: Callable[[Db], T], kind: Kind) -> Awaitable[T]:
         future: asyncio.Future[T] = self._loop.create_future()
         if self._closed or self._failed.done():
             future.set_exception(stopping())
             return future
-        self._waiting.append(_Submission(transition, future, alone))
+        self._waiting.append(_Submission(transition, future, kind))
         self._submitted += 1
         if self._pump is None:
             self._pump = self._loop.create_task(self._write_waiting())
@@ -95,7 +110,7 @@ class GroupCommitStore(Store):
         try:
             while self._waiting:
                 batch = self._next_batch()
-                run = partial(self._run_batch, [one.transition for one in batch], alone=batch[0].alone)
+                run = partial(self._run_batch, [one.transition for one in batch], batch[0].kind)
                 try:
                     outcomes = await self._loop.run_in_executor(self._writer, run)
                 except CommitFailed as error:
@@ -112,12 +127,13 @@ class GroupCommitStore(Store):
             self._pump = None
 
     def _next_batch(self) -> list[_Submission]:
-        """Remove the submissions of the next transaction from those that wait, and return them."""
-        count = 1
-        if not self._waiting[0].alone:
-            alone = (number for number, one in enumerate(self._waiting[:MAX_BATCH]) if one.alone)
-            count = next(alone, MAX_BATCH)
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        """Take the submissions of the next transaction out of the queue, and return them."""
+        kind = self._waiting[0].kind
+        # A reading that waits may let later changes pass, but no change lets a later reading pass.
+        passed = (Kind.TOGETHER, Kind.SNAPSHOT) if kind is Kind.TOGETHER else (kind,)
+        front = list(takewhile(lambda one: one.kind in passed, self._waiting[: 1 if kind is Kind.ALONE else MAX_BATCH]))
+        batch = [one for one in front if one.kind is kind]
+        self._waiting = [one for one in front if one.kind is not kind] + self._waiting[len(front) :]
         return batch
 
     async def _end_waiting(self) -> None:
@@ -127,7 +143,7 @@ class GroupCommitStore(Store):
             await self._pump
 
     def _refuse_waiting(self, reason: str, error: CommitFailed) -> None:
-        """Mark the store as failed, and answer the transitions that wait."""
+        """Mark the store as failed, and raise an error to the callers of the waiting transitions."""
         if not self._failed.done():
             self._failed.set_result(reason)
         for submission in self._waiting:

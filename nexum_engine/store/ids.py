@@ -20,7 +20,7 @@ def random_part() -> str:
 
 
 def node_number(execution: int, position: int) -> int:
-    """Return the number of a node. queries.sql relies on this form."""
+    """Return the number of a node. queries.sql relies on this formula."""
     return 1000 * execution + position
 
 
@@ -30,9 +30,10 @@ def new_task_id(node: int) -> str:
 
 
 def number_of(db: Db, given: str) -> int:
-    """Return the number of the only row that can have the id `given`: of an execution, or of a task's node.
+    """Return the number of the only row that can have the id `given`.
 
-    The row may be missing or have another id: compare its id with `given`.
+    For an execution's id, the row is the execution; for a task's id, it is the task's node. The row may be missing or
+    have another id: compare its id with `given`.
     """
     if (match := _ID.fullmatch(given)) is not None:
         return int(match[1])

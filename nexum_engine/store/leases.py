@@ -26,7 +26,10 @@ MAX_SWEPT = 500
 MAX_PROGRESS_BYTES = 16 * 1024
 """The largest progress of a task that the server stores."""
 SLOW_LINE = 250  # bytes per millisecond
-"""The slowest connection to allow for: a heartbeat can't name a large task that is still on its way to the worker."""
+"""The speed of the slowest connection that a worker may have.
+
+While a large task is still on its way to the worker, the worker's heartbeats can't name the task.
+"""
 
 
 def renew(
@@ -68,7 +71,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
-    # Don't count losses of an owned node. An owned node is never handed to workers, so it can't kill one after another.
+    # The count stops a task that kills one worker after another. An owned node is never handed to workers, so its
+    # losses don't count.
     return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
 
 
@@ -89,14 +93,14 @@ def _handed_out(db: Db, worker_id: str) -> list[Row]:
 
 
 def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
-    """Shorten the leases of a worker whose stream broke. To keep its tasks, it must reconnect within `grace_ms`."""
+    """Shorten the leases of a worker whose stream broke. If it reconnects within `grace_ms`, it keeps its tasks."""
     db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
 
 
 def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks.
 
-    `unstreamed_ms` is the new lease of workers that had no worker stream.
+    `grace_ms` is the new lease of workers that had a worker stream, and `unstreamed_ms` that of workers without one.
     """
     db.run("restart_leases", streamed=True, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=False, lease_expires_ms=db.now_ms + unstreamed_ms)
@@ -118,7 +122,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
     for found in db.all("expired_leases", now=db.now_ms, limit=MAX_SWEPT):
         db.lock(found["execution"])
         row = db.one("expired_lease", node=found["node"], now=db.now_ms)
-        if row is not None:  # else another server was first, or an earlier one of this loop has ended the execution
+        if row is not None:  # else another server was first, or an earlier pass of this loop has ended the execution
             _expire(db, row, changes)
     end_waits(db, changes)
     due = [
@@ -151,6 +155,6 @@ def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> 
     if losses >= scheduling.MAX_LOST_ATTEMPTS:
         last = f"{losses} attempts were lost, the last because {reason}"
         fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
-    # Another loss in this transaction may have ended the execution.
+    # If another loss in this transaction has ended the execution, `retry_node` returns False.
     elif retry_node(db, row, db.now_ms, end) and not row["owned"]:
         changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))

@@ -1,7 +1,7 @@
 """Lists of executions: filters, sessions, and pages.
 
-A list begins with the condition that few executions meet. The index of this condition gives candidates, newest first,
-and the query `matching` checks the other conditions. So a list takes little time however many executions there are.
+Of a list's conditions, one that few executions meet comes first. The index of this condition gives candidates, newest
+first, and the query `matching` checks the other conditions. So a list takes little time even in a large database.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, SessionSummary
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.reading import execution_of, get_execution, payload_bytes
 from nexum_engine.workflow import MAX_ATTRIBUTES
@@ -29,15 +29,18 @@ Server and client hold the whole list in memory.
 _CANDIDATES = 1000
 """How many candidates one query reads."""
 _RARE = 50_000
-"""A workflow or attribute with fewer executions gives the candidates. One with more soon matches among the newest."""
+"""A workflow or an attribute gives the candidates if it has fewer executions than this.
+
+If it has more, the newest executions soon give enough matches.
+"""
 _OUT_OF_ORDER_MS = 10_000
-"""How much earlier an execution may have begun than one with a smaller number, if several servers start executions."""
-_END = 2**53  # above every number of an execution; 1000 times it is still a 64-bit number
+"""If several servers start executions, an execution may have begun this much earlier than one with a smaller number."""
+_END = 2**53  # above every number of an execution; 1000 * _END is still a 64-bit number
 
 
 @dataclass(frozen=True)
 class _Filter:
-    """The conditions of a list. Each one that is empty or 0 matches all executions."""
+    """The conditions of a list. A condition that is empty or 0 matches all executions."""
 
     workflow_id: str
     status: str
@@ -49,7 +52,7 @@ class _Filter:
     parent: str
 
     def check(self) -> None:
-        """Raise InvalidRequest for an unknown status, and for conditions that are out of range or need another one."""
+        """Raise InvalidRequest for an unknown status, a value out of range, and a key prefix without a workflow."""
         if self.status and self.status not in ExecutionStatus.__members__:
             raise InvalidRequest(f"unknown status {self.status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
         if self.key_prefix and not self.workflow_id:
@@ -62,6 +65,7 @@ class _Filter:
             )
 
 
+@of_one_snapshot
 def list_executions(
     db: Db,
     workflow_id: str,
@@ -79,11 +83,11 @@ def list_executions(
 ) -> list[Execution]:
     """Return the newest executions, newest first, that meet all conditions. An empty condition matches all.
 
-    `since_ms` and `until_ms` compare the time of the start. `parent` selects the executions that the nodes of one
-    execution started; without it, the tasks of MAP nodes are left out. With `group_sessions`, a session is one item:
-    its latest run, with its summary. `before` is an execution's id, and selects older ones. With `with_nodes`, the list
-    may end early, after MAX_LIST_BYTES; only an empty list means that there are no older executions. Raises
-    ExecutionNotFound for an unknown `before`, and InvalidRequest for a wrong condition.
+    `since_ms` and `until_ms` compare the time of the start. `parent` is an execution's id, and selects the executions
+    that its nodes started. Without `parent`, the executions of MAP nodes' items are left out. With `group_sessions`, a
+    session is one item: its latest run, with the session's summary. `before` is an execution's id, and selects older
+    executions. With `with_nodes`, the list may end early, after MAX_LIST_BYTES; only an empty list means that there are
+    no older executions. Raises ExecutionNotFound for an unknown `before`, and InvalidRequest for a wrong condition.
     """
     wanted = _Filter(workflow_id, status, key_prefix, since_ms, until_ms, attributes or {}, group_sessions, parent)
     wanted.check()
@@ -129,7 +133,7 @@ def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
 def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool]:
     """Return the query that finds candidates, and whether every candidate matches.
 
-    It is the query of a condition that few executions meet. If there is none, all executions are candidates.
+    The query belongs to a condition that few executions meet. Without such a condition, all executions are candidates.
     """
     conditions = [wanted.workflow_id, wanted.status, *wanted.attributes, wanted.group_sessions]
     is_only = sum(map(bool, conditions)) <= 1
@@ -162,8 +166,8 @@ def _count(db: Db, query: str, **parameters: str) -> int:
 def _first_since(db: Db, ms: int) -> int:
     """Return the number of the first execution that was started at or after `ms`.
 
-    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the times pass `ms`
-    several times: the number is that of one of these places.
+    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the starts pass `ms`
+    several times, and the number belongs to any one of these passes.
     """
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1
@@ -192,7 +196,7 @@ def _with_nodes(db: Db, rows: list[Row]) -> list[Execution]:
 
 
 class _Summary(BaseModel):
-    """The field `summary` of an event's output. Other outputs have no such field, or another one."""
+    """The field `summary` of an event's output. Other outputs have no such field, or a field of another form."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -202,7 +206,7 @@ class _Summary(BaseModel):
 
 
 def _as_session(db: Db, run: Execution, row: Row) -> Execution:
-    """Return the latest run of a session with the session's summary. Another execution is returned as it is."""
+    """If `run` is the latest run of a session, add the session's summary. Return any other execution unchanged."""
     session, slash, _ = run.idempotency_key.partition("/")
     latest = db.one("latest_run", execution=row["sequence"]) if slash else None
     if latest is None:

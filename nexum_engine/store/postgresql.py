@@ -1,13 +1,15 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. Executions that nodes started are locked by the first one, from which all others come: so
-no transition of a child waits for one of its parent that waits for the child.
+execution one after the other. An execution that a node started has no lock of its own. Its lock is that of the topmost
+execution, which a client started. So a transition of a child never waits for a transition of its parent that waits for
+the child.
 
 The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
-committed. A claim locks the task alone, and passes over what others have locked.
+committed. Transitions that only read an execution or a list have REPEATABLE READ: they read one state. A claim locks
+only the task, and skips the tasks that other servers have locked.
 
-The statements of a transaction whose results nobody needs yet are sent together with the next one (pipeline mode).
+A statement whose result is not needed yet is sent together with the next statement (pipeline mode).
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
-from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -38,10 +40,19 @@ from nexum_engine.store.postgresql_connection import (
     is_lost,
     line_of,
     open_database,
+    vacuum,
     without_password,
 )
 from nexum_engine.store.postgresql_queries import dialect
-from nexum_engine.store.postgresql_servers import NEWS_SECONDS, OtherServers, channel_of, news_of, send
+from nexum_engine.store.postgresql_servers import (
+    ALIVE_SECONDS,
+    NEWS_SECONDS,
+    OtherServers,
+    channel_of,
+    hold_server,
+    news_of,
+    send,
+)
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
@@ -57,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Unknown(Exception):
-    """The connection was lost after the commit was sent."""
+    """The connection was lost after the commit was sent: it is unknown whether the transaction is stored."""
 
 
 class _Unreachable(Exception):
@@ -67,7 +78,9 @@ class _Unreachable(Exception):
 class PostgresStore(GroupCommitStore):
     """A Nexum database in PostgreSQL. Any number of servers may have it open."""
 
-    def __init__(self, url: str, clock: Clock, connection: Connection) -> None:
+    _reads_snapshots = True
+
+    def __init__(self, url: str, clock: Clock, connection: Connection, server: int) -> None:
         super().__init__()
         self._url = url
         self._clock = clock
@@ -78,10 +91,10 @@ class PostgresStore(GroupCommitStore):
         self._connection: Connection | None = connection
         self._opened_as = without_password(url)
         self._next_comparison = 0.0
-        self._server = secrets.randbits(62)
+        self._server = server
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
-        """Until when to send news. If no other server was alive for long, they are not sent: they hold up commits."""
+        """News are sent until this time. While no other server is alive, none are sent, because they delay commits."""
         self._others: OtherServers | None = None
 
     @classmethod
@@ -89,9 +102,14 @@ class PostgresStore(GroupCommitStore):
         """Open the database, and create or update its tables. Raises StoreRefused."""
         try:
             connection = await asyncio.to_thread(open_database, database_url)
+            server = secrets.randbits(62)
+            await asyncio.to_thread(hold_server, connection, server)
         except psycopg.Error as error:
-            raise StoreRefused(f"can't open {without_password(database_url)}: {line_of(error)}") from error
-        return cls(database_url, clock, connection)
+            why = line_of(error)
+            if "unsupported startup parameter" in why:
+                why += "; let the pool's role have the setting instead: ALTER ROLE … SET search_path = …"
+            raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
+        return cls(database_url, clock, connection, server)
 
     @property
     def opened_as(self) -> str:
@@ -102,20 +120,31 @@ class PostgresStore(GroupCommitStore):
         return None
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Return the size of the database. PostgreSQL itself uses free space again (autovacuum)."""
+        """Return the size of the database. With `always`, free the space of deleted rows for new ones first.
+
+        PostgreSQL frees it on its own, too (autovacuum).
+        """
         if self._closed:
             raise stopping()
+        if always:
+            try:
+                await asyncio.to_thread(vacuum, self._url)
+            except psycopg.Error as error:
+                raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
         (outcome,) = await self._loop.run_in_executor(
-            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], alone=False)
+            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
         )
         if isinstance(outcome, Exception):
             raise outcome
         return Space(outcome["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(f"a backup of {self._opened_as} is PostgreSQL's own work: use pg_dump, or its archiving")
+        raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
+        # This server may follow a killed one, whose workers then need not wait until it counts as dead.
+        forgetting = self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
+        asyncio.ensure_future(forgetting).add_done_callback(lambda done: done.cancelled() or done.exception())
         self._others = OtherServers(
             self._url,
             self._server,
@@ -127,7 +156,7 @@ class PostgresStore(GroupCommitStore):
         )
 
     def _note_other(self) -> None:
-        """Send news for a time: another server is alive."""
+        """Send news for another NEWS_SECONDS: another server is alive."""
         self._news_until = time.monotonic() + NEWS_SECONDS
 
     async def close(self) -> None:
@@ -148,35 +177,35 @@ class PostgresStore(GroupCommitStore):
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
 
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         try:
             if len(transitions) > 1:
                 try:
-                    return self._transaction(transitions, alone=alone)
+                    return self._transaction(transitions, kind)
                 except (_Unknown, _Unreachable):
                     raise
-                except Exception as error:  # noqa: BLE001 - the transition that fails alone raises it again
+                except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
-            return [self._outcome(transition, alone=alone) for transition in transitions]
+            return [self._outcome(transition, kind) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
 
-    def _outcome(self, transition: Transition, *, alone: bool) -> Any:
+    def _outcome(self, transition: Transition, kind: Kind) -> Any:
         """Run one transition in a transaction of its own. Return its result or exception."""
         end = time.monotonic() + CONFLICT_SECONDS
         while True:
             try:
-                return self._transaction([transition], alone=alone)[0]
+                return self._transaction([transition], kind)[0]
             except (_Unknown, _Unreachable):
                 raise
             except psycopg.Error as error:
                 if not is_conflict(error) or time.monotonic() > end:
-                    return error
+                    return _for_caller(error)
                 time.sleep(random.uniform(0.001, 0.02))
             except Exception as error:  # noqa: BLE001 - the transition's caller gets this error
                 return error
 
-    def _transaction(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
+    def _transaction(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         """Run transitions in one transaction. If it was not stored because the connection was lost, try again."""
         end = time.monotonic() + RECONNECT_SECONDS
         while True:
@@ -184,20 +213,23 @@ class PostgresStore(GroupCommitStore):
             is_sent = False
             try:
                 with connection.pipeline() as pipeline:
-                    connection.execute("BEGIN")
+                    connection.execute(
+                        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if kind is Kind.SNAPSHOT else "BEGIN"
+                    )
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
-                    if alone:
-                        # A deletion chooses executions by what else there is. No other server may add to it meanwhile.
+                    if kind is Kind.ALONE:
+                        # Other executions decide whether an execution may be deleted. Let no other server add or change
+                        # executions meanwhile.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
                     )
                     outcomes = [_outcome_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
-                        send(connection, self._channel, self._server, news)
-                    pipeline.sync()  # so that an error of a statement is not taken for one of the commit
-                    is_sent = True
+                        send(connection, self._channel, self._server, db.now_ms, news)
+                    pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
+                    is_sent = kind is not Kind.SNAPSHOT  # a reading may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
                 return outcomes
@@ -226,6 +258,7 @@ class PostgresStore(GroupCommitStore):
         while self._connection is None:
             try:
                 self._connection = connect(self._url)
+                hold_server(self._connection, self._server)
                 self._next_comparison = 0.0
             except psycopg.Error as error:
                 if time.monotonic() > end:
@@ -244,8 +277,15 @@ class PostgresStore(GroupCommitStore):
                 connection.close()
 
 
+def _for_caller(error: psycopg.Error) -> Exception:
+    """Return the error of a transition that PostgreSQL refused. Other errors than the named ones are bugs."""
+    if isinstance(error, (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege)):
+        return StoreUnavailable(f"PostgreSQL refused the change, and nothing was stored: {line_of(error)}")
+    return error
+
+
 def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
-    """Return a transition's result, or its error if it has written nothing that the error must undo."""
+    """Return a transition's result. Return its error if the transition has written nothing, else raise the error."""
     written = db.written
     try:
         return transition(db)

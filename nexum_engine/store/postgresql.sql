@@ -1,4 +1,4 @@
--- The queries of queries.sql that PostgreSQL needs in another form, by name. See dialect() in postgresql.py.
+-- The queries of queries.sql that PostgreSQL needs in another form, by name. See dialect() in postgresql_queries.py.
 
 -- name: versions
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
@@ -22,12 +22,19 @@ RETURNING sequence, execution_id, (SELECT ir_json FROM workflow_versions
                                    WHERE workflow_id = :workflow_id AND version_hash = :version_hash) AS ir_json;
 
 -- name: add_child
-INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
-                        child_index)
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
-       :parent_node, CAST(:child_index AS bigint)
+       :parent_node
 FROM (SELECT nextval('execution_numbers') AS number) AS new
 RETURNING sequence, execution_id;
+
+-- name: add_items
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
+                        child_index)
+SELECT number, 'exec-' || number || '-' || (item ->> 0), :workflow_id, :version_hash, 'RUNNING', item ->> 1, :now,
+       :parent_node, index - 1
+FROM (SELECT nextval('execution_numbers') AS number, item, index
+      FROM json_array_elements(CAST(:items AS json)) WITH ORDINALITY AS items (item, index)) AS numbered;
 
 -- name: matching
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
@@ -52,6 +59,15 @@ WHERE sequence IN (SELECT CAST(value AS bigint) FROM json_array_elements_text(CA
                            AND later.idempotency_key <= split_part(executions.idempotency_key, '/', 1) || '/:'
                            AND later.sequence > executions.sequence)))
 ORDER BY sequence DESC;
+
+-- name: versions_with_task
+SELECT value AS version_hash FROM json_array_elements_text(CAST(:version_hashes AS json)) AS value
+WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = value AND due_ms <= :now);
+
+-- name: ended_of
+SELECT sequence FROM executions
+WHERE sequence IN (SELECT CAST(value AS bigint) FROM json_array_elements_text(CAST(:sequences AS json)) AS value)
+  AND status <> 'RUNNING';
 
 -- name: session_events
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
@@ -107,11 +123,22 @@ SELECT count(*) AS others FROM servers WHERE id <> :server AND alive_until > now
 -- name: forget_dead
 DELETE FROM servers WHERE alive_until < now() - interval '1 hour';
 
+-- name: hold_server
+-- Show to the others that this session's server has not ended.
+SELECT pg_advisory_lock_shared(:server);
+
+-- name: forget_ended
+-- Forget the servers whose process has ended: none of their sessions is left. If PostgreSQL has just started, the
+-- sessions of living servers may be missing, too.
+DELETE FROM servers
+WHERE id <> :server AND pg_postmaster_start_time() < now() - make_interval(secs => :seconds)
+  AND pg_try_advisory_xact_lock(id);
+
 -- name: leave
 DELETE FROM servers WHERE id = :server;
 
 -- name: take_over
--- The server of some workers died: the workers lose their tasks unless they connect to another server in time.
+-- If the server of a worker has died, the worker loses its tasks unless it connects to another server in time.
 UPDATE nodes SET due_ms = least(due_ms, :lease_expires_ms), lease_loss = 'INTERRUPTED', server = NULL
 WHERE queue = '' AND streamed AND server IS NOT NULL
   AND NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now());

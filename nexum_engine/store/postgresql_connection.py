@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from importlib.resources import files
 from typing import Any
 
 import psycopg
+from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.numeric import Int8Dumper
@@ -17,13 +19,15 @@ from nexum_engine.errors import StoreRefused
 
 MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
+NOTIFICATION_SECONDS = 5.0
+"""How long a notification may take to arrive when a database is opened."""
 MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
 
 Connection = psycopg.Connection[dict[str, Any]]
 
 
 class _TextDumper(StrDumperUnknown):
-    """Writes text without the character NUL, which PostgreSQL can't store: error messages of workers may have it."""
+    """Writes text without the character NUL, which PostgreSQL can't store. Error messages of workers may contain it."""
 
     def dump(self, obj: str) -> Any:
         return super().dump(obj.replace("\0", "\N{REPLACEMENT CHARACTER}"))
@@ -38,12 +42,13 @@ def connect(url: str) -> Connection:
 
 def set_types(connection: psycopg.Connection[Any]) -> None:
     """Set how values are sent."""
-    connection.adapters.register_dumper(int, Int8Dumper)  # by default the type follows the value, and overflows
+    # By default, psycopg sends a small number as a small type, in which PostgreSQL's arithmetic overflows.
+    connection.adapters.register_dumper(int, Int8Dumper)
     connection.adapters.register_dumper(str, _TextDumper)
 
 
 def _settings(url: str) -> dict[str, Any]:
-    """Return the settings of a connection that the URL leaves open. They notice a network that has gone away."""
+    """Return the settings of a connection, except those that the URL sets. With them, a lost network is noticed."""
     defaults = {
         "application_name": "nexum",
         "connect_timeout": CONNECT_SECONDS,
@@ -58,7 +63,7 @@ def _settings(url: str) -> dict[str, Any]:
 
 
 def without_password(url: str) -> str:
-    """Return the URL as a person may see it."""
+    """Return the URL without its passwords, for messages."""
     try:
         given = conninfo_to_dict(url, password="", sslpassword="")
     except psycopg.ProgrammingError:
@@ -81,6 +86,7 @@ def open_database(url: str) -> Connection:
                 f"{without_password(url)} has the encoding {encoding}: create a database with ENCODING 'UTF8' "
                 "TEMPLATE template0"
             )
+        _check_session(url, connection)
         _migrate(url, connection)
     except BaseException:
         connection.close()
@@ -88,8 +94,26 @@ def open_database(url: str) -> Connection:
     return connection
 
 
+def _check_session(url: str, connection: Connection) -> None:
+    """Raise StoreRefused if the connection is not a session of its own, in which notifications arrive.
+
+    Some poolers lend the sessions of PostgreSQL for one transaction at a time. Then settings, prepared statements and
+    notifications get to the wrong client.
+    """
+    channel = sql.Identifier(f"nexum_{secrets.token_hex(8)}")
+    connection.execute(sql.SQL("LISTEN {}").format(channel))
+    with connect(url) as other:
+        other.execute(sql.SQL("NOTIFY {}").format(channel))
+    if not any(connection.notifies(timeout=NOTIFICATION_SECONDS, stop_after=1)):
+        raise StoreRefused(
+            f"{without_password(url)}: a notification did not arrive, probably because of a pooler in transaction "
+            "mode, such as PgBouncer: give the URL of PostgreSQL itself, or of a pool in session mode"
+        )
+    connection.execute(sql.SQL("UNLISTEN {}").format(channel))
+
+
 def _migrate(url: str, connection: Connection) -> None:
-    """Create or update the tables. One server does, and the others wait."""
+    """Create or update the tables. If several servers start, one of them does this, and the others wait."""
     folder = files("nexum_engine.store") / "postgresql_migrations"
     scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
     with connection.transaction():
@@ -118,8 +142,14 @@ def _migrate(url: str, connection: Connection) -> None:
         connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
 
 
+def vacuum(url: str) -> None:
+    """Free the space of deleted rows for new ones. The transactions of servers run meanwhile."""
+    with connect(url) as connection:
+        connection.execute("VACUUM executions, nodes, attempts, events, attributes")
+
+
 def database_ms(connection: Connection) -> tuple[int, int]:
-    """Return two times between which the database's time is now. They differ by the time that the query took."""
+    """Return a lower and an upper bound of the database's time now. They differ by the time that the query took."""
     begun = time.monotonic()
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None

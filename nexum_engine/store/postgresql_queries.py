@@ -7,16 +7,16 @@ import re
 from nexum_engine.store.db import load_queries
 
 _LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
-"""What is added to a query of queries.sql so that it locks the rows that it finds."""
+"""By query of queries.sql: the text that is added so that the query locks the rows that it finds."""
 _BY_SERVER = ("take_task", "renew_lease", "resume_node")
-"""The statements after which the attempt's worker is known to be connected to this server."""
+"""The statements that also store that the attempt's worker is connected to this server."""
 _OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
 _NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
-"""What is added to the statements that shorten leases, so that they leave alone the workers of another server."""
+"""The condition that is added to the statements of _OF_NO_OTHER. It excludes the workers of other live servers."""
 
 
 def dialect() -> dict[str, str]:
-    """Return the queries by name: those of postgresql.sql, and the others of queries.sql, translated."""
+    """Return the queries by name: those of postgresql.sql, and translations of all others in queries.sql."""
     queries = {**load_queries(), **load_queries("postgresql.sql")}
     for name in _BY_SERVER:
         queries[name] = queries[name].replace("UPDATE nodes SET ", "UPDATE nodes SET server = :server, ", 1)

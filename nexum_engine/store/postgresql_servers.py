@@ -1,4 +1,4 @@
-"""The other servers on a database in PostgreSQL: who is alive, and the news that they send each other."""
+"""The other servers on a PostgreSQL database: which of them are alive, and the news that servers send each other."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ from nexum_engine.store.results import Changed, News
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
-"""How often a server says that it is alive, and how long it counts as alive after that."""
+"""How often a server says that it is alive and looks for what it has missed, and how long it counts as alive."""
 NEWS_SECONDS = 60.0
 """How long news are sent after another server was last known to be alive."""
-SLOW_SECONDS = 5.0
-"""How often a server looks for what it may have missed."""
 TAKEN_OVER_GRACE_MS = 1500
 """How long the workers of a dead server have to connect to another one."""
 MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
 class OtherServers:
-    """A thread with its own connection. It keeps this server alive for the others, and receives their news."""
+    """A thread with its own connection. It tells the other servers that this one is alive, and receives their news."""
 
     def __init__(
         self,
@@ -46,9 +44,10 @@ class OtherServers:
         on_alive: Callable[[], object],
         on_gap: Callable[[], object],
     ) -> None:
-        """Call `on_news` on the event loop, and `on_gap` if news may have been missed before.
+        """Start the thread.
 
-        `on_alive` is called in the thread whenever another server is known to be alive.
+        On the event loop, the thread calls `on_news` with news, and `on_gap` if news may have been missed before. In
+        the thread itself, it calls `on_alive` whenever another server is known to be alive.
         """
         self._url, self._server, self._channel, self._clock = url, server, channel, clock
         self._on_news, self._on_alive, self._on_gap = on_news, on_alive, on_gap
@@ -62,7 +61,7 @@ class OtherServers:
         """Tell the other servers that this one ends, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
-            send(connection, self._channel, self._server, News())  # it wakes the thread
+            send(connection, self._channel, self._server, self._clock.now_ms(), News())  # this wakes the thread
         self._thread.join()
 
     def _run(self) -> None:
@@ -76,12 +75,13 @@ class OtherServers:
 
     def _listen(self, connection: Connection) -> None:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}
+        hold_server(connection, self._server)
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
         connection.execute(queries["beat"], me)
-        # From now on the others send news, although they have not counted this server yet.
-        send(connection, self._channel, self._server, News())
+        # Send empty news: from now on the other servers send their news, even before they next count the live servers.
+        send(connection, self._channel, self._server, self._clock.now_ms(), News())
         self._call(self._on_gap)
-        looked, beaten = time.monotonic(), 0.0
+        beaten = 0.0
         while not self._stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
                 beaten = time.monotonic()
@@ -90,13 +90,13 @@ class OtherServers:
                     self._on_alive()
                 now_ms = self._clock.now_ms()
                 connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
-                is_slow = beaten >= looked + SLOW_SECONDS
-                if is_slow:
-                    looked = beaten
-                    connection.execute(queries["forget_dead"])
-                self._call(self._on_news, News(due_ms=now_ms, anything=is_slow))
+                connection.execute(queries["forget_dead"])
+                self._call(self._on_news, News(due_ms=now_ms, anything=True))
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
-                if (news := _news_from(self._server, note.payload)) is not None:
+                sender, sent_ms, news = _received(note.payload)
+                if sender != self._server:
+                    # A task that is due at the sender is due here, too.
+                    self._clock.follow(sent_ms, max(sent_ms, self._clock.now_ms()))
                     self._on_alive()
                     self._call(self._on_news, news)
         connection.execute(queries["leave"], me)
@@ -107,6 +107,11 @@ class OtherServers:
             self._loop.call_soon_threadsafe(callback, *args)
 
 
+def hold_server(connection: Connection, server: int) -> None:
+    """Show to the other servers, for as long as the connection is open, that this server's process has not ended."""
+    connection.execute(dialect()["hold_server"], {"server": server})
+
+
 def channel_of(connection: Connection) -> str:
     """Return the name under which the servers of this schema send news."""
     row = connection.execute("SELECT current_schema() AS name").fetchone()
@@ -114,7 +119,7 @@ def channel_of(connection: Connection) -> str:
 
 
 def news_of(outcomes: list[Any]) -> News | None:
-    """Return what the other servers must know of a transaction; None if it is nothing."""
+    """Return what the other servers must know of a transaction, or None if they need to know nothing."""
     changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
     found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
     if not found:
@@ -127,19 +132,15 @@ def news_of(outcomes: list[Any]) -> News | None:
     )
 
 
-def send(connection: Connection, channel: str, server: int, news: News) -> None:
+def send(connection: Connection, channel: str, server: int, now_ms: int, news: News) -> None:
     """Send news to the servers that listen, once the transaction is committed."""
-    connection.execute("SELECT pg_notify(%s, %s)", (channel, _payload(server, news)))
+    text = json.dumps([server, now_ms, news.ready, news.ended, news.due_ms])
+    if len(text) > MAX_PAYLOAD:
+        text = json.dumps([server, now_ms, [], [], None])
+    connection.execute("SELECT pg_notify(%s, %s)", (channel, text))
 
 
-def _payload(server: int, news: News) -> str:
-    text = json.dumps([server, news.ready, news.ended, news.due_ms])
-    return text if len(text) <= MAX_PAYLOAD else json.dumps([server, [], [], None])
-
-
-def _news_from(server: int, payload: str) -> News | None:
-    """Return the news that another server sent; None if this server sent them."""
-    sender, ready, ended, due_ms = json.loads(payload)
-    if sender == server:
-        return None
-    return News(tuple(ready), tuple(ended), due_ms, anything=not ready and not ended and due_ms is None)
+def _received(payload: str) -> tuple[int, int, News]:
+    """Return the server that sent news, its time, and the news."""
+    sender, sent_ms, ready, ended, due_ms = json.loads(payload)
+    return sender, sent_ms, News(tuple(ready), tuple(ended), due_ms, anything=not (ready or ended or due_ms))

@@ -1,6 +1,8 @@
--- Every query of the store, by name. What differs between databases is in the dialects' modules.
+-- Every query of the store, by name. What PostgreSQL needs in another form is in postgresql.sql and
+-- postgresql_queries.py.
 -- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
--- Some conditions are here only to choose an index: node_type > '' is always true, and +sequence uses no index.
+-- Some conditions are here only to choose an index: node_type > '' is always true, and the + of +sequence keeps SQLite
+-- from using an index of sequence.
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -17,7 +19,7 @@ VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
 -- name: versions
 -- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
--- has a READY, RUNNING or WAITING node. An item of a MAP node is an execution, too: these are not counted.
+-- has a READY, RUNNING or WAITING node. The executions of MAP nodes' items are not counted.
 SELECT workflow_id, version_hash, compatibility, registered_ms, coalesce(running, 0) AS active_executions
 FROM workflow_versions
 LEFT JOIN (SELECT executions.version_hash AS of_version, count(*) AS running
@@ -28,7 +30,7 @@ LEFT JOIN (SELECT executions.version_hash AS of_version, count(*) AS running
 WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 
 -- name: former_id
--- The number of the row whose id an earlier version made.
+-- The number of the row with the id :id, which an earlier version of Nexum made.
 SELECT number FROM former_ids WHERE id = :id;
 
 -- name: execution_of_key
@@ -60,14 +62,30 @@ VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due
         :timeout_ms, :retry);
 
 -- name: add_child
--- Store an execution that a node started.
-INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
-                        child_index)
+-- Store an execution that a SUBWORKFLOW node started.
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node)
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
-       :parent_node, :child_index
+       :parent_node
 FROM (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
                  (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
 RETURNING sequence, execution_id;
+
+-- name: add_items
+-- Store an execution for each item of a MAP node. An item is given as the random part of the id, and its JSON.
+INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,
+                        child_index)
+SELECT highest + 1 + key, 'exec-' || (highest + 1 + key) || '-' || json_extract(value, '$[0]'), :workflow_id,
+       :version_hash, 'RUNNING', json_extract(value, '$[1]'), :now, :parent_node, key
+FROM json_each(:items), (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
+                                    (SELECT highest FROM pruned WHERE one = 1)) AS highest);
+
+-- name: add_item_nodes
+-- Add the nodes of the executions of a MAP node's items. They are due.
+INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
+                   timeout_ms, retry)
+SELECT 1000 * sequence, :node_id || '__' || child_index, 'MAP_SUBTASK', '[]', version_hash, 'READY', :now,
+       :task_bytes + length(CAST(input_json AS BLOB)), FALSE, :timeout_ms, :retry
+FROM executions WHERE parent_node = :parent_node;
 
 -- name: add_recorded_node
 -- Add a node to a new execution together with its only attempt, which has a result.
@@ -101,8 +119,8 @@ FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 SELECT sequence FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
 
 -- name: newest
--- The executions in [first, before), newest first. Each query newest... finds candidates by one condition of a filter.
--- The query `matching` checks the other conditions.
+-- The executions with numbers in [first, before), newest first. Each query whose name begins with `newest` finds
+-- candidates by one condition of a filter. The query `matching` checks the other conditions.
 SELECT sequence FROM executions WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_of_keys
@@ -113,7 +131,7 @@ WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempoten
 ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_of_workflow
--- The executions of a workflow. One index has those with a key, another one those without.
+-- The executions of a workflow. One index has the executions with a key, and another index those without a key.
 SELECT sequence FROM (
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
     UNION ALL
@@ -121,7 +139,7 @@ SELECT sequence FROM (
 ) AS found WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_without_result
--- The FAILED or the CANCELLED executions.
+-- The executions with the status :status, which is FAILED or CANCELLED.
 SELECT sequence FROM executions
 WHERE status IN ('FAILED', 'CANCELLED') AND status = :status AND sequence >= :first AND sequence < :before
 ORDER BY sequence DESC LIMIT :limit;
@@ -160,14 +178,15 @@ SELECT count(*) AS number FROM (
 ) AS found;
 
 -- name: started_up_to
--- When the execution with a number was started. If there is none, the one before it.
+-- When the execution with the number :sequence was started, or, if there is no such execution, the last one before it.
 SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence DESC LIMIT 1;
 
 -- name: matching
--- Those of the executions :sequences that match a filter, newest first. An empty condition matches all. Items of MAP
--- nodes match only with :with_items. With :grouped, a session's executions are one item. They are owned, and their keys
--- begin with SESSION/. Only the latest run matches: its key is SESSION/NUMBER, and no later execution has a key between
--- SESSION/ and SESSION/: (the colon follows the 9).
+-- The executions of the list :sequences that match a filter, newest first. An empty condition matches all. Executions
+-- of MAP nodes' items match only with :with_items. With :grouped, only the latest run of a session matches, and none of
+-- the session's other executions. A session's executions are owned, and their keys begin with SESSION/. The key of the
+-- latest run is SESSION/NUMBER, and no later execution has a key between SESSION/ and SESSION/: (in ASCII, the colon
+-- follows the 9).
 SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
        ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
@@ -193,7 +212,7 @@ WHERE sequence IN (SELECT value FROM json_each(:sequences))
 ORDER BY sequence DESC;
 
 -- name: latest_run
--- Whether a process has a session's run. No row: the execution is not owned, so it is no run.
+-- Whether a process is at work on a session's run. If the execution is not owned, it is no run, and there is no row.
 SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :execution AND owned;
 
 -- name: workflow_ids
@@ -201,7 +220,7 @@ SELECT status = 'RUNNING' AS is_running FROM nodes WHERE node = 1000 * :executio
 SELECT DISTINCT workflow_id FROM workflow_versions;
 
 -- name: session_events
--- How many events a session has recorded in a workflow, and when it recorded the last one. A run is no event.
+-- How many events a session has recorded in a workflow, and when it recorded the last one. Runs don't count as events.
 SELECT count(*) AS number, max(ended_ms) AS last_ms FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
   AND status = 'COMPLETED' AND (idempotency_key GLOB '*/*[^0-9]*' OR NOT idempotency_key GLOB '*/[0-9]*');
@@ -271,7 +290,8 @@ SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) 
         WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999) AS bytes;
 
 -- name: oldest_task
--- The task of a version that has been due the longest and is small enough for the worker. A long input is left out.
+-- Of a version's tasks that are small enough for the worker, the one that has been due the longest. A long input is
+-- left out.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
        workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
@@ -279,8 +299,18 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
 ORDER BY due_ms, node LIMIT 1;
 
+-- name: versions_with_task
+-- Those of some versions that have a due task.
+SELECT value AS version_hash FROM json_each(:version_hashes) AS versions
+WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = versions.value AND due_ms <= :now);
+
+-- name: ended_of
+-- Those of some executions that have ended.
+SELECT sequence FROM executions
+WHERE sequence IN (SELECT value FROM json_each(:sequences)) AND status <> 'RUNNING';
+
 -- name: oversized_task
--- A due task of a version that is too large for the worker.
+-- Of a version's tasks that are too large for the worker, the one that has been due the longest.
 SELECT node, task_bytes FROM nodes
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes > :max_bytes
 ORDER BY due_ms, node LIMIT 1;
@@ -298,7 +328,7 @@ SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN exec
 WHERE node = :node;
 
 -- name: map_of_item
--- The MAP node whose item is the execution :item, with the node's execution, the number of all items, and this item's.
+-- The MAP node that started the execution :item, with the node's execution, the number of items, and the item's index.
 SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, idempotency_key, input_json,
        (SELECT child_index + 1 FROM executions AS items WHERE items.parent_node = nodes.node
         ORDER BY items.sequence DESC LIMIT 1) AS total,
@@ -311,12 +341,12 @@ WHERE node = (SELECT parent_node FROM executions AS item WHERE item.sequence = :
 UPDATE nodes SET error = :error WHERE node = :node AND status = 'READY' AND error <> :error;
 
 -- name: keep_attempt
--- Copy a node's newest attempt to the earlier ones, before the node is handed out again.
+-- Copy a node's newest attempt to the table of earlier attempts, before the node is handed out again.
 INSERT INTO attempts (node, attempt, task_id, worker_id, started_ms, ended_ms, outcome, error)
 SELECT node, attempts, task_id, worker_id, started_ms, ended_ms, outcome, attempt_error FROM nodes WHERE node = :node;
 
 -- name: take_task
--- Hand a READY node out, as a new attempt with its own task id.
+-- Hand a READY node out as a new attempt, which has its own task id.
 UPDATE nodes SET status = 'RUNNING', error = '', attempts = attempts + 1, task_id = :task_id, worker_id = :worker_id,
                  streamed = :streamed, started_ms = :now, ended_ms = NULL, outcome = 'RUNNING', attempt_error = '',
                  due_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
@@ -328,7 +358,7 @@ SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
 
 -- name: attempt
--- An attempt, the node's newest or an earlier one, with its node and execution.
+-- The attempt with a task id, with its node and execution. It is the node's newest attempt or an earlier one.
 -- `unrecorded` counts the execution's nodes that are neither recorded nor skipped.
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
@@ -365,7 +395,7 @@ UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'COMPL
 WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
 
 -- name: begin_waiting
--- Let a node wait for a time, a person or an event, at the longest until due_ms.
+-- Let a node wait for a time, a person or an event. The wait ends at due_ms at the latest.
 UPDATE nodes SET status = 'WAITING', due_ms = :due_ms, event = :event, started_ms = :now
 WHERE node = :node AND status = 'PENDING';
 
@@ -481,7 +511,7 @@ RETURNING number;
 SELECT name, payload_json FROM events WHERE execution = :execution AND idempotency_key = :idempotency_key;
 
 -- name: unused_event
--- The first event of a name that no node has used.
+-- The first event called :name that no node has used.
 SELECT number, payload_json FROM events
 WHERE execution = :execution AND name = :name AND node IS NULL ORDER BY number LIMIT 1;
 
@@ -495,7 +525,7 @@ WHERE execution = :execution AND node IS NULL;
 UPDATE events SET node = :node WHERE execution = :execution AND number = :number;
 
 -- name: node_of_event
--- The first node that waits for an event of a name.
+-- The first node that waits for an event called :name.
 SELECT node FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'WAITING' AND event = :name
 ORDER BY node LIMIT 1;
@@ -526,13 +556,28 @@ UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THE
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
   AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING');
 
+-- name: cancel_item_nodes
+-- End the unfinished nodes of the items of an execution's MAP nodes, and their running attempts.
+UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THEN 'CANCELLED' ELSE outcome END,
+                 ended_ms = CASE outcome WHEN 'RUNNING' THEN :now ELSE ended_ms END
+WHERE node IN (SELECT 1000 * sequence FROM executions
+               WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
+                 AND status = 'RUNNING')
+  AND status IN ('READY', 'RUNNING');
+
+-- name: cancel_items
+-- End the running executions of the items of an execution's MAP nodes.
+UPDATE executions SET status = 'CANCELLED', ended_ms = :now
+WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
+  AND status = 'RUNNING';
+
 -- name: reopen_execution
 -- Make an execution without a result run again.
 UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
 WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 
 -- name: reopen_parents
--- Make nodes without a result wait again for the executions that they had started.
+-- If a node without a result had started executions, let it wait for these executions again.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
   AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
@@ -590,15 +635,15 @@ UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts -
 WHERE node = :node AND status = 'READY' AND attempts = :attempt;
 
 -- name: handed_out
--- The tasks that a worker was handed, must have received by now, and has not reported. Same columns as expired_lease.
--- Without owned nodes: an owner whose answer was lost starts the key again and gets the same task.
+-- The tasks that a worker was handed, must have received by now, and has not reported. The columns are those of
+-- expired_lease. Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
 FROM nodes
 WHERE queue = '' AND worker_id = :worker_id AND NOT owned AND started_ms + task_bytes / :bytes_per_ms <= :now;
 
 -- name: shorten_leases
--- A worker's connection broke: it loses its tasks unless it reconnects in time.
+-- A worker's connection broke: the worker loses its tasks unless it reconnects in time.
 UPDATE nodes SET due_ms = CASE WHEN due_ms < :lease_expires_ms THEN due_ms ELSE :lease_expires_ms END, lease_loss = 'LOST'
 WHERE queue = '' AND worker_id = :worker_id AND streamed;
 
@@ -615,7 +660,7 @@ UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed AND ow
 
 -- name: restart_tasks
 -- The clock may have been set back. Of the tasks that are due after :latest, make a retry due at :latest, and a first
--- attempt due now. Leave the retries of a node with its own retry policy: they may be due later.
+-- attempt due now. If a node has its own retry policy, don't change its retries: they may be due later.
 UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
 WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
 
@@ -642,11 +687,12 @@ WHERE status = 'READY' AND attempts > 0 AND due_ms > :since AND due_ms <= :now;
 -- When the next retry becomes due.
 SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
 
--- Retention (retention.py). A deletion has a statement for each table, and deletes executions with consecutive numbers.
+-- Retention (retention.py). A deletion runs one statement for each table. It deletes executions with consecutive
+-- numbers.
 
 -- name: oldest_executions
--- The executions after a number that clients started, the oldest first. The others are pruned with the execution that
--- started them.
+-- The executions that clients started, with numbers above :after, the oldest first. An execution that a node started is
+-- pruned together with the node's execution.
 SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms,
        EXISTS (SELECT 1 FROM executions AS children
                WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
@@ -671,7 +717,8 @@ DELETE FROM events WHERE execution BETWEEN :first AND :last;
 DELETE FROM attributes WHERE execution BETWEEN :first AND :last;
 
 -- name: is_session
--- A row if the key of an owned execution is in [first, end). There is no index of keys alone: look into each workflow.
+-- One row if the key of an owned execution is in [first, end), else no row. The query looks into each workflow, because
+-- every index of keys begins with the workflow.
 WITH RECURSIVE ids (id) AS (
     SELECT min(workflow_id) FROM workflow_versions
     UNION ALL
@@ -717,5 +764,5 @@ DELETE FROM nodes WHERE node BETWEEN 1000 * :first AND 1000 * :last + 999;
 DELETE FROM executions WHERE sequence BETWEEN :first AND :last;
 
 -- name: note_pruned
--- Remember the number of a pruned execution, so that no other execution gets it.
+-- Remember the number of a pruned execution, so that no later execution gets the same number.
 UPDATE pruned SET highest = :number WHERE one = 1 AND highest < :number;

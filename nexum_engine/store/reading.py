@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
+from nexum_engine.store.results import News
 
 MAX_INLINE_BYTES = 64 * 1024
-"""The size up to which a transition returns payloads at once. Larger payloads are read separately when needed."""
+"""The size up to which a transition returns payloads with its result. Larger ones are read separately when needed."""
 MAX_ATTEMPTS = 10_000
 """The largest number of attempts in one answer."""
 
 
 def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
-    """Return the execution of a row, which has its attributes as JSON."""
+    """Return the execution that is in `row`. The row has the attributes as JSON."""
     return Execution(
         row["execution_id"],
         row["workflow_id"],
@@ -50,6 +52,7 @@ def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
     return row
 
 
+@of_one_snapshot
 def get_execution(
     db: Db,
     execution_id: str,
@@ -60,8 +63,9 @@ def get_execution(
 ) -> Execution:
     """Return an execution with its nodes. Raises ExecutionNotFound for an unknown id.
 
-    If the input, outputs and attempts are larger than `max_bytes`, the execution has no input and no nodes. If they are
-    larger than `max_answer_bytes`, the largest of input and outputs are left out: the execution has their sizes.
+    If the input, outputs and attempts together are larger than `max_bytes`, the execution is returned without its input
+    and nodes. If they are larger than `max_answer_bytes`, the largest payloads are left out, and only their sizes are
+    returned.
     """
     if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
         return execution_of(find_execution(db, execution_id))
@@ -96,7 +100,10 @@ def get_execution(
 
 
 def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
-    """Return the sizes of the input (under an empty name) and outputs, the largest first, that don't fit an answer."""
+    """Return the sizes of the payloads to leave out of an answer, by node id. The input is under an empty id.
+
+    The largest payloads are left out first.
+    """
     sizes = {part["node_id"]: int(part["bytes"]) for part in db.all("payload_sizes", execution=execution)}
     rest = ("frame_bytes", "attempt_sizes") if with_attempts else ("frame_bytes",)
     total = sum(sizes.values()) + sum(int(row["bytes"]) for query in rest for row in db.all(query, execution=execution))
@@ -107,6 +114,14 @@ def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> di
         total -= sizes[name]
         left_out[name] = sizes[name]
     return left_out
+
+
+def missed(db: Db, version_hashes: Sequence[str], execution_ids: Sequence[str]) -> News:
+    """Return which of the versions have a due task, and which of the executions have ended."""
+    due = db.all("versions_with_task", version_hashes=json.dumps(version_hashes), now=db.now_ms)
+    numbers = {number_of(db, execution_id): execution_id for execution_id in execution_ids}
+    ended = db.all("ended_of", sequences=json.dumps(list(numbers)))
+    return News(tuple(row["version_hash"] for row in due), tuple(numbers[row["sequence"]] for row in ended))
 
 
 def queued_tasks(db: Db, limit: int) -> int:
@@ -131,7 +146,7 @@ def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: i
 
 
 def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int:
-    """Return the size of an execution's input, recorded outputs and attempts. An unknown execution has none."""
+    """Return the size of an execution's input, recorded outputs and attempts: 0 for an unknown execution."""
     execution = number_of(db, execution_id)
     parts = db.all("payload_sizes", execution=execution)
     if with_attempts:

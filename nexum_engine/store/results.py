@@ -22,7 +22,7 @@ class Changed:
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
     due_ms: int | None = None
-    """When the next retry is due, or the next wait has lasted as long as it may."""
+    """When the next retry is due, or the next wait is over."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ class Swept:
 
     changed: Changed
     next_ms: int | None
-    """When the next lease runs out, the next retry is due, or the next wait has lasted as long as it may."""
+    """When the next lease runs out, the next retry is due, or the next wait is over."""
 
 
 @dataclass(frozen=True)
 class News:
-    """What another server on the same database may have changed, as far as this server must act on it."""
+    """What this server must know of the changes that another server on the same database has made."""
 
     ready: tuple[str, ...] = ()
-    """The versions of which a task became due."""
+    """The version hash of each task that became due."""
     ended: tuple[str, ...] = ()
     """The ids of the executions that ended."""
     due_ms: int | None = None
-    """The time at which a lease may run out, a retry may be due, or a node may have waited as long as it may."""
+    """The time at which a lease may run out, a retry may be due, or a wait may be over."""
     anything: bool = False
-    """Whether more may have changed than is named here."""
+    """Whether the other server may have made more changes than those above."""
 
 
 @dataclass

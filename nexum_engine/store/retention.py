@@ -23,9 +23,9 @@ from nexum_engine.workflow import check_id
 
 MAX_EXECUTIONS = 200
 MAX_SECONDS = 0.005
-"""After this many executions, or this time, a transaction ends. A session is not divided, however long it is."""
+"""After this many executions, or this time, a transaction ends. But one transaction deletes a whole session."""
 PAGE = 20
-"""How many executions are read at once. Each may have an input of 16 MB, which SQLite reads to find the times."""
+"""How many executions are read at once. An input may have 16 MB, and SQLite reads it to reach the times behind it."""
 _SEPARATORS = "/:"
 _SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
 _DELETIONS = (
@@ -36,7 +36,7 @@ _DELETIONS = (
     "prune_nodes",
     "prune_executions",
 )
-"""The queries that delete executions, in this order. Each further table with rows of an execution needs a query."""
+"""The queries that delete executions, in this order. If a new table has rows of executions, it needs a query here."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pruned:
     executions: int = 0
     sessions: int = 0
     kept: int = 0
-    """The old executions that are kept: they are RUNNING, or their session has an execution that is kept."""
+    """How many old executions are kept: they have not ended long enough ago, or others of their session have not."""
     after: int | None = None
     """The number of the execution after which to continue. None if nothing is left to prune."""
 
@@ -68,10 +68,11 @@ def prune(
     dry_run: bool = False,
     verdicts: dict[str, Verdict] | None = None,
 ) -> Pruned:
-    """Delete executions that ended at least `older_than_ms` ago, the oldest first, beginning after the number `after`.
+    """Delete executions that ended at least `older_than_ms` ago, the oldest first.
 
-    With `session`, only that session is considered. With `dry_run`, executions are only counted. Give the same
-    `verdicts`, at first an empty dict, to all transactions of one run: a session that is kept is then read once.
+    Begin after the execution with the number `after`. With `session`, only that session is considered. With `dry_run`,
+    executions are only counted. Give the same `verdicts`, at first an empty dict, to all transactions of one run: a
+    session that is kept is then read only once.
     Raises InvalidRequest for a wrong argument, and NotFound if the session has no executions.
     """
     if older_than_ms < 0:
@@ -130,11 +131,11 @@ class _Pruning:
             for row in page:
                 if row["created_ms"] > self._cutoff_ms:
                     self._delete_chosen()
-                    return None  # later executions were created later
+                    return None  # the executions with larger numbers were created even later
                 after = row["sequence"]
                 if after not in self._gone:
                     self._judge(row)
-                    if len(self._chosen) > PAGE:  # a session
+                    if len(self._chosen) > PAGE:  # a session was chosen
                         break
             self._delete_chosen()
             if self._executions + self._kept >= MAX_EXECUTIONS or time.monotonic() > self._end:
@@ -166,7 +167,7 @@ class _Pruning:
             self._kept += 1
 
     def _is_old(self, row: Row) -> bool:
-        # Check the status, too, although a RUNNING execution has no end.
+        # Check the status as well, although a RUNNING execution should have no time of its end.
         is_running = row["status"] == ExecutionStatus.RUNNING
         return not is_running and row["ended_ms"] is not None and bool(row["ended_ms"] <= self._cutoff_ms)
 

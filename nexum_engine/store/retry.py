@@ -17,8 +17,8 @@ from nexum_engine.store.results import Changed, Changes, ReadyTask
 def retry_execution(db: Db, execution_id: str) -> Changed:
     """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
 
-    The nodes that the failure had cancelled wait again for their dependencies; timers begin again. A node that had
-    started executions does not start them again: those without a result are retried in the same way. Raises
+    The nodes that the failure had cancelled wait again for their dependencies, and timers begin again. A node that had
+    started executions does not start them again: its executions without a result are retried in the same way. Raises
     ExecutionNotFound for an unknown id, and Conflict if the execution has not failed, if its key has a newer execution,
     if it is owned, or if a node of another execution started it.
     """
@@ -29,7 +29,8 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
         newest = db.one("execution_of_key", workflow_id=row["workflow_id"], idempotency_key=key)
         assert newest is not None, "the execution itself has the key"
         if newest["execution_id"] != execution_id:
-            # Whatever its status: a start with the key finds the newest execution, and no other may run beside it.
+            # Refuse, whatever status the newest execution has: a start with the key finds that execution, and no other
+            # execution of the key may run beside it.
             next_step = ": retry that one" if newest["status"] == ExecutionStatus.FAILED else ""
             raise Conflict(
                 f"execution {execution_id} can't be retried: its key has a newer execution, {newest['execution_id']}, "
@@ -38,12 +39,13 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
     owned = db.one("owned_node", execution=row["sequence"])
     if owned is not None and owned["owned"]:
         raise Conflict(
-            f"execution {execution_id} is the work of a program, and no worker would get it: run that program again"
+            f"execution {execution_id} belongs to the program that started it, and no worker gets it: run that program "
+            "again"
         )
     if row["parent_execution_id"]:
         raise Conflict(
-            f"execution {execution_id} was started by node {row['parent_node_id']!r} of another execution: retry that "
-            f"one, {row['parent_execution_id']}"
+            f"execution {execution_id} was started by node {row['parent_node_id']!r} of another execution: retry "
+            f"execution {row['parent_execution_id']}"
         )
     changes = Changes()
     _reopen(db, row, changes)
@@ -51,7 +53,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
 
 
 def _reopen(db: Db, execution: Row, changes: Changes) -> None:
-    """Make an execution run again, and those without a result that its nodes started."""
+    """Make an execution run again, and with it the executions without a result that its nodes started."""
     number, version_hash = execution["sequence"], execution["version_hash"]
     db.run("reopen_execution", execution=number)
     if execution["child_index"] is not None:

@@ -19,7 +19,7 @@ from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavail
 from nexum_engine.location import database_path
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row, load_queries
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Transition, stopping
+from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class SqliteStore(GroupCommitStore):
             try:
                 self._database.compact()
             except (sqlite3.Error, OSError) as error:
-                # Such as a full disk. The database is as it was.
+                # The database is unchanged. The disk is full, for instance.
                 logger.warning("database %s could not be compacted: %s", self._path, error)
                 return space
             left = self._database.space()
@@ -147,7 +147,7 @@ class SqliteStore(GroupCommitStore):
         self._lock.release()
 
     async def _watch(self) -> None:
-        """Check the files even if no call arrives, so that a server that has lost them ends and frees its port."""
+        """Check the files even if no call arrives. A server that has lost its files then ends, and frees its port."""
         while not self._failed.done():
             await asyncio.sleep(WATCH_INTERVAL)
             try:
@@ -155,8 +155,8 @@ class SqliteStore(GroupCommitStore):
             except FilesLost as error:
                 await self._recover(CommitFailed(error))
 
-    def _run_batch(self, transitions: list[Transition], *, alone: bool) -> list[Any]:
-        return (self._run_without_references if alone else self._run_together)(transitions)
+    def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
+        return (self._run_without_references if kind is Kind.ALONE else self._run_together)(transitions)
 
     def _run_together(self, transitions: list[Transition]) -> list[Any]:
         try:
@@ -167,7 +167,7 @@ class SqliteStore(GroupCommitStore):
                     pass
                 except (sqlite3.Error, FilesLost):
                     raise
-                except Exception:  # noqa: BLE001, S110 - the run with savepoints finds it again
+                except Exception:  # noqa: BLE001, S110 - the run with savepoints raises it again
                     pass
                 # Run the batch again with savepoints. The first run has none: they cost time, and few batches fail.
                 self._database.connection.execute("ROLLBACK")
@@ -188,7 +188,7 @@ class SqliteStore(GroupCommitStore):
     def _transaction(self, transitions: list[Transition], *, savepoints: bool) -> list[Any]:
         """Run transitions in one transaction, and return their results.
 
-        With `savepoints`, a failed transition is undone alone, and the list has its exception in place of a result.
+        With `savepoints`, only a failed transition is undone, and the list has its exception in place of its result.
         """
         db = _SqliteDb(self._database.connection, self._queries, self._clock.now_ms())
         self._database.begin()
@@ -250,7 +250,7 @@ class _Backup:
         self._stopped = True
 
     def copy_to(self, target: sqlite3.Connection) -> None:
-        """Copy the database. SQLite copies each page again that a transaction of this connection changes meanwhile."""
+        """Copy the database. If a transaction of this connection changes a page meanwhile, SQLite copies it again."""
         begun = time.monotonic()
         page_size = 0
 

@@ -56,7 +56,7 @@ def check(file: Path) -> Checked:
 
 
 def _lock_if_any(file: Path) -> FileLock | None:
-    """Take the database's lock file, if it has one: a server that starts would change what is read."""
+    """Take the database's lock file, if it has one. No server can then start and change what is read."""
     path = lock_file_of(file)
     if not path.exists():
         return None
@@ -65,10 +65,10 @@ def _lock_if_any(file: Path) -> FileLock | None:
         held.acquire(timeout=0)
     except Timeout as error:
         raise StoreLocked(
-            f"database {file} is in use, and its server does not answer: stop it, or try again"
+            f"database {file} is in use, and its server does not answer: stop that server, or try again"
         ) from error
     except OSError:
-        return None  # such as a folder that can't be written: no server can open the database
+        return None  # the folder can't be written, for instance: then no server can open the database
     return held
 
 
@@ -130,7 +130,7 @@ def _is_json(text: str) -> bool:
 
 
 def _definitions(connection: sqlite3.Connection) -> Iterator[str]:
-    """Yield a line for each execution whose nodes are not those of its version, or are in a state that can't be."""
+    """Yield a line for each execution whose nodes are not the nodes of its version, or are in an impossible state."""
     definitions: dict[tuple[str, str], Mapping[str, NodeDefinition]] = {}
     for row in connection.execute("SELECT workflow_id, version_hash, ir_json FROM workflow_versions"):
         try:
@@ -168,7 +168,7 @@ def _nodes(
             return
     defined = definitions.get((first["workflow_id"], first["version_hash"]))
     if first["child_index"] is not None or defined is None:
-        return  # one item of a MAP node is no node of the workflow
+        return  # the node of a MAP node's item is not a node of the workflow
     if len(stored) != len(rows) or stored != {name: node.dependencies for name, node in defined.items()}:
         yield f"the nodes of {execution} are not those of its version {first['version_hash']}"
         return

@@ -4,8 +4,8 @@ A database is a file and, while a server has it open, a write-ahead log. A commi
 copies the log into the file, and the next commit starts the log again.
 
 SQLite doesn't check that a log belongs to a file. So the first transaction of each log stores a new **stamp** in the
-table `log_stamp`, together with the stamp that the file has without the log, its **base**. A file belongs to a log if
-the file's stamp is the log's base or, after a checkpoint, the log's stamp.
+table `log_stamp`, together with the log's **base**: the stamp that the file has without the log. A log belongs to a
+file if the file's stamp is the log's base or, after a checkpoint, the log's own stamp.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError, StoreLocke
 from nexum_engine.store.base import Space
 
 APPLICATION_ID = 0x4E58554D
-"""SQLite's application_id of a Nexum database, which is in the header of the file."""
+"""The application_id of a Nexum database. SQLite keeps it in the header of the file."""
 SLOW_UPDATE_BYTES = 50_000_000
-"""The size from which on a schema update takes seconds, and is logged."""
+"""If a database has at least this size, its schema update takes seconds, and is logged."""
 _HEADER = b"SQLite format 3\x00"
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _STAMP_BYTES = 16
@@ -110,7 +110,8 @@ class DatabaseFile:
         try:
             check_file(path)
             if path.exists():
-                # Get the operating system's error, if any: SQLite reports a read-only file as a "disk I/O error".
+                # Open the file once to get the operating system's error: SQLite reports a read-only file as a "disk I/O
+                # error".
                 os.close(os.open(path, os.O_RDWR))
             was_open = _size(log_of(path)) > 0
             _check_log(path, timeout)
@@ -152,7 +153,10 @@ class DatabaseFile:
             self._detach()
 
     def abandon(self) -> None:
-        """Close the database after an error. Leave the log as it is, unless it was separated from the file."""
+        """Close the database after an error, and keep the log.
+
+        If the log was separated from the file, first copy the log into the file.
+        """
         if self._is_separated():
             with contextlib.suppress(sqlite3.Error):
                 self._complete()
@@ -189,12 +193,12 @@ class DatabaseFile:
     def compact(self) -> None:
         """Replace the file by a copy without free pages. Call this between transactions.
 
-        A kill leaves the former file or the new one, each complete and without a log. Raises sqlite3.Error or OSError.
-        The former file is then open as before, if it can be opened.
+        If the process is killed, the former file or the new file is left, complete and without a log. Raises
+        sqlite3.Error or OSError. After such an error, the database is open again, if it can be opened.
         """
         self.check()
         if os.fstat(self._file).st_nlink > 1:
-            raise OSError(errno.EMLINK, "the file has other names (hard links), which would name the former file")
+            raise OSError(errno.EMLINK, "the file has other names (hard links), which would still name the old file")
         new = _new_name(self._path)
         try:
             _create_empty(new)
@@ -221,7 +225,7 @@ class DatabaseFile:
         self._changes = self.connection.total_changes
 
     def commit(self) -> None:
-        """Commit the transaction. Raises FilesLost if the path doesn't name the files that hold it."""
+        """Commit the transaction. Raises FilesLost if the path doesn't name the files that hold the transaction."""
         stamp = self._stamp
         if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
             # The log was copied into the file, so this transaction starts the log again.
@@ -252,7 +256,7 @@ class DatabaseFile:
         return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
 
     def _is_log_whole(self) -> bool:
-        # The log never shrinks while it is open. If it is truncated and then written to, its beginning is empty.
+        # The log never shrinks while it is open. If it is truncated and then written to, it begins with zeros.
         size = os.fstat(self._log).st_size
         if size < self._log_bytes or (size and not any(self._read(self._log, 0, 4))):
             return False
@@ -289,7 +293,7 @@ class DatabaseFile:
 
 
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the open file. Return None if the file system gives its path other numbers."""
+    """Return the device and inode of the open file. Return None if the file system gives the path other numbers."""
     opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
     return named if named == opened else None
 
@@ -314,8 +318,8 @@ def lock_file_of(path: Path) -> Path:
 def lock(path: Path, timeout: float) -> FileLock:
     """Take the lock file of the database. Raises StoreLocked if another process holds it for `timeout` seconds.
 
-    With the lock file, only one process at a time opens or restores a database, which may not exist yet. SQLite's lock
-    on the file itself guards an open database, because anybody may delete a lock file.
+    The lock file lets only one process at a time open or restore a database, even a database that doesn't exist yet. An
+    open database is also protected by SQLite's lock on the file itself, because anybody may delete a lock file.
     """
     taken = FileLock(lock_file_of(path), mode=0o600, thread_local=False)
     try:
@@ -374,13 +378,13 @@ def is_current(path: Path) -> bool:
 def _check_version(path: Path, version: int) -> None:
     if version > len(_migrations()):
         raise StoreRefused(
-            f"{path} has schema version {version}, made by a newer Nexum; this one knows {len(_migrations())}: "
-            "use the newer one"
+            f"{path} has schema version {version}, made by a newer Nexum; this Nexum knows {len(_migrations())}: "
+            "use the newer Nexum"
         )
 
 
 def _check_log(path: Path, timeout: float) -> None:
-    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy such a log into it."""
+    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy the log into the file."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
         raise StoreRefused(
@@ -396,14 +400,14 @@ def _check_log(path: Path, timeout: float) -> None:
     if not _has_own_log(path, timeout):
         raise StoreRefused(
             f"{log} is not the log of {path}: one of the two was replaced, for instance by a backup. Both were left "
-            f"untouched. To use a backup, run `nexum restore FILE`; {path} itself may be the FILE"
+            f"untouched. To use a backup, run `nexum restore FILE`. To use {path} without the log, give it as FILE"
         )
 
 
 def _has_own_log(path: Path, timeout: float) -> bool:
-    """Return whether the log beside the file belongs to it. Raises sqlite3.OperationalError.
+    """Return whether the log beside the file belongs to the file. Raises sqlite3.OperationalError.
 
-    Nothing is changed, but SQLite may delete a log without a transaction.
+    The files are not changed, except that SQLite may delete a log without a transaction.
     """
     with path.open("rb") as file:
         version = int.from_bytes(file.read(100)[60:64], "big")
@@ -432,8 +436,8 @@ def _has_own_log(path: Path, timeout: float) -> bool:
 def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
     """Return whether the log belongs to the file with the stamp `own`.
 
-    Its newest stamp is then based on `own`, or, if the log was copied into the file, is `own`. A log without a commit
-    belongs to any file.
+    The base of the log's newest stamp must be `own` or, if the log was copied into the file, that stamp itself must be
+    `own`. A log without a commit belongs to any file.
     """
     # https://www.sqlite.org/fileformat.html#the_write_ahead_log
     newest: _Stamp | None = None
@@ -482,7 +486,7 @@ def _size(path: Path) -> int:
 
 
 def _create(path: Path) -> None:
-    """Create the database under a temporary name, and rename it. So a kill leaves no incomplete database."""
+    """Create the database under a temporary name, and rename it. A killed process leaves no incomplete database."""
     new = _new_name(path)
     try:
         _create_empty(new)
@@ -503,7 +507,7 @@ def _new_name(path: Path) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the files under temporary names that a killed process left. The caller holds the `lock` of the path."""
+    """Remove the temporary files that a killed process left. The caller holds the `lock` of the path."""
     real = Path(os.path.realpath(path))
     temporary = re.compile(rf"{re.escape(real.name)}\.new-[0-9a-f]{{8}}(-wal|-journal)?")
     for name in os.listdir(real.parent):
@@ -563,7 +567,7 @@ def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     )
     connection.row_factory = sqlite3.Row
     try:
-        # Don't write freed pages: a pruned execution may have many.
+        # Don't overwrite freed pages with zeros: a pruned execution may have many pages.
         connection.execute("PRAGMA secure_delete = FAST")
         # Lock the file for as long as it is open. SQLite then needs no shared memory, which network file systems and
         # some containers don't have.
@@ -609,7 +613,7 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA {name} = {value}")
     for version, script in enumerate(scripts, start=done + 1):
         if version > 2:
-            # Copy the log into the file first: a log belongs to the file whose stamp is the one before its newest.
+            # Copy the log into the file first: the base of the new stamp below must be the stamp that is in the file.
             _checkpoint(connection)
         connection.executescript(
             f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};"
@@ -664,10 +668,10 @@ def _blob(page: bytes) -> bytes:
 
 @contextlib.contextmanager
 def new_backup(path: Path, file: Path, *, overwrite: bool) -> Iterator[sqlite3.Connection]:
-    """Yield a connection to an empty database. After the `with`, it has the name `file`. `path` is the open database.
+    """Yield a connection to an empty database, which gets the name `file` at the end of the `with` block.
 
-    Raises InvalidRequest if the file can't be written, and Conflict if the file exists and `overwrite` is false. A file
-    that isn't a Nexum database is never overwritten.
+    `path` is the database that is backed up. Raises InvalidRequest if the file can't be written, and Conflict if the
+    file exists and `overwrite` is false. A file that isn't a Nexum database is never overwritten.
     """
     if Path(os.path.realpath(file)) in (Path(os.path.realpath(path)), log_of(path), lock_file_of(path)):
         raise InvalidRequest(f"{file} is a file of the database itself: give the backup another name")
@@ -728,7 +732,8 @@ def restore(path: Path, backup: Path) -> Path | None:
             former = _set_aside(path)
             new.replace(os.path.realpath(path))
             if former is not None and _size(log_of(path)):
-                # A kill before the next line leaves a log that doesn't belong to the file. No server uses such a log.
+                # If the process is killed before the next line, the log beside the new file doesn't belong to it. No
+                # server uses such a log.
                 log_of(path).replace(log_of(former))
             sync_folder(path)
         except (sqlite3.Error, OSError) as error:
@@ -760,7 +765,7 @@ def _copy_backup(backup: Path, new: Path) -> None:
     if _size(log_of(backup)):
         shutil.copyfile(log_of(backup), log_of(new))
         if not _has_own_log(new, 0.0):
-            logger.warning("%s is not the log of %s: it is not used", log_of(backup), backup)
+            logger.warning("%s is not the log of %s, and is not used", log_of(backup), backup)
             log_of(new).unlink()
 
 

@@ -39,7 +39,7 @@ def claim(
 ) -> Claim:
     """Hand a worker the task that has been due the longest, as a new attempt with a lease.
 
-    A task with a large input is returned without the input: get the input with `task_input`.
+    A task with a large input is returned without the input: add the input with `with_payload`.
     """
     candidates = [
         row
@@ -76,8 +76,9 @@ def start_owned(
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
-    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task.
-    So an owner whose session was taken over can't record events. Raises the errors of `start_execution`, and:
+    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task: after
+    another process took over a session, its former owner can't record events. Raises the errors of `start_execution`,
+    and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, or if the execution was started for workers,
@@ -111,7 +112,7 @@ def start_owned(
     else:
         raise Conflict(
             f"{workflow_id} {idempotency_key!r} is in use by {node['worker_id']} "
-            f"(execution {started.execution_id}): wait for its end, or end that process"
+            f"(execution {started.execution_id}): wait until the execution has ended, or end that process"
         )
     if not output_json:
         return replace(started, task=task)
@@ -176,7 +177,7 @@ def _key_of(execution: Row, node_id: str) -> str:
     key = execution["idempotency_key"]
     if key:
         return f"{execution['workflow_id']}:{key}:{node_id}"
-    # If the caller gave no key, make one in the format of the published Nexum server.
+    # If the caller gave no key, make one in the same format as a published Nexum server (docs/wire.md).
     return f"{execution['execution_id']}:{node_id}:{execution['version_hash']}"
 
 
@@ -201,7 +202,7 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
 
 
 def with_payload(db: Db, task: Task) -> Task:
-    """Return a task that was handed out without its input, with its input. Raises TaskNotFound."""
+    """Add the input to a task that was handed out without it. Raises TaskNotFound."""
     row = db.one("task_payload", node=number_of(db, task.task_id))
     if row is None:
         raise TaskNotFound(task.task_id)
@@ -246,8 +247,8 @@ def _for_newest(row: Row) -> Row:
     """Return the newest attempt if the attempt in `row` may report a result in its place, else `row`.
 
     A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
-    its lease. If the same worker then gets the task again, its first result counts. If only that of the newest attempt
-    did, a worker with a long queue would run each task again and again, and record none.
+    its lease. If the same worker then gets the task again, the worker's first result counts. If only the result of the
+    newest attempt counted, a worker with a long queue would run each task again and again, and no result would count.
     """
     overtaken = row["attempt"] != row["newest_attempt"] and row["outcome"] in (Outcome.EXPIRED, Outcome.INTERRUPTED)
     if not overtaken or row["newest_streamed"] or row["newest_worker"] != row["worker_id"] or row["owned"]:
@@ -338,7 +339,7 @@ def _check_route(db: Db, row: Row, output: object) -> None:
     targets = definition_of(db, row["workflow_id"], row["version_hash"])[row["node_id"]].targets
     if not isinstance(output, dict) or output.get("routed_to") not in targets:
         raise InvalidRequest(
-            f'the result of ROUTER node {row["node_id"]!r} must be {{"routed_to": TARGET}}, with one of the targets '
+            f'the result of ROUTER node {row["node_id"]!r} must be {{"routed_to": TARGET}}, where TARGET is one of: '
             f"{', '.join(map(repr, targets))}"
         )
 
@@ -351,11 +352,11 @@ class _ChildStart(BaseModel):
 
 
 def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> None:
-    """Start the executions that the result of a node's task asks for, and let the node wait for their ends."""
+    """Start the executions that the result of a node's task asks for. The node then waits until they have ended."""
     db.run("wait_for_children", node=row["node"], attempt=row["attempt"], now=db.now_ms)
     if row["node_type"] == NodeType.MAP:
         if not isinstance(output, list):
-            raise InvalidRequest(f"the result of MAP node {row['node_id']!r} must be a list: its items")
+            raise InvalidRequest(f"the result of MAP node {row['node_id']!r} must be a list of items")
         flow.start_items(db, row, output, changes)
         return
     try:
@@ -379,7 +380,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
     if row["outcome"] == Outcome.FAILED and row["error"] == error:
         return Changed()
     _check_may_report(row)
-    # Count a lost attempt as failed, and no longer as lost, if its worker still reports the failure.
+    # If the worker of a lost attempt still reports the failure, count the attempt as failed, and no longer as lost.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     changes = Changes()
@@ -388,7 +389,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
 
 
 def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:
-    """End an attempt that counts as failed. Its node is retried by its rule for retries, or fails."""
+    """End an attempt that counts as failed. If the node's retry policy allows it, retry the node, else fail it."""
     retry, failed_attempts = retry_of(row), row["failed_attempts"] + end.failed
     delay_ms = None if final else retry.delay_ms(failed_attempts)
     if delay_ms is None:

@@ -119,7 +119,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     size = jsontext.size_of(payload_json)
     if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept["bytes"] + size):
         raise TooLarge(
-            f"with this event, the events and outputs of execution {execution_id} are over the limit of "
+            f"with this event, the events and outputs of execution {execution_id} would be over the limit of "
             f"{flow.MAX_OUTPUT_BYTES:,} bytes"
         )
     added = db.one(
@@ -132,7 +132,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     )
     assert added is not None
     if added["number"] > MAX_EVENTS:
-        raise InvalidRequest(f"execution {execution_id} has had {MAX_EVENTS:,} events, the limit")
+        raise InvalidRequest(f"execution {execution_id} has already had {MAX_EVENTS:,} events, which is the limit")
     changes = Changes()
     waiting = db.one("node_of_event", execution=execution, name=name)
     if waiting is not None and flow.use_event(db, waiting["node"], name):
@@ -143,7 +143,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
 def end_waits(db: Db, changes: Changes) -> None:
     """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
-    # Advance an execution once for all its waits that end at the same time: `advance` reads all its nodes.
+    # If several waits of an execution end at the same time, advance the execution once: `advance` reads all its nodes.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
         nodes = list(together)
         db.lock(nodes[0]["execution"])

@@ -208,7 +208,7 @@ async def test_a_number_that_is_in_use_ends_the_stream(server: EngineServer) -> 
     async with RawStream(server.address) as raw:
         poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
         await raw.send(request_frame(1, "PollTask", poll), request_frame(1, "PollTask", poll))
-        with pytest.raises(grpc.aio.AioRpcError, match="the stream has a call 1 already"):
+        with pytest.raises(grpc.aio.AioRpcError, match="the stream already has a call with the number 1"):
             await raw.read()
 
 

@@ -91,20 +91,23 @@ def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> No
 DAMAGES = {
     "execution_id": (
         "UPDATE executions SET execution_id = 'exec-9-' || substr(execution_id, 8) WHERE sequence = 1",
-        "has another number: 1",
+        "has the wrong number: 1",
     ),
-    "task_id": ("UPDATE nodes SET task_id = 'task-1-x' WHERE node = 1000", "task task-1-x has the number of another"),
+    "task_id": ("UPDATE nodes SET task_id = 'task-1-x' WHERE node = 1000", "task task-1-x belongs to the wrong node"),
     "task_id of an earlier attempt": (
         "UPDATE attempts SET task_id = 'x'",
-        "task x has the number of another node: 1000",
+        "task x belongs to the wrong node: 1000",
     ),
     "former_id": ("INSERT INTO former_ids VALUES ('old', 1)", "the former id old belongs to no execution and no task"),
     "one_execution_of_key": (
         "UPDATE executions SET idempotency_key = 'held', workflow_id = 'one', version_hash = 'v1' WHERE sequence = 6",
         "key held of workflow one has 2 executions that are RUNNING or COMPLETED",
     ),
-    "end_of_execution": ("UPDATE executions SET ended_ms = NULL WHERE sequence = 1", "has no time of its end"),
-    "end of a running execution": ("UPDATE executions SET ended_ms = 1 WHERE sequence = 4", "RUNNING, but has ended"),
+    "end_of_execution": ("UPDATE executions SET ended_ms = NULL WHERE sequence = 1", "has no end time"),
+    "end of a running execution": (
+        "UPDATE executions SET ended_ms = 1 WHERE sequence = 4",
+        "RUNNING, but has an end time",
+    ),
     "ended_with_unfinished_nodes": (
         "UPDATE executions SET status = 'CANCELLED', ended_ms = 1 WHERE sequence = 4",
         "is CANCELLED, but its node a is RUNNING",
@@ -123,7 +126,7 @@ DAMAGES = {
     ),
     "version_of_node": (
         "UPDATE nodes SET version_hash = 'v1' WHERE node = 5000",
-        "has the version of another workflow: v1",
+        "has another version than its execution: v1",
     ),
     "due": ("UPDATE nodes SET due_ms = NULL WHERE node = 5000", "is READY, but is never handed out"),
     "due of a running node": ("UPDATE nodes SET due_ms = NULL WHERE node = 4000", "RUNNING, but its lease never ends"),
@@ -149,10 +152,10 @@ DAMAGES = {
         "UPDATE nodes SET attempts = 1 WHERE node = 5000",
         "is READY, but its newest attempt is missing",
     ),
-    "earlier_attempts": ("DELETE FROM attempts", "has 2 attempts, but 0 earlier ones are stored"),
+    "earlier_attempts": ("DELETE FROM attempts", "has 2 attempts, but 0 earlier attempts are stored"),
     "earlier attempt that is too new": (
         "UPDATE attempts SET attempt = 2",
-        "has 2 attempts, but 1 earlier ones are stored",
+        "has 2 attempts, but 1 earlier attempts are stored",
     ),
     "open_attempt": ("UPDATE attempts SET outcome = 'RUNNING'", "RUNNING, but a later attempt was handed out"),
     "counts_of_attempts": (

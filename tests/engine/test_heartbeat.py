@@ -230,7 +230,7 @@ async def test_sweep_continues_after_a_fault(tmp_path: Path, caplog: pytest.LogC
         assert server.calls[leases.sweep] > 1
     assert task is not None
     assert task.attempt == 2
-    assert "could not sweep the leases" in caplog.text
+    assert "could not end the attempts whose lease has run out" in caplog.text
     assert "RuntimeError: a bug" in caplog.text
 
 

@@ -40,7 +40,7 @@ def test_full_queue_refuses_new_executions_only(tmp_path: Path) -> None:
         for number in (1, 2):
             start(stub, idempotency_key=f"k{number}")
         details, trailing = full(lambda: start(stub, idempotency_key="k3"))
-        assert details.startswith("3 tasks or more wait for workers, the limit of this server (--max-queue): retry")
+        assert details.startswith("at least 3 tasks wait for workers, which is the limit of this server (--max-queue)")
         assert (trailing["nexum-error"], trailing["grpc-retry-pushback-ms"]) == ("Overloaded", "1000")
         # A start still finds an execution that exists. An execution that needs no worker is still started.
         assert start(stub, idempotency_key="k0") == first
@@ -66,7 +66,7 @@ async def test_client_waits_with_jitter_and_starts_when_there_is_room(
         async with NexumClient(server.address) as client:
             await client.register_workflow(ONE)
             await client.start_execution(ONE, {}, idempotency_key="first")
-            with pytest.raises(ServerNotReady, match="can't do this now: 1 tasks or more wait") as caught:
+            with pytest.raises(ServerNotReady, match="can't do this now: at least 1 tasks wait") as caught:
                 await client.start_execution(ONE, {}, idempotency_key="second")
             assert caught.value.retry_after == 1.0
             waiting = asyncio.create_task(client.start_execution(ONE, {}, idempotency_key="second", patience=60))
@@ -100,7 +100,7 @@ async def test_calls_of_all_streams_have_a_limit(tmp_path: Path) -> None:
             done, waiting = await asyncio.wait(waits, timeout=20, return_when=asyncio.FIRST_COMPLETED)
             (refusal,) = [wait.exception() for wait in done]
             assert isinstance(refusal, ServerNotReady)
-            assert "as many calls as it may: retry" in str(refusal)
+            assert "has reached its limit of calls: retry" in str(refusal)
             assert refusal.retry_after == 1.0
             for wait in waiting:
                 wait.cancel()

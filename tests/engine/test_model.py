@@ -39,7 +39,7 @@ from nexum_engine.errors import NexumError
 from nexum_engine.records import NodeStatus
 from nexum_engine.store import executions, leases, listing, open_store, reading, retry, tasks, waits
 from nexum_engine.store.db import Db
-from nexum_engine.store.group_commit import GroupCommitStore
+from nexum_engine.store.group_commit import GroupCommitStore, Kind
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -166,7 +166,7 @@ class StoreEngine:
 
     def run(self, transition: Callable[..., T], *args: Any, **options: Any) -> T:
         """Run a transition in this thread: a hand-over to the store's thread takes longer than most transitions."""
-        (outcome,) = self._store._run_batch([lambda db: transition(db, *args, **options)], alone=False)
+        (outcome,) = self._store._run_batch([lambda db: transition(db, *args, **options)], Kind.TOGETHER)
         if isinstance(outcome, BaseException):
             raise outcome
         answer: T = outcome

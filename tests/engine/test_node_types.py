@@ -800,7 +800,7 @@ def test_retried_parent_continues_the_child_at_its_failed_node(stub: NexumServic
     fail(stub, poll(stub, version="c1"))
     (child,) = children(stub, execution_id)
     code, words = refused(lambda: retry(stub, child.execution_id))
-    assert (code, f"retry that one, {execution_id}" in words) == (Code.FAILED_PRECONDITION, True)
+    assert (code, f"retry execution {execution_id}" in words) == (Code.FAILED_PRECONDITION, True)
     retry(stub, execution_id)
     run_task(stub, "b", 2, version="c1")
     run_task(stub, "after", 3)

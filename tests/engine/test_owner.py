@@ -231,7 +231,7 @@ async def test_execution_for_workers_can_not_be_owned(store: Store) -> None:
 async def test_workflow_of_two_nodes_can_not_be_owned(store: Store) -> None:
     nodes = {"a": {"type": "EFFECT", "dependencies": []}, "b": {"type": "EFFECT", "dependencies": ["a"]}}
     await store.run(executions.register_workflow, "w", "v2", json.dumps({"nodes": nodes}))
-    with pytest.raises(InvalidRequest, match="has 2 nodes: an owned execution has one"):
+    with pytest.raises(InvalidRequest, match="has 2 nodes, but an owned execution can have only one"):
         await store.run(tasks.start_owned, "w", "v2", "{}", "k", "one", LEASE_MS, True)
     assert await store.run(listing.list_executions, "w", "", 10) == []
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from nexum_engine.clock import ManualClock, SystemClock
-from nexum_engine.errors import StoreRefused, StoreUnavailable
-from nexum_engine.store import executions, open_store, reading, tasks
+from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
+from nexum_engine.store import executions, open_store, reading, retention, tasks
 from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
@@ -184,6 +184,21 @@ async def test_failed_transition_leaves_the_others_of_its_transaction(store: Pos
 # ---- The schema ------------------------------------------------------------------------------------------------------
 
 
+async def test_full_disk_of_postgresql_is_an_error_for_the_caller(store: PostgresStore, url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$"
+        )
+        other.execute("CREATE TRIGGER refuse BEFORE INSERT ON executions EXECUTE FUNCTION refuse()")
+        try:
+            with pytest.raises(StoreUnavailable, match="nothing was stored: could not extend file"):
+                await store.run(executions.start_execution, "w", "v1", "{}", "k")
+        finally:
+            other.execute("DROP TRIGGER refuse ON executions; DROP FUNCTION refuse()")
+    assert not (await store.run(executions.start_execution, "w", "v1", "{}", "k")).existing
+
+
 async def test_many_servers_create_the_tables_once(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS fresh CASCADE")
@@ -215,6 +230,31 @@ async def test_tables_of_another_program_are_refused(url: str) -> None:
         await open_store(in_schema(url, "strange"), ManualClock())
 
 
+async def test_role_that_may_only_create_in_its_schema_suffices(url: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS plain CASCADE")
+        connection.execute("DROP ROLE IF EXISTS plain")
+        connection.execute("CREATE ROLE plain LOGIN NOSUPERUSER NOINHERIT CONNECTION LIMIT 5")
+        connection.execute("CREATE SCHEMA plain")
+        connection.execute("GRANT USAGE, CREATE ON SCHEMA plain TO plain")
+    store = await open_store(f"{in_schema(url, 'plain')}&user=plain", SystemClock())
+    joined = asyncio.Event()
+    store.join(lambda news: joined.set())
+    try:
+        await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+        started = await store.run(executions.start_execution, "w", "v1", "{}", "")
+        task = (await store.run(tasks.claim, "w1", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        await store.run(tasks.complete_task, task.task_id, "1")
+        await asyncio.wait_for(joined.wait(), 10)
+        assert (await store.run_alone(retention.prune, 0)).executions == 1
+        assert (await store.compact(max_bytes=None, always=True)).total > 0
+        with pytest.raises(ExecutionNotFound):
+            await store.run(reading.get_execution, started.execution_id)
+    finally:
+        await store.close()
+
+
 async def test_database_that_does_not_answer_is_refused_with_its_address() -> None:
     with pytest.raises(StoreRefused, match=r"can't open postgresql: .*host=127\.0\.0\.1 port=1\b"):
         await open_store("postgresql://me:secret@127.0.0.1:1/nexum", ManualClock())
@@ -233,7 +273,7 @@ def test_password_is_not_shown() -> None:
 # ---- Queries and values ----------------------------------------------------------------------------------------------
 
 
-OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over"}
+OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over", "hold_server", "forget_ended"}
 """The queries of postgresql.sql that SQLite has no need of."""
 
 

@@ -171,7 +171,9 @@ async def test_owned_execution_is_not_retried(store: Store) -> None:
     started = await store.run(tasks.start_owned, "w", "v1", "1", "owned", "owner", 30_000, True)
     assert started.task is not None
     await store.run(tasks.fail_task, started.task.task_id, "broken", True)
-    with pytest.raises(Conflict, match="is the work of a program, and no worker would get it: run that program again"):
+    with pytest.raises(
+        Conflict, match="belongs to the program that started it, and no worker gets it: run that program again"
+    ):
         await store.run(retry_execution, started.execution_id)
     assert await states(store, started.execution_id) == {"a": "FAILED"}
 

@@ -221,7 +221,7 @@ async def test_client_that_searches_does_not_use_a_server_with_tokens(
         (f"ci {USE}\n", "line 1 of the token file {path} has 2 words"),
         (f"\nci root {USE}\n", "line 2 of the token file {path}: the role must be use or administer"),
         ("ci use short\n", "the token must have at least 32 ASCII characters; make one with: python -c"),
-        (f"ci use {USE}\nme use {USE}\n", "line 2 of the token file {path}: the token is in an earlier line, too"),
+        (f"ci use {USE}\nme use {USE}\n", "line 2 of the token file {path}: an earlier line has the same token"),
         (f"{'n' * 101} use {USE}\n", "the name must have at most 100 printable characters"),
         (f"ci use {USE[:-1]}é\n", "the token must have at least 32 ASCII characters"),
     ],
@@ -267,7 +267,8 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
             await former.ping()
-            assert errors[0].startswith(f"the former tokens stay valid: line 1 of the token file {tokens}")
+            start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
+            assert errors[0].startswith(f"{start} {tokens}")
             tokens.write_text(TOKENS)
             with pytest.raises(TokenRefused):
                 await former.ping()

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, StaleTask
-from nexum_engine.records import ExecutionStatus, Outcome, Task
+from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, retention, tasks, waits
+from nexum_engine.store.db import Db
 
 LEASE_MS = 30_000
+psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
+
+from nexum_engine.store.postgresql_servers import ALIVE_SECONDS  # noqa: E402
+
 RACES = 30
 NO_RETRIES = 2**50
 DIAMOND = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -204,6 +210,30 @@ async def test_worker_that_disconnects_keeps_what_it_holds_at_another_server(
     assert await disconnected() == [Outcome.LOST, Outcome.LOST]
 
 
+async def test_server_that_follows_a_killed_one_takes_its_workers_at_once(
+    empty_postgres_database: Callable[[], str], clock: ManualClock
+) -> None:
+    url = empty_postgres_database()
+    killed, living = [await open_store(url, clock) for _ in range(2)]
+    await register(killed, ONE)
+    ids = [await start(killed) for _ in range(2)]
+    for store in (killed, living):
+        await store.run(lambda db: db.one("beat", seconds=60))
+        await taken(store)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"SELECT pg_sleep(extract(epoch FROM pg_postmaster_start_time() - now()) + {ALIVE_SECONDS})")
+    await killed.close()  # its row in `servers` stays, as after a kill
+    follower = await open_store(url, clock)
+    follower.join(lambda news: None)
+    await follower.run(leases.restart, 1500, 60_000)
+    clock.advance(2)
+    await follower.run(leases.sweep, NO_RETRIES)
+    found = [(await follower.run(reading.get_execution, one, True)).nodes[0].attempts for one in ids]
+    assert [[one.outcome for one in attempts] for attempts in found] == [[Outcome.INTERRUPTED], [Outcome.RUNNING]]
+    for store in (follower, living):
+        await store.close()
+
+
 async def test_loss_found_by_both_is_counted_once(stores: tuple[Store, Store], clock: ManualClock) -> None:
     await register(stores[0], ONE)
     ids = [await start(stores[0]) for _ in range(RACES)]
@@ -309,3 +339,32 @@ async def test_random_transitions_on_both_leave_a_sound_database(
             assert execution.outputs() == {name: json.dumps(name) for name in DIAMOND}
         for node in execution.nodes:
             assert [one.attempt for one in node.attempts] == list(range(1, len(node.attempts) + 1))
+
+
+async def test_execution_is_read_as_it_was_at_one_time(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other server completes the execution between two statements of the reading."""
+    await register(stores[0], ONE)
+    execution_id = await start(stores[0])
+    task = await taken(stores[0])
+    loop = asyncio.get_running_loop()
+    payload_bytes, completed = reading.payload_bytes, list[object]()
+
+    def slow(db: Db, *args: Any) -> int:
+        found = payload_bytes(db, *args)
+        if not completed:
+            report = stores[1].run(tasks.complete_task, task.task_id, "1")
+            completed.append(asyncio.run_coroutine_threadsafe(wait_for(report), loop).result(10))
+        return found
+
+    async def wait_for(report: Awaitable[object]) -> object:
+        return await report
+
+    monkeypatch.setattr(reading, "payload_bytes", slow)
+    execution = await stores[0].run(reading.get_execution, execution_id, max_bytes=2**20)
+    assert completed
+    (node,) = execution.nodes
+    assert (execution.status, node.status) == (ExecutionStatus.RUNNING, NodeStatus.RUNNING)
+    execution = await stores[0].run(reading.get_execution, execution_id, max_bytes=2**20)
+    assert execution.status is ExecutionStatus.COMPLETED

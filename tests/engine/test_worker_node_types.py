@@ -159,7 +159,7 @@ async def test_choice_that_the_server_refuses_fails_the_node(client: NexumClient
     async with working(client, Binding(built, {"route": route, "a": nothing})):
         execution = await finished(client, built, {})
     assert execution.status is ExecutionStatus.FAILED
-    assert "must be {\"routed_to\": TARGET}, with one of the targets 'a'" in execution.error
+    assert "must be {\"routed_to\": TARGET}, where TARGET is one of: 'a'" in execution.error
 
 
 async def test_item_result_of_another_shape_fails_the_node(client: NexumClient) -> None:

@@ -1,10 +1,12 @@
 -- The tables are those of SQLite (sqlite_migrations has the reasons). What differs:
 --   * Numbers of executions come from a sequence, because many servers start executions at the same time.
---   * An index enforces that a key has at most one RUNNING or COMPLETED execution. SQLite has one writer, which looks.
---   * Text is ordered by its bytes, because ranges of keys are. JSON is text: it is returned as it came.
---   * No foreign key leads to a version, which is never deleted, or from a node to its execution: their checks would
---     lock one row of a version for all starts, and need an index of nodes by execution.
--- Times are milliseconds since 1970, UTC.
+--   * An index enforces that a key has at most one RUNNING or COMPLETED execution. In SQLite, the only writer checks
+--     this.
+--   * Text is ordered by its bytes, because the queries for ranges of keys need this order.
+--   * JSON is stored as text, so that it is returned exactly as it came.
+--   * No foreign key leads to a version. Versions are never deleted, and each start would lock its version's row.
+--   * No foreign key leads from a node to its execution: its checks would need an index of nodes by execution.
+-- Times are in milliseconds since 1970, in UTC.
 
 CREATE TABLE workflow_versions (
     sequence bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -78,7 +80,7 @@ CREATE TABLE nodes (
     CHECK ((status = 'COMPLETED') = (output_json IS NOT NULL))
 );
 
--- Deferred, because a deletion deletes the nodes of all executions first.
+-- The check is deferred to the commit, because a deletion deletes the nodes of all executions first.
 ALTER TABLE executions ADD FOREIGN KEY (parent_node) REFERENCES nodes (node) DEFERRABLE INITIALLY DEFERRED;
 CREATE INDEX due ON nodes (queue, due_ms, node) WHERE queue IS NOT NULL;
 CREATE INDEX retries ON nodes (due_ms) WHERE status = 'READY' AND attempts > 0;
@@ -115,12 +117,13 @@ CREATE TABLE attributes (
 );
 CREATE INDEX executions_by_attribute ON attributes (name, value, execution);
 
--- Used by no version for PostgreSQL, but by the queries: ids of earlier versions, and the highest pruned number.
+-- These tables are here only because the queries for both databases name them. They hold the ids of earlier versions
+-- (in PostgreSQL, there are none) and the highest number of a pruned execution.
 CREATE TABLE former_ids (id text PRIMARY KEY, number bigint NOT NULL);
 CREATE TABLE pruned (one bigint PRIMARY KEY CHECK (one = 1), highest bigint NOT NULL);
 INSERT INTO pruned VALUES (1, 0);
 
--- The servers that have this database open. One that is not alive has left its workers' leases to the others.
+-- The servers that have this database open. If a server dies, the others shorten its workers' leases.
 CREATE TABLE servers (
     id bigint PRIMARY KEY,
     alive_until timestamptz NOT NULL

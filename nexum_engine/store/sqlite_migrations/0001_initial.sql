@@ -1,4 +1,4 @@
--- Times are milliseconds since 1970, UTC.
+-- Times are in milliseconds since 1970, in UTC.
 
 CREATE TABLE workflow_versions (
     sequence INTEGER PRIMARY KEY,

@@ -1,5 +1,6 @@
--- Marks by which the server recognises its files. The server reads them straight from the file and from the write-ahead
--- log: through SQLite, the log would already have changed what is read. Each table has one row with one BLOB.
+-- Marks by which the server recognizes its files. The server reads the marks directly from the file and from the
+-- write-ahead log: SQLite would return the file's marks as the log has changed them. Each table has one row with one
+-- BLOB.
 
 -- Random bytes that never change.
 CREATE TABLE file_mark (mark BLOB NOT NULL) STRICT;

@@ -1,4 +1,5 @@
--- A commit writes whole pages, so each index that a tool call changes costs it a page. This version has fewer:
+-- A commit writes whole pages, so a tool call writes a page for each table and index that it changes. This version
+-- needs fewer of them:
 --   * An id begins with the number of its row (store/ids.py), so no index of ids is needed.
 --   * A node's id is made of its execution's number and its position, so no index of an execution's nodes is needed.
 --   * A node holds its newest attempt. The table `attempts` has the earlier ones.
@@ -69,7 +70,7 @@ CREATE TABLE attempts (
     PRIMARY KEY (node, attempt)
 ) STRICT, WITHOUT ROWID;
 
--- The ids that earlier versions made, which don't begin with the number of their row.
+-- The ids that earlier versions made. These ids don't begin with the number of their row.
 CREATE TABLE former_ids (
     id TEXT NOT NULL PRIMARY KEY,       -- of an execution or of a task
     number INTEGER NOT NULL             -- executions.sequence or nodes.node

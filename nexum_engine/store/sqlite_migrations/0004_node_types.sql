@@ -1,6 +1,7 @@
--- Nodes that wait for something other than a worker, and nodes that are skipped.
--- Executions that a node started: one by a SUBWORKFLOW node, or one for each item of a MAP node.
--- Events that were sent to an execution.
+-- This version adds:
+--   * nodes that wait for something other than a worker, and nodes that are skipped,
+--   * executions that nodes start: a SUBWORKFLOW node starts one, a MAP node starts one for each item,
+--   * events that clients send to an execution.
 
 ALTER TABLE executions ADD COLUMN parent_node INTEGER REFERENCES nodes (node);
 ALTER TABLE executions ADD COLUMN child_index INTEGER;      -- the item's number, if the parent is a MAP node

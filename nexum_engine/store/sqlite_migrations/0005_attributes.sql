@@ -1,5 +1,5 @@
--- Indexes that find executions by attribute, status and workflow among a million others. They cost a tool call no page:
--- the execution of a tool call has a key and no attributes, and it completes.
+-- Indexes that find executions by attribute, status or workflow, even among a million others. They cost a tool call no
+-- page, because its execution is in none of them: the execution has a key and no attributes, and it completes.
 
 CREATE TABLE attributes (
     execution INTEGER NOT NULL REFERENCES executions (sequence),

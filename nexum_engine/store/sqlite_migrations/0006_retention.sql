@@ -1,4 +1,5 @@
--- The highest number of a pruned execution. No number is used twice, so an id never leads to another execution's row.
+-- The highest number of a pruned execution. New executions get higher numbers, so an id never leads to another
+-- execution's row.
 CREATE TABLE pruned (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     highest INTEGER NOT NULL

@@ -1,0 +1,73 @@
+"""Servers on one PostgreSQL tell each other of changes. If they are not told, they find the changes themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import nexum_server
+from nexum_wire import connected, poll, record, register, start
+
+from nexum_engine.clock import SystemClock
+from nexum_engine.store import Store, executions, open_store, tasks
+
+postgresql = pytest.importorskip("nexum_engine.store.postgresql", reason="psycopg isn't installed")
+
+SOON = 10.0  # seconds: servers look each second, and the calls wait for much longer
+LONG_MS = 25_000
+
+
+@pytest.fixture
+def url(empty_postgres_database: Callable[[], str]) -> str:
+    return empty_postgres_database()
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The news that this process has not sent."""
+    news: list[Any] = []
+    monkeypatch.setattr(postgresql, "send", lambda *args: news.append(args[-1]))
+    return news
+
+
+@pytest.fixture
+async def silent(url: str, lost: list[Any]) -> AsyncIterator[Store]:
+    """A store in this process, as another server has it."""
+    store = await open_store(url, SystemClock())
+    yield store
+    await store.close()
+
+
+async def test_poll_finds_a_task_of_which_it_was_not_told(
+    tmp_path: Path, url: str, silent: Store, lost: list[Any]
+) -> None:
+    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        waiting = asyncio.create_task(asyncio.to_thread(poll, stub, wait_ms=LONG_MS))
+        await asyncio.sleep(0.3)  # until the poll waits
+        begun = time.monotonic()
+        started = await silent.run(executions.start_execution, "w", "v1", "{}", "")
+        assert (await waiting).execution_id == started.execution_id
+        assert time.monotonic() - begun < SOON
+        assert [one.ready for one in lost] == [("v1",)]
+
+
+async def test_wait_finds_an_end_of_which_it_was_not_told(
+    tmp_path: Path, url: str, silent: Store, lost: list[Any]
+) -> None:
+    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution_id = start(stub)
+        waiting = asyncio.create_task(asyncio.to_thread(record, stub, execution_id, wait_ms=LONG_MS))
+        await asyncio.sleep(0.3)  # until the call waits
+        task = (await silent.run(tasks.claim, "other", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        begun = time.monotonic()
+        await silent.run(tasks.complete_task, task.task_id, "1")
+        assert (await waiting).status == "COMPLETED"
+        assert time.monotonic() - begun < SOON
+        assert [one.ended for one in lost] == [(execution_id,)]
