@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ class Holder:
     role: str
 
 
+_UNKNOWN = f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one of its tokens"
+
+
 class Tokens:
     """The tokens of a file. The file is read again when it changes. Raises InvalidRequest if the file is wrong.
 
@@ -52,6 +56,23 @@ class Tokens:
         self._stamp = _stamp(path)
         self._holders = _parsed(read_file(path, "the token file", secret=True), path)
         self._looked = time.monotonic()
+        self._running: dict[asyncio.Task[Any], bytes] = {}
+        """The calls that are under way, with the digests of their tokens."""
+
+    @contextmanager
+    def watched(self, metadata: Iterable[Any]) -> Iterator[None]:
+        """Cancel this task's call if its token is removed. Raises TokenRefused then."""
+        call = asyncio.current_task()
+        assert call is not None
+        self._running[call] = _digest(_token_in(metadata))
+        try:
+            yield
+        except asyncio.CancelledError:
+            if call in self._running:
+                raise  # the client has cancelled the call
+            raise TokenRefused(_UNKNOWN) from None
+        finally:
+            self._running.pop(call, None)
 
     def check(self, metadata: Iterable[Any], method: str) -> Holder:
         """Return the holder of the token in a call's metadata.
@@ -67,9 +88,8 @@ class Tokens:
 
     def _holder(self, metadata: Iterable[Any]) -> Holder:
         self._look()
-        value = dict(metadata).get(AUTHORIZATION, "")
-        scheme, _, token = value.partition(" ") if isinstance(value, str) else ("", "", "")
-        if scheme.lower() != "bearer":
+        token = _token_in(metadata)
+        if not token:
             raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
         digest, found = _digest(token), None
         # Compare with every token, so that the time of a call tells the caller nothing about the tokens.
@@ -77,7 +97,7 @@ class Tokens:
             if hmac.compare_digest(known, digest):
                 found = holder
         if found is None:
-            raise TokenRefused(f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one that it knows")
+            raise TokenRefused(_UNKNOWN)
         return found
 
     def _look(self) -> None:
@@ -94,6 +114,11 @@ class Tokens:
             self._holders = _parsed(read_file(self._path, "the token file", secret=True), self._path)
         except InvalidRequest as error:
             logger.error("the former tokens stay valid, because the changed file is wrong: %s", error)
+            return
+        # Without this, a poll that waits could still get a task.
+        for call in [call for call, digest in self._running.items() if digest not in self._holders]:
+            del self._running[call]
+            call.cancel()
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
@@ -103,6 +128,13 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+
+
+def _token_in(metadata: Iterable[Any]) -> str:
+    """Return the token in a call's metadata, or an empty text."""
+    value = dict(metadata).get(AUTHORIZATION, "")
+    scheme, _, token = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    return token if scheme.lower() == "bearer" else ""
 
 
 def _digest(token: str) -> bytes:
@@ -142,11 +174,13 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
+            metadata = context.invocation_metadata()
             try:
-                tokens.check(context.invocation_metadata(), method)
+                tokens.check(metadata, method)
+                with tokens.watched(metadata):
+                    return await rpc(received, context)
             except AccessDenied as error:
                 await abort(context, error)
-            return await rpc(received, context)
 
         return call
 
@@ -156,7 +190,7 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 class Gate(grpc.aio.ServerInterceptor):
     """An interceptor that refuses calls without a valid token before it reads them.
 
-    A stream is refused at its next message if its token is no longer valid.
+    If a token is removed, its calls that are under way are refused, and its streams at their next message.
     """
 
     def __init__(self, tokens: Tokens, abort: Abort) -> None:
@@ -177,8 +211,20 @@ class Gate(grpc.aio.ServerInterceptor):
         except AccessDenied as error:
             return self._refusal(method, error)
         handler = await continuation(handler_call_details)
-        if handler is None or not handler.request_streaming:
+        if handler is None or (not handler.request_streaming and handler.response_streaming):
             return handler
+
+        async def answer(request: Any, context: Context) -> Any:
+            try:
+                with self._tokens.watched(metadata):
+                    return await handler.unary_unary(request, context)
+            except AccessDenied as error:
+                await self._abort(context, error)
+
+        if not handler.request_streaming:
+            return grpc.unary_unary_rpc_method_handler(
+                answer, handler.request_deserializer, handler.response_serializer
+            )
 
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async def checked() -> AsyncIterator[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -224,11 +224,18 @@ def _prompt(handler: Any) -> Any:
     """Return a handler of the same unary RPC that refuses a call whose request doesn't arrive within READ_PATIENCE."""
 
     async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        reading = asyncio.ensure_future(anext(requests))
+        async def read() -> Any:
+            """Return the request, or None if there is none, or if it is malformed."""
+            with suppress(DecodeError):
+                return await anext(requests, None)
+
+        reading = asyncio.ensure_future(read())
         await asyncio.wait({reading}, timeout=READ_PATIENCE)
         if not reading.done():
             reading.cancel()
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
+        if reading.result() is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no valid request")
         yield await handler.unary_unary(reading.result(), context)
 
     # Only a handler for streams can answer before the request has arrived.

@@ -134,20 +134,19 @@ def test_every_rpc_but_the_health_check_needs_a_token(secured: Secured) -> None:
 async def test_slow_health_checks_of_strangers_block_nobody(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
     credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
 
-    async def silent_checks(channel: Any) -> list[Any]:
-        """Open health checks, and send no request."""
-        return [channel.stream_stream("/grpc.health.v1.Health/Check")() for _ in range(2 * bounds.READERS)]
-
     async with grpc.aio.secure_channel(secured.address, credentials) as channel:
+        check: Any = channel.stream_stream("/grpc.health.v1.Health/Check")  # sends no request unless it gets one
         monkeypatch.setattr(bounds, "READ_PATIENCE", 60.0)
-        for check in await silent_checks(channel):
-            await check.wait_for_connection()
+        for silent in [check() for _ in range(2 * bounds.READERS)]:
+            await silent.wait_for_connection()
         stub: Any = NexumServiceStub(channel)
         await stub.GetServerInfo(pb.EmptyRequest(), metadata=[("authorization", f"Bearer {USE}")], timeout=PROMPT)
         monkeypatch.setattr(bounds, "READ_PATIENCE", 0.1)
-        for check in await silent_checks(channel):
+        for silent in [check() for _ in range(2 * bounds.READERS)]:
             # The server has ended the call: it no longer counts as one of the calls that the server accepts.
-            assert await asyncio.wait_for(check.code(), PROMPT) is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await asyncio.wait_for(silent.code(), PROMPT) is grpc.StatusCode.DEADLINE_EXCEEDED
+        for messages in ([], [b"\xff"]):
+            assert await asyncio.wait_for(check(iter(messages)).code(), PROMPT) is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_refused_call_can_not_write_lines_of_its_own_to_the_log(
@@ -260,7 +259,10 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
         async with NexumClient(server.address) as former, grpc.aio.insecure_channel(server.address) as channel:
             await former.ping()
             stub: Any = NexumServiceStub(channel)
-            beats = stub.WorkerStream(metadata=[("authorization", f"Bearer {FORMER}")])
+            metadata = [("authorization", f"Bearer {FORMER}")]
+            waiting = asyncio.create_task(former.poll_task("y", ["v1"], wait=25))
+            alone = stub.PollTask(pb.PollRequest(worker_id="x", version_hash="v1", wait_ms=25_000), metadata=metadata)
+            beats = stub.WorkerStream(metadata=metadata)
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
@@ -270,6 +272,10 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             tokens.write_text(TOKENS)
             with pytest.raises(TokenRefused):
                 await former.ping()
+            # Calls that wait are refused, too: they could still get a task.
+            with pytest.raises(TokenRefused):
+                await asyncio.wait_for(waiting, PROMPT)
+            assert await asyncio.wait_for(alone.code(), PROMPT) is grpc.StatusCode.UNAUTHENTICATED
             await beats.write(pb.WorkerBeat(worker_id="w"))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await beats.read()
