@@ -376,10 +376,10 @@ def test_call_to_a_server_with_a_full_queue_names_the_full_queue(
         register(stub, {"a": []})
         start(stub)
         monkeypatch.setenv("NEXUM_ADDRESS", server.address)
-        with pytest.raises(ServerNotReady, match="1 tasks or more wait for workers"):
+        with pytest.raises(ServerNotReady, match="at least 1 tasks wait for workers"):
             submit_tool_call("web_search", {"query": "x"}, timeout=0.5)
     output = capsys.readouterr().out
-    assert "can't do this now: 1 tasks or more wait for workers" in output
+    assert "can't do this now: at least 1 tasks wait for workers" in output
     assert "no Nexum server answers" not in output
 
 
