@@ -26,7 +26,7 @@ from durable_autogen.record.log import at_time
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters; an event's longer content is cut
+EXCERPT = 100  # characters; the content of an event is cut if it is longer
 NAME_WIDTH = 32  # characters
 
 

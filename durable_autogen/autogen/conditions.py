@@ -59,8 +59,8 @@ async def look(
     is_recorded = recorder.event_ahead(f"{name}/{position}") is not None
     is_decided = recorder.is_replaying or recorder.was_checked(name, look_number)
     if not is_recorded and message is not None and is_decided:
-        # Undo the stop, because this run doesn't stop here: a condition that stays stopped raises an error at its next
-        # check.
+        # This run doesn't stop here, so undo the condition's stop. Otherwise, the condition would raise an error at its
+        # next check.
         state.clear()
         state.update(before)
         return None

@@ -132,7 +132,7 @@ def _tool(stream: bool) -> Recording:
     def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
         if is_recorded_inside(tool):
             return original(*given.args, **given.kwargs)
-        # The tool's arguments are a mapping in `run_json`, and a model in `run`.
+        # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
         args = given(0, "args")
         if isinstance(args, BaseModel):
             args = args.model_dump(mode="json")

@@ -17,7 +17,7 @@ from autogen_core.tools import Tool, ToolSchema
 from pydantic import BaseModel
 
 EXCERPT = 80  # characters
-MAX_ARGUMENTS = 20_000  # characters; of a tool call's longer arguments, only the beginning and a hash are recorded
+MAX_ARGUMENTS = 20_000  # characters; if a tool call's arguments are longer, their beginning and a hash are recorded
 SETTINGS = (
     *("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "reasoning_effort"),
     *("frequency_penalty", "presence_penalty", "logit_bias", "parallel_tool_calls", "response_format", "user"),
@@ -156,7 +156,7 @@ def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         text = json.dumps(written, sort_keys=True, ensure_ascii=False)
     except (RecursionError, ValueError):
         text = repr(arguments)
-    # Store the arguments as text. They may be nested more deeply than a record's JSON may be.
+    # Store the arguments as text, because they may be nested more deeply than recorded JSON may be.
     shown = text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
     return {"hash": hashed_value([name, text]), "tool": name, "arguments": shown}
 

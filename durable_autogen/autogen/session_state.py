@@ -131,7 +131,7 @@ class AddedMessages:
         self.delivered: set[int] = set()
         """The event numbers of the messages that at least one agent got."""
         self.as_task: set[int] = set()
-        """The event numbers of the messages that became a new task: the run ended before any agent got them."""
+        """The event numbers of the messages that were run as a new task, because no agent got them during the run."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
 

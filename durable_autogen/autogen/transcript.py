@@ -29,7 +29,7 @@ Item = Message | TaskResult
 Task = str | BaseChatMessage | Sequence[BaseChatMessage] | None
 
 REPLAYED = "nexum"
-"""The metadata key that marks a streamed message from the record. Its value is "replayed"."""
+"""The metadata key that marks a streamed message as replayed. Its value is "replayed"."""
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "durable_autogen.invalid")
 
@@ -71,7 +71,10 @@ class Transcript:
                 _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
-        """Return `result` with lasting ids in its input requests. AutoGen needs the random ids until the run's end."""
+        """Return a run's result with lasting ids in its input requests.
+
+        The ids are replaced only at the run's end, because AutoGen needs the random ids while the run lasts.
+        """
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [

@@ -43,7 +43,7 @@ _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def written_value(value: Any) -> Any:
-    """Return a value as JSON. Values of types that JSON lacks, such as models, are tagged with their class.
+    """Return a value as JSON. A value whose type JSON lacks, such as a pydantic model, is tagged with its class.
 
     Raises ValueError if the value can't be written as JSON.
     """

@@ -71,7 +71,7 @@ class Kind(str, Enum):
     MESSAGE = "message"
     """A user message added to a fork."""
     TURN = "turn"
-    """The end of an agent's turn, or the start of its streamed reply. It is recorded if agents work in parallel."""
+    """The end of an agent's turn, or the start of a streamed reply. Recorded only if agents work in parallel."""
     STOP = "stop"
     """A stop by a termination condition."""
     REVOKE = "revoke"
@@ -157,10 +157,10 @@ class Revoked(_Frozen):
     """Whether the events are revoked because a changed program continues the session."""
 
     def replaces(self, revoked: Event) -> bool:
-        """Return whether a different call takes the place of a revoked event.
+        """Return whether a different call takes the place of the revoked event's call.
 
-        After a failure, the program makes the same call again. That call keeps its id, so that a service recognizes it:
-        the first attempt may have done its work before it failed.
+        If an unchanged program continues after a failure, it makes the failed call again, so the answer is no. The call
+        then keeps its id, so that a service recognizes it: the failed attempt may have done its work.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
 
@@ -178,9 +178,9 @@ class Waiting(_Frozen):
     event: str = ""
     """The name of the sent event; empty for a sleep."""
     seconds: float | None = None
-    """How long the wait may take; None if it has no limit."""
+    """How long the wait may take; None if the wait has no limit."""
     until_ms: int | None = None
-    """When the wait ends, in milliseconds since 1970; None if it has no limit."""
+    """The latest time at which the wait ends, in milliseconds since 1970; None if the wait has no limit."""
 
 
 class Received(_Frozen):
@@ -242,7 +242,7 @@ class Asked:
 class Addressed:
     """The address and the name of a call or an event, made of its kind, its agent and its position."""
 
-    if TYPE_CHECKING:  # pydantic would put these fields first, and change the order of the recorded JSON
+    if TYPE_CHECKING:  # otherwise, pydantic would put these fields first in the recorded JSON
         kind: Kind
         agent: str
         position: str
@@ -334,7 +334,10 @@ class Event(Addressed, _Frozen):
 
     @property
     def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply. If it ends a run, the next run makes the call again."""
+        """Whether the event is a failure or a broken reply.
+
+        If such an event ends a run, the next run makes the event's call again.
+        """
         return isinstance(self.content, Raised) or (isinstance(self.content, Returned) and self.content.is_broken)
 
 

@@ -16,7 +16,7 @@ from pydantic_core.core_schema import ErrorType
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters; a failure's longer text is cut, and its longer arguments and attributes are left out
+MAX_TEXT = 20_000  # characters; an error's text is cut if it is longer; a longer argument or attribute is left out
 
 Plain = str | int | float | bool | None
 
@@ -150,7 +150,7 @@ _KNOWN_ERRORS = set(get_args(ErrorType))
 def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
     if not isinstance(error, ValidationError):
         return None
-    with contextlib.suppress(Exception):  # the invalid input may not fit into JSON
+    with contextlib.suppress(Exception):  # pydantic may be unable to write the invalid input as JSON
         found: list[dict[str, Any]] = json.loads(error.json(include_url=False))
         return found if len(json.dumps(found)) <= MAX_TEXT else None
     return None

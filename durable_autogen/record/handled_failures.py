@@ -27,7 +27,7 @@ class _Setback:
 
 
 class Setbacks:
-    """The failed and given-up calls of a run. When an agent finishes its turn, its calls are forgotten."""
+    """The failed and given-up calls of a run. When an agent finishes its turn, the agent's calls are forgotten."""
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []

@@ -23,7 +23,7 @@ from durable_autogen.record.place import OpenSession, at, current
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
-LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that has been busy for BUSY_PATIENCE before
+LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that once stayed busy for BUSY_PATIENCE
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
 logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
 
 
 def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
-    """Return whether the pool runs functions in other interpreters (Python 3.14), which can't get a context."""
+    """Return whether the pool runs functions in other interpreters (Python 3.14). No context can be passed to those."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 

@@ -159,7 +159,7 @@ class Journal:
         return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
-        """Read the record and take over its unfinished calls, so that no earlier owner can still record them."""
+        """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
             record = await read_record(self._client, self.session)
             self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
@@ -261,7 +261,11 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the call at `address`. A retry after a failure has the same name."""
+        """Return the part of a call id that names the call at `address`.
+
+        If the call is made again after a crash or a failure, its name stays the same. If a different call has taken the
+        place of the recorded call, the different call gets a new name.
+        """
         again = self._times_replaced[address]
         return f"{address}/again/{again}" if again else address
 
@@ -409,7 +413,10 @@ class Journal:
                 self._run = None
 
     async def release(self) -> None:
-        """Give up the ownership of the session. The run ends as failed: a fork copies events, but runs no program."""
+        """Give up the ownership of a session that was begun as a fork.
+
+        Its run ends as failed, because no program ran in it.
+        """
         if self._run is not None:
             await self._owner.fail(self._run, "it was not run")
             self._run = None

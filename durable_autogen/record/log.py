@@ -25,7 +25,7 @@ class _Teller(logging.Handler):
 def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception], None]) -> logging.Logger:
     """Return a session's logger: it calls `tell` with each line. Without `tell`, return the library's logger.
 
-    An error of `tell` is passed to `on_failure`. It isn't raised: it would surface in whatever code was logging.
+    An error of `tell` is passed to `on_failure` and not raised. Otherwise, the code that logs a line would fail.
     """
     if tell is None:
         return LOG

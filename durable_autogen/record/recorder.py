@@ -39,7 +39,7 @@ from nexum_engine.records import Task
 
 OnDrift = Literal["stop", "continue"]
 
-GIVE_UP_PATIENCE = 1.0  # seconds to wait for given-up calls to end before the next call
+GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
 _NOTHING: Any = object()
 
@@ -84,7 +84,7 @@ class _LiveCall:
     answer: asyncio.Future[Answer | Exception] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    """The call's answer or error. An error is stored as a result: asyncio would warn of an unretrieved exception."""
+    """The call's answer or error. Set an error with `set_result`: asyncio warns of exceptions that nobody retrieves."""
 
 
 class Recorder:
@@ -276,7 +276,7 @@ class Recorder:
         if answer is None:
             answer = await self._made_live(call, perform, streamed, caller)
         if isinstance(answer, Exception):
-            # Raise without the old traceback: AutoGen passes tracebacks to models, and a replay has no such traceback.
+            # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
         return answer
 
@@ -332,7 +332,7 @@ class Recorder:
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
         call = live.call
         try:
-            # Make no live call before the whole record is replayed: drift may still be detected.
+            # Make no live call before the whole record is replayed: until then, drift may be detected.
             await self._replay.wait_until_over(call)
             if self.ended is not None:
                 why = self.ended or "it had its answer"

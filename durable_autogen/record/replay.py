@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run made all of these other calls, too
+TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run also made each call waiting for the replay
 
 
 class Compare(Protocol):
@@ -68,7 +68,7 @@ class Replay:
         self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
-        """The addresses of the events to whose positions `matching` moved a call."""
+        """The addresses of the events that `matching` found for calls made at other positions."""
         self._waiting_live: dict[str, bool] = {}
         """For each call that waits for the end of the replay: whether an earlier run also made the call."""
         self._changed = asyncio.Event()
@@ -106,15 +106,15 @@ class Replay:
         return None if event is None or self.differences(event, call) else event
 
     def typed(self, address: str) -> Event | None:
-        """Return and remove the recorded console event of an address; None if there is none."""
+        """Return and remove the recorded console event of an address; None if the address has no such event."""
         return self._typed.pop(address, None)
 
     def take_given_up(self, call: Call) -> Event | None:
-        """Return and remove the recorded event of a given-up call; None if there is none."""
+        """Return and remove the event that records `call` as given up; None if there is no such event."""
         return self._given_up.pop(call.address, None)
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
-        """Return a line for each difference between a recorded event and a call; none if the event is accepted."""
+        """Return a line for each difference between a recorded event and a call; no line if the event is accepted."""
         return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
@@ -215,7 +215,7 @@ class Replay:
     def _patience(self) -> float | None:
         """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
 
-        While no call waits, there is no limit: the program does other work, and will make the call or end.
+        While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
         """
         if self._asked or not all(self._waiting_live.values()):
             return DRIFT_PATIENCE
@@ -235,6 +235,9 @@ def _deliver(asked: _Asked, event: Event | None) -> None:
 
 
 def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return one line if a recorded request and the current one differ, else none. The line names no difference."""
+    """Return one line if a recorded request and the current one differ, else no line.
+
+    The line doesn't say how the requests differ.
+    """
     requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
     return [] if requests[0] == requests[1] else ["the request differs"]

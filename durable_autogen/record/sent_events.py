@@ -103,9 +103,10 @@ async def send(
 
 
 async def cancel_expected(client: NexumClient, session: str) -> None:
-    """Cancel the executions of events that were not sent: the server never prunes a session with a running execution.
+    """Cancel the executions of events that the session has waited for and that were not sent.
 
-    An event that is sent later starts its execution again.
+    The server never prunes a session with a running execution. If such an event is sent later, its execution is
+    started again.
     """
     while running := await client.list_executions(
         workflow_id=SENT_EVENT.workflow_id,

@@ -73,7 +73,10 @@ class Waits:
         await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name` (see `Session.wait_for_event`). Raises TimeoutError."""
+        """Return the payload of the next event `name` (see `Session.wait_for_event`).
+
+        Raises TimeoutError if no such event is sent in time.
+        """
         check_event_name(name)
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
