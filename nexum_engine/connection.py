@@ -67,7 +67,7 @@ class Route(NamedTuple):
 
 
 class Connection:
-    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says.
+    """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
     If there are several addresses, it tries them in a random order. It uses the first server that answers, until that
     server is lost. Because the order is random, processes that start together spread over the servers. If a server

@@ -206,7 +206,10 @@ class Host:
             self._client = NexumClient(str(self._database))
 
     async def _open(self, why: str) -> None:
-        """Open the database in this process, unless another process opens it first. `why` is the reason for the log."""
+        """Open the database in this process, unless another process opens it first.
+
+        `why` is the reason that the log gives for the opening.
+        """
         if is_forked():
             raise ServerUnavailable(
                 "no Nexum server answers, and a forked process can't open the database itself: start a server with "

@@ -38,7 +38,7 @@ def table(executions: Sequence[Execution], now_ms: int) -> str:
 
 
 def row(one: Execution, now_ms: int) -> str:
-    """Return the lines of one execution, or of one session, in a table."""
+    """Return the lines of the table that show one execution, or one session."""
     session, name, status = one.session, one.execution_id, one.status.value
     if session is not None:
         name = f"session {session.session}"
