@@ -38,7 +38,8 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     SKIPPED = "SKIPPED"
-    """The node's routers chose other nodes, or all its dependencies are SKIPPED. A SKIPPED node has no output."""
+    """The routers that could choose the node chose other nodes, or all its dependencies are SKIPPED, or the node waited
+    for an event that did not come in time. A SKIPPED node has no output."""
     FAILED = "FAILED"
     """The node failed. It is retried only if its execution is retried."""
     CANCELLED = "CANCELLED"
