@@ -147,7 +147,10 @@ class Node:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A session in a list of executions. If its events have no summary, question, calls and tokens are empty."""
+    """A session in a list of executions.
+
+    If the session has no summary, `question` is empty, and `calls` and `tokens` are 0.
+    """
 
     session: str
     events: int

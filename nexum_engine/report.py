@@ -57,7 +57,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return lines that say what has started and ended in `execution`. A later call returns these and new lines."""
+    """Return lines that say what has started and ended in `execution`. A later call repeats them and adds new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)

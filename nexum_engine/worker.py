@@ -110,7 +110,7 @@ class Binding:
 
 
 class _Work:
-    """A node's work in this process, from its hand-out to its acknowledged report."""
+    """A node's work in this process, from the receipt of the task until the server acknowledges the report."""
 
     def __init__(self, task: Task, requested: float) -> None:
         self.task = task
