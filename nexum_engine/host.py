@@ -307,7 +307,7 @@ def _end_at_exit() -> None:
 
 
 # End the hosts that a program has left open. The last registered hook runs first, so this one runs before the hook of
-# concurrent.futures, which ends the server's executor. A function of `atexit` would run too late.
+# concurrent.futures, which ends the server's executor. A function registered with `atexit` would run too late.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_end_at_exit)
 
