@@ -126,7 +126,7 @@ class Heartbeat:
     def is_holding(self) -> bool:
         """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        After the worker has sent a heartbeat that the server answers, this is certain for half a lease.
+        If the server answers a heartbeat, this is certain for half a lease after the heartbeat was sent.
         """
         return time.monotonic() < self._held_until
 
