@@ -116,7 +116,7 @@ class Compatibility(str, Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One hand-out of a task to a worker."""
+    """One attempt at a node. It begins when a worker or owner gets the task."""
 
     attempt: int
     worker_id: str

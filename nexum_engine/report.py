@@ -77,7 +77,7 @@ def changes(execution: Execution) -> list[str]:
 def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
     """Return one execution with its nodes and attempts, as text.
 
-    `children` are the executions that its nodes started.
+    `children` are the executions that the nodes started.
     """
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [
