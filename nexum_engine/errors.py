@@ -3,7 +3,7 @@
     NexumError
     |-- InvalidRequest (ValueError)       the request is invalid: fix it, don't retry it
     |   `-- TooLarge                      the request is over a size limit
-    |-- Overloaded                        the server has as many calls or waiting tasks as it allows: retry
+    |-- Overloaded                        too many calls, or too many tasks wait for workers: retry
     |-- NotFound (LookupError)            no such execution, task or workflow
     |   |-- ExecutionNotFound
     |   |-- TaskNotFound

@@ -183,7 +183,7 @@ class Execution:
     input_bytes: int = 0
     """If the input is left out: its size in bytes. Otherwise 0."""
     session: SessionSummary | None = None
-    """In a list that is grouped by session: the session whose latest run this execution is. Otherwise None."""
+    """In a list that is grouped by session, the latest run of each session has the session here. Otherwise None."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""
