@@ -113,7 +113,7 @@ def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -
 
     While such a channel is open, gRPC keeps all event loops in memory. Only a garbage collection frees the channels:
     `asyncio.run` cancels tasks at its end, and their exceptions form reference cycles with the channels. Collect young
-    objects first, which takes little time. If one of `loops` is left, collect all objects.
+    objects first, which takes little time. If one of `loops` is still in memory, collect all objects.
     """
     gc.collect(1)
     if any(loop() is not None for loop in loops):
@@ -125,7 +125,7 @@ _is_forked = False
 
 
 def is_forked() -> bool:
-    """Return whether this process was forked: grpcio doesn't work in it."""
+    """Return whether this process was forked. grpcio doesn't work in a forked process."""
     return _is_forked
 
 

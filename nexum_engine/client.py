@@ -90,7 +90,8 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """How many old executions are kept: they run, or their session has an execution that runs or ended too recently."""
+    """How many old executions are kept, because they run, or because their session has an execution that runs or ended
+    too recently."""
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
@@ -563,7 +564,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # A published server sends no version and no attempt number. The poll asked for one version: the task has it.
+        # A published server sends no version and no attempt number. The task is of the one version that the poll named.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

@@ -67,7 +67,7 @@ class Route(NamedTuple):
 
 
 class Connection:
-    """A connection to the server at `address`. Without `address`, it searches for a server as NexumClient says.
+    """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
     If there are several addresses, it tries them in a random order. It uses the first server that answers, until that
     server is lost. Because the order is random, processes that start together spread over the servers. If a server
@@ -236,7 +236,7 @@ class Connection:
             except grpc.RpcError as rpc_error:
                 address = channel.target if self._targets else self.address
                 error = await explained(rpc_error, address, self._security)
-                # A server that refuses the client has not made the call. So another server may be tried.
+                # A server that refuses the client has not carried out the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
                 self._is_lost = is_refused or isinstance(error, ServerUnavailable)
                 if not is_refused and (not self._is_lost or loop.time() >= give_up):

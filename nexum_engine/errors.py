@@ -3,7 +3,7 @@
     NexumError
     |-- InvalidRequest (ValueError)       the request is invalid: fix it, don't retry it
     |   `-- TooLarge                      the request is over a size limit
-    |-- Overloaded                        other calls use all the server's memory for calls: retry
+    |-- Overloaded                        too many calls, or too many tasks wait for workers: retry
     |-- NotFound (LookupError)            no such execution, task or workflow
     |   |-- ExecutionNotFound
     |   |-- TaskNotFound
@@ -51,7 +51,7 @@ class TooLarge(InvalidRequest):
 
 
 class Overloaded(NexumError):
-    """Other calls use all the server's memory for calls, or too many tasks wait for workers: retry after some time."""
+    """The server's memory for calls is in use, or too many tasks wait for workers: retry after some time."""
 
     def __init__(self, message: str, retry_after: float = 0.1) -> None:
         super().__init__(message)

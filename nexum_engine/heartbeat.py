@@ -113,7 +113,8 @@ class Heartbeat:
         self._held_until = 0.0
         self._last_sent = 0.0
         self._sent = self._turned = 0
-        """The newest heartbeat has the number `_sent`. The program's event loop has run since heartbeat `_turned`."""
+        """`_sent` is the newest heartbeat's number. `_turned` is the number of the newest heartbeat after which the
+        program's event loop has run."""
         self._turn_due = 0.0
         self._is_blocked = False
         self._doubtful_until = 0.0
@@ -125,7 +126,7 @@ class Heartbeat:
     def is_holding(self) -> bool:
         """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        After the worker has sent a heartbeat that the server answers, this is certain for half a lease.
+        If the server answers a heartbeat, this is certain for half a lease after the heartbeat was sent.
         """
         return time.monotonic() < self._held_until
 
@@ -158,8 +159,8 @@ class Heartbeat:
     async def may_begin(self, task_id: str, requested: float) -> bool:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
 
-        If this process read the answer to its poll late, the server may have given the task to another worker. That
-        happens if the event loop was blocked, or the whole process was stopped.
+        The process reads the answer to a poll late if the event loop was blocked, or if the whole process was stopped.
+        Meanwhile, the server may have given the task to another worker.
         """
         if self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True

@@ -206,7 +206,10 @@ class Host:
             self._client = NexumClient(str(self._database))
 
     async def _open(self, why: str) -> None:
-        """Open the database in this process, unless another process opens it first. `why` is the reason for the log."""
+        """Open the database in this process, unless another process opens it first.
+
+        `why` is the reason that the log gives for the opening.
+        """
         if is_forked():
             raise ServerUnavailable(
                 "no Nexum server answers, and a forked process can't open the database itself: start a server with "
@@ -304,7 +307,7 @@ def _end_at_exit() -> None:
 
 
 # End the hosts that a program has left open. The last registered hook runs first, so this one runs before the hook of
-# concurrent.futures, which ends the server's executor. A function of `atexit` would run too late.
+# concurrent.futures, which ends the server's executor. A function registered with `atexit` would run too late.
 if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_end_at_exit)
 

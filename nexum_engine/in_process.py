@@ -46,7 +46,7 @@ def server_at(target: str) -> LocalServer | None:
 
 @contextmanager
 def listed(target: str, server: LocalServer) -> Iterator[None]:
-    """List a server for the length of a `with`: the clients in this process then call it without gRPC."""
+    """Inside a `with` block, let the clients in this process call the server at `target` without gRPC."""
     _servers[target] = server
     try:
         yield

@@ -223,7 +223,7 @@ def _checked_file(args: argparse.Namespace) -> Path:
 
 
 async def _checked_on_server(file: Path) -> Checked | None:
-    """Check a copy that the file's server makes. Return None if no server has the file open."""
+    """Get a copy from the server that has `file` open, and check the copy. Return None if no server has it open."""
     if read_address(file) is None:
         return None
     with tempfile.TemporaryDirectory(prefix="nexum-check-") as folder:

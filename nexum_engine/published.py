@@ -19,7 +19,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus
 from nexum_engine.wire import nexum_pb2 as pb
 
 logger = logging.getLogger(__name__)
-"""The logger of the client's warning about a published server. A program that prints its own notice can silence it."""
+"""The client logs its warning about a published server here. A program with a notice of its own can turn it off."""
 _OUTPUTS = TypeAdapter(dict[str, Any])
 
 

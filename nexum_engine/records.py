@@ -38,7 +38,8 @@ class NodeStatus(str, Enum):
     COMPLETED = "COMPLETED"
     """The node's output is recorded and never changes."""
     SKIPPED = "SKIPPED"
-    """The node's routers chose other nodes, or all its dependencies are SKIPPED. A SKIPPED node has no output."""
+    """The routers that could choose the node chose other nodes, or all its dependencies are SKIPPED, or the node waited
+    for an event that did not come in time. A SKIPPED node has no output."""
     FAILED = "FAILED"
     """The node failed. It is retried only if its execution is retried."""
     CANCELLED = "CANCELLED"
@@ -115,7 +116,7 @@ class Compatibility(str, Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One hand-out of a task to a worker."""
+    """One attempt at a node. It begins when a worker or owner gets the task."""
 
     attempt: int
     worker_id: str
@@ -146,7 +147,10 @@ class Node:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A session in a list of executions. If its events have no summary, question, calls and tokens are empty."""
+    """A session in a list of executions.
+
+    If the session has no summary, `question` is empty, and `calls` and `tokens` are 0.
+    """
 
     session: str
     events: int
@@ -179,7 +183,7 @@ class Execution:
     input_bytes: int = 0
     """If the input is left out: its size in bytes. Otherwise 0."""
     session: SessionSummary | None = None
-    """Set if the execution stands for its session in a list, because it is the session's latest run."""
+    """In a list that is grouped by session, the latest run of each session has the session here. Otherwise None."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""

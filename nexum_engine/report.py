@@ -38,7 +38,7 @@ def table(executions: Sequence[Execution], now_ms: int) -> str:
 
 
 def row(one: Execution, now_ms: int) -> str:
-    """Return the lines of one execution, or of one session, in a table."""
+    """Return the lines of the table that show one execution, or one session."""
     session, name, status = one.session, one.execution_id, one.status.value
     if session is not None:
         name = f"session {session.session}"
@@ -57,7 +57,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return lines that say what has started and ended in `execution`. A later call returns these and new lines."""
+    """Return lines that say what has started and ended in `execution`. A later call repeats them and adds new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -77,7 +77,7 @@ def changes(execution: Execution) -> list[str]:
 def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
     """Return one execution with its nodes and attempts, as text.
 
-    `children` are the executions that its nodes started.
+    `children` are the executions that the nodes started.
     """
     took = f", took {seconds(execution.created_ms, execution.ended_ms)}" if execution.ended_ms else ""
     lines = [

@@ -14,8 +14,8 @@ _END_OF_LINE, _END_OF_SCREEN = "\x1b[K", "\x1b[J"
 class Screen:
     """The view on standard output. With `in_place`, a new view is drawn over the old one. `say` prints and flushes.
 
-    After each drawing, the terminal wraps long lines again, and the cursor is below the view. So a program that is
-    killed leaves a usable terminal.
+    Line wrapping is off only during a drawing, and after each drawing the cursor is below the view. So a program that
+    is killed leaves a usable terminal.
     """
 
     def __init__(self, say: Callable[[str], None], *, in_place: bool) -> None:

@@ -62,7 +62,7 @@ class Security:
 
     tls: bool = False
     ca: bytes | None = field(default=None, repr=False)
-    """The certificates of the authorities that the client trusts, in PEM. If None, it trusts gRPC's defaults."""
+    """Certificates of the authorities that the client trusts, in PEM. If None, the client trusts gRPC's defaults."""
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
     """The client's key and its certificate chain, in PEM."""
     certificate_files: tuple[Path, Path] | None = None

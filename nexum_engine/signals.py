@@ -17,7 +17,9 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     """Return an event that Ctrl+C or SIGTERM sets. A second signal ends the process at once.
 
     With `until_stdin_closes`, Ctrl+C is ignored, because the parent process handles it. The event is also set when
-    standard input closes, which happens however the parent process ends. Call this function in the main thread.
+    standard input closes. It closes when the parent process ends, even if that process is killed.
+
+    Call this function in the main thread.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

@@ -110,13 +110,13 @@ class Binding:
 
 
 class _Work:
-    """A node's work in this process, from its hand-out to its acknowledged report."""
+    """A node's work in this process, from the receipt of the task until the server acknowledges the report."""
 
     def __init__(self, task: Task, requested: float) -> None:
         self.task = task
-        """The newest attempt at the node that this process has received."""
+        """The attempt at the node: the newest one, if this process has received several."""
         self.requested = requested
-        """The monotonic time of the request that the server answered with the task."""
+        """The monotonic time at which the worker began to ask for the task."""
 
 
 class Worker:

@@ -119,7 +119,7 @@ class _Stream:
         await asyncio.gather(*ending, return_exceptions=True)
 
     def _end_writing(self) -> None:
-        """End the task `_write`, but not a write that is under way: its cancellation would cancel the stream."""
+        """Make the task `_write` end. Don't cancel it while it sends a message: this would cancel the stream."""
         self._is_writing = False
         self._has_unsent.set()
         if not self._is_open.is_set():

@@ -18,7 +18,7 @@ RETRY_AFTER = "grpc-retry-pushback-ms"
 """The key of the trailing metadata in which a server says when to retry. gRPC's own retries obey it, too."""
 
 TOO_MANY_RPCS = "Concurrent RPC limit exceeded!"
-"""The details of grpcio's error, RESOURCE_EXHAUSTED, if a server has as many RPCs as it may."""
+"""The details of grpcio's error RESOURCE_EXHAUSTED for an RPC that exceeds the server's limit of concurrent RPCs."""
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # List a subclass before its base class: the first class that matches counts.
