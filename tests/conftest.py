@@ -31,7 +31,7 @@ POSTGRES_TESTS = os.environ.get("POSTGRES_TESTS") or "some"
 """Which tests run on PostgreSQL.
 
 - some: those that need it, and those that are marked `both_stores`.
-- all: also all others that start a server or open a store, except those that are marked `sqlite`.
+- all: also all other tests that start a server or open a store, except those that are marked `sqlite`.
 - none: no test.
 """
 DESELECTED = {

@@ -51,7 +51,7 @@ SHAPES = (
     "magentic",
     "random",
 )
-PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; all other shapes have one
+PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; one in all other shapes
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
@@ -154,7 +154,7 @@ class Programs:
 
 
 def _kill(pid: int) -> None:
-    # The program may have just ended. No other process has its id yet.
+    # The program may have just ended. The system doesn't give its id to another process so soon.
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -185,7 +185,7 @@ class Bench:
         return self._lengths[shape]
 
     def ended_early(self, shape: str, seconds: float) -> None:
-        """Note that a run ended before its kill: the length was measured while the machine was busier."""
+        """Shorten the shape's length, which was measured while the machine was busier: a run took only `seconds`."""
         self._lengths[shape] = min(self.length(shape), seconds)
 
     def _measured(self, shape: str, number: int) -> float:
@@ -310,7 +310,7 @@ def _check_effects(noted: Sequence[str], events: Sequence[Event], allowed: int, 
     asked: Counter[str] = Counter()
     for event in events:
         if event.kind is Kind.TOOL:
-            if "text" in (arguments := json.loads(event.request["arguments"])):  # a handoff has none
+            if "text" in (arguments := json.loads(event.request["arguments"])):  # a handoff has no `text`
                 asked[f"{event.agent.rpartition('/')[2]} {arguments['text']}"] += 1
         elif event.kind is Kind.INPUT:
             asked["person asked"] += 1

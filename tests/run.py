@@ -34,7 +34,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 def run_quietly(command: Sequence[str | Path], changes: Mapping[str, str] | None = None) -> None:
-    """Run a step at the same time as others; print its output after its end, and exit with its code if it fails."""
+    """Run a step while other steps run; print its output after its end, and exit with its code if it fails."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -76,7 +76,7 @@ def environment_of(python: str, folder: str) -> Path:
 
 
 def others() -> dict[str, str]:
-    """Return the oldest and the newest Python of this machine, except the running one. Print which aren't tested."""
+    """Return the machine's oldest and newest Python, except the running one. Print which versions aren't tested."""
     own = f"{sys.version_info[0]}.{sys.version_info[1]}"
     found = {version: python for version in PYTHONS if (python := find_python(version)) is not None}
     chosen = {version: found[version] for version in [*found][:1] + [*found][-1:] if version != own}

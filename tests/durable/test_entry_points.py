@@ -1,4 +1,4 @@
-"""AutoGen's methods are recorded wherever they are called, and the last session restores them."""
+"""AutoGen's methods are recorded wherever they are called. The end of the last open session restores them."""
 
 from __future__ import annotations
 
@@ -540,7 +540,7 @@ async def test_parallel_sessions_in_one_loop_stay_separate(shared_server: Server
 
     first = await all_of_them()
     before = list(happened)
-    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # each session alone
+    assert [await one("s2"), await one("s0")] == [first[2], first[0]]  # now only one session runs at a time
     assert await all_of_them() == first
     assert happened == before
 

@@ -13,7 +13,7 @@ MOVED = {"$class": ["module_that_was_renamed", "Point"], "$value": {"x": 1}}
 
 
 class Point(BaseModel):
-    """The class of the recorded values, under its new name."""
+    """The class of the recorded values. Its module was renamed after they were recorded."""
 
     x: int
 

@@ -1,4 +1,4 @@
-"""`sleep` and `wait_for_event` of a session: recorded, so that a process may end while it waits."""
+"""A session records `sleep` and `wait_for_event`, so a process may end while it waits."""
 
 from __future__ import annotations
 

@@ -314,7 +314,8 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
             method = "GetServerInfo" if sent == 1 else "x" * 200
             yield pb.CallFrames(frames=[pb.CallFrame(call=sent, method=method)])
 
-    # The first call takes a place of two, or the only one: all other calls are unknown, or one too many.
+    # If there are two places, the first call takes one, and all other calls are refused as unknown. If there is one
+    # place, the first call takes it, and all other calls are refused as too many.
     for places in (2, 1):
         may_end.clear()
         answers = calls.CallStreams({"GetServerInfo": waits}, places).serve(requests(), ())

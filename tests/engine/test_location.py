@@ -1,4 +1,4 @@
-"""A client uses the server that has the client's database open, whatever its port, and no server of another folder."""
+"""A client uses the server that has the client's database open, on any port. It uses no server of another folder."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
             with pytest.raises(ServerUnavailable, match="open for runs of another folder"):
                 await client.ping()
         async with NexumClient(other) as client:
-            await client.ping()  # an address that a person named
+            await client.ping()  # if the address is given, the client doesn't check the folder
 
 
 async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from nexum_engine.store import Store, executions, open_store, tasks
 
 postgresql = pytest.importorskip("nexum_engine.store.postgresql", reason="psycopg isn't installed")
 
-SOON = 10.0  # seconds: servers look each second, and the calls wait for much longer
+SOON = 10.0  # seconds: a server looks for missed changes each second, and the calls wait for much longer
 LONG_MS = 25_000
 
 
@@ -28,7 +28,7 @@ def url(empty_postgres_database: Callable[[], str]) -> str:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The news that this process has not sent."""
+    """A list to which this process adds its news, instead of sending them to other servers."""
     news: list[Any] = []
     monkeypatch.setattr(postgresql, "send", lambda *args: news.append(args[-1]))
     return news
@@ -36,7 +36,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 async def silent(url: str, lost: list[Any]) -> AsyncIterator[Store]:
-    """A store in this process, as another server has it."""
+    """A store that plays another server, whose news are lost."""
     store = await open_store(url, SystemClock())
     yield store
     await store.close()

@@ -21,7 +21,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from workflow import TOOL_CALL
 
-SOON = 3.0  # seconds: below the time after which a server looks for what it has missed
+SOON = 3.0  # seconds; much less than the time for which the calls wait
 LEASE = 60.0
 """The servers' lease: longer than each test, so that no test passes because a lease has run out."""
 
@@ -39,7 +39,7 @@ def servers(tmp_path: Path, url: str) -> Iterator[list[Server]]:
 
 @contextmanager
 def worker_stream(stub: NexumServiceStub, worker_id: str, *task_ids: str) -> Iterator[Callable[..., pb.WorkerBeatAck]]:
-    """Open a worker's stream with one heartbeat. Yield a function that sends the next one and returns its answer."""
+    """Open a worker's stream with a heartbeat. Yield a function that sends another heartbeat and returns its answer."""
     beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
     answers = stub.WorkerStream(iter(beats.get, None))
 

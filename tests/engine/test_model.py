@@ -505,7 +505,7 @@ class BothEngines(RuleBasedStateMachine):
 
     @invariant()
     def carry_on(self) -> None:
-        """Let executions continue between any two rules, because most operations of the rules are refused."""
+        """After each rule, let executions continue: most operations that the rules choose are refused."""
         for _ in range(self.choose.randint(0, 5)):
             self.compare_all()
             self.choose.choice(self.useful())()
@@ -664,7 +664,7 @@ class BothEngines(RuleBasedStateMachine):
 
 
 class WithStore(BothEngines):
-    """The rules, run on the engine's transitions. They also move the clock. A test's subclass makes the databases."""
+    """The rules, run on the engine's transitions, and rules that move the clock. A subclass makes the databases."""
 
     seconds = (0.25, 2, 45)
     policies = ({}, {}, {"max_attempts": 2, "first_delay_seconds": 0.5}, {"first_delay_seconds": 3, "factor": 1.5})
@@ -758,7 +758,7 @@ class WithStore(BothEngines):
 
 
 class WithServer(BothEngines):
-    """The rules, run on a server process. A restart kills it. Its clock can't be moved, so no rule waits for a time."""
+    """The rules, run on a server process, which a restart kills. Its clock can't be moved, so no rule waits."""
 
     seconds = (10_000,)
     policies = ({"first_delay_seconds": 0}, {"first_delay_seconds": 0, "max_attempts": 2})

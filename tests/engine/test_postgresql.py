@@ -146,7 +146,7 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
 
 
 async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(store: PostgresStore, url: str) -> None:
-    """Each server's transaction has two transitions, which lock two executions in opposite order."""
+    """Each server runs two transitions in one transaction. The servers lock the two executions in opposite order."""
     other = await opened(url)
     ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(2)]
     numbers = [int(one.split("-")[1]) for one in ids]
@@ -274,7 +274,7 @@ def test_password_is_not_shown() -> None:
 
 
 OWN_QUERIES = {"database_size", "lock", "beat", "forget_dead", "leave", "take_over", "hold_server", "forget_ended"}
-"""The queries of postgresql.sql that SQLite has no need of."""
+"""The queries of postgresql.sql that SQLite doesn't need."""
 
 
 def test_queries_of_postgresql_replace_queries_of_the_store() -> None:

@@ -393,7 +393,7 @@ def test_get_status_answers_what_a_default_client_can_receive(stub: NexumService
 
 
 def test_size_of_an_answer_counts_node_names(stub: NexumServiceStub) -> None:
-    """If the names didn't count, the client's gRPC would refuse the answer, and gRPC's error names no next step."""
+    """If the names didn't count, the client's gRPC would refuse the answer, with an error that gives no advice."""
     names = [f"{n}{'é' * 199}" for n in range(9)]
     register(stub, {name: [] for name in names})
     execution_id = start(stub)

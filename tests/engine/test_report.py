@@ -63,7 +63,7 @@ def test_session_is_a_row_with_its_question_and_counts() -> None:
     assert rows[1:] == ["    Why?", "    3 call(s), 15,000 token(s), 1,234 event(s)"]
     assert session_rows(ExecutionStatus.RUNNING, is_running=True)[0].split()[2] == "RUNNING"
     assert session_rows(ExecutionStatus.RUNNING, is_running=False)[0].split()[2] == "interrupted"
-    # A session of an earlier version has no summary.
+    # A session that an earlier version of this project recorded has no summary.
     assert session_rows(ExecutionStatus.FAILED, is_running=False, question="", calls=0)[1:] == ["    1,234 event(s)"]
 
 

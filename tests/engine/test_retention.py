@@ -401,7 +401,7 @@ async def test_compacting_gives_space_back_and_keeps_the_rest(
     check_files(path, space.total)
     assert space.total < 200_000
 
-    # The store continues in the new file. No other process can open this file, and after a restart it is complete.
+    # The store continues in the new file. No other process can open this file. After a restart, the file is complete.
     later = await record(sqlite_store, "later")
     assert (await sqlite_store.run(reading.get_execution, kept)).outputs() == {"a": json.dumps("z" * 20_000)}
     with pytest.raises(sqlite3.OperationalError, match="locked"):

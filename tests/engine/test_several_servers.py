@@ -104,7 +104,7 @@ async def test_server_that_refuses_the_client_is_left_for_another_one(
             async with Owner(client):
                 await client.ping()
             assert client.address == servers[1].address
-            # Swap their tokens: the server that the client uses begins to refuse it.
+            # Swap the servers' tokens: the server that the client uses begins to refuse the client.
             private_file(tmp_path / "one" / "tokens", f"ci use {USE}\n")
             private_file(tmp_path / "two" / "tokens", f"ci use {FORMER}\n")
             await client.ping()

@@ -61,7 +61,7 @@ def assert_ran_once(log: Path, count: int) -> None:
 
 
 def call_block_loop(log: Path, count: int) -> list[dict[str, Any]]:
-    """Return calls of which the first one blocks the event loop for longer than the lease."""
+    """Return `count` calls. The first call blocks the event loop for longer than the lease."""
     return [
         {"log": str(log), "seconds": 0.0 if number else PAST_THE_LEASE, "number": number} for number in range(count)
     ]
@@ -159,7 +159,7 @@ def test_another_worker_takes_over_the_task_of_a_stopped_one(tmp_path: Path, ser
 
 
 class Twice(NexumClient):
-    """A client that returns each task twice: the next poll gets the task again, as a task of the given attempt."""
+    """A client whose polls return each task twice, the second time with another id and as attempt `attempt`."""
 
     def __init__(self, address: str, attempt: int) -> None:
         super().__init__(address)

@@ -449,7 +449,7 @@ async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path
 
 
 async def test_unexpected_writer_failure_reaches_every_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without memory, SQLite raises MemoryError, which is not a sqlite3.Error."""
+    """If memory runs out, SQLite raises MemoryError, which is not a sqlite3.Error."""
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     failing: list[str] = []
@@ -511,7 +511,7 @@ async def test_server_with_failing_disk_keeps_acknowledged_results_and_ends(
                     acknowledged.append(started.execution_id)
 
             outcomes = await asyncio.gather(*(fill(worker) for worker in range(4)), return_exceptions=True)
-        # The disk has failed: no starter has finished its hundred executions.
+        # The disk failed before any starter had finished its hundred executions.
         assert all(isinstance(one, ServerUnavailable) for one in outcomes), outcomes
         assert len(acknowledged) > 10
         assert server.wait(timeout=20) == 1

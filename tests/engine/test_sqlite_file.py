@@ -1,4 +1,4 @@
-"""Database files that change while a server has them open, logs of other database files, and restored backups."""
+"""Database files that change while a server has them open, logs that belong to another file, and restored backups."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""For each of these changes: the file that still has everything that was acknowledged."""
+"""After each of these changes, this file still has everything that was acknowledged."""
 
 
 @posix

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
-NO_RETRIES = 2**60  # a sweep for what became due after this time finds no retry
+NO_RETRIES = 2**60  # a sweep looks for retries that became due after this time: it finds none
 ONE: dict[str, list[str]] = {"a": []}
 CHAIN: dict[str, list[str]] = {"a": [], "b": ["a"]}
 DIAMOND: dict[str, list[str]] = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -160,7 +160,7 @@ async def test_key_of_failed_or_cancelled_execution_starts_a_new_one(store: Stor
     second = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert not second.existing
     assert second.execution_id != first.execution_id
-    # The task has the same key as the failed one, so that a service can recognize the repeated call.
+    # The task has the same key as the first execution's task, so that a service can recognize the repeated call.
     assert (await taken(store)).idempotency_key == first_task.idempotency_key
     with pytest.raises(IdempotencyConflict):
         await store.run(executions.start_execution, "w", "v1", '{"x":1}', "k")
@@ -642,7 +642,8 @@ async def test_late_failure_is_not_counted_as_a_loss(store: Store, clock: Manual
         await sweep(store)
     await store.run(tasks.fail_task, late.task_id, "no", False)
     clock.advance(1)
-    # One more loss doesn't end the execution: the attempt that failed late no longer counts as lost.
+    # The last attempt was lost, but then its worker reported a failure: now the attempt counts as failed, not as lost.
+    # So one more loss doesn't end the execution.
     await taken(store)
     clock.advance(LEASE_MS / 1000)
     assert await sweep(store) == (1, [])

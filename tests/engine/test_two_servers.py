@@ -62,7 +62,7 @@ async def taken(store: Store, worker_id: str = "w1") -> Task:
 
 
 async def both(*awaitables: object) -> list[object]:
-    """Return what each gives: its result or its error."""
+    """Return the result or the error of each awaitable."""
     return list(await asyncio.gather(*awaitables, return_exceptions=True))  # type: ignore[call-overload]
 
 

@@ -154,7 +154,7 @@ class Model:
         self.knows_time = knows_time
         self.versions: dict[str, list[str]] = {}
         self.definitions: dict[str, dict[str, Mapping[str, Any]]] = {}
-        """The nodes of each version, in the order in which the engine has them."""
+        """The nodes of each version, in the engine's order."""
         self.runs: list[Run] = []
         self.attempts: dict[str, Attempt] = {}
         self.keys: dict[object, str] = {}
@@ -287,7 +287,7 @@ class Model:
     # ---- Leases and time -------------------------------------------------------------------------------------------
 
     def beat(self, worker: str, task_ids: Collection[str], progress: Mapping[str, object]) -> set[str]:
-        """Return the tasks that the worker has lost."""
+        """Receive a heartbeat that names these tasks. Return those of them that the worker has lost."""
         lost = set()
         for task_id in task_ids:
             attempt = self.attempts.get(task_id)

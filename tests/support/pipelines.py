@@ -38,7 +38,7 @@ def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None 
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Return the recorded offline pipelines, with nodes and attempts, oldest first. Include those of drills.
+    """Return the recorded offline pipelines, with nodes and attempts, oldest first. Include the drills' pipelines.
 
     Read them from the server at `address`. Without an address, read them from the demo's database.
     """

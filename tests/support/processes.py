@@ -70,7 +70,7 @@ def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None
 
 @contextmanager
 def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """Run the demo for the length of a `with`. Then continue its worker, which may be stopped, so that it can end."""
+    """Run the demo for the length of a `with`. Then resume its worker: a stopped worker can't end."""
     with running([DEMO, *arguments], cwd=folder, env=env) as process:
         try:
             yield process
@@ -189,7 +189,7 @@ def result_of(execution: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Effect:
-    """One line of a tool's log. Each attempt that had its effect wrote one."""
+    """One line of a tool's log. Each attempt that had its effect wrote a line."""
 
     at_ms: int
     attempt: int

@@ -28,7 +28,7 @@ from published_protocol import PUBLISHED_RPCS, published
 
 from nexum_engine.wire import nexum_pb2 as pb
 
-STEP = 0.01  # seconds between the two steps of a poll or report
+STEP = 0.01  # seconds between the two steps of a poll: it chooses a task, and then takes the task
 MAX_STORED_BYTES = 100 * 1024
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_RETRIES = 3
