@@ -163,7 +163,7 @@ class SessionFile:
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write all unwritten entries, also those of other threads. If `new`, write the file even without entries."""
+        """Write the unwritten entries of all threads. If `new`, write the file even if there are no entries."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

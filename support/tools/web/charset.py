@@ -72,8 +72,8 @@ def decoded(body: bytes, content_type: str) -> str:
         return decode(body, encoding)
     text = decode(body, "utf-8")
     undecodable = text.count("\ufffd")
-    # `len(body) - len(text)` counts the continuation bytes of valid UTF-8 sequences. If a text has more errors than
-    # such bytes, it is not UTF-8.
+    # `len(body) - len(text)` is the number of continuation bytes in valid UTF-8 sequences. If there are more errors
+    # than continuation bytes, the text is not UTF-8.
     return text if undecodable <= len(body) - len(text) else decode(body, "windows-1252")
 
 

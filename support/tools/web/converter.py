@@ -146,7 +146,7 @@ def main() -> None:
 def _read_pages(pages: queue.SimpleQueue[bytes]) -> None:
     for line in sys.stdin.buffer:
         pages.put(line)
-    os._exit(0)  # at once, even in the middle of a conversion: the process that asked for it has ended
+    os._exit(0)  # at once, even in the middle of a conversion: the process that needs the result has ended
 
 
 def _answer(page: Page) -> _Answer:

@@ -19,8 +19,8 @@ MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no
 MAX_NESTING = 4  # levels of rules within rules, such as `@media`
 MAX_CHECKS = 500_000  # comparisons of elements with rules; once they are used up, no rule is applied
 
-# The CSS properties that may hide an element. An opacity of 0 and the sizes of boxes are left out: scripts and
-# animations use both to show content later.
+# The CSS properties that may hide an element. Opacity and the sizes of boxes are left out: a page may use them to hide
+# content until a script or an animation shows it.
 _PROPERTIES = names(
     "display visibility content-visibility font font-size text-indent position left top right bottom inset clip"
     " clip-path"
