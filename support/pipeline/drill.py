@@ -128,7 +128,7 @@ class Drill:
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the recorded execution, the effects of its steps, and a phrase that names the attempts' source."""
+        """Return the recorded execution, the effects of its steps, and a phrase that tells where the attempts come from."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

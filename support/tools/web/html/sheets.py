@@ -35,7 +35,7 @@ _COMBINATORS = (">", "+", "~")
 
 
 class _Selector(NamedTuple):
-    """A selector by name, id and classes; "" is any name or id. If not `exact`, it may match too many elements."""
+    """A selector by name, id and classes; "" is any name or id. If not `exact`, the selector may match too much."""
 
     name: str
     id: str
