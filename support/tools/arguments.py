@@ -37,7 +37,7 @@ def validate_leniently(model: type[M], text: bytes) -> M:
 
 
 def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool:
-    """Convert the value that the error names, and change it in `arguments`. Return whether that was possible."""
+    """In `arguments`, convert the value that caused the error. Return whether the value could be converted."""
     *path, last = error["loc"] or ("",)
     try:
         for step in path:

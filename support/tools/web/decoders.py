@@ -20,8 +20,8 @@ _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
-# A match of a pattern is either one unit that is not a single ASCII character, or one byte that begins no unit. The
-# patterns are applied to the bytes as Latin-1 text.
+# The patterns are applied to the bytes as Latin-1 text. Each match is one unit, or one byte that begins no unit. A unit
+# that is a single ASCII character is not matched.
 _ONE_BYTE = re.compile("[\x80-\xff]")
 _TWO_BYTES = re.compile("[\x81-\xfe][\x40-\xff]?|[\x80\xff]")
 _UNITS = {
