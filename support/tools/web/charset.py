@@ -57,7 +57,7 @@ def decoded(body: bytes, content_type: str) -> str:
     """Return the body's text. Raises ValueError, with the reason in words, if the body can't be read.
 
     As in the HTML standard, the encoding comes from the byte order mark, from the header, or from the page's own
-    declaration. Without these, the text is UTF-8, or else windows-1252.
+    declaration. If none of these names an encoding, the text is read as UTF-8 or, if it isn't UTF-8, as windows-1252.
     """
     for mark, marked in _BYTE_ORDER_MARKS:
         if body.startswith(mark):
