@@ -92,7 +92,7 @@ def _offline(why: str) -> ModelChoice:
 
 
 def _offline_topics() -> list[str]:
-    # Import it here: few questions need the topics, and reading pages is slow.
+    # Few questions need the topics, and reading pages is slow. So import the offline web only when it is needed.
     from support.offline.web import OfflineWeb
 
     return OfflineWeb().topics()

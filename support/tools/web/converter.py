@@ -132,7 +132,7 @@ class _Child:
 
 
 def main() -> None:
-    """Convert the pages that arrive at standard input, one per line, until it closes. Run in a child process."""
+    """Convert pages from standard input, one per line, until standard input closes. Run this in a child process."""
     _limit_memory(int(sys.argv[1]))
     pages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_pages, args=(pages,), daemon=True).start()
