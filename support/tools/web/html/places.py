@@ -61,7 +61,7 @@ def keeps_lines(style: Style, place: Place) -> bool:
 
 
 def is_flow(place: Place) -> bool:
-    """Return whether the place accepts any block."""
+    """Return whether blocks of every kind can be added at the place."""
     return place.container.name not in ("ul", "ol", "table") and place.table is None
 
 
