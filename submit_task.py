@@ -399,7 +399,7 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """After a fork, replace the loop and the lock: the loop's thread doesn't run here, and the lock may stay locked."""
+    """After a fork, forget the loop, whose thread doesn't run here, and make a new lock: the old one may be held."""
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
 

@@ -34,7 +34,7 @@ PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
 @dataclass(frozen=True)
 class Part:
-    """A process of the comparison that has ended."""
+    """An ended process of the comparison."""
 
     pid: int
     code: int

@@ -44,7 +44,7 @@ class ModelChoice(BaseModel):
 
     @property
     def slug(self) -> str:
-        """A name of this choice in letters, digits and dashes. A session id that is derived from a question depends on it."""
+        """A name of this choice in letters, digits and dashes. `derived_session_id` puts it into its hash."""
         if self.offline:
             return "offline"
         parts = [self.vendor, self.model]

@@ -244,7 +244,7 @@ class PipelineSteps:
 
 
 def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
-    """Return why a quote is not on its page, or "" if it is there. Several blanks in a row count as one space."""
+    """Return why a quote is not on its page, or "" if it is there. Each stretch of white space counts as one space."""
     if unreadable:
         return f"its page can't be read again: {one_line(unreadable, MAX_TITLE)}"
     wanted = " ".join(quote.split())

@@ -10,8 +10,8 @@ from support.tools.web import WebError
 
 ACCEPTED_ENCODINGS = "gzip, deflate"
 # A body that exceeds the size limit is refused as a compression bomb if it is more than this many times as large as its
-# compressed form. Most pages compress to a tenth of their size, and few to a hundredth. zlib can compress data to about
-# 1/1030 of its size.
+# compressed form. Most pages compress to a tenth of their size, and few to a hundredth. At best, zlib
+# compresses data to about 1/1030 of its size.
 BOMB_RATIO = 250
 _GZIP_MAGIC = b"\x1f\x8b"
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 class LiveWeb:
     """The live web: ddgs searches, and GuardedFetcher reads public pages. Both are imported at first use.
 
-    If NEXUM_ALLOWED_HOSTS is set, only pages of the hosts in that list can be read. Raises InvalidRequest if the list is
-    wrong.
+    If NEXUM_ALLOWED_HOSTS lists hosts, only their pages can be read. Raises InvalidRequest if the list is wrong.
     """
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:

@@ -68,7 +68,7 @@ def is_flow(place: Place) -> bool:
 def around_name(name: str, place: Place) -> str:
     """Return "form" or "aside" for an element that may be dropped as a whole, and "" for other elements.
 
-    Within such an element, return "" for another element of the same kind, because only the outer one is dropped.
+    Also return "" for an element within another element of the same kind.
     """
     kind = "form" if name == "form" else "aside" if name in AROUND and not place.whole else ""
     return "" if kind in place.around else kind

@@ -82,7 +82,7 @@ class Sheets:
         return {**normal, **inline, **important} if normal or important else inline
 
     def _cascade(self, name: str, id_: str, classes: frozenset[str]) -> tuple[Style, Style]:
-        """Return the values that certainly apply to the element: first the normal values, then the `!important` ones."""
+        """Return the values that certainly apply to the element: the normal values, and the `!important` values."""
         keys = ("", name, f"#{id_}", *(f".{one}" for one in classes))
         candidates = [entry for key in keys for entry in self._rules.get(key, ())]
         self._checks += len(candidates)
