@@ -173,9 +173,9 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The session file is written in the background. If StartExecution reported the execution's end,
-                    # don't wait for the file: only this project's server reports the end, and this project's server
-                    # finds the call by its key, without the file.
+                    # The session file is written in the background. This project's server finds a call by its key,
+                    # without the file. Only this project's server reports the execution's end in its answer to
+                    # StartExecution. So if the end was reported, don't wait for the file.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -399,7 +399,7 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """Forget the background loop after a fork. Its thread runs in the parent only, and may have held the lock."""
+    """After a fork, forget the loop, whose thread doesn't run here, and make a new lock: the old one may be held."""
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from nexum_engine.streams import in_words, open_closed_streams
 
-# Don't import typing here: it is slow. Until `begin_script` runs, Ctrl+C prints a traceback.
+# Until `begin_script` runs, Ctrl+C prints a traceback. So don't import typing here: it is slow.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable

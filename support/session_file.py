@@ -83,8 +83,8 @@ class SessionFile:
     def new_locks(self) -> None:
         """Make new locks. A forked process needs them: a lock that another thread held at the fork stays locked."""
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
-        # Keep the old locks: if Python deleted a FileLock, the FileLock would unlock the file, and that would also end
-        # the lock of the parent process.
+        # When Python deletes a FileLock, the FileLock unlocks the file. In a forked process, that would also end the
+        # parent's lock. So keep the old locks.
         self._locks.append(
             (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
         )
@@ -163,7 +163,7 @@ class SessionFile:
             self._tell(f"[Nexum] {error}; the server still has this session's results")
 
     def _write_down(self, new: bool = False) -> None:
-        """Write all unwritten entries, also those of other threads. If `new`, write the file even without entries."""
+        """Write the unwritten entries of all threads. If `new`, write the file even if there are no entries."""
         try:
             with self._one_thread():
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]

@@ -34,7 +34,7 @@ PART_TIMEOUT = 300.0  # seconds for one process; live models may be slow
 
 @dataclass(frozen=True)
 class Part:
-    """A process of the comparison, after the process has ended."""
+    """An ended process of the comparison."""
 
     pid: int
     code: int
@@ -92,7 +92,7 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
 
 
 async def show_plain(stage: Stage) -> bool:
-    """Run the plain half and print it. Return whether AutoGen resumed the graph."""
+    """Run the plain half and print what happens. Return whether AutoGen resumed the graph."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part(PLAIN, "plain-first")
@@ -116,7 +116,7 @@ async def show_plain(stage: Stage) -> bool:
 
 
 async def show_durable(stage: Stage, nexum: str) -> int:
-    """Run the durable half; print it and its failed checks. Return the exit code: 0 if no check failed, else 1."""
+    """Run the durable half. Print what happens and which checks fail. Return the exit code: 1 if one fails, else 0."""
     from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph

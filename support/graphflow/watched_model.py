@@ -51,7 +51,7 @@ class WatchedModel(OfflineModel):
             await self._live.close()
 
     def _respond(self, messages: Sequence[LLMMessage], offered: set[str]) -> str | list[FunctionCall]:
-        # Add a random token, so that no two replies are equal and the output shows a repeated call.
+        # Add a random token, so that no two replies are equal. If a call is repeated, the output then shows it.
         token = secrets.token_hex(3)
         if self._agent == "reviewer":
             said = [str(message.content) for message in messages if not isinstance(message, SystemMessage)]

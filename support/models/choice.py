@@ -44,7 +44,7 @@ class ModelChoice(BaseModel):
 
     @property
     def slug(self) -> str:
-        """A name of this choice in letters, digits and dashes. A derived session id depends on it."""
+        """A name of this choice in letters, digits and dashes. `derived_session_id` puts it into its hash."""
         if self.offline:
             return "offline"
         parts = [self.vendor, self.model]
@@ -92,7 +92,7 @@ def _offline(why: str) -> ModelChoice:
 
 
 def _offline_topics() -> list[str]:
-    # Import it here: few questions need the topics, and reading pages is slow.
+    # Few questions need the topics, and reading pages is slow. So import the offline web only when it is needed.
     from support.offline.web import OfflineWeb
 
     return OfflineWeb().topics()
@@ -122,7 +122,7 @@ def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> Mode
         if key is None:
             raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
         return _at(owner, name, key)
-    # Treat a name without a known prefix as OpenAI's: it may be a fine-tuned or a new model.
+    # A name without a known prefix may be the name of a fine-tuned or a new OpenAI model. So treat it as OpenAI's.
     openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
     key = _key(env, openai.key_variable)
     if key is None:

@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, str] = {
 
 
 class LiveModel(OpenAIChatCompletionClient):
-    """A client for one model at one address with one key. The client takes none of the three from the environment."""
+    """A client for one model. The client never reads the model, the address or the key from the environment."""
 
     def __init__(self, *, vendor: str, model: str, base_url: str, api_key: str) -> None:
         self._who = f"{vendor}, {model}"

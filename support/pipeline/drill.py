@@ -104,7 +104,7 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt when its end is recorded. Return the execution once it or the worker has ended."""
+        """Print each attempt once its end is recorded. Return when the execution or the worker has ended."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())
@@ -128,7 +128,7 @@ class Drill:
         return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
-        """Return the recorded execution, the effects of its steps, and a phrase that names the attempts' source."""
+        """Return the recorded execution, the effects of its steps, and a phrase that tells where attempts come from."""
         observed = await self._client.get_execution(self._execution_id, with_attempts=True, patience=SERVER_PATIENCE)
         effects = self._effects.of(self._execution_id)
         if observed.has_poller is None:

@@ -38,7 +38,8 @@ from support.tools.clean_text import one_line
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
 MAX_TITLE = 200  # characters
-# If a page can't be read, attempts 1 to EAGER_ATTEMPTS fail. Later attempts drop the page's claims instead.
+# If a page can't be read but a retry may succeed, attempts 1 to EAGER_ATTEMPTS fail. Later attempts drop the page's
+# claims instead.
 EAGER_ATTEMPTS = 2
 _FINAL_STATUSES = (400, 401, 403, 404, 422)  # HTTP statuses for a wrong key, model or request
 _CITATION = re.compile(r"\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -243,7 +244,7 @@ class PipelineSteps:
 
 
 def quote_is_missing(quote: str, page: str, unreadable: str) -> str:
-    """Return why a quote is not on its page, or "" if it is. Any run of white space counts as one space."""
+    """Return why a quote is not on its page, or "" if it is there. Each stretch of white space counts as one space."""
     if unreadable:
         return f"its page can't be read again: {one_line(unreadable, MAX_TITLE)}"
     wanted = " ".join(quote.split())

@@ -1,6 +1,6 @@
 """The tools that an agent can call, each declared once. Agent and worker both read this list.
 
-A third tool takes five lines:
+To add a third tool, declare a function:
 
     @tool(time_limit=10)
     def word_count(text: str) -> str:

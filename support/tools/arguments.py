@@ -11,7 +11,9 @@ from pydantic_core import ErrorDetails
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_ROUNDS = 5  # rounds of conversion: a string that holds JSON takes one, and a JSON string inside it takes another
+# The rounds of conversion. A string that holds JSON takes one round. If that JSON holds another string with JSON, that
+# string takes another round.
+MAX_ROUNDS = 5
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}(?:\.0{1,18})?\s*")
 _DECIMAL = re.compile(r"\s*[+-]?[0-9]{1,15}(?:\.[0-9]{1,15})?\s*")
@@ -37,7 +39,7 @@ def validate_leniently(model: type[M], text: bytes) -> M:
 
 
 def _repair(model: type[BaseModel], arguments: Any, error: ErrorDetails) -> bool:
-    """Convert the value that the error names, and change it in `arguments`. Return whether that was possible."""
+    """In `arguments`, convert the value that caused the error. Return whether the value could be converted."""
     *path, last = error["loc"] or ("",)
     try:
         for step in path:

@@ -57,7 +57,7 @@ def decoded(body: bytes, content_type: str) -> str:
     """Return the body's text. Raises ValueError, with the reason in words, if the body can't be read.
 
     As in the HTML standard, the encoding comes from the byte order mark, from the header, or from the page's own
-    declaration. Without these, the text is UTF-8, or else windows-1252.
+    declaration. If none of these names an encoding, the text is read as UTF-8 or, if it isn't UTF-8, as windows-1252.
     """
     for mark, marked in _BYTE_ORDER_MARKS:
         if body.startswith(mark):
@@ -72,8 +72,8 @@ def decoded(body: bytes, content_type: str) -> str:
         return decode(body, encoding)
     text = decode(body, "utf-8")
     undecodable = text.count("\ufffd")
-    # `len(body) - len(text)` counts the continuation bytes of valid UTF-8 sequences. If a text has more errors than
-    # such bytes, it is not UTF-8.
+    # `len(body) - len(text)` is the number of continuation bytes in valid UTF-8 sequences. If there are more errors
+    # than continuation bytes, the text is not UTF-8.
     return text if undecodable <= len(body) - len(text) else decode(body, "windows-1252")
 
 

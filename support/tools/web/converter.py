@@ -132,7 +132,7 @@ class _Child:
 
 
 def main() -> None:
-    """Convert the pages that arrive at standard input, one per line, until it closes. Run in a child process."""
+    """Convert pages from standard input, one per line, until standard input closes. Run this in a child process."""
     _limit_memory(int(sys.argv[1]))
     pages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_pages, args=(pages,), daemon=True).start()
@@ -146,7 +146,7 @@ def main() -> None:
 def _read_pages(pages: queue.SimpleQueue[bytes]) -> None:
     for line in sys.stdin.buffer:
         pages.put(line)
-    os._exit(0)  # at once, even in the middle of a conversion: the process that asked for it has ended
+    os._exit(0)  # at once, even in the middle of a conversion: the process that needs the result has ended
 
 
 def _answer(page: Page) -> _Answer:

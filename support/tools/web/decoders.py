@@ -20,8 +20,8 @@ _ERROR = "\ufffd"
 _KNOWN_UNITS = 1 << 16  # the number of units whose texts are cached
 _UTF = frozenset({"utf-8", "utf-16le", "utf-16be"})
 
-# A match of a pattern is either one unit that is not a single ASCII character, or one byte that begins no unit. The
-# patterns are applied to the bytes as Latin-1 text.
+# The patterns are applied to the bytes as Latin-1 text. Each match is one unit, or one byte that begins no unit. A unit
+# that is a single ASCII character is not matched.
 _ONE_BYTE = re.compile("[\x80-\xff]")
 _TWO_BYTES = re.compile("[\x81-\xfe][\x40-\xff]?|[\x80\xff]")
 _UNITS = {
@@ -132,7 +132,7 @@ def _runs(text: str) -> Iterator[tuple[str, str]]:
             unit = unit[:-1] + bytes((0xA1 if unit[-1] == 0x7E else unit[-1] + 1,))
 
 
-# Units that Python's decoders refuse, or decode to another character than the standard does.
+# Units that Python's decoders refuse, and units for which Python's decoders and the standard give different characters.
 _BIG5 = (
     "877a㡵𡵓𣚞𦀡㻬𥣞㫵竼龗𤅡𨤍𣇪𠪊𣉞䌊蒄龖鐯䤰蘓墖靊鈘秐稲晠権袝瑌篅枂稬剏遆㓦珄 "
     "87c0𥶹瓆鿇垳䤯呌䄱𣚎堘穲𧭥讏䚮𦺈䆁𥶙箮𢒼鿈𢓁𢓉𢓌鿉蔄𣖻䂴鿊䓡𪷿拁灮鿋 8e69箸 8e6f簆 8e7e糎 8eab緒 8eb4縝 "

@@ -9,8 +9,9 @@ from nexum_engine.errors import FinalError
 from support.tools.web import WebError
 
 ACCEPTED_ENCODINGS = "gzip, deflate"
-# If a body exceeds the size limit and is more than this many times as large as its compressed form, it is refused as a
-# compression bomb. Most pages compress to a tenth, and few to a hundredth. zlib's maximum is about 1030 to 1.
+# A body that exceeds the size limit is refused as a compression bomb if it is more than this many times as large as its
+# compressed form. Most pages compress to a tenth of their size, and few to a hundredth. At best, zlib
+# compresses data to about 1/1030 of its size.
 BOMB_RATIO = 250
 _GZIP_MAGIC = b"\x1f\x8b"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class LiveWeb:
     """The live web: ddgs searches, and GuardedFetcher reads public pages. Both are imported at first use.
 
-    NEXUM_ALLOWED_HOSTS can list the only hosts whose pages may be read. Raises InvalidRequest if that list is wrong.
+    If NEXUM_ALLOWED_HOSTS lists hosts, only their pages can be read. Raises InvalidRequest if the list is wrong.
     """
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:

@@ -41,7 +41,7 @@ def parse_url(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """Return an address from a model, rewritten by `parse_url`. Raises FinalError, as a retry can't fix the address.
+    """Return an address from a model, rewritten by `parse_url`. Raises FinalError if the address is not valid.
 
     Accept `<https://example.org>`, and `example.org/path` as an https address.
     """

@@ -61,12 +61,15 @@ def keeps_lines(style: Style, place: Place) -> bool:
 
 
 def is_flow(place: Place) -> bool:
-    """Return whether the place accepts any block."""
+    """Return whether blocks of every kind can be added at the place."""
     return place.container.name not in ("ul", "ol", "table") and place.table is None
 
 
 def around_name(name: str, place: Place) -> str:
-    """Return "form" or "aside" for an element that may be dropped as a whole, and "" for any other."""
+    """Return "form" or "aside" for an element that may be dropped as a whole, and "" for other elements.
+
+    Also return "" for an element within another element of the same kind.
+    """
     kind = "form" if name == "form" else "aside" if name in AROUND and not place.whole else ""
     return "" if kind in place.around else kind
 

@@ -264,7 +264,7 @@ class SeenPage:
     def _new_list(self, name: str, place: Place) -> Tag:
         parent = place.container
         if place.items is not None and parent.name in ("ul", "ol"):
-            # Put a list that is directly within a list into the item before the inner list.
+            # If a list is directly within a list, put the inner list into the outer list's last item so far.
             before = parent.contents[-1] if parent.contents else None
             parent = before if is_tag(before, "li") else self._new_item(parent, "")
         return self._text.new(LISTS[name], parent)

@@ -19,8 +19,8 @@ MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no
 MAX_NESTING = 4  # levels of rules within rules, such as `@media`
 MAX_CHECKS = 500_000  # comparisons of elements with rules; once they are used up, no rule is applied
 
-# The CSS properties that may hide an element. An opacity of 0 and the sizes of boxes are left out: scripts and
-# animations use both to show content later.
+# The CSS properties that may hide an element. Opacity and the sizes of boxes are left out: a page may use them to hide
+# content until a script or an animation shows it.
 _PROPERTIES = names(
     "display visibility content-visibility font font-size text-indent position left top right bottom inset clip"
     " clip-path"
@@ -35,7 +35,7 @@ _COMBINATORS = (">", "+", "~")
 
 
 class _Selector(NamedTuple):
-    """A selector by name, id and classes; "" is any name or id. If not `exact`, it may match too many elements."""
+    """A selector by name, id and classes; "" is any name or id. If not `exact`, the selector may match too much."""
 
     name: str
     id: str
@@ -82,7 +82,7 @@ class Sheets:
         return {**normal, **inline, **important} if normal or important else inline
 
     def _cascade(self, name: str, id_: str, classes: frozenset[str]) -> tuple[Style, Style]:
-        """Return two styles of values that certainly apply to the element: normal values, and `!important` values."""
+        """Return the values that certainly apply to the element: the normal values, and the `!important` values."""
         keys = ("", name, f"#{id_}", *(f".{one}" for one in classes))
         candidates = [entry for key in keys for entry in self._rules.get(key, ())]
         self._checks += len(candidates)

@@ -143,7 +143,7 @@ def _is_coloured(colour: str, style: Style) -> bool:
 
 
 def _colour(value: str) -> str:
-    """Return the colour as #rrggbb, or #rrggbbaa if it is translucent; unchanged if it has another notation."""
+    """Return the colour as #rrggbb, or as #rrggbbaa if it is translucent. Return any other notation unchanged."""
     value = _COLOURS.get(value, value)
     if value.startswith("#") and len(value) in (4, 5):
         value = "#" + "".join(2 * digit for digit in value[1:])

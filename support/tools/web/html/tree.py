@@ -70,12 +70,12 @@ def parse(html: str, *, xml: bool = False) -> Document:
 
     if xml:
         html = _html_of_xhtml(html)
-    # `scripting`: browsers run scripts, so they read a `noscript` as plain characters.
-    # WO_EVENTS: don't copy the selected option into a `selectedcontent` element: the option is read in its own place.
+    # With `scripting`, a `noscript` holds plain characters, as in browsers that run scripts. With WO_EVENTS, the parser
+    # doesn't copy the selected option into a `selectedcontent` element. The option is read in its own place.
     try:
         page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
     except SelectolaxError as error:
-        raise MemoryError from error  # any text is a page to this parser, so it fails only for lack of memory
+        raise MemoryError from error  # this parser accepts any text, so it fails only for lack of memory
     assert page.root is not None
     root, complete = _tree(page.root)
     title = page.css_first("title:not(svg title)")
