@@ -22,7 +22,7 @@ from nexum_engine.server.bounds import Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
 ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "RetryExecution", "Prune", "Backup"})
-"""The RPCs that need a token with the role `administer`. A retry undoes a rejection, so it is one of them."""
+"""The RPCs that need a token with the role `administer`. RetryExecution needs it, because it can undo a rejection."""
 OPEN_TO_ALL = frozenset({"/grpc.health.v1.Health/Check"})
 MIN_TOKEN_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 100

@@ -45,7 +45,7 @@ MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
 It is above the limit of a payload, so that a slightly too large payload gets the clearer error of the payload's check.
 """
 PAYLOAD_READERS, READERS = 12, 24
-"""How many requests are read at the same time: first the number with a payload, then the number without a payload."""
+"""How many requests with a payload, and how many requests without one, are read at the same time."""
 READ_PATIENCE = 1.0  # seconds that a request may take to arrive while other requests wait
 REQUEST_BUDGET = 192 * 1024 * 1024
 REQUEST_COPIES = 6

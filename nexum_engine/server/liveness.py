@@ -18,8 +18,8 @@ from nexum_engine.workflow import check_id
 RECONNECT_GRACE_MS = 1000
 """How long a worker has to reconnect after its stream broke. After that time its tasks are handed out again."""
 RESTART_GRACE_MS = 1500
-"""How long workers have to reconnect after the server has started. A running worker makes several attempts a second.
-So the grace delays only the tasks of workers that died with the server."""
+"""How long workers have to reconnect after the server has started. A running worker tries to reconnect several times a
+second. So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one heartbeat may name."""
@@ -88,7 +88,7 @@ class Liveness:
                 unnamed_before, unnamed = unnamed, renewed.unnamed
                 # End the attempt at a task that two heartbeats in a row don't name: the task never arrived.
                 # One heartbeat isn't enough, because the worker may send it before the task arrives. The worker sends
-                # the second heartbeat after our acknowledgement, and we send the acknowledgement after the task.
+                # the second heartbeat after the acknowledgement of the first, which the server sends after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms, lost_task_ids=renewed.lost)
@@ -159,7 +159,7 @@ class Liveness:
             self._looking = asyncio.create_task(self._look_again(), name="look again")
 
     async def _look_again(self) -> None:
-        """Look for what calls wait for: another server may have changed it without a word."""
+        """Look for the due tasks and the ended executions that calls wait for: news of them may have been lost."""
         versions, running = self._polls.waited_for(), self._waiters.waited_for()
         self._waiters.forget_running()
         if not versions and not running:
@@ -171,7 +171,7 @@ class Liveness:
         self.hear(missed)
 
     def due_at(self, due_ms: int) -> None:
-        """Make the sweep run no later than `due_ms`: then a lease runs out, a retry is due, or a wait is over."""
+        """Make the sweep run no later than `due_ms`, when a lease runs out, a retry is due, or a wait is over."""
         if self._due_ms is None or due_ms < self._due_ms:
             self._due_ms = due_ms
             self._due_changed.set()

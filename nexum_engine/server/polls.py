@@ -184,7 +184,7 @@ class Polls:
         """Offer a task to a waiting poll. The task is due now, or once the submitted transitions are stored.
 
         The poll's claim is submitted at once. If the transition that makes the task was submitted just before, both
-        share a transaction. The worker then gets the task at the time at which the transition's caller gets an answer.
+        share a transaction. The worker then gets the task at the same time as the transition's caller gets an answer.
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
@@ -228,7 +228,7 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def worker_beats(self, worker_id: str, came_ms: int) -> None:
-        """Note a heartbeat that came at `came_ms`. Call this when the leases of the tasks that it names are renewed."""
+        """Note a heartbeat that came at `came_ms`. Call this once the leases of the tasks that it named are renewed."""
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms
         if was_silent:

@@ -13,8 +13,8 @@ class Queue:
     """An upper bound of the number of tasks that wait for workers.
 
     The tasks are counted at the server's start, and when the starts since the last count may have filled the queue.
-    Another server on the same database counts only its own starts, so several servers together may exceed the limit by
-    what they start between two counts.
+    Between two counts, each server knows only its own starts. So several servers on one database may exceed the limit
+    together, by what they start between two counts.
     """
 
     def __init__(self, store: Store, limit: int) -> None:

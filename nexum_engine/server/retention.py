@@ -21,9 +21,10 @@ PART_SECONDS = 1.0
 INTERVAL = 3600.0
 """With `--keep`, the longest time in seconds between two prunings."""
 QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
-"""The database is compacted if at most this many bytes are in use: by the server on its own, and with `--compact`.
+"""The database is compacted only if at most this many bytes are in use.
 
-During a compaction, the server answers no calls: for about a second for each 100 MB.
+The first number is for compactions that the server makes on its own, the second for those that `--compact` asks for.
+During a compaction, the server answers no calls. A compaction takes about a second for each 100 MB.
 """
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """What one call of `Retention.prune` has done. The call that leaves nothing to prune also returns the space."""
+    """What one call of `Retention.prune` has done. `space` is given only if the call leaves nothing to prune."""
 
     pruned: Pruned
     space: Space | None = None

@@ -188,8 +188,8 @@ async def _bind(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
     if else_free_port and not _is_free(address):
-        # Don't wait for the port. An ending server releases its port before its database, and we have already opened
-        # the database. So no ending server holds the port.
+        # Don't wait for the port. An ending server releases its port before its database, and this server has already
+        # opened the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
     interceptors = [Reading()] if tokens is None else [Gate(tokens, abort), Reading()]
     while True:

@@ -38,15 +38,16 @@ class Db(Protocol):
         ...
 
     def lock(self, execution: int) -> None:
-        """Wait until no other server changes the execution with this number, and let no other server until the commit.
+        """Lock the execution with this number, so that no other server changes it before the commit.
 
-        Call this before the reads that decide what to change.
+        If another server is changing the execution, wait until that server's transaction has ended. Call this before
+        the reads that decide what to change.
         """
         ...
 
 
 def of_one_snapshot(reading: Reading) -> Reading:
-    """Let the statements of a transition that only reads find one state, whatever other servers change meanwhile."""
+    """Mark a transition that only reads. All its statements read one state, even if other servers write meanwhile."""
     SNAPSHOTS.add(reading)
     return reading
 

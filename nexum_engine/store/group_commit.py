@@ -57,7 +57,10 @@ class GroupCommitStore(Store):
     """
 
     _reads_snapshots = False
-    """Whether another server can change the database between two statements of a transaction."""
+    """Whether the transitions in SNAPSHOTS need a snapshot.
+
+    They need one if another server can change the database between two statements of a transaction.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -129,7 +132,7 @@ class GroupCommitStore(Store):
     def _next_batch(self) -> list[_Submission]:
         """Take the submissions of the next transaction out of the queue, and return them."""
         kind = self._waiting[0].kind
-        # A reading that waits may let later changes pass, but no change lets a later reading pass.
+        # Changes may overtake a waiting reading, but a reading must never overtake a change.
         passed = (Kind.TOGETHER, Kind.SNAPSHOT) if kind is Kind.TOGETHER else (kind,)
         front = list(takewhile(lambda one: one.kind in passed, self._waiting[: 1 if kind is Kind.ALONE else MAX_BATCH]))
         batch = [one for one in front if one.kind is kind]

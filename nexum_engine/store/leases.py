@@ -28,7 +28,8 @@ MAX_PROGRESS_BYTES = 16 * 1024
 SLOW_LINE = 250  # bytes per millisecond
 """The speed of the slowest connection that a worker may have.
 
-While a large task is still on its way to the worker, the worker's heartbeats can't name the task.
+This speed tells how long a large task may be on its way to the worker. During that time, the worker's heartbeats can't
+name the task.
 """
 
 
@@ -71,8 +72,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
-    # The count stops a task that kills one worker after another. An owned node is never handed to workers, so its
-    # losses don't count.
+    # Losses are counted, because a task that kills one worker after another must fail in the end. An owned node is
+    # never handed to workers, so its losses don't count.
     return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
 
 

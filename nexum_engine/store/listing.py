@@ -1,7 +1,7 @@
 """Lists of executions: filters, sessions, and pages.
 
-Of a list's conditions, one that few executions meet comes first. The index of this condition gives candidates, newest
-first, and the query `matching` checks the other conditions. So a list takes little time even in a large database.
+To make a list, choose a condition that few executions meet. The index of this condition gives the candidates, newest
+first. The query `matching` then checks the other conditions. So a list takes little time even in a large database.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ Server and client hold the whole list in memory.
 _CANDIDATES = 1000
 """How many candidates one query reads."""
 _RARE = 50_000
-"""A workflow or an attribute gives the candidates if it has fewer executions than this.
+"""If a workflow or an attribute has fewer executions than this, its executions are the candidates.
 
-If it has more, the newest executions soon give enough matches.
+If it has more, a search from the newest execution on soon finds enough matches.
 """
 _OUT_OF_ORDER_MS = 10_000
-"""If several servers start executions, an execution may have begun this much earlier than one with a smaller number."""
+"""If several servers start executions, the executions are not always numbered in the order of their starts.
+
+An execution may have started up to this much earlier than an execution with a smaller number.
+"""
 _END = 2**53  # above every number of an execution; 1000 * _END is still a 64-bit number
 
 
@@ -166,8 +169,8 @@ def _count(db: Db, query: str, **parameters: str) -> int:
 def _first_since(db: Db, ms: int) -> int:
     """Return the number of the first execution that was started at or after `ms`.
 
-    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the starts pass `ms`
-    several times, and the number belongs to any one of these passes.
+    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the starts reach `ms`
+    more than once. The execution is then the first one after any of these points, no matter which.
     """
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1

@@ -1,13 +1,12 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
-Every transition first locks the execution that it changes (`Db.lock`), and reads only then. So two servers change an
-execution one after the other. An execution that a node started has no lock of its own. Its lock is that of the topmost
-execution, which a client started. So a transition of a child never waits for a transition of its parent that waits for
-the child.
+Every transition first locks the execution that it changes (`Db.lock`), and reads only after that. So two servers change
+an execution one after the other. An execution that a client started shares one lock with all executions below it, which
+nodes started. So a transition of a child never waits for a transition of its parent that waits for the child.
 
-The isolation level is READ COMMITTED: after it has waited for a lock, a transition reads what the other server has
-committed. Transitions that only read an execution or a list have REPEATABLE READ: they read one state. A claim locks
-only the task, and skips the tasks that other servers have locked.
+The isolation level is READ COMMITTED: after a transition has waited for a lock, it reads what the other server has
+committed. Transitions that only read an execution or a list have REPEATABLE READ: all their statements read one state.
+A claim locks only the task, and skips the tasks that other servers have locked.
 
 A statement whose result is not needed yet is sent together with the next statement (pipeline mode).
 """
@@ -56,12 +55,12 @@ from nexum_engine.store.postgresql_servers import (
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
-"""How long a transaction that was not stored is tried again while the database can't be reached."""
+"""How long to retry a transaction that was not stored, while the database can't be reached."""
 CONFLICT_SECONDS = 20.0
-"""How long a transition is tried again if it can't get its locks."""
+"""How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
 """How long transitions that share a transaction wait for a lock. They lock executions in any order, so two servers may
-wait for each other: then each transition gets a transaction of its own."""
+wait for each other. After this wait, each transition gets a transaction of its own."""
 CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's clock
 
 logger = logging.getLogger(__name__)
@@ -120,9 +119,9 @@ class PostgresStore(GroupCommitStore):
         return None
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Return the size of the database. With `always`, free the space of deleted rows for new ones first.
+        """Return the size of the database. With `always`, first make the space of deleted rows usable for new rows.
 
-        PostgreSQL frees it on its own, too (autovacuum).
+        PostgreSQL's autovacuum also does this from time to time.
         """
         if self._closed:
             raise stopping()
@@ -142,7 +141,8 @@ class PostgresStore(GroupCommitStore):
         raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
-        # This server may follow a killed one, whose workers then need not wait until it counts as dead.
+        # Forget the servers whose process has ended. If this server replaces a killed server, the workers of the killed
+        # server then need not wait until that server counts as dead.
         forgetting = self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
         asyncio.ensure_future(forgetting).add_done_callback(lambda done: done.cancelled() or done.exception())
         self._others = OtherServers(
@@ -219,8 +219,8 @@ class PostgresStore(GroupCommitStore):
                     if len(transitions) > 1:
                         connection.execute(f"SET LOCAL lock_timeout = {TOGETHER_LOCK_MS}")
                     if kind is Kind.ALONE:
-                        # Other executions decide whether an execution may be deleted. Let no other server add or change
-                        # executions meanwhile.
+                        # Whether an execution may be deleted depends on other executions, too. So let no other server
+                        # add or change executions during this transaction.
                         connection.execute("LOCK TABLE executions IN SHARE ROW EXCLUSIVE MODE")
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
@@ -278,7 +278,10 @@ class PostgresStore(GroupCommitStore):
 
 
 def _for_caller(error: psycopg.Error) -> Exception:
-    """Return the error of a transition that PostgreSQL refused. Other errors than the named ones are bugs."""
+    """Return the error for the caller of a transition that PostgreSQL refused.
+
+    An error of a type that is not named here comes from a bug, and is returned unchanged.
+    """
     if isinstance(error, (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege)):
         return StoreUnavailable(f"PostgreSQL refused the change, and nothing was stored: {line_of(error)}")
     return error

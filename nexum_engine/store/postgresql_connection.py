@@ -48,7 +48,10 @@ def set_types(connection: psycopg.Connection[Any]) -> None:
 
 
 def _settings(url: str) -> dict[str, Any]:
-    """Return the settings of a connection, except those that the URL sets. With them, a lost network is noticed."""
+    """Return the default settings of a connection, except those that the URL sets.
+
+    With the default timeouts, a connection soon notices that the network is lost.
+    """
     defaults = {
         "application_name": "nexum",
         "connect_timeout": CONNECT_SECONDS,
@@ -143,7 +146,7 @@ def _migrate(url: str, connection: Connection) -> None:
 
 
 def vacuum(url: str) -> None:
-    """Free the space of deleted rows for new ones. The transactions of servers run meanwhile."""
+    """Make the space of deleted rows usable for new rows. Servers can run transactions meanwhile."""
     with connect(url) as connection:
         connection.execute("VACUUM executions, nodes, attempts, events, attributes")
 

@@ -22,11 +22,14 @@ from nexum_engine.store.results import Changed, News
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
-"""How often a server says that it is alive and looks for what it has missed, and how long it counts as alive."""
+"""How often a server says that it is alive, and how long it then counts as alive.
+
+Each time, the server also looks for changes of other servers that it has missed.
+"""
 NEWS_SECONDS = 60.0
-"""How long news are sent after another server was last known to be alive."""
+"""How long a server still sends news after the last sign that another server is alive."""
 TAKEN_OVER_GRACE_MS = 1500
-"""How long the workers of a dead server have to connect to another one."""
+"""How long the workers of a dead server have to connect to another server."""
 MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
@@ -46,8 +49,8 @@ class OtherServers:
     ) -> None:
         """Start the thread.
 
-        On the event loop, the thread calls `on_news` with news, and `on_gap` if news may have been missed before. In
-        the thread itself, it calls `on_alive` whenever another server is known to be alive.
+        On the event loop, the thread calls `on_news` with news, and `on_gap` if it may have missed earlier news. In the
+        thread itself, it calls `on_alive` whenever there is a sign that another server is alive.
         """
         self._url, self._server, self._channel, self._clock = url, server, channel, clock
         self._on_news, self._on_alive, self._on_gap = on_news, on_alive, on_gap
@@ -95,7 +98,7 @@ class OtherServers:
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
                 sender, sent_ms, news = _received(note.payload)
                 if sender != self._server:
-                    # A task that is due at the sender is due here, too.
+                    # Let the clock follow the sender's: a task that is due at the sender must be due here, too.
                     self._clock.follow(sent_ms, max(sent_ms, self._clock.now_ms()))
                     self._on_alive()
                     self._call(self._on_news, news)

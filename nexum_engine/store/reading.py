@@ -100,7 +100,7 @@ def get_execution(
 
 
 def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:
-    """Return the sizes of the payloads to leave out of an answer, by node id. The input is under an empty id.
+    """Return the sizes of the payloads to leave out of an answer, by node id. The input has an empty id.
 
     The largest payloads are left out first.
     """

@@ -53,7 +53,7 @@ class Renewed:
     unnamed: frozenset[str]
     """The tasks that the heartbeat did not name, although they have had time to reach the worker."""
     lost: tuple[str, ...] = ()
-    """The named tasks that the worker no longer holds."""
+    """The tasks that the heartbeat named, although the worker no longer holds them."""
     resumed: bool = False
     """Whether an attempt whose lease had run out has a lease again."""
 
@@ -76,7 +76,7 @@ class News:
     ended: tuple[str, ...] = ()
     """The ids of the executions that ended."""
     due_ms: int | None = None
-    """The time at which a lease may run out, a retry may be due, or a wait may be over."""
+    """The earliest time at which a lease may run out, a retry may be due, or a wait may be over."""
     anything: bool = False
     """Whether the other server may have made more changes than those above."""
 

@@ -23,9 +23,9 @@ from nexum_engine.workflow import check_id
 
 MAX_EXECUTIONS = 200
 MAX_SECONDS = 0.005
-"""After this many executions, or this time, a transaction ends. But one transaction deletes a whole session."""
+"""A transaction ends after this many executions, or after this time. But it never deletes only a part of a session."""
 PAGE = 20
-"""How many executions are read at once. An input may have 16 MB, and SQLite reads it to reach the times behind it."""
+"""How many executions are read at once. An input may have 16 MB, and SQLite reads it to reach the columns behind it."""
 _SEPARATORS = "/:"
 _SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
 _DELETIONS = (
@@ -46,7 +46,7 @@ class Pruned:
     executions: int = 0
     sessions: int = 0
     kept: int = 0
-    """How many old executions are kept: they have not ended long enough ago, or others of their session have not."""
+    """How many old executions are kept, because they or others of their session have not ended long enough ago."""
     after: int | None = None
     """The number of the execution after which to continue. None if nothing is left to prune."""
 
@@ -96,7 +96,7 @@ class _Pruning:
         self._end = time.monotonic() + MAX_SECONDS
         self._verdicts = verdicts
         self._no_sessions: set[str] = set()
-        """Beginnings of keys that are not sessions: no owned execution has them."""
+        """Beginnings of keys that are not the ids of sessions, because no owned execution has such a key."""
         self._chosen: list[int] = []
         """The numbers of the executions to delete next."""
         self._gone: set[int] = set()
@@ -167,7 +167,7 @@ class _Pruning:
             self._kept += 1
 
     def _is_old(self, row: Row) -> bool:
-        # Check the status as well, although a RUNNING execution should have no time of its end.
+        # Check the status as well, although a RUNNING execution should have no end time.
         is_running = row["status"] == ExecutionStatus.RUNNING
         return not is_running and row["ended_ms"] is not None and bool(row["ended_ms"] <= self._cutoff_ms)
 

@@ -100,7 +100,7 @@ class SqliteStore(GroupCommitStore):
             try:
                 self._database.compact()
             except (sqlite3.Error, OSError) as error:
-                # The database is unchanged. The disk is full, for instance.
+                # For instance, the disk is full. The failed compaction has left the database unchanged.
                 logger.warning("database %s could not be compacted: %s", self._path, error)
                 return space
             left = self._database.space()

@@ -56,7 +56,7 @@ def check(file: Path) -> Checked:
 
 
 def _lock_if_any(file: Path) -> FileLock | None:
-    """Take the database's lock file, if it has one. No server can then start and change what is read."""
+    """Take the database's lock file, if it has one, so that no server can start and change the database meanwhile."""
     path = lock_file_of(file)
     if not path.exists():
         return None
@@ -68,7 +68,7 @@ def _lock_if_any(file: Path) -> FileLock | None:
             f"database {file} is in use, and its server does not answer: stop that server, or try again"
         ) from error
     except OSError:
-        return None  # the folder can't be written, for instance: then no server can open the database
+        return None  # for instance, the folder is read-only: then no server can open the database, either
     return held
 
 

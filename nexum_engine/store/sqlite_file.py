@@ -4,8 +4,8 @@ A database is a file and, while a server has it open, a write-ahead log. A commi
 copies the log into the file, and the next commit starts the log again.
 
 SQLite doesn't check that a log belongs to a file. So the first transaction of each log stores a new **stamp** in the
-table `log_stamp`, together with the log's **base**: the stamp that the file has without the log. A log belongs to a
-file if the file's stamp is the log's base or, after a checkpoint, the log's own stamp.
+table `log_stamp`, together with the log's **base**: the stamp that is in the file when the log starts. A log belongs to
+a file if the file's stamp is the log's base or, after a checkpoint, the log's own stamp.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def _check_version(path: Path, version: int) -> None:
 
 
 def _check_log(path: Path, timeout: float) -> None:
-    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy the log into the file."""
+    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy it into the file."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
         raise StoreRefused(
@@ -436,8 +436,8 @@ def _has_own_log(path: Path, timeout: float) -> bool:
 def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
     """Return whether the log belongs to the file with the stamp `own`.
 
-    The base of the log's newest stamp must be `own` or, if the log was copied into the file, that stamp itself must be
-    `own`. A log without a commit belongs to any file.
+    The log belongs to the file if `own` is the base of the log's newest stamp or, after the log was copied into the
+    file, that newest stamp itself. A log without a commit belongs to any file.
     """
     # https://www.sqlite.org/fileformat.html#the_write_ahead_log
     newest: _Stamp | None = None

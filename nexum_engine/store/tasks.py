@@ -76,9 +76,9 @@ def start_owned(
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
-    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task: after
-    another process took over a session, its former owner can't record events. Raises the errors of `start_execution`,
-    and:
+    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task. So if
+    another process has taken over a session, the session's former owner can't record events any more. Raises the errors
+    of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, or if the execution was started for workers,
@@ -259,7 +259,7 @@ def _for_newest(row: Row) -> Row:
 def _check_may_report(row: Row) -> None:
     """Raise StaleTask (fencing) unless the attempt in `row` may report.
 
-    Only the newest attempt at a node may report, once, while the execution is running. But see `_for_newest`.
+    Only the newest attempt at a node may report, once, while the execution is running. `_for_newest` is an exception.
     """
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
@@ -302,7 +302,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
 def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
     """Return whether the attempt in `row`, which is COMPLETED, reported this output.
 
-    The report of a MAP or SUBWORKFLOW node is not stored: compare with the executions that it started.
+    The report of a MAP or SUBWORKFLOW node is not stored: compare the output with the executions that the node started.
     """
     children = db.all("children", node=row["node"]) if NodeType(row["node_type"]).starts_executions else []
     if row["node_type"] == NodeType.SUBWORKFLOW:

@@ -55,7 +55,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
 
 
 def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changed:
-    """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, and Conflict like `approve`."""
+    """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound and Conflict, as `approve` does."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
     flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
