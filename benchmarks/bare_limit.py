@@ -18,7 +18,7 @@ from floor import ARGUMENT, RESULT, Plain, process, serve
 
 SCRIPT = str(Path(__file__).resolve())
 _CALLS, _WORK = "/benchmark.Bare/Calls", "/benchmark.Bare/Work"
-_NUMBER = 8  # the first bytes of each message, which are the call's number
+_NUMBER = 8  # bytes; each message of a call begins with the call's number
 _READY = b"ready"  # the worker's first message
 
 

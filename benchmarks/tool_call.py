@@ -115,7 +115,7 @@ async def reply(address: str) -> None:
 
 
 class Calls:
-    """Makes durable calls: new ones, each with other arguments, and their replays in the same order."""
+    """Makes durable calls: new ones, each with its own arguments, and their replays in the same order."""
 
     def __init__(self, session: Session, owner: Owner) -> None:
         self._session = session

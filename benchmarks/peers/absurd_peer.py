@@ -1,7 +1,8 @@
 """Absurd: tasks on PostgreSQL, executed by a worker process.
 
 - https://github.com/earendil-works/absurd/blob/main/docs/sdks/python.md: `spawn`, `register_task`,
-  `start_worker`, `fetch_task_result`. (`await_task_result` polls too, but only every 50 ms and then less often.)
+  `start_worker`, `fetch_task_result`. The caller polls with `fetch_task_result`, because `await_task_result` polls only
+  every 50 ms, and then less often.
 - https://github.com/earendil-works/absurd/blob/main/docs/database.md: the schema that
   `absurdctl init` applies. (That command needs psql.)
 

@@ -26,7 +26,7 @@ IN_FLIGHT = 32
 RECORDED = 20  # so many calls are recorded before the caller is killed
 RESULT_BYTES = 1024
 ARGUMENT_BYTES = 280  # the JSON has 300 bytes: it adds the argument's name and the quotes
-STOPPED = "stopped-"  # if a run's name begins with this, its last call never returns
+STOPPED = "stopped-"  # if a run's name begins with this, the run's last call hangs when it is first executed
 FOLDER = "COMPARE_FOLDER"  # the environment variable that names the peer's folder
 
 T = TypeVar("T")
@@ -162,8 +162,8 @@ def argument(run: str, number: int, calls: int) -> str:
 def tool(argument: str) -> str:
     """Return a text of one kilobyte that begins with the time.
 
-    If the run's name begins with STOPPED, its last call writes the id of its process into a file, and never returns.
-    When that call is executed again, it writes another file, and returns.
+    If the run's name begins with STOPPED, the run's last call writes the id of its process into a file, and hangs for
+    ever. When that call is executed again, it writes another file, and returns.
     """
     executed = time.time()
     run, _, stop, _ = argument.split("/", 3)
@@ -184,12 +184,12 @@ def executed_at(result: str) -> float:
 
 
 def stop_file(run: str) -> Path:
-    """Return the file that the last call of a run writes before it stops."""
+    """Return the path of the file that the last call of a STOPPED run writes before it hangs."""
     return Path(os.environ[FOLDER]) / f"{run}.first"
 
 
 def again_file(run: str) -> Path:
-    """Return the file that the stopped call writes when it is executed again."""
+    """Return the path of the file that the last call of a STOPPED run writes when it is executed again."""
     return Path(os.environ[FOLDER]) / f"{run}.again"
 
 

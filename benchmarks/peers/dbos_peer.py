@@ -1,8 +1,8 @@
 """DBOS: steps of a workflow in the caller's process, and workflows of a queue in a worker process.
 
 - https://docs.dbos.dev/python/tutorials/step-tutorial: one workflow for each run, one step for each call. A step's
-  result is recorded when the step returns. Both are asynchronous functions: in trials, these were faster than
-  synchronous functions.
+  result is recorded when the step returns. The workflow and the step are asynchronous functions: in trials, these were
+  faster than synchronous functions.
 - https://docs.dbos.dev/production/workflow-recovery: a restarted process recovers its own workflows. (No other process
   recovers them without Conductor, the vendor's service.)
 - https://docs.dbos.dev/python/reference/client and https://docs.dbos.dev/python/reference/queues: the caller enqueues

@@ -6,8 +6,8 @@
   for asynchronous code runs the same statements in a thread). The page says: "For local development, testing,
   or lightweight deployments".
 
-A run is a thread, and a call is a step of a graph with one node. A call lasts from the start of its node to the start
-of the next one. The last call of a run ends when all checkpoints of the run are written.
+A run is a thread, and a call is a step of a graph with one node. A call lasts from the start of its step to the start
+of the next step. The last call of a run ends when all checkpoints of the run are written.
 """
 
 from __future__ import annotations

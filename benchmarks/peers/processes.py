@@ -225,7 +225,7 @@ def kill_pid(pid: int) -> None:
 
 
 class Trace:
-    """The fsyncs of some processes, as strace sees them. It misses writes with O_DSYNC, and all calls by io_uring."""
+    """The fsyncs of some processes, as strace sees them. strace misses writes with O_DSYNC and calls of io_uring."""
 
     CALLS = "fsync,fdatasync,msync,sync_file_range,syncfs"
     _WHOLE = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((\d+<([^>]*)>)?.* = 0 <(\d+\.\d+)>$")

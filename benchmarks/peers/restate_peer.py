@@ -27,7 +27,7 @@ MODULES = Path(__file__).resolve().parent.parent / "node_modules"
 
 
 def server_program() -> Path | None:
-    """Return the path of the server's program, which npm installs beside its command on PATH or in node_modules."""
+    """Return the path of the server's program. npm installs it near the command on PATH, or in node_modules."""
     script = shutil.which("restate-server")
     roots = [MODULES / "@restatedev"]
     if script is not None:

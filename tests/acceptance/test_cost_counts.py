@@ -25,7 +25,7 @@ TRIES = 3
 COUNTED = str(ROOT / "tests" / "support" / "counted.py")
 KINDS = ("tool call", "owned call", "recorded reply")
 
-# For each count: its value for a tool call, for an owned call and for a recorded reply. Then its margin in percent.
+# For each count: its values for the three KINDS, and then its margin in percent.
 COSTS = {
     "RPCs": (0, 0, 0, 0),
     "messages": (5, 4, 2, 0),
@@ -43,8 +43,8 @@ COSTS = {
 }
 
 
-# With -D the traced program, and not strace, is the child of the test. With --seccomp-bpf, strace stops the program
-# only at these system calls.
+# With -D, the child of the test is the traced program and not strace. With --seccomp-bpf, strace stops the program only
+# at these system calls.
 STRACE = ("-D", "-f", "--seccomp-bpf", "-qq", "-e", "trace=fsync,fdatasync", "-e", "signal=none")
 
 

@@ -52,7 +52,7 @@ def effects(log: Path) -> list[Effect]:
 
 
 def insist(call: Callable[..., T], request: Any) -> T:
-    """Call the server until it answers. If an answer is lost, the server gets a call again that it has carried out."""
+    """Repeat a call until the server answers. If only the answer was lost, the server has carried out the call."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -72,7 +72,7 @@ def approve_all(stub: NexumServiceStub, over: threading.Event, approved: list[st
             try:
                 insist(stub.ApproveTask, request)
             except grpc.RpcError as error:
-                # An earlier call may have been carried out without an answer.
+                # An earlier call may have been carried out although its answer was lost.
                 if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
                     raise
             approved.append(one.execution_id)
@@ -136,7 +136,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         try:
             for kill in range(KILLS):
                 start(f"k{kill}")
-                # Each execution takes about a second. Kill a process at a random moment of it.
+                # Each execution takes about a second. Kill a process at a random moment of this second.
                 time.sleep(choose.uniform(0.1, 0.7))
                 number = choose.randrange(WORKERS + 2)
                 victim = server.process if number >= WORKERS else workers[number]

@@ -90,7 +90,7 @@ def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_pa
     by_number = {call_of(one)[1]["number"]: one for one in records}
     assert len(records) == len(by_number) == CALLS
     assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect happened after its result was recorded. A call had another attempt only after a lost attempt.
+    # No effect happened after its result was recorded. A call was attempted again only after an attempt was lost.
     log_of = defaultdict(list)
     for effect in effects(log):
         log_of[effect.key].append(effect)

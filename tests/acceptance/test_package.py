@@ -30,7 +30,7 @@ CALLED_OTHERWISE = {
     "grpc_health": "grpcio-health-checking",
     "pydantic_core": "pydantic",
 }
-"""For each import that isn't named like its distribution: the distribution. pydantic installs pydantic_core, too."""
+"""For each import whose distribution has another name: the distribution. pydantic also installs pydantic_core."""
 
 
 def call(*command: str | Path, cwd: Path) -> str:

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 pytestmark = pytest.mark.every_python
 
 
-GIVEN_UP_AFTER = 0.6  # seconds; on a busy machine, the call takes a while to begin
+GIVEN_UP_AFTER = 0.6  # seconds; long enough for the call to begin on a busy machine
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.records import Execution
 
-TOKENS = 50  # tokens that the model server reports for each reply
+TOKENS = 50  # the tokens that the model server reports for each reply
 WIDTH = 80
 
 

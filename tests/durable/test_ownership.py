@@ -59,7 +59,7 @@ async def test_stopped_run_can_resume_at_once(server: Server) -> None:
 
 
 async def test_process_that_lost_session_records_nothing(server: Server) -> None:
-    """Simulate a process that is stopped for longer than its lease, and continues after another one has taken over."""
+    """Simulate a process that SIGSTOP stops for longer than its lease, while another process takes over its session."""
 
     async def program() -> None:
         async with DurableSession("s", nexum=server.address) as stopped:

@@ -1,4 +1,4 @@
-"""A person's answers and external stops are replayed. A run of a recorded session needs no task."""
+"""A person's answers and external stops are replayed. If a session has recorded its task, a run may omit the task."""
 
 from __future__ import annotations
 

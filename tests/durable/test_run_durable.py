@@ -270,7 +270,7 @@ async def test_drift_error_names_the_difference(
         changed = await run(server, build, question, on_drift="continue", logs=lines)
         assert any(said in line for line in lines)
         assert len(model.requests) == 2
-        # From now on, this program is the recorded one.
+        # The record now belongs to the changed program: a further run of this program is a replay.
         assert texts(await run(server, build, question)) == texts(changed)
         assert len(model.requests) == 2
 

@@ -254,7 +254,7 @@ async def test_sleeping_branch_blocks_no_other_branch(shared_server: Server, cli
 
     with pytest.raises(Died):
         await inside(shared_server, lambda: program(2), name)
-    # The sleep is not over, so its end is not recorded. The next run replays the other branch, and continues live.
+    # The sleep is not over, so its end is not recorded. The next run replays the branch `talks`, and continues it.
     said = await inside(shared_server, lambda: program(4), name)
     assert happened == ["model"] * 4
     assert await inside(shared_server, lambda: program(4), name) == said
@@ -604,7 +604,7 @@ def test_command_send_tells_that_a_session_has_not_begun(
     assert capsys.readouterr().out == f"{sent}\n"
 
 
-# ---- Showing them ----------------------------------------------------------------------------------------------------
+# ---- Showing waits ---------------------------------------------------------------------------------------------------
 
 
 async def test_reports_show_what_a_session_waits_for(shared_server: Server, client: NexumClient) -> None:

@@ -78,7 +78,7 @@ class Watch:
 
 
 def _pages(log: Path) -> tuple[int, int]:
-    """Return a number that names a write-ahead log, and the number of pages in it.
+    """Return the salt and the number of pages of a write-ahead log. Each restart of the log changes its salt.
 
     https://www.sqlite.org/fileformat.html#walformat
     """

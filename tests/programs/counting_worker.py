@@ -106,7 +106,7 @@ def fail_until(log: str, gate: str, *, call: ToolContext) -> str:
 
 @tool()
 def fail_then_gate(gate: str, *, call: ToolContext) -> str:
-    """Fail at the first attempt with a reason of several lines; later wait for the gate."""
+    """At the first attempt, fail with a reason of several lines. At a later attempt, wait for the gate."""
     if call.attempt == 1:
         raise RuntimeError("the page was\nnot there" + "!" * 300)
     wait_at(gate)

@@ -26,7 +26,10 @@ OWNED = workflow("owned").effect("a").build()
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child, which waits for its threads at its end; return its exit code, or 99 if it hangs."""
+    """Run `work` in a forked child. Return the child's exit code, or 99 if the child hangs.
+
+    Before the child ends, it waits for its own threads.
+    """
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     child.join(SOON)
@@ -38,7 +41,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def forked_call(log: str) -> None:
-    """Make calls in a process, in its forked children, and in a process that such a child forks."""
+    """Make calls in a process, in its forked children, and in a process that one of these children forks."""
 
     def call(number: int) -> None:
         print("RESULT", os.getpid(), submit_tool_call("count_effect", {"log": log, "number": number}, timeout=SOON))

@@ -126,7 +126,7 @@ def forks(name: str) -> None:
 
 
 def orphan(name: str) -> None:
-    """Fork a child that outlives this process, which a test kills."""
+    """Fork a child. A test kills this process, and the child lives on."""
 
     async def main() -> None:
         async with owner() as found:

@@ -97,7 +97,7 @@ HANDLERS: dict[str, Handler | MapHandler] = {
 
 
 async def main() -> None:
-    """Run the worker for the server at the first argument."""
+    """Run the worker for the server whose address is the first argument."""
     stop = stop_event()
     bindings = [Binding(EVERY, HANDLERS), Binding(CHILD, {"first": returns(1), "last": returns("the child's end")})]
     async with NexumClient(sys.argv[1]) as client:

@@ -276,13 +276,14 @@ def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, othe
         assert process.wait() == 2
         took = time.monotonic() - begun
     assert process.lines[-1].startswith(told.format(port=port))
-    assert took < 8  # the demo waits 2 s, in case a server is just ending; gRPC's default is 20 s
+    # The demo waits 2 s, in case a server is just ending. By default, gRPC would try to connect for 20 s.
+    assert took < 8
     assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager
 def on_the_default_port(other: Other) -> Iterator[None]:
-    """Start the server on the default port, as soon as no embedded server of another test holds the port."""
+    """Start the server `other` on the default port once no embedded server of another test holds the port."""
     with ExitStack() as stack:
 
         def is_started() -> bool:

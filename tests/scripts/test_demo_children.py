@@ -1,4 +1,4 @@
-"""The demo's own server and worker: the worker ends with the demo, and the demo survives the end of either."""
+"""The demo's own server and worker: the worker ends with the demo, and the demo survives if one of them ends."""
 
 from __future__ import annotations
 

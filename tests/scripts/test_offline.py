@@ -78,7 +78,7 @@ class Run:
 
 
 def assert_grounded(answer: str, run: Run) -> None:
-    """Check that each quote is in its source's text, as the agent has read it. Check that every source is quoted."""
+    """Check that every source is quoted, and that each quote is in the text that the agent read at this source."""
     sources = {int(number): url for number, url in re.findall(r"^\[(\d+)\] .* - (\S+)$", answer, re.MULTILINE)}
     cited = re.findall(r'"([^"]+)" \[(\d+)\]', answer)
     assert cited

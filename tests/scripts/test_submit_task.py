@@ -145,7 +145,7 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     assert len(effects(tmp_path / "log")) == 2
 
 
-# Run these programs in separate processes: gRPC keeps every event loop alive while any loop has a connection.
+# Run these programs in separate processes: gRPC keeps all event loops alive while one of them has a connection.
 @pytest.mark.every_python
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]
@@ -204,7 +204,7 @@ def test_fifty_calls_from_two_processes_leave_one_valid_session_file(tmp_path: P
 
 
 class StandIn(NexumClient):
-    """A client that takes its answers from `answers`, one after the other, and keeps how long each call may wait."""
+    """A client that takes its answers from `answers`, one after the other, and notes how long each call may wait."""
 
     def __init__(self, *answers: Execution | Exception) -> None:
         super().__init__("127.0.0.1:1")

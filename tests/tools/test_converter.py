@@ -117,7 +117,7 @@ def test_page_that_takes_too_much_memory_is_a_final_error() -> None:
 
 
 def convert_and_kill(converters: Converters, number: int) -> None:
-    """Convert a page in a new child, and send the child this signal meanwhile. Raises the conversion's error."""
+    """Convert a page in a new child, send the child a signal meanwhile, and raise the error of the conversion."""
     before = children_of(os.getpid())
     with ThreadPoolExecutor(1) as pool:
         conversion = pool.submit(converters.convert, page(SLOW_PAGE))

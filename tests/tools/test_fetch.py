@@ -1,4 +1,4 @@
-"""The guarded fetch with real servers on loopback; an injected resolver and policy make loopback public."""
+"""The guarded fetch with real servers on loopback. An injected policy accepts one loopback address as public."""
 
 from __future__ import annotations
 
