@@ -173,9 +173,9 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The session file is written in the background. This project's server finds a call by its key,
-                    # without the file. Only this project's server reports the execution's end in its answer to
-                    # StartExecution. So if the end was reported, don't wait for the file.
+                    # The session file is written in the background. If the answer to StartExecution has reported the
+                    # execution's end, the server is this project's. That server finds a call by its key, so the file
+                    # isn't needed: don't wait for it.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:

@@ -90,8 +90,8 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """How many old executions are kept, because they run, or because their session has an execution that runs or ended
-    too recently."""
+    """How many old executions are kept: those that still run, and those whose session has another execution that runs,
+    or that has ended too recently."""
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int

@@ -79,7 +79,7 @@ class NodeType(str, Enum):
     MAP = "MAP"
     """The node's task returns a list. Each item becomes a task. The node's output is the list of the tasks' results."""
     MAP_SUBTASK = "MAP_SUBTASK"
-    """The task of one item of a MAP node. A workflow can't define such a node."""
+    """The task of one item of a MAP node. The engine makes such tasks: a workflow can't define a MAP_SUBTASK node."""
     REDUCE = "REDUCE"
     """The node computes from the results of a MAP node."""
     SUBWORKFLOW = "SUBWORKFLOW"

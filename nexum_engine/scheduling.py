@@ -24,7 +24,8 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
     NodeStatus.RUNNING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
-    # The time has passed, the person has decided, the event has come or is late, or the started executions have ended.
+    # The node's time has passed, the person has decided, the event has come or is late, or the executions that the node
+    # started have ended.
     NodeStatus.WAITING: frozenset(
         {NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),

@@ -185,7 +185,7 @@ class Bench:
         return self._lengths[shape]
 
     def ended_early(self, shape: str, seconds: float) -> None:
-        """Shorten the shape's length, which was measured while the machine was busier: a run took only `seconds`."""
+        """Note that a run of this shape took only `seconds`. The first measurement was too long if the machine was busier."""
         self._lengths[shape] = min(self.length(shape), seconds)
 
     def _measured(self, shape: str, number: int) -> float:

@@ -163,7 +163,7 @@ class Waits:
         """Return the number of the first event `name` that no wait of the session has received."""
         taken = {one[1] for one in self._receiving.values() if one is not None and one[0] == name}
         for event in self._recorder.journal.events:
-            # Leave out the events that a fork copied: they keep their numbers from the original session.
+            # In a fork, copied events have the numbers of the original session. The fork's own events begin again at 1.
             if isinstance(event.content, Received) and event.content.event == name and not event.accepted:
                 taken.add(event.content.number)
         return next(number for number in range(1, len(taken) + 2) if number not in taken)

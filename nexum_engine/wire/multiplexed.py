@@ -189,7 +189,8 @@ class _Stream:
                 code = grpc.StatusCode.UNAVAILABLE  # the connection broke while a request was being sent
         except asyncio.CancelledError:
             code, details = grpc.StatusCode.CANCELLED, "the connection was closed"
-            if not self._is_closing:  # asyncio.run cancels all tasks before it closes the loop
+            # Nobody has called `close`: for example, asyncio.run is ending, and cancels all tasks.
+            if not self._is_closing:
                 await self._cancel_stream()
             raise
         finally:

@@ -3,7 +3,7 @@
     GEMINI_API_KEY / OPENAI_API_KEY / ANTHROPIC_API_KEY   the first one found, in this order, picks the vendor
     NEXUM_MODEL                                           a model by name; needs the key of its vendor
     OPENAI_BASE_URL with NEXUM_MODEL                      any OpenAI-compatible server; needs no key
-    none of these, or offline                             offline: rule-based, no network
+    none of these, or the program's --offline option      the offline model: rule-based, no network
 
 Each key is sent only to its vendor. OPENAI_API_KEY is also sent to the server that OPENAI_BASE_URL names. An address
 and its key are always passed together, so that a library's default address never gets a key.

@@ -51,8 +51,8 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    When no page covers a question, the model lists the topics that `topics` returns. `share` is the part of a
-    question's searches that the model makes: (1, 2) is the first of two parts.
+    When no page covers a question, the model lists the topics that `topics` returns. A question's
+    searches may be divided among several models. With the `share` (1, 2), the model makes the first of two parts.
     """
 
     component_type = "model"

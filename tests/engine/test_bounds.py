@@ -1,4 +1,4 @@
-"""The server's limits: requests that are too large are refused before they are handled, and calls share its memory."""
+"""The server's limits: it refuses large requests early, and limits the memory that all calls together may use."""
 
 from __future__ import annotations
 

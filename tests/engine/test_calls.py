@@ -314,8 +314,8 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
             method = "GetServerInfo" if sent == 1 else "x" * 200
             yield pb.CallFrames(frames=[pb.CallFrame(call=sent, method=method)])
 
-    # If there are two places, the first call takes one, and all other calls are refused as unknown. If there is one
-    # place, the first call takes it, and all other calls are refused as too many.
+    # The first call takes a place and keeps it. All other calls name a method that doesn't exist. If there is a second
+    # place, each of them is refused because of its method. If there is none, each is refused as too many.
     for places in (2, 1):
         may_end.clear()
         answers = calls.CallStreams({"GetServerInfo": waits}, places).serve(requests(), ())
@@ -363,7 +363,7 @@ for _ in range(400):
 
 @pytest.mark.parametrize("program", [UNCLOSED, CLOSED], ids=["unclosed", "closed"])
 async def test_a_client_prints_nothing_when_its_event_loops_end(server: EngineServer, program: str) -> None:
-    """If grpcio reports the end of an operation to a closed loop, it prints a traceback in the next loop."""
+    """Without precautions, grpcio reports the end of an operation to a closed loop, and prints a traceback in the next."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
     )

@@ -104,7 +104,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""After each of these changes, this file still has everything that was acknowledged."""
+"""Some of the changes, each with the file that still has everything acknowledged after the change."""
 
 
 @posix
@@ -177,7 +177,7 @@ async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes
     store = await opened(tmp_path / "nexum.db")
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     text = f'"{"x" * 300_000}"'
-    for _ in range(40):  # 12 MB: SQLite copies a log of 4 MB into the file
+    for _ in range(40):  # 12 MB in all: SQLite copies the log into the file whenever the log has 4 MB
         await store.run(executions.start_execution, "w", "v1", text, "")
     assert (tmp_path / "nexum.db").stat().st_size > 8_000_000
     await store.close()

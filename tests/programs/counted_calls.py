@@ -46,7 +46,8 @@ class Watch:
         before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()
-        own = self._read_own()  # before the wait, which itself takes turns of the loop
+        # Read the counts before the wait: the wait itself adds turns of the event loop.
+        own = self._read_own()
         after = await self._when_idle() | own
         if after["number of the log"] != before["number of the log"]:
             del after["WAL pages"]  # don't count the pages: a checkpoint has restarted the log

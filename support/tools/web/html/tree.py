@@ -71,7 +71,7 @@ def parse(html: str, *, xml: bool = False) -> Document:
     if xml:
         html = _html_of_xhtml(html)
     # With `scripting`, a `noscript` holds plain characters, as in browsers that run scripts. With WO_EVENTS, the parser
-    # doesn't copy the selected option into a `selectedcontent` element. The option is read in its own place.
+    # doesn't copy the selected option into a `selectedcontent` element: the option is read where it stands.
     try:
         page = LexborHTMLParser(html, options=LexborDocumentOptions.WO_EVENTS, scripting=True)
     except SelectolaxError as error:
