@@ -213,7 +213,7 @@ async def fork_session(
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
         continued = len(journal.events) > len(copied) + len(added)
         if any(isinstance(event.content, Revoked) for event in journal.events):
-            # Don't expect every copy: an earlier run of the new session may have revoked some.
+            # Don't expect all copied events: an earlier run of the new session may have revoked some of them.
             is_same = _is_within(copied, kept) and bool(copied or added)
         else:
             is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])

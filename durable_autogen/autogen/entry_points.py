@@ -402,7 +402,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
-        # The class may inherit the method from a parent class outside AutoGen.
+        # If the class inherits the method from a mixin, wrap the method in this class: the mixin itself isn't wrapped.
         owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
         is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
         original = owner.__dict__[name] if owner is not None and is_inherited else None

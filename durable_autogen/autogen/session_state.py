@@ -106,9 +106,9 @@ class SessionState:
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:
-        """Return whether the last replies of all agents that speak as `source` were replayed.
+        """Return whether each agent that speaks as `source` got its last reply from the replay.
 
-        Ignore agents without a reply.
+        Agents without a reply don't count. If no agent has a reply, return False.
         """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
         return any(one.replayed for one in agents) and all(one.replayed or not one.replies for one in agents)

@@ -156,7 +156,8 @@ def _again(written: Any) -> Any:
 
 
 def _model(kind: type[BaseModel], values: Mapping[str, Any]) -> BaseModel:
-    # Don't validate: recorded values are valid. Validation would need field aliases, and may change values.
+    # Recorded values are valid, and validation would need field aliases and may change values. So validate only if the
+    # class lacks a recorded field.
     found = kind.model_construct(**values)
     if set(values) - set(kind.model_fields) and kind.model_config.get("extra") != "allow":
         return kind.model_validate(values)

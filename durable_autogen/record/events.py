@@ -159,8 +159,9 @@ class Revoked(_Frozen):
     def replaces(self, revoked: Event) -> bool:
         """Return whether a different call takes the place of the revoked event's call.
 
-        If an unchanged program continues after a failure, it makes the failed call again, so the answer is no. The call
-        then keeps its id, so that a service recognizes it: the failed attempt may have done its work.
+        If an unchanged program continues after a failure, return False: the program makes the failed call again. The
+        call keeps its id, so that a service recognizes it: the failed attempt may have done its work. In all other
+        cases, return True.
         """
         return self.is_another_program or not isinstance(revoked.content, Raised)
 
@@ -362,7 +363,7 @@ def end_of_wait(position: str) -> str:
 
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
-    """Return an event's name for a person: `reply 2 of writer`."""
+    """Return an event's name in words, such as `reply 2 of writer`."""
     if kind in (Kind.SLEEP, Kind.EVENT):
         return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
     words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0 is the time before the agent's first reply

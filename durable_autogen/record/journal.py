@@ -278,8 +278,8 @@ class Journal:
 
         Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, the recorded beginning shows that the run continued. If another process has
-        # taken over the session, the server refuses to record the beginning, before the call costs money.
+        # After a failure or a broken reply, record the beginning to show that the run continued. If another process may
+        # have taken over the session, record it, too: if one has, the server refuses, before the call costs money.
         if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
             return await self.begin(call)
         self._unrecorded.append(call.address)

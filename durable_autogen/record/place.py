@@ -26,7 +26,7 @@ class Activity:
         self.threads = 0
         """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
-        """Whether the session was ever busy for longer than `BUSY_PATIENCE` of idle.py."""
+        """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits for it are shorter."""
 
 
 class OpenSession(Protocol):

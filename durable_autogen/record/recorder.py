@@ -65,7 +65,7 @@ class Answer:
 
     @property
     def has_value(self) -> bool:
-        """Whether `value` is set: the call was live."""
+        """Whether `value` is set. Only the answer of a live call has a value."""
         return self.value is not _NOTHING
 
 

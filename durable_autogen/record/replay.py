@@ -19,7 +19,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run also made each call waiting for the replay
+TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run also made all of these other calls
 
 
 class Compare(Protocol):

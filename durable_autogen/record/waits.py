@@ -142,7 +142,7 @@ class Waits:
                     patience=PATIENCE,
                 )
             except ExecutionNotFound:
-                continue  # the server's database was replaced
+                continue  # the server's database was replaced: start the execution there
             execution = observed.execution
             if execution.status is ExecutionStatus.COMPLETED and number == self._next_number(name):
                 if until_ms is not None and (execution.ended_ms or 0) > until_ms:
@@ -163,7 +163,8 @@ class Waits:
         """Return the number of the first event `name` that no wait of the session has received."""
         taken = {one[1] for one in self._receiving.values() if one is not None and one[0] == name}
         for event in self._recorder.journal.events:
-            # In a fork, copied events have the numbers of the original session. The fork's own events begin again at 1.
+            # Ignore the events that a fork copied: they were sent to the original session. The events that are sent to
+            # the fork are numbered from 1 again.
             if isinstance(event.content, Received) and event.content.event == name and not event.accepted:
                 taken.add(event.content.number)
         return next(number for number in range(1, len(taken) + 2) if number not in taken)
