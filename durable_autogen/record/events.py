@@ -445,9 +445,9 @@ class Record:
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
     begun: list[EventInput] = field(default_factory=list)
-    """The calls that an earlier run began without recording a result."""
+    """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     tried: set[str] = field(default_factory=set)
-    """The addresses of revoked events, and of calls that earlier runs began without recording a result."""
+    """The addresses of revoked events, and of all calls that earlier runs made without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
