@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from bs4 import Tag
 
 MOST = 0.5  # an element that holds more than this share of a page's text is content
-NEARLY_ALL = 2 / 3  # a header that holds more than this share is content; other headers are dropped
+NEARLY_ALL = 2 / 3  # a header, footer or aside is dropped unless it holds more than this share of a page's text
 MAX_LEVELS = 24  # levels of nested lists and quotes; a deeper list or quote counts as the last level
 MAX_TABLES = 4  # levels of nested tables; a row of a deeper table is a paragraph
 MAX_SPAN = 1_000  # columns that one cell may span, as in browsers
@@ -400,7 +400,7 @@ class SeenPage:
         if text is not None:
             self._add_text(f" {text.strip()} ", place)
         if element.name == "input":
-            self._enter(element.contents, place)  # in a formula, an element of this name may hold words
+            self._enter(element.contents, place)  # an `input` in a formula may hold words
 
     def _add_button(self, element: Element, place: Place) -> None:
         self._enter([" ", *element.contents, " "], place)
