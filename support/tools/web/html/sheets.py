@@ -190,7 +190,8 @@ def _selector(tokens: list[Any]) -> _Selector | None:
 def _specificity(tokens: list[Any]) -> tuple[int, int, int]:
     """Return the number of ids, the number of classes and similar conditions, and the number of names.
 
-    A selector with "&" ranks above all others.
+    The rank of a selector with "&" depends on the outer selector. Rank it above all others: it is unknown whether its
+    rule applies, so the values of its rule are unknown, and unknown values hide nothing.
     """
     if "&" in tokens:
         return (len(tokens), 0, 0)
