@@ -55,7 +55,7 @@ class ValidClaim(_Record):
 
 
 class DroppedClaim(_Record):
-    """A claim that `validate` dropped, with the reason. No later step uses it."""
+    """A claim that `validate` dropped, with the reason. The report lists the claim but doesn't use it."""
 
     claim: Claim
     reason: str
@@ -82,7 +82,11 @@ class Report(_Record):
 
 
 def _pipeline(workflow_id: str) -> Workflow:
-    """Build the pipeline with this workflow id. The id changes the version hash, and workers poll by version hash."""
+    """Build the pipeline with this workflow id.
+
+    Pipelines with different ids have different version hashes. Workers poll by version hash, so a worker of one
+    pipeline takes no steps of another pipeline.
+    """
     return (
         workflow(workflow_id, input=PipelineInput)
         .effect("research", Research)

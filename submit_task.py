@@ -173,9 +173,9 @@ class Session:
                 try:
                     return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
                 finally:
-                    # The session file is written in the background. If the answer to StartExecution has reported the
-                    # execution's end, the server is this project's. That server finds a call by its key, so the file
-                    # isn't needed: don't wait for it.
+                    # Wait until the session file is written, unless the answer to StartExecution reported the
+                    # execution's end. Only this project's server reports that end, and it also finds a call by its key.
+                    # So the call can be found without the session file.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -399,7 +399,10 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """After a fork, forget the loop, whose thread doesn't run here, and make a new lock: the old one may be held."""
+    """In a forked process, forget the loop, whose thread runs only in the parent, and make a new lock.
+
+    Another thread may have held the old lock at the fork.
+    """
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
 

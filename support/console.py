@@ -218,8 +218,8 @@ def _end_at_once(_number: int, _frame: FrameType | None) -> None:
 def let_ctrl_c_cancel() -> None:
     """Let Ctrl+C cancel the running task, as `asyncio.run` does since Python 3.11.
 
-    Python 3.10 cancels all tasks instead. It prints a traceback for each task that then ends with an error other than
-    CancelledError.
+    Only Python 3.10 needs this function: its `asyncio.run` would cancel all tasks, and print a traceback for each task
+    that then ends with an error other than CancelledError.
     """
     if sys.version_info < (3, 11):
         import asyncio

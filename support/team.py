@@ -25,7 +25,7 @@ ROLES = {
 def build_team(model: ModelChoice, researcher: Callable[[str, str, tuple[int, int]], AssistantAgent]) -> Team:
     """Build the team as an AutoGen GraphFlow.
 
-    `researcher` makes an agent from a name, a role and a share of the searches, such as (1, 2) for the first of two.
+    `researcher` makes an agent from a name, a role and a share of the searches. (1, 2) means share 1 of 2.
     """
     from autogen_agentchat.agents import AssistantAgent
     from autogen_agentchat.teams import DiGraphBuilder, GraphFlow

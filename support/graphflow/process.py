@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def end_with_parent() -> None:
-    """End this process at once when the parent process ends. Standard input closes at that moment."""
+    """End this process as soon as standard input closes: that shows that the parent process has ended."""
 
     def wait() -> None:
         with suppress(OSError):

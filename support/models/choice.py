@@ -55,7 +55,7 @@ class ModelChoice(BaseModel):
     def client(self, share: tuple[int, int] = (1, 1)) -> "ChatCompletionClient":
         """Return an AutoGen model client.
 
-        `share` is the part of a question's searches that the offline model makes: (1, 2) is the first of two parts.
+        `share` is the part of a question's searches that the offline model makes. (1, 2) means share 1 of 2.
         """
         if self.offline:
             from support.offline.model import OfflineModel
@@ -92,7 +92,7 @@ def _offline(why: str) -> ModelChoice:
 
 
 def _offline_topics() -> list[str]:
-    # Few questions need the topics, and reading pages is slow. So import the offline web only when it is needed.
+    # Import the offline web and read its pages only here: both are slow, and few questions need the topics.
     from support.offline.web import OfflineWeb
 
     return OfflineWeb().topics()

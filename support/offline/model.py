@@ -51,8 +51,8 @@ class Turn:
 class OfflineModel(ChatCompletionClient):
     """A chat client that answers by rules.
 
-    When no page covers a question, the model lists the topics that `topics` returns. A question's
-    searches may be divided among several models. With the `share` (1, 2), the model makes the first of two parts.
+    When no page covers a question, the model lists the topics that `topics` returns. If several models divide a
+    question's searches among them, `share` is this model's number, from 1, and the number of models.
     """
 
     component_type = "model"

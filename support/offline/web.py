@@ -36,7 +36,7 @@ B = 0.75
 TITLE_WEIGHT = 4  # a word in the title counts as this many occurrences in the text
 
 COVERED = 0.66  # a page covers a query if it holds this share of the query's words, by weight
-COVERED_LONG = 0.5  # the same share for a long query, in which some words don't matter
+COVERED_LONG = 0.5  # replaces COVERED for a long query: some words of a long query don't matter
 LONG_QUERY = 5  # a query of this many content words or more is long
 
 

@@ -58,7 +58,7 @@ def part_name(element: Element, name: str) -> str:
 
 
 def is_layout(table: Element) -> bool:
-    """Return whether the table only lays out parts of the page. The cells of such a table are not data."""
+    """Return whether the table only lays out parts of the page. The cells of a layout table are not data."""
     if table.attrs.get("role") in ("presentation", "none"):
         return True
     parts: list[Element] = []

@@ -47,8 +47,10 @@ from support.tools.web.html.tree import Element
 if TYPE_CHECKING:
     from bs4 import Tag
 
-MOST = 0.5  # an element that holds more than this share of a page's text is content
-NEARLY_ALL = 2 / 3  # a header that holds more than this share is content; other headers are dropped
+# A form is dropped unless it holds more than this share of the page's text. If `main` or the only article holds more
+# than this share of the text that is not dropped, the rest of the page is left out.
+MOST = 0.5
+NEARLY_ALL = 2 / 3  # a header, footer or aside is dropped unless it holds more than this share of the page's text
 MAX_LEVELS = 24  # levels of nested lists and quotes; a deeper list or quote counts as the last level
 MAX_TABLES = 4  # levels of nested tables; a row of a deeper table is a paragraph
 MAX_SPAN = 1_000  # columns that one cell may span, as in browsers
@@ -264,7 +266,7 @@ class SeenPage:
     def _new_list(self, name: str, place: Place) -> Tag:
         parent = place.container
         if place.items is not None and parent.name in ("ul", "ol"):
-            # If a list is directly within a list, put the inner list into the outer list's last item so far.
+            # If a list is directly within a list, put the inner list into the outer list's newest item.
             before = parent.contents[-1] if parent.contents else None
             parent = before if is_tag(before, "li") else self._new_item(parent, "")
         return self._text.new(LISTS[name], parent)
@@ -400,7 +402,7 @@ class SeenPage:
         if text is not None:
             self._add_text(f" {text.strip()} ", place)
         if element.name == "input":
-            self._enter(element.contents, place)  # in a formula, an element of this name may hold words
+            self._enter(element.contents, place)  # an `input` in a formula may hold words
 
     def _add_button(self, element: Element, place: Place) -> None:
         self._enter([" ", *element.contents, " "], place)

@@ -16,7 +16,7 @@ from support.tools.web.html.attributes import names
 from support.tools.web.html.style import Style
 
 MAX_SHEETS = 200_000  # characters of all sheets together; if there are more, no rule is read
-MAX_NESTING = 4  # levels of rules within rules, such as `@media`
+MAX_NESTING = 4  # levels of rules within rules, for example within `@media`; deeper rules are ignored
 MAX_CHECKS = 500_000  # comparisons of elements with rules; once they are used up, no rule is applied
 
 # The CSS properties that may hide an element. Opacity and the sizes of boxes are left out: a page may use them to hide
@@ -35,7 +35,11 @@ _COMBINATORS = (">", "+", "~")
 
 
 class _Selector(NamedTuple):
-    """A selector by name, id and classes; "" is any name or id. If not `exact`, the selector may match too much."""
+    """A selector by name, id and classes; "" is any name or id.
+
+    If not `exact`, these conditions are only a part of the page's selector: an element may meet them without being
+    selected.
+    """
 
     name: str
     id: str
@@ -73,7 +77,7 @@ class Sheets:
 
     def style_of(self, name: str, id_: str, classes: Iterable[str], inline: Style) -> Style:
         """Return the style of an element from the sheets and from its own `style` attribute."""
-        if not self._rules or name in ("html", "body"):  # if a sheet hides the body, a script shows it later
+        if not self._rules or name in ("html", "body"):  # a body that a sheet hides is shown later by a script
             return inline
         element = (name, id_, frozenset(classes))
         if element not in self._known:
@@ -186,7 +190,8 @@ def _selector(tokens: list[Any]) -> _Selector | None:
 def _specificity(tokens: list[Any]) -> tuple[int, int, int]:
     """Return the number of ids, the number of classes and similar conditions, and the number of names.
 
-    A selector with "&" ranks above all others.
+    The rank of a selector with "&" depends on the outer selector. Rank it above all others: it is unknown whether its
+    rule applies, so the values of its rule are unknown, and unknown values hide nothing.
     """
     if "&" in tokens:
         return (len(tokens), 0, 0)
