@@ -154,7 +154,7 @@ class Programs:
 
 
 def _kill(pid: int) -> None:
-    # The program may have just ended. The system doesn't give its id to another process so soon.
+    # The program may have just ended. Its id is safe to use: the system doesn't soon give it to another process.
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -185,7 +185,10 @@ class Bench:
         return self._lengths[shape]
 
     def ended_early(self, shape: str, seconds: float) -> None:
-        """Note that a run of this shape took only `seconds`. The first measurement was too long if the machine was busier."""
+        """Note that a run of this shape took only `seconds`.
+
+        If the machine was busier during the first measurement, the measured length was too long.
+        """
         self._lengths[shape] = min(self.length(shape), seconds)
 
     def _measured(self, shape: str, number: int) -> float:

@@ -88,7 +88,10 @@ def measure(folder: Path) -> dict[str, list[float]]:
 
 
 def differences(counts: dict[str, list[float]], *, risen: bool) -> list[str]:
-    """Return a line for each count that rose above its margin (`risen`), or fell by more than twice its margin."""
+    """Return a line for each count that rose by more than its margin.
+
+    Without `risen`, return a line for each count that fell by more than twice its margin.
+    """
     found = []
     for name, (*limits, margin) in COSTS.items():
         for kind, limit, count in zip(KINDS, limits, counts[name], strict=True):

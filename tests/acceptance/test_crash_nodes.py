@@ -72,7 +72,7 @@ def approve_all(stub: NexumServiceStub, over: threading.Event, approved: list[st
             try:
                 insist(stub.ApproveTask, request)
             except grpc.RpcError as error:
-                # An earlier call may have been carried out although its answer was lost.
+                # Accept this refusal: an earlier call may have approved the node, although its answer was lost.
                 if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
                     raise
             approved.append(one.execution_id)

@@ -70,7 +70,7 @@ def test_faults_of_connections_neither_lose_nor_change_nor_repeat_results(tmp_pa
                 gate.touch()
             time.sleep(choose.uniform(0, 0.06))
             KINDS[kind](proxy)
-            # Most time limits are longer than 2 s. The time that the server waits for a lost worker is shorter.
+            # The fault ends within 2 s, before most time limits. The server may wait for a lost worker for less time.
             time.sleep(choose.uniform(0.2, 2.0))
             proxy.release()
             fired[kind] += proxy.broken + proxy.held - before

@@ -230,7 +230,7 @@ def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
     assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
     # The offline web imports the tools' modules, as the live web does. The tools' modules don't import the offline web.
     assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()
-    # A client is imported when it is made, not when the model is chosen.
+    # The module of a model's client is imported when the client is made, not when the model is chosen.
     assert imported(MODULES["support.models.choice"], at_import_time=True) & {*MODULES} == {"support.models.vendors"}
 
 

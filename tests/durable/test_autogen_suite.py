@@ -39,7 +39,7 @@ def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not archives:
         pytest.skip(f"the package index did not give AutoGen's source distribution: {done.stderr.strip()[-200:]}")
     with tarfile.open(archives[0]) as archive:
-        # Python 3.14 filters by default; early releases of 3.10 and 3.11 have no filter.
+        # Choose the filter that Python 3.14 uses by default. Early releases of 3.10 and 3.11 have no filters.
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # type: ignore[arg-type]
     (found,) = folder.glob("*/tests")
     return found

@@ -347,7 +347,7 @@ async def test_tool_agent_calls_tools_once(shared_server: Server, happened: list
         to, schemas = AgentId("tools", "default"), [tool.schema for tool in tools]
         said = await tool_agent_caller_loop(runtime, to, model, list(QUESTION), schemas)
         await runtime.stop_when_idle()
-        # The ids of the calls differ in each run.
+        # Leave out the ids of the calls: they differ in each run.
         return [str(message.content) for message in said]
 
     await twice(shared_server, program, happened)

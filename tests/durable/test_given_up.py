@@ -195,7 +195,7 @@ async def test_retried_stream_has_same_message_ids_in_replay(shared_server: Serv
 
     found = await twice(shared_server, program, happened)
     assert len(happened) == 5
-    # The ids: one of the task, three of the first turn (its attempts that streamed pieces), and one of the second turn.
+    # The task has one id, and the second turn has one. In the first turn, three attempts streamed pieces: three ids.
     assert len({message for _, message in found}) == 5
     assert [said for said, _ in found if said in ("one ", "three ")] == ["one ", "three "]
 

@@ -111,7 +111,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
     async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
         started = await start(self, workflow, input, **more)
         if getattr(input, "position", "") == "reply/0/tool/1":
-            begun.set()  # the server has begun the call, and its answer is slow
+            begun.set()  # the server has begun the call: hold back its answer
             await hold.wait()
         return started
 

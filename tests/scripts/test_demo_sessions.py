@@ -94,7 +94,8 @@ def test_the_two_counts_at_the_end_of_a_run_agree(tmp_path: Path, address: str) 
     assert counted is not None
     executed, cached, attached = map(int, counted.groups())
     assert cached > 0
-    # When the run died, one call's result was on the server and not in the session: the new run finds it cached.
+    # When the first run died, the server had one call's result, and the session did not. So the new run finds this
+    # result cached.
     assert int(live) + int(replayed) == executed + attached + cached
     assert int(live) >= executed + attached
 

@@ -98,7 +98,8 @@ def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: P
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")
-    assert pipelines(tmp_path, server.address) == []  # `pipelines` returns only offline pipelines
+    # This pipeline used a model. `pipelines` returns only offline pipelines.
+    assert pipelines(tmp_path, server.address) == []
 
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])

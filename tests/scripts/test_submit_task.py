@@ -145,7 +145,8 @@ def test_one_event_loop_after_the_other_can_be_used(tmp_path: Path) -> None:
     assert len(effects(tmp_path / "log")) == 2
 
 
-# Run these programs in separate processes: gRPC keeps all event loops alive while one of them has a connection.
+# Run these programs in separate processes. In this process, another test may have a connection open, and while one
+# event loop has a connection, gRPC keeps all event loops alive.
 @pytest.mark.every_python
 @pytest.mark.parametrize(
     ("program", "left"), [(MANY_LOOPS, "LOOPS 1"), (MANY_SESSIONS, "THREADS 0")], ids=["loops", "sessions"]

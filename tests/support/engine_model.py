@@ -439,7 +439,7 @@ class Model:
     def _wait(self, node: Node) -> None:
         node.status = "WAITING"
         if node.kind == "TIMER":
-            node.due = self.now + 1 + round(1000 * node.spec["delay_seconds"])  # the clock's time is rounded down
+            node.due = self.now + 1 + round(1000 * node.spec["delay_seconds"])  # + 1, because `now` is rounded down
             if not node.spec["delay_seconds"]:
                 self._complete(node, self._timer_output(node))
         elif node.kind == "EVENT":

@@ -173,7 +173,7 @@ def test_every_byte_of_an_encoding_of_single_bytes_is_that_of_the_standard(
 # Bytes that are not text. "?" stands for U+FFFD.
 
 BYTES = {
-    # One U+FFFD replaces the valid bytes of an incomplete character. One replaces a byte that begins no character.
+    # Together, the valid bytes of an incomplete character become one U+FFFD. So does a byte that begins no character.
     "utf-8": [
         ("c0 af", "??"),
         ("e0 80 80", "???"),

@@ -1,4 +1,4 @@
-"""Attack URLs with the real address policy. Every name resolves to loopback, where a server counts connections."""
+"""URLs of attacks, with the real address policy. Every name resolves to loopback, where a server counts connections."""
 
 from __future__ import annotations
 

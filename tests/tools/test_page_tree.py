@@ -305,7 +305,7 @@ CASES = {
         ("<script src=x/>no</script>one", "one"),
         ("<noframes><frameset></noframes>one", "one"),
     ],
-    # Comments, and what counts as one
+    # Comments, and what counts as a comment
     "comments": [
         ("one<!-- no -->two", "onetwo"),
         ("one<!--no--!>two", "onetwo"),

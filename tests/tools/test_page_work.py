@@ -1,7 +1,8 @@
 """The work for a page is linear in the page's size.
 
-These tests count the calls of functions and patterns for a page and for one of four times its size; they measure no
-time. The counts leave out a pattern's own work, so each pattern is also checked for quadratic repeats.
+These tests measure no time. They count the calls of functions and patterns, once for a page and once for a page of four
+times the size. The work inside a pattern is not counted. So each pattern is also checked for repeats that make its work
+quadratic.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def test_no_pattern_has_two_adjacent_repeats_of_the_same_characters(module: str,
 
 
 def repeated_neighbours(pattern: str) -> list[str]:
-    """Return, for each pair of adjacent unbounded repeats of a pattern, the characters that both accept."""
+    """Return, for each pair of adjacent unbounded repeats in a pattern, the characters that both repeats accept."""
     parts = re.findall(r"(\[(?:\\.|[^\]\\])+\]|\\?.)([*+])(?=(\[(?:\\.|[^\]\\])+\]|\\?.)[*+])", pattern)
     candidates = " \t\n\f\r/=>abc019\"'-<"
     return [
