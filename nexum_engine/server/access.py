@@ -115,7 +115,7 @@ class Tokens:
         except InvalidRequest as error:
             logger.error("the former tokens stay valid, because the changed file is wrong: %s", error)
             return
-        # Without this, a poll that waits could still get a task.
+        # Cancel the calls whose token was removed: otherwise, a waiting poll could still get a task.
         for call in [call for call, digest in self._running.items() if digest not in self._holders]:
             del self._running[call]
             call.cancel()
@@ -190,7 +190,8 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 class Gate(grpc.aio.ServerInterceptor):
     """An interceptor that refuses calls without a valid token before it reads them.
 
-    If a token is removed, its calls that are under way are refused, and its streams at their next message.
+    If a token is removed, the calls that use it are refused, even those under way. A stream that uses it is refused at
+    its next message.
     """
 
     def __init__(self, tokens: Tokens, abort: Abort) -> None:

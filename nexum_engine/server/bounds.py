@@ -38,7 +38,7 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
-MAX_SMALL_REQUEST_BYTES = 256 * 1024
+MAX_SMALL_REQUEST_BYTES = 256 * 1024  # the largest request without a payload
 MAX_REQUEST_BYTES = MAX_PAYLOAD_BYTES + 1024 * 1024
 """The largest request with a payload.
 
@@ -47,7 +47,7 @@ It is above the limit of a payload, so that a slightly too large payload gets th
 PAYLOAD_READERS, READERS = 12, 24
 """How many requests with a payload, and how many requests without one, are read at the same time."""
 READ_PATIENCE = 1.0  # seconds that a request may take to arrive while other requests wait
-REQUEST_BUDGET = 192 * 1024 * 1024
+REQUEST_BUDGET = 192 * 1024 * 1024  # bytes of memory for all requests above SMALL_BYTES
 REQUEST_COPIES = 6
 """A request takes this many times its size in memory: as a message, as text, parsed, and as a parameter of SQL."""
 MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
@@ -55,8 +55,8 @@ MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
 
 There is a limit, because a waiting request is already in memory.
 """
-ANSWER_BUDGET = 256 * 1024 * 1024
-ANSWER_COPIES = 3
+ANSWER_BUDGET = 256 * 1024 * 1024  # bytes of memory for all answers above SMALL_BYTES
+ANSWER_COPIES = 3  # an answer takes this many times its size in memory
 ANSWER_PATIENCE = 5.0  # seconds to wait for a share of the answers' budget
 ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 
@@ -88,7 +88,8 @@ class Budget:
     async def take(self, units: int, patience: float | None = None) -> int:
         """Take `units`, or the whole budget if it is smaller. Return the number to pass to `give`.
 
-        Raises Overloaded if the waiting calls want too many units, and after a wait of `patience` seconds.
+        Raises Overloaded if the waiting calls together want too many units, or if the units are not free within
+        `patience` seconds.
         """
         units = min(units, self._total)
         if not self._waiting and units <= self._free:

@@ -164,7 +164,8 @@ class Polls:
     def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
         """Update the number of due tasks after a claim.
 
-        Claims are counted in the order of their transactions. So the number is never too low.
+        Claims are counted in the order of their transactions. Otherwise a claim that found no task could set the number
+        to 0 before an earlier claim subtracts its task, and the number would become too low.
         """
         if done.cancelled() or done.exception() is not None:
             return

@@ -51,7 +51,8 @@ _OPTIONS = (
     # If calls arrive faster than they are read, let all of them wait: by default, gRPC cancels some.
     ("grpc.server.max_pending_requests", MAX_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
-    # Don't let gRPC widen its flow-control windows: it then buffers little of a request that is not read yet.
+    # Don't let gRPC widen its flow-control windows: with small windows, it buffers little of a request that is not
+    # read yet.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
 )
@@ -166,7 +167,7 @@ async def run_server(
 
 
 def _is_free(address: str) -> bool:
-    """Return whether a server can listen on the address. Try a socket, because gRPC prints an error if it can't."""
+    """Return whether a server can listen on the address. Try a socket: gRPC prints an error for a taken address."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:

@@ -192,7 +192,7 @@ class NexumServicer(NexumServiceServicer):
         self._polls.task_ready(task)
         starting.add_done_callback(self._started)
         started = await asyncio.shield(starting)
-        # Don't let a call with a large input wait for the end: its request would stay in memory.
+        # If the input is large, don't wait for the execution's end: the request would stay in memory until then.
         ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,

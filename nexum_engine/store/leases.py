@@ -72,8 +72,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
-    # Losses are counted, because a task that kills one worker after another must fail in the end. An owned node is
-    # never handed to workers, so its losses don't count.
+    # Count losses, because a task that kills one worker after another must fail in the end. Don't count an INTERRUPTED
+    # attempt, because its task did not end it. Don't count the losses of an owned node: it is never handed to workers.
     return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
 
 

@@ -93,7 +93,7 @@ class PostgresStore(GroupCommitStore):
         self._server = server
         self._channel = channel_of(connection)
         self._news_until = time.monotonic() + NEWS_SECONDS
-        """News are sent until this time. While no other server is alive, none are sent, because they delay commits."""
+        """The time until which news is sent. While no other server is alive, none is sent: it would delay commits."""
         self._others: OtherServers | None = None
 
     @classmethod
@@ -229,7 +229,7 @@ class PostgresStore(GroupCommitStore):
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
-                    is_sent = kind is not Kind.SNAPSHOT  # a reading may run again
+                    is_sent = kind is not Kind.SNAPSHOT  # once COMMIT is sent, only a reading may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
                 return outcomes

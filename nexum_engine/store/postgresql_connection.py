@@ -21,7 +21,8 @@ MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
 NOTIFICATION_SECONDS = 5.0
 """How long a notification may take to arrive when a database is opened."""
-MIGRATION_LOCK = 0x4E58554D  # the same number as SQLite's application_id
+MIGRATION_LOCK = 0x4E58554D
+"""The advisory lock that a server holds while it creates or updates the tables."""
 
 Connection = psycopg.Connection[dict[str, Any]]
 
@@ -50,7 +51,7 @@ def set_types(connection: psycopg.Connection[Any]) -> None:
 def _settings(url: str) -> dict[str, Any]:
     """Return the default settings of a connection, except those that the URL sets.
 
-    With the default timeouts, a connection soon notices that the network is lost.
+    The timeouts among these settings are short, so that a connection soon notices that the network is lost.
     """
     defaults = {
         "application_name": "nexum",

@@ -7,12 +7,13 @@ import re
 from nexum_engine.store.db import load_queries
 
 _LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
-"""By query of queries.sql: the text that is added so that the query locks the rows that it finds."""
+"""By query of queries.sql: the text that `dialect` adds. It makes the query lock the rows that it finds."""
 _BY_SERVER = ("take_task", "renew_lease", "resume_node")
 """The statements that also store that the attempt's worker is connected to this server."""
 _OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
+"""The statements that must not change the leases of workers that are connected to another live server."""
 _NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
-"""The condition that is added to the statements of _OF_NO_OTHER. It excludes the workers of other live servers."""
+"""The condition that `dialect` adds to the statements of _OF_NO_OTHER."""
 
 
 def dialect() -> dict[str, str]:

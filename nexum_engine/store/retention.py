@@ -23,9 +23,12 @@ from nexum_engine.workflow import check_id
 
 MAX_EXECUTIONS = 200
 MAX_SECONDS = 0.005
-"""A transaction ends after this many executions, or after this time. But it never deletes only a part of a session."""
+"""A transaction ends after MAX_EXECUTIONS executions or MAX_SECONDS. But it never deletes only a part of a session."""
 PAGE = 20
-"""How many executions are read at once. An input may have 16 MB, and SQLite reads it to reach the columns behind it."""
+"""How many executions are read at once.
+
+The number is small, because SQLite also reads the inputs (up to 16 MB each) to reach the columns behind them.
+"""
 _SEPARATORS = "/:"
 _SESSION = re.compile(rf"([^{_SEPARATORS}]+)[{_SEPARATORS}]")
 _DELETIONS = (

@@ -228,7 +228,7 @@ class DatabaseFile:
         """Commit the transaction. Raises FilesLost if the path doesn't name the files that hold the transaction."""
         stamp = self._stamp
         if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
-            # The log was copied into the file, so this transaction starts the log again.
+            # The log was copied into the file, so this transaction starts the log again. Each log needs a new stamp.
             stamp = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
             self.connection.execute("UPDATE log_stamp SET stamp = ?", (stamp.encode(),))
         self.connection.execute("COMMIT")
@@ -605,8 +605,8 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
             done,
             done + len(scripts),
         )
-    # A script may drop large tables: SQLite must neither check the references to each row nor overwrite the row. The
-    # cache holds the indexes in which the script looks up each row.
+    # A script may drop large tables. To save time, let SQLite neither check the references to each row nor overwrite
+    # the row, and let the cache hold the indexes in which the script looks up each row.
     settings = {"foreign_keys": 0, "secure_delete": 0, "cache_size": -256_000}
     before = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in settings}
     for name, value in settings.items():
@@ -732,8 +732,8 @@ def restore(path: Path, backup: Path) -> Path | None:
             former = _set_aside(path)
             new.replace(os.path.realpath(path))
             if former is not None and _size(log_of(path)):
-                # If the process is killed before the next line, the log beside the new file doesn't belong to it. No
-                # server uses such a log.
+                # If the process is killed before the next line, the former database's log is beside the new file. The
+                # log doesn't belong to the new file, so no server uses it.
                 log_of(path).replace(log_of(former))
             sync_folder(path)
         except (sqlite3.Error, OSError) as error:

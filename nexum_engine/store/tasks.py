@@ -173,11 +173,11 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
 
 
 def _key_of(execution: Row, node_id: str) -> str:
-    """Return the idempotency key of a node's tasks: the same for every attempt."""
+    """Return the idempotency key of a node's tasks. All attempts at the node have the same key."""
     key = execution["idempotency_key"]
     if key:
         return f"{execution['workflow_id']}:{key}:{node_id}"
-    # If the caller gave no key, make one in the same format as a published Nexum server (docs/wire.md).
+    # If the caller gave no key, make one in the format that published Nexum servers use (docs/wire.md).
     return f"{execution['execution_id']}:{node_id}:{execution['version_hash']}"
 
 
@@ -244,7 +244,7 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
 
 
 def _for_newest(row: Row) -> Row:
-    """Return the newest attempt if the attempt in `row` may report a result in its place, else `row`.
+    """Return the newest attempt if the result of the attempt in `row` counts as the newest attempt's, else `row`.
 
     A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
     its lease. If the same worker then gets the task again, the worker's first result counts. If only the result of the
@@ -259,7 +259,8 @@ def _for_newest(row: Row) -> Row:
 def _check_may_report(row: Row) -> None:
     """Raise StaleTask (fencing) unless the attempt in `row` may report.
 
-    Only the newest attempt at a node may report, once, while the execution is running. `_for_newest` is an exception.
+    Only the newest attempt at a node may report, once, while the execution is running. `_for_newest`
+    allows one more case.
     """
     what = f"attempt {row['attempt']} at node {row['node_id']!r} of execution {row['execution_id']}"
     if row["execution_status"] != ExecutionStatus.RUNNING:
