@@ -185,7 +185,7 @@ class Bench:
         return self._lengths[shape]
 
     def ended_early(self, shape: str, seconds: float) -> None:
-        """Note that a run of this shape took only `seconds`. The first measurement was too long if the machine was busier."""
+        """Note that a run took only `seconds`: `length` may have measured this shape on a busier machine."""
         self._lengths[shape] = min(self.length(shape), seconds)
 
     def _measured(self, shape: str, number: int) -> float:

@@ -36,7 +36,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 async def silent(url: str, lost: list[Any]) -> AsyncIterator[Store]:
-    """A store that plays another server, whose news are lost."""
+    """A store that acts as another server, whose news never arrives."""
     store = await open_store(url, SystemClock())
     yield store
     await store.close()
