@@ -28,7 +28,7 @@ def url(empty_postgres_database: Callable[[], str]) -> str:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list to which this process adds its news, instead of sending them to other servers."""
+    """A list to which this process adds its news, instead of sending it to other servers."""
     news: list[Any] = []
     monkeypatch.setattr(postgresql, "send", lambda *args: news.append(args[-1]))
     return news
