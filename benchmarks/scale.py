@@ -49,9 +49,9 @@ from workflow import TOOL_CALL  # noqa: E402
 PARTS = ("servers", "history", "waiting")
 IN_FLIGHT = 64
 BLOCK = 10  # calls on one database, before the next database has its turn
-GOAL = 1.5
+GOAL = 1.5  # a median is at most this many times the median with the fewest executions
 CLIENTS = 10  # clients whose calls wait; each client has one connection
-WAIT = 25.0  # seconds
+WAIT = 25.0  # seconds that each call waits
 FILL = {
     "executions": (
         "sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms",

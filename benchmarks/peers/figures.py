@@ -26,6 +26,7 @@ class Durable:
     syncs: float
     """How many fsyncs all processes completed, divided by the number of calls."""
     files: list[str]
+    """The names of the files with an fsync during the calls."""
 
     @staticmethod
     def of(calls: Sequence[Call], syncs: Sequence[tuple[float, float, str]]) -> Durable:
@@ -61,6 +62,7 @@ class Row:
     rates: list[float] = field(default_factory=list)
     replays: list[float] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
+    """For each replay, how many calls were not executed again."""
     recoveries: list[float] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)

@@ -23,8 +23,8 @@ from peers.base import FOLDER, Peer, Settings
 BENCHMARKS = Path(__file__).resolve().parent.parent
 PATIENCE = 60.0  # seconds that a process may take to start or to end
 CALL_PATIENCE = 600.0  # seconds that a caller may take for a command
-LOOK_INTERVAL = 0.002  # seconds
-LOG_BYTES = 4096
+LOOK_INTERVAL = 0.002  # seconds between two looks for a file
+LOG_BYTES = 4096  # how much of the end of a log is read to find its last line
 
 
 class PeerFailed(Exception):

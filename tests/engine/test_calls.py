@@ -363,7 +363,7 @@ for _ in range(400):
 
 @pytest.mark.parametrize("program", [UNCLOSED, CLOSED], ids=["unclosed", "closed"])
 async def test_a_client_prints_nothing_when_its_event_loops_end(server: EngineServer, program: str) -> None:
-    """Without precautions, grpcio reports the end of an operation to a closed loop, and prints a traceback in the next."""
+    """Without precautions, grpcio reports an ended operation to a closed loop. The next loop prints a traceback."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
     )

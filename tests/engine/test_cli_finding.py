@@ -195,7 +195,7 @@ def test_terminal_is_redrawn_in_place(tmp_path: Path, server: Server, stub: Nexu
             process.send_signal(2)
         assert process.wait(20) == (130 if command == "ps" else 1)
     os.close(ours)
-    # Each redrawing begins where the previous one began. It ends with wrapping on, and with the cursor below the text.
+    # Each redrawing begins where the previous one began, and ends with wrapping on and the cursor below the text.
     drawn = seen.decode().split("\x1b[?7l")
     height = [one.count("\n") for one in drawn[1:]]
     for before, (one, following) in zip(height, itertools.pairwise(drawn[1:]), strict=False):

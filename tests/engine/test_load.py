@@ -42,7 +42,7 @@ def test_full_queue_refuses_new_executions_only(tmp_path: Path) -> None:
         details, trailing = full(lambda: start(stub, idempotency_key="k3"))
         assert details.startswith("at least 3 tasks wait for workers, which is the limit of this server (--max-queue)")
         assert (trailing["nexum-error"], trailing["grpc-retry-pushback-ms"]) == ("Overloaded", "1000")
-        # A start still finds an execution that exists. An execution that needs no worker is still started.
+        # The full server still finds an existing execution, and still starts an execution that needs no worker.
         assert start(stub, idempotency_key="k0") == first
         request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="1", owner="me", idempotency_key="own")
         assert stub.StartExecution(request, timeout=20).task.has_task
@@ -75,7 +75,7 @@ async def test_client_waits_with_jitter_and_starts_when_there_is_room(
             task = await asyncio.to_thread(poll, stub, "worker", ONE.version_hash)
             await asyncio.to_thread(complete, stub, task)
             assert not (await asyncio.wait_for(waiting, 20)).existing
-            async with Owner(client) as owner:  # the server is not silent meanwhile
+            async with Owner(client) as owner:  # the full server still answers heartbeats
                 assert owner.is_holding
     assert all(0.5 <= pause <= 1.5 * 2**number for number, pause in enumerate(pauses))
 

@@ -28,7 +28,7 @@ def url(empty_postgres_database: Callable[[], str]) -> str:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list to which this process adds its news, instead of sending them to other servers."""
+    """A list to which this process adds its news, instead of sending it to other servers."""
     news: list[Any] = []
     monkeypatch.setattr(postgresql, "send", lambda *args: news.append(args[-1]))
     return news
@@ -36,7 +36,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 async def silent(url: str, lost: list[Any]) -> AsyncIterator[Store]:
-    """A store that plays another server, whose news are lost."""
+    """A store that acts as another server, whose news never arrives."""
     store = await open_store(url, SystemClock())
     yield store
     await store.close()

@@ -165,7 +165,7 @@ def test_cancelled_timer_does_not_complete(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"wait": node("TIMER", delay_seconds=0.5)})
     stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
     later = start(stub)
-    assert ended(stub, later).status == "COMPLETED"  # this timer began later, so the first timer's time is over
+    assert ended(stub, later).status == "COMPLETED"  # the cancelled timer began earlier, so its time is over, too
     assert status(stub, execution_id) == ("CANCELLED", {})
     assert statuses(stub, execution_id) == {"wait": "CANCELLED"}
 

@@ -255,7 +255,7 @@ async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: M
     assert await prune(store, session="s") == Pruned(kept=7)
     assert await ids(store) == {*session, tool_call, run.execution_id}
 
-    # The run has ended, but not long ago.
+    # The run ends now. Because this is not long ago, the whole session is kept.
     await store.run(tasks.complete_task, run.task.task_id, '"done"')
     assert await prune(store) == Pruned(kept=6)
     assert not others & await ids(store)

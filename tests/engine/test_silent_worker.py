@@ -122,7 +122,7 @@ async def test_stopped_worker_runs_task_once_that_came_while_it_was_stopped(tmp_
     log = tmp_path / "log"
     with counting_worker(tmp_path, server.address) as worker:
         async with NexumClient(server.address) as client:
-            # Once one task has run, all slots poll.
+            # Run one task first: after it, all slots of the worker poll.
             assert (await client.start_execution(TOOL_CALL, count_effect(log, 0), wait=SOON)).ended is not None
             with stopped(worker.popen.pid):
                 ids = [

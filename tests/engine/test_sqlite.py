@@ -171,8 +171,8 @@ async def test_read_only_file_is_refused_in_one_line(tmp_path: Path) -> None:
 async def test_newer_schema_in_write_ahead_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nexum.db"
     await (await opened(path)).close()
-    # A newer server may be killed before SQLite copies its log into the file. Then the file's header still has the
-    # older version. This program leaves such files.
+    # If a newer server is killed before SQLite copies the log into the file, the log has the newer schema version, and
+    # the file's header still has the older one. This program leaves the same two files.
     program = (
         "import os, sqlite3; c = sqlite3.connect('nexum.db'); c.execute('PRAGMA journal_mode = WAL');"
         "c.execute('PRAGMA user_version = 99'); own = c.execute('SELECT stamp FROM log_stamp').fetchone()[0][:16];"
@@ -415,7 +415,7 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
     assert [type(one) for one in outcomes] == [StoreUnavailable] * 3
     assert told == [None]
     assert not store.failed.done()
-    # The limit belonged to the old connection: the store has opened a new one.
+    # The store has opened a new connection, which has no limit of pages.
     assert [one.execution_id for one in await store.run(listing.list_executions, "", "", 20)] == [kept]
     assert (await store.run(executions.start_execution, "w", "v1", large, "")).execution_id
     await store.close()

@@ -104,7 +104,7 @@ SURVIVORS = {
     "the file is moved": "moved.db",
     "the folder is moved": "moved/nexum.db",
 }
-"""Some of the changes, each with the file that still has everything acknowledged after the change."""
+"""The changes after which one file still has every acknowledged execution, each with the name of that file."""
 
 
 @posix
@@ -261,7 +261,8 @@ async def test_log_that_does_not_belong_to_the_file_is_refused(tmp_path: Path) -
 async def test_file_of_an_interrupted_checkpoint_is_read_with_its_log(tmp_path: Path) -> None:
     database = tmp_path / "nexum.db"
     acknowledged = kill_after(database, *range(200))
-    # A checkpoint copies the pages in order. The first page has the new size of the database.
+    # Write only the first page, as an interrupted checkpoint does: it copies the pages in order. This page has the new
+    # size of the database, so the file is now shorter than its first page says.
     shutil.copytree(tmp_path, tmp_path / "copied")
     with sqlite3.connect(tmp_path / "copied" / "nexum.db") as copied:
         copied.execute("PRAGMA wal_checkpoint(TRUNCATE)")

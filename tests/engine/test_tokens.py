@@ -196,7 +196,7 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
 async def test_client_that_searches_does_not_use_a_server_with_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client without an address waits for its folder's server. A run, however, opens the database itself."""
+    """The client raises ServerUnavailable: its folder's server may start later. A run opens the database itself."""
     for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEXUM_TOKEN", USE)
