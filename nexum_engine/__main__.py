@@ -6,7 +6,7 @@
     python -m nexum_engine cancel EXECUTION       cancel an execution
     python -m nexum_engine retry EXECUTION        continue a FAILED execution at its failed node
     python -m nexum_engine approvals              list the nodes that wait for a person's approval
-    python -m nexum_engine approve EXECUTION NODE complete such a node; reject fails it
+    python -m nexum_engine approve EXECUTION NODE complete a node that waits; reject fails it
     python -m nexum_engine send EXECUTION NAME    send an event to an execution
     python -m nexum_engine prune --older-than 30d delete executions that ended long ago
     python -m nexum_engine backup FILE            write a copy of the database to a file
@@ -16,7 +16,7 @@
 If the package is installed, `nexum` is the same command.
 
 The commands ask the server that has this folder's database open, else the server on the default port. If neither
-answers, they open the database themselves, so they work after a demo has ended. With --database-url, they open that
+answers, they open the database themselves, so they also work without a server. With --database-url, they open that
 database and ask no server.
 """
 
@@ -244,10 +244,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(str(error))
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError):  # a closed pipe (`| head`) needs no message
             _complain(in_words(error))  # for example, the disk is full
-        # Discard the rest of the output, which Python would otherwise try to write at exit. A closed pipe (`| head`)
-        # needs no message.
+        # Discard the rest of the output. Otherwise, Python would try to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -480,7 +480,7 @@ class NexumClient:
         `overwrite` is false, and InvalidRequest if the file can't be written.
         """
         await self.reach()
-        # Open a separate channel: on the stream that calls share, a call has only one answer.
+        # Open a separate channel: a backup has many answers, and a call on the shared stream has only one.
         channel = Channel(*self.route(), purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
@@ -564,7 +564,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         execution_id=answer.execution_id,
         node_id=answer.node_id,
         node_type=answer.node_type,
-        # A published server sends no version and no attempt number. The task is of the one version that the poll named.
+        # A published server sends no version and no attempt number. A poll of such a server names only one version.
         version_hash=answer.version_hash or version_hashes[0],
         attempt=answer.attempt or 1,
         idempotency_key=answer.idempotency_key,

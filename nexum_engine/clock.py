@@ -21,7 +21,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """A clock that starts at the system's time and never jumps, so no correction of that time makes a lease expire."""
+    """A clock that starts at the system's time. Later corrections of the system's time don't make a lease expire."""
 
     def __init__(self) -> None:
         self._offset_ns = time.time_ns() - time.monotonic_ns()
@@ -61,8 +61,8 @@ class ManualClock:
 async def wait_until_set(event: asyncio.Event, seconds: float) -> bool:
     """Wait until the event is set, but at most `seconds`. Return whether it is set.
 
-    On Python 3.10 and 3.11, asyncio.wait_for loses a cancellation that comes in the same turn of the event loop as the
-    result: the cancelled task would run on.
+    Use this function instead of asyncio.wait_for. On Python 3.10 and 3.11, asyncio.wait_for loses a cancellation that
+    comes together with the result, so the cancelled task would run on.
     """
     waiting = asyncio.ensure_future(event.wait())
     try:

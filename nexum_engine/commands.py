@@ -361,7 +361,7 @@ async def watch(args: argparse.Namespace) -> int:
             if code is not None:
                 return code
         is_first = False
-        # An embedded server ends with its run. Don't keep the database open: the next run opens it.
+        # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
         screen.note("no server answers: waiting for one (Ctrl+C ends this)")
         await asyncio.sleep(WATCH_INTERVAL)
 

@@ -36,7 +36,7 @@ DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
-MAX_PAUSE = 20.0  # the longest pause, in seconds, between two calls to an overloaded server; a random factor changes it
+MAX_PAUSE = 20.0  # the longest pause between calls to an overloaded server, in seconds, without the random factor
 MAX_SERVER_WAIT = 25.0  # the longest wait, in seconds, that a call requests; the server allows more
 
 Request = TypeVar("Request")
@@ -121,7 +121,8 @@ class Connection:
 
     def _connect(self, target: str, metadata: Metadata) -> None:
         self._metadata = metadata
-        # Keep earlier channels open: closing a channel would cancel its calls. The last one is for the present server.
+        # Put the channel to the present server at the end of the list. Keep the other channels open: closing a channel
+        # would cancel its calls.
         known = next((channel for channel in self._channels if channel.target == target), None)
         others = [channel for channel in self._channels if channel is not known]
         self._channels = [*others, known or Channel(target, metadata, self._security)]

@@ -101,7 +101,7 @@ class EmbeddedNexum:
         self.address = address or os.environ.get("NEXUM_ADDRESS") or ""
         """The server's address for NexumClient or --nexum: HOST:PORT, or the path of the server's database."""
         self.is_published = False
-        """Whether the server is a published Nexum server: one that isn't this project's, and lacks its additions."""
+        """Whether it is a published Nexum server: one that isn't this project's and lacks this project's additions."""
         self._needs_owners = owners
         self._worker_scripts = workers
         self._workers: dict[Path, Child] = {}
@@ -186,8 +186,8 @@ async def _first_answer(client: NexumClient) -> None:
     """Wait until a Nexum server answers.
 
     Raises ServerUnavailable if nothing listens on the address. Raises NotANexumServer if a program listens there but
-    doesn't answer as a Nexum server within FIRST_ANSWER. gRPC alone would wait much longer, and would raise the same
-    error in both cases.
+    doesn't answer as a Nexum server within FIRST_ANSWER. Without these checks, a gRPC call would wait much longer,
+    and would raise the same error in both cases.
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + FIRST_ANSWER * (1 + client.address.count(","))  # every named server gets this time

@@ -51,7 +51,7 @@ class TooLarge(InvalidRequest):
 
 
 class Overloaded(NexumError):
-    """The server's memory for calls is in use, or too many tasks wait for workers: retry after some time."""
+    """The server's memory for calls is used up, or too many tasks wait for workers: retry after some time."""
 
     def __init__(self, message: str, retry_after: float = 0.1) -> None:
         super().__init__(message)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
 MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
-# At the start of a stream, and after a call of `beat`, at most this many seconds pass between two heartbeats. If a
-# worker disconnects, the server waits for longer than this before it reassigns the worker's tasks.
+# At most this many seconds pass between the first two heartbeats of a stream, and between a heartbeat that `beat` sends
+# and the next one. The server waits longer than this before it reassigns the tasks of a disconnected worker.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
@@ -100,8 +100,8 @@ class Heartbeat:
         self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
 
-        # The program's event loop and the heartbeat loop both use the attributes below. The lock guards `_held` and
-        # `_questions`.
+        # The program's event loop and the heartbeat loop both use the attributes below. The lock guards `_held`,
+        # `_progress` and `_questions`.
         self._lock = threading.Lock()
         self._held: set[str] = set()
         self._progress: dict[str, str] = {}
@@ -159,7 +159,7 @@ class Heartbeat:
     async def may_begin(self, task_id: str, requested: float) -> bool:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
 
-        The process reads the answer to a poll late if the event loop was blocked, or if the whole process was stopped.
+        If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
         Meanwhile, the server may have given the task to another worker.
         """
         if self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:

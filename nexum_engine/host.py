@@ -70,7 +70,7 @@ class Host:
         self.ready: Future[None] = Future()
         self.ended: Future[None] = Future()
         self.is_published = False
-        """Whether the server is a published Nexum server: one that isn't this project's, and lacks its additions."""
+        """Whether it is a published Nexum server: one that isn't this project's and lacks this project's additions."""
         self.is_here = False
         """Whether the server runs in this process."""
         self.address = ""
@@ -223,7 +223,7 @@ class Host:
                 await self._serve(why)
                 return
             except (StoreLocked, ServerError):
-                # A server that holds the database or the port may be ending, or another process may start a server.
+                # Retry for PATIENCE seconds: the server that holds the database or the port may be ending.
                 if loop.time() - begun > PATIENCE:
                     raise
                 if loop.time() - begun > SLOW_START and not is_explained:

@@ -35,7 +35,7 @@ def _check_count(text: str, what: str) -> None:
     if len(text) <= MAX_VALUES or _structure(text) <= MAX_VALUES:
         return
     # Count only the commas and brackets outside of strings. Without escapes, a quote begins or ends a string. So if the
-    # text is split at the quotes, every second part is a string.
+    # text is split at the quotes, the parts with an odd index are strings.
     text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 2 * MAX_VALUES or sum(map(_structure, text.split('"')[::2])) > MAX_VALUES:
         raise TooLarge(f"{what} has more than {MAX_VALUES:,} values: put them into a file, or into one string")

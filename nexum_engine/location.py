@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, quote, unquote
 from nexum_engine.errors import StoreRefused
 
 DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
-_REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # the number of tries, and the seconds between two of them
+_REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 

@@ -50,11 +50,11 @@ def duration(text: str) -> float:
 
 
 def moment(text: str) -> int:
-    """Read a time: an age (30s, 15m, 2h, 7d) or a date, with or without a time. Return milliseconds since 1970."""
+    """Read a time: an age (30s, 15m, 2h, 7d), a date, or a date with a time of day. Return ms since 1970."""
     with contextlib.suppress(argparse.ArgumentTypeError):
         return max(round((time.time() - duration(text)) * 1000), 1)
     with contextlib.suppress(ValueError, OverflowError, OSError):
-        # Python 3.10 does not read the "Z" of UTC.
+        # Python 3.10 can't read a "Z", which stands for UTC.
         return max(round(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000), 1)
     raise argparse.ArgumentTypeError(
         f"{_shown(text)} is not a time: give an age (30s, 15m, 2h, 7d) or a date (2026-01-31, 2026-01-31T12:00)"

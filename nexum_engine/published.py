@@ -19,7 +19,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus
 from nexum_engine.wire import nexum_pb2 as pb
 
 logger = logging.getLogger(__name__)
-"""The client logs its warning about a published server here. A program with a notice of its own can turn it off."""
+"""The client logs its warning about a published server here. A program with its own warning can turn the logger off."""
 _OUTPUTS = TypeAdapter(dict[str, Any])
 
 

@@ -56,9 +56,9 @@ class Outcome(str, Enum):
     FAILED = "FAILED"
     """The worker reported a failure."""
     LOST = "LOST"
-    """The worker's connection broke, and the worker did not reconnect. It probably crashed."""
+    """The worker's connection broke, and the worker did not reconnect. Its process probably crashed."""
     EXPIRED = "EXPIRED"
-    """The worker sent no heartbeat for longer than its lease. Its process was probably stopped."""
+    """The worker sent no heartbeat for longer than its lease. Its process was probably suspended."""
     INTERRUPTED = "INTERRUPTED"
     """The server was restarted, and the worker did not reconnect. This does not count as a failed or lost attempt."""
     TIMED_OUT = "TIMED_OUT"
@@ -147,9 +147,9 @@ class Node:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A session in a list of executions.
+    """A durable session, as a list of executions shows it.
 
-    If the session has no summary, `question` is empty, and `calls` and `tokens` are 0.
+    If no summary is recorded in the session's events, `question` is empty, and `calls` and `tokens` are 0.
     """
 
     session: str
@@ -183,7 +183,7 @@ class Execution:
     input_bytes: int = 0
     """If the input is left out: its size in bytes. Otherwise 0."""
     session: SessionSummary | None = None
-    """In a list that is grouped by session, the latest run of each session has the session here. Otherwise None."""
+    """The run's session, if this is the latest run of the session in a list grouped by session. Otherwise None."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""

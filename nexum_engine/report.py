@@ -85,7 +85,7 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
         *_field("workflow", execution.workflow_id),
         *_field("version", execution.version_hash),
         f"status     {execution.status.value}",
-        # A published server sends neither this time nor the nodes' types.
+        # Leave the time out if it is unknown: a published server sends it only in lists.
         *([f"started    {_moment(execution.created_ms)}{took}"] if execution.created_ms else []),
     ]
     if execution.parent_execution_id:

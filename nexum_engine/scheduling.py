@@ -31,7 +31,7 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
     ),
     NodeStatus.COMPLETED: frozenset(),
     NodeStatus.SKIPPED: frozenset(),
-    # The FAILED execution is retried: its nodes without a result begin again.
+    # The FAILED execution is retried: its FAILED and CANCELLED nodes begin again.
     NodeStatus.FAILED: frozenset(
         {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
     ),
@@ -39,9 +39,9 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
         {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
     ),
 }
-"""The statuses that can follow a node's status. A node begins as PENDING.
+"""The statuses that can follow a node's status. A comment says what ends the status.
 
-If the execution is CANCELLED or FAILED, its unfinished nodes are CANCELLED.
+A node begins as PENDING. If the execution becomes CANCELLED or FAILED, its unfinished nodes become CANCELLED.
 """
 
 DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})

@@ -161,9 +161,9 @@ def load_key_pair(context: ssl.SSLContext, certificate: Path, key: Path, what: s
 
 
 async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:
-    """Return why client and server don't agree about TLS, or None if something else is wrong.
+    """Return why client and server don't agree about TLS, or None if the call failed for another reason.
 
-    gRPC reports UNAVAILABLE in both cases, and also while a server restarts.
+    gRPC reports UNAVAILABLE in both cases: if TLS fails and, for example, while the server restarts.
     """
     finding = asyncio.ensure_future(_tls_obstacle(target, security))
     try:
@@ -191,9 +191,9 @@ async def _tls_obstacle(target: str, security: Security) -> AccessDenied | None:
             f"{_next_step(failure.verify_code)}"
         )
     if isinstance(failure, EOFError):
-        # A gRPC server that doesn't accept the client's certificate closes the connection without a reason: in TLS 1.3
-        # after the handshake, in TLS 1.2 during the handshake. A proxy whose server is down closes the connection after
-        # the handshake in both versions.
+        # Try TLS 1.2, to tell two causes apart. If a gRPC server doesn't accept the client's certificate, it closes the
+        # connection without a reason: in TLS 1.3 after the handshake, but in TLS 1.2 during the handshake. A proxy
+        # whose server is down closes the connection after the handshake in both versions.
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         if isinstance(await _shake_hands(target, context), (ConnectionError, ssl.SSLError)):
             own = "refuses this client's certificate" if security.certificate else "wants a client certificate"

@@ -16,8 +16,8 @@ ORPHAN_GRACE = 1.5  # seconds to stop cleanly after the parent process has ended
 def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     """Return an event that Ctrl+C or SIGTERM sets. A second signal ends the process at once.
 
-    With `until_stdin_closes`, Ctrl+C is ignored, because the parent process handles it. The event is also set when
-    standard input closes. It closes when the parent process ends, even if that process is killed.
+    With `until_stdin_closes`, Ctrl+C is ignored, because the parent process handles it. Instead of Ctrl+C, the end of
+    standard input sets the event. Standard input closes when the parent process ends, even if that process is killed.
 
     Call this function in the main thread.
     """

@@ -293,8 +293,8 @@ class Worker:
                     work = await polling
                     refusals = 0
                 except ServerUnavailable as unavailable:
-                    # The lost answer may have had a task. Send heartbeats now: they don't name this task, so the server
-                    # soon hands it out again.
+                    # The lost answer may have contained a task. Send heartbeats now: they don't name that task, so the
+                    # server soon hands it out again.
                     self._heartbeat.beat()
                     await asyncio.sleep(pause_after(unavailable, refusals))
                     refusals += isinstance(unavailable, ServerNotReady)
@@ -414,7 +414,7 @@ class Worker:
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
 
-        Other clients may register two workflows under one version hash. Then this worker can get tasks of both.
+        If another client has registered a second workflow under the same version hash, this worker can get its tasks.
         """
         handler, node = self._work.get((task.version_hash, task.node_id), (None, None))
         if isinstance(handler, MapHandler):

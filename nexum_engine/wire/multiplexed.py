@@ -1,6 +1,6 @@
 """A gRPC channel that makes many calls over one stream, because an RPC for each call costs more.
 
-A large request is an RPC of its own. So is every call to a server without the RPC `Calls`.
+A call with a large request is made as an RPC of its own. So is every call to a server without the RPC `Calls`.
 """
 
 from __future__ import annotations
