@@ -49,7 +49,7 @@ from workflow import TOOL_CALL  # noqa: E402
 PARTS = ("servers", "history", "waiting")
 IN_FLIGHT = 64
 BLOCK = 10  # calls on one database, before the next database has its turn
-GOAL = 1.5  # a median is at most this many times the median with the fewest executions
+GOAL = 1.5  # the median on the largest database, divided by the median on the smallest one, is at most this
 CLIENTS = 10  # clients whose calls wait; each client has one connection
 WAIT = 25.0  # seconds that each call waits
 FILL = {

@@ -163,7 +163,7 @@ def load_key_pair(context: ssl.SSLContext, certificate: Path, key: Path, what: s
 async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:
     """Return why client and server don't agree about TLS, or None if the call failed for another reason.
 
-    gRPC reports UNAVAILABLE in both cases: if TLS fails and, for example, while the server restarts.
+    gRPC reports UNAVAILABLE for a TLS failure, and also for other reasons, such as a server that restarts.
     """
     finding = asyncio.ensure_future(_tls_obstacle(target, security))
     try:

@@ -185,7 +185,7 @@ class Bench:
         return self._lengths[shape]
 
     def ended_early(self, shape: str, seconds: float) -> None:
-        """Note that a run of this shape took only `seconds`.
+        """Remember that a run of this shape took only `seconds`.
 
         If the machine was busier during the first measurement, the measured length was too long.
         """

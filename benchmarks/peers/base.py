@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 IN_FLIGHT = 32
-RECORDED = 20  # so many calls are recorded before the caller is killed
+RECORDED = 20  # the number of calls that are recorded before the caller is killed
 RESULT_BYTES = 1024
 ARGUMENT_BYTES = 280  # the JSON has 300 bytes: it adds the argument's name and the quotes
 STOPPED = "stopped-"  # if a run's name begins with this, the run's last call hangs when it is first executed

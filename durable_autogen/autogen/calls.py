@@ -359,9 +359,9 @@ class Calls:
         return content
 
     def agent_as_tool(self, made: ToolCall) -> Place:
-        """Note that a reply calls an agent or team as a tool. Return the place for the agent or team.
+        """Return the place for an agent or team that a reply calls as a tool.
 
-        That agent's or team's own calls are recorded under its own name.
+        The calls that the agent or team makes are recorded under its own name.
         """
         self._agent_state.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)

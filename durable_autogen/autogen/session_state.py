@@ -41,7 +41,7 @@ class AgentState:
         return f"{what}/{self._counts[what]}"
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
-        """Note that the agent got a reply, and which tool calls the reply requests."""
+        """Remember that the agent got a reply, and which tool calls the reply requests."""
         calls = [] if isinstance(result.content, str) else result.content
         # Put the newest reply's tool calls first, in the order of the reply.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
@@ -102,7 +102,7 @@ class SessionState:
         return self._agents.setdefault(name, AgentState())
 
     def speaks_as(self, agent: str, source: str) -> None:
-        """Note that the messages of `agent` have the source `source`."""
+        """Remember that the messages of `agent` have the source `source`."""
         self._sources.setdefault(source, set()).add(agent)
 
     def was_replayed(self, source: str) -> bool:

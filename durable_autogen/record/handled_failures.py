@@ -33,7 +33,7 @@ class Setbacks:
         self._setbacks: list[_Setback] = []
 
     def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
-        """Note that a recorded call failed with `error`. If `error` is None, the call was given up."""
+        """Remember that a recorded call failed with `error`. If `error` is None, the call was given up."""
         self._setbacks.append(_Setback(event, error, caller, continued))
 
     def called(self, call: Call, caller: Caller) -> None:

@@ -270,7 +270,7 @@ class Journal:
         return f"{address}/again/{again}" if again else address
 
     def programs_before(self, seq: int) -> int:
-        """Return how often a changed program continued the session live before the event number `seq`."""
+        """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call) -> Task | None:

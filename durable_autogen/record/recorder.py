@@ -396,7 +396,7 @@ class Recorder:
         return done.value, done.content, None
 
     async def _take_back(self, live: _LiveCall) -> None:
-        """Note that the program gave a call up. If the call's event was recorded already, revoke the event."""
+        """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
         event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
         if event is not None:
             try:

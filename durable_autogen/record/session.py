@@ -150,7 +150,7 @@ class Session:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
-            # Connect without a place: the connection and its heartbeats are not the program's work.
+            # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
                 address = self._address or os.environ.get("NEXUM_ADDRESS")
                 if not address:

@@ -222,7 +222,7 @@ class Reading(grpc.aio.ServerInterceptor):
 
 
 def _prompt(handler: Any) -> Any:
-    """Return a handler of the same unary RPC that refuses a call whose request doesn't arrive within READ_PATIENCE."""
+    """Wrap the handler of a unary RPC: refuse a call whose request doesn't arrive within READ_PATIENCE."""
 
     async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async def read() -> Any:

@@ -182,10 +182,11 @@ class Polls:
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed
 
     def task_ready(self, task: ReadyTask) -> None:
-        """Offer a task to a waiting poll. The task is due now, or once the submitted transitions are stored.
+        """Offer a task to a waiting poll. The task is due now, or when the transitions submitted so far are stored.
 
-        The poll's claim is submitted at once. If the transition that makes the task was submitted just before, both
-        share a transaction. The worker then gets the task at the same time as the transition's caller gets an answer.
+        The poll's claim is submitted at once. If the transition that makes the task was submitted just before, the
+        claim and that transition share a transaction. The worker then gets the task at the same time as the
+        transition's caller gets an answer.
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1

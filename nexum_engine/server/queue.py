@@ -46,5 +46,5 @@ class Queue:
         self._tasks = await self._store.run(reading.queued_tasks, self.limit)
 
     def add(self) -> None:
-        """Note that a task may have been added."""
+        """Add one to the number of tasks, because a task may have been added."""
         self._tasks += 1

@@ -25,7 +25,7 @@ class Waiters:
         self._stopping = False
 
     def execution_started(self, execution_id: str) -> None:
-        """Note that the execution is running. Until `execution_ended`, callers wait for its end without a query."""
+        """Remember that the execution is running. Until `execution_ended`, callers wait for its end without a query."""
         if len(self._running) >= MAX_REMEMBERED_EXECUTIONS:
             self._running.clear()
         self._running.add(execution_id)

@@ -1,4 +1,4 @@
-"""The queue of a store: one thread runs the transitions, and commits all that wait in one transaction."""
+"""The queue of a store: one thread takes all transitions that wait, runs them, and commits them together."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ def _count(db: Db, query: str, **parameters: str) -> int:
 def _first_since(db: Db, ms: int) -> int:
     """Return the number of the first execution that was started at or after `ms`.
 
-    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the times of the starts
-    pass `ms` several times. Then return the first execution after any one of these points: each of them is good enough.
+    Executions are numbered in the order of their starts, so bisect. If the clock was set back, the start times
+    may cross `ms` more than once. In that case, return the first execution after any one of these crossings.
     """
     newest = db.all("newest", first=0, before=_END, limit=1)
     low, high = 1, newest[0]["sequence"] + 1 if newest else 1

@@ -156,7 +156,7 @@ class PostgresStore(GroupCommitStore):
         )
 
     def _note_other(self) -> None:
-        """Send news for another NEWS_SECONDS: another server is alive."""
+        """Keep sending news for NEWS_SECONDS from now: a different server is alive."""
         self._news_until = time.monotonic() + NEWS_SECONDS
 
     async def close(self) -> None:

@@ -90,7 +90,7 @@ class Changes:
     due_ms: int | None = None
 
     def due_at(self, due_ms: int) -> None:
-        """Note that a node is due at `due_ms`. The earliest time counts."""
+        """Remember that a node is due at `due_ms`. The earliest time counts."""
         self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
 
     def freeze(self) -> Changed:

@@ -555,7 +555,8 @@ def _begin_log(connection: sqlite3.Connection, stamp: _Stamp) -> None:
     in_file = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
     _write_stamp(connection, in_file)
     _checkpoint(connection)
-    # Write to the log, so that an empty or missing log of a killed server always means that something is lost.
+    # From this write on, the log of a running server is never empty. So if a killed server's log is empty or missing,
+    # something is lost.
     _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), in_file.own, closed=False))
 
 

@@ -156,8 +156,8 @@ def end_waits(db: Db, changes: Changes) -> None:
 def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
     """End the wait of a node. Return True if its execution must be advanced.
 
-    Nothing happens if the node no longer waits: the end of an earlier wait in this transaction may have failed its
-    execution, or another server may have ended the wait.
+    Nothing happens if the node no longer waits: an earlier wait that ended in this transaction may have made the
+    node's execution fail, or another server may have ended the wait.
     """
     if db.one("due_wait", node=node["node"], now=db.now_ms) is None:
         return False

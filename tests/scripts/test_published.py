@@ -216,7 +216,7 @@ def test_worker_says_once_to_run_one_process_only(tmp_path: Path, address: str) 
 
 
 def tool_calls(output: str) -> list[int]:
-    """Return how many tool calls the demo executed, took from the record, and attached to."""
+    """Return the demo's counts of tool calls: executed, taken from the record, and attached to while they ran."""
     counts = re.search(r"Tool calls: (\d+) executed, (\d+) cached, (\d+) attached", output)
     assert counts is not None, output
     return [int(count) for count in counts.groups()]

@@ -20,7 +20,8 @@ UNSEEN = names(
     " noframes noembed embed rp annotation annotation-xml mphantom base link meta"
 )
 UNDRAWN = names("defs symbol clippath mask marker pattern desc metadata")  # unseen parts of a drawing
-AROUND = frozenset({"header", "footer", "aside"})  # they surround the content, unless they are within a WHOLES element
+# Elements around the content of a page. Inside one of WHOLES, they belong to the content.
+AROUND = frozenset({"header", "footer", "aside"})
 WHOLES = frozenset({"main", "article", "blockquote", "figure"})
 BLOCKS = names(
     "address article aside body center details dialog dir div dl fieldset figcaption figure footer form frameset header"

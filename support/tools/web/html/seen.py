@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from bs4 import Tag
 
 # A form is dropped unless it holds more than this share of the page's text. If `main` or the only article holds more
-# than this share of the text that is not dropped, the rest of the page is left out.
+# than this share of the remaining text, everything else is dropped, too.
 MOST = 0.5
 NEARLY_ALL = 2 / 3  # a header, footer or aside is dropped unless it holds more than this share of the page's text
 MAX_LEVELS = 24  # levels of nested lists and quotes; a deeper list or quote counts as the last level

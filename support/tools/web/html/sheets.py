@@ -151,9 +151,10 @@ def _selectors(prelude: Iterable[Any]) -> Iterator[_Selector]:
 
 
 def _selector(tokens: list[Any]) -> _Selector | None:
-    """Return the condition that a selector sets for the selected element itself.
+    """Return the condition that a selector sets for the selected element, without those for other elements.
 
-    Return None if the selector selects only pseudo-elements, or only elements in a state that needs a person's input.
+    Return None if the selector selects only pseudo-elements, or only elements in a state that needs a person's input,
+    such as `:hover`.
     """
     while tokens and tokens[-1].type == "whitespace":
         tokens.pop()
