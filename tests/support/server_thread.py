@@ -20,7 +20,9 @@ SOON = 20.0  # seconds
 class ServerThread:
     """A running server and its address."""
 
-    def __init__(self, folder: Path, listen: str, tls: ServerTls | None, tokens: Tokens | None, limits: Limits) -> None:
+    def __init__(
+        self, database_url: str, listen: str, tls: ServerTls | None, tokens: Tokens | None, limits: Limits
+    ) -> None:
         self._thread = LoopThread("server")
 
         async def start() -> str:
@@ -29,7 +31,7 @@ class ServerThread:
             self._serving = asyncio.create_task(
                 run_server(
                     listen,
-                    f"sqlite:///{folder / 'nexum.db'}",
+                    database_url,
                     lease=30,
                     stop=self._stop,
                     tls=tls,
@@ -65,9 +67,10 @@ def server_thread(
     tls: ServerTls | None = None,
     tokens: Tokens | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    database_url: str = "",
 ) -> Iterator[ServerThread]:
-    """Run a server on `folder`/nexum.db for the length of a `with`."""
-    server = ServerThread(folder, listen, tls, tokens, limits)
+    """Run a server for the length of a `with`, by default on `folder`/nexum.db."""
+    server = ServerThread(database_url or f"sqlite:///{folder / 'nexum.db'}", listen, tls, tokens, limits)
     try:
         yield server
     finally:
