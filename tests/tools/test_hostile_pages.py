@@ -42,9 +42,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
 @pytest.fixture
 def namespace() -> Iterator[str]:
     """A network namespace with a public address, the address of a cloud's metadata, and a hosts file of its own."""
-    if sys.platform != "linux":
-        pytest.skip("only Linux has network namespaces")
-    if os.geteuid() != 0:
+    if sys.platform == "win32" or os.geteuid() != 0:
         pytest.skip("only root can make a network namespace")
     if shutil.which("ip") is None:
         pytest.skip("making a network namespace needs the program ip (package iproute2)")
@@ -74,11 +72,12 @@ def namespace() -> Iterator[str]:
             folder.parent.rmdir()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has network namespaces")
 def test_hostile_pages_are_refused_or_cut(namespace: str) -> None:
     program = ["ip", "netns", "exec", namespace, sys.executable, str(Path(__file__).resolve())]
     variables = environment({"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     variables.pop(VARIABLE, None)  # a list of allowed hosts would refuse the pages before the address check
-    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, env=variables, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
     found = {line.pop("case"): line for line in map(json.loads, done.stdout.splitlines())}
 
@@ -92,7 +91,7 @@ def test_hostile_pages_are_refused_or_cut(namespace: str) -> None:
     for host in TRAPS:
         # First the real check, then the same redirect without it, which shows that the trap can be reached.
         refused, unchecked = found.pop(host), found.pop(f"{host} unchecked")
-        assert refused["kind"] == "FinalError"
+        assert refused.get("kind") == "FinalError", f"the redirect to {host} was followed: {refused}"
         assert f"{host} is not a public address" in refused["error"]
         assert refused["connections"] == 0
         assert (unchecked["text"], unchecked["connections"]) == ("secret", 1)
@@ -104,7 +103,7 @@ def test_hostile_pages_are_refused_or_cut(namespace: str) -> None:
     }
     assert found.keys() == errors.keys()
     for case, (kind, words) in errors.items():
-        assert found[case]["kind"] == kind
+        assert found[case].get("kind") == kind, found[case]
         assert words in found[case]["error"]
     assert found["loop"]["connections"] == MAX_REDIRECTS + 1
     assert found["endless-header"]["seconds"] < 10 * SHORT_DEADLINE
