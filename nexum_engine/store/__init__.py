@@ -32,9 +32,7 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
         try:
             from nexum_engine.store.postgresql import PostgresStore
         except ImportError as error:
-            raise StoreRefused(
-                "PostgreSQL needs the package psycopg: pip install 'psycopg[binary]'"
-            ) from error
+            raise StoreRefused("PostgreSQL needs the package psycopg: pip install 'psycopg[binary]'") from error
         return await PostgresStore.open(database_url, clock)
     raise StoreRefused(f"database URL {database_url!r} is not supported: use sqlite:///path, or postgresql://…")
 
