@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import time
 from collections import defaultdict
@@ -13,27 +12,11 @@ from pathlib import Path
 
 import pytest
 from harness import Process, nexum_server
-from processes import attempts, call_of, counting_worker, effects, recorded, result_of, submitter
-
-from submit_task import call_key
+from processes import Acknowledged, assert_recorded_once, counting_worker, recorded, submitter
 
 SEED = int(os.environ.get("CRASH_SEED") or 8672)
 KILLS = int(os.environ.get("CRASH_KILLS") or 20)
 CALLS = 2 * KILLS
-RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
-
-
-class Acknowledged:
-    """The results that callers got, by the call's number. A number must never get two results."""
-
-    def __init__(self) -> None:
-        self.results: dict[int, str] = {}
-
-    def read(self, caller: Process) -> None:
-        for line in caller.lines:
-            if match := RESULT.fullmatch(line):
-                number, result = int(match[2]), match[1]
-                assert self.results.setdefault(number, result) == result
 
 
 @pytest.mark.timeout(120 + 5 * KILLS)
@@ -85,20 +68,4 @@ def test_random_kills_neither_lose_nor_change_nor_repeat_recorded_results(tmp_pa
         records = recorded(tmp_path, address)
 
     assert sum(killed.values()) == KILLS
-    # Every call has one COMPLETED execution, with the result that its callers got.
-    assert {one["status"] for one in records} == {"COMPLETED"}
-    by_number = {call_of(one)[1]["number"]: one for one in records}
-    assert len(records) == len(by_number) == CALLS
-    assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
-    # No effect happened after its result was recorded. A call was attempted again only after an attempt was lost.
-    log_of = defaultdict(list)
-    for effect in effects(log):
-        log_of[effect.key].append(effect)
-    assert len(log_of) == CALLS
-    for one in records:
-        (key,) = [key for key in log_of if call_key(*call_of(one)) in key]
-        outcomes = [attempt["outcome"] for attempt in attempts(one)]
-        assert outcomes[-1] == "COMPLETED"
-        assert set(outcomes[:-1]) <= {"LOST", "INTERRUPTED"}
-        assert len({effect.attempt for effect in log_of[key]}) == len(log_of[key])
-        assert max(effect.at_ms for effect in log_of[key]) <= one["ended_ms"]
+    assert_recorded_once(records, acknowledged, log, CALLS, {"LOST", "INTERRUPTED"})

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import sys
 import time
 from collections import defaultdict
@@ -23,11 +22,11 @@ from typing import TypeVar
 
 import grpc
 import pytest
-from harness import ROOT, Process, nexum_server, running
+from harness import Process, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, record
+from old_database import make_old_database
 
 from nexum_engine.store import check_database
-from nexum_engine.store.sqlite_file import APPLICATION_ID
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -171,19 +170,6 @@ def check(folder: Path, told: Told) -> None:
     assert checked.findings == ()
 
 
-def old_database(folder: Path) -> None:
-    """Make a database of schema version 2, which a new server migrates."""
-    connection = sqlite3.connect(folder / "nexum.db")
-    connection.execute("PRAGMA journal_mode = WAL")
-    scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
-    for script in (*scripts, ROOT / "tests" / "engine" / "version_2.sql"):
-        connection.executescript(script.read_text(encoding="utf-8"))
-    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # as after a clean end of the server
-    connection.commit()
-    connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;")
-    connection.close()
-
-
 def counts(folder: Path) -> dict[str, int]:
     """Return, for each system call, its highest count in one thread: strace numbers each thread's calls separately."""
     found: dict[tuple[str, str], int] = defaultdict(int)
@@ -227,7 +213,7 @@ def undisturbed(
     """Run the work without a fault. Return whether its database is migrated, and how often each system call is made."""
     is_migrated, folder, told = request.param == "migrated", tmp_path_factory.mktemp("undisturbed"), Told()
     if is_migrated:
-        old_database(folder)
+        make_old_database(folder / "nexum.db")
     assert not disturbed(folder, "", told)
     assert len(told.started) == 6
     assert len(told.approved) == 2
@@ -249,7 +235,7 @@ def test_acknowledged_changes_survive_a_failing_disk(
             folder, told = tmp_path / f"{call}-{number}", Told()
             folder.mkdir()
             if is_migrated:
-                old_database(folder)
+                make_old_database(folder / "nexum.db")
             fired = disturbed(folder, f"{call}:{KINDS[kind]}:when={number}", told)
             # This run may make slightly fewer system calls than the undisturbed run, because its timing differs.
             assert fired or number > totals[call] - 4, f"{call} {number} of {totals[call]} was not disturbed"

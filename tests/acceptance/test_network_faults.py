@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,20 +15,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from faulty_proxy import DIRECTIONS, FaultyProxy, postgres_proxy
+from faulty_proxy import FaultyProxy, postgres_proxy
 from harness import nexum_server
-from processes import attempts, call_of, counting_worker, effects, recorded, result_of, submitter, wait_until
-
-from submit_task import call_key
+from processes import Acknowledged, assert_recorded_once, counting_worker, recorded, submitter, wait_until
+from proxy import DIRECTIONS, TO_CLIENT, TO_SERVER
 
 SEED = int(os.environ.get("NETWORK_SEED") or 4519)
 FAULTS = int(os.environ.get("NETWORK_FAULTS") or 8)
 CALLS_PER_FAULT = 3
-RESULT = re.compile(r"RESULT ((\d+) [0-9a-f-]{36})")
 KINDS: dict[str, Callable[[FaultyProxy], None]] = {
     "break": FaultyProxy.break_connections,
-    "hold to the server": lambda proxy: proxy.hold(DIRECTIONS[0]),
-    "hold to the client": lambda proxy: proxy.hold(DIRECTIONS[1]),
+    "hold to the server": lambda proxy: proxy.hold(TO_SERVER),
+    "hold to the client": lambda proxy: proxy.hold(TO_CLIENT),
     "partition": lambda proxy: proxy.hold(*DIRECTIONS),
     "delay": lambda proxy: proxy.delay(0.2),
 }
@@ -43,20 +40,21 @@ def test_faults_of_connections_neither_lose_nor_change_nor_repeat_results(tmp_pa
     log, count = tmp_path / "log", FAULTS * CALLS_PER_FAULT
     gates = [tmp_path / f"gate-{number}" for number in range(count)]
     calls = [{"log": str(log), "gate": str(gate), "number": number} for number, gate in enumerate(gates)]
+    acknowledged = Acknowledged()
     fired: dict[str, int] = defaultdict(int)
 
     with ExitStack() as stack:
         proxies = {}
         if database_url.startswith("postgresql"):
             proxies["database"], url = postgres_proxy(database_url)
-            stack.enter_context(proxies["database"].running())
+            stack.enter_context(proxies["database"])
             database_url = url.format(port=proxies["database"].port)
         server = stack.enter_context(nexum_server(tmp_path, database_url=database_url))
         for name in ("caller", "worker"):
-            proxies[name] = stack.enter_context(FaultyProxy(server.address).running())
-        stack.enter_context(counting_worker(tmp_path, f"127.0.0.1:{proxies['worker'].port}"))
+            proxies[name] = stack.enter_context(FaultyProxy(server.address))
+        stack.enter_context(counting_worker(tmp_path, proxies["worker"].address))
         caller = stack.enter_context(
-            submitter(tmp_path, f"127.0.0.1:{proxies['caller'].port}", "count_behind_gate", *calls, timeout=120)
+            submitter(tmp_path, proxies["caller"].address, "count_behind_gate", *calls, timeout=120)
         )
         wait_until(lambda: all(proxy.is_used for proxy in proxies.values()), "all parts are connected")
         # Each kind of fault hits each connection in turn.
@@ -75,23 +73,8 @@ def test_faults_of_connections_neither_lose_nor_change_nor_repeat_results(tmp_pa
             proxy.release()
             fired[kind] += proxy.broken + proxy.held - before
         assert caller.wait(120) == 0, caller.output
+        acknowledged.read(caller)
         records = recorded(tmp_path, server.address)
 
-    assert sum(fired.values()) > 0
     assert all(fired.values()), f"a kind of fault hit nothing: {dict(fired)}"
-    got = {int(match[2]): match[1] for line in caller.lines if (match := RESULT.fullmatch(line))}
-    by_number = {call_of(one)[1]["number"]: one for one in records}
-    assert {one["status"] for one in records} == {"COMPLETED"}
-    assert len(records) == len(by_number) == count
-    assert got == {number: result_of(one) for number, one in by_number.items()}
-    log_of = defaultdict(list)
-    for effect in effects(log):
-        log_of[effect.key].append(effect)
-    assert len(log_of) == count
-    for one in records:
-        (key,) = [key for key in log_of if call_key(*call_of(one)) in key]
-        outcomes = [attempt["outcome"] for attempt in attempts(one)]
-        assert outcomes[-1] == "COMPLETED"
-        assert set(outcomes[:-1]) <= {"LOST", "INTERRUPTED", "EXPIRED"}
-        assert len({effect.attempt for effect in log_of[key]}) == len(log_of[key])
-        assert max(effect.at_ms for effect in log_of[key]) <= one["ended_ms"] + 1000
+    assert_recorded_once(records, acknowledged, log, count, {"LOST", "INTERRUPTED", "EXPIRED"})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, running
+from old_database import make_old_database
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StaleTask
@@ -17,7 +18,6 @@ from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import Changed
 from nexum_engine.store.sqlite import SqliteStore
-from nexum_engine.store.sqlite_file import APPLICATION_ID
 
 pytestmark = pytest.mark.every_python
 
@@ -35,15 +35,7 @@ SELECT execution_id, node_id, attempt, worker_id, started_ms, ended_ms, outcome,
 def old(tmp_path: Path) -> Path:
     """Make a database of schema version 2, with the rows that the code of that version wrote."""
     path = tmp_path / "nexum.db"
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA journal_mode = WAL")
-    scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
-    for script in (*scripts, ROOT / "tests" / "engine" / "version_2.sql"):
-        connection.executescript(script.read_text(encoding="utf-8"))
-    connection.execute("UPDATE log_stamp SET stamp = ?", (bytes(32) + b"\x01",))  # as after a clean end of the server
-    connection.commit()
-    connection.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 2;")
-    connection.close()
+    make_old_database(path)
     return path
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from certificates import FORMER, TOKENS, USE, Certificates, private_file
 from harness import ROOT, running
-from server_thread import Secured, secured_server, server_thread
+from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
@@ -22,19 +22,6 @@ from nexum_engine.workflow import workflow
 
 PROMPT = 5.0  # seconds
 ONE = workflow("one").effect("a").build()
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    with secured_server(tmp_path_factory.mktemp("secured"), TOKENS) as running:
-        yield running
-
-
-def use(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> str:
-    """Set the environment variables of a client; return the server's address."""
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    return env["NEXUM_ADDRESS"]
 
 
 # ---- Each obstacle is one clear line ---------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from certificates import ADMIN, FORMER, TOKENS, USE, authority, private_file
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from harness import logged
 from nexum_wire import connected, record, refused, register, start
-from server_thread import Secured, secured_server, server_thread
+from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
@@ -35,19 +34,6 @@ from nexum_engine.workflow import workflow
 PROMPT = 5.0  # seconds
 ONE = workflow("one").effect("a").build()
 ASKED = workflow("asked").human_approval("boss").build()
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    with secured_server(tmp_path_factory.mktemp("secured"), TOKENS) as running:
-        yield running
-
-
-def use(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> str:
-    """Set the environment variables of a client; return the server's address."""
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    return env["NEXUM_ADDRESS"]
 
 
 # ---- What a token may do ---------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from counted import Counts
+from proxy import TO_SERVER, Proxy
 
 _PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 _DATA, _HEADERS = 0, 1  # types of HTTP/2 frames: https://www.rfc-editor.org/rfc/rfc9113#name-frame-definitions
@@ -53,46 +53,20 @@ class _Direction:
         self._streams[stream] = data
 
 
+class _CountingProxy(Proxy):
+    def __init__(self, upstream: str, counts: Counts) -> None:
+        super().__init__(upstream)
+        self._counts = counts
+        self._directions: dict[asyncio.StreamWriter, _Direction] = {}
+
+    async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
+        if writer not in self._directions:
+            self._directions[writer] = _Direction(self._counts, from_client=direction == TO_SERVER)
+        self._directions[writer].feed(chunk)
+
+
 @contextmanager
 def counting_proxy(address: str, counts: Counts) -> Iterator[str]:
     """Run a proxy in front of the server at `address`, in a thread; yield the proxy's own address."""
-    host, _, port = address.rpartition(":")
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: _Direction) -> None:
-        try:
-            while chunk := await reader.read(65536):
-                direction.feed(chunk)
-                writer.write(chunk)
-                await writer.drain()
-        except OSError:
-            pass  # one end has closed the connection
-        finally:
-            writer.close()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(
-            pump(reader, server_writer, _Direction(counts, from_client=True)),
-            pump(server_reader, writer, _Direction(counts, from_client=False)),
-        )
-
-    async def listen() -> str:
-        listener = await asyncio.start_server(connect, "127.0.0.1", 0)
-        return f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-
-    async def close_connections() -> None:
-        connections = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
-
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="counting proxy")
-    thread.start()
-    try:
-        yield asyncio.run_coroutine_threadsafe(listen(), loop).result()
-    finally:
-        asyncio.run_coroutine_threadsafe(close_connections(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    with _CountingProxy(address, counts) as proxy:
+        yield proxy.address

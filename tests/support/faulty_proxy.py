@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from urllib.parse import quote, unquote
 
-DIRECTIONS = ("to the server", "to the client")
+from proxy import DIRECTIONS, Proxy
 
 
-class FaultyProxy:
+class FaultyProxy(Proxy):
     """A running proxy. Its methods may be called from any thread."""
 
     def __init__(self, upstream: str) -> None:
-        self._upstream = upstream
-        self._loop = asyncio.new_event_loop()
-        self._writers: set[asyncio.StreamWriter] = set()
+        super().__init__(upstream)
         self._open = {direction: asyncio.Event() for direction in DIRECTIONS}
+        for opened in self._open.values():
+            opened.set()
         self._delay = 0.0
-        self.port = 0
         self.broken = 0
         """The number of connections that were broken."""
         self.held = 0
         """The number of times that data was held back or delayed."""
-
-    @property
-    def is_used(self) -> bool:
-        """Whether a client is connected."""
-        return bool(self._writers)
 
     def break_connections(self) -> None:
         """Reset every open connection."""
@@ -40,7 +31,7 @@ class FaultyProxy:
                     self.broken += 1
                     writer.transport.abort()
 
-        self._run(reset())
+        asyncio.run_coroutine_threadsafe(reset(), self._loop).result()
 
     def hold(self, *directions: str) -> None:
         """Send nothing in these directions until `release`, as a partition of the network does."""
@@ -57,69 +48,11 @@ class FaultyProxy:
         for opened in self._open.values():
             self._loop.call_soon_threadsafe(opened.set)
 
-    async def _listen(self) -> int:
-        listener = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        for opened in self._open.values():
-            opened.set()
-        port: int = listener.sockets[0].getsockname()[1]
-        return port
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            if self._upstream.startswith("/"):
-                server_reader, server_writer = await asyncio.open_unix_connection(self._upstream)
-            else:
-                host, _, port = self._upstream.rpartition(":")
-                server_reader, server_writer = await asyncio.open_connection(host, int(port))
-        except OSError:
-            writer.transport.abort()
-            return
-        self._writers |= {writer, server_writer}
-        await asyncio.gather(
-            self._pump(reader, server_writer, DIRECTIONS[0]), self._pump(server_reader, writer, DIRECTIONS[1])
-        )
-        self._writers -= {writer, server_writer}
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
-        try:
-            while chunk := await reader.read(65536):
-                if self._delay or not self._open[direction].is_set():
-                    self.held += 1
-                    await asyncio.sleep(self._delay)
-                    await self._open[direction].wait()
-                writer.write(chunk)
-                await writer.drain()
-        except OSError:
-            pass  # one end has closed the connection
-        finally:
-            writer.close()
-
-    def _run(self, work: object) -> object:
-        assert asyncio.iscoroutine(work)
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    @contextmanager
-    def running(self) -> Iterator[FaultyProxy]:
-        """Run the proxy in a thread for the length of a `with`."""
-
-        async def end() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        thread = threading.Thread(target=self._loop.run_forever, name="faulty proxy")
-        thread.start()
-        try:
-            port = self._run(self._listen())
-            assert isinstance(port, int)
-            self.port = port
-            yield self
-        finally:
-            self._run(end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join()
-            self._loop.close()
+    async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
+        if self._delay or not self._open[direction].is_set():
+            self.held += 1
+            await asyncio.sleep(self._delay)
+            await self._open[direction].wait()
 
 
 def postgres_proxy(url: str) -> tuple[FaultyProxy, str]:

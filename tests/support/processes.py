@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from harness import ROOT, Process, environment, running
 from nexum_engine.__main__ import build_parser
 from nexum_engine.commands import look
 from nexum_engine.connection import DEFAULT_ADDRESS
+from submit_task import call_key
 
 DEMO = str(ROOT / "demo.py")
 QUESTION = "What is the population of Tokyo vs New York?"
@@ -202,3 +205,45 @@ def effects(log: Path) -> list[Effect]:
         return []
     parts = [line.split(" ", 3) for line in log.read_text().splitlines()]
     return [Effect(int(at), int(attempt), int(pid), key) for at, attempt, pid, key in parts]
+
+
+# ---- Calls under faults ----------------------------------------------------------------------------------------------
+
+
+class Acknowledged:
+    """The results that callers of a counting tool got, by the call's number. A number must never get two results."""
+
+    def __init__(self) -> None:
+        self.results: dict[int, str] = {}
+
+    def read(self, caller: Process) -> None:
+        """Add the results in the output of a tests/programs/submitter.py."""
+        for line in caller.lines:
+            if match := re.fullmatch(r"RESULT ((\d+) [0-9a-f-]{36})", line):
+                number, result = int(match[2]), match[1]
+                assert self.results.setdefault(number, result) == result
+
+
+def assert_recorded_once(
+    records: list[dict[str, Any]], acknowledged: Acknowledged, log: Path, count: int, losses: Container[str]
+) -> None:
+    """Check that each of `count` calls has one COMPLETED execution, with the result that its callers got.
+
+    No effect happened after its result was recorded, or twice in one attempt. A call was attempted again only after an
+    attempt with one of the outcomes `losses`.
+    """
+    assert {one["status"] for one in records} == {"COMPLETED"}
+    by_number = {call_of(one)[1]["number"]: one for one in records}
+    assert len(records) == len(by_number) == count
+    assert acknowledged.results == {number: result_of(one) for number, one in by_number.items()}
+    log_of = defaultdict(list)
+    for effect in effects(log):
+        log_of[effect.key].append(effect)
+    assert len(log_of) == count
+    for one in records:
+        (key,) = [key for key in log_of if call_key(*call_of(one)) in key]
+        outcomes = [attempt["outcome"] for attempt in attempts(one)]
+        assert outcomes[-1] == "COMPLETED"
+        assert all(outcome in losses for outcome in outcomes[:-1])
+        assert len({effect.attempt for effect in log_of[key]}) == len(log_of[key])
+        assert max(effect.at_ms for effect in log_of[key]) <= one["ended_ms"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from certificates import Certificates, private_file
 
 from nexum_engine.event_loop import LoopThread
@@ -96,3 +97,10 @@ def secured_server(folder: Path, tokens: str) -> Iterator[Secured]:
     known = Tokens(Path(private_file(folder / "tokens", tokens)))
     with server_thread(folder, listen="0.0.0.0:0", tls=certificates.server_tls(), tokens=known) as server:
         yield Secured(server, certificates)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, env: Mapping[str, str]) -> str:
+    """Set the environment variables of a client; return the server's address."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env["NEXUM_ADDRESS"]
