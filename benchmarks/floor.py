@@ -175,9 +175,9 @@ async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
 
 
 @asynccontextmanager
-async def nexum_server(folder: Path) -> AsyncIterator[Child]:
-    """Run a Nexum server with its database in `folder` for the length of a `with`."""
-    url = f"sqlite:///{folder / 'nexum.db'}"
+async def nexum_server(folder: Path, database_url: str = "") -> AsyncIterator[Child]:
+    """Run a Nexum server for the length of a `with`, by default with its database in `folder`."""
+    url = database_url or f"sqlite:///{folder / 'nexum.db'}"
     command = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     async with process(command, cwd=folder) as child:
         yield child
@@ -196,8 +196,8 @@ async def one_by_one(call: Call, times: int) -> list[float]:
     return seconds
 
 
-async def per_second(call: Call, times: int) -> float:
-    """Make the calls, 32 at a time; return the number of calls per second."""
+async def per_second(call: Call, times: int, in_flight: int = IN_FLIGHT) -> float:
+    """Make the calls, `in_flight` at a time; return the number of calls per second."""
     left = iter(range(times))
 
     async def keep_calling() -> None:
@@ -205,7 +205,7 @@ async def per_second(call: Call, times: int) -> float:
             await call()
 
     start = time.perf_counter()
-    await asyncio.gather(*(keep_calling() for _ in range(IN_FLIGHT)))
+    await asyncio.gather(*(keep_calling() for _ in range(in_flight)))
     return times / (time.perf_counter() - start)
 
 

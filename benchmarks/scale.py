@@ -24,26 +24,24 @@ import os
 import sqlite3
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from floor import Child, machine, machine_text, one_by_one, open_floor, process
+from floor import Child, machine, machine_text, nexum_server, one_by_one, open_floor, per_second, process
 
 SCRIPT = str(Path(__file__).resolve())
 sys.path.insert(0, str(Path(SCRIPT).parent.parent))
 
 from tool_call import SCRIPT as WORKER  # noqa: E402
-from tool_call import Calls  # noqa: E402
+from tool_call import Calls, open_calls  # noqa: E402
 
 from nexum_engine.client import NexumClient  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
-from nexum_engine.owner import Owner  # noqa: E402
-from submit_task import Session  # noqa: E402
 from workflow import TOOL_CALL  # noqa: E402
 
 PARTS = ("servers", "history", "waiting")
@@ -70,14 +68,6 @@ FILL = {
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def server(url: str, folder: Path) -> AsyncIterator[Child]:
-    """Run a Nexum server on a database for the length of a `with`."""
-    command = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
-    async with process(command, cwd=folder) as child:
-        yield child
 
 
 class Postgres:
@@ -111,60 +101,47 @@ class Postgres:
 async def calls_per_second(url: str, folder: Path, servers: int, workers: int, calls: int) -> float:
     """Return how many calls per second the workers execute. The servers share one database."""
     async with AsyncExitStack() as stack:
-        running = [await stack.enter_async_context(server(url, folder)) for _ in range(servers)]
+        running = [await stack.enter_async_context(nexum_server(folder, url)) for _ in range(servers)]
         for number in range(workers):
             command = [WORKER, "--work", running[number % servers].address]
             await stack.enter_async_context(process(command, cwd=folder))
-        callers = []
-        for number, one in enumerate(running):
-            client = await stack.enter_async_context(NexumClient(one.address))
-            owner = await stack.enter_async_context(Owner(client))
-            callers.append(Calls(Session(f"scale-{number}", client=client), owner))
+        callers = [
+            await stack.enter_async_context(open_calls(one.address, f"scale-{number}"))
+            for number, one in enumerate(running)
+        ]
         for caller in callers:
             await one_by_one(caller.new, BLOCK)
-        left = iter(range(calls))
-
-        async def keep_calling(caller: Calls) -> None:
-            for _ in left:
-                await caller.new()
-
-        begun = time.perf_counter()
-        await asyncio.gather(*(keep_calling(callers[number % servers]) for number in range(IN_FLIGHT)))
-        return calls / (time.perf_counter() - begun)
+        turns = cycle(callers)
+        return await per_second(lambda: next(turns).new(), calls, IN_FLIGHT)
 
 
 async def measure_servers(args: argparse.Namespace, folder: Path, postgres: Postgres) -> dict[str, Any]:
     """Measure each number of servers with each number of workers, in each round."""
-    rates: defaultdict[str, list[float]] = defaultdict(list)
+    rates: defaultdict[tuple[str, int, int], list[float]] = defaultdict(list)
+    echoes: list[float] = []
     async with open_floor(folder) as floor:
         for number in range(args.rounds):
-            begun = time.perf_counter()
-            await asyncio.gather(*(one_by_one(floor.echo, args.calls // 8) for _ in range(32)))
-            rates["echoes"].append(args.calls // 8 * 32 / (time.perf_counter() - begun))
+            echoes.append(await per_second(floor.echo, 4 * args.calls))
             for workers in args.workers:
                 own = folder / f"sqlite-{number}-{workers}"
                 own.mkdir()
                 url = f"sqlite:///{own / 'nexum.db'}"
-                rates[f"SQLite,1,{workers}"].append(await calls_per_second(url, own, 1, workers, args.calls))
+                rates["SQLite", 1, workers].append(await calls_per_second(url, own, 1, workers, args.calls))
                 for servers in args.servers:
                     url = postgres.new_database()
                     rate = await calls_per_second(url, folder, servers, workers, args.calls)
-                    rates[f"PostgreSQL,{servers},{workers}"].append(rate)
-    echoes = median(rates.pop("echoes"))
-    rows = []
-    for name, found in rates.items():
-        store, servers_text, workers_text = name.split(",")
-        rate = median(found)
-        rows.append(
-            {
-                "store": store,
-                "servers": int(servers_text),
-                "workers": int(workers_text),
-                "calls_per_second": round(rate),
-                "of_echoes": round(rate / echoes, 3),
-            }
-        )
-    return {"echoes_per_second": round(echoes), "rows": rows}
+                    rates["PostgreSQL", servers, workers].append(rate)
+    rows = [
+        {
+            "store": store,
+            "servers": servers,
+            "workers": workers,
+            "calls_per_second": round(median(found)),
+            "of_echoes": round(median(found) / median(echoes), 3),
+        }
+        for (store, servers, workers), found in rates.items()
+    ]
+    return {"echoes_per_second": round(median(echoes)), "rows": rows}
 
 
 # ---- Recorded executions ---------------------------------------------------------------------------------------------
@@ -193,12 +170,11 @@ def fill(url: str, copies: int) -> None:
 async def make_database(url: str, folder: Path, executions: int) -> None:
     """Record one call in an empty database; copy it until the database holds `executions` calls."""
     async with (
-        server(url, folder) as one,
+        nexum_server(folder, url) as one,
         process([WORKER, "--work", one.address], cwd=folder),
-        NexumClient(one.address) as client,
-        Owner(client) as owner,
+        open_calls(one.address, "history") as caller,
     ):
-        await Calls(Session("history", client=client), owner).new()
+        await caller.new()
     # A killed server leaves SQLite's log. Closing the database writes the log into the file.
     await asyncio.to_thread(_close, url)
     await asyncio.to_thread(fill, url, executions - 1)
@@ -239,12 +215,11 @@ async def measure_history(args: argparse.Namespace, folder: Path, postgres: Post
                 print(f"{store}: recording {executions:,} executions", file=sys.stderr, flush=True)
                 await make_database(url, own, executions)
                 sizes[store, executions] = size_of(url)
-                one = await stack.enter_async_context(server(url, own))
+                one = await stack.enter_async_context(nexum_server(own, url))
                 await stack.enter_async_context(process([WORKER, "--work", one.address], cwd=own))
-                client = await stack.enter_async_context(NexumClient(one.address))
-                owner = await stack.enter_async_context(Owner(client))
-                callers[store, executions] = Calls(Session("measured", client=client), owner)
-        for number in range(-3, args.rounds * args.calls // (BLOCK * 10)):
+                callers[store, executions] = await stack.enter_async_context(open_calls(one.address, "measured"))
+        blocks = args.rounds * args.calls // 10 // BLOCK
+        for number in range(-3, blocks):
             for key, caller in callers.items():
                 found = await one_by_one(caller.new, BLOCK)
                 if number >= 0:  # the first ones warm up
@@ -280,7 +255,7 @@ async def measure_waiting(args: argparse.Namespace, folder: Path, postgres: Post
     own = folder / "waiting"
     own.mkdir()
     for store, url in (("SQLite", f"sqlite:///{own / 'nexum.db'}"), ("PostgreSQL", postgres.new_database())):
-        async with server(url, own) as one, NexumClient(one.address) as client:
+        async with nexum_server(own, url) as one, NexumClient(one.address) as client:
             await client.register_workflow(TOOL_CALL)
             ids: list[str] = []
 
@@ -379,7 +354,12 @@ def main() -> int:
         "--executions", type=numbers, default=[10_000, 1_000_000], help="recorded executions (default: 10000,1000000)"
     )
     parser.add_argument("--waiting", type=count(), default=10_000, help="calls that wait (default: %(default)s)")
-    parser.add_argument("--calls", type=count(), default=1000, help="calls a second are measured over so many")
+    parser.add_argument(
+        "--calls",
+        type=count(),
+        default=1000,
+        help="calls of each measurement of servers; a tenth of them on each database of history (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=count(), default=3, help="number of rounds (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

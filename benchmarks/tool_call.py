@@ -153,10 +153,10 @@ def _arguments(number: int) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def open_calls(address: str) -> AsyncIterator[Calls]:
+async def open_calls(address: str, session: str = "benchmark") -> AsyncIterator[Calls]:
     """Connect to the server for the length of a `with`; yield the calls."""
     async with NexumClient(address) as client, Owner(client) as owner:
-        yield Calls(Session("benchmark", client=client), owner)
+        yield Calls(Session(session, client=client), owner)
 
 
 async def measure(rounds: int, calls: int, folder: Path) -> dict[str, Any]:
