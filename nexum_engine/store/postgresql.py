@@ -130,12 +130,9 @@ class PostgresStore(GroupCommitStore):
                 await asyncio.to_thread(vacuum, self._url)
             except psycopg.Error as error:
                 raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
-        (outcome,) = await self._loop.run_in_executor(
-            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
-        )
-        if isinstance(outcome, Exception):
-            raise outcome
-        return Space(outcome["bytes"], 0)
+        size = await self.run(lambda db: db.one("database_size"))
+        assert size is not None
+        return Space(size["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")

@@ -126,6 +126,8 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
             server.get_postmaster_info().process.wait(10)
             with pytest.raises(StoreUnavailable):
                 await store.run(reading.get_execution, started.execution_id)
+            with pytest.raises(StoreUnavailable):
+                await store.compact(max_bytes=None, always=False)
             assert not store.failed.done()
             deadline = time.monotonic() + 20
             while True:  # the processes of the killed PostgreSQL may still be ending
