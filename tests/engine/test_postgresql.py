@@ -16,7 +16,7 @@ import pytest
 
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
-from nexum_engine.store import executions, open_store, reading, retention, tasks
+from nexum_engine.store import executions, leases, open_store, reading, retention, tasks
 from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
@@ -165,6 +165,20 @@ async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(stor
         )
         assert found == [*numbers, *numbers[::-1]]
     await other.close()
+
+
+async def test_end_of_an_attempt_does_not_wait_for_the_other_tasks_of_its_worker(store: PostgresStore) -> None:
+    held = []
+    for _ in range(2):
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
+        task = (await store.run(tasks.claim, "w1", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        held.append(task)
+    lost, kept = held
+    with psycopg.connect(store._url) as other:
+        other.execute("SELECT 1 FROM executions WHERE execution_id = %s FOR UPDATE", (kept.execution_id,))
+        changed = await asyncio.wait_for(store.run(leases.lose, "w1", frozenset([lost.task_id])), 10)
+    assert len(changed.ready) == 1
 
 
 async def test_failed_transition_leaves_the_others_of_its_transaction(store: PostgresStore) -> None:
