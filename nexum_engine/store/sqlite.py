@@ -231,8 +231,7 @@ class SqliteStore(GroupCommitStore):
             names_database = isinstance(error.cause, FilesLost)
             told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
             self._refuse_waiting(told, error)
-        for look_again in self.on_unknown:
-            look_again()
+        self._look_again()
 
 
 class _Backup:

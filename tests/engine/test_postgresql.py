@@ -25,7 +25,7 @@ from postgres import in_schema  # noqa: E402
 
 from nexum_engine.store import postgresql  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
-from nexum_engine.store.postgresql_connection import set_types, without_password  # noqa: E402
+from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
@@ -306,11 +306,10 @@ async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
     """With `enable_seqscan` off, PostgreSQL uses an index even for empty tables, if there is one for the query."""
     booleans = dict.fromkeys(("streamed", "owned", "with_items", "grouped"), True)
     texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
-    with psycopg.connect(store._url) as connection:
-        set_types(connection)
+    with connect(store._url) as connection:
         connection.execute("SET enable_seqscan = off")
         given = {one: {**booleans, **texts}.get(one, 1 if one.endswith("_ms") else None) for one in parameters_of(name)}
-        plan = [row[0] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
+        plan = [row["QUERY PLAN"] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
     scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
     assert scans == [], plan
 
