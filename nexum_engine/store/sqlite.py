@@ -20,7 +20,8 @@ from nexum_engine.location import database_path
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row, load_queries
 from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
-from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
+from nexum_engine.store.sqlite_connection import check_file
+from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, lock, new_backup
 
 logger = logging.getLogger(__name__)
 
