@@ -239,7 +239,6 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
 
     Fail the node if `child` has failed or was cancelled.
     """
-    db.lock(child["parent_node"] // 1000)
     parent = db.one("node_at", node=child["parent_node"])
     if parent is None or parent["status"] != NodeStatus.WAITING:
         return  # the parent has ended before, and its end has cancelled this execution

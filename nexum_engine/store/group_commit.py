@@ -145,6 +145,11 @@ class GroupCommitStore(Store):
         if self._pump is not None:
             await self._pump
 
+    def _look_again(self) -> None:
+        """Make the calls that wait query the store."""
+        for look_again in self.on_unknown:
+            look_again()
+
     def _refuse_waiting(self, reason: str, error: CommitFailed) -> None:
         """Mark the store as failed, and raise an error to the callers of the waiting transitions."""
         if not self._failed.done():

@@ -81,11 +81,14 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
     reason = f"the task did not reach worker {worker_id}: two heartbeats in a row did not name it"
-    for row in _handed_out(db, worker_id):
+
+    def found() -> list[Row]:
+        return [row for row in _handed_out(db, worker_id) if row["task_id"] in task_ids]
+
+    for row in found():
         db.lock(row["execution"])
-    for row in _handed_out(db, worker_id):
-        if row["task_id"] in task_ids:
-            _lose(db, row, Outcome.LOST, reason, changes)
+    for row in found():  # without those that another server has ended before this one had the locks
+        _lose(db, row, Outcome.LOST, reason, changes)
     return changes.freeze()
 
 

@@ -66,12 +66,11 @@ CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's cloc
 logger = logging.getLogger(__name__)
 
 
-class _Unknown(Exception):
-    """The connection was lost after the commit was sent: it is unknown whether the transaction is stored."""
+class _Lost(Exception):
+    """The connection was lost after the commit was sent, or it was lost earlier and could not be opened again.
 
-
-class _Unreachable(Exception):
-    """The database could not be reached, and nothing of the transaction is stored."""
+    In the first case, it is unknown whether the transaction is stored. In the second case, it is not stored.
+    """
 
 
 class PostgresStore(GroupCommitStore):
@@ -130,12 +129,9 @@ class PostgresStore(GroupCommitStore):
                 await asyncio.to_thread(vacuum, self._url)
             except psycopg.Error as error:
                 raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
-        (outcome,) = await self._loop.run_in_executor(
-            self._writer, lambda: self._run_batch([lambda db: db.one("database_size")], Kind.TOGETHER)
-        )
-        if isinstance(outcome, Exception):
-            raise outcome
-        return Space(outcome["bytes"], 0)
+        size = await self.run(lambda db: db.one("database_size"))
+        assert size is not None
+        return Space(size["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
@@ -170,11 +166,6 @@ class PostgresStore(GroupCommitStore):
         logger.error("database %s: %s; nothing that was acknowledged is lost", self._opened_as, error)
         self._look_again()
 
-    def _look_again(self) -> None:
-        """Make the calls that wait query the store."""
-        for look_again in self.on_unknown:
-            look_again()
-
     # ---- In the writer thread ----------------------------------------------------------------------------------------
 
     def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
@@ -182,7 +173,7 @@ class PostgresStore(GroupCommitStore):
             if len(transitions) > 1:
                 try:
                     return self._transaction(transitions, kind)
-                except (_Unknown, _Unreachable):
+                except _Lost:
                     raise
                 except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
@@ -196,7 +187,7 @@ class PostgresStore(GroupCommitStore):
         while True:
             try:
                 return self._transaction([transition], kind)[0]
-            except (_Unknown, _Unreachable):
+            except _Lost:
                 raise
             except psycopg.Error as error:
                 if not is_conflict(error) or time.monotonic() > end:
@@ -237,7 +228,7 @@ class PostgresStore(GroupCommitStore):
                 if is_lost(error, connection):
                     self._disconnect()
                     if is_sent:
-                        raise _Unknown(f"the connection was lost: {line_of(error)}") from error
+                        raise _Lost(f"the connection was lost: {line_of(error)}") from error
                     logger.warning("database %s: %s; connecting again", self._opened_as, line_of(error))
                     continue
                 self._roll_back(connection)
@@ -254,7 +245,7 @@ class PostgresStore(GroupCommitStore):
             self._disconnect()
 
     def _connected(self, end: float) -> Connection:
-        """Return the connection, and open it again if it was lost. Raises _Unreachable."""
+        """Return the connection, and open it again if it was lost. Raises _Lost."""
         while self._connection is None:
             try:
                 self._connection = connect(self._url)
@@ -262,7 +253,7 @@ class PostgresStore(GroupCommitStore):
                 self._next_comparison = 0.0
             except psycopg.Error as error:
                 if time.monotonic() > end:
-                    raise _Unreachable(f"the database can't be reached: {line_of(error)}") from error
+                    raise _Lost(f"the database can't be reached: {line_of(error)}") from error
                 time.sleep(0.1)
         if time.monotonic() >= self._next_comparison:
             with contextlib.suppress(psycopg.Error):

@@ -37,15 +37,10 @@ class _TextDumper(StrDumperUnknown):
 def connect(url: str) -> Connection:
     """Open a connection whose rows are dictionaries."""
     connection = psycopg.connect(url, autocommit=True, row_factory=dict_row, **_settings(url))
-    set_types(connection)
-    return connection
-
-
-def set_types(connection: psycopg.Connection[Any]) -> None:
-    """Set how values are sent."""
     # By default, psycopg sends a small number as a small type, in which PostgreSQL's arithmetic overflows.
     connection.adapters.register_dumper(int, Int8Dumper)
     connection.adapters.register_dumper(str, _TextDumper)
+    return connection
 
 
 def _settings(url: str) -> dict[str, Any]:

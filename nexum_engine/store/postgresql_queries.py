@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
 
 from nexum_engine.store.db import load_queries
 
@@ -16,14 +18,20 @@ _NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until
 """The condition that `dialect` adds to the statements of _OF_NO_OTHER."""
 
 
-def dialect() -> dict[str, str]:
+@cache
+def dialect() -> Mapping[str, str]:
     """Return the queries by name: those of postgresql.sql, and translations of all others in queries.sql."""
     queries = {**load_queries(), **load_queries("postgresql.sql")}
     for name in _BY_SERVER:
-        queries[name] = queries[name].replace("UPDATE nodes SET ", "UPDATE nodes SET server = :server, ", 1)
+        queries[name] = _edited(queries[name], "UPDATE nodes SET ", "UPDATE nodes SET server = :server, ")
     for name in _OF_NO_OTHER:
-        queries[name] = queries[name].replace(";", f" AND {_NO_OTHER};")
+        queries[name] = _edited(queries[name], ";", f" AND {_NO_OTHER};")
     return {name: _translated(text, _LOCKS.get(name, "")) for name, text in queries.items()}
+
+
+def _edited(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, f"{old!r} is not in this query exactly once: {text}"
+    return text.replace(old, new)
 
 
 def _translated(text: str, lock: str) -> str:

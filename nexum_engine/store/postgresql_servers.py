@@ -80,7 +80,6 @@ class OtherServers:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}
         hold_server(connection, self._server)
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
-        connection.execute(queries["beat"], me)
         # Send empty news: from now on the other servers send their news, even before they next count the live servers.
         send(connection, self._channel, self._server, self._clock.now_ms(), News())
         self._call(self._on_gap)

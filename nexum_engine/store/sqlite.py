@@ -20,7 +20,8 @@ from nexum_engine.location import database_path
 from nexum_engine.store.base import Space
 from nexum_engine.store.db import Row, load_queries
 from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
-from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, check_file, lock, new_backup
+from nexum_engine.store.sqlite_connection import check_file
+from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, lock, new_backup
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +232,7 @@ class SqliteStore(GroupCommitStore):
             names_database = isinstance(error.cause, FilesLost)
             told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
             self._refuse_waiting(told, error)
-        for look_again in self.on_unknown:
-            look_again()
+        self._look_again()
 
 
 class _Backup:

@@ -18,7 +18,8 @@ from nexum_engine.errors import InvalidRequest, StoreLocked, StoreRefused
 from nexum_engine.scheduling import DONE
 from nexum_engine.store.base import Checked
 from nexum_engine.store.db import load_queries
-from nexum_engine.store.sqlite_file import DatabaseFile, check_file, is_current, lock_file_of, log_of
+from nexum_engine.store.sqlite_connection import check_file, is_current
+from nexum_engine.store.sqlite_file import DatabaseFile, lock_file_of, log_of
 from nexum_engine.workflow import NodeDefinition, parse_ir
 
 MAX_OF_A_KIND = 20

@@ -3,9 +3,7 @@
 A database is a file and, while a server has it open, a write-ahead log. A commit is written to the log. A checkpoint
 copies the log into the file, and the next commit starts the log again.
 
-SQLite doesn't check that a log belongs to a file. So the first transaction of each log stores a new **stamp** in the
-table `log_stamp`, together with the log's **base**: the stamp that is in the file when the log starts. A log belongs to
-a file if the file's stamp is the log's base or, after a checkpoint, the log's own stamp.
+Each log has a stamp, which tells to which file it belongs: see `sqlite_stamp`.
 """
 
 from __future__ import annotations
@@ -21,56 +19,30 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nexum_engine.errors import Conflict, InvalidRequest, NexumError, StoreLocked, StoreRefused
+from nexum_engine.errors import Conflict, InvalidRequest, NexumError, StoreRefused
 from nexum_engine.store.base import Space
-
-APPLICATION_ID = 0x4E58554D
-"""The application_id of a Nexum database. SQLite keeps it in the header of the file."""
-SLOW_UPDATE_BYTES = 50_000_000
-"""If a database has at least this size, its schema update takes seconds, and is logged."""
-_HEADER = b"SQLite format 3\x00"
-_LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
-_STAMP_BYTES = 16
-_OTHER_FILE = "name another file with --database-url or DATABASE_URL"
+from nexum_engine.store.sqlite_connection import (
+    cannot_open,
+    check_file,
+    check_version,
+    checkpoint,
+    connect,
+    in_use,
+    leave,
+    migrate,
+)
+from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, belongs, blob_in, layout_of, read_stamp, write_stamp
 
 logger = logging.getLogger(__name__)
 
 
 class FilesLost(NexumError):
     """The path no longer names the open files, or another program has changed them. Nothing may be acknowledged."""
-
-
-@dataclass(frozen=True)
-class _Stamp:
-    """The contents of the table `log_stamp`."""
-
-    own: bytes
-    base: bytes
-    closed: bool
-    """Whether the last server closed the database."""
-
-    @classmethod
-    def decode(cls, blob: bytes) -> _Stamp:
-        return cls(blob[:_STAMP_BYTES], blob[_STAMP_BYTES : 2 * _STAMP_BYTES], blob[2 * _STAMP_BYTES :] == b"\x01")
-
-    def encode(self) -> bytes:
-        return self.own + self.base + bytes([self.closed])
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The page size, and the numbers of the pages that hold the tables `file_mark` and `log_stamp`."""
-
-    page_size: int
-    mark_page: int
-    stamp_page: int
 
 
 class DatabaseFile:
@@ -86,7 +58,7 @@ class DatabaseFile:
 
     def _attach(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        self._layout = _layout(connection)
+        self._layout = layout_of(connection)
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
         # Close this descriptor only after the connection: on POSIX, closing it releases SQLite's locks on the file.
         self._file = os.open(self._path, flags)
@@ -94,7 +66,7 @@ class DatabaseFile:
         self._file_id, self._log_id = _file_id(self._file, self._path), _file_id(self._log, self._log_path)
         self._file_bytes = self._log_bytes = 0
         self._mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
-        self._stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+        self._stamp = read_stamp(connection)
         self._stamp_in_file = self._stamp.own
         self._changes = 0
 
@@ -118,11 +90,11 @@ class DatabaseFile:
             _remove_leftovers(path)
             if not path.exists():
                 _create(path)
-            connection = _connect(path, timeout)
+            connection = connect(path, timeout)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
-            _check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
-            _migrate(path, connection)
-            stamp = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
+            check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
+            migrate(path, connection)
+            stamp = read_stamp(connection)
             if was_open or not stamp.closed:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
@@ -131,7 +103,7 @@ class DatabaseFile:
             return cls(path, connection)
         except BaseException as error:
             if connection is not None:
-                _leave(connection)
+                leave(connection)
             if isinstance(error, (sqlite3.Error, OSError)):
                 raise cannot_open(path, error) from error
             raise
@@ -139,7 +111,7 @@ class DatabaseFile:
     def reopen(self) -> None:
         """Open the database again, after an error that may be temporary. Raises sqlite3.Error, OSError."""
         self.abandon()
-        self._attach(_connect(self._path, 0.0))
+        self._attach(connect(self._path, 0.0))
 
     def close(self) -> None:
         """Copy the log into the file, and close the database."""
@@ -160,13 +132,13 @@ class DatabaseFile:
         if self._is_separated():
             with contextlib.suppress(sqlite3.Error):
                 self._complete()
-        _leave(self.connection)
+        leave(self.connection)
         self._detach()
 
     def _complete(self) -> None:
         """Copy the log into the file, and mark the file as closed."""
-        _write_stamp(self.connection, _Stamp(os.urandom(_STAMP_BYTES), self._stamp_in_file, closed=True))
-        _checkpoint(self.connection)
+        write_stamp(self.connection, Stamp(os.urandom(STAMP_BYTES), self._stamp_in_file, closed=True))
+        checkpoint(self.connection)
 
     def _detach(self) -> None:
         """Close the connection and the descriptors. Does nothing the second time."""
@@ -210,8 +182,8 @@ class DatabaseFile:
                 new.replace(os.path.realpath(self._path))
                 sync_folder(self._path)
             finally:
-                connection = _connect(self._path, 0.0)
-                _begin_log(connection, _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0]))
+                connection = connect(self._path, 0.0)
+                _begin_log(connection, read_stamp(connection))
                 self._attach(connection)
         finally:
             new.unlink(missing_ok=True)
@@ -229,8 +201,8 @@ class DatabaseFile:
         stamp = self._stamp
         if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
             # The log was copied into the file, so this transaction starts the log again. Each log needs a new stamp.
-            stamp = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
-            self.connection.execute("UPDATE log_stamp SET stamp = ?", (stamp.encode(),))
+            stamp = Stamp(os.urandom(STAMP_BYTES), stamp.own, closed=False)
+            write_stamp(self.connection, stamp)
         self.connection.execute("COMMIT")
         self._stamp = stamp
         self.check()
@@ -266,10 +238,10 @@ class DatabaseFile:
     def _is_ours(self) -> bool:
         """Return whether the open file still has this database's mark and stamp, and has not shrunk."""
         layout, size = self._layout, os.fstat(self._file).st_size
-        if size < self._file_bytes or _blob(self._page(layout.mark_page)) != self._mark:
+        if size < self._file_bytes or blob_in(self._page(layout.mark_page)) != self._mark:
             return False
         self._file_bytes = size
-        self._stamp_in_file = _Stamp.decode(_blob(self._page(layout.stamp_page))).own
+        self._stamp_in_file = Stamp.decode(blob_in(self._page(layout.stamp_page))).own
         return self._stamp_in_file in (self._stamp.own, self._stamp.base)
 
     def _is_separated(self) -> bool:
@@ -326,61 +298,10 @@ def lock(path: Path, timeout: float) -> FileLock:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         taken.acquire(timeout=timeout)
     except Timeout as error:
-        raise _in_use(path) from error
+        raise in_use(path) from error
     except (OSError, NotImplementedError) as error:
         raise cannot_open(path, error) from error
     return taken
-
-
-def _in_use(path: Path) -> StoreLocked:
-    return StoreLocked(
-        f"database {path} is in use by another Nexum server, or by another program: stop it, or give this server "
-        "another database with --database-url sqlite:///path"
-    )
-
-
-def cannot_open(path: Path, error: Exception) -> NexumError:
-    """Return the error of a database that can't be opened, with the next step."""
-    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-        return _in_use(path)
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    step = "check its folder and the disk"
-    if path.is_dir():
-        reason, step = "it is a folder", "give the path of a file"
-    elif isinstance(error, PermissionError) or "readonly" in reason or "Read-only" in reason:
-        step = f"make the file and its folder {path.parent} writable"
-    return StoreRefused(f"database {path} can't be opened: {reason}; {step}, or {_OTHER_FILE}")
-
-
-def check_file(path: Path) -> None:
-    """Raise StoreRefused if the file is not a Nexum database that this version can open. Only the header is read."""
-    try:
-        with path.open("rb") as file:
-            header = file.read(100)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise cannot_open(path, error) from error
-    if len(header) < 100 or not header.startswith(_HEADER):
-        raise StoreRefused(f"{path} is not a database: it was left untouched; {_OTHER_FILE}")
-    # https://www.sqlite.org/fileformat.html#the_database_header
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise StoreRefused(f"{path} is another program's database: it was left untouched; {_OTHER_FILE}")
-    _check_version(path, int.from_bytes(header[60:64], "big"))
-
-
-def is_current(path: Path) -> bool:
-    """Return whether the file has the newest schema version that this version knows. Only the header is read."""
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(100)[60:64], "big") == len(_migrations())
-
-
-def _check_version(path: Path, version: int) -> None:
-    if version > len(_migrations()):
-        raise StoreRefused(
-            f"{path} has schema version {version}, made by a newer Nexum; this Nexum knows {len(_migrations())}: "
-            "use the newer Nexum"
-        )
 
 
 def _check_log(path: Path, timeout: float) -> None:
@@ -414,13 +335,13 @@ def _has_own_log(path: Path, timeout: float) -> bool:
     try:
         # Read the file together with the log. A server that is killed during a checkpoint leaves a file with some pages
         # from before the checkpoint and others from after it. SQLite can't read such a file without its log.
-        connection = _connect(path, timeout)
+        connection = connect(path, timeout)
         try:
             if max(version, connection.execute("PRAGMA user_version").fetchone()[0]) < 2:
                 return True  # before schema version 2, logs have no stamps
-            layout = _layout(connection)
+            layout = layout_of(connection)
         finally:
-            _leave(connection)
+            leave(connection)
     except sqlite3.OperationalError:
         raise
     except (sqlite3.DatabaseError, KeyError):
@@ -429,33 +350,8 @@ def _has_own_log(path: Path, timeout: float) -> bool:
         return True  # SQLite has found no transaction in the log, and deleted it
     with path.open("rb") as file:
         file.seek((layout.stamp_page - 1) * layout.page_size)
-        own = _Stamp.decode(_blob(file.read(layout.page_size))).own
-    return _belongs(log_of(path), layout, own)
-
-
-def _belongs(log: Path, layout: _Layout, own: bytes) -> bool:
-    """Return whether the log belongs to the file with the stamp `own`.
-
-    The log belongs to the file if `own` is the base of the log's newest stamp or, after the log was copied into the
-    file, that newest stamp itself. A log without a commit belongs to any file.
-    """
-    # https://www.sqlite.org/fileformat.html#the_write_ahead_log
-    newest: _Stamp | None = None
-    in_transaction: _Stamp | None = None
-    has_commit = False
-    with log.open("rb") as file:
-        header = file.read(_LOG_HEADER_BYTES)
-        if int.from_bytes(header[8:12], "big") != layout.page_size:
-            return not any(header)
-        # Each frame of this log repeats the salts in the log's header. Frames of an earlier log may follow.
-        while (frame := file.read(_FRAME_HEADER_BYTES))[8:16] == header[16:24]:
-            page = file.read(layout.page_size)
-            if int.from_bytes(frame[:4], "big") == layout.stamp_page:
-                in_transaction = _Stamp.decode(_blob(page))
-            if any(frame[4:8]):
-                has_commit = True
-                newest = in_transaction or newest
-    return not has_commit or (newest is not None and own in (newest.own, newest.base))
+        own = Stamp.decode(blob_in(file.read(layout.page_size))).own
+    return belongs(log_of(path), layout, own)
 
 
 def _explain_missing_log(path: Path) -> None:
@@ -490,10 +386,10 @@ def _create(path: Path) -> None:
     new = _new_name(path)
     try:
         _create_empty(new)
-        connection = _connect(new, 0.0)
+        connection = connect(new, 0.0)
         try:
-            _migrate(path, connection)
-            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), bytes(_STAMP_BYTES), closed=True))
+            migrate(path, connection)
+            write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), bytes(STAMP_BYTES), closed=True))
         finally:
             connection.close()
         new.replace(os.path.realpath(path))
@@ -534,9 +430,9 @@ def _create_empty(new: Path) -> None:
 
 def _close_copy(copy: Path, base: bytes) -> None:
     """Mark a copy of a database as closed, and make it durable. `base` is the stamp of the copied database."""
-    connection = _connect(copy, 0.0)
+    connection = connect(copy, 0.0)
     try:
-        _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), base, closed=True))
+        write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), base, closed=True))
     finally:
         connection.close()
     descriptor = os.open(copy, os.O_RDWR)
@@ -546,122 +442,18 @@ def _close_copy(copy: Path, base: bytes) -> None:
         os.close(descriptor)
 
 
-def _begin_log(connection: sqlite3.Connection, stamp: _Stamp) -> None:
+def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
     """Change the stamp in the file at a server's start.
 
     Otherwise this server's log would also belong to a backup of the file that was made before the server started.
     """
-    _checkpoint(connection)
-    in_file = _Stamp(os.urandom(_STAMP_BYTES), stamp.own, closed=False)
-    _write_stamp(connection, in_file)
-    _checkpoint(connection)
+    checkpoint(connection)
+    in_file = Stamp(os.urandom(STAMP_BYTES), stamp.own, closed=False)
+    write_stamp(connection, in_file)
+    checkpoint(connection)
     # From this write on, the log of a running server is never empty. So if a killed server's log is empty or missing,
     # something is lost.
-    _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), in_file.own, closed=False))
-
-
-def _connect(path: Path, timeout: float) -> sqlite3.Connection:
-    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
-    # thread opens the connection and the writer thread uses it.
-    connection = sqlite3.connect(
-        path, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=128
-    )
-    connection.row_factory = sqlite3.Row
-    try:
-        # Don't overwrite freed pages with zeros: a pruned execution may have many pages.
-        connection.execute("PRAGMA secure_delete = FAST")
-        # Lock the file for as long as it is open. SQLite then needs no shared memory, which network file systems and
-        # some containers don't have.
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _migrations() -> list[str]:
-    """Return the SQL scripts of the schema in order. The first script makes version 1."""
-    folder = files("nexum_engine.store") / "sqlite_migrations"
-    return [
-        entry.read_text(encoding="utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".sql")
-    ]
-
-
-def _migrate(path: Path, connection: sqlite3.Connection) -> None:
-    """Update the schema. Each script is committed together with its version number."""
-    done = connection.execute("PRAGMA user_version").fetchone()[0]
-    scripts = _migrations()[done:]
-    if not scripts:
-        return
-    if done and path.stat().st_size >= SLOW_UPDATE_BYTES:
-        logger.warning(
-            "database %s: updating its schema from version %d to %d. This takes one to three minutes for a million "
-            "executions. If it is interrupted, the next start begins it again",
-            path,
-            done,
-            done + len(scripts),
-        )
-    # A script may drop large tables. To save time, let SQLite neither check the references to each row nor overwrite
-    # the row, and let the cache hold the indexes in which the script looks up each row.
-    settings = {"foreign_keys": 0, "secure_delete": 0, "cache_size": -256_000}
-    before = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in settings}
-    for name, value in settings.items():
-        connection.execute(f"PRAGMA {name} = {value}")
-    for version, script in enumerate(scripts, start=done + 1):
-        if version > 2:
-            # Copy the log into the file first: the base of the new stamp below must be the stamp that is in the file.
-            _checkpoint(connection)
-        connection.executescript(
-            f"BEGIN IMMEDIATE;\n{script}\nPRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {version};"
-        )
-        if version > 2:  # there is a table log_stamp, and every log with a commit needs a stamp
-            last = _Stamp.decode(connection.execute("SELECT stamp FROM log_stamp").fetchone()[0])
-            _write_stamp(connection, _Stamp(os.urandom(_STAMP_BYTES), last.own, closed=last.closed))
-        connection.execute("COMMIT")
-        if done and version < done + len(scripts):
-            _checkpoint(connection)  # so that each log has one stamp
-    for name, value in before.items():
-        connection.execute(f"PRAGMA {name} = {value}")
-
-
-def _layout(connection: sqlite3.Connection) -> _Layout:
-    pages = dict(
-        tuple(row)
-        for row in connection.execute(
-            "SELECT name, rootpage FROM sqlite_schema WHERE name IN ('file_mark', 'log_stamp')"
-        )
-    )
-    page_size = connection.execute("PRAGMA page_size").fetchone()[0]
-    return _Layout(page_size, pages["file_mark"], pages["log_stamp"])
-
-
-def _write_stamp(connection: sqlite3.Connection, stamp: _Stamp) -> None:
-    connection.execute("UPDATE log_stamp SET stamp = ?", (stamp.encode(),))
-
-
-def _checkpoint(connection: sqlite3.Connection) -> None:
-    """Copy the log into the file, and empty the log."""
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-
-
-def _leave(connection: sqlite3.Connection) -> None:
-    """Close the connection. The interrupt stops SQLite from copying the log into the file."""
-    with contextlib.suppress(sqlite3.Error):
-        connection.interrupt()
-        connection.close()
-
-
-def _blob(page: bytes) -> bytes:
-    """Return the BLOB in the page of a table that has one row with one short BLOB."""
-    # https://www.sqlite.org/fileformat.html#b_tree_pages: byte 8 gives the position of the only cell. The cell has one
-    # byte each for the payload's size, the row's number, the header's size and the type. The BLOB follows.
-    cell = int.from_bytes(page[8:10], "big")
-    return page[cell + 4 : cell + 2 + page[cell]] if cell < len(page) else b""
+    write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), in_file.own, closed=False))
 
 
 # ---- Backups ---------------------------------------------------------------------------------------------------------
@@ -683,7 +475,7 @@ def new_backup(path: Path, file: Path, *, overwrite: bool) -> Iterator[sqlite3.C
         target = sqlite3.connect(new, isolation_level=None, check_same_thread=False)
         try:
             yield target
-            base = _Stamp.decode(target.execute("SELECT stamp FROM log_stamp").fetchone()[0]).own
+            base = read_stamp(target).own
         finally:
             target.close()
         _close_copy(new, base)
@@ -752,12 +544,12 @@ def _refuse_open_file(path: Path) -> None:
     if not path.exists():
         return
     try:
-        connection = _connect(path, 0.0)
+        connection = connect(path, 0.0)
     except sqlite3.Error as error:
         if "locked" in str(error):
-            raise _in_use(path) from error
+            raise in_use(path) from error
         return  # SQLite can't open this file, so no server has it open
-    _leave(connection)
+    leave(connection)
 
 
 def _copy_backup(backup: Path, new: Path) -> None:

@@ -171,7 +171,13 @@ def test_client_and_server_do_not_import_each_other() -> None:
     [
         (
             "sqlite3",
-            {"nexum_engine.store.sqlite", "nexum_engine.store.sqlite_file", "nexum_engine.store.sqlite_check"},
+            {
+                "nexum_engine.store.sqlite",
+                "nexum_engine.store.sqlite_check",
+                "nexum_engine.store.sqlite_connection",
+                "nexum_engine.store.sqlite_file",
+                "nexum_engine.store.sqlite_stamp",
+            },
         ),
         (
             "psycopg",

@@ -90,7 +90,7 @@ async def test_every_record_reads_as_before(
     assert {status for rows in nodes.values() for _, _, status, _, _ in rows} == set(NodeStatus) - new
     assert {one[4] for rows in attempts.values() for one in rows} >= {"RUNNING", "COMPLETED", "FAILED", "LOST"}
 
-    monkeypatch.setattr("nexum_engine.store.sqlite_file.SLOW_UPDATE_BYTES", 0)
+    monkeypatch.setattr("nexum_engine.store.sqlite_connection.SLOW_UPDATE_BYTES", 0)
     with caplog.at_level(logging.WARNING):
         store = await opened(old)
     (said,) = caplog.messages
@@ -212,9 +212,9 @@ async def test_diamond_is_finished(old: Path) -> None:
 
 async def test_server_killed_after_the_update_loses_nothing(old: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from nexum_engine.store import sqlite_file\n"
-        "path = Path(sys.argv[1]); connection = sqlite_file._connect(path, 0.0)\n"
-        "sqlite_file._migrate(path, connection); print('updated', flush=True); os._exit(9)\n"
+        "import os, sys; from pathlib import Path; from nexum_engine.store import sqlite_connection\n"
+        "path = Path(sys.argv[1]); connection = sqlite_connection.connect(path, 0.0)\n"
+        "sqlite_connection.migrate(path, connection); print('updated', flush=True); os._exit(9)\n"
     )
     with running(["-c", program, str(old)], cwd=old.parent, env={"PYTHONPATH": str(ROOT)}) as server:
         server.wait_for("updated")

@@ -16,7 +16,7 @@ import pytest
 
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
-from nexum_engine.store import executions, open_store, reading, retention, tasks
+from nexum_engine.store import executions, leases, open_store, reading, retention, tasks
 from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
@@ -25,7 +25,7 @@ from postgres import in_schema  # noqa: E402
 
 from nexum_engine.store import postgresql  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
-from nexum_engine.store.postgresql_connection import set_types, without_password  # noqa: E402
+from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
@@ -126,6 +126,8 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
             server.get_postmaster_info().process.wait(10)
             with pytest.raises(StoreUnavailable):
                 await store.run(reading.get_execution, started.execution_id)
+            with pytest.raises(StoreUnavailable):
+                await store.compact(max_bytes=None, always=False)
             assert not store.failed.done()
             deadline = time.monotonic() + 20
             while True:  # the processes of the killed PostgreSQL may still be ending
@@ -163,6 +165,20 @@ async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(stor
         )
         assert found == [*numbers, *numbers[::-1]]
     await other.close()
+
+
+async def test_end_of_an_attempt_does_not_wait_for_the_other_tasks_of_its_worker(store: PostgresStore) -> None:
+    held = []
+    for _ in range(2):
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
+        task = (await store.run(tasks.claim, "w1", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        held.append(task)
+    lost, kept = held
+    with psycopg.connect(store._url) as other:
+        other.execute("SELECT 1 FROM executions WHERE execution_id = %s FOR UPDATE", (kept.execution_id,))
+        changed = await asyncio.wait_for(store.run(leases.lose, "w1", frozenset([lost.task_id])), 10)
+    assert len(changed.ready) == 1
 
 
 async def test_failed_transition_leaves_the_others_of_its_transaction(store: PostgresStore) -> None:
@@ -290,11 +306,10 @@ async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
     """With `enable_seqscan` off, PostgreSQL uses an index even for empty tables, if there is one for the query."""
     booleans = dict.fromkeys(("streamed", "owned", "with_items", "grouped"), True)
     texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
-    with psycopg.connect(store._url) as connection:
-        set_types(connection)
+    with connect(store._url) as connection:
         connection.execute("SET enable_seqscan = off")
         given = {one: {**booleans, **texts}.get(one, 1 if one.endswith("_ms") else None) for one in parameters_of(name)}
-        plan = [row[0] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
+        plan = [row["QUERY PLAN"] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
     scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
     assert scans == [], plan
 

@@ -25,7 +25,7 @@ from nexum_engine.location import database_path
 from nexum_engine.store import database_exists, executions, listing, open_store, reading
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
-from nexum_engine.store.sqlite_file import APPLICATION_ID
+from nexum_engine.store.sqlite_connection import APPLICATION_ID
 from nexum_engine.workflow import workflow
 
 pytestmark = [pytest.mark.every_python, pytest.mark.sqlite]

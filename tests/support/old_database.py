@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import ROOT
 
-from nexum_engine.store.sqlite_file import APPLICATION_ID
+from nexum_engine.store.sqlite_connection import APPLICATION_ID
 
 
 def make_old_database(path: Path) -> None:

@@ -6,6 +6,6 @@
 CREATE TABLE file_mark (mark BLOB NOT NULL) STRICT;
 INSERT INTO file_mark VALUES (randomblob(16));
 
--- The stamp of the newest log, and of the file that this log continues. See sqlite_file.py.
+-- The stamp of the newest log, and of the file that this log continues. See sqlite_stamp.py.
 CREATE TABLE log_stamp (stamp BLOB NOT NULL) STRICT;
 INSERT INTO log_stamp VALUES (zeroblob(33));
