@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,6 @@ LONG_MS = 25_000
 
 
 @pytest.fixture
-def url(empty_postgres_database: Callable[[], str]) -> str:
-    return empty_postgres_database()
-
-
-@pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list to which this process adds its news, instead of sending it to other servers."""
     news: list[Any] = []
@@ -35,17 +30,17 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-async def silent(url: str, lost: list[Any]) -> AsyncIterator[Store]:
+async def silent(postgres_url: str, lost: list[Any]) -> AsyncIterator[Store]:
     """A store that acts as another server, whose news never arrives."""
-    store = await open_store(url, SystemClock())
+    store = await open_store(postgres_url, SystemClock())
     yield store
     await store.close()
 
 
 async def test_poll_finds_a_task_of_which_it_was_not_told(
-    tmp_path: Path, url: str, silent: Store, lost: list[Any]
+    tmp_path: Path, postgres_url: str, silent: Store, lost: list[Any]
 ) -> None:
-    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+    with nexum_server(tmp_path, database_url=postgres_url) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         waiting = asyncio.create_task(asyncio.to_thread(poll, stub, wait_ms=LONG_MS))
         await asyncio.sleep(0.3)  # until the poll waits
@@ -57,9 +52,9 @@ async def test_poll_finds_a_task_of_which_it_was_not_told(
 
 
 async def test_wait_finds_an_end_of_which_it_was_not_told(
-    tmp_path: Path, url: str, silent: Store, lost: list[Any]
+    tmp_path: Path, postgres_url: str, silent: Store, lost: list[Any]
 ) -> None:
-    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+    with nexum_server(tmp_path, database_url=postgres_url) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
         waiting = asyncio.create_task(asyncio.to_thread(record, stub, execution_id, wait_ms=LONG_MS))

@@ -29,14 +29,9 @@ LEASE = 60.0
 
 
 @pytest.fixture
-def url(empty_postgres_database: Callable[[], str]) -> str:
-    return empty_postgres_database()
-
-
-@pytest.fixture
-def servers(tmp_path: Path, url: str) -> Iterator[list[Server]]:
+def servers(tmp_path: Path, postgres_url: str) -> Iterator[list[Server]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(nexum_server(tmp_path, database_url=url, lease=LEASE)) for _ in range(2)]
+        yield [stack.enter_context(nexum_server(tmp_path, database_url=postgres_url, lease=LEASE)) for _ in range(2)]
 
 
 @contextmanager
@@ -63,12 +58,12 @@ def attempts(stub: NexumServiceStub, execution_id: str) -> list[tuple[int, str]]
 
 
 @pytest.fixture
-def told(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ServerThread]]:
+def told(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ServerThread]]:
     """Two servers that look for changes by themselves so rarely that the tests end before."""
     servers = pytest.importorskip("nexum_engine.store.postgresql_servers", reason="psycopg isn't installed")
     monkeypatch.setattr(servers, "BEAT_SECONDS", RARELY)
     with ExitStack() as stack:
-        yield [stack.enter_context(server_thread(tmp_path, database_url=url)) for _ in range(2)]
+        yield [stack.enter_context(server_thread(tmp_path, database_url=postgres_url)) for _ in range(2)]
 
 
 def test_poll_on_one_server_gets_the_task_of_the_other_at_once(told: list[ServerThread]) -> None:
@@ -95,13 +90,15 @@ def test_wait_on_one_server_ends_with_the_report_on_the_other(told: list[ServerT
         assert time.monotonic() - begun < SOON
 
 
-def test_starting_server_leaves_the_workers_of_another_alone(servers: list[Server], url: str, tmp_path: Path) -> None:
+def test_starting_server_leaves_the_workers_of_another_alone(
+    servers: list[Server], postgres_url: str, tmp_path: Path
+) -> None:
     with connected(servers[0].address) as one:
         register(one, {"a": []})
         execution_id = start(one)
         with worker_stream(one, "w") as beat:
             task = poll(one, "w")
-            with nexum_server(tmp_path, database_url=url, lease=LEASE) as third:
+            with nexum_server(tmp_path, database_url=postgres_url, lease=LEASE) as third:
                 time.sleep(3)  # longer than the time within which workers must reconnect to a restarted server
                 with connected(third.address) as stub:
                     assert attempts(stub, execution_id) == [(1, "RUNNING")]

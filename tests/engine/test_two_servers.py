@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -34,9 +34,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-async def stores(empty_postgres_database: Callable[[], str], clock: ManualClock) -> AsyncIterator[tuple[Store, Store]]:
-    url = empty_postgres_database()
-    stores = [await open_store(url, clock), await open_store(url, clock)]
+async def stores(postgres_url: str, clock: ManualClock) -> AsyncIterator[tuple[Store, Store]]:
+    stores = [await open_store(postgres_url, clock), await open_store(postgres_url, clock)]
     yield stores[0], stores[1]
     for store in stores:
         await store.close()
@@ -211,19 +210,18 @@ async def test_worker_that_disconnects_keeps_what_it_holds_at_another_server(
 
 
 async def test_server_that_follows_a_killed_one_takes_its_workers_at_once(
-    empty_postgres_database: Callable[[], str], clock: ManualClock
+    postgres_url: str, clock: ManualClock
 ) -> None:
-    url = empty_postgres_database()
-    killed, living = [await open_store(url, clock) for _ in range(2)]
+    killed, living = [await open_store(postgres_url, clock) for _ in range(2)]
     await register(killed, ONE)
     ids = [await start(killed) for _ in range(2)]
     for store in (killed, living):
         await store.run(lambda db: db.one("beat", seconds=60))
         await taken(store)
-    with psycopg.connect(url, autocommit=True) as connection:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"SELECT pg_sleep(extract(epoch FROM pg_postmaster_start_time() - now()) + {ALIVE_SECONDS})")
     await killed.close()  # its row in `servers` stays, as after a kill
-    follower = await open_store(url, clock)
+    follower = await open_store(postgres_url, clock)
     follower.join(lambda news: None)
     await follower.run(leases.restart, 1500, 60_000)
     clock.advance(2)
