@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import nexum_server
-from nexum_wire import connected, register, start
+from nexum_wire import DEADLINE, connected, register, start
+from server_thread import server_thread
 
 from nexum_engine.__main__ import main
 from nexum_engine.clock import SystemClock
@@ -97,11 +99,14 @@ def test_commands_for_files_name_the_program_to_use(
             assert output.strip().count("\n") == 0
 
 
-def test_cancel_in_the_database_ends_a_wait_on_a_server(nexum: Command, tmp_path: Path, url: str) -> None:
-    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+def test_cancel_in_the_database_ends_a_wait_on_a_server(
+    nexum: Command, tmp_path: Path, url: str, begun_waits: queue.SimpleQueue[str]
+) -> None:
+    with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
         waiting = stub.GetExecution.future(pb.GetExecutionRequest(execution_id=execution_id, wait_ms=25_000))
+        assert begun_waits.get(timeout=DEADLINE) == execution_id
         assert nexum("cancel", execution_id, "--database-url", url)[0] == 0
         assert waiting.result(10).status == "CANCELLED"
 
