@@ -85,9 +85,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def empty_postgres_database(postgres: Databases) -> Callable[[], str]:
-    """A function that empties this process's database of a real PostgreSQL, and returns its URL."""
-    return postgres.empty
+def postgres_url(postgres: Databases) -> str:
+    """The URL of an empty database of a real PostgreSQL."""
+    return postgres.empty()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -96,8 +96,8 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[],
     if request.param == "sqlite":
         numbers = itertools.count()
         return lambda: f"sqlite:///{tmp_path / f'nexum{next(numbers)}.db'}"
-    empty: Callable[[], str] = request.getfixturevalue("empty_postgres_database")
-    return empty
+    databases: Databases = request.getfixturevalue("postgres")
+    return databases.empty
 
 
 @pytest.fixture

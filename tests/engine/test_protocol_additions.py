@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
 import subprocess
 import sys
@@ -20,7 +19,19 @@ import harness
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from harness import ROOT, Server, environment, free_port, nexum_server
-from nexum_wire import DEADLINE, complete, connected, poll, record, refused, register, start
+from nexum_wire import (
+    DEADLINE,
+    Stream,
+    cancelled,
+    complete,
+    connected,
+    poll,
+    record,
+    refused,
+    register,
+    start,
+    until_polled,
+)
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -41,42 +52,13 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def until_polled(stub: NexumServiceStub, execution_id: str) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not record(stub, execution_id).has_poller:
-        assert time.monotonic() < deadline, "no worker polls"
-        time.sleep(0.01)
-
-
-class Stream:
-    """A worker's stream on its own connection, which a test can break as a killed process does."""
-
-    def __init__(self, address: str, worker_id: str) -> None:
-        self._worker_id = worker_id
-        self._beats: queue.Queue[pb.WorkerBeat | None] = queue.Queue()
-        self._connection = connected(address)
-        self.stub = self._connection.__enter__()
-        self._call = self.stub.WorkerStream(iter(self._beats.get, None))
-
-    def beat(self, *task_ids: str, draining: bool = False) -> int:
-        """Send a heartbeat and wait for its answer; return the lease."""
-        self._beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=task_ids, draining=draining))
-        return int(next(iter(self._call)).lease_ms)
-
-    def dies(self) -> None:
-        self._call.cancel()
-        self._beats.put(None)
-        self._connection.__exit__(None, None, None)
-
-
 # ---- Long polls ------------------------------------------------------------------------------------------------------
 
 
 def test_long_poll_gets_a_task_at_once(stub: NexumServiceStub, pool: ThreadPoolExecutor) -> None:
     register(stub, {"a": []})
-    probe = start(stub)
+    probe = cancelled(stub)
     assert not record(stub, probe).has_poller
-    stub.CancelExecution(pb.CancelRequest(execution_id=probe), timeout=DEADLINE)
     waiting = pool.submit(poll, stub, wait_ms=LONG_MS)
     until_polled(stub, probe)
     began = time.monotonic()
@@ -197,7 +179,7 @@ def test_dead_workers_task_goes_to_a_waiting_worker(
     register(stub, {"a": []})
     execution_id = start(stub)
     dying = Stream(server.address, "dying")
-    assert dying.beat() == 30_000
+    assert dying.beat().lease_ms == 30_000
     first = poll(dying.stub, "dying")
     waiting = pool.submit(poll, stub, "other", wait_ms=LONG_MS)
     began = time.monotonic()
@@ -231,7 +213,7 @@ def test_connected_silent_worker_loses_task_after_lease(tmp_path: Path) -> None:
         register(stub, {"a": []})
         execution_id = start(stub)
         silent = Stream(server.address, "silent")
-        assert silent.beat() == 1000
+        assert silent.beat().lease_ms == 1000
         poll(silent.stub, "silent")
         began = time.monotonic()
         assert poll(stub, "other", wait_ms=LONG_MS).attempt == 2

@@ -61,7 +61,9 @@ async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> 
             worker = Worker(client, [Binding(ONE, {"a": work})])
             working = asyncio.create_task(worker.run(stop))
             await worker._heartbeat.connected.wait()
-            while other.address != client.address:  # each client chooses a server by itself
+            # The owner and the worker must lose the same server. Each client chooses its server at random: open clients
+            # until one has the worker's server.
+            while other.address != client.address:
                 other = await stack_client(address)
             await other.register_workflow(ONE)
             first = servers.pop(client.address)

@@ -35,7 +35,7 @@ async def test_slow_disk_delays_no_reading_call_and_loses_no_lease(tmp_path: Pat
     command = ["-c", SLOW_COMMITS, "--listen", "127.0.0.1:0", "--lease", str(LEASE)]
     url = f"sqlite:///{tmp_path / 'nexum.db'}"
     with running([*command, "--database-url", url], cwd=tmp_path) as server:
-        address = server.wait_for("Nexum engine").split(" on ")[1].split(",")[0]
+        address = server.wait_for_address()
         begun, finish, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         async def handler(_: TaskContext) -> str:

@@ -17,10 +17,8 @@ class FaultyProxy(Proxy):
         for opened in self._open.values():
             opened.set()
         self._delay = 0.0
-        self.broken = 0
-        """The number of connections that were broken."""
-        self.held = 0
-        """The number of times that data was held back or delayed."""
+        self.hits = 0
+        """The number of connections that were broken, and of times that data was held back or delayed."""
 
     def break_connections(self) -> None:
         """Reset every open connection."""
@@ -28,7 +26,7 @@ class FaultyProxy(Proxy):
         async def reset() -> None:
             for writer in list(self._writers):
                 if not writer.is_closing():
-                    self.broken += 1
+                    self.hits += 1
                     writer.transport.abort()
 
         asyncio.run_coroutine_threadsafe(reset(), self._loop).result()
@@ -49,9 +47,11 @@ class FaultyProxy(Proxy):
             self._loop.call_soon_threadsafe(opened.set)
 
     async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
-        if self._delay or not self._open[direction].is_set():
-            self.held += 1
+        if self._delay:
+            self.hits += 1
             await asyncio.sleep(self._delay)
+        if not self._open[direction].is_set():
+            self.hits += 1
             await self._open[direction].wait()
 
 

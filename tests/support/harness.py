@@ -86,6 +86,10 @@ class Process:
             if text in line:
                 return line
 
+    def wait_for_address(self) -> str:
+        """Wait until the process, which is a server, is ready for calls; return its address."""
+        return self.wait_for("Nexum engine").split(" on ")[1].split(",")[0]
+
     @property
     def output(self) -> str:
         return "\n".join(self.lines)
@@ -157,8 +161,7 @@ def nexum_server(
         *("--database-url", database_url or url_of(folder), *arguments),
     ]
     with running(command, cwd=folder) as process:
-        line = process.wait_for("Nexum engine")
-        yield Server(process, line.split(" on ")[1].split(",")[0])
+        yield Server(process, process.wait_for_address())
 
 
 class Server:

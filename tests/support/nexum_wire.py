@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +69,21 @@ def record(stub: NexumServiceStub, execution_id: str, **more: Any) -> pb.GetExec
     return stub.GetExecution(request, timeout=DEADLINE + 30)
 
 
+def cancelled(stub: NexumServiceStub) -> str:
+    """Start an execution and cancel it. Return its id, for `until_polled`: a poll gets no task of it."""
+    execution_id = start(stub)
+    stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
+    return execution_id
+
+
+def until_polled(stub: NexumServiceStub, execution_id: str) -> None:
+    """Return when a worker polls this server for the execution's version, or has polled in the last 2 s."""
+    deadline = time.monotonic() + DEADLINE
+    while not record(stub, execution_id).has_poller:
+        assert time.monotonic() < deadline, "no worker polls"
+        time.sleep(0.01)
+
+
 def output(stub: NexumServiceStub, execution_id: str, node_id: str, length: int = 0) -> str:
     """Read an output, or the input if `node_id` is empty, in parts."""
     data = b""
@@ -85,3 +102,25 @@ def refused(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
         call()
     code: grpc.StatusCode = caught.value.code()
     return code, str(caught.value.details())
+
+
+class Stream:
+    """A worker's stream on its own connection, which a test can break as a killed process does."""
+
+    def __init__(self, address: str, worker_id: str) -> None:
+        self._worker_id = worker_id
+        self._beats: queue.SimpleQueue[pb.WorkerBeat | None] = queue.SimpleQueue()
+        self._connection = connected(address)
+        self.stub = self._connection.__enter__()
+        self._call = self.stub.WorkerStream(iter(self._beats.get, None))
+
+    def beat(self, *task_ids: str, draining: bool = False) -> pb.WorkerBeatAck:
+        """Send a heartbeat, and return its answer."""
+        self._beats.put(pb.WorkerBeat(worker_id=self._worker_id, task_ids=task_ids, draining=draining))
+        answer: pb.WorkerBeatAck = next(iter(self._call))
+        return answer
+
+    def dies(self) -> None:
+        self._call.cancel()
+        self._beats.put(None)
+        self._connection.__exit__(None, None, None)

