@@ -48,6 +48,15 @@ def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
         raise InvalidRequest(f"{what} {path} can't be read: {error.strerror or error}") from error
 
 
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return a value that changes with the file, its mode or its owner, or None if there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid, found.st_gid
+
+
 def is_loopback(host: str) -> bool:
     """Return whether `host`, which is a name or an IP address, is this machine."""
     try:

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import grpc
 
 from nexum_engine.errors import AccessDenied, InvalidRequest, RoleRefused, TokenRefused
-from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file
+from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file, stamp_of
 from nexum_engine.server.bounds import Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
@@ -53,7 +52,7 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp = _stamp(path)
+        self._stamp = stamp_of(path)
         self._holders = _parsed(read_file(path, "the token file", secret=True), path)
         self._looked = time.monotonic()
         self._running: dict[asyncio.Task[Any], bytes] = {}
@@ -106,7 +105,7 @@ class Tokens:
         if now - self._looked < LOOK_INTERVAL:
             return
         self._looked = now
-        stamp = _stamp(self._path)
+        stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -119,15 +118,6 @@ class Tokens:
         for call in [call for call, digest in self._running.items() if digest not in self._holders]:
             del self._running[call]
             call.cancel()
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return a value that changes with the file, or None if there is no file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 def _token_in(metadata: Iterable[Any]) -> str:
