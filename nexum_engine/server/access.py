@@ -54,7 +54,6 @@ class Tokens:
         self._path = path
         self._stamp = stamp_of(path)
         self._holders = _parsed(read_file(path, "the token file", secret=True), path)
-        self._looked = time.monotonic()
         self._running: dict[asyncio.Task[Any], bytes] = {}
         """The calls that are under way, with the digests of their tokens."""
 
@@ -86,7 +85,6 @@ class Tokens:
         return holder
 
     def _holder(self, metadata: Iterable[Any]) -> Holder:
-        self._look()
         token = _token_in(metadata)
         if not token:
             raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
@@ -99,12 +97,13 @@ class Tokens:
             raise TokenRefused(_UNKNOWN)
         return found
 
+    async def follow(self) -> None:
+        """Read the file again whenever it has changed, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL)
+            self._look()
+
     def _look(self) -> None:
-        """Read the file again if it has changed."""
-        now = time.monotonic()
-        if now - self._looked < LOOK_INTERVAL:
-            return
-        self._looked = now
         stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return

@@ -135,6 +135,7 @@ async def run_server(
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()
+        following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:
             # Write the address to a file beside the database's file, where clients on this machine look for a server.
             if is_found_by_file and (database := store.file) is not None:
@@ -160,6 +161,8 @@ async def run_server(
             await liveness.stop()
             servicer.stop()
             await server.stop(STOP_GRACE)
+            if following is not None:
+                following.cancel()
         if store.failed.done():
             raise StoreUnavailable(store.failed.result())
     finally:
