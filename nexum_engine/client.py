@@ -144,6 +144,11 @@ class NexumClient:
         await self._connection.reach()
 
     @property
+    def targets(self) -> Sequence[str]:
+        """HOST:PORT of each named server. Empty if a database is named, or nothing."""
+        return self._connection.targets
+
+    @property
     def has_choice(self) -> bool:
         """Whether several servers are named. If one of them refuses the client, another one may accept it."""
         return self._connection.has_choice

@@ -80,8 +80,8 @@ class Connection:
         self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
-        self._targets: list[str] = []
-        """The named servers, in the order in which they are tried."""
+        self.targets: list[str] = []
+        """HOST:PORT of each named server, in the order in which they are tried."""
         self._is_searching = address is None
         self.address = DEFAULT_ADDRESS if address is None else address
         """HOST:PORT of the server, or the path of its database."""
@@ -92,12 +92,12 @@ class Connection:
             self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
-            self._targets = _targets_in(address)
+            self.targets = _targets_in(address)
             self._security = security = Security.from_environment()
-            for target in self._targets:
+            for target in self.targets:
                 security.check(target)
-            random.shuffle(self._targets)
-            self._connect(self._targets[0], ())
+            random.shuffle(self.targets)
+            self._connect(self.targets[0], ())
             self._is_lost = self.has_choice  # before the first call, look for a server that answers
 
     async def close(self) -> None:
@@ -108,7 +108,7 @@ class Connection:
     @property
     def has_choice(self) -> bool:
         """Whether several servers are named."""
-        return len(self._targets) > 1
+        return len(self.targets) > 1
 
     def _latest(self) -> Channel:
         """Return the channel to the present server. Raises ServerUnavailable if the database has no running server."""
@@ -153,9 +153,9 @@ class Connection:
 
     async def _choose(self) -> None:
         """Connect to the first named server that answers, beginning with the present one."""
-        present = self._targets.index(self._latest().target)
+        present = self.targets.index(self._latest().target)
         failures = []
-        for target in (*self._targets[present:], *self._targets[:present]):
+        for target in (*self.targets[present:], *self.targets[:present]):
             answer = await self._first_answer(target, ())
             if not isinstance(answer, ServerError):
                 self._connect(target, ())
@@ -235,7 +235,7 @@ class Connection:
                 channel = self._latest()
                 answer = await method(channel.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
-                address = channel.target if self._targets else self.address
+                address = channel.target if self.targets else self.address
                 error = await explained(rpc_error, address, self._security)
                 # A server that refuses the client has not carried out the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
@@ -275,7 +275,7 @@ def _targets_in(address: str) -> list[str]:
     targets = [one.strip() for one in address.split(",")]
     for target in targets:
         host, colon, port = target.rpartition(":")
-        if not colon or not host or "/" in host or not _is_port(port):
+        if not colon or not _is_host(host) or not _is_port(port):
             raise InvalidRequest(
                 f"{target!r} is not the address of a server: give HOST:PORT, such as {DEFAULT_ADDRESS}, or several, "
                 "separated by commas"
@@ -286,6 +286,13 @@ def _targets_in(address: str) -> list[str]:
 def server_info_of(answer: pb.ServerInfo) -> ServerInfo:
     """Return a server's answer to GetServerInfo as a ServerInfo."""
     return ServerInfo(answer.database, answer.embedded)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        return text.encode("idna") != b"" and "/" not in text
+    except UnicodeError:  # a part of the name is empty or has more than 63 characters
+        return False
 
 
 def _is_port(text: str) -> bool:
