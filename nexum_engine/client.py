@@ -24,6 +24,7 @@ from nexum_engine.connection import (
     Method,
     Route,
     ServerInfo,
+    explained,
     server_info_of,
 )
 from nexum_engine.errors import (
@@ -51,7 +52,7 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.status import CUT_OFF, error_of
+from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -486,7 +487,8 @@ class NexumClient:
         """
         await self.reach()
         # Open a separate channel: a backup has many answers, and a call on the shared stream has only one.
-        channel = Channel(*self.route(), purpose="backup")
+        route = self.route()
+        channel = Channel(*route, purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
             try:
@@ -499,7 +501,7 @@ class NexumClient:
                 stream.cancel()
             raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
         except grpc.RpcError as rpc_error:
-            raise error_of(rpc_error, self.address) from rpc_error
+            raise await explained(rpc_error, route.target, route.security) from rpc_error
         finally:
             await channel.close()
 

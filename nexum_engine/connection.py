@@ -182,11 +182,14 @@ class Connection:
                 return
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
-        if isinstance(answer, (NotANexumServer, AccessDenied)):
-            # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
-            other = "a server that needs a token" if isinstance(answer, AccessDenied) else "another program"
+        # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
+        if isinstance(answer, AccessDenied):
+            raise ServerNotReady(
+                f"a server that needs a token listens on {DEFAULT_ADDRESS} (name it with NEXUM_ADDRESS or --nexum)"
+            )
+        if isinstance(answer, NotANexumServer):
             raise ServerUnavailable(
-                f"no running Nexum server has {database} open, and {other} listens on {DEFAULT_ADDRESS}: "
+                f"no running Nexum server has {database} open, and another program listens on {DEFAULT_ADDRESS}: "
                 "start a server on a free port, with python -m nexum_engine --else-free-port"
             )
         if isinstance(answer, ServerError):

@@ -161,10 +161,12 @@ async def test_bad_address_is_refused(address: str) -> None:
 
 async def test_program_that_listens_on_one_of_several_addresses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nexum_engine.embedded.FIRST_ANSWER", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(NotANexumServer, match="does not answer as a Nexum server"):
-            async with EmbeddedNexum(f"{NOWHERE},localhost:{silent.getsockname()[1]}"):
-                pass
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(NotANexumServer, match="does not answer as a Nexum server"),
+    ):
+        async with EmbeddedNexum(f"{NOWHERE},localhost:{silent.getsockname()[1]}"):
+            pass
 
 
 # ---- A client that was told no address -------------------------------------------------------------------------------

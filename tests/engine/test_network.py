@@ -76,7 +76,7 @@ def obstacle(name: str, secured: Secured, others: dict[str, str]) -> dict[str, s
 @pytest.mark.every_python
 @pytest.mark.parametrize("name", OBSTACLES)
 async def test_client_names_the_obstacle_and_the_next_step(
-    name: str, secured: Secured, others: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    name: str, secured: Secured, others: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = use(monkeypatch, obstacle(name, secured, others))
     began = time.monotonic()
@@ -84,6 +84,8 @@ async def test_client_names_the_obstacle_and_the_next_step(
         # `patience` must not make the client retry what a retry can't fix.
         with pytest.raises(AccessDenied) as caught:
             await client.ping(patience=60)
+        with pytest.raises(AccessDenied):
+            await anext(client.backup(tmp_path / "copy.db"))
         with pytest.raises(AccessDenied):
             async with Owner(client):
                 pass

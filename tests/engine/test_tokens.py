@@ -190,10 +190,38 @@ async def test_client_that_searches_does_not_use_a_server_with_tokens(
     with server_thread(tmp_path, tokens=Tokens(Path(private_file(tmp_path / "tokens", TOKENS)))) as server:
         monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", server.address)
         async with NexumClient() as client:
-            with pytest.raises(ServerUnavailable, match="a server that needs a token listens on"):
+            with pytest.raises(ServerUnavailable, match=r"^a server that needs a token listens on .* \(name it with"):
                 await client.ping()
         async with EmbeddedNexum(None) as nexum:
             assert nexum.embedded
+
+
+def test_programs_in_the_folder_of_a_server_with_tokens_say_to_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'nexum.db'}")
+    monkeypatch.setattr("nexum_engine.commands.LOOK_PATIENCE", 0.1)
+    lines: list[str] = []
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        async with NexumClient() as client:
+            working = asyncio.create_task(Worker(client, [Binding(ASKED, {})]).run(stop))
+            end = time.monotonic() + PROMPT
+            while not lines and time.monotonic() < end:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            stop.set()
+            await working
+
+    with server_thread(tmp_path, tokens=Tokens(Path(private_file(tmp_path / "tokens", TOKENS)))) as server:
+        monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", server.address)
+        advice = f"a server that needs a token listens on {server.address} (name it with NEXUM_ADDRESS or --nexum)"
+        assert main(["ps"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {advice}, and a Nexum server has sqlite:///")
+        with logged(lines, "nexum_engine.worker"):
+            asyncio.run(work())
+        assert lines == [f"not connected to {server.address}, retrying: {advice}"]
 
 
 # ---- The token file --------------------------------------------------------------------------------------------------
