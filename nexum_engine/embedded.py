@@ -193,8 +193,8 @@ async def _first_answer(client: NexumClient) -> None:
     give_up = loop.time() + FIRST_ANSWER * max(len(client.targets), 1)
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
-        refusal, *listens = await asyncio.gather(
-            _refusal(client, give_up - loop.time()), *map(_somebody_listens, client.targets)
+        refusal, listens = await asyncio.gather(
+            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.targets))
         )
         if refusal is None:
             return

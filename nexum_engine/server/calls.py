@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 
 from nexum_engine.errors import InvalidRequest, Overloaded
-from nexum_engine.server.bounds import MAX_CALLS, Budget, Received, Rpc
+from nexum_engine.server.bounds import MAX_STREAM_CALLS, Budget, Received, Rpc
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
@@ -130,7 +130,7 @@ class _Stream:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
-                    elif len(self._calls) < MAX_CALLS and self._places.free > 0:
+                    elif len(self._calls) < MAX_STREAM_CALLS and self._places.free > 0:
                         self._begin(frame)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.

@@ -118,7 +118,7 @@ def test_refusal_by_grpc_itself_is_retried() -> None:
 async def test_server_with_too_many_rpcs_answers_in_these_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nexum_engine.server.run.MAX_CALLS", 1)
+    monkeypatch.setattr("nexum_engine.server.run.MAX_RPCS", 1)
     with server_thread(tmp_path) as server:
         async with NexumClient(server.address) as client, NexumClient(server.address) as other:
             await client.ping()  # opens a stream, which is an RPC
