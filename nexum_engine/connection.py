@@ -26,7 +26,7 @@ from nexum_engine.location import is_same_database, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
-from nexum_engine.wire.status import error_of
+from nexum_engine.wire.status import TOO_MANY_RPCS, error_of
 
 if TYPE_CHECKING:
     # Import this class for type checks only: it exists only in the type stubs.
@@ -242,8 +242,12 @@ class Connection:
                 error = await explained(rpc_error, address, self._security)
                 # A server that refuses the client has not carried out the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
-                self._is_lost = is_refused or isinstance(error, ServerUnavailable)
-                if not is_refused and (not self._is_lost or loop.time() >= give_up):
+                may_retry = is_refused or isinstance(error, ServerUnavailable)
+                # A busy server is not lost: a search at each retry would cost it more calls. But a server at its limit
+                # of RPCs has no stream for this client, and another server may have one.
+                is_busy = isinstance(error, ServerNotReady) and rpc_error.details() != TOO_MANY_RPCS
+                self._is_lost = may_retry and not is_busy
+                if not is_refused and (not may_retry or loop.time() >= give_up):
                     raise error from rpc_error
             except ServerUnavailable as unavailable:
                 self._is_lost, error = True, unavailable
