@@ -72,19 +72,16 @@ class Tokens:
         finally:
             self._running.pop(call, None)
 
-    def check(self, metadata: Iterable[Any], method: str) -> Holder:
-        """Return the holder of the token in a call's metadata.
-
-        Raises TokenRefused without a valid token, and RoleRefused if the holder may not call `method`.
-        """
-        holder = self._holder(metadata)
+    def check(self, metadata: Iterable[Any], method: str) -> None:
+        """Raise TokenRefused without a valid token, and RoleRefused if its holder may not call `method`."""
+        holder = self.holder(metadata)
         if method in ADMINISTRATION and holder.role != ADMINISTER:
             raise RoleRefused(
                 f"token {holder.name!r} may not call {method}: this needs a token with the role {ADMINISTER!r}"
             )
-        return holder
 
-    def _holder(self, metadata: Iterable[Any]) -> Holder:
+    def holder(self, metadata: Iterable[Any]) -> Holder:
+        """Return the holder of the token in a call's metadata. Raises TokenRefused without a valid token."""
         token = _token_in(metadata)
         if not token:
             raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
@@ -159,7 +156,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Wrap the RPCs of a `Calls` stream: each call then first checks the stream's token."""
+    """Wrap unary RPCs: each call first checks its token, which is that of its stream if it has one."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
@@ -179,8 +176,7 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 class Gate(grpc.aio.ServerInterceptor):
     """An interceptor that refuses calls without a valid token before it reads them.
 
-    If a token is removed, the calls that use it are refused, even those under way. A stream that uses it is refused at
-    its next message.
+    If a token is removed, a stream that uses it is refused at its next message. `guarded` ends the unary calls.
     """
 
     def __init__(self, tokens: Tokens, abort: Abort) -> None:
@@ -201,20 +197,8 @@ class Gate(grpc.aio.ServerInterceptor):
         except AccessDenied as error:
             return self._refusal(method, error)
         handler = await continuation(handler_call_details)
-        if handler is None or (not handler.request_streaming and handler.response_streaming):
+        if handler is None or not handler.request_streaming:
             return handler
-
-        async def answer(request: Any, context: Context) -> Any:
-            try:
-                with self._tokens.watched(metadata):
-                    return await handler.unary_unary(request, context)
-            except AccessDenied as error:
-                await self._abort(context, error)
-
-        if not handler.request_streaming:
-            return grpc.unary_unary_rpc_method_handler(
-                answer, handler.request_deserializer, handler.response_serializer
-            )
 
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async def checked() -> AsyncIterator[Any]:
