@@ -97,8 +97,8 @@ class Pruned:
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
-    given_back_bytes: int
-    """The database's size, its free space, and the space given back to the disk. All are 0 before the last part."""
+    released_bytes: int
+    """The database's size, its free space, and the space released to the disk. All are 0 before the last part."""
 
 
 class NexumClient:
@@ -461,7 +461,7 @@ class NexumClient:
         """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
 
         Call again with the answer's `after` until it is None. With `session`, only that session's executions are
-        deleted: all or none. `compact` gives all free space of the file back to the disk after the last part. Raises
+        deleted: all or none. `compact` releases all free space of the file to the disk after the last part. Raises
         NotFound for an unknown session, and InvalidRequest.
         """
         request = pb.PruneRequest(
@@ -475,7 +475,7 @@ class NexumClient:
             after=answer.after if answer.more else None,
             total_bytes=answer.total_bytes,
             free_bytes=answer.free_bytes,
-            given_back_bytes=answer.given_back_bytes,
+            released_bytes=answer.released_bytes,
         )
 
     async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:

@@ -17,7 +17,7 @@ import grpc
 
 from nexum_engine.errors import AccessDenied, InvalidRequest, RoleRefused, TokenRefused
 from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file, stamp_of
-from nexum_engine.server.bounds import Abort, Context, Received, Rpc
+from nexum_engine.server.bounds import MAX_SHOWN_METHOD, Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
 ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "RetryExecution", "Prune", "Backup"})
@@ -27,7 +27,6 @@ MIN_TOKEN_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 100
 LOOK_INTERVAL = 1.0  # seconds between two looks at the file
 LOG_INTERVAL = 10.0  # seconds between two log lines about refused calls
-MAX_LOGGED_METHOD = 100  # characters
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,7 @@ class Gate(grpc.aio.ServerInterceptor):
             if now - self._logged >= LOG_INTERVAL:
                 self._logged = now
                 # The method can be any text. `ascii` escapes what would control a terminal or begin a line of its own.
-                shown = ascii(method[:MAX_LOGGED_METHOD])
+                shown = ascii(method[:MAX_SHOWN_METHOD])
                 logger.warning("refused a call of %s from %s: %s", shown, context.peer(), error)
             await self._abort(context, error)
             yield  # makes this function a generator

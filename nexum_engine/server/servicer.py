@@ -512,7 +512,7 @@ class NexumServicer(NexumServiceServicer):
             after=part.pruned.after or 0,
             total_bytes=space.total,
             free_bytes=space.free,
-            given_back_bytes=space.given_back,
+            released_bytes=space.given_back,
         )
 
     async def Backup(

@@ -176,7 +176,7 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
         assert main(["cancel", execution_id, "--by", "Bob", "--nexum", server.address]) == 0
         assert record(stub, execution_id).error == "cancelled by Bob"
         assert main(["show", execution_id, "--nexum", server.address]) == 0
-        assert "note       cancelled by Bob" in capsys.readouterr().out
+        assert "error      cancelled by Bob" in capsys.readouterr().out
 
 
 async def test_client_that_searches_does_not_use_a_server_with_tokens(
