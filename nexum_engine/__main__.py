@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=count(),
         default=DEFAULT_MAX_CALLS,
         metavar="N",
-        help="how many calls may run or wait at the same time (default: %(default)s)",
+        help="how many calls may run or wait at the same time on all streams (default: %(default)s)",
     )
     for option, what in (
         ("--tls-cert", "the server's certificate chain, in PEM format"),

@@ -24,6 +24,7 @@ from nexum_engine.connection import (
     Method,
     Route,
     ServerInfo,
+    explained,
     server_info_of,
 )
 from nexum_engine.errors import (
@@ -51,7 +52,7 @@ from nexum_engine.records import (
     Task,
 )
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.status import CUT_OFF, error_of
+from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
@@ -96,8 +97,8 @@ class Pruned:
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
     free_bytes: int
-    given_back_bytes: int
-    """The database's size, its free space, and the space given back to the disk. All are 0 before the last part."""
+    released_bytes: int
+    """The database's size, its free space, and the space released to the disk. All are 0 before the last part."""
 
 
 class NexumClient:
@@ -142,6 +143,11 @@ class NexumClient:
         Raises ServerUnavailable, NotANexumServer, AccessDenied.
         """
         await self._connection.reach()
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """HOST:PORT of each named server. Empty if a database is named, or nothing."""
+        return self._connection.targets
 
     @property
     def has_choice(self) -> bool:
@@ -455,7 +461,7 @@ class NexumClient:
         """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
 
         Call again with the answer's `after` until it is None. With `session`, only that session's executions are
-        deleted: all or none. `compact` gives all free space of the file back to the disk after the last part. Raises
+        deleted: all or none. `compact` releases all free space of the file to the disk after the last part. Raises
         NotFound for an unknown session, and InvalidRequest.
         """
         request = pb.PruneRequest(
@@ -469,7 +475,7 @@ class NexumClient:
             after=answer.after if answer.more else None,
             total_bytes=answer.total_bytes,
             free_bytes=answer.free_bytes,
-            given_back_bytes=answer.given_back_bytes,
+            released_bytes=answer.released_bytes,
         )
 
     async def backup(self, file: Path, *, overwrite: bool = False) -> AsyncGenerator[tuple[int, int], None]:
@@ -481,7 +487,8 @@ class NexumClient:
         """
         await self.reach()
         # Open a separate channel: a backup has many answers, and a call on the shared stream has only one.
-        channel = Channel(*self.route(), purpose="backup")
+        route = self.route()
+        channel = Channel(*route, purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
             try:
@@ -494,7 +501,7 @@ class NexumClient:
                 stream.cancel()
             raise ServerUnavailable(f"the Nexum server on {self.address} ended the backup: make it again")
         except grpc.RpcError as rpc_error:
-            raise error_of(rpc_error, self.address) from rpc_error
+            raise await explained(rpc_error, route.target, route.security) from rpc_error
         finally:
             await channel.close()
 

@@ -19,7 +19,15 @@ from nexum_engine import jsontext, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
-from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerUnavailable, StoreLocked, StoreRefused
+from nexum_engine.errors import (
+    InvalidRequest,
+    NotANexumServer,
+    ServerError,
+    ServerNotReady,
+    ServerUnavailable,
+    StoreLocked,
+    StoreRefused,
+)
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment
 from nexum_engine.records import Execution, ExecutionStatus, NodeType, PendingApproval
@@ -184,14 +192,16 @@ async def on_server_or_database(
     try:
         async with NexumClient(address or None) as client:
             return await ask(client)
-    except (ServerUnavailable, NotANexumServer):
+    except (ServerUnavailable, NotANexumServer) as error:
         if address:
             raise
-    return await _use_default_database(read)
+        failure = error
+    return await _use_default_database(read, failure)
 
 
-async def _use_default_database(read: Callable[[Store], Awaitable[T]]) -> T:
-    return await _use_database(read, default_database_url(), f"no server on {DEFAULT_ADDRESS}, and ")
+async def _use_default_database(read: Callable[[Store], Awaitable[T]], failure: ServerError) -> T:
+    why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
+    return await _use_database(read, default_database_url(), f"{why}, and ")
 
 
 async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
@@ -353,11 +363,12 @@ async def watch(args: argparse.Namespace) -> int:
                     is_first = False
                     await asyncio.sleep(WATCH_INTERVAL)
                 return code
-        except (ServerUnavailable, NotANexumServer):
+        except (ServerUnavailable, NotANexumServer) as error:
             if is_first and address:
                 raise
+            failure = error
         if is_first and (args.command == "show" or database_exists(default_database_url())):
-            code = await _use_default_database(lambda store: _refresh(args, _InDatabase(store), screen))
+            code = await _use_default_database(lambda store: _refresh(args, _InDatabase(store), screen), failure)
             if code is not None:
                 return code
         is_first = False

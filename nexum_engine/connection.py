@@ -26,7 +26,7 @@ from nexum_engine.location import is_same_database, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
-from nexum_engine.wire.status import error_of
+from nexum_engine.wire.status import TOO_MANY_RPCS, error_of
 
 if TYPE_CHECKING:
     # Import this class for type checks only: it exists only in the type stubs.
@@ -80,8 +80,8 @@ class Connection:
         self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
-        self._targets: list[str] = []
-        """The named servers, in the order in which they are tried."""
+        self.targets: list[str] = []
+        """HOST:PORT of each named server, in the order in which they are tried."""
         self._is_searching = address is None
         self.address = DEFAULT_ADDRESS if address is None else address
         """HOST:PORT of the server, or the path of its database."""
@@ -92,12 +92,12 @@ class Connection:
             self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
-            self._targets = _targets_in(address)
+            self.targets = _targets_in(address)
             self._security = security = Security.from_environment()
-            for target in self._targets:
+            for target in self.targets:
                 security.check(target)
-            random.shuffle(self._targets)
-            self._connect(self._targets[0], ())
+            random.shuffle(self.targets)
+            self._connect(self.targets[0], ())
             self._is_lost = self.has_choice  # before the first call, look for a server that answers
 
     async def close(self) -> None:
@@ -108,7 +108,7 @@ class Connection:
     @property
     def has_choice(self) -> bool:
         """Whether several servers are named."""
-        return len(self._targets) > 1
+        return len(self.targets) > 1
 
     def _latest(self) -> Channel:
         """Return the channel to the present server. Raises ServerUnavailable if the database has no running server."""
@@ -153,9 +153,9 @@ class Connection:
 
     async def _choose(self) -> None:
         """Connect to the first named server that answers, beginning with the present one."""
-        present = self._targets.index(self._latest().target)
+        present = self.targets.index(self._latest().target)
         failures = []
-        for target in (*self._targets[present:], *self._targets[:present]):
+        for target in (*self.targets[present:], *self.targets[:present]):
             answer = await self._first_answer(target, ())
             if not isinstance(answer, ServerError):
                 self._connect(target, ())
@@ -182,11 +182,14 @@ class Connection:
                 return
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
-        if isinstance(answer, (NotANexumServer, AccessDenied)):
-            # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
-            other = "a server that needs a token" if isinstance(answer, AccessDenied) else "another program"
+        # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
+        if isinstance(answer, AccessDenied):
+            raise ServerNotReady(
+                f"a server that needs a token listens on {DEFAULT_ADDRESS} (name it with NEXUM_ADDRESS or --nexum)"
+            )
+        if isinstance(answer, NotANexumServer):
             raise ServerUnavailable(
-                f"no running Nexum server has {database} open, and {other} listens on {DEFAULT_ADDRESS}: "
+                f"no running Nexum server has {database} open, and another program listens on {DEFAULT_ADDRESS}: "
                 "start a server on a free port, with python -m nexum_engine --else-free-port"
             )
         if isinstance(answer, ServerError):
@@ -235,12 +238,16 @@ class Connection:
                 channel = self._latest()
                 answer = await method(channel.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
             except grpc.RpcError as rpc_error:
-                address = channel.target if self._targets else self.address
+                address = channel.target if self.targets else self.address
                 error = await explained(rpc_error, address, self._security)
                 # A server that refuses the client has not carried out the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
-                self._is_lost = is_refused or isinstance(error, ServerUnavailable)
-                if not is_refused and (not self._is_lost or loop.time() >= give_up):
+                may_retry = is_refused or isinstance(error, ServerUnavailable)
+                # A busy server is not lost: a search at each retry would cost it more calls. But a server at its limit
+                # of RPCs has no stream for this client, and another server may have one.
+                is_busy = isinstance(error, ServerNotReady) and rpc_error.details() != TOO_MANY_RPCS
+                self._is_lost = may_retry and not is_busy
+                if not is_refused and (not may_retry or loop.time() >= give_up):
                     raise error from rpc_error
             except ServerUnavailable as unavailable:
                 self._is_lost, error = True, unavailable
@@ -275,7 +282,7 @@ def _targets_in(address: str) -> list[str]:
     targets = [one.strip() for one in address.split(",")]
     for target in targets:
         host, colon, port = target.rpartition(":")
-        if not colon or not host or "/" in host or not _is_port(port):
+        if not colon or not _is_host(host) or not _is_port(port):
             raise InvalidRequest(
                 f"{target!r} is not the address of a server: give HOST:PORT, such as {DEFAULT_ADDRESS}, or several, "
                 "separated by commas"
@@ -286,6 +293,13 @@ def _targets_in(address: str) -> list[str]:
 def server_info_of(answer: pb.ServerInfo) -> ServerInfo:
     """Return a server's answer to GetServerInfo as a ServerInfo."""
     return ServerInfo(answer.database, answer.embedded)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        return text.encode("idna") != b"" and "/" not in text
+    except UnicodeError:  # a part of the name is empty or has more than 63 characters
+        return False
 
 
 def _is_port(text: str) -> bool:

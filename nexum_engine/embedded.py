@@ -190,15 +190,15 @@ async def _first_answer(client: NexumClient) -> None:
     and would raise the same error in both cases.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + FIRST_ANSWER * (1 + client.address.count(","))  # every named server gets this time
+    give_up = loop.time() + FIRST_ANSWER * max(len(client.targets), 1)
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
-        refusal, somebody_listens = await asyncio.gather(
-            _refusal(client, give_up - loop.time()), _somebody_listens(client.address)
+        refusal, listens = await asyncio.gather(
+            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.targets))
         )
         if refusal is None:
             return
-        if not somebody_listens:
+        if not any(listens):
             raise refusal
         # Retry until the time is up: the program that listens may be a Nexum server that is ending.
         if loop.time() >= give_up:
@@ -228,8 +228,6 @@ async def _refusal(client: NexumClient, timeout: float) -> ServerUnavailable | N
 
 async def _somebody_listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return False  # the address is a database's path: nothing to connect to
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     connecting = asyncio.ensure_future(asyncio.open_connection(host, int(port)))
     try:

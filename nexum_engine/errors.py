@@ -18,7 +18,7 @@
     |   `-- StoreRefused                  this version of the engine can't open the file or URL
     |-- ServerError                       the server, seen from a client
     |   |-- ServerUnavailable (ConnectionError)   no server answers
-    |   |   `-- ServerNotReady                      the server can't answer the call now: retry
+    |   |   `-- ServerNotReady                      a server answers, but can't do the call now: retry
     |   |-- NotANexumServer               a server of another kind answers
     |   |-- AccessDenied                  TLS or the token: a retry can't fix it
     |   |   |-- TokenRefused                      no token, or one that the server doesn't know
@@ -130,7 +130,7 @@ class ServerUnavailable(ServerError, ConnectionError):
 
 
 class ServerNotReady(ServerUnavailable):
-    """The server answered that it can't do the call now: retry the call."""
+    """A server answers, but the call can't be made now, or not without a token: the message says why. Retry later."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)

@@ -145,7 +145,7 @@ def _pruned(args: argparse.Namespace, found: Pruned) -> str:
         space = {
             "total_bytes": found.total_bytes,
             "free_bytes": found.free_bytes,
-            "given_back_bytes": found.given_back_bytes,
+            "released_bytes": found.released_bytes,
         }
         return json.dumps({**counts, "dry_run": args.dry_run, **({} if args.dry_run else space)}, indent=2)
     text = f"{'would delete' if args.dry_run else 'deleted'} {_count(found.executions, 'execution')}"
@@ -155,9 +155,9 @@ def _pruned(args: argparse.Namespace, found: Pruned) -> str:
         text += f"; {found.kept:,} of that age kept: RUNNING, or in a session that is RUNNING or has a newer execution"
     lines = [text]
     if not args.dry_run:
-        back = f"; {size(found.given_back_bytes)} released to the disk" if found.given_back_bytes else ""
+        released = f"; {size(found.released_bytes)} released to the disk" if found.released_bytes else ""
         lines.append(
-            f"the database: {size(found.total_bytes)}, {size(found.free_bytes)} of it free for new executions{back}"
+            f"the database: {size(found.total_bytes)}, {size(found.free_bytes)} of it free for new executions{released}"
         )
     return "\n".join(textwrap.fill(line, WIDTH - 1, subsequent_indent="  ") for line in lines)
 

@@ -96,7 +96,7 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
         lines += _field("attributes", ", ".join(f"{name}={value}" for name, value in execution.attributes.items()))
     lines += _field("input", execution.input_json)
     if execution.error:
-        lines += _field("note" if execution.status is ExecutionStatus.CANCELLED else "error", execution.error)
+        lines += _field("error", execution.error)
     for node in execution.nodes:
         kind = f" ({printable(node.node_type)})" if node.node_type else ""
         lines += ["", f"node {_cut(node.node_id, WIDTH - 33)}{kind} {node.status.value}"]

@@ -48,6 +48,15 @@ def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
         raise InvalidRequest(f"{what} {path} can't be read: {error.strerror or error}") from error
 
 
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Return a value that changes with the file, its mode or its owner, or None if there is no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid, found.st_gid
+
+
 def is_loopback(host: str) -> bool:
     """Return whether `host`, which is a name or an IP address, is this machine."""
     try:
@@ -64,7 +73,7 @@ class Security:
     ca: bytes | None = field(default=None, repr=False)
     """Certificates of the authorities that the client trusts, in PEM. If None, the client trusts gRPC's defaults."""
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
-    """The client's key and its certificate chain, in PEM."""
+    """The client's certificate chain and its key, in PEM."""
     certificate_files: tuple[Path, Path] | None = None
     """The files of the certificate and of its key."""
     token: str = field(default="", repr=False)
@@ -86,7 +95,7 @@ class Security:
         roots = None if ca == SYSTEM_CA else read_file(Path(ca), TLS_CA)
         pair = None
         if certificate:
-            pair = read_file(Path(key), TLS_KEY, secret=True), read_file(Path(certificate), TLS_CERT)
+            pair = read_file(Path(certificate), TLS_CERT), read_file(Path(key), TLS_KEY, secret=True)
         security = cls(True, roots, pair, (Path(certificate), Path(key)) if certificate else None, token)
         security.context()
         return security
@@ -115,7 +124,7 @@ class Security:
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Return the settings for a gRPC channel with TLS."""
-        key, chain = self.certificate or (None, None)
+        chain, key = self.certificate or (None, None)
         return grpc.ssl_channel_credentials(self.ca, key, chain)
 
     def metadata(self) -> tuple[tuple[str, str | bytes], ...]:

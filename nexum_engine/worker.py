@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
+from nexum_engine.clock import wait_until_set
 from nexum_engine.connection import pause_after
 from nexum_engine.errors import (
     FinalError,
@@ -173,6 +174,8 @@ class Worker:
             on_blocked=self._say_blocked,
         )
         self._was_connected = False
+        self._is_refusal_logged = False
+        """Whether the log says that the server refuses polls. Reset at each connection."""
         self._streams = True
         self._polling = asyncio.Lock()
         """The lock for polls of a published server. Such a server may give one task to two simultaneous polls."""
@@ -248,6 +251,7 @@ class Worker:
     def _say_connected(self) -> None:
         again = "reconnected to" if self._was_connected else "connected to"
         self._was_connected = True
+        self._is_refusal_logged = False
         logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
 
     def _say_lost(self, error: NexumError) -> None:
@@ -296,12 +300,15 @@ class Worker:
                     # The lost answer may have contained a task. Send heartbeats now: they don't name that task, so the
                     # server soon hands it out again.
                     self._heartbeat.beat()
-                    await asyncio.sleep(pause_after(unavailable, refusals))
+                    if isinstance(unavailable, ServerNotReady) and not self._is_refusal_logged:
+                        self._is_refusal_logged = True
+                        logger.warning("no task from %s, retrying: %s", self._client.address, unavailable)
+                    await wait_until_set(self._told_to_stop, pause_after(unavailable, refusals))
                     refusals += isinstance(unavailable, ServerNotReady)
                     work = None
                 except ServerFault as error:
                     logger.warning("no task from %s, retrying: %s", self._client.address, error)
-                    await asyncio.sleep(FAULT_DELAY)
+                    await wait_until_set(self._told_to_stop, FAULT_DELAY)
                     work = None
                 polling = None if work is None else await self._hold(work)
         finally:

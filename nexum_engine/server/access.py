@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -17,8 +16,8 @@ from typing import Any
 import grpc
 
 from nexum_engine.errors import AccessDenied, InvalidRequest, RoleRefused, TokenRefused
-from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file
-from nexum_engine.server.bounds import Abort, Context, Received, Rpc
+from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file, stamp_of
+from nexum_engine.server.bounds import MAX_SHOWN_METHOD, Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
 ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "RetryExecution", "Prune", "Backup"})
@@ -28,7 +27,6 @@ MIN_TOKEN_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 100
 LOOK_INTERVAL = 1.0  # seconds between two looks at the file
 LOG_INTERVAL = 10.0  # seconds between two log lines about refused calls
-MAX_LOGGED_METHOD = 100  # characters
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +51,8 @@ class Tokens:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp = _stamp(path)
+        self._stamp = stamp_of(path)
         self._holders = _parsed(read_file(path, "the token file", secret=True), path)
-        self._looked = time.monotonic()
         self._running: dict[asyncio.Task[Any], bytes] = {}
         """The calls that are under way, with the digests of their tokens."""
 
@@ -74,20 +71,16 @@ class Tokens:
         finally:
             self._running.pop(call, None)
 
-    def check(self, metadata: Iterable[Any], method: str) -> Holder:
-        """Return the holder of the token in a call's metadata.
-
-        Raises TokenRefused without a valid token, and RoleRefused if the holder may not call `method`.
-        """
-        holder = self._holder(metadata)
+    def check(self, metadata: Iterable[Any], method: str) -> None:
+        """Raise TokenRefused without a valid token, and RoleRefused if its holder may not call `method`."""
+        holder = self.holder(metadata)
         if method in ADMINISTRATION and holder.role != ADMINISTER:
             raise RoleRefused(
                 f"token {holder.name!r} may not call {method}: this needs a token with the role {ADMINISTER!r}"
             )
-        return holder
 
-    def _holder(self, metadata: Iterable[Any]) -> Holder:
-        self._look()
+    def holder(self, metadata: Iterable[Any]) -> Holder:
+        """Return the holder of the token in a call's metadata. Raises TokenRefused without a valid token."""
         token = _token_in(metadata)
         if not token:
             raise TokenRefused(f"it has no token: set {TOKEN_FILE} or {TOKEN}")
@@ -100,13 +93,14 @@ class Tokens:
             raise TokenRefused(_UNKNOWN)
         return found
 
+    async def follow(self) -> None:
+        """Read the file again whenever it has changed, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL)
+            self._look()
+
     def _look(self) -> None:
-        """Read the file again if it has changed."""
-        now = time.monotonic()
-        if now - self._looked < LOOK_INTERVAL:
-            return
-        self._looked = now
-        stamp = _stamp(self._path)
+        stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -119,15 +113,6 @@ class Tokens:
         for call in [call for call, digest in self._running.items() if digest not in self._holders]:
             del self._running[call]
             call.cancel()
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return a value that changes with the file, or None if there is no file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
 def _token_in(metadata: Iterable[Any]) -> str:
@@ -170,7 +155,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Wrap the RPCs of a `Calls` stream: each call then first checks the stream's token."""
+    """Wrap unary RPCs: each call first checks its token, which is that of its stream if it has one."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
@@ -190,8 +175,7 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 class Gate(grpc.aio.ServerInterceptor):
     """An interceptor that refuses calls without a valid token before it reads them.
 
-    If a token is removed, the calls that use it are refused, even those under way. A stream that uses it is refused at
-    its next message.
+    If a token is removed, a stream that uses it is refused at its next message. `guarded` ends the unary calls.
     """
 
     def __init__(self, tokens: Tokens, abort: Abort) -> None:
@@ -212,20 +196,8 @@ class Gate(grpc.aio.ServerInterceptor):
         except AccessDenied as error:
             return self._refusal(method, error)
         handler = await continuation(handler_call_details)
-        if handler is None or (not handler.request_streaming and handler.response_streaming):
+        if handler is None or not handler.request_streaming:
             return handler
-
-        async def answer(request: Any, context: Context) -> Any:
-            try:
-                with self._tokens.watched(metadata):
-                    return await handler.unary_unary(request, context)
-            except AccessDenied as error:
-                await self._abort(context, error)
-
-        if not handler.request_streaming:
-            return grpc.unary_unary_rpc_method_handler(
-                answer, handler.request_deserializer, handler.response_serializer
-            )
 
         async def serve(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
             async def checked() -> AsyncIterator[Any]:
@@ -245,7 +217,7 @@ class Gate(grpc.aio.ServerInterceptor):
             if now - self._logged >= LOG_INTERVAL:
                 self._logged = now
                 # The method can be any text. `ascii` escapes what would control a terminal or begin a line of its own.
-                shown = ascii(method[:MAX_LOGGED_METHOD])
+                shown = ascii(method[:MAX_SHOWN_METHOD])
                 logger.warning("refused a call of %s from %s: %s", shown, context.peer(), error)
             await self._abort(context, error)
             yield  # makes this function a generator

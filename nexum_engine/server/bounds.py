@@ -21,8 +21,12 @@ from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
 from nexum_engine.wire import nexum_pb2 as pb
 
-MAX_CALLS = 10_000
-"""The largest number of RPCs at the same time, and the largest number of calls on one stream. Waiting calls count."""
+MAX_RPCS = 10_000
+"""The largest number of RPCs at the same time. A stream is one RPC."""
+MAX_STREAM_CALLS = 10_000
+"""The largest number of calls on one stream at the same time. Calls that wait count."""
+MAX_SHOWN_METHOD = 100
+"""How many characters of an unknown RPC's name are logged, or repeated in an error."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 
 from nexum_engine.errors import InvalidRequest, Overloaded
-from nexum_engine.server.bounds import MAX_CALLS, Budget, Received, Rpc
+from nexum_engine.server.bounds import MAX_SHOWN_METHOD, MAX_STREAM_CALLS, Budget, Received, Rpc
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
@@ -21,7 +21,6 @@ UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
-MAX_SHOWN_METHOD = 100  # characters
 
 
 class Refused(Exception):
@@ -130,7 +129,7 @@ class _Stream:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
-                    elif len(self._calls) < MAX_CALLS and self._places.free > 0:
+                    elif len(self._calls) < MAX_STREAM_CALLS and self._places.free > 0:
                         self._begin(frame)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.

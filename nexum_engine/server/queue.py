@@ -18,20 +18,20 @@ class Queue:
     """
 
     def __init__(self, store: Store, limit: int) -> None:
-        self.limit = limit
+        self._limit = limit
         self._store = store
         self._tasks = 0
         """The number of tasks at the last count, plus the number that may have been added since."""
         self._counted = float("-inf")
         self._counting: asyncio.Task[None] | None = None
 
-    @property
-    def may_be_full(self) -> bool:
-        """Whether the queue may be full. Call `is_full` to find out."""
-        return self._tasks >= self.limit
+    async def full_at(self) -> int | None:
+        """Return the limit if the queue is full, otherwise None.
 
-    async def is_full(self) -> bool:
-        """Return whether the queue is full. Count its tasks, unless the last count is less than a second old."""
+        If the queue may be full, count its tasks, unless the last count is less than a second old.
+        """
+        if self._tasks < self._limit:
+            return None
         now = asyncio.get_running_loop().time()
         is_under_way = self._counting is not None and not self._counting.done()
         if not is_under_way and now - self._counted >= COUNT_INTERVAL:
@@ -39,11 +39,11 @@ class Queue:
             self._counting = asyncio.create_task(self.count(), name="count the queue")
         if self._counting is not None:
             await asyncio.shield(self._counting)
-        return self.may_be_full
+        return None if self._tasks < self._limit else self._limit
 
     async def count(self) -> None:
         """Count the tasks, up to the limit."""
-        self._tasks = await self._store.run(reading.queued_tasks, self.limit)
+        self._tasks = await self._store.run(reading.queued_tasks, self._limit)
 
     def add(self) -> None:
         """Add one to the number of tasks, because a task may have been added."""

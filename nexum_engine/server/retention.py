@@ -58,7 +58,7 @@ class Retention:
     async def prune(
         self, older_than_ms: int, *, session: str = "", after: int = 0, dry_run: bool = False, compact: bool = False
     ) -> Part:
-        """Prune for about PART_SECONDS. When nothing is left to prune, give free space back to the disk."""
+        """Prune for about PART_SECONDS. When nothing is left to prune, release free space to the disk."""
         loop = asyncio.get_running_loop()
         end = loop.time() + PART_SECONDS
         executions = sessions = kept = 0

@@ -23,8 +23,8 @@ from nexum_engine.security import is_loopback
 from nexum_engine.server.access import Gate, Tokens
 from nexum_engine.server.bounds import (
     DEFAULT_LIMITS,
-    MAX_CALLS,
     MAX_REQUEST_BYTES,
+    MAX_RPCS,
     SERVICE_NAME,
     Answers,
     Limits,
@@ -49,8 +49,8 @@ _OPTIONS = (
     # clearer error than gRPC's.
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024 * 1024),
     # If calls arrive faster than they are read, let all of them wait: by default, gRPC cancels some.
-    ("grpc.server.max_pending_requests", MAX_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
+    ("grpc.server.max_pending_requests", MAX_RPCS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_RPCS),
     # Don't let gRPC widen its flow-control windows: with small windows, it buffers little of a request that is not
     # read yet.
     ("grpc.http2.bdp_probe", 0),
@@ -135,6 +135,7 @@ async def run_server(
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
         await server.start()
+        following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:
             # Write the address to a file beside the database's file, where clients on this machine look for a server.
             if is_found_by_file and (database := store.file) is not None:
@@ -160,6 +161,8 @@ async def run_server(
             await liveness.stop()
             servicer.stop()
             await server.stop(STOP_GRACE)
+            if following is not None:
+                following.cancel()
         if store.failed.done():
             raise StoreUnavailable(store.failed.result())
     finally:
@@ -194,7 +197,7 @@ async def _bind(
         address = f"{address.rpartition(':')[0]}:0"
     interceptors = [Reading()] if tokens is None else [Gate(tokens, abort), Reading()]
     while True:
-        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_CALLS)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_RPCS)
         add_servicer(servicer, server)
         add_HealthServicer_to_server(health, server)
         try:

@@ -79,15 +79,12 @@ def _cut(message: str) -> str:
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Turn the errors of an RPC's handler into gRPC statuses. The details of an internal error are only logged."""
+    """Refuse a call for another database before the RPC's handler gets it."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
-        try:
-            await self.refuse_call_for_another_database(context)
-            return await handler(self, request, context)
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
+        await self.refuse_call_for_another_database(context)
+        return await handler(self, request, context)
 
     return cast(Handler, answer)
 
@@ -121,9 +118,10 @@ class NexumServicer(NexumServiceServicer):
         self._waiters = waiters
         self._liveness = liveness
         self.retention = Retention(store)
-        self.rpcs = rpcs_of(self, abort)
-        """The unary RPCs by name. Each one first checks the size of its request."""
-        self._streams = CallStreams(self.rpcs if tokens is None else guarded(self.rpcs, tokens, abort), limits.calls)
+        rpcs = rpcs_of(self, abort)
+        self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens, abort)
+        """The unary RPCs by name. Each one first checks the caller's token, and the size of its request."""
+        self._streams = CallStreams(self.rpcs, limits.calls)
 
     def stop(self) -> None:
         """Begin no further calls on streams, and end the streams when their calls have been answered."""
@@ -139,11 +137,11 @@ class NexumServicer(NexumServiceServicer):
         if why is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
 
-    def _who(self, context: Context, method: str, said: str) -> str:
+    def _who(self, context: Context, said: str) -> str:
         """Return who makes the call: the holder of its token or, if the server has no tokens, what the client says."""
         if self._tokens is None:
             return said
-        return self._tokens.check(context.invocation_metadata() or (), method).name
+        return self._tokens.holder(context.invocation_metadata() or ()).name
 
     @_rpc
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
@@ -172,9 +170,10 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
-        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here: the
-        # server submits a start even if the caller is cancelled at once.
-        is_full = self.queue.may_be_full and await self.queue.is_full()
+        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here, and
+        # `full_at` waits only if the queue may be full: the server submits a start even if the caller is cancelled at
+        # once.
+        full_at = await self.queue.full_at()
         self.queue.add()
         starting = asyncio.ensure_future(
             self._store.run(
@@ -185,7 +184,7 @@ class NexumServicer(NexumServiceServicer):
                 request.idempotency_key,
                 attributes=dict(request.attributes),
                 max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
-                full_at=self.queue.limit if is_full else None,
+                full_at=full_at,
             )
         )
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
@@ -401,7 +400,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        by = self._who(context, "CancelExecution", request.cancelled_by)
+        by = self._who(context, request.cancelled_by)
         await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id, by))
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
@@ -430,7 +429,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
-        by = self._who(context, "ApproveTask", request.approver)
+        by = self._who(context, request.approver)
         await self._liveness.carry_out(
             self._store.run(waits.approve, request.execution_id, request.node_id, by, request.comment)
         )
@@ -438,7 +437,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
-        by = self._who(context, "RejectTask", request.approver)
+        by = self._who(context, request.approver)
         await self._liveness.carry_out(
             self._store.run(waits.reject, request.execution_id, request.node_id, by, request.reason)
         )
@@ -513,7 +512,7 @@ class NexumServicer(NexumServiceServicer):
             after=part.pruned.after or 0,
             total_bytes=space.total,
             free_bytes=space.free,
-            given_back_bytes=space.given_back,
+            released_bytes=space.given_back,
         )
 
     async def Backup(

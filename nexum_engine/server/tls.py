@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import grpc
 
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.security import load_authorities, load_key_pair, read_file
+from nexum_engine.security import load_authorities, load_key_pair, read_file, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,8 @@ class ServerTls:
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
-        self._stamp = self._look()
+        self._files = [path for path in (certificate, key, client_ca) if path is not None]
+        self._stamps = [stamp_of(path) for path in self._files]
         self._first = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -33,16 +33,6 @@ class ServerTls:
         return grpc.dynamic_ssl_server_credentials(
             self._first, self._changed, require_client_authentication=self._client_ca is not None
         )
-
-    def _look(self) -> list[tuple[int, int]]:
-        stamp = []
-        for path in (self._certificate, self._key, self._client_ca):
-            try:
-                found = os.stat(path) if path is not None else None
-            except OSError:
-                found = None
-            stamp.append((0, 0) if found is None else (found.st_mtime_ns, found.st_ino))
-        return stamp
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         certificate = read_file(self._certificate, "the certificate")
@@ -57,10 +47,10 @@ class ServerTls:
 
     def _changed(self) -> Any:  # the stubs don't know that the result may be None
         """Return the files if they have changed. gRPC calls this for each new connection, in one of its threads."""
-        stamp = self._look()
-        if stamp == self._stamp:
+        stamps = [stamp_of(path) for path in self._files]
+        if stamps == self._stamps:
             return None
-        self._stamp = stamp
+        self._stamps = stamps
         try:
             return self._read()
         except InvalidRequest as error:

@@ -543,7 +543,7 @@ class CancelRequest(google.protobuf.message.Message):
     CANCELLED_BY_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     cancelled_by: builtins.str
-    """Who cancels. A server with tokens records the name of the call's token instead."""
+    """Addition: who cancels. A server with tokens records the name of the call's token instead."""
     def __init__(
         self,
         *,
@@ -1212,8 +1212,8 @@ class PruneRequest(google.protobuf.message.Message):
     after: builtins.int
     """The `after` of the previous answer; 0 in the first call."""
     compact: builtins.bool
-    """After the last part, give the free space of the file back to the disk if at most 1 GB is in use. Meanwhile the
-    server answers no calls. Without `compact`, the server gives free space back only if a quarter of the file is free
+    """After the last part, release the free space of the file to the disk if at most 1 GB is in use. Meanwhile the
+    server answers no calls. Without `compact`, the server releases free space only if a quarter of the file is free
     and at most 32 MB are in use.
     """
     def __init__(
@@ -1240,7 +1240,7 @@ class PruneResponse(google.protobuf.message.Message):
     AFTER_FIELD_NUMBER: builtins.int
     TOTAL_BYTES_FIELD_NUMBER: builtins.int
     FREE_BYTES_FIELD_NUMBER: builtins.int
-    GIVEN_BACK_BYTES_FIELD_NUMBER: builtins.int
+    RELEASED_BYTES_FIELD_NUMBER: builtins.int
     executions: builtins.int
     """What this call has deleted, or would delete."""
     sessions: builtins.int
@@ -1251,10 +1251,10 @@ class PruneResponse(google.protobuf.message.Message):
     after: builtins.int
     total_bytes: builtins.int
     """After the last part: the size of the database in bytes, the free bytes in the database, and the bytes that were
-    given back to the disk.
+    released to the disk.
     """
     free_bytes: builtins.int
-    given_back_bytes: builtins.int
+    released_bytes: builtins.int
     def __init__(
         self,
         *,
@@ -1265,9 +1265,9 @@ class PruneResponse(google.protobuf.message.Message):
         after: builtins.int = ...,
         total_bytes: builtins.int = ...,
         free_bytes: builtins.int = ...,
-        given_back_bytes: builtins.int = ...,
+        released_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["after", b"after", "executions", b"executions", "free_bytes", b"free_bytes", "given_back_bytes", b"given_back_bytes", "kept", b"kept", "more", b"more", "sessions", b"sessions", "total_bytes", b"total_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "executions", b"executions", "free_bytes", b"free_bytes", "kept", b"kept", "more", b"more", "released_bytes", b"released_bytes", "sessions", b"sessions", "total_bytes", b"total_bytes"]) -> None: ...
 
 global___PruneResponse = PruneResponse
 

@@ -18,7 +18,13 @@ RETRY_AFTER = "grpc-retry-pushback-ms"
 """The key of the trailing metadata in which a server says when to retry. gRPC's own retries obey it, too."""
 
 TOO_MANY_RPCS = "Concurrent RPC limit exceeded!"
-"""The details of grpcio's error RESOURCE_EXHAUSTED for an RPC that exceeds the server's limit of concurrent RPCs."""
+"""The details of grpcio's error RESOURCE_EXHAUSTED for an RPC that exceeds the server's limit of concurrent RPCs.
+
+The error has no trailing metadata.
+"""
+
+OVERLOADED_RETRY_AFTER = 1.0
+"""After how many seconds to retry if an overloaded server doesn't say when."""
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # List a subclass before its base class: the first class that matches counts.
@@ -71,11 +77,11 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     answered = known.get(ANSWERED)
     is_overloaded = answered == errors.Overloaded.__name__ or details == TOO_MANY_RPCS
     if (code is grpc.StatusCode.UNAVAILABLE and answered) or is_overloaded:
-        after = str(known.get(RETRY_AFTER, ""))
-        return errors.ServerNotReady(
-            f"the Nexum server on {address} can't do this now: {details}",
-            min(int(after), MAX_RETRY_AFTER_MS) / 1000 if after.isascii() and after.isdecimal() else float(is_overloaded),
-        )
+        after = OVERLOADED_RETRY_AFTER if is_overloaded else 0.0
+        sent = str(known.get(RETRY_AFTER, ""))
+        if sent.isascii() and sent.isdecimal():
+            after = min(int(sent), MAX_RETRY_AFTER_MS) / 1000
+        return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}", after)
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:

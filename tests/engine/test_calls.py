@@ -213,7 +213,7 @@ async def test_a_number_that_is_in_use_ends_the_stream(server: EngineServer) -> 
 
 
 async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "MAX_CALLS", 3)
+    monkeypatch.setattr(calls, "MAX_STREAM_CALLS", 3)
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     async with RawStream(server.address) as raw:
         await raw.send(*(request_frame(number, "PollTask", poll) for number in range(1, 5)))

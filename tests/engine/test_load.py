@@ -80,6 +80,19 @@ async def test_client_waits_with_jitter_and_starts_when_there_is_room(
     assert all(0.5 <= pause <= 1.5 * 2**number for number, pause in enumerate(pauses))
 
 
+async def test_client_does_not_search_while_its_server_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[Any] = []
+    monkeypatch.setattr(connection, "server_info_of", searches.append)
+    monkeypatch.setattr(connection, "pause_after", lambda *_: 0.01)
+    with server_thread(tmp_path, limits=Limits(queue=1)) as server:
+        async with NexumClient(f"{server.address},127.0.0.1:1") as client:
+            await client.register_workflow(ONE)
+            await client.start_execution(ONE, {}, idempotency_key="first")
+            with pytest.raises(ServerNotReady):
+                await client.start_execution(ONE, {}, idempotency_key="second", patience=0.3)
+    assert len(searches) == 1  # the client's first search
+
+
 def test_pauses_grow_differ_and_end_soon_enough() -> None:
     refusal = ServerNotReady("full", 1.0)
     assert pause_after(ServerUnavailable("gone"), 9) == pause_after(ServerNotReady("restarting"), 9) == RECONNECT_DELAY
@@ -118,9 +131,25 @@ def test_refusal_by_grpc_itself_is_retried() -> None:
 async def test_server_with_too_many_rpcs_answers_in_these_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nexum_engine.server.run.MAX_CALLS", 1)
+    monkeypatch.setattr("nexum_engine.server.run.MAX_RPCS", 1)
     with server_thread(tmp_path) as server:
         async with NexumClient(server.address) as client, NexumClient(server.address) as other:
             await client.ping()  # opens a stream, which is an RPC
             with pytest.raises(ServerNotReady, match="Concurrent RPC limit exceeded"):
                 await other.ping()
+
+
+async def test_client_leaves_a_server_with_too_many_rpcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.shuffle", lambda _: None)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with server_thread(tmp_path / "two") as two:
+        monkeypatch.setattr("nexum_engine.server.run.MAX_RPCS", 1)
+        with server_thread(tmp_path / "one") as one:
+            async with NexumClient(f"{one.address},{two.address}") as client, NexumClient(one.address) as other:
+                await client.ping()
+                assert client.address == one.address
+                await client.close()  # the next call opens another stream
+                await other.ping(patience=20)
+                await client.ping(patience=20)
+                assert client.address == two.address

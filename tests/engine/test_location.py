@@ -16,7 +16,7 @@ from harness import free_port, logged, nexum_server
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import ServerInfo
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import InvalidRequest, ServerError, ServerUnavailable
+from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.location import (
     address_file,
     database_path,
@@ -151,10 +151,22 @@ async def test_link_names_the_same_database(tmp_path: Path) -> None:
         await client.ping()
 
 
-@pytest.mark.parametrize("address", ["http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999"])
+@pytest.mark.parametrize(
+    "address", ["http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999", f"{'x' * 64}:1"]
+)
 async def test_bad_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not the address of a server"):
         NexumClient(address)
+
+
+async def test_program_that_listens_on_one_of_several_addresses_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexum_engine.embedded.FIRST_ANSWER", 0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(NotANexumServer, match="does not answer as a Nexum server"),
+    ):
+        async with EmbeddedNexum(f"{NOWHERE},localhost:{silent.getsockname()[1]}"):
+            pass
 
 
 # ---- A client that was told no address -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from certificates import FORMER, TOKENS, USE, Certificates, private_file
-from harness import ROOT, running
+from harness import ROOT, logged, running
 from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
@@ -76,7 +76,7 @@ def obstacle(name: str, secured: Secured, others: dict[str, str]) -> dict[str, s
 @pytest.mark.every_python
 @pytest.mark.parametrize("name", OBSTACLES)
 async def test_client_names_the_obstacle_and_the_next_step(
-    name: str, secured: Secured, others: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    name: str, secured: Secured, others: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = use(monkeypatch, obstacle(name, secured, others))
     began = time.monotonic()
@@ -84,6 +84,8 @@ async def test_client_names_the_obstacle_and_the_next_step(
         # `patience` must not make the client retry what a retry can't fix.
         with pytest.raises(AccessDenied) as caught:
             await client.ping(patience=60)
+        with pytest.raises(AccessDenied):
+            await anext(client.backup(tmp_path / "copy.db"))
         with pytest.raises(AccessDenied):
             async with Owner(client):
                 pass
@@ -194,11 +196,21 @@ async def test_client_certificate_is_required_if_the_server_names_its_ca(
 
 async def test_changed_certificate_is_used_for_new_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificates = Certificates(tmp_path)
+    errors: list[str] = []
     with server_thread(tmp_path, tls=certificates.server_tls()) as server:
         monkeypatch.setenv("NEXUM_TLS_CA", certificates.ca)
         async with NexumClient(f"localhost:{server.port}") as client:
             await client.ping()
         certificates.server_tls(by="other")
+        if sys.platform != "win32":
+            # Correct a wrong mode only after the server has seen it. This changes neither the file's text nor its time.
+            key = tmp_path / "server.key"
+            key.chmod(0o644)
+            with logged(errors, "nexum_engine.server.tls"):
+                async with NexumClient(f"localhost:{server.port}") as client:
+                    await client.ping()
+            assert f"run chmod 600 {key}" in errors[0]
+            key.chmod(0o600)
         monkeypatch.setenv("NEXUM_TLS_CA", certificates.other_ca)
         async with NexumClient(f"localhost:{server.port}") as client:
             await client.ping()

@@ -176,7 +176,7 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
         assert main(["cancel", execution_id, "--by", "Bob", "--nexum", server.address]) == 0
         assert record(stub, execution_id).error == "cancelled by Bob"
         assert main(["show", execution_id, "--nexum", server.address]) == 0
-        assert "note       cancelled by Bob" in capsys.readouterr().out
+        assert "error      cancelled by Bob" in capsys.readouterr().out
 
 
 async def test_client_that_searches_does_not_use_a_server_with_tokens(
@@ -190,10 +190,38 @@ async def test_client_that_searches_does_not_use_a_server_with_tokens(
     with server_thread(tmp_path, tokens=Tokens(Path(private_file(tmp_path / "tokens", TOKENS)))) as server:
         monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", server.address)
         async with NexumClient() as client:
-            with pytest.raises(ServerUnavailable, match="a server that needs a token listens on"):
+            with pytest.raises(ServerUnavailable, match=r"^a server that needs a token listens on .* \(name it with"):
                 await client.ping()
         async with EmbeddedNexum(None) as nexum:
             assert nexum.embedded
+
+
+def test_programs_in_the_folder_of_a_server_with_tokens_say_to_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'nexum.db'}")
+    monkeypatch.setattr("nexum_engine.commands.LOOK_PATIENCE", 0.1)
+    lines: list[str] = []
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        async with NexumClient() as client:
+            working = asyncio.create_task(Worker(client, [Binding(ASKED, {})]).run(stop))
+            end = time.monotonic() + PROMPT
+            while not lines and time.monotonic() < end:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            stop.set()
+            await working
+
+    with server_thread(tmp_path, tokens=Tokens(Path(private_file(tmp_path / "tokens", TOKENS)))) as server:
+        monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", server.address)
+        advice = f"a server that needs a token listens on {server.address} (name it with NEXUM_ADDRESS or --nexum)"
+        assert main(["ps"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {advice}, and a Nexum server has sqlite:///")
+        with logged(lines, "nexum_engine.worker"):
+            asyncio.run(work())
+        assert lines == [f"not connected to {server.address}, retrying: {advice}"]
 
 
 # ---- The token file --------------------------------------------------------------------------------------------------
@@ -233,10 +261,10 @@ def test_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     Tokens(path)
 
 
-async def test_changed_token_file_counts_at_once_also_for_open_streams(
+async def test_changed_token_file_counts_soon_also_for_calls_and_streams_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nexum_engine.server.access.LOOK_INTERVAL", 0.0)
+    monkeypatch.setattr("nexum_engine.server.access.LOOK_INTERVAL", 0.05)
     tokens = tmp_path / "tokens"
     private_file(tokens, f"{TOKENS}ci use {FORMER}\n")
     errors: list[str] = []
@@ -252,16 +280,19 @@ async def test_changed_token_file_counts_at_once_also_for_open_streams(
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
             tokens.write_text("broken\n")
+            end = time.monotonic() + PROMPT
+            while not errors and time.monotonic() < end:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             await former.ping()
             start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
             assert errors[0].startswith(f"{start} {tokens}")
             tokens.write_text(TOKENS)
-            with pytest.raises(TokenRefused):
-                await former.ping()
-            # Calls that wait are refused, too: they could still get a task.
+            # Calls that wait are refused although no other call arrives: they could still get a task.
             with pytest.raises(TokenRefused):
                 await asyncio.wait_for(waiting, PROMPT)
             assert await asyncio.wait_for(alone.code(), PROMPT) is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(TokenRefused):
+                await former.ping()
             await beats.write(pb.WorkerBeat(worker_id="w"))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await beats.read()

@@ -17,10 +17,12 @@ from google.protobuf.message import Message
 from harness import ROOT, Server, free_port, nexum_server, running
 from lossy_client import LossyClient
 from pydantic import BaseModel
+from server_thread import server_thread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
 from nexum_engine.records import Execution, ExecutionStatus, Outcome
+from nexum_engine.server import Limits
 from nexum_engine.store import tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
@@ -433,6 +435,17 @@ async def test_worker_waits_for_later_server_and_logs_once(tmp_path: Path, caplo
                 assert (await ended(client, await begin(client, TYPED))).status is ExecutionStatus.COMPLETED
     assert caplog.text.count("no Nexum server on") == 1
     assert f"connected to {address} as worker" in caplog.text
+
+
+async def test_worker_stops_at_once_while_it_waits_for_an_overloaded_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nexum_engine.worker.pause_after", lambda *_: 60.0)
+    with server_thread(tmp_path, limits=Limits(calls=1)) as server:
+        async with working(server.address, {TYPED: {"a": _number}}, concurrency=3) as worker:
+            await until(lambda: "reached its limit of calls" in caplog.text)
+            await worker.stop()
+    assert caplog.text.count("no task from") == 1
 
 
 async def test_result_is_recorded_when_the_server_is_running_again(
