@@ -170,7 +170,7 @@ def test_result_is_seen_by_a_client_of_either_server(servers: list[Server]) -> N
 
 @pytest.mark.timeout(180)
 def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: list[Server], tmp_path: Path) -> None:
-    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle.
+    """Two servers with two workers each. During the calls, one server and a worker of the other are killed.
 
     LOAD_CALLS=500 makes more calls than the usual 200.
     """
