@@ -263,8 +263,8 @@ class Journal:
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the call at `address`.
 
-        If the call is made again after a crash or a failure, its name stays the same. If a different call has taken the
-        place of the recorded call, the different call gets a new name.
+        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new name.
         """
         again = self._times_replaced[address]
         return f"{address}/again/{again}" if again else address
@@ -379,7 +379,7 @@ class Journal:
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
-            self._times_replaced[event.address] += content.replaces(event)
+            self._times_replaced[event.address] += content.is_another_program
             self._tried.add(event.address)
             self.events.remove(event)
 
