@@ -230,7 +230,7 @@ def test_library_imports_no_script_and_no_support() -> None:
 
 def test_support_imports_no_script_but_the_workflow_data() -> None:
     known = {target for name in MODULES if within(name, "support") for target in IMPORTS[name]}
-    assert known & SCRIPTS <= {"pipeline_workflow"}
+    assert known & SCRIPTS <= {"pipeline_workflow", "workflow"}
 
 
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
