@@ -266,8 +266,6 @@ class Session:
                     tool_name=call.tool_name, tool_args=approved.arguments, approval=approved.execution_id
                 )
                 key = approved.key
-            if call.is_once and (ended := await self._ended(call, key, deadline)) is not None:
-                return Started(ended.execution_id, True, ended.status, ended), Origin.CACHED
         start = partial(
             self._client.start_execution,
             call.workflow,
@@ -284,7 +282,7 @@ class Session:
         if not started.existing:
             self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({call.tool_name})")
             return started, Origin.EXECUTED
-        if started.status is ExecutionStatus.COMPLETED:
+        if started.status.ended:  # COMPLETED, or without a result and of a tool that may run only once
             return started, Origin.CACHED
         self._tell(f"[Nexum] {_short(started.execution_id)} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
@@ -295,17 +293,6 @@ class Session:
             return await approvals.ask(self._client, tool, call.tool_args, self.session_id, call.scope, tell=self._tell)
         except FinalError as error:
             raise ToolCallFailed(str(error)) from error
-
-    async def _ended(self, call: _Call, key: str, deadline: _Deadline) -> Execution | None:
-        """Return the execution of the key if it has ended without a result.
-
-        A start of the key would run the tool again. Only `nexum retry` does that with a tool that may run only once.
-        """
-        list_them = partial(self._client.list_executions, workflow_id=call.workflow.workflow_id, key_prefix=key)
-        listed = await self._ask(deadline, partial(list_them, with_nodes=True))
-        newest = next((one for one in listed if one.idempotency_key == key), None)
-        without_result = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
-        return newest if newest is not None and newest.status in without_result else None
 
     async def _result_of(
         self, execution_id: str, call: _Call, origin: Origin, deadline: _Deadline, ended: Execution | None = None

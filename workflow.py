@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from nexum_engine.policy import ONE_ATTEMPT, Policy
-from nexum_engine.workflow import DEFAULT_RETRY_POLICY, Workflow, workflow
+from nexum_engine.policy import Policy
+from nexum_engine.workflow import Workflow, workflow
 
 
 class ToolCallInput(BaseModel):
@@ -57,7 +57,7 @@ def workflow_of(tool_name: str, policy: Policy, shared: Workflow) -> Workflow:
         .effect(
             "tool_call",
             ToolCallOutput,
-            retry=policy.retry or (ONE_ATTEMPT if policy.is_once else DEFAULT_RETRY_POLICY),
+            retry=policy.retry,
             once=policy.is_once,
             reconcile=policy.reconcile is not None,
         )

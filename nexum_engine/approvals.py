@@ -22,7 +22,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
 from nexum_engine.policy import call_digest
-from nexum_engine.records import Execution, ExecutionStatus
+from nexum_engine.records import Execution, ExecutionStatus, Outcome
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
 
 NODE = "approval"
@@ -66,7 +66,7 @@ def key_of(session: str, purpose: str, scope: str, digest: str) -> str:
 
 def approval_workflow(timeout: float | None = None) -> Workflow:
     """Return the workflow of a question about a tool call. After `timeout` seconds it counts as rejected."""
-    return workflow("tool-approval", input=Approval).human_approval(NODE).build()
+    return workflow("tool-approval", input=Approval).human_approval(NODE, timeout_seconds=timeout).build()
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,18 @@ class Decision:
     approved: bool
     execution_id: str
     by: str = ""
-    """Who approved. Empty if nobody said."""
+    """Who decided. Empty if nobody said."""
     reason: str = ""
-    """The comment of the approval, or why the call may not be made: "rejected by ann: too much"."""
+    """The comment of the approval, or why the question was not approved."""
     answer: Any = None
     """The JSON value that came with the approval: edited arguments. None if there is none."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the call may not be made, for the model."""
+        if not self.by:
+            return f"this call was not approved: {self.reason}"
+        return f"{self.by} rejected this call{f': {self.reason}' if self.reason else ''}"
 
 
 async def decided(
@@ -103,11 +110,12 @@ async def decided(
         try:
             while True:
                 wait = MAX_SERVER_WAIT if told == execution_id else 0.0
-                execution = (await client.get_execution(execution_id, wait=wait, patience=PATIENCE)).execution
+                observed = await client.get_execution(execution_id, wait=wait, with_attempts=True, patience=PATIENCE)
+                execution = observed.execution
                 if execution.status is ExecutionStatus.CANCELLED:
                     break  # the question was withdrawn: ask again
                 if execution.status.ended:
-                    return _decision(execution)
+                    return decision_of(execution)
                 if told != execution_id:
                     told = execution_id
                     on_waiting(execution_id)
@@ -147,10 +155,16 @@ def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bo
         return False
 
 
-def _decision(execution: Execution) -> Decision:
+def decision_of(execution: Execution) -> Decision:
+    """Return the decision of a question's execution, which is approved only if the execution is COMPLETED."""
     node = next(one for one in execution.nodes if one.node_id == NODE)
     if execution.status is not ExecutionStatus.COMPLETED:
-        return Decision(False, execution.execution_id, reason=node.error or execution.error)
+        # A rejection is recorded as an attempt, with the person's name and reason. The end of the time is not.
+        rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
+        if rejected is None:
+            return Decision(False, execution.execution_id, reason=node.error or execution.error)
+        reason = rejected.error.removeprefix("rejected").removeprefix(": ")
+        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=reason)
     output = jsontext.parse(node.output_json or "{}", "the decision")
     return Decision(
         bool(output.get("approved")),
@@ -164,4 +178,5 @@ def _decision(execution: Execution) -> Decision:
 def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
     """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
     server = f" --nexum {nexum}" if nexum else ""
-    return f"nexum approve {execution_id}{server}, or: nexum reject {execution_id}{server} --reason TEXT"
+    approve = f"python -m nexum_engine approve {execution_id}{server}"
+    return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"

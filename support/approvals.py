@@ -68,7 +68,7 @@ async def ask(
         client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting
     )
     if not decision.approved:
-        raise Rejected(f"{tool.name} did not run: {decision.reason}")
+        raise Rejected(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)
     return ApprovedCall(approved, decision.execution_id, key)
 

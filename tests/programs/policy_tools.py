@@ -162,6 +162,6 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     role, *arguments = sys.argv[1:]
     try:
-        asyncio.run({"work": work, "call": call}[role](*arguments))
+        asyncio.run(work(*arguments) if role == "work" else call(*arguments))
     except KeyboardInterrupt:
         sys.exit(130)

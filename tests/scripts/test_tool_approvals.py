@@ -9,7 +9,8 @@ from typing import Any
 import harness
 import pytest
 from harness import Server, nexum_server
-from policies import asked_in, nexum, paid, policy_caller, policy_worker, result
+from policies import asked_in, decide, nexum, paid, policy_caller, policy_worker, result
+from processes import recorded
 
 from nexum_engine.approvals import Approval, approval_workflow
 from nexum_engine.client import NexumClient
@@ -55,7 +56,7 @@ def test_rejected_call_fails_with_the_reason_and_has_no_effect(tmp_path: Path, s
     with policy_worker(tmp_path, server.address):
         with policy_caller(tmp_path, server.address, "pay", call) as asking:
             question = asked_in(asking.wait_for("waits for a person"))
-            nexum(tmp_path, "reject", question, "--by", "ann", "--reason", "too much", "--nexum", server.address)
+            decide(server.address, "reject", question, "approval", approver="ann", reason="too much")
             assert asking.wait_for("ERROR") == "ERROR ToolCallFailed ann rejected this call: too much"
         again = result(tmp_path, server.address, "pay", call)
     assert again == "ERROR ToolCallFailed ann rejected this call: too much"
@@ -65,11 +66,11 @@ def test_rejected_call_fails_with_the_reason_and_has_no_effect(tmp_path: Path, s
 def test_call_runs_with_the_edited_arguments_and_the_model_is_told(tmp_path: Path, server: Server) -> None:
     log = tmp_path / "log"
     call = {"log": str(log), "cents": LARGE}
-    edited = json.dumps({"log": str(log), "cents": "500"})
+    edited = {"log": str(log), "cents": "500"}
     with policy_worker(tmp_path, server.address):
         with policy_caller(tmp_path, server.address, "pay", call) as asking:
             question = asked_in(asking.wait_for("waits for a person"))
-            nexum(tmp_path, "approve", question, "--by", "ann", "--args", edited, "--nexum", server.address)
+            decide(server.address, "approve", question, "approval", approver="ann", answer=edited)
             assert asking.wait() == 0, asking.output
         told = result(tmp_path, server.address, "pay", call)
     assert told in asking.output
@@ -82,11 +83,11 @@ def test_call_runs_with_the_edited_arguments_and_the_model_is_told(tmp_path: Pat
 
 def test_wrong_edited_arguments_fail_the_call_before_its_effect(tmp_path: Path, server: Server) -> None:
     log = tmp_path / "log"
-    with policy_worker(tmp_path, server.address):
-        with policy_caller(tmp_path, server.address, "pay", {"log": str(log), "cents": LARGE}) as asking:
-            question = asked_in(asking.wait_for("waits for a person"))
-            nexum(tmp_path, "approve", question, "--args", '{"cents": "many"}', "--nexum", server.address)
-            error = asking.wait_for("ERROR")
+    call = {"log": str(log), "cents": LARGE}
+    with policy_worker(tmp_path, server.address), policy_caller(tmp_path, server.address, "pay", call) as asking:
+        question = asked_in(asking.wait_for("waits for a person"))
+        decide(server.address, "approve", question, "approval", answer={"cents": "many"})
+        error = asking.wait_for("ERROR")
     assert "pay was called with wrong arguments" in error
     assert paid(log) == []
 
@@ -103,7 +104,8 @@ def test_call_below_the_limit_asks_nobody(tmp_path: Path, server: Server) -> Non
     log = tmp_path / "log"
     with policy_worker(tmp_path, server.address):
         assert result(tmp_path, server.address, "pay", {"log": str(log), "cents": 100}).startswith("RESULT receipt")
-    assert "no pending" in nexum(tmp_path, "approvals", "--nexum", server.address).lower()
+    (execution,) = recorded(tmp_path, server.address)
+    assert execution["workflow_id"] == "tool-call"
     assert len(paid(log)) == 1
 
 
@@ -113,11 +115,11 @@ def test_calls_of_one_session_are_decided_one_by_one(tmp_path: Path, server: Ser
     with policy_worker(tmp_path, server.address), policy_caller(tmp_path, server.address, "pay", *calls) as asking:
         lines = [asking.wait_for("waits for a person") for _ in calls]
         by_cents = {json.loads(line[line.index("{") : line.index("}") + 1])["cents"]: asked_in(line) for line in lines}
-        nexum(tmp_path, "approve", by_cents[300], "--nexum", server.address)
+        decide(server.address, "approve", by_cents[300], "approval")
         asking.wait_for("RESULT receipt for {'cents': 300")
-        nexum(tmp_path, "reject", by_cents[400], "--reason", "no", "--nexum", server.address)
+        decide(server.address, "reject", by_cents[400], "approval", reason="no")
         asking.wait_for("ERROR")
-        nexum(tmp_path, "approve", by_cents[200], "--nexum", server.address)
+        decide(server.address, "approve", by_cents[200], "approval")
         assert asking.wait() == 0, asking.output
     assert [one["cents"] for one in paid(log)] == [300, 200]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Process, Server, published_server
-from policies import asked_in, nexum, paid, policy_caller, policy_worker, result
+from policies import asked_in, decide, paid, policy_caller, policy_worker, result
 from processes import attempts, recorded, wait_until
 
 from nexum_engine.client import NexumClient
@@ -34,8 +35,8 @@ class Scene:
             with policy_worker(self.folder, self.server.address):
                 yield caller
 
-    def resolve(self, execution_id: str, *how: str) -> None:
-        nexum(self.folder, "resolve", execution_id, *how, "--by", "ann", "--nexum", self.server.address)
+    def resolve(self, execution_id: str, **how: Any) -> None:
+        decide(self.server.address, "resolve", execution_id, "tool_call", resolved_by="ann", **how)
 
     def outcomes(self) -> list[str]:
         (execution,) = recorded(self.folder, self.server.address)
@@ -55,14 +56,13 @@ def with_reconcile(tmp_path: Path, server: Server) -> Scene:
 # ---- Without reconcile -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "text"), [('"receipt 17"', "receipt 17"), ('{"number": 17}', '{"number": 17}')])
-def test_lost_effect_waits_for_a_person_who_gives_the_result(once: Scene, given: str, text: str) -> None:
+@pytest.mark.parametrize(("given", "text"), [("receipt 17", "receipt 17"), ({"number": 17}, '{"number": 17}')])
+def test_lost_effect_waits_for_a_person_who_gives_the_result(once: Scene, given: object, text: str) -> None:
     with once.killed_after_its_effect() as caller:
         line = caller.wait_for("is UNKNOWN")
         execution_id = asked_in(line)
         assert "attempt 1 by worker" in line
-        assert execution_id in nexum(once.folder, "unknown", "--nexum", once.server.address)
-        once.resolve(execution_id, "--result", given)
+        once.resolve(execution_id, output=given)
         caller.wait_for(f"RESULT {text}")
         assert result(once.folder, once.server.address, once.tool, once.call) == f"RESULT {text}"
     assert len(paid(once.log)) == 1
@@ -73,7 +73,7 @@ def test_person_who_found_no_effect_lets_the_tool_run(once: Scene) -> None:
         execution_id = asked_in(caller.wait_for("is UNKNOWN"))
         once.log.unlink()
         once.gate.touch()
-        once.resolve(execution_id, "--not-done")
+        once.resolve(execution_id, not_done=True)
         caller.wait_for("RESULT receipt for")
     assert len(paid(once.log)) == 1
 
@@ -81,7 +81,7 @@ def test_person_who_found_no_effect_lets_the_tool_run(once: Scene) -> None:
 def test_person_who_found_a_failure_fails_the_call_for_good(once: Scene) -> None:
     with once.killed_after_its_effect() as caller:
         execution_id = asked_in(caller.wait_for("is UNKNOWN"))
-        once.resolve(execution_id, "--failed", "the card was refused")
+        once.resolve(execution_id, failed="the card was refused")
         assert "the card was refused" in caller.wait_for("ERROR ToolCallFailed")
         once.gate.touch()
         for file in once.folder.glob(".session-*"):  # with and without the session file
@@ -99,7 +99,7 @@ def test_tool_that_is_late_is_unknown(tmp_path: Path, server: Server) -> None:
     ):
         line = caller.wait_for("is UNKNOWN")
         assert "ran longer than its time limit of 0.2 s, and may still have its effect" in line
-        nexum(tmp_path, "resolve", asked_in(line), "--result", '"done"', "--nexum", server.address)
+        decide(server.address, "resolve", asked_in(line), "tool_call", output="done")
         caller.wait_for("RESULT done")
     assert len(paid(log)) == 1
 
@@ -109,7 +109,7 @@ def test_tool_that_failed_does_not_run_again(tmp_path: Path, server: Server) -> 
     with policy_worker(tmp_path, server.address):
         for _ in range(2):
             text = result(tmp_path, server.address, "pay_and_fail", {"log": str(log)})
-            assert text == "ERROR ToolCallFailed pay_and_fail failed: ConnectionError: no answer"
+            assert text.startswith("ERROR ToolCallFailed pay_and_fail failed: ConnectionError: no answer")
             (tmp_path / ".session-s.json").unlink()
     assert len(paid(log)) == 1
 
@@ -143,7 +143,7 @@ def test_reconcile_that_fails_leaves_it_to_a_person(with_reconcile: Scene) -> No
     with with_reconcile.killed_after_its_effect() as caller:
         line = caller.wait_for("is UNKNOWN")
         assert "reconcile of pay_and_find failed: ConnectionError: the log is down" in line
-        with_reconcile.resolve(asked_in(line), "--result", '"receipt 17"')
+        with_reconcile.resolve(asked_in(line), output="receipt 17")
         caller.wait_for("RESULT receipt 17")
     assert len(paid(with_reconcile.log)) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,8 @@ from typing import Any
 
 from harness import ROOT, Process, running
 from processes import run_script
+
+from nexum_engine.client import NexumClient
 
 PROGRAM = str(ROOT / "tests" / "programs" / "policy_tools.py")
 
@@ -46,6 +49,16 @@ def nexum(folder: Path, *arguments: str) -> str:
     code, output = run_script(["-m", "nexum_engine", *arguments], folder)
     assert code == 0, output
     return output
+
+
+def decide(address: str, method: str, execution_id: str, node: str, **arguments: Any) -> None:
+    """Call a method of the client for a node that waits for a person: approve, reject or resolve."""
+
+    async def call() -> None:
+        async with NexumClient(address) as client:
+            await getattr(client, method)(execution_id, node, **arguments)
+
+    asyncio.run(call())
 
 
 def asked_in(line: str) -> str:
