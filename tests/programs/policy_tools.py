@@ -1,9 +1,9 @@
 """Tools with policies, and two programs that use them.
 
     policy_tools.py work ADDRESS                      a worker
-    policy_tools.py call ADDRESS SESSION TOOL JSON    one call; prints RESULT or ERROR, and the text
+    policy_tools.py call ADDRESS SESSION CALL...      calls, each a JSON list of tool and arguments
 
-A tool's log has a line for each effect: attempt, process, arguments, idempotency key. The log is the outside world.
+A tool's log has a line for each effect: attempt, idempotency key, arguments. The log is the outside world.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def write_down(log: str, call: ToolContext, **arguments: Any) -> str:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(descriptor, line.encode())
     os.close(descriptor)
-    return f"receipt for {arguments}"
+    return f"receipt for {arguments.get('cents', arguments.get('number'))}"
 
 
 def find(arguments: Mapping[str, Any], idempotency_key: str) -> Any:
-    """Look an effect up in the log. If the log has a file LOG.down beside it, it can't be read."""
-    log = Path(arguments["log"])
-    if log.with_suffix(".down").exists():
+    """Look an effect up in the log. Effects with a negative number can't be looked up."""
+    if arguments["number"] < 0:
         raise ConnectionError("the log is down")
+    log = Path(arguments["log"])
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return f"found {arguments['number']}" if any(line["key"] == idempotency_key for line in lines) else NOT_DONE
 
@@ -72,15 +72,13 @@ def pay(log: str, cents: int, to: str = "c-17", *, call: ToolContext) -> str:
 @tool(approval="always", approval_timeout=0.3)
 def pay_soon(log: str, *, call: ToolContext) -> str:
     """Pay, if a person approves that at once."""
-    return write_down(log, call)
+    return write_down(log, call, cents=0)
 
 
 @tool(approval="always", effect="once")
-def pay_once_approved(log: str, gate: str, *, call: ToolContext) -> str:
-    """Pay once, after an approval, and wait for the gate."""
-    text = write_down(log, call)
-    wait_at(gate)
-    return text
+def pay_once_approved(log: str, cents: int, to: str = "c-17", *, call: ToolContext) -> str:
+    """Pay once, after an approval."""
+    return write_down(log, call, cents=cents, to=to)
 
 
 @tool(effect="once", time_limit=3600)
@@ -100,19 +98,19 @@ def pay_and_find(log: str, gate: str, number: int, *, call: ToolContext) -> str:
 
 
 @tool(effect="once", reconcile=find, time_limit=3600)
-def find_before_paying(arrivals: str, gate: str, log: str, number: int, *, call: ToolContext) -> str:
-    """Wait for the gate, and pay."""
-    write_down(arrivals, call)
+def find_before_paying(begun: str, gate: str, log: str, number: int, *, call: ToolContext) -> str:
+    """Log the beginning, wait for the gate, and pay."""
+    write_down(begun, call)
     wait_at(gate)
     return write_down(log, call, number=number)
 
 
 @tool(effect="once", time_limit=0.2)
-def pay_slowly(log: str, gate: str, *, call: ToolContext) -> str:
-    """Pay, and wait for the gate longer than the time limit."""
-    text = write_down(log, call)
-    wait_at(gate)
-    return text
+def pay_slowly(log: str, *, call: ToolContext) -> str:
+    """Pay, and return nothing within the time limit."""
+    write_down(log, call)
+    time.sleep(3600)
+    return "never"
 
 
 @tool(effect="once")
@@ -143,19 +141,19 @@ async def work(address: str) -> None:
         await Worker(client, bindings(client, TOOL_CALL, OfflineWeb()), concurrency=20).run(stop)
 
 
-async def call(address: str, session_id: str, tool_name: str, *calls: str) -> None:
-    """Make the calls at the same time. Print one line for each result."""
+async def call(address: str, session_id: str, *calls: str) -> None:
+    """Make the calls, each a JSON list of tool and arguments, at once. Print a line of JSON for each result."""
     async with Session(session_id, nexum=address) as session:
 
-        async def one(arguments: str) -> None:
+        async def one(number: int, call: str) -> None:
+            tool_name, arguments = json.loads(call)
             try:
-                said = f"RESULT {(await session.call(tool_name, json.loads(arguments))).text}"
+                said = {"result": (await session.call(tool_name, arguments)).text}
             except NexumError as error:
-                said = f"ERROR {type(error).__name__} {error}"
-            say(said)
+                said = {"error": str(error)}
+            say(json.dumps({"call": number, **said}))
 
-        await asyncio.gather(*map(one, calls))
-    say("END")
+        await asyncio.gather(*(one(number, call) for number, call in enumerate(calls)))
 
 
 if __name__ == "__main__":

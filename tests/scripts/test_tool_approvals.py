@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import pytest
-from harness import Server, nexum_server
-from policies import asked_in, decide, nexum, paid, policy_caller, policy_worker, result
-from processes import recorded
+from harness import Process, Server, nexum_server
+from policies import asked_in, decide, paid, policy_caller, policy_worker, results
+from processes import run_script
 
 from nexum_engine.approvals import Approval, approval_workflow
 from nexum_engine.client import NexumClient
@@ -21,107 +20,69 @@ from workflow import TOOL_CALL, ToolCallInput
 LARGE = 990
 
 
-# ---- Deciding --------------------------------------------------------------------------------------------------------
+def questions(caller: Process, count: int) -> dict[int, str]:
+    """Wait until the caller has asked about so many payments; return the executions of the questions by cents."""
+    lines = [caller.wait_for("waits for a person") for _ in range(count)]
+    return {shown_in(line)["cents"]: asked_in(line) for line in lines}
 
 
-@pytest.mark.parametrize("tool", ["pay", "pay_once_approved"])
-def test_decision_that_was_made_while_nothing_ran_counts_once(tmp_path: Path, tool: str) -> None:
-    log, gate = tmp_path / "log", tmp_path / "gate"
-    gate.touch()
-    call = {"log": str(log), **({"cents": LARGE} if tool == "pay" else {"gate": str(gate)})}
+def shown_in(line: str) -> dict[str, Any]:
+    """Return the arguments that the line about a question shows."""
+    shown: dict[str, Any] = json.loads(line[line.index("{") : line.index("}") + 1])
+    return shown
+
+
+def test_decision_that_was_made_while_nothing_ran_counts_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    call = ("pay_once_approved", {"log": str(log), "cents": LARGE})
     with (
         nexum_server(tmp_path) as server,
         policy_worker(tmp_path, server.address) as worker,
-        policy_caller(tmp_path, server.address, tool, call) as asking,
+        policy_caller(tmp_path, server.address, call) as asking,
     ):
         line = asking.wait_for("waits for a person")
-        shown = json.loads(line[line.index("{") : line.index("}") + 1])
         for process in (asking, worker, server.process):
             process.kill()
+    assert shown_in(line) == {"log": str(log), "cents": LARGE, "to": "c-17"}
     assert paid(log) == []
-    nexum(tmp_path, "approve", asked_in(line), "--by", "ann", "--database-url", harness.url_of(tmp_path))
+    decision = ["approve", asked_in(line), "--by", "ann", "--database-url", harness.url_of(tmp_path)]
+    assert run_script(["-m", "nexum_engine", *decision], tmp_path)[0] == 0
     with nexum_server(tmp_path) as server, policy_worker(tmp_path, server.address):
-        texts = [result(tmp_path, server.address, tool, call) for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert texts[0].startswith("RESULT receipt for")
-    assert len(paid(log)) == 1
-    if tool == "pay":
-        assert shown == {"log": str(log), "cents": LARGE, "to": "c-17"}
-        assert {name: paid(log)[0][name] for name in ("cents", "to")} == {"cents": LARGE, "to": "c-17"}
+        for _ in range(2):
+            with policy_caller(tmp_path, server.address, call) as again:
+                assert results(again) == [f"receipt for {LARGE}"]
+    assert [(one["cents"], one["to"]) for one in paid(log)] == [(LARGE, "c-17")]
 
 
-def test_rejected_call_fails_with_the_reason_and_has_no_effect(tmp_path: Path, server: Server) -> None:
+def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, server: Server) -> None:
     log = tmp_path / "log"
-    call = {"log": str(log), "cents": LARGE}
+    approved, rejected, edited, badly_edited, small = 500, 501, 502, 503, 100
+    cents = (approved, rejected, edited, badly_edited, small)
+    calls = [("pay", {"log": str(log), "cents": one}) for one in cents] + [("pay_soon", {"log": str(log)})]
     with policy_worker(tmp_path, server.address):
-        with policy_caller(tmp_path, server.address, "pay", call) as asking:
-            question = asked_in(asking.wait_for("waits for a person"))
-            decide(server.address, "reject", question, "approval", approver="ann", reason="too much")
-            assert asking.wait_for("ERROR") == "ERROR ToolCallFailed ann rejected this call: too much"
-        again = result(tmp_path, server.address, "pay", call)
-    assert again == "ERROR ToolCallFailed ann rejected this call: too much"
-    assert paid(log) == []
-
-
-def test_call_runs_with_the_edited_arguments_and_the_model_is_told(tmp_path: Path, server: Server) -> None:
-    log = tmp_path / "log"
-    call = {"log": str(log), "cents": LARGE}
-    edited = {"log": str(log), "cents": "500"}
-    with policy_worker(tmp_path, server.address):
-        with policy_caller(tmp_path, server.address, "pay", call) as asking:
-            question = asked_in(asking.wait_for("waits for a person"))
-            decide(server.address, "approve", question, "approval", approver="ann", answer=edited)
-            assert asking.wait() == 0, asking.output
-        told = result(tmp_path, server.address, "pay", call)
-    assert told in asking.output
-    note, receipt = told.splitlines()
-    assert note.startswith("RESULT ann approved this call with other arguments: ")
-    assert '"cents": 500, "to": "c-17"} instead of {' in note
-    assert receipt.startswith("receipt for")
-    assert [(one["cents"], one["to"]) for one in paid(log)] == [(500, "c-17")]
-
-
-def test_wrong_edited_arguments_fail_the_call_before_its_effect(tmp_path: Path, server: Server) -> None:
-    log = tmp_path / "log"
-    call = {"log": str(log), "cents": LARGE}
-    with policy_worker(tmp_path, server.address), policy_caller(tmp_path, server.address, "pay", call) as asking:
-        question = asked_in(asking.wait_for("waits for a person"))
-        decide(server.address, "approve", question, "approval", answer={"cents": "many"})
-        error = asking.wait_for("ERROR")
-    assert "pay was called with wrong arguments" in error
-    assert paid(log) == []
-
-
-def test_call_that_nobody_decides_in_time_fails(tmp_path: Path, server: Server) -> None:
-    log = tmp_path / "log"
-    with policy_worker(tmp_path, server.address):
-        text = result(tmp_path, server.address, "pay_soon", {"log": str(log)})
-    assert "ERROR ToolCallFailed this call was not approved: not decided within 0.3 s" in text
-    assert paid(log) == []
-
-
-def test_call_below_the_limit_asks_nobody(tmp_path: Path, server: Server) -> None:
-    log = tmp_path / "log"
-    with policy_worker(tmp_path, server.address):
-        assert result(tmp_path, server.address, "pay", {"log": str(log), "cents": 100}).startswith("RESULT receipt")
-    (execution,) = recorded(tmp_path, server.address)
-    assert execution["workflow_id"] == "tool-call"
-    assert len(paid(log)) == 1
-
-
-def test_calls_of_one_session_are_decided_one_by_one(tmp_path: Path, server: Server) -> None:
-    log = tmp_path / "log"
-    calls = [{"log": str(log), "cents": cents} for cents in (200, 300, 400)]
-    with policy_worker(tmp_path, server.address), policy_caller(tmp_path, server.address, "pay", *calls) as asking:
-        lines = [asking.wait_for("waits for a person") for _ in calls]
-        by_cents = {json.loads(line[line.index("{") : line.index("}") + 1])["cents"]: asked_in(line) for line in lines}
-        decide(server.address, "approve", by_cents[300], "approval")
-        asking.wait_for("RESULT receipt for {'cents': 300")
-        decide(server.address, "reject", by_cents[400], "approval", reason="no")
-        asking.wait_for("ERROR")
-        decide(server.address, "approve", by_cents[200], "approval")
-        assert asking.wait() == 0, asking.output
-    assert [one["cents"] for one in paid(log)] == [300, 200]
+        with policy_caller(tmp_path, server.address, *calls) as asking:
+            asked = questions(asking, len(cents) - 1)
+            answers = {edited: {"log": str(log), "cents": "7"}, badly_edited: {"cents": "many"}}
+            for one in (approved, edited, badly_edited):
+                answer = answers.get(one)
+                decide(server.address, "approve", asked[one], "approval", approver="ann", answer=answer)
+            decide(server.address, "reject", asked[rejected], "approval", approver="ann", reason="too much")
+            first = results(asking)
+        for file in tmp_path.glob(".session-*.json"):
+            file.unlink()
+        with policy_caller(tmp_path, server.address, *calls) as again:
+            assert results(again) == first
+    assert first[0] == f"receipt for {approved}"
+    assert first[1] == "ERROR ann rejected this call: too much"
+    before, after = ({"log": str(log), "cents": one, "to": "c-17"} for one in (edited, 7))
+    assert first[2] == (
+        f"ann approved this call with other arguments: {json.dumps(after)} instead of {json.dumps(before)}\n"
+        "receipt for 7"
+    )
+    assert "pay was called with wrong arguments: log is missing; cents: " in first[3]
+    assert first[4] == f"receipt for {small}"
+    assert first[5] == "ERROR this call was not approved: not decided within 0.3 s"
+    assert sorted(one["cents"] for one in paid(log)) == [7, small, approved]
 
 
 # ---- A call that skips the question ----------------------------------------------------------------------------------

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from harness import ROOT, Process, running
-from processes import run_script
 
 from nexum_engine.client import NexumClient
 
 PROGRAM = str(ROOT / "tests" / "programs" / "policy_tools.py")
+
+ToolCall: TypeAlias = tuple[str, dict[str, Any]]
+"""A tool's name and the arguments of a call."""
 
 
 @contextmanager
@@ -27,28 +29,17 @@ def policy_worker(folder: Path, address: str) -> Iterator[Process]:
 
 
 @contextmanager
-def policy_caller(
-    folder: Path, address: str, tool: str, *calls: Mapping[str, Any], session: str = "s"
-) -> Iterator[Process]:
-    """Run a program that makes these calls of a tool at the same time."""
-    with running([PROGRAM, "call", address, session, tool, *map(json.dumps, calls)], cwd=folder) as process:
+def policy_caller(folder: Path, address: str, *calls: ToolCall, session: str = "s") -> Iterator[Process]:
+    """Run a program that makes these calls at the same time."""
+    with running([PROGRAM, "call", address, session, *map(json.dumps, calls)], cwd=folder) as process:
         yield process
 
 
-def result(folder: Path, address: str, tool: str, call: Mapping[str, Any], *, session: str = "s") -> str:
-    """Make a call in a new process; return its text after RESULT, or its error after ERROR."""
-    with policy_caller(folder, address, tool, call, session=session) as process:
-        assert process.wait() == 0, process.output
-    match = re.search(r"^((?:RESULT|ERROR) .*)\nEND$", process.output, re.MULTILINE | re.DOTALL)
-    assert match, process.output
-    return match[1]
-
-
-def nexum(folder: Path, *arguments: str) -> str:
-    """Run a command of the engine; return its output."""
-    code, output = run_script(["-m", "nexum_engine", *arguments], folder)
-    assert code == 0, output
-    return output
+def results(caller: Process) -> list[str]:
+    """Wait for the end of a caller; return the result or the error of each of its calls, in their order."""
+    assert caller.wait() == 0, caller.output
+    said = [json.loads(line) for line in caller.lines if line.startswith("{")]
+    return [one.get("result") or f"ERROR {one['error']}" for one in sorted(said, key=lambda one: one["call"])]
 
 
 def decide(address: str, method: str, execution_id: str, node: str, **arguments: Any) -> None:
@@ -62,8 +53,8 @@ def decide(address: str, method: str, execution_id: str, node: str, **arguments:
 
 
 def asked_in(line: str) -> str:
-    """Return the execution that a waiting caller's line names."""
-    match = re.search(r"(?:approve|resolve) (exec-\w+-\w+|exec-\w+)", line)
+    """Return the id of the execution that waits for a person, from the line about it."""
+    match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
     assert match, line
     return match[1]
 
