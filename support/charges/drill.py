@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import shlex
 import sys
@@ -20,7 +21,7 @@ from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
 from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
 from support.console import say
-from support.launcher import Child, start_child
+from support.launcher import ROOT, Child, start_child
 from support.tools import Tool
 
 LOOK_INTERVAL = 0.1  # seconds between two looks for an unknown effect
@@ -140,6 +141,7 @@ class Drill:
             *(sys.executable, "-m", "nexum_engine", *arguments, "--nexum", self._client.address),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         output, _ = await process.communicate()
         say(output.decode("utf-8", "replace").rstrip())
