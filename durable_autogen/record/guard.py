@@ -34,7 +34,7 @@ from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, 
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import Conflict, FinalError, NexumError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, Task
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
 
 T = TypeVar("T")
 
@@ -229,17 +229,14 @@ class Guard:
         """
         input = self._input(guarded)
         kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
-        if self._journal.was_tried(guarded.call.address):
-            await self._check_not_failed(guarded, input.key)
         while True:
             with self._servers_errors():
                 started = await self._journal.start_effect(kind, input, input.key)
-            ended, task = started.ended, started.task
-            if task is None and ended is None:
-                ended = await self._resolved(guarded, started.execution_id)
-            if ended is not None:
-                return _result(ended, guarded, form)
-            if task is not None and (value := await self._attempted(guarded, task, attempt, form)) is not _UNKNOWN:
+            if started.task is None:
+                ended = started.ended or await self._resolved(guarded, started.execution_id)
+                if ended is not None:
+                    return _result(ended, guarded, form)
+            elif (value := await self._attempted(guarded, started.task, attempt, form)) is not _UNKNOWN:
                 return value
 
     def _input(self, guarded: GuardedCall) -> EffectInput:
@@ -252,20 +249,6 @@ class Guard:
             digest=call_digest(guarded.tool, guarded.arguments),
             asked_digest=guarded.asked_digest,
         )
-
-    async def _check_not_failed(self, guarded: GuardedCall, key: str) -> None:
-        """Raise CallFailed if an attempt has failed, and the policy doesn't say that a failure proves anything."""
-        with self._servers_errors():
-            found = await self._client.list_executions(
-                workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key, limit=1, patience=PATIENCE
-            )
-            if not found or found[0].status is not ExecutionStatus.FAILED:
-                return
-            observed = await self._client.get_execution(found[0].execution_id, with_attempts=True, patience=PATIENCE)
-        failed = observed.execution
-        was_unknown = any(one.outcome is Outcome.UNKNOWN for node in failed.nodes for one in node.attempts)
-        if guarded.policy.retry is None or was_unknown:
-            raise _failed(failed, guarded)
 
     async def _attempted(
         self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
