@@ -58,6 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to do if the script connects to something or starts a process outside a recorded call: report it "
         "(tell), or stop (default: %(default)s)",
     )
+    run.add_argument(
+        "--policies",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file with the policies of tools, one table for each tool: approval, effect, retry, timeout",
+    )
+    run.add_argument(
+        "--approve",
+        action="store_true",
+        help="ask for approvals in this terminal, too, and not only with nexum approve",
+    )
+    run.add_argument(
+        "--park",
+        action="store_true",
+        help="end with exit code 75 if the script waits for a person; run the command again after the decision",
+    )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
@@ -83,6 +99,13 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
     fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
+    fork.add_argument(
+        "--effects",
+        choices=("refuse", "reuse", "again"),
+        default="refuse",
+        help="what to do if SESSION has made calls after these events whose effect must happen only once: refuse to "
+        "fork, reuse the results if NEW makes equal calls, or make the calls again (default: %(default)s)",
+    )
     send = commands.add_parser(
         "send",
         parents=[server],
@@ -121,12 +144,15 @@ async def look(args: argparse.Namespace) -> str:
             unbegun = "" if await has_begun(client, args.session) else ", which has not begun: the event is kept for it"
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
+    """Run the command line; return its exit code.
+
+    2 means an error of durable_autogen or of the server, and 75 a parked run.
+    """
     open_closed_streams()
     args = build_parser().parse_args(argv)
     try:

@@ -11,11 +11,12 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from durable_autogen.errors import DriftError
+from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.events import (
     Asked,
     Begun,
@@ -91,7 +92,13 @@ class Recorder:
     """The recorder of one run: it replays events and records new ones."""
 
     def __init__(
-        self, journal: Journal, session: OpenSession, *, on_drift: OnDrift = "stop", compare: Compare = same_request
+        self,
+        journal: Journal,
+        session: OpenSession,
+        *,
+        on_drift: OnDrift = "stop",
+        compare: Compare = same_request,
+        park: bool = False,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
@@ -117,6 +124,10 @@ class Recorder:
         """The lines typed at the console that are not recorded yet."""
         self._given_up: list[_LiveCall] = []
         self._record_lock = asyncio.Lock()
+        self._park = park
+        self._questions_to_people: dict[str, str] = {}
+        """What each call that waits for a person's decision waits for, by the call's address."""
+        self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
             journal,
@@ -133,7 +144,7 @@ class Recorder:
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(NexumError("the run is over"))
-        running = [self._replaying, *self._calls]
+        running = [self._replaying, *self._calls, *([] if self._parking is None else [self._parking])]
         for one in running:
             one.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -406,6 +417,41 @@ class Recorder:
                 return
             live.task = None
         self._given_up.append(live)
+
+    # ---- People ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def waiting_for_a_person(self, address: str, what: str) -> Iterator[None]:
+        """Log that the call at `address` waits for a person's decision, for the length of a `with`.
+
+        `what` says what it waits for and how to decide. If the run parks, it ends with Parked as soon as none of its
+        other calls is being made.
+        """
+        self.journal.log.warning("%s", what)
+        self._questions_to_people[address] = what
+        if self._park and self._parking is None:
+            self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
+        try:
+            yield
+        finally:
+            del self._questions_to_people[address]
+
+    async def _park_when_all_wait(self) -> None:
+        while self._questions_to_people:
+            # Let the other branches work on: they may have a tool under way, and their replies are paid for.
+            await self._idle()
+            at_work = [
+                running
+                for running, live in self._calls.items()
+                if live.call.address not in self._questions_to_people and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
+            ]
+            if at_work:
+                await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED)
+            elif self._questions_to_people:
+                waits = "; ".join(self._questions_to_people.values())
+                self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
+                return
+        self._parking = None
 
     def next_question(self, agent: str) -> int:
         """Count a question that an agent asks at the console; return its number."""
