@@ -324,7 +324,8 @@ class Guard:
                         self._recorder.waiting_for_a_person(
                             guarded.call.address,
                             f"{guarded} may or may not have happened{f' ({why})' if why else ''}. Find out, then: "
-                            f"nexum resolve {execution_id}{server} --result JSON, or --not-done, or --failed REASON",
+                            f"python -m nexum_engine resolve {execution_id}{server} --result JSON, or --not-done, or "
+                            "--failed REASON",
                         )
                     )
 

@@ -146,13 +146,20 @@ class Tool:
         try:
             result = await run_contained(partial(self.function, **keywords), self.name, self.time_limit)
         except StillRunning:
-            late = ToolTimeout(self.name, self.time_limit)
-            if self.policy.is_once:
-                raise UnknownEffect(f"{late}, and may still have its effect") from None
-            raise late from None
+            return await self._late_result(arguments, context.idempotency_key)
         except self.policy.final as error:
             raise FinalError(f"{type(error).__name__}: {error}") from error
         return self.as_text(result)
+
+    async def _late_result(self, arguments: object, idempotency_key: str) -> str:
+        """Return the result of an attempt that ran out of time, if `reconcile` finds it. Otherwise raise an error."""
+        late = ToolTimeout(self.name, self.time_limit)
+        if not self.policy.is_once:
+            raise late
+        found = NOT_DONE if self.policy.reconcile is None else await self._reconciled(arguments, idempotency_key)
+        if found is NOT_DONE:  # that proves nothing: the function is still running
+            raise UnknownEffect(f"{late}, and may still have its effect")
+        return self.as_text(found)
 
     async def _reconciled(self, arguments: object, idempotency_key: str) -> object:
         reconcile = partial(self.policy.reconciled, self.complete(arguments), idempotency_key)
