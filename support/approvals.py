@@ -106,8 +106,8 @@ async def check(
         raise _refused(tool, f"execution {approval} is about another tool or other arguments")
     if approved == question.arguments:
         return ""
-    before, after = (json.dumps(one, ensure_ascii=False) for one in (question.arguments, approved))
-    return f"{decision.by or 'A person'} approved this call with other arguments: {after} instead of {before}\n"
+    by = decision.by or "the person who approved this call"
+    return f"({by} changed the arguments to {json.dumps(approved, ensure_ascii=False)})\n"
 
 
 def _refused(tool: Tool, why: str) -> FinalError:

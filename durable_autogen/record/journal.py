@@ -301,8 +301,18 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
+<<<<<<< HEAD
         """Return the part of a call id that names the call at `address` (see `scope_of` in events.py)."""
         return scope_of(address, self._times_replaced[address])
+=======
+        """Return the part of a call id that names the call at `address`.
+
+        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new name.
+        """
+        again = self._times_replaced[address]
+        return f"{address}/again/{again}" if again else address
+>>>>>>> ad61bbef00830ed2974238d45be8a116e98bec1f
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
@@ -414,7 +424,7 @@ class Journal:
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
-            self._times_replaced[event.address] += content.replaces(event)
+            self._times_replaced[event.address] += content.is_another_program
             self._tried.add(event.address)
             self.events.remove(event)
 

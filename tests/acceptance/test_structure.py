@@ -109,7 +109,7 @@ ENGINE = {
     "client": ("published", "connection", "channel", "wire", "security", "workflow", "jsontext", "records", "errors"),
     "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "security", "errors", "clock"),
     "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
-    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
+    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
     "maintenance": ("client", "store", "report", "options", "location", "errors"),

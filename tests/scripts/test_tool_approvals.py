@@ -74,11 +74,8 @@ def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, se
             assert results(again) == first
     assert first[0] == f"receipt for {approved}"
     assert first[1] == "ERROR ann rejected this call: too much"
-    before, after = ({"log": str(log), "cents": one, "to": "c-17"} for one in (edited, 7))
-    assert first[2] == (
-        f"ann approved this call with other arguments: {json.dumps(after)} instead of {json.dumps(before)}\n"
-        "receipt for 7"
-    )
+    changed = json.dumps({"log": str(log), "cents": 7, "to": "c-17"})
+    assert first[2] == f"(ann changed the arguments to {changed})\nreceipt for 7"
     assert "pay was called with wrong arguments: log is missing; cents: " in first[3]
     assert first[4] == f"receipt for {small}"
     assert first[5] == "ERROR this call was not approved: not decided within 0.3 s"
