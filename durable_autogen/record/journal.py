@@ -301,18 +301,8 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-<<<<<<< HEAD
         """Return the part of a call id that names the call at `address` (see `scope_of` in events.py)."""
         return scope_of(address, self._times_replaced[address])
-=======
-        """Return the part of a call id that names the call at `address`.
-
-        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
-        call has taken the place of the recorded call, the different call gets a new name.
-        """
-        again = self._times_replaced[address]
-        return f"{address}/again/{again}" if again else address
->>>>>>> ad61bbef00830ed2974238d45be8a116e98bec1f
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
