@@ -24,6 +24,7 @@ from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.workflow import MAX_SECONDS, RetryPolicy
 
+
 class NotDone(Enum):
     """The type of NOT_DONE."""
 
