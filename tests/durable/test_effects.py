@@ -263,7 +263,7 @@ async def test_last_error_is_the_result_after_all_attempts(server: Server) -> No
     target = Target(*(OSError(str(n)) for n in range(1, 9)), retry=FAST)
     async with DurableSession("s", nexum=server.address):
         assert (await target.result()).to_text() == "3"
-        with pytest.raises(OSError, match="^6$"):
+        with pytest.raises(OSError, match=r"^6$"):
             await target.call()
 
 
