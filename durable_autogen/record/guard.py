@@ -31,8 +31,7 @@ from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
 from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide
-from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import Conflict, FinalError, NexumError, UnknownEffect
+from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
 
@@ -41,6 +40,7 @@ T = TypeVar("T")
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
 MAX_SHOWN = 300  # characters of a call's arguments in a line about it
+RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
 CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
 
 _UNKNOWN: Any = object()
@@ -109,6 +109,11 @@ class Guard:
         self._journal = recorder.journal
         self._client = recorder.journal.client
         self._log = recorder.journal.log
+        model = policies.get(MODEL, Policy())
+        if model.approval is not None or model.is_once:
+            raise InvalidRequest(
+                "a model's policy has only retry, final and timeout: approval and effect are for tools"
+            )
         self._policies = policies
         self._nexum = nexum
         self._ask = ask
@@ -309,7 +314,7 @@ class Guard:
             told = False
             while True:
                 observed = await self._client.get_execution(
-                    execution_id, wait=MAX_SERVER_WAIT if told else 0.0, with_attempts=True, patience=PATIENCE
+                    execution_id, wait=RESOLVE_INTERVAL if told else 0.0, with_attempts=True, patience=PATIENCE
                 )
                 execution = observed.execution
                 if execution.status.ended:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
-from autogen_core.tools import FunctionTool
 from durable_agents import agent, answer, is_after_a_tool, run
-from harness import Process, Server, logged, nexum_server, running
+from harness import Process, Server, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest
+from nexum_engine.errors import Conflict
 from nexum_engine.policy import call_digest
 
 PROGRAM = """
@@ -206,7 +204,7 @@ async def test_model_reads_the_reason_of_a_rejection_and_the_run_continues(serve
 async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None:
     shop = Shop(approval="always")
     async with Deciders(server, rejects), DurableSession("s", nexum=server.address):
-        with pytest.raises(CallRejected, match="^ann rejected this call: too much$"):
+        with pytest.raises(CallRejected, match=r"^ann rejected this call: too much$"):
             await shop.tool.run_json({"cents": 5}, None)  # type: ignore[arg-type]
     assert shop.charged == []
 
@@ -300,20 +298,19 @@ async def test_question_that_nobody_decides_in_time_is_rejected(server: Server) 
 
 
 async def test_first_of_two_deciders_wins(server: Server) -> None:
-    refused: list[str] = []
+    refused = asyncio.Event()
 
     async def both(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
         await client.reject(execution, NODE, approver="ann", reason="no")
         with pytest.raises(Conflict, match="can't be decided any more"):
             await client.approve(execution, NODE, approver="bob")
-        refused.append("bob")
+        refused.set()
 
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         async with Deciders(server, both):
             result = await run(server, shop.clerk(model))
-            while not refused:
-                await asyncio.sleep(0.01)
+            await refused.wait()
     assert result.messages[-1].to_text() == "ann rejected this call: no"
     assert shop.charged == []
 
