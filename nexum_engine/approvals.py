@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -177,6 +178,15 @@ def decision_of(execution: Execution) -> Decision:
 
 def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
     """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
-    server = f" --nexum {nexum}" if nexum else ""
+    server = server_option(nexum)
     approve = f"python -m nexum_engine approve {execution_id}{server}"
     return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
+
+
+def server_option(nexum: str | None) -> str:
+    """Return the option that names a server in a printed command. `nexum` is the server's address.
+
+    If `nexum` is the path of a database, return "": without the option, the command finds the database in this folder,
+    even while no server has it open.
+    """
+    return f" --nexum {nexum}" if nexum and not Path(nexum).is_absolute() else ""

@@ -355,8 +355,8 @@ class Call(Addressed):
 def scope_of(address: str, times_replaced: int) -> str:
     """Return the part of a call id that names the call at `address`.
 
-    If the call is made again after a crash or a failure, its name stays the same. If a different call has taken the
-    place of the recorded call, the different call gets a new name.
+    If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
+    has taken the place of the recorded call, the different call gets a new name.
     """
     return f"{address}/again/{times_replaced}" if times_replaced else address
 
