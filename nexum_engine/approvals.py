@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -189,4 +188,5 @@ def server_option(nexum: str | None) -> str:
     If `nexum` is the path of a database, return "": without the option, the command finds the database in this folder,
     even while no server has it open.
     """
-    return f" --nexum {nexum}" if nexum and not Path(nexum).is_absolute() else ""
+    is_path = nexum is not None and ("/" in nexum or "\\" in nexum)
+    return f" --nexum {nexum}" if nexum and not is_path else ""
