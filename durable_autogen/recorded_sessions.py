@@ -297,7 +297,7 @@ async def _later_effects(
     if effects == "reuse" and without_result:
         raise InvalidRequest(
             f"a call of session {source} has no result to reuse: it is unknown whether its effect has happened. "
-            f"Resolve it first: nexum resolve {without_result[0].execution_id}"
+            f"Resolve it first: python -m nexum_engine resolve {without_result[0].execution_id}"
         )
     return later
 

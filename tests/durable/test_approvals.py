@@ -86,7 +86,7 @@ def nexum(folder: Path, *arguments: str) -> str:
 
 def asked_in(line: str) -> str:
     """Return the execution of the question that a line of a waiting run tells."""
-    found = re.search(r"nexum approve (\S+?)[, ]", line)
+    found = re.search(r"approve (\S+?)[, ]", line)
     assert found is not None, line
     return found.group(1)
 
@@ -345,7 +345,7 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
 
     with OpenAIServer(reply) as model:
         for _ in range(2):
-            with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*nexum approve exec-"):
+            with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*approve exec-"):
                 await run(server, build, park=True)
             assert len(model.requests) == 4  # first, clerk, and both replies of the notary
         async with NexumClient(server.address) as client:
