@@ -19,7 +19,8 @@ AutoGen's methods are recorded, and how.
 
 from __future__ import annotations
 
-from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.errors import BudgetExceeded, DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import call_id
 from durable_autogen.recorded_sessions import (
     SessionInfo,
@@ -33,6 +34,8 @@ from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
 
 __all__ = [
+    "Budget",
+    "BudgetExceeded",
     "DriftError",
     "DurableSession",
     "NotDurable",

@@ -18,6 +18,7 @@ from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
@@ -43,6 +44,7 @@ async def run_durable(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
@@ -66,6 +68,7 @@ async def run_durable(
         cancellation_token=cancellation_token,
         output_task_messages=output_task_messages,
         tell=tell,
+        budget=budget,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -84,9 +87,12 @@ async def run_durable_stream(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
-    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell)
+    session = DurableSession(
+        session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell, budget=budget
+    )
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():
         yield item

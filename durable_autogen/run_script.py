@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
 
@@ -49,9 +50,10 @@ def complain(text: str) -> None:
 class _Sessions:
     """A wrapper that runs each main coroutine of a script (passed to `asyncio.run`, for example) in its own session."""
 
-    def __init__(self, session: str, args: argparse.Namespace) -> None:
+    def __init__(self, session: str, args: argparse.Namespace, budget: Budget | None) -> None:
         self._session = session
         self._args = args
+        self._budget = budget
         self._process = os.getpid()
         self.count = 0
         """How many main coroutines the script has run."""
@@ -80,6 +82,7 @@ class _Sessions:
                 nexum=self._args.nexum,
                 on_drift=self._args.on_drift,
                 on_unrecorded=self._args.on_unrecorded,
+                budget=self._budget,
             )
             async with session:
                 found = await main
@@ -145,8 +148,8 @@ class _Sessions:
         return run_until_complete
 
 
-def run_script(args: argparse.Namespace) -> int:
-    """Run the script in sessions; return the exit code of the command."""
+def run_script(args: argparse.Namespace, budget: Budget | None = None) -> int:
+    """Run the script in sessions, each with this budget; return the exit code of the command."""
     script: Path = args.script
     if not script.is_file():
         complain(f"error: there is no script {script}: check the path")
@@ -158,7 +161,7 @@ def run_script(args: argparse.Namespace) -> int:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
     sys.path[0] = str(script.resolve().parent)
-    sessions = _Sessions(session, args)
+    sessions = _Sessions(session, args, budget)
     with sessions.installed():
         try:
             _run_as_main(script.resolve())

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
@@ -33,8 +34,13 @@ class DurableSession(Session):
     database itself. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
     these lines.
 
+    `budget` limits what the session may spend over all of its runs. At a limit, the session waits for a person, who
+    raises the limit or stops the session, with `python -m durable_autogen budget SESSION`. The process may end
+    meanwhile.
+
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
-    for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
+    for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable and
+    the server's errors.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class DurableSession(Session):
         on_drift: OnDrift = "stop",
         on_unrecorded: OnUnrecorded = "tell",
         tell: Callable[[str], None] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         super().__init__(
             session_id,
@@ -52,6 +59,7 @@ class DurableSession(Session):
             on_drift=on_drift,
             on_unrecorded=on_unrecorded,
             tell=tell,
+            budget=budget,
             compare=differences,
         )
 
