@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from durable_autogen.record.budget import Budget, Spent, decide, number_in_words, questions_of
 from durable_autogen.record.events import read_record
 from durable_autogen.record.prices import has_prices
+from durable_autogen.recorded_sessions import unknown_session
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.report import printable
@@ -74,7 +75,9 @@ def _limits(budget: Budget) -> str:
 
 async def _report(client: NexumClient, session: str) -> str:
     """Return a text that says what a session has spent, and what it asks for."""
-    record = await read_record(client, session)
+    record, questions = await read_record(client, session), await questions_of(client, session)
+    if not record.made and not questions:
+        raise unknown_session(session)
     spent = Spent.of(record, is_in_usd=has_prices())
     used = Budget(
         usd=spent.usd if has_prices() else None,
@@ -88,7 +91,7 @@ async def _report(client: NexumClient, session: str) -> str:
         lines.append(f"no price is known for {', '.join(sorted(spent.unpriced))}")
     lines += [
         f"it waits for a decision about its budget: it has used {question.reason} (execution {execution.execution_id})"
-        for question, execution in await questions_of(client, session)
+        for question, execution in questions
         if not execution.status.ended
     ]
     return printable("\n".join(lines))
