@@ -15,6 +15,7 @@ from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage
 from autogen_core.tools import FunctionTool
 from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
+from pydantic import ValidationError
 
 from durable_autogen import Budget, BudgetExceeded, DurableSession, fork_session
 from durable_autogen.record.budget import BudgetQuestion, decide, questions_of
@@ -256,26 +257,25 @@ async def test_warning_comes_at_four_fifths_of_a_limit(shared_server: Server) ->
     assert run.told("of its budget") == [f"session {run.session} has used 4 of 5 model calls of its budget"]
 
 
-async def test_session_with_a_budget_records_the_beginning_of_each_model_call_once(shared_server: Server) -> None:
-    """A call that a crash cut off counts, so its beginning is recorded. Without a budget it is not."""
-    for budget, begun in ((None, 0), (Budget(model_calls=9), 1)):
-        session = new_session()
-        started: list[int] = []
+@pytest.mark.parametrize(("budget", "begun"), [(None, 0), (Budget(model_calls=9), 1)])
+async def test_beginning_of_a_model_call_is_recorded_only_with_a_budget(
+    shared_server: Server, budget: Budget | None, begun: int
+) -> None:
+    """A call that a crash cuts off counts, so a session with a budget records that the call began."""
+    session, found = new_session(), []
 
-        class Model(Scripted):
-            async def create(self, messages: Any, **_: Any) -> CreateResult:
-                async with NexumClient(shared_server.address) as client:
-                    prefix = f"{session}/"
-                    found = await client.list_executions(workflow_id="agent-event", key_prefix=prefix)
-                started.append(len(found))
-                return await super().create(messages)
+    class Model(Scripted):
+        async def create(self, messages: Any, **_: Any) -> CreateResult:
+            async with NexumClient(shared_server.address) as client:
+                found.extend(await client.list_executions(workflow_id="agent-event", key_prefix=f"{session}/"))
+            return await super().create(messages)
 
-        async with DurableSession(session, nexum=shared_server.address, budget=budget):
-            await asked(Model([]))
-        assert started == [begun]
+    async with DurableSession(session, nexum=shared_server.address, budget=budget):
+        await asked(Model([]))
+    assert len(found) == begun
 
 
-def test_budget_refuses_a_negative_limit_and_an_unknown_one() -> None:
-    for wrong in ({"usd": -1}, {"usd": float("nan")}, {"dollars": 1}, {"tool_calls": {"charge": -1}}):
-        with pytest.raises(ValueError):
-            Budget(**wrong)
+@pytest.mark.parametrize("wrong", [{"usd": -1}, {"usd": float("nan")}, {"dollars": 1}, {"tool_calls": {"charge": -1}}])
+def test_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Budget(**wrong)

@@ -18,7 +18,9 @@ LIMIT = 3
 
 PROGRAM = """
 import asyncio, logging, sys
+from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
+from autogen_core.tools import FunctionTool
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_autogen import Budget, DurableSession
 from nexum_engine.errors import NexumError
@@ -27,19 +29,29 @@ from support.launcher import kill_this_process
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 when = sys.argv[1]
 
+def note(text):
+    with open("calls.log", "a") as log:
+        log.write(text + "\\n")
+    if when == "in a call":
+        kill_this_process()
+
 class Model(ReplayChatCompletionClient):
     async def create(self, messages, **more):
-        with open("calls.log", "a") as log:
-            log.write("called\\n")
-        if when == "in a call":
-            kill_this_process()
+        note("model")
         return await super().create(messages, **more)
 
+def charge(cents: int) -> str:
+    note(f"charge {cents}")
+    return "charged"
+
 async def main():
-    model = Model(["said"] * 10)
-    async with DurableSession("s", budget=Budget(model_calls=3)) as session:
-        for number in range(1, 6):
-            await model.create([UserMessage(content=f"question {number}", source="user")])
+    model, tool, token = Model(["said"] * 10), FunctionTool(charge, "Charge."), CancellationToken()
+    async with DurableSession("s", budget=Budget(model_calls=3, tool_calls={"charge": 1})) as session:
+        for number in range(5):
+            if sys.argv[2] == "model":
+                await model.create([UserMessage(content=f"question {number}", source="user")])
+            else:
+                await tool.run_json({"cents": number}, token)
             if when == "after a call" and session.recorder.live:
                 kill_this_process()
     print("DONE")
@@ -58,15 +70,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def program(folder: Path, when: str = "") -> Iterator[Process]:
-    with running(["program.py", when], cwd=folder) as process:
+def program(folder: Path, what: str, when: str = "") -> Iterator[Process]:
+    with running(["program.py", when, what], cwd=folder) as process:
         yield process
     assert "Traceback" not in process.output, process.output
 
 
-def calls(folder: Path) -> int:
-    log = folder / "calls.log"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+def calls(folder: Path) -> list[str]:
+    """Return the calls that were made, whatever became of them."""
+    return (folder / "calls.log").read_text().splitlines()
 
 
 def decide(folder: Path, told: str) -> str:
@@ -76,31 +88,32 @@ def decide(folder: Path, told: str) -> str:
     return deciding.output
 
 
-@pytest.mark.parametrize("when", ["in a call", "after a call"])
-def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Path, when: str) -> None:
+def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Path) -> None:
     told = ""
     for number in range(1, RUNS + 1):
-        with program(folder, when) as killed:
-            if number <= LIMIT:
-                assert killed.wait() == KILLED
-                assert calls(folder) == number
-            else:
+        # Kill it in its 1st call, after its 2nd, and in its 3rd.
+        with program(folder, "model", "after a call" if number == 2 else "in a call") as killed:
+            if number > LIMIT:
                 told = killed.wait_for("has used 3 of 3 model calls of its budget")
                 killed.kill()
-                assert killed.wait() == KILLED
-    assert calls(folder) == LIMIT
+            assert killed.wait() == KILLED
+        assert len(calls(folder)) == min(number, LIMIT)
     raising, _, stopping = told.partition("Raise the budget: ")[2].partition("; or stop the session: ")
     # A decision that is made while no program runs counts.
     assert decide(folder, raising) == "raised the budget of session s to 6 model calls"
-    with program(folder) as resumed:
-        if when == "after a call":
-            assert resumed.wait_for("DONE")
-            assert resumed.wait() == 0
-            assert calls(folder) == 5
-            return
-        # The calls that were cut off count, so that 3 of the program's 5 calls are left.
+    with program(folder, "model") as resumed:
+        # The two calls that were cut off count. So only 4 of the program's 5 calls have a result.
         assert resumed.wait_for("has used 6 of 6 model calls")
-        decide(folder, f"{stopping} 'that is enough'")
+        assert decide(folder, f"{stopping} 'that is enough'").startswith("session s stops")
         assert "that is enough" in resumed.wait_for("ERROR BudgetExceeded")
         assert resumed.wait() == 0
-    assert calls(folder) == 6
+    assert len(calls(folder)) == 6
+    assert decide(folder, "python -m durable_autogen budget s").startswith("session s has used $0, ")
+
+
+def test_tool_call_that_is_made_again_after_a_kill_counts_once(folder: Path) -> None:
+    with program(folder, "tool", "in a call") as killed:
+        assert killed.wait() == KILLED
+    with program(folder, "tool") as resumed:
+        resumed.wait_for("has used 1 of 1 calls of charge of its budget")
+        assert calls(folder) == ["charge 0", "charge 0"]
