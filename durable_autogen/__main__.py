@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from durable_autogen.budget_command import add_limits, budget_of
+from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.commands import _user as user_name
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -64,6 +64,22 @@ def build_parser() -> argparse.ArgumentParser:
         "budget", "Limits over all runs of a session. At a limit, the session waits for `budget`."
     )
     add_limits(limits, "budget-")
+    run.add_argument(
+        "--policies",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file with the policies of tools, one table for each tool: approval, effect, retry, timeout",
+    )
+    run.add_argument(
+        "--approve",
+        action="store_true",
+        help="ask for approvals in this terminal, too, and not only with nexum approve",
+    )
+    run.add_argument(
+        "--park",
+        action="store_true",
+        help="end with exit code 75 if the script waits for a person; run the command again after the decision",
+    )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
@@ -106,6 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="don't raise the budget: the session's program ends with an error",
     )
     budget.add_argument("--by", metavar="NAME", default=user_name(), help="who decides (default: the user's name)")
+    fork.add_argument(
+        "--effects",
+        choices=("refuse", "reuse", "again"),
+        default="refuse",
+        help="what to do if SESSION has made calls after these events whose effect must happen only once: refuse to "
+        "fork, reuse the results if NEW makes equal calls, or make the calls again (default: %(default)s)",
+    )
     send = commands.add_parser(
         "send",
         parents=[server],
@@ -146,18 +169,21 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
+    """Run the command line; return its exit code.
+
+    2 means an error of durable_autogen or of the server, and 75 a parked run.
+    """
     open_closed_streams()
     args = build_parser().parse_args(argv)
     try:
         if args.command == "run":
             _print_what_is_logged()
-            return run_script(args, budget_of(args, "budget-"))
+            return run_script(args)
         try:
             print_line(asyncio.run(look(args)), sys.stdout)
         except KeyboardInterrupt:  # Ctrl-C in a command about recorded sessions

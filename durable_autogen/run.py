@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
+from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
 
@@ -45,6 +46,9 @@ async def run_durable(
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
     budget: Budget | None = None,
+    policies: Mapping[str, Policy] | None = None,
+    park: bool = False,
+    approve: bool = False,
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
@@ -55,7 +59,7 @@ async def run_durable(
 
     `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
-    Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
+    Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
     """
     result: TaskResult | None = None
     async for item in run_durable_stream(
@@ -69,6 +73,9 @@ async def run_durable(
         output_task_messages=output_task_messages,
         tell=tell,
         budget=budget,
+        policies=policies,
+        park=park,
+        approve=approve,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -88,10 +95,21 @@ async def run_durable_stream(
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
     budget: Budget | None = None,
+    policies: Mapping[str, Policy] | None = None,
+    park: bool = False,
+    approve: bool = False,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
     session = DurableSession(
-        session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell, budget=budget
+        session_id,
+        nexum=nexum,
+        on_drift=on_drift,
+        on_unrecorded=on_unrecorded,
+        tell=tell,
+        budget=budget,
+        policies=policies,
+        park=park,
+        approve=approve,
     )
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():

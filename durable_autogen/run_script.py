@@ -19,13 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from durable_autogen.record.budget import Budget
+from durable_autogen.budget_command import budget_of
+from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
+from nexum_engine.policy import read_policies
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PARKED = 75
+"""The exit code of a run that waits for a person (EX_TEMPFAIL of sysexits.h: try again later)."""
 MAX_STEM = 40  # characters; a longer script name is cut in the session id
 
 
@@ -50,10 +54,11 @@ def complain(text: str) -> None:
 class _Sessions:
     """A wrapper that runs each main coroutine of a script (passed to `asyncio.run`, for example) in its own session."""
 
-    def __init__(self, session: str, args: argparse.Namespace, budget: Budget | None) -> None:
+    def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
-        self._budget = budget
+        self._budget = budget_of(args, "budget-")
+        self._policies = read_policies(args.policies) if args.policies is not None else None
         self._process = os.getpid()
         self.count = 0
         """How many main coroutines the script has run."""
@@ -83,6 +88,9 @@ class _Sessions:
                 on_drift=self._args.on_drift,
                 on_unrecorded=self._args.on_unrecorded,
                 budget=self._budget,
+                policies=self._policies,
+                park=self._args.park,
+                approve=self._args.approve,
             )
             async with session:
                 found = await main
@@ -148,8 +156,8 @@ class _Sessions:
         return run_until_complete
 
 
-def run_script(args: argparse.Namespace, budget: Budget | None = None) -> int:
-    """Run the script in sessions, each with this budget; return the exit code of the command."""
+def run_script(args: argparse.Namespace) -> int:
+    """Run the script in sessions; return the exit code of the command."""
     script: Path = args.script
     if not script.is_file():
         complain(f"error: there is no script {script}: check the path")
@@ -161,10 +169,13 @@ def run_script(args: argparse.Namespace, budget: Budget | None = None) -> int:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
     sys.path[0] = str(script.resolve().parent)
-    sessions = _Sessions(session, args, budget)
+    sessions = _Sessions(session, args)
     with sessions.installed():
         try:
             _run_as_main(script.resolve())
+        except Parked as parked:
+            _log.warning("%s", parked)
+            return PARKED
         except NexumError as error:
             complain(f"error: {error}")
             return 2

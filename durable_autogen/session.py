@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from durable_autogen.autogen.differences import differences
@@ -12,6 +12,7 @@ from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
+from nexum_engine.policy import Policy
 
 
 class DurableSession(Session):
@@ -41,6 +42,13 @@ class DurableSession(Session):
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
     for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable and
     the server's errors.
+    `policies` are the policies of tools, by name: which calls a person approves, which effects happen only once. They
+    apply to every tool of that name, also to the tools of workbenches and MCP servers. The policy "model", or one with
+    a model's name, limits and retries the calls of model clients. With `park`, a run that waits for a person ends with
+    Parked instead. With `approve`, it asks at the terminal, if there is one.
+
+    Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
+    for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable, Parked and the server's errors.
     """
 
     def __init__(
@@ -52,6 +60,9 @@ class DurableSession(Session):
         on_unrecorded: OnUnrecorded = "tell",
         tell: Callable[[str], None] | None = None,
         budget: Budget | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        park: bool = False,
+        approve: bool = False,
     ) -> None:
         super().__init__(
             session_id,
@@ -60,6 +71,9 @@ class DurableSession(Session):
             on_unrecorded=on_unrecorded,
             tell=tell,
             budget=budget,
+            policies=policies,
+            park=park,
+            approve=approve,
             compare=differences,
         )
 

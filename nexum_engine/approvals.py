@@ -22,7 +22,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
 from nexum_engine.policy import call_digest
-from nexum_engine.records import Execution, ExecutionStatus
+from nexum_engine.records import Execution, ExecutionStatus, Outcome
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
 
 NODE = "approval"
@@ -76,11 +76,18 @@ class Decision:
     approved: bool
     execution_id: str
     by: str = ""
-    """Who approved. Empty if nobody said."""
+    """Who decided. Empty if nobody said."""
     reason: str = ""
-    """The comment of the approval, or why the call may not be made: "rejected by ann: too much"."""
+    """The comment of the approval, or why the question was not approved."""
     answer: Any = None
     """The JSON value that came with the approval: edited arguments. None if there is none."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the call may not be made, for the model."""
+        if not self.by:
+            return f"this call was not approved: {self.reason}"
+        return f"{self.by} rejected this call{f': {self.reason}' if self.reason else ''}"
 
 
 async def decided(
@@ -103,7 +110,8 @@ async def decided(
         try:
             while True:
                 wait = MAX_SERVER_WAIT if told == execution_id else 0.0
-                execution = (await client.get_execution(execution_id, wait=wait, patience=PATIENCE)).execution
+                observed = await client.get_execution(execution_id, wait=wait, with_attempts=True, patience=PATIENCE)
+                execution = observed.execution
                 if execution.status is ExecutionStatus.CANCELLED:
                     break  # the question was withdrawn: ask again
                 if execution.status.ended:
@@ -150,7 +158,11 @@ def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bo
 def _decision(execution: Execution) -> Decision:
     node = next(one for one in execution.nodes if one.node_id == NODE)
     if execution.status is not ExecutionStatus.COMPLETED:
-        return Decision(False, execution.execution_id, reason=node.error or execution.error)
+        # A rejection is recorded as an attempt, with the person's name and reason. The end of the time is not.
+        rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
+        if rejected is None:
+            return Decision(False, execution.execution_id, reason=node.error or execution.error)
+        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=rejected.error)
     output = jsontext.parse(node.output_json or "{}", "the decision")
     return Decision(
         bool(output.get("approved")),

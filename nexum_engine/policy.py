@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
@@ -124,3 +127,32 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _sorted(value[name]) for name in sorted(value)}
     return [_sorted(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_policies(file: Path) -> dict[str, Policy]:
+    """Return the policies of a TOML file: a table for each tool, with the fields of Policy that are data.
+
+    Raises InvalidRequest, which names the file and the field.
+    """
+    try:
+        # Python 3.10 has no tomllib. The package tomli is the same module.
+        tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ModuleNotFoundError:
+        raise InvalidRequest(f"Python 3.10 needs the package tomli to read {file}: pip install tomli") from None
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"the policies {file} can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{file} is not TOML: {error}") from error
+    found = {}
+    for tool, table in tables.items():
+        if not isinstance(table, dict):
+            raise InvalidRequest(f"{file}: {tool} must be a table: [{tool}]")
+        try:
+            found[tool] = Policy.model_validate(table)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join([tool, *(str(part) for part in first["loc"] if str(part).isidentifier())])
+            raise InvalidRequest(f"{file}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    return found

@@ -8,7 +8,8 @@ it does for the approval of a tool call (nexum_engine/approvals.py). The questio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ class Spent:
             if isinstance(content, Revoked):
                 replaced.update(events[seq].address for seq in content.seqs if content.replaces(events[seq]))
             elif not isinstance(content, GivenUp) or content.was_made:
-                spent.begun(one, scope_of(one.address, replaced))
+                spent.begun(one, scope_of(one.address, replaced[one.address]))
             if isinstance(one, Event):
                 spent.recorded(one, is_in_usd=is_in_usd)
         return spent
@@ -291,11 +292,12 @@ class BudgetCheck:
             "no price is known for the model %r: the budget counts its tokens, but not what they cost", model
         )
 
-    async def ask(self, exceeded: Sequence[Use]) -> None:
+    async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
         """Apply the next decision about the budget; ask for it and wait if there is none yet.
 
-        A decision may be too low, or may have been made long ago: check the limits again afterwards. Raises
-        BudgetExceeded if a person has stopped the session.
+        `waiting` is entered for the length of the wait, with the line that says how to decide. A decision may be too
+        low, or may have been made long ago: check the limits again afterwards. Raises BudgetExceeded if a person has
+        stopped the session.
         """
         session, words = self._journal.session, ", ".join(map(str, exceeded))
         ahead = [
@@ -306,18 +308,21 @@ class BudgetCheck:
         question = ahead[0] if ahead else BudgetQuestion(session=session, number=self._decided + 1, reason=words)
         options = " ".join(use.raised for use in exceeded)
 
-        def on_waiting(execution_id: str) -> None:
-            self._journal.log.warning(
-                "session %s has used %s of its budget, and waits for a decision. Raise the budget: %s %s; or stop the "
-                "session: %s --stop",
-                *(session, words, self._command, options, self._command),
-            )
+        line = (
+            f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
+            f"{self._command} {options}; or stop the session: {self._command} --stop"
+        )
+        with ExitStack() as stack:
 
-        try:
-            decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
-        except Conflict:
-            return  # another process has asked another question under this number: read the questions again
-        self._decided = question.number
+            def on_waiting(_: str) -> None:
+                stack.close()
+                stack.enter_context(waiting(line))
+
+            try:
+                decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
+            except Conflict:
+                return  # another call, or a person, has begun another question of this number: read it
+        self._decided = max(self._decided, question.number)
         if not decision.approved:
             if ahead[1:]:
                 return  # a person has decided otherwise since

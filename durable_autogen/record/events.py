@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -371,14 +371,13 @@ class Call(Addressed):
         return str(self.request.get("tool", ""))
 
 
-def scope_of(address: str, times_replaced: Mapping[str, int]) -> str:
+def scope_of(address: str, times_replaced: int) -> str:
     """Return the part of a call id that names the call at `address`.
 
     If the call is made again after a crash or a failure, its name stays the same. If a different call has taken the
     place of the recorded call, the different call gets a new name.
     """
-    again = times_replaced.get(address, 0)
-    return f"{address}/again/{again}" if again else address
+    return f"{address}/again/{times_replaced}" if times_replaced else address
 
 
 def end_of_wait(position: str) -> str:
@@ -484,6 +483,10 @@ class Record:
     """The time at which each event was recorded, by the server's clock."""
     last_begun_ms: int = 0
     """The time at which the last call without a recorded result began, by the server's clock."""
+
+    def scopes(self, addresses: Set[str]) -> set[str]:
+        """Return the part of the call id that names the recorded call, for each of these addresses."""
+        return {scope_of(address, self.times_replaced[address]) for address in addresses}
 
 
 async def read_record(client: NexumClient, session: str) -> Record:

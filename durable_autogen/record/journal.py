@@ -9,7 +9,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
 from durable_autogen.record.events import (
@@ -38,7 +40,7 @@ from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTa
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
-from nexum_engine.workflow import MAX_ID_LENGTH
+from nexum_engine.workflow import MAX_ID_LENGTH, Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
@@ -61,7 +63,7 @@ class Journal:
         """The session's record when this process opened it."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
-        self._client = client
+        self.client = client
         self._owner = Owner(
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
@@ -152,7 +154,7 @@ class Journal:
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
-        found = await self._client.list_executions(
+        found = await self.client.list_executions(
             workflow_id=AGENT_RUN.workflow_id,
             status=status,
             key_prefix=f"{self.session}/",
@@ -165,7 +167,7 @@ class Journal:
     async def _read_and_take_over(self) -> None:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
-            record = await read_record(self._client, self.session)
+            record = await read_record(self.client, self.session)
             self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
             self._tried = record.tried
             for input in record.begun:
@@ -240,7 +242,7 @@ class Journal:
         if self._run is None:
             return False
         try:
-            await self._client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
+            await self.client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
             return False
         except ExecutionNotFound:
             self.log.warning(
@@ -249,7 +251,7 @@ class Journal:
         self._open.clear()
         self._inherited.clear()
         self._run, _ = await self._take_session(await self._runs())
-        if (await read_record(self._client, self.session)).events:
+        if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
                 "Use another session"
@@ -259,6 +261,43 @@ class Journal:
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         return True
 
+    # ---- Effects -----------------------------------------------------------------------------------------------------
+
+    async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started:
+        """Begin the execution of an effect of this run, or take it over, or find its result.
+
+        Raises SessionBusy if another process owns the run.
+        """
+
+        async def start() -> Started:
+            return await self._owner.start(workflow, input, idempotency_key=key, holding=self._run)
+
+        return await self._under_this_run(start)
+
+    async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
+        """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
+
+        async def record() -> None:
+            await self._owner.record(workflow, input, output, idempotency_key=key, holding=self._run)
+
+        await self._under_this_run(record)
+
+    async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
+        """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
+        try:
+            with contextlib.suppress(TaskNotFound):  # the server's database was replaced
+                await self._owner.complete(task, output)
+        except StaleTask as stale:
+            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+
+    async def fail_effect(self, task: Task, error: str, *, unknown: bool = False) -> None:
+        """Record that an effect failed, or that it is unknown whether it happened."""
+        try:
+            with contextlib.suppress(TaskNotFound):
+                await self._owner.fail(task, error, unknown=unknown)
+        except StaleTask as stale:
+            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
@@ -266,8 +305,8 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the call at `address`. See `scope_of` in events.py."""
-        return scope_of(address, self._times_replaced)
+        """Return the part of a call id that names the call at `address` (see `scope_of` in events.py)."""
+        return scope_of(address, self._times_replaced[address])
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""

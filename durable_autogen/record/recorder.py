@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from durable_autogen.errors import DriftError
+from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.events import (
     Asked,
@@ -102,13 +103,11 @@ class Recorder:
         on_drift: OnDrift = "stop",
         compare: Compare = same_request,
         budget: BudgetCheck | None = None,
+        park: bool = False,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
         self._budget = budget
-        self._asking = asyncio.Lock()
-        """Held by the call that asks a person for more budget."""
-        self._waiting_for_people = 0
         self._waiting_since = self._waited = 0.0
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
@@ -132,6 +131,10 @@ class Recorder:
         """The lines typed at the console that are not recorded yet."""
         self._given_up: list[_LiveCall] = []
         self._record_lock = asyncio.Lock()
+        self._park = park
+        self._questions_to_people: dict[str, str] = {}
+        """What each call that waits for a person's decision waits for, by the call's address."""
+        self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
             journal,
@@ -148,7 +151,7 @@ class Recorder:
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(NexumError("the run is over"))
-        running = [self._replaying, *self._calls]
+        running = [self._replaying, *self._calls, *([] if self._parking is None else [self._parking])]
         for one in running:
             one.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -195,21 +198,8 @@ class Recorder:
         if since is None:
             return self._replay.active_ms
         now = time.monotonic()
-        waited = self._waited + (now - self._waiting_since if self._waiting_for_people else 0)
+        waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
         return self._replay.active_ms + round((now - since - waited) * 1000)
-
-    @contextmanager
-    def waiting_for_a_person(self) -> Iterator[None]:
-        """Leave the time of a `with` out of the session's active time."""
-        if not self._waiting_for_people:
-            self._waiting_since = time.monotonic()
-        self._waiting_for_people += 1
-        try:
-            yield
-        finally:
-            self._waiting_for_people -= 1
-            if not self._waiting_for_people:
-                self._waited += time.monotonic() - self._waiting_since
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
@@ -421,11 +411,8 @@ class Recorder:
 
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Return when the budget has room for a call, and count the call. Raises BudgetExceeded."""
-        while budget.exceeded(call, self.active_now_ms):
-            async with self._asking:  # of several calls at a limit, one asks, and all get the decision
-                if exceeded := budget.exceeded(call, self.active_now_ms):
-                    with self.waiting_for_a_person():
-                        await budget.ask(exceeded)
+        while exceeded := budget.exceeded(call, self.active_now_ms):
+            await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
     async def _performed(
@@ -453,6 +440,46 @@ class Recorder:
                 return
             live.task, live.was_made = None, False
         self._given_up.append(live)
+
+    # ---- People ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def waiting_for_a_person(self, address: str, what: str) -> Iterator[None]:
+        """Log that the call at `address` waits for a person's decision, for the length of a `with`.
+
+        `what` says what it waits for and how to decide. If the run parks, it ends with Parked as soon as none of its
+        other calls is being made. The time of the wait is left out of the session's active time.
+        """
+        if what not in self._questions_to_people.values():  # several calls may wait for one decision
+            self.journal.log.warning("%s", what)
+        if not self._questions_to_people:
+            self._waiting_since = time.monotonic()
+        self._questions_to_people[address] = what
+        if self._park and self._parking is None:
+            self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
+        try:
+            yield
+        finally:
+            del self._questions_to_people[address]
+            if not self._questions_to_people:
+                self._waited += time.monotonic() - self._waiting_since
+
+    async def _park_when_all_wait(self) -> None:
+        while self._questions_to_people:
+            # Let the other branches work on: they may have a tool under way, and their replies are paid for.
+            await self._idle()
+            at_work = [
+                running
+                for running, live in self._calls.items()
+                if live.call.address not in self._questions_to_people and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
+            ]
+            if at_work:
+                await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED)
+            elif self._questions_to_people:
+                waits = "; ".join(self._questions_to_people.values())
+                self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
+                return
+        self._parking = None
 
     def next_question(self, agent: str) -> int:
         """Count a question that an agent asks at the console; return its number."""
