@@ -38,6 +38,8 @@ MAX_SHOWN_INPUT = 16 * 1024
 MAX_SHOWN_INPUTS = 2 * 1024 * 1024
 """The largest total size of the inputs in one answer."""
 MAX_COMMENT_CHARACTERS = 4000
+NOT_DONE = "the effect has not happened"
+"""The error of a decision after which a node is handed out again."""
 MAX_EVENTS = 1000
 """The largest number of events that one execution keeps."""
 
@@ -79,7 +81,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
         decision["answer"] = jsontext.parse(answer_json, "answer_json")
     output = jsontext.dump(decision, "the decision")
     _check_fits(db, execution_id, output)
-    _note_decision(db, node, approver, Outcome.COMPLETED, f"approved: {comment}" if comment else "approved")
+    _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
 
@@ -88,7 +90,7 @@ def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) 
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound and Conflict, as `approve` does."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
-    _note_decision(db, node, approver, Outcome.FAILED, f"rejected: {reason}" if reason else "rejected")
+    _note_decision(db, node, approver, Outcome.FAILED, reason)
     flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
     return changes.freeze()
 
@@ -122,9 +124,11 @@ def _node_of(db: Db, execution_id: str, node_id: str, by: str, comment: str) -> 
     return node, execution
 
 
-def _note_decision(db: Db, node: Row, by: str, outcome: Outcome, note: str) -> None:
+def _note_decision(db: Db, node: Row, by: str, outcome: Outcome, reason: str) -> None:
     task_id = new_task_id(node["node"])
-    db.run("add_decision", node=node["node"], task_id=task_id, by=by, outcome=outcome.value, error=note, now=db.now_ms)
+    db.run(
+        "add_decision", node=node["node"], task_id=task_id, by=by, outcome=outcome.value, error=reason, now=db.now_ms
+    )
 
 
 def _check_fits(db: Db, execution_id: str, output_json: str) -> None:
@@ -160,11 +164,9 @@ def resolve(
     changes, number = Changes(), node["node"]
     if output_json is not None:
         _check_fits(db, execution_id, output_json)
-        outcome, note = Outcome.COMPLETED, "resolved: the effect has happened"
-    elif not_done:
-        outcome, note = Outcome.FAILED, "resolved: the effect has not happened"
+        outcome, reason = Outcome.COMPLETED, ""
     else:
-        outcome, note = Outcome.FAILED, f"resolved as failed: {failed}" if failed else "resolved as failed"
+        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed or "the effect has failed"
     db.run("keep_attempt", node=number)
     db.run(
         "add_resolution",
@@ -172,7 +174,7 @@ def resolve(
         task_id=new_task_id(number),
         by=by,
         outcome=outcome.value,
-        error=note,
+        error=reason,
         now=db.now_ms,
     )
     if output_json is not None:
@@ -182,7 +184,7 @@ def resolve(
         if not node["owned"]:
             changes.ready.append(ReadyTask(node["version_hash"], node["task_bytes"]))
     else:
-        flow.fail_waiting(db, node, failed or "a person has resolved it as failed", changes)
+        flow.fail_waiting(db, node, reason, changes)
     return changes.freeze()
 
 

@@ -275,8 +275,8 @@ async def test_time_limit_with_reconcile_leads_to_reconciliation(store: Store, c
 # ---- A person's decision ---------------------------------------------------------------------------------------------
 
 
-async def unknown(store: Store, clock: ManualClock, **options: bool) -> str:
-    execution_id = await start(store, **options)
+async def unknown(store: Store, clock: ManualClock) -> str:
+    execution_id = await start(store)
     await taken(store)
     await lose(store, clock)
     return execution_id
@@ -293,7 +293,7 @@ async def test_person_resolves_with_a_result(store: Store, clock: ManualClock) -
     assert (first.outcome, first.worker_id) == (Outcome.UNKNOWN, "w1")
     assert (decision.outcome, decision.worker_id) == (Outcome.COMPLETED, "Ann")
     assert (decision.started_ms, decision.ended_ms) == (clock.now_ms(), clock.now_ms())
-    assert decision.error == "resolved: the effect has happened"
+    assert decision.error == ""
 
 
 async def test_person_resolves_as_not_done(store: Store, clock: ManualClock) -> None:
@@ -317,7 +317,7 @@ async def test_person_resolves_as_failed_and_it_stays_failed(store: Store, clock
     await store.run(waits.resolve, execution_id, "pay", "Ann", failed="we pay by cheque")
     execution = await store.run(reading.get_execution, execution_id, True)
     assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "pay: we pay by cheque")
-    assert execution.nodes[0].attempts[-1].error == "resolved as failed: we pay by cheque"
+    assert execution.nodes[0].attempts[-1].error == "we pay by cheque"
     # A second start of the key doesn't run the effect again.
     again = await store.run(executions.start_execution, "pay", "v1", "{}", "k")
     assert (again.execution_id, again.status, again.existing) == (execution_id, ExecutionStatus.FAILED, True)
