@@ -14,8 +14,8 @@ from pathlib import Path
 
 from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
-from nexum_engine.commands import _user as user_name
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.options import user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 

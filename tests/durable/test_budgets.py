@@ -17,7 +17,7 @@ from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
 from pydantic import ValidationError
 
-from durable_autogen import Budget, BudgetExceeded, DurableSession, fork_session
+from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, fork_session
 from durable_autogen.record.budget import BudgetQuestion, decide, questions_of
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
@@ -60,8 +60,8 @@ class Run:
         self.lines: list[str] = []
         self.client = NexumClient(server.address)
 
-    def start(self, program: Asking, session: str = "") -> asyncio.Task[Any]:
-        running = inside(self.server, program, session or self.session, self.lines, budget=self.budget)
+    def start(self, program: Asking, **more: Any) -> asyncio.Task[Any]:
+        running = inside(self.server, program, self.session, self.lines, budget=self.budget, **more)
         return asyncio.create_task(running)
 
     async def decide(self, raised: Budget | None, number: int = 1, **more: str) -> BudgetQuestion:
@@ -172,6 +172,31 @@ async def test_limit_of_a_tool_counts_its_calls_and_no_others(shared_server: Ser
     assert run.happened == ["look", "charge 1", "look", "charge 2"]
 
 
+async def test_run_that_may_park_ends_at_the_limit_when_its_other_calls_have_ended(shared_server: Server) -> None:
+    run = Run(shared_server, Budget(model_calls=2))
+    at_the_limit = asyncio.Event()
+
+    async def late() -> str:
+        await at_the_limit.wait()
+        return "late"
+
+    async def program() -> list[str]:
+        clients = [Scripted(run.happened, late, "soon", "again", "more") for _ in range(1)]
+        return await asyncio.gather(*(asked(client) for client in clients * 4))
+
+    running = run.start(program, park=True)
+    await question(run.client, run.session)
+    assert not running.done()
+    at_the_limit.set()
+    with pytest.raises(Parked, match=r"used 2 of 2 model calls .* budget .* --model-calls 4"):
+        await running
+    # The call that was in flight at the limit is recorded.
+    assert len(run.happened) == 2
+    await decide(run.client, run.session, Budget(model_calls=4))
+    await run.start(program, park=True)
+    assert len(run.happened) == 4
+
+
 async def test_fork_counts_what_it_copied(shared_server: Server) -> None:
     run = Run(shared_server, Budget(model_calls=2))
 
@@ -226,7 +251,7 @@ async def test_decision_before_the_limit_counts_and_a_useless_one_is_asked_again
 
 async def test_call_given_up_at_the_limit_is_not_counted(shared_server: Server) -> None:
     run = Run(shared_server, Budget(model_calls=1))
-    is_given_up = asyncio.Event()
+    is_given_up, has_more = asyncio.Event(), False
 
     async def program() -> None:
         model: ChatCompletionClient = Scripted(run.happened)
@@ -238,12 +263,19 @@ async def test_call_given_up_at_the_limit_is_not_counted(shared_server: Server) 
             await waiting
         is_given_up.set()
         await asked(model)
+        if has_more:
+            await asked(model)
 
     running = run.start(program)
     await is_given_up.wait()
     await run.decide(Budget(model_calls=2))
     await running
     assert (len(run.happened), await questions(run)) == (2, 1)
+    # The next run counts from the record. If the given-up call counted, this run would ask again.
+    has_more = True
+    await decide(run.client, run.session, Budget(model_calls=3))
+    await run.start(program)
+    assert (len(run.happened), await questions(run)) == (3, 2)
 
 
 async def test_warning_comes_at_four_fifths_of_a_limit(shared_server: Server) -> None:
