@@ -66,8 +66,8 @@ def _limits(budget: Budget) -> str:
         [
             *([] if budget.usd is None else [f"${number_in_words(budget.usd)}"]),
             *([] if budget.tokens is None else [f"{budget.tokens:,} tokens"]),
-            *([] if budget.model_calls is None else [f"{budget.model_calls:,} model calls"]),
-            *(f"{limit:,} calls of {tool}" for tool, limit in budget.tool_calls.items()),
+            *([] if budget.model_calls is None else [f"{budget.model_calls:,} model call(s)"]),
+            *(f"{limit:,} call(s) of {tool}" for tool, limit in budget.tool_calls.items()),
             *([] if budget.seconds is None else [f"{number_in_words(budget.seconds)} seconds"]),
         ]
     )
@@ -94,4 +94,4 @@ async def _report(client: NexumClient, session: str) -> str:
         for question, execution in questions
         if not execution.status.ended
     ]
-    return printable("\n".join(lines))
+    return "\n".join(map(printable, lines))

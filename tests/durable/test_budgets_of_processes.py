@@ -100,7 +100,7 @@ def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Pat
         assert len(calls(folder)) == min(number, LIMIT)
     raising, _, stopping = told.partition("Raise the budget: ")[2].partition("; or stop the session: ")
     # A decision that is made while no program runs counts.
-    assert decide(folder, raising) == "raised the budget of session s to 6 model calls"
+    assert decide(folder, raising) == "raised the budget of session s to 6 model call(s)"
     with program(folder, "model") as resumed:
         # The two calls that were cut off count. So only 4 of the program's 5 calls have a result.
         assert resumed.wait_for("has used 6 of 6 model calls")
