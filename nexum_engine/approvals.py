@@ -66,7 +66,7 @@ def key_of(session: str, purpose: str, scope: str, digest: str) -> str:
 
 def approval_workflow(timeout: float | None = None) -> Workflow:
     """Return the workflow of a question about a tool call. After `timeout` seconds it counts as rejected."""
-    return workflow("tool-approval", input=Approval).human_approval(NODE).build()
+    return workflow("tool-approval", input=Approval).human_approval(NODE, timeout_seconds=timeout).build()
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def _decision(execution: Execution) -> Decision:
         rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
         if rejected is None:
             return Decision(False, execution.execution_id, reason=node.error or execution.error)
-        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=rejected.error)
+        reason = rejected.error.removeprefix("rejected").removeprefix(": ")
+        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=reason)
     output = jsontext.parse(node.output_json or "{}", "the decision")
     return Decision(
         bool(output.get("approved")),

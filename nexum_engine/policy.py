@@ -24,8 +24,6 @@ from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.workflow import MAX_SECONDS, RetryPolicy
 
-ONE_ATTEMPT = RetryPolicy(max_attempts=1)
-
 
 class NotDone(Enum):
     """The type of NOT_DONE."""

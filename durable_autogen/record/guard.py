@@ -30,17 +30,17 @@ from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
 from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide
-from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import Conflict, FinalError, NexumError, UnknownEffect
+from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, Task
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
 
 T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
 MAX_SHOWN = 300  # characters of a call's arguments in a line about it
+RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
 CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
 
 _UNKNOWN: Any = object()
@@ -109,6 +109,11 @@ class Guard:
         self._journal = recorder.journal
         self._client = recorder.journal.client
         self._log = recorder.journal.log
+        model = policies.get(MODEL, Policy())
+        if model.approval is not None or model.is_once:
+            raise InvalidRequest(
+                "a model's policy has only retry, final and timeout: approval and effect are for tools"
+            )
         self._policies = policies
         self._nexum = nexum
         self._ask = ask
@@ -225,17 +230,14 @@ class Guard:
         """
         input = self._input(guarded)
         kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
-        if self._journal.was_tried(guarded.call.address):
-            await self._check_not_failed(guarded, input.key)
         while True:
             with self._servers_errors():
                 started = await self._journal.start_effect(kind, input, input.key)
-            ended, task = started.ended, started.task
-            if task is None and ended is None:
-                ended = await self._resolved(guarded, started.execution_id)
-            if ended is not None:
-                return _result(ended, guarded, form)
-            if task is not None and (value := await self._attempted(guarded, task, attempt, form)) is not _UNKNOWN:
+            if started.task is None:
+                ended = started.ended or await self._resolved(guarded, started.execution_id)
+                if ended is not None:
+                    return _result(ended, guarded, form)
+            elif (value := await self._attempted(guarded, started.task, attempt, form)) is not _UNKNOWN:
                 return value
 
     def _input(self, guarded: GuardedCall) -> EffectInput:
@@ -248,20 +250,6 @@ class Guard:
             digest=call_digest(guarded.tool, guarded.arguments),
             asked_digest=guarded.asked_digest,
         )
-
-    async def _check_not_failed(self, guarded: GuardedCall, key: str) -> None:
-        """Raise CallFailed if an attempt has failed, and the policy doesn't say that a failure proves anything."""
-        with self._servers_errors():
-            found = await self._client.list_executions(
-                workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key, limit=1, patience=PATIENCE
-            )
-            if not found or found[0].status is not ExecutionStatus.FAILED:
-                return
-            observed = await self._client.get_execution(found[0].execution_id, with_attempts=True, patience=PATIENCE)
-        failed = observed.execution
-        was_unknown = any(one.outcome is Outcome.UNKNOWN for node in failed.nodes for one in node.attempts)
-        if guarded.policy.retry is None or was_unknown:
-            raise _failed(failed, guarded)
 
     async def _attempted(
         self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
@@ -322,7 +310,7 @@ class Guard:
             told = False
             while True:
                 observed = await self._client.get_execution(
-                    execution_id, wait=MAX_SERVER_WAIT if told else 0.0, with_attempts=True, patience=PATIENCE
+                    execution_id, wait=RESOLVE_INTERVAL if told else 0.0, with_attempts=True, patience=PATIENCE
                 )
                 execution = observed.execution
                 if execution.status.ended:
