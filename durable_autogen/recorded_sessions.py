@@ -142,10 +142,11 @@ async def show_session(client: NexumClient, session: str) -> ShownSession:
     for info in await list_sessions(client):
         if info.session == session:
             return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise _unknown(session)
+    raise unknown_session(session)
 
 
-def _unknown(session: str) -> InvalidRequest:
+def unknown_session(session: str) -> InvalidRequest:
+    """Return the error for a session that has recorded nothing."""
     return InvalidRequest(
         f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
     )
@@ -234,7 +235,7 @@ async def fork_session(
     events = record.events
     calls = [event for event in events if event.kind.is_call]
     if not events:
-        raise _unknown(source)
+        raise unknown_session(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
             f"session {source!r} has {len(calls)} recorded call(s): give 0 to {len(calls)}, not {count}"
