@@ -133,9 +133,11 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
     async with NexumForRun(args.nexum, owners=bool(args.fork or args.ask)) as nexum:
         # Imported here: it is slow, and the worker starts meanwhile.
-        from durable_autogen import Policy, run_durable_stream
+        from durable_autogen import Budget, Policy, run_durable_stream
 
         if nexum.is_published:
+            if args.budget is not None:
+                raise InvalidRequest("--budget counts recorded calls, and this server records no runs: leave it out")
             say_what_is_lost(
                 nexum.address,
                 "it records the tool calls, but not the run, and shows no attempts, times or reasons of failures. A "
@@ -165,6 +167,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
                     on_drift=args.on_drift,
                     policies={"visit_webpage": Policy(approval="always")} if args.ask else None,
                     approve=args.ask,
+                    budget=None if args.budget is None else Budget(usd=args.budget),
                 )
             await conversation.show(items)
     executed, attached = calls.count[Origin.EXECUTED], calls.count[Origin.ATTACHED]

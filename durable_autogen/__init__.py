@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from durable_autogen.autogen.policies import durable_tool
 from durable_autogen.errors import (
+    BudgetExceeded,
     CallFailed,
     CallRejected,
     DriftError,
@@ -32,6 +33,7 @@ from durable_autogen.errors import (
     RunCancelled,
     SessionBusy,
 )
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import call_id
 from durable_autogen.recorded_sessions import (
     SessionInfo,
@@ -47,6 +49,8 @@ from nexum_engine.policy import NOT_DONE, Policy
 
 __all__ = [
     "NOT_DONE",
+    "Budget",
+    "BudgetExceeded",
     "CallFailed",
     "CallRejected",
     "DriftError",

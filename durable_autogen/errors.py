@@ -2,6 +2,7 @@
 
 NexumError
 |-- DriftError          the program differs from the recorded one
+|-- BudgetExceeded      a limit of the session's budget is reached, and a person stopped the session
 |-- SessionBusy         another process is running the session
 |-- NotDurable          a call can't be recorded where it is made
 |-- RunCancelled        the run was cancelled; what is recorded stays
@@ -17,6 +18,10 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError
 
 class DriftError(NexumError):
     """The program differs from the one that the session has recorded; the message says how."""
+
+
+class BudgetExceeded(NexumError):
+    """A limit of the session's budget is reached, and a person stopped the session; the message says which and why."""
 
 
 class SessionBusy(Conflict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
@@ -33,7 +33,7 @@ from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
 
@@ -51,6 +51,8 @@ class SessionInfo:
     begun_ms: int
     waits: tuple[Event, ...] = ()
     """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
+    questions: tuple[str, ...] = ()
+    """What the session waits for a person to decide, each with the command."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -72,10 +74,33 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
         if not page:
             break
         before = page[-1].execution_id
+    questions = await _questions(client)
     return [
-        await _info(client, session, run, completed.get(session), earliest[session].created_ms)
+        replace(
+            await _info(client, session, run, completed.get(session), earliest[session].created_ms),
+            questions=tuple(questions.get(session, ())),
+        )
         for session, run in latest.items()
     ]
+
+
+async def _questions(client: NexumClient) -> dict[str, list[str]]:
+    """Return what waits for a person's decision, by session."""
+    found: dict[str, list[str]] = {}
+    pending: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, "waits for a decision on {}: nexum approve {}, or nexum reject {}")
+        for one in await client.pending_approvals(patience=SERVER_PATIENCE)
+    ]
+    unknown: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, "may or may not have called {}: nexum resolve {}")
+        for one in await client.unknown(patience=SERVER_PATIENCE)
+    ]
+    for one, text in (*pending, *unknown):
+        input = jsontext.parse(one.input_json or "{}", "the input")
+        if isinstance(input, dict) and isinstance(session := input.get("session"), str):
+            what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+            found.setdefault(session, []).append(text.format(what, one.execution_id, one.execution_id))
+    return found
 
 
 async def _info(
@@ -117,10 +142,11 @@ async def show_session(client: NexumClient, session: str) -> ShownSession:
     for info in await list_sessions(client):
         if info.session == session:
             return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise _unknown(session)
+    raise unknown_session(session)
 
 
-def _unknown(session: str) -> InvalidRequest:
+def unknown_session(session: str) -> InvalidRequest:
+    """Return the error for a session that has recorded nothing."""
     return InvalidRequest(
         f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
     )
@@ -209,7 +235,7 @@ async def fork_session(
     events = record.events
     calls = [event for event in events if event.kind.is_call]
     if not events:
-        raise _unknown(source)
+        raise unknown_session(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
             f"session {source!r} has {len(calls)} recorded call(s): give 0 to {len(calls)}, not {count}"

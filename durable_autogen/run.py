@@ -18,6 +18,7 @@ from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
@@ -44,6 +45,7 @@ async def run_durable(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
     policies: Mapping[str, Policy] | None = None,
     park: bool = False,
     approve: bool = False,
@@ -70,6 +72,7 @@ async def run_durable(
         cancellation_token=cancellation_token,
         output_task_messages=output_task_messages,
         tell=tell,
+        budget=budget,
         policies=policies,
         park=park,
         approve=approve,
@@ -91,6 +94,7 @@ async def run_durable_stream(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
     policies: Mapping[str, Policy] | None = None,
     park: bool = False,
     approve: bool = False,
@@ -102,6 +106,7 @@ async def run_durable_stream(
         on_drift=on_drift,
         on_unrecorded=on_unrecorded,
         tell=tell,
+        budget=budget,
         policies=policies,
         park=park,
         approve=approve,

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
@@ -56,6 +57,7 @@ class _Sessions:
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
+        self._budget = budget_of(args, "budget-")
         self._policies = read_policies(args.policies) if args.policies is not None else None
         self._process = os.getpid()
         self.count = 0
@@ -85,6 +87,7 @@ class _Sessions:
                 nexum=self._args.nexum,
                 on_drift=self._args.on_drift,
                 on_unrecorded=self._args.on_unrecorded,
+                budget=self._budget,
                 policies=self._policies,
                 park=self._args.park,
                 approve=self._args.approve,

@@ -106,7 +106,7 @@ async def decided(
     """
     told = ""
     while True:
-        execution_id = await _asked(client, asked, question, key)
+        execution_id = await ask(client, asked, question, key)
         try:
             while True:
                 wait = MAX_SERVER_WAIT if told == execution_id else 0.0
@@ -123,7 +123,7 @@ async def decided(
             continue  # the server's database was replaced: ask there
 
 
-async def _asked(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
+async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
     """Return the id of the question's execution. Start the execution, unless the question was asked before."""
     # Look first: a rejected question is a FAILED execution, and starting its key would ask again.
     found = [

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 from nexum_engine.options import count
 from support.options import add_nexum_option
+
+MAX_DOLLARS = 1_000_000
 
 
 def build_parser(description: str, question: str) -> argparse.ArgumentParser:
@@ -34,6 +37,12 @@ def build_parser(description: str, question: str) -> argparse.ArgumentParser:
         default="stop",
         help="if the session has recorded another question, model or program: stop (the default), or continue live",
     )
+    parser.add_argument(
+        "--budget",
+        type=_dollars,
+        metavar="USD",
+        help="what the models may cost; at the limit, the session waits (python -m durable_autogen budget)",
+    )
     parser.add_argument("--sessions", action="store_true", help="list the sessions (python -m durable_autogen ls)")
     parser.add_argument(
         "--fork",
@@ -50,3 +59,10 @@ def build_parser(description: str, question: str) -> argparse.ArgumentParser:
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
     add_nexum_option(parser, embedded=True)
     return parser
+
+
+def _dollars(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (dollars := float(text)) <= MAX_DOLLARS:  # not true for "nan"
+            return dollars
+    raise argparse.ArgumentTypeError(f"{text!r} is not an amount of US dollars, such as 2.00")

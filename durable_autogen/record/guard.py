@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -32,6 +31,7 @@ from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
 from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide, server_option
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
+from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
 
@@ -214,15 +214,11 @@ class Guard:
         if answer is None:
             return
         approves, comment = answer
-        try:
-            by = getpass.getuser()
-        except (ImportError, KeyError, OSError):  # the system doesn't know the user's name
-            by = ""
         with contextlib.suppress(Conflict), self._servers_errors():
             if approves:
-                await self._client.approve(execution_id, NODE, approver=by, comment=comment)
+                await self._client.approve(execution_id, NODE, approver=user_name(), comment=comment)
             else:
-                await self._client.reject(execution_id, NODE, approver=by, reason=comment)
+                await self._client.reject(execution_id, NODE, approver=user_name(), reason=comment)
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from durable_autogen.record.events import (
     Event,
     EventInput,
     Kind,
+    Record,
     Revoked,
     RunInput,
     RunSummary,
@@ -58,6 +59,8 @@ class Journal:
         self.log = log
         self.events: list[Event] = []
         """The events without revoked ones, in order."""
+        self.past = Record()
+        """The session's record when this process opened it."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self.client = client
@@ -173,6 +176,7 @@ class Journal:
                     break  # the event was recorded in the meantime: read the record again
                 self._inherited[self._key(input)] = started.task
             else:
+                self.past = record
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
@@ -308,24 +312,34 @@ class Journal:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
-    async def before(self, call: Call) -> Task | None:
+    async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
         """Record the beginning of a call if the next run has to know of it; return the call's task, else None.
 
-        Raises SessionBusy if another process owns the session.
+        With `is_counted`, it always has to: each attempt at the call counts, also one that leaves no result. Raises
+        SessionBusy if another process owns the session.
         """
         # After a failure or a broken reply, record the beginning to show that the run continued. If another process may
         # have taken over the session, record it, too: if one has, the server refuses, before the call costs money.
-        if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
-            return await self.begin(call)
+        is_setback = bool(self.events) and self.events[-1].is_setback
+        if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
+            return await self.begin(call, anew=is_counted)
         self._unrecorded.append(call.address)
         return None
 
-    async def begin(self, call: Call) -> Task:
-        """Record the beginning of a call; return the call's task."""
+    async def begin(self, call: Call, *, anew: bool = False) -> Task:
+        """Record the beginning of a call; return the call's task.
+
+        If an earlier run began the call, its execution is continued. With `anew`, it ends as failed, and another one
+        begins.
+        """
         input = self._input(call)
         key = self._key(input)
-        if key in self._inherited:
-            return self._inherited.pop(key)
+        if (inherited := self._inherited.pop(key, None)) is not None:
+            if not anew:
+                return inherited
+            await self._close(
+                inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
+            )
         starting = asyncio.create_task(self._start(input))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
@@ -381,7 +395,9 @@ class Journal:
         return event
 
     def _input(self, call: Call) -> EventInput:
-        return EventInput(session=self.session, agent=call.agent, position=call.position, kind=call.kind)
+        return EventInput(
+            session=self.session, agent=call.agent, position=call.position, kind=call.kind, tool=call.tool
+        )
 
     def _append(self, event: Event) -> None:
         self.events.append(event)
@@ -458,10 +474,13 @@ class Journal:
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
-            with contextlib.suppress(StaleTask, TaskNotFound):
-                await self._owner.fail(task, reason, patience=patience)
-            del self._open[task.task_id]
+            await self._close(task, reason, patience)
+
+    async def _close(self, task: Task, reason: str, patience: float) -> None:
+        # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
+        with contextlib.suppress(StaleTask, TaskNotFound):
+            await self._owner.fail(task, reason, patience=patience)
+        del self._open[task.task_id]
 
 
 def _run_number(latest: Execution | None) -> int:

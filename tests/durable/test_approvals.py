@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from durable_agents import agent, answer, is_after_a_tool, run
 from harness import Process, Server, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session
+from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict
 from nexum_engine.policy import call_digest
+from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
 import asyncio, sys
@@ -42,6 +45,7 @@ async def main():
 
 asyncio.run(main())
 """
+FAST = RetryPolicy(max_attempts=3, first_delay_seconds=0.01)
 POLICIES = '[charge]\napproval = "always"\n'
 
 
@@ -346,6 +350,10 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
             assert len(model.requests) == 4  # first, clerk, and both replies of the notary
         async with NexumClient(server.address) as client:
             (question,) = await client.pending_approvals()
+            (info,) = await list_sessions(client)
+            execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
+            told = f"waits for a decision on {call}: nexum approve {execution}, or nexum reject {execution}"
+            assert info.questions == (told,)
             await client.approve(question.execution_id, NODE)
         await run(server, build, park=True)
         assert len(model.requests) == 6
@@ -366,3 +374,25 @@ async def test_policies_of_unknown_tools_are_told_once(server: Server) -> None:
         policies = {"charge": Policy(), "chrage": Policy(), "model": Policy(), "clerk": Policy()}
         await run(server, shop.clerk(model), logs=lines, policies=policies)
     assert [line for line in lines if "polic" in line] == ["policies for unknown tools: chrage. Check the names"]
+
+
+async def test_call_without_policy_costs_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
+    send = Connection.call
+
+    async def counted(self: Connection, method: Any, request: Any, **more: Any) -> Any:
+        requests.append(type(request).__name__)
+        return await send(self, method, request, **more)
+
+    monkeypatch.setattr(Connection, "call", counted)
+    shop, policies = (
+        Shop(),
+        {"other": Policy(approval="always", effect="once"), "charge": Policy(timeout=9, retry=FAST)},
+    )
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        await run(server, shop.clerk(model), session="first")  # registers the workflows
+        for session, more in (("s1", {}), ("s2", {"policies": policies})):
+            requests.clear()
+            await run(server, shop.clerk(model), session=session, **more)
+            # The server is asked for earlier runs, and starts the run, the beginning, two replies and the tool call.
+            assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}
