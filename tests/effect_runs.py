@@ -35,10 +35,15 @@ from nexum_engine.errors import Conflict
 from nexum_engine.options import count
 
 DEATH = 0.12  # the probability that a program kills itself at each of two moments of a call
-MAX_DEATHS = 4  # of one program; after them it runs undisturbed
+MAX_DEATHS = 4  # of one program, by default; after them it runs undisturbed
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 MAX_RUNS = 40  # of one program
 AT_ONCE = 8
+HITS = (
+    *("killed", "parked", "stopped", "raised", "approved", "edited", "rejected"),
+    *("resolved: result", "resolved: failed", "resolved: not done", "lied"),
+)
+"""What happens to the programs, by chance."""
 
 
 class Starter:
@@ -223,12 +228,12 @@ class People:
                 self.hits["lied" if is_lie else f"resolved: {how}"] += 1
 
 
-async def run_program(starter: Starter, people: People, program: Program) -> list[str]:
+async def run_program(starter: Starter, people: People, program: Program, max_deaths: int) -> list[str]:
     """Run a program to its end, with kills and decisions at random moments; return what is wrong."""
     deaths, hits = 0, people.hits
     argv = [program.session, str(program.seed), str(program.ledger)]
     for _ in range(MAX_RUNS):
-        is_killed = deaths < MAX_DEATHS
+        is_killed = deaths < max_deaths
         kill_after = random.random() + TAKE_OVER * (deaths > 0) if is_killed and random.random() < 0.5 else None
         options = [str(DEATH if is_killed else 0), *(["--park"] if random.random() < 0.3 else [])]
         code, output = await starter.run([*argv, *options], kill_after=kill_after)
@@ -314,9 +319,11 @@ async def bench(folder: Path, hits: Counter[str]) -> AsyncGenerator[tuple[Starte
                 await asyncio.gather(working, return_exceptions=True)
 
 
-async def run_programs(folder: Path, seeds: list[int]) -> tuple[list[str], Counter[str]]:
-    """Run a program for each seed, AT_ONCE at a time; return what is wrong, and how often each thing was done."""
-    hits: Counter[str] = Counter()
+async def run_programs(
+    folder: Path, seeds: list[int], *, max_deaths: int = MAX_DEATHS
+) -> tuple[list[str], Counter[str]]:
+    """Run a program for each seed, AT_ONCE at a time; return what is wrong, and how often each thing happened."""
+    hits = Counter(dict.fromkeys(HITS, 0))
     turns = asyncio.Semaphore(AT_ONCE)
     async with bench(folder, hits) as (starter, people):
 
@@ -324,7 +331,7 @@ async def run_programs(folder: Path, seeds: list[int]) -> tuple[list[str], Count
             async with turns:
                 program = Program(f"s{number}", seed, folder / f"ledger-{number}", budget_of(seed))
                 people.programs[program.session] = program
-                return await run_program(starter, people, program)
+                return await run_program(starter, people, program, max_deaths)
 
         problems = await asyncio.gather(*(run(number, seed) for number, seed in enumerate(seeds)))
     return [problem for some in problems for problem in some], hits
